@@ -1,0 +1,49 @@
+"""The `occbev` console command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+COMMANDS: Mapping[str, str] = {
+    "demo": "simulate a drive, run the real nodes on it, score them, write a report",
+    "run": "start the perception node with a parameter file",
+    "replay": "publish a recorded bag through the node, or through the pipeline with --offline",
+    "bench": "latency by stage, side by side with named baselines",
+    "overlay": "draw LiDAR, boxes and voxels over the images to prove a calibration",
+    "info": "versions, devices, runtimes, ROS capabilities",
+}
+"""Sub-command -> one line of help. Each is `occbev.cli.<name>` with `add_arguments(parser)` and `run(args)`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `occbev COMMAND ...`; returns the exit status."""
+    return dispatch("occbev", "occbev.cli", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+
+
+def dispatch(program: str, package: str, commands: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Choose the sub-command that `arguments` name, import its module and run it.
+
+    A module has `add_arguments(parser)` and `run(args) -> exit status`, and may raise
+    ValueError, LookupError or OSError for bad input: its text is printed, status 2.
+    """
+    chosen = arguments[0] if arguments and arguments[0] in commands else None
+    parser = argparse.ArgumentParser(prog=program, description=(sys.modules[package].__doc__ or "").splitlines()[0])
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in commands.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if name == chosen:
+            module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
+            subparser.description = module.__doc__
+            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    try:
+        return int(module.run(args))
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, LookupError, OSError) as error:
+        print(f"{program} {chosen}: {error}", file=sys.stderr)
+        return 2

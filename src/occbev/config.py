@@ -1,0 +1,282 @@
+"""Typed configuration: frozen dataclasses are the schema, YAML holds the values, one strict loader joins them.
+
+A field's docstring is its help text. What training fixed (`ModelConfig`) travels in the model package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from occbev.classes import DETECTION_CLASSES, OCCUPANCY_CLASSES
+from occbev.grid import GRIDS, BevGrid, VoxelGrid
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used, named by its dotted path."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Network input."""
+
+    width: int = 352
+    """Input width in pixels."""
+    height: int = 128
+    """Input height in pixels; the source is scaled to the width and cropped to its lower rows."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Subtracted from RGB values 0..255."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Divides RGB values after the mean was subtracted."""
+    channel_order: str = "rgb"
+    """Order of the channels that the network was trained on: rgb, or bgr_swapped for BEVDet checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.width % 32 or self.height % 32 or min(self.width, self.height) <= 0:
+            raise ConfigError(f"image size {self.width}x{self.height}: both must be positive multiples of 32")
+        if self.channel_order not in ("rgb", "bgr_swapped"):
+            raise ConfigError(f"image.channel_order {self.channel_order!r}: must be rgb or bgr_swapped")
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Depth bins of the lift: bin i covers [lo + i * step, lo + (i + 1) * step) and is lifted to its centre."""
+
+    lo: float = 1.0
+    """Depth of the first bin in metres."""
+    hi: float = 45.0
+    """Upper end in metres, exclusive."""
+    step: float = 1.0
+    """Bin width in metres."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lo < self.hi or self.step <= 0:
+            raise ConfigError(f"depth bins [{self.lo}, {self.hi}) step {self.step}: need 0 < lo < hi and step > 0")
+
+    @property
+    def bins(self) -> int:
+        """Number of bins."""
+        return int(round((self.hi - self.lo) / self.step))
+
+
+@dataclass(frozen=True)
+class LiftConfig:
+    """Lift-Splat view transform."""
+
+    stride: int = 16
+    """Pixels of the input image per feature cell."""
+    channels: int = 64
+    """Context channels that are lifted."""
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    """Depth bins."""
+    z_range: tuple[float, float] = (-5.0, 3.0)
+    """Lifted points outside these heights (base_link, metres) are dropped."""
+    max_points: int = 49152
+    """Capacity of the splat tables in kept frustum points, dummy included; a rig that needs more is an error."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Image encoder."""
+
+    backbone: str = "efficientnet_lite0"
+    """Backbone name, as timm spells it."""
+    channels: int = 128
+    """Channels of the neck's output."""
+    frozen_stages: int = 4
+    """Leading parts that are not trained (1 = stem, 4 = stem and three stages); their BN stays in eval."""
+
+
+@dataclass(frozen=True)
+class BevEncoderConfig:
+    """BEV encoder: a small residual U-shaped CNN."""
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    """Width at full, half and quarter BEV resolution."""
+    blocks: tuple[int, ...] = (1, 2, 2)
+    """Residual blocks at each resolution."""
+    out_channels: int = 96
+    """Width of the BEV map handed to the heads."""
+
+
+@dataclass(frozen=True)
+class OccupancyHeadConfig:
+    """Occupancy decoder: resample the BEV to the voxel grid's plane, then channels to height."""
+
+    channels: int = 64
+    """Width of the plane before it is unfolded into heights."""
+    height_channels: int = 8
+    """Features of each voxel in the 3D part of the decoder."""
+
+
+@dataclass(frozen=True)
+class DetectionHeadConfig:
+    """Centre-based detection head."""
+
+    channels: int = 64
+    """Width of the shared convolution."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A network, and all that its weights fix: it travels with them and no launch file overrides it."""
+
+    name: str = "occbev-tiny"
+    """Name of the model."""
+    family: str = "lss"
+    """View transform: lss, bevformer or detr3d."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """Network input."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Image encoder."""
+    lift: LiftConfig = field(default_factory=LiftConfig)
+    """View transform."""
+    bev: BevGrid = BevGrid((-51.2, -51.2), (1.024, 1.024), (100, 100))
+    """Grid of the BEV features and of the detection head."""
+    bev_encoder: BevEncoderConfig = field(default_factory=BevEncoderConfig)
+    """BEV encoder."""
+    grid: VoxelGrid = GRIDS["occ3d"]
+    """Grid of the occupancy output."""
+    occupancy: OccupancyHeadConfig = field(default_factory=OccupancyHeadConfig)
+    """Occupancy decoder of pre-training and semantic occupancy head."""
+    detection: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
+    """Detection head."""
+    detection_classes: tuple[str, ...] = DETECTION_CLASSES
+    """Names of the heat map's channels."""
+    occupancy_classes: tuple[str, ...] = OCCUPANCY_CLASSES
+    """Names of the occupancy logits' channels; the last is free."""
+
+
+def load_config(path: Path, schema: type[T]) -> T:
+    """Read a YAML file into a dataclass; a `base:` key names one file to lay this one over.
+
+    Raises:
+        ConfigError: with the file, the dotted path of the key and the nearest known name.
+    """
+    try:
+        return from_record(schema, _read_with_base(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def save_config(path: Path, config: Any) -> None:
+    """Write a dataclass as YAML that `load_config` reads back to an equal value."""
+    path.write_text(yaml.safe_dump(to_record(config), sort_keys=False))
+
+
+def to_record(value: Any) -> Any:
+    """Turn a dataclass tree into plain YAML values."""
+    if isinstance(value, VoxelGrid):
+        return value.as_record()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(key): to_record(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_record(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_record(schema: type[T], record: Any, where: str = "") -> T:
+    """Build a dataclass from plain values, strictly; missing keys keep their defaults."""
+    return typing.cast(T, _convert(schema, record, where))
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    try:
+        record = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise ConfigError("no such file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"holds a {type(record).__name__}, want keys and values")
+    base = record.pop("base", None)
+    return record if base is None else _merge(_read_with_base(path.parent / base), record)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_dicts = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_dicts else value
+    return merged
+
+
+def _convert(schema: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(schema), typing.get_args(schema)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if schema is VoxelGrid and isinstance(value, str):
+        if value not in GRIDS:
+            raise ConfigError(f"{where}: grid {value!r} is unknown, presets are {sorted(GRIDS)}")
+        return GRIDS[value]
+    if dataclasses.is_dataclass(schema):
+        return _convert_dataclass(schema, value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: want a list, got {value!r}")
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(arguments):
+            raise ConfigError(f"{where}: want {len(arguments)} values, got {value!r}")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+    if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: want keys and values, got {value!r}")
+        return {key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
+    return _convert_scalar(schema, value, where)
+
+
+def _convert_dataclass(schema: Any, value: Any, where: str) -> Any:
+    if isinstance(value, schema):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where or schema.__name__}: want keys and values, got {value!r}")
+    hints = typing.get_type_hints(schema)
+    known = {f.name for f in dataclasses.fields(schema) if f.init}
+    arguments = {}
+    for key, entry in value.items():
+        dotted = f"{where}.{key}" if where else str(key)
+        if schema is VoxelGrid and key == "axis_order":
+            if entry != "xyz":
+                raise ConfigError(f"{dotted}: {entry!r}, only 'xyz' is supported")
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {sorted(known)}"
+            raise ConfigError(f"{dotted}: unknown key{hint}")
+        arguments[key] = _convert(hints[key], entry, dotted)
+    try:
+        return schema(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where or schema.__name__}: {error}") from error
+
+
+def _convert_scalar(schema: Any, value: Any, where: str) -> Any:
+    if schema is Any:
+        return value
+    if schema is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 2e-4 as text
+            return float(value)
+        except ValueError:
+            pass
+    if schema is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(schema, type) and isinstance(value, schema) and not (schema is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where}: want {getattr(schema, '__name__', schema)}, got {value!r}")

@@ -1,0 +1,141 @@
+"""Rigid transforms, quaternions, projection and boxes as plain numpy functions without state.
+
+A transform `a2b` is a (4, 4) float64 matrix for column vectors: `p_b = a2b @ p_a`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def make_transform(rotation: ArrayLike, translation: ArrayLike) -> Array:
+    """Join a (3, 3) rotation and a (3,) translation into one (4, 4) transform."""
+    a2b = np.eye(4)
+    a2b[:3, :3] = rotation
+    a2b[:3, 3] = translation
+    return a2b
+
+
+def invert_transform(a2b: ArrayLike) -> Array:
+    """Return b2a of rigid (..., 4, 4) transforms, by transposing the rotation."""
+    a2b = np.asarray(a2b, np.float64)
+    b2a = np.zeros_like(a2b)
+    rotation_t = np.swapaxes(a2b[..., :3, :3], -1, -2)
+    b2a[..., :3, :3] = rotation_t
+    b2a[..., :3, 3] = -(rotation_t @ a2b[..., :3, 3:])[..., 0]
+    b2a[..., 3, 3] = 1.0
+    return b2a
+
+
+def transform_points(a2b: ArrayLike, points: ArrayLike) -> Array:
+    """Move (..., 3) points from frame a to frame b with one (4, 4) transform."""
+    a2b = np.asarray(a2b, np.float64)
+    return np.asarray(points, np.float64) @ a2b[:3, :3].T + a2b[:3, 3]
+
+
+def rotation_from_wxyz(quaternion: ArrayLike) -> Array:
+    """Turn (..., 4) quaternions in nuScenes order into (..., 3, 3) rotations.
+
+    Raises:
+        ValueError: a quaternion is not finite or its norm is not 1 within 1e-2.
+    """
+    q = np.asarray(quaternion, np.float64)
+    norm = np.linalg.norm(q, axis=-1, keepdims=True)
+    if not np.all(np.isfinite(q)) or np.any(np.abs(norm - 1.0) > 1e-2):
+        raise ValueError(f"not a unit quaternion (w, x, y, z): {q.tolist()}, norm {norm.ravel().tolist()}")
+    w, x, y, z = np.moveaxis(q / norm, -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, -1) for row in rows], -2)
+
+
+def rotation_from_xyzw(quaternion: ArrayLike) -> Array:
+    """Turn (..., 4) quaternions in ROS order into (..., 3, 3) rotations; raises as `rotation_from_wxyz`."""
+    return rotation_from_wxyz(np.roll(np.asarray(quaternion, np.float64), 1, axis=-1))
+
+
+def wxyz_from_rotation(rotation: ArrayLike) -> Array:
+    """Turn one (3, 3) rotation into a unit quaternion (w, x, y, z) with w >= 0."""
+    r = np.asarray(rotation, np.float64)
+    # Four times the outer product q q^T; its largest diagonal entry gives the stable branch (Shepperd 1978).
+    squares = np.array([1 + r[0, 0] + r[1, 1] + r[2, 2], 1 + r[0, 0] - r[1, 1] - r[2, 2],
+                        1 - r[0, 0] + r[1, 1] - r[2, 2], 1 - r[0, 0] - r[1, 1] + r[2, 2]])  # fmt: skip
+    wx, wy, wz = r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]
+    xy, xz, yz = r[0, 1] + r[1, 0], r[0, 2] + r[2, 0], r[1, 2] + r[2, 1]
+    outer = np.array([[squares[0], wx, wy, wz], [wx, squares[1], xy, xz],
+                      [wy, xy, squares[2], yz], [wz, xz, yz, squares[3]]])  # fmt: skip
+    q = outer[int(np.argmax(squares))]
+    q = q / np.linalg.norm(q)
+    return -q if q[0] < 0 else q
+
+
+def xyzw_from_rotation(rotation: ArrayLike) -> Array:
+    """Turn one (3, 3) rotation into a unit quaternion in ROS order with w >= 0."""
+    return np.roll(wxyz_from_rotation(rotation), -1)
+
+
+def rotation_from_yaw(yaw: float) -> Array:
+    """Rotate about +z by `yaw`, counter-clockwise seen from above."""
+    c, s = np.cos(yaw), np.sin(yaw)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def rotation_from_rpy(roll: float, pitch: float, yaw: float) -> Array:
+    """Compose Rz(yaw) Ry(pitch) Rx(roll), the fixed-axis convention of ROS (REP-103)."""
+    cr, sr, cp, sp = np.cos(roll), np.sin(roll), np.cos(pitch), np.sin(pitch)
+    about_y = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
+    about_x = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
+    return rotation_from_yaw(yaw) @ about_y @ about_x
+
+
+def yaw_from_rotation(rotation: ArrayLike) -> float:
+    """Return the heading of the rotated +x axis about +z, in (-pi, pi]."""
+    r = np.asarray(rotation, np.float64)
+    return float(np.arctan2(r[1, 0], r[0, 0]))
+
+
+def wrap_angle(angle: ArrayLike) -> Array:
+    """Wrap angles into (-pi, pi]."""
+    return np.pi - np.mod(np.pi - np.asarray(angle, np.float64), 2 * np.pi)
+
+
+def project_points(points_cam: ArrayLike, intrinsic: ArrayLike) -> tuple[Array, Array]:
+    """Project (..., 3) points of a camera frame through a pinhole.
+
+    Returns: pixels (..., 2) as (u right, v down) and depth (...). Pixels of points with depth <= 0
+        are finite but meaningless: mask by depth.
+    """
+    points_cam = np.asarray(points_cam, np.float64)
+    depth = points_cam[..., 2]
+    homogeneous = points_cam @ np.asarray(intrinsic, np.float64).T
+    safe = np.where(np.abs(depth) < 1e-9, 1e-9, depth)
+    return homogeneous[..., :2] / safe[..., None], depth
+
+
+def box_corners(boxes: ArrayLike) -> Array:
+    """Return the (M, 8, 3) corners of (M, >= 7) boxes x, y, z (centre), l, w, h, yaw.
+
+    Corners 0-3 are the front face (+x of the box), 4-7 the rear, each in the order
+    left-top, right-top, right-bottom, left-bottom.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, np.shape(boxes)[-1] if np.size(boxes) else 7)
+    signs = np.array([[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1],
+                      [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]]) / 2  # fmt: skip
+    local = signs[None] * boxes[:, None, 3:6]
+    c, s = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
+    x = c * local[..., 0] - s * local[..., 1]
+    y = s * local[..., 0] + c * local[..., 1]
+    return np.stack([x, y, local[..., 2]], -1) + boxes[:, None, :3]
+
+
+def points_in_box(points: ArrayLike, box: ArrayLike) -> NDArray[np.bool_]:
+    """Return which of (M, 3) points lie in one box x, y, z, l, w, h, yaw, bounds inclusive."""
+    box = np.asarray(box, np.float64)
+    local = (np.asarray(points, np.float64) - box[:3]) @ rotation_from_yaw(box[6])
+    return np.all(np.abs(local) <= box[3:6] / 2, axis=-1)

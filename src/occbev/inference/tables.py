@@ -1,0 +1,176 @@
+"""Geometry tables: calibration as the integer and float inputs of an exported Lift-Splat graph.
+
+Geometry stays outside the graph. Each kept frustum point adds `depth[table_depth] * feature[table_pixel]`
+to one BEV cell. Two equal forms of the same sum exist: bags (torch and OpenVINO's embedding bag) and
+staged padded gathers (plain ONNX).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from occbev.config import LiftConfig, ModelConfig
+from occbev.grid import BevGrid
+from occbev.rig import CameraRig
+
+GATHER_WIDTH = 8
+"""Rows that one stage of the gather form adds up."""
+
+GATHER_STAGES = 4
+"""Stages of the gather form: a cell holds at most GATHER_WIDTH ** GATHER_STAGES points."""
+
+Tables = dict[str, NDArray[np.int32] | NDArray[np.float32]]
+
+
+class TableCapacityError(ValueError):
+    """A rig needs more table entries than the exported graph has; the message names both numbers."""
+
+
+@dataclass(frozen=True)
+class LiftPoints:
+    """The frustum points that fall into the BEV, sorted by cell.
+
+    pixel: (P,) int32, flat index over features (N, h, w).
+    depth: (P,) int32, flat index over depth probabilities (N, D, h, w).
+    cell: (P,) int32 ascending, flat index over BEV cells (Y, X).
+    """
+
+    pixel: NDArray[np.int32]
+    depth: NDArray[np.int32]
+    cell: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+
+def lift_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int],
+                lift: LiftConfig, bev: BevGrid) -> LiftPoints:  # fmt: skip
+    """Place every frustum point of every camera in the BEV (Philion & Fidler 2020, eq. 1-3).
+
+    intrinsic: (N, 3, 3) of the network-size images, augmentation folded in.
+    cam2ego: (N, 4, 4) into the frame of `bev`, BEV augmentation folded in.
+    image_size: (width, height). A feature cell stands for the centre of its stride x stride pixels,
+    a depth bin for its centre. Points outside the BEV or `lift.z_range` are left out.
+    """
+    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
+    cameras, (width, height) = len(intrinsic), image_size
+    columns, rows = width // lift.stride, height // lift.stride
+    u, v = np.meshgrid((np.arange(columns) + 0.5) * lift.stride, (np.arange(rows) + 0.5) * lift.stride)
+    pixels = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)  # (h * w, 3)
+    depths = lift.depth.lo + (np.arange(lift.depth.bins) + 0.5) * lift.depth.step
+    rays = pixels @ np.swapaxes(cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2)  # (N, h * w, 3) per metre of depth
+    points = rays[:, None] * depths[None, :, None, None] + cam2ego[:, None, None, :3, 3]  # (N, D, h * w, 3)
+    cells = np.floor(bev.map_coordinates(points[..., :2])).astype(np.int64)
+    inside = np.all((cells >= 0) & (cells < bev.shape), axis=-1)
+    inside &= (points[..., 2] >= lift.z_range[0]) & (points[..., 2] < lift.z_range[1])
+    camera, _, place = np.nonzero(inside)
+    cell = cells[..., 1][inside] * bev.shape[0] + cells[..., 0][inside]
+    depth = np.flatnonzero(inside)
+    pixel = camera * (rows * columns) + place
+    order = np.argsort(cell, kind="stable")
+    assert cameras * lift.depth.bins * rows * columns < 2**31, "frustum indices must fit int32"
+    return LiftPoints(pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order].astype(np.int32))
+
+
+def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
+    """Return the bag form, padded to `max_points` with entries of weight 0.
+
+    table_pixel, table_depth (max_points,) int32; table_weight (max_points,) float32;
+    table_offset (cells,) int32: where each cell's entries begin, always below max_points.
+    """
+    _check_capacity("frustum points", len(points) + 1, max_points)
+    offset = np.searchsorted(points.cell, np.arange(bev.size)).astype(np.int32)
+    return {
+        "table_pixel": _padded(points.pixel, max_points),
+        "table_depth": _padded(points.depth, max_points),
+        "table_weight": _padded(np.ones(len(points), np.float32), max_points),
+        "table_offset": offset,
+    }
+
+
+def gather_capacities(bev: BevGrid, max_points: int) -> tuple[int, ...]:
+    """Rows of each stage of the gather form, the reserved all-zero last row included."""
+    return tuple(max_points // GATHER_WIDTH**stage + bev.size // 2 + 1 for stage in range(1, GATHER_STAGES + 1))
+
+
+def gather_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
+    """Return the gather form: stage 1 adds weighted points, each later stage adds rows of the one before.
+
+    table_pixel, table_depth (rows1, 8) int32, table_weight (rows1, 8) float32;
+    table_stage2.. (rows_i, 8) int32 into the rows before; table_cell (cells,) int32 into the last rows.
+    The last row of every stage is zero and serves as padding.
+    """
+    capacities = gather_capacities(bev, max_points)
+    slots, row_cell = _group(points.cell)
+    _check_capacity("rows of gather stage 1", len(slots) + 1, capacities[0])
+    used = slots >= 0
+    tables: Tables = {
+        "table_pixel": _padded(np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]),
+        "table_depth": _padded(np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]),
+        "table_weight": _padded(used.astype(np.float32), capacities[0]),
+    }
+    for stage in range(2, GATHER_STAGES + 1):
+        zero_row = capacities[stage - 2] - 1
+        slots, row_cell = _group(row_cell)
+        _check_capacity(f"rows of gather stage {stage}", len(slots) + 1, capacities[stage - 1])
+        tables[f"table_stage{stage}"] = _padded(np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row)
+    if len(row_cell) and np.any(np.diff(row_cell) == 0):
+        raise TableCapacityError(f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points")
+    cell = np.full(bev.size, capacities[-1] - 1, np.int32)
+    cell[row_cell] = np.arange(len(row_cell))
+    return tables | {"table_cell": cell}
+
+
+class TableCache:
+    """The tables of the rigs seen last, keyed by calibration hash."""
+
+    def __init__(self, model: ModelConfig, form: str, size: int = 4) -> None:
+        """form: "bag" or "gather", as the loaded graph wants it."""
+        self._model, self._form, self._size = model, form, size
+        self._tables: dict[str, Tables] = {}
+
+    def tables(self, rig: CameraRig) -> Tables:
+        """Return the tables of a rig whose cameras have the network's input size."""
+        if rig.hash not in self._tables:
+            while len(self._tables) >= self._size:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[rig.hash] = self._build(rig)
+        return self._tables[rig.hash]
+
+    def _build(self, rig: CameraRig) -> Tables:
+        model = self._model
+        size = (model.image.width, model.image.height)
+        for camera in rig.cameras:
+            if (camera.width, camera.height) != size:
+                raise ValueError(f"camera {camera.name} is {camera.width}x{camera.height}, the network takes {size[0]}x{size[1]}")
+        points = lift_points(np.stack([c.intrinsic for c in rig.cameras]), np.stack([c.cam2ego for c in rig.cameras]),
+                             size, model.lift, model.bev)  # fmt: skip
+        build = {"bag": bag_tables, "gather": gather_tables}[self._form]
+        return build(points, model.bev, model.lift.max_points)
+
+
+def _group(key: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Pack runs of equal ascending keys into rows: (rows, 8) item indices (-1 = none) and each row's key."""
+    if len(key) == 0:
+        return np.zeros((0, GATHER_WIDTH), np.int64), np.zeros(0, np.int32)
+    starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
+    rank = np.arange(len(key)) - np.repeat(starts, np.diff(np.r_[starts, len(key)]))
+    opens_row = rank % GATHER_WIDTH == 0
+    row = np.cumsum(opens_row) - 1
+    slots = np.full((int(row[-1]) + 1, GATHER_WIDTH), -1, np.int64)
+    slots[row, rank % GATHER_WIDTH] = np.arange(len(key))
+    return slots, key[opens_row]
+
+
+def _padded(rows: NDArray[np.generic], length: int, fill: int = 0) -> NDArray[np.int32]:
+    out = np.full((length, *rows.shape[1:]), fill, np.float32 if rows.dtype == np.float32 else np.int32)
+    out[: len(rows)] = rows
+    return out
+
+
+def _check_capacity(what: str, needed: int, capacity: int) -> None:
+    if needed > capacity:
+        raise TableCapacityError(f"this rig needs {needed} {what}, the exported graph holds {capacity}; export with a larger lift.max_points")

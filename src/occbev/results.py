@@ -1,0 +1,132 @@
+"""The small frozen records that travel between stages, from camera frame to boxes and voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.grid import VoxelGrid
+
+
+@dataclass(frozen=True)
+class CameraFrame:
+    """One exposure of one camera.
+
+    image: (H, W, 3) uint8 RGB, or the encoded bytes (JPEG, PNG) of it.
+    ego2global: (4, 4) at this frame's own stamp, or None where the pose is not known.
+    """
+
+    camera: str
+    stamp_ns: int
+    image: NDArray[np.uint8] | bytes
+    ego2global: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class FrameSet:
+    """Frames of one instant, one slot per camera of the rig, in the rig's order.
+
+    stamp_ns: the key time. frames: name -> frame, or None where the camera is missing.
+    missing: name -> reason, for exactly the cameras whose slot is None.
+    """
+
+    stamp_ns: int
+    frames: Mapping[str, CameraFrame | None]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras that are present."""
+        return tuple(name for name, frame in self.frames.items() if frame is not None)
+
+    @property
+    def spread_ms(self) -> float:
+        """Time between the first and the last exposure of the set."""
+        stamps = [frame.stamp_ns for frame in self.frames.values() if frame is not None]
+        return (max(stamps) - min(stamps)) / 1e6 if stamps else 0.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One LiDAR rotation.
+
+    points: (M, 3) float32 in the LiDAR frame. intensity: (M,) float32.
+    time_offset: (M,) float32 seconds from `stamp_ns` at which each point was measured, or None
+    where the points are already compensated to `stamp_ns`.
+    lidar2ego: (4, 4). pose_source: where ego poses come from, such as "odom".
+    """
+
+    points: NDArray[np.float32]
+    stamp_ns: int
+    lidar2ego: NDArray[np.float64]
+    intensity: NDArray[np.float32] | None = None
+    time_offset: NDArray[np.float32] | None = None
+    pose_source: str = "odom"
+
+
+@dataclass(frozen=True)
+class Boxes3D:
+    """Boxes in base_link at the key time.
+
+    box: (M, 9) float32: x, y, z (centre), l, w, h, yaw in (-pi, pi], vx, vy.
+    label: (M,) int64 index into DETECTION_CLASSES. score: (M,) float32 in [0, 1].
+    cameras: the cameras they were made from.
+    """
+
+    box: NDArray[np.float32]
+    label: NDArray[np.int64]
+    score: NDArray[np.float32]
+    cameras: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.box)
+
+    def __getitem__(self, index: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Boxes3D:
+        return Boxes3D(self.box[index], self.label[index], self.score[index], self.cameras)
+
+    @classmethod
+    def empty(cls, cameras: tuple[str, ...] = ()) -> Boxes3D:
+        """No boxes."""
+        return cls(np.zeros((0, 9), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32), cameras)
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """A labelled voxel volume in base_link at the key time, indexed [x, y, z].
+
+    label: (X, Y, Z) uint8, index into OCCUPANCY_CLASSES (17 = free).
+    confidence: (X, Y, Z) float32 in [0, 1], of the label.
+    state: (X, Y, Z) uint8: 0 unobserved, 1 free, 2 occupied.
+    """
+
+    label: NDArray[np.uint8]
+    confidence: NDArray[np.float32]
+    state: NDArray[np.uint8]
+    grid: VoxelGrid
+    cameras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long each stage took: stage name -> nanoseconds."""
+
+    stage_ns: Mapping[str, int]
+
+    @property
+    def total_ms(self) -> float:
+        """Sum over the stages."""
+        return sum(self.stage_ns.values()) / 1e6
+
+
+@dataclass(frozen=True)
+class Perception:
+    """Everything the pipeline knows of one frame set."""
+
+    stamp_ns: int
+    boxes: Boxes3D
+    occupancy: Occupancy
+    timings: Timings
+    missing: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,171 @@
+"""The camera rig: what each camera sees and where it sits on the vehicle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import ArrayLike, NDArray
+
+from occbev.geometry import (
+    invert_transform,
+    make_transform,
+    project_points,
+    rotation_from_xyzw,
+    transform_points,
+    xyzw_from_rotation,
+)
+
+DISTORTION_MODELS = ("none", "plumb_bob", "rational_polynomial", "equidistant")
+
+
+class RigError(ValueError):
+    """A rig or calibration that cannot be used, saying which camera and which value."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One calibrated camera.
+
+    intrinsic: (3, 3) pinhole matrix in pixels of a width x height image (u right, v down).
+    distortion: coefficients of `distortion_model`, in ROS CameraInfo order; empty for "none".
+    cam2ego: (4, 4), optical frame (x right, y down, z forward) to base_link.
+    """
+
+    name: str
+    width: int
+    height: int
+    intrinsic: NDArray[np.float64]
+    cam2ego: NDArray[np.float64]
+    distortion_model: str = "none"
+    distortion: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "intrinsic", np.asarray(self.intrinsic, np.float64))
+        object.__setattr__(self, "cam2ego", np.asarray(self.cam2ego, np.float64))
+        object.__setattr__(self, "distortion", tuple(float(v) for v in self.distortion))
+        if self.intrinsic.shape != (3, 3) or self.intrinsic[0, 0] <= 0 or self.intrinsic[1, 1] <= 0:
+            raise RigError(f"camera {self.name}: intrinsic must be 3x3 with positive focal lengths, got {self.intrinsic.tolist()}")
+        if self.cam2ego.shape != (4, 4) or not np.all(np.isfinite(self.cam2ego)):
+            raise RigError(f"camera {self.name}: cam2ego must be a finite 4x4 transform, got {self.cam2ego.tolist()}")
+        if np.abs(self.cam2ego[:3, :3] @ self.cam2ego[:3, :3].T - np.eye(3)).max() > 1e-3:
+            raise RigError(f"camera {self.name}: the rotation of cam2ego is not orthonormal")
+        if self.width <= 0 or self.height <= 0:
+            raise RigError(f"camera {self.name}: size {self.width}x{self.height} must be positive")
+        if self.distortion_model not in DISTORTION_MODELS:
+            raise RigError(f"camera {self.name}: distortion model {self.distortion_model!r}, known are {DISTORTION_MODELS}")
+
+    @property
+    def ego2cam(self) -> NDArray[np.float64]:
+        """base_link to the optical frame, (4, 4)."""
+        return invert_transform(self.cam2ego)
+
+    def project(self, points: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """Project (M, 3) points of base_link through the rectified pinhole.
+
+        Returns: pixels (M, 2), depth (M,) and which are deeper than 0.1 m and inside the image.
+        """
+        pixels, depth = project_points(transform_points(self.ego2cam, points), self.intrinsic)
+        inside = (depth > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
+        return pixels, depth, inside
+
+    def resized(self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]) -> Camera:
+        """Return the camera of an image scaled, then cropped at (x0, y0) to `size` = (width, height).
+
+        Pixel i of the source covers [i, i + 1), so that scaling keeps image borders in place.
+        """
+        intrinsic = np.diag([scale_x, scale_y, 1.0]) @ self.intrinsic
+        intrinsic[0, 2] -= crop[0]
+        intrinsic[1, 2] -= crop[1]
+        return replace(self, intrinsic=intrinsic, width=size[0], height=size[1])
+
+    def as_record(self) -> dict[str, Any]:
+        """The camera as plain values, for YAML and JSON."""
+        return {
+            "name": self.name,
+            "width": self.width,
+            "height": self.height,
+            "intrinsic": self.intrinsic.tolist(),
+            "distortion_model": self.distortion_model,
+            "distortion": list(self.distortion),
+            "cam2ego": {
+                "translation": self.cam2ego[:3, 3].tolist(),
+                "rotation_xyzw": xyzw_from_rotation(self.cam2ego[:3, :3]).tolist(),
+            },
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Camera:
+        """Read `as_record` back; raises RigError naming a missing key."""
+        try:
+            pose = record["cam2ego"]
+            cam2ego = make_transform(rotation_from_xyzw(pose["rotation_xyzw"]), pose["translation"])
+            return cls(record["name"], int(record["width"]), int(record["height"]), record["intrinsic"], cam2ego,
+                       record.get("distortion_model", "none"), tuple(record.get("distortion", ())))  # fmt: skip
+        except KeyError as error:
+            raise RigError(f"camera {record.get('name', '?')}: key {error} is missing") from error
+
+
+@dataclass(frozen=True)
+class CameraRig:
+    """The cameras in the model's order."""
+
+    cameras: tuple[Camera, ...]
+    hash: str = field(init=False, compare=False)
+    """Sixteen hex digits over every calibration value: the cache key of geometry tables."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+        names = self.names
+        if not names or len(set(names)) != len(names):
+            raise RigError(f"a rig needs cameras with different names, got {names}")
+        digest = hashlib.sha256()
+        for camera in self.cameras:
+            digest.update(f"{camera.name} {camera.width} {camera.height} {camera.distortion_model}".encode())
+            digest.update(camera.intrinsic.tobytes() + camera.cam2ego.tobytes() + np.array(camera.distortion).tobytes())
+        object.__setattr__(self, "hash", digest.hexdigest()[:16])
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+    def __getitem__(self, name: str) -> Camera:
+        for camera in self.cameras:
+            if camera.name == name:
+                return camera
+        raise RigError(f"no camera {name!r} in this rig; it has {self.names}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Camera names in the model's order."""
+        return tuple(camera.name for camera in self.cameras)
+
+    def ordered(self, names: Sequence[str]) -> CameraRig:
+        """Return the same cameras in another order, or a part of them."""
+        return CameraRig(tuple(self[name] for name in names))
+
+    def moved(self, ego_at_capture2ego: Iterable[ArrayLike]) -> CameraRig:
+        """Return the rig with each cam2ego carried into another ego frame (for capture times that differ).
+
+        ego_at_capture2ego: one (4, 4) per camera: ego at that camera's exposure -> the key ego frame.
+        """
+        moved = (replace(camera, cam2ego=np.asarray(motion) @ camera.cam2ego)
+                 for camera, motion in zip(self.cameras, ego_at_capture2ego, strict=True))  # fmt: skip
+        return CameraRig(tuple(moved))
+
+    def save(self, path: Path) -> None:
+        """Write the rig as YAML."""
+        path.write_text(yaml.safe_dump({"cameras": [c.as_record() for c in self.cameras]}, sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> CameraRig:
+        """Read a rig from YAML; raises RigError naming the file."""
+        try:
+            record = yaml.safe_load(path.read_text())
+            return cls(tuple(Camera.from_record(entry) for entry in record["cameras"]))
+        except (KeyError, TypeError, RigError, yaml.YAMLError) as error:
+            raise RigError(f"{path}: {error}") from error

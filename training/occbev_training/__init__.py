@@ -1,0 +1,1 @@
+"""occbev_training: the offline loop of occbev, from recordings to an exported network."""

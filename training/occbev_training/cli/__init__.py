@@ -1,0 +1,23 @@
+"""The `occbev-train` console command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from occbev.cli import dispatch
+
+COMMANDS: Mapping[str, str] = {
+    "simulate": "write simulated drives as nuScenes tables and as ROS 2 bags",
+    "nuscenes-to-bag": "turn a nuScenes data root into ROS 2 bags",
+    "pretrain": "stage 1: learn to reconstruct occupancy from image-LiDAR pairs",
+    "finetune": "stage 2: learn boxes and semantic occupancy",
+    "evaluate": "score a model package on held-out drives",
+    "export": "turn a training checkpoint into a model package",
+}
+"""Sub-command -> one line of help. Each is `occbev_training.cli.<name>` with `add_arguments` and `run`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `occbev-train COMMAND ...`; returns the exit status."""
+    return dispatch("occbev-train", "occbev_training.cli", COMMANDS, sys.argv[1:] if arguments is None else arguments)

@@ -1,0 +1,1 @@
+"""Detection and occupancy scores on numpy arrays; numba where present."""

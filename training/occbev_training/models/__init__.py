@@ -1,0 +1,1 @@
+"""The networks, as named parts that a builder joins."""

@@ -1,0 +1,1 @@
+"""Sweeps to evidence to three-state occupancy labels."""

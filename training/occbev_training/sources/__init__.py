@@ -1,0 +1,1 @@
+"""Recordings from bags and nuScenes tables behind one interface."""

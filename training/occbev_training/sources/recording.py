@@ -1,0 +1,75 @@
+"""The one interface of every recording, whatever it was read from: images, sweeps, poses, calibration, labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.grid import VoxelGrid
+from occbev.results import Boxes3D, FrameSet, Sweep
+from occbev.rig import CameraRig
+from occbev.trajectory import Trajectory
+
+
+class RecordingError(ValueError):
+    """A recording that cannot be used, saying which file, topic or table and what would be right."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Labelled boxes of one key frame, in the ego frame at the key stamp.
+
+    boxes: scores are 1; velocities are NaN where they are not known.
+    instance: (M,) track names. lidar_points: (M,) int64 returns inside each box.
+    """
+
+    boxes: Boxes3D
+    instance: tuple[str, ...]
+    lidar_points: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OccupancyTruth:
+    """Dense labels in Occ3D form, indexed [x, y, z].
+
+    semantics: (X, Y, Z) uint8 class, 17 = free. mask_lidar, mask_camera: (X, Y, Z) bool.
+    """
+
+    semantics: NDArray[np.uint8]
+    mask_lidar: NDArray[np.bool_]
+    mask_camera: NDArray[np.bool_]
+    grid: VoxelGrid
+
+
+class Recording(Protocol):
+    """One drive. Key frames are the stamps at which labels are made; sweeps are every LiDAR rotation.
+
+    rig: cameras at their native size. lidar2ego: (4, 4).
+    key_stamp_ns, sweep_stamp_ns: (K,), (S,) int64, increasing.
+    """
+
+    name: str
+    rig: CameraRig
+    lidar2ego: NDArray[np.float64]
+    trajectory: Trajectory
+    key_stamp_ns: NDArray[np.int64]
+    sweep_stamp_ns: NDArray[np.int64]
+
+    def sweep(self, index: int) -> Sweep:
+        """Read one LiDAR rotation."""
+        ...
+
+    def frame_set(self, key: int) -> FrameSet:
+        """Read the encoded images of one key frame; each frame carries its own stamp and ego2global."""
+        ...
+
+    def annotations(self, key: int) -> Annotations | None:
+        """Return the boxes of one key frame, or None where the recording has none."""
+        ...
+
+    def occupancy_truth(self, key: int) -> OccupancyTruth | None:
+        """Return the dense labels of one key frame, or None where the recording has none."""
+        ...
