@@ -1,0 +1,128 @@
+"""Lift tables against their definition: geometry, both forms of the sum, capacity, caching."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from occbev.config import LiftConfig, ModelConfig, from_record
+from occbev.geometry import make_transform, rotation_from_yaw, transform_points
+from occbev.grid import BevGrid
+from occbev.inference.tables import (
+    GATHER_STAGES,
+    LiftPoints,
+    TableCache,
+    TableCapacityError,
+    bag_tables,
+    gather_tables,
+    lift_points,
+)
+from occbev.rig import Camera, CameraRig
+
+OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+INTRINSIC = np.array([[60.0, 0, 48], [0, 60, 20], [0, 0, 1]])
+BEV = BevGrid((-20, -20), (1, 1), (40, 40))
+LIFT = from_record(LiftConfig, {"depth": {"lo": 1, "hi": 25, "step": 1}, "max_points": 4096})
+
+
+def rig(cameras: int = 3) -> CameraRig:
+    poses = [
+        make_transform(rotation_from_yaw(2 * np.pi * i / cameras) @ OPTICAL, [1, 0.2 * i, 1.5])
+        for i in range(cameras)
+    ]
+    return CameraRig(tuple(Camera(f"c{i}", 96, 64, INTRINSIC, p) for i, p in enumerate(poses)))
+
+
+def points_of(cameras: CameraRig) -> LiftPoints:
+    intrinsic = np.stack([c.intrinsic for c in cameras.cameras])
+    return lift_points(
+        intrinsic, np.stack([c.cam2ego for c in cameras.cameras]), (96, 64), LIFT, BEV
+    )
+
+
+def direct_sum(points: LiftPoints, depth: np.ndarray, feature: np.ndarray) -> np.ndarray:
+    cells = np.zeros((BEV.size, feature.shape[1]))
+    np.add.at(cells, points.cell, depth[points.depth, None] * feature[points.pixel])
+    return cells
+
+
+def random_features(cameras: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    places = cameras * 4 * 6
+    return rng.random(places * LIFT.depth.bins), rng.normal(size=(places, 5))
+
+
+def test_every_kept_point_is_where_its_pixel_and_depth_say() -> None:
+    cameras = rig()
+    points = points_of(cameras)
+    rng = np.random.default_rng(1)
+    for i in rng.choice(len(points), 50, replace=False):
+        camera, place = divmod(int(points.pixel[i]), 24)
+        depth_bin = (int(points.depth[i]) - camera * LIFT.depth.bins * 24) // 24
+        assert (int(points.depth[i]) - camera * LIFT.depth.bins * 24) % 24 == place
+        u, v = (place % 6 + 0.5) * 16, (place // 6 + 0.5) * 16
+        depth = 1 + depth_bin + 0.5
+        in_camera = [(u - 48) / 60 * depth, (v - 20) / 60 * depth, depth]
+        ego = transform_points(cameras.cameras[camera].cam2ego, in_camera)
+        column, row = np.floor(ego[:2] + 20).astype(int)
+        assert points.cell[i] == row * 40 + column
+
+
+def test_both_forms_give_the_direct_sum() -> None:
+    points = points_of(rig())
+    depth, feature = random_features(3)
+    expected = direct_sum(points, depth, feature)
+    bag = bag_tables(points, BEV, LIFT.max_points)
+    weighted = depth[bag["table_depth"]] * bag["table_weight"]
+    rows = weighted[:, None] * feature[bag["table_pixel"]]
+    bounds = np.r_[bag["table_offset"], LIFT.max_points]
+    bags = np.stack([rows[a:b].sum(0) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    np.testing.assert_allclose(bags, expected, atol=1e-9)
+    gather = gather_tables(points, BEV, LIFT.max_points)
+    weighted = depth[gather["table_depth"]] * gather["table_weight"]
+    sums = (weighted[..., None] * feature[gather["table_pixel"]]).sum(1)
+    for stage in range(2, GATHER_STAGES + 1):
+        sums = sums[gather[f"table_stage{stage}"]].sum(1)
+    np.testing.assert_allclose(sums[gather["table_cell"]], expected, atol=1e-9)
+
+
+def test_bag_offsets_stay_below_the_index_count() -> None:
+    bag = bag_tables(points_of(rig()), BEV, LIFT.max_points)
+    assert bag["table_offset"].max() < LIFT.max_points
+
+
+def test_a_rig_that_sees_nothing_gives_an_empty_map() -> None:
+    far = rig().moved([make_transform(np.eye(3), [500, 0, 0])] * 3)
+    points = points_of(far)
+    assert len(points) == 0
+    assert bag_tables(points, BEV, 64)["table_weight"].sum() == 0
+    assert gather_tables(points, BEV, 64)["table_weight"].sum() == 0
+
+
+def test_too_many_points_name_both_numbers() -> None:
+    points = points_of(rig())
+    with pytest.raises(TableCapacityError, match=f"needs {len(points) + 1} .* holds 100"):
+        bag_tables(points, BEV, 100)
+
+
+def test_points_above_the_height_range_are_dropped() -> None:
+    lifted = rig().moved([make_transform(np.eye(3), [0, 0, 100])] * 3)
+    assert len(points_of(lifted)) == 0
+
+
+def test_the_cache_follows_the_calibration() -> None:
+    model = from_record(
+        ModelConfig,
+        {
+            "image": {"width": 96, "height": 64},
+            "bev": {"lo": [-20, -20], "pitch": [1, 1], "shape": [40, 40]},
+        },
+    )
+    cache = TableCache(model, "bag")
+    first = cache.tables(rig())
+    assert cache.tables(rig()) is first
+    moved = cache.tables(rig().moved([make_transform(rotation_from_yaw(0.1), [0, 0, 0])] * 3))
+    assert any(not np.array_equal(first[k], moved[k]) for k in first)
+    wrong = CameraRig((Camera("c", 100, 64, INTRINSIC, np.eye(4)),))
+    with pytest.raises(ValueError, match="camera c is 100x64, the network takes 96x64"):
+        cache.tables(wrong)
