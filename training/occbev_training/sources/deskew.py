@@ -1,0 +1,208 @@
+"""Motion compensation of LiDAR sweeps: each point moves by the ego pose of its own instant.
+
+It stands between the recordings and the labels: raw sweep in, rays with their own origins out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.geometry import invert_transform, transform_points
+from occbev.results import Sweep
+from occbev.trajectory import Trajectory
+
+KNOTS = 64
+"""Pose samples across one sweep; between them a transform is blended linearly (error below 1 um)."""
+
+
+@dataclass(frozen=True)
+class EgoBox:
+    """The vehicle's own body in base_link: returns inside it say nothing of the world.
+
+    lo, hi: corners x, y, z, bounds inclusive. The default holds every body return of nuScenes cars.
+    """
+
+    lo: tuple[float, float, float] = (-1.3, -1.05, 0.1)
+    hi: tuple[float, float, float] = (4.0, 1.05, 2.2)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lo", tuple(float(v) for v in self.lo))
+        object.__setattr__(self, "hi", tuple(float(v) for v in self.hi))
+        if not len(self.lo) == len(self.hi) == 3 or any(
+            a >= b for a, b in zip(self.lo, self.hi, strict=True)
+        ):
+            raise ValueError(f"ego box needs lo < hi on three axes; got lo {self.lo}, hi {self.hi}")
+
+    def contains(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which of (M, 3) points of base_link lie inside."""
+        return np.all((points >= self.lo) & (points <= self.hi), axis=-1)
+
+
+@dataclass(frozen=True)
+class RayLimits:
+    """Which returns become rays, in metres."""
+
+    min_range: float = 1.0
+    """Nearer returns are dropped: the sensor does not promise them."""
+    max_range: float = 60.0
+    """Farther returns are no hit and carve only up to here."""
+    isolated_filter: bool = False
+    """Drop near returns that stand alone, such as rain and dust."""
+    isolated_radius: float = 0.5
+    """Neighbourhood of the isolated-return filter."""
+    isolated_neighbours: int = 2
+    """Fewer other returns in the neighbourhood than this make a return isolated."""
+    isolated_range: float = 15.0
+    """Only returns nearer than this are tested for isolation."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_range < self.max_range:
+            raise ValueError(
+                f"ray limits need 0 <= min_range < max_range; got {self.min_range}, {self.max_range}"
+            )
+
+
+@dataclass(frozen=True)
+class Rays:
+    """LiDAR beams in one ego frame.
+
+    end, origin: (M, 3) float64. hit: (M,) bool, False where the beam was cut at the maximum range.
+    dropped: reason -> number of points that became no ray.
+    """
+
+    end: NDArray[np.float64]
+    origin: NDArray[np.float64]
+    hit: NDArray[np.bool_]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.end)
+
+    def moved(self, a2b: NDArray[np.float64]) -> Rays:
+        """Carry the rays from frame a into frame b."""
+        return replace(
+            self, end=transform_points(a2b, self.end), origin=transform_points(a2b, self.origin)
+        )
+
+
+def compensated(sweep: Sweep, trajectory: Trajectory) -> Sweep:
+    """Move every point to the LiDAR frame at `sweep.stamp_ns`; the result has no time offsets.
+
+    Points and their number keep their order; non-finite ones stay non-finite. Raises PoseError
+    where the trajectory does not cover the sweep.
+    """
+    if sweep.time_offset is None or len(sweep.points) == 0:
+        return replace(sweep, time_offset=None)
+    motion = _ego_motion(sweep.time_offset, sweep.stamp_ns, sweep.stamp_ns, trajectory)
+    ego2lidar = invert_transform(sweep.lidar2ego)
+    points = motion.apply(transform_points(sweep.lidar2ego, sweep.points))
+    return replace(
+        sweep, points=transform_points(ego2lidar, points).astype(np.float32), time_offset=None
+    )
+
+
+def deskewed_rays(
+    sweep: Sweep,
+    trajectory: Trajectory,
+    reference_ns: int,
+    ego_box: EgoBox | None = None,
+    limits: RayLimits | None = None,
+) -> Rays:
+    """Turn a sweep into rays in ego at `reference_ns`, each with the origin of its own instant.
+
+    Drops, in this order and counted by reason: non-finite points or times, points nearer than
+    the minimum range, points on the ego body (in base_link at capture time), isolated returns.
+    Raises PoseError where the trajectory covers the sweep or the reference not.
+    """
+    ego_box, limits = ego_box or EgoBox(), limits or RayLimits()
+    points, times, distance, dropped = _usable_points(sweep, ego_box, limits)
+    hit = distance <= limits.max_range
+    reach = np.minimum(1.0, limits.max_range / np.maximum(distance, 1e-9))[:, None]
+    end = transform_points(sweep.lidar2ego, points * reach)
+    origin = np.broadcast_to(sweep.lidar2ego[:3, 3], end.shape)
+    if times is None:
+        motion = trajectory.relative(sweep.stamp_ns, reference_ns)
+        return Rays(transform_points(motion, end), transform_points(motion, origin), hit, dropped)
+    knots = _ego_motion(times, sweep.stamp_ns, reference_ns, trajectory)
+    return Rays(knots.apply(end), knots.apply(origin), hit, dropped)
+
+
+@dataclass(frozen=True)
+class _KnotMotion:
+    """Per-point transforms: blends of knot transforms (K, 4, 4) at `knot` (M,) + `share` (M,)."""
+
+    transforms: NDArray[np.float64]
+    knot: NDArray[np.int64]
+    share: NDArray[np.float64]
+
+    def apply(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Move (M, 3) points, each by its own transform."""
+        step = np.diff(self.transforms, axis=0, append=self.transforms[-1:])
+        mixed = self.transforms[self.knot, :3] + self.share[:, None, None] * step[self.knot, :3]
+        return np.einsum("mij,mj->mi", mixed[:, :, :3], points) + mixed[:, :, 3]
+
+
+def _ego_motion(
+    time_offset: NDArray[np.floating], stamp_ns: int, reference_ns: int, trajectory: Trajectory
+) -> _KnotMotion:
+    """Build ego(capture) -> ego(reference) for every point of one sweep."""
+    offset = np.asarray(time_offset, np.float64)
+    finite = np.isfinite(offset)
+    if not finite.any():
+        return _KnotMotion(
+            np.eye(4)[None], np.zeros(len(offset), np.int64), np.full(len(offset), np.nan)
+        )
+    first, last = offset[finite].min(), offset[finite].max()
+    knots = np.linspace(first, last, KNOTS)
+    stamps = stamp_ns + np.round(knots * 1e9).astype(np.int64)
+    ego2reference = invert_transform(trajectory.at(reference_ns)) @ trajectory.at_many(stamps)
+    place = (np.where(finite, offset, first) - first) / max(last - first, 1e-12) * (KNOTS - 1)
+    knot = np.minimum(place.astype(np.int64), KNOTS - 2)
+    return _KnotMotion(ego2reference, knot, np.where(finite, place - knot, np.nan))
+
+
+def _usable_points(
+    sweep: Sweep, ego_box: EgoBox, limits: RayLimits
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64], dict[str, int]]:
+    """Return the kept points (M, 3) in the LiDAR frame, their times, ranges, and the drop counts."""
+    points = np.asarray(sweep.points, np.float64).reshape(-1, 3)
+    times = None if sweep.time_offset is None else np.asarray(sweep.time_offset, np.float64)
+    if times is not None and len(times) != len(points):
+        raise ValueError(
+            f"sweep at {sweep.stamp_ns} ns: {len(points)} points but {len(times)} time offsets"
+        )
+    dropped: dict[str, int] = {}
+
+    def keep(reason: str, good: NDArray[np.bool_]) -> None:
+        nonlocal points, times
+        dropped[reason] = int(np.count_nonzero(~good))
+        if dropped[reason]:
+            points, times = points[good], None if times is None else times[good]
+
+    finite = np.isfinite(points).all(axis=1)
+    keep("not_finite", finite if times is None else finite & np.isfinite(times))
+    keep("too_near", np.linalg.norm(points, axis=1) >= limits.min_range)
+    keep("ego_body", ~ego_box.contains(transform_points(sweep.lidar2ego, points)))
+    if limits.isolated_filter:
+        keep("isolated", ~_isolated(points, limits))
+    distance = np.linalg.norm(points, axis=1)
+    dropped["beyond_max_range"] = int(np.count_nonzero(distance > limits.max_range))
+    return points, times, distance, dropped
+
+
+def _isolated(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool_]:
+    """Return which of (M, 3) points are near the sensor and have too few neighbours."""
+    from scipy.spatial import cKDTree
+
+    near = np.linalg.norm(points, axis=1) < limits.isolated_range
+    alone = np.zeros(len(points), np.bool_)
+    if near.any():
+        around = cKDTree(points).query_ball_point(
+            points[near], limits.isolated_radius, return_length=True
+        )
+        alone[near] = around - 1 < limits.isolated_neighbours
+    return alone
