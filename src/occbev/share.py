@@ -1,0 +1,27 @@
+"""Where the installed launch files, configurations and models are, from a clone, a wheel or a colcon workspace."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def share_path(relative: str) -> Path:
+    """Find a file or folder of the package's share, such as "config/perception.yaml".
+
+    Raises:
+        FileNotFoundError: naming every folder that was searched.
+    """
+    searched = [root / relative for root in _roots()]
+    for path in searched:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{relative} is in none of {[str(path) for path in searched]}")
+
+
+def _roots() -> list[Path]:
+    """A clone's root, then share/occbev beside the library the package was installed into."""
+    here = Path(__file__).resolve()
+    clone = [here.parents[2]] if (here.parents[2] / "package.xml").is_file() else []
+    prefixes = [*here.parents[3:7], Path(sys.prefix)]
+    return clone + [prefix / "share" / "occbev" for prefix in prefixes]
