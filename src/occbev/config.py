@@ -34,18 +34,22 @@ class ImageConfig:
     """Input width in pixels."""
     height: int = 128
     """Input height in pixels; the source is scaled to the width and cropped to its lower rows."""
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """Subtracted from RGB values 0..255."""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    mean: tuple[float, float, float] = (127.0, 127.0, 127.0)
+    """Subtracted from RGB values 0..255; the default is what EfficientNet-Lite was trained with."""
+    std: tuple[float, float, float] = (128.0, 128.0, 128.0)
     """Divides RGB values after the mean was subtracted."""
     channel_order: str = "rgb"
     """Order of the channels that the network was trained on: rgb, or bgr_swapped for BEVDet checkpoints."""
 
     def __post_init__(self) -> None:
         if self.width % 32 or self.height % 32 or min(self.width, self.height) <= 0:
-            raise ConfigError(f"image size {self.width}x{self.height}: both must be positive multiples of 32")
+            raise ConfigError(
+                f"image size {self.width}x{self.height}: both must be positive multiples of 32"
+            )
         if self.channel_order not in ("rgb", "bgr_swapped"):
-            raise ConfigError(f"image.channel_order {self.channel_order!r}: must be rgb or bgr_swapped")
+            raise ConfigError(
+                f"image.channel_order {self.channel_order!r}: must be rgb or bgr_swapped"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class DepthConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.lo < self.hi or self.step <= 0:
-            raise ConfigError(f"depth bins [{self.lo}, {self.hi}) step {self.step}: need 0 < lo < hi and step > 0")
+            raise ConfigError(
+                f"depth bins [{self.lo}, {self.hi}) step {self.step}: need 0 < lo < hi and step > 0"
+            )
 
     @property
     def bins(self) -> int:
@@ -89,8 +95,10 @@ class LiftConfig:
 class EncoderConfig:
     """Image encoder."""
 
-    backbone: str = "efficientnet_lite0"
-    """Backbone name, as timm spells it."""
+    backbone: str = "tf_efficientnet_lite0"
+    """Backbone name, as timm spells it; an EfficientNet."""
+    stages: int = 6
+    """Leading stages of the backbone that are used; later ones would add parameters at the same stride."""
     channels: int = 128
     """Channels of the neck's output."""
     frozen_stages: int = 4
@@ -101,7 +109,7 @@ class EncoderConfig:
 class BevEncoderConfig:
     """BEV encoder: a small residual U-shaped CNN."""
 
-    channels: tuple[int, ...] = (64, 128, 192)
+    channels: tuple[int, ...] = (64, 96, 128)
     """Width at full, half and quarter BEV resolution."""
     blocks: tuple[int, ...] = (1, 2, 2)
     """Residual blocks at each resolution."""
@@ -115,7 +123,7 @@ class OccupancyHeadConfig:
 
     channels: int = 64
     """Width of the plane before it is unfolded into heights."""
-    height_channels: int = 8
+    height_channels: int = 16
     """Features of each voxel in the 3D part of the decoder."""
 
 
@@ -179,7 +187,9 @@ def to_record(value: Any) -> Any:
     if isinstance(value, VoxelGrid):
         return value.as_record()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {
+            f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+        }
     if isinstance(value, Mapping):
         return {str(key): to_record(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
@@ -232,11 +242,16 @@ def _convert(schema: Any, value: Any, where: str) -> Any:
             return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(arguments):
             raise ConfigError(f"{where}: want {len(arguments)} values, got {value!r}")
-        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(
+            _convert(a, v, f"{where}[{i}]")
+            for i, (a, v) in enumerate(zip(arguments, value, strict=True))
+        )
     if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: want keys and values, got {value!r}")
-        return {key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
+        return {
+            key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()
+        }
     return _convert_scalar(schema, value, where)
 
 
@@ -277,6 +292,10 @@ def _convert_scalar(schema: Any, value: Any, where: str) -> Any:
             pass
     if schema is Path and isinstance(value, str):
         return Path(value)
-    if isinstance(schema, type) and isinstance(value, schema) and not (schema is int and isinstance(value, bool)):
+    if (
+        isinstance(schema, type)
+        and isinstance(value, schema)
+        and not (schema is int and isinstance(value, bool))
+    ):
         return value
     raise ConfigError(f"{where}: want {getattr(schema, '__name__', schema)}, got {value!r}")

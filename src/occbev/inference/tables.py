@@ -22,6 +22,9 @@ GATHER_WIDTH = 8
 GATHER_STAGES = 4
 """Stages of the gather form: a cell holds at most GATHER_WIDTH ** GATHER_STAGES points."""
 
+RAY_CHANNELS = 4
+"""Channels of `ray_table`."""
+
 Tables = dict[str, NDArray[np.int32] | NDArray[np.float32]]
 
 
@@ -56,23 +59,30 @@ def lift_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int,
     a depth bin for its centre. Points outside the BEV or `lift.z_range` are left out.
     """
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
-    cameras, (width, height) = len(intrinsic), image_size
-    columns, rows = width // lift.stride, height // lift.stride
-    u, v = np.meshgrid((np.arange(columns) + 0.5) * lift.stride, (np.arange(rows) + 0.5) * lift.stride)
-    pixels = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)  # (h * w, 3)
+    cameras, cells_per_image = (
+        len(intrinsic),
+        (image_size[0] // lift.stride) * (image_size[1] // lift.stride),
+    )
+    pixels = _feature_pixels(image_size, lift.stride)  # (h * w, 3)
     depths = lift.depth.lo + (np.arange(lift.depth.bins) + 0.5) * lift.depth.step
-    rays = pixels @ np.swapaxes(cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2)  # (N, h * w, 3) per metre of depth
-    points = rays[:, None] * depths[None, :, None, None] + cam2ego[:, None, None, :3, 3]  # (N, D, h * w, 3)
+    rays = pixels @ np.swapaxes(
+        cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2
+    )  # (N, h * w, 3) per metre of depth
+    points = (
+        rays[:, None] * depths[None, :, None, None] + cam2ego[:, None, None, :3, 3]
+    )  # (N, D, h * w, 3)
     cells = np.floor(bev.map_coordinates(points[..., :2])).astype(np.int64)
     inside = np.all((cells >= 0) & (cells < bev.shape), axis=-1)
     inside &= (points[..., 2] >= lift.z_range[0]) & (points[..., 2] < lift.z_range[1])
     camera, _, place = np.nonzero(inside)
     cell = cells[..., 1][inside] * bev.shape[0] + cells[..., 0][inside]
     depth = np.flatnonzero(inside)
-    pixel = camera * (rows * columns) + place
+    pixel = camera * cells_per_image + place
     order = np.argsort(cell, kind="stable")
-    assert cameras * lift.depth.bins * rows * columns < 2**31, "frustum indices must fit int32"
-    return LiftPoints(pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order].astype(np.int32))
+    assert cameras * lift.depth.bins * cells_per_image < 2**31, "frustum indices must fit int32"
+    return LiftPoints(
+        pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order].astype(np.int32)
+    )
 
 
 def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
@@ -93,7 +103,10 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
 
 def gather_capacities(bev: BevGrid, max_points: int) -> tuple[int, ...]:
     """Rows of each stage of the gather form, the reserved all-zero last row included."""
-    return tuple(max_points // GATHER_WIDTH**stage + bev.size // 2 + 1 for stage in range(1, GATHER_STAGES + 1))
+    return tuple(
+        max_points // GATHER_WIDTH**stage + bev.size // 2 + 1
+        for stage in range(1, GATHER_STAGES + 1)
+    )
 
 
 def gather_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
@@ -108,20 +121,51 @@ def gather_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
     _check_capacity("rows of gather stage 1", len(slots) + 1, capacities[0])
     used = slots >= 0
     tables: Tables = {
-        "table_pixel": _padded(np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]),
-        "table_depth": _padded(np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]),
+        "table_pixel": _padded(
+            np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]
+        ),
+        "table_depth": _padded(
+            np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]
+        ),
         "table_weight": _padded(used.astype(np.float32), capacities[0]),
     }
     for stage in range(2, GATHER_STAGES + 1):
         zero_row = capacities[stage - 2] - 1
         slots, row_cell = _group(row_cell)
         _check_capacity(f"rows of gather stage {stage}", len(slots) + 1, capacities[stage - 1])
-        tables[f"table_stage{stage}"] = _padded(np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row)
+        tables[f"table_stage{stage}"] = _padded(
+            np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row
+        )
     if len(row_cell) and np.any(np.diff(row_cell) == 0):
-        raise TableCapacityError(f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points")
+        raise TableCapacityError(
+            f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points"
+        )
     cell = np.full(bev.size, capacities[-1] - 1, np.int32)
     cell[row_cell] = np.arange(len(row_cell))
     return tables | {"table_cell": cell}
+
+
+def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int],
+              lift: LiftConfig) -> NDArray[np.float32]:  # fmt: skip
+    """Return what calibration says of each feature cell: (N, 4, h, w), camera-aware depth's input.
+
+    Channels: slope of the ray across the camera's axis; metres that it climbs in ego per metre of
+    depth; height of the camera above ground in metres / 2; ten times the angle that a pixel spans.
+    """
+    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
+    rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
+    rays = np.swapaxes(np.linalg.inv(intrinsic), 1, 2)
+    rays = (
+        _feature_pixels(image_size, lift.stride) @ rays
+    )  # (N, h * w, 3) in cam, per metre of depth
+    climb = rays @ cam2ego[:, 2, :3, None]
+    height = np.broadcast_to(cam2ego[:, 2, 3, None, None] / 2, climb.shape)
+    focal = np.sqrt(np.abs(np.linalg.det(intrinsic[:, :2, :2])))
+    pixel_angle = np.broadcast_to(10 / focal[:, None, None], climb.shape)
+    table = np.concatenate([rays[..., :1], climb, height, pixel_angle], -1)
+    return np.ascontiguousarray(
+        np.swapaxes(table, 1, 2).reshape(len(intrinsic), RAY_CHANNELS, rows, columns), np.float32
+    )
 
 
 class TableCache:
@@ -133,7 +177,10 @@ class TableCache:
         self._tables: dict[str, Tables] = {}
 
     def tables(self, rig: CameraRig) -> Tables:
-        """Return the tables of a rig whose cameras have the network's input size."""
+        """Return the tables of a rig whose cameras have the network's input size.
+
+        They are `bag_tables` or `gather_tables`, and table_ray (1, N, 4, h, w) of `ray_table`.
+        """
         if rig.hash not in self._tables:
             while len(self._tables) >= self._size:
                 self._tables.pop(next(iter(self._tables)))
@@ -145,11 +192,21 @@ class TableCache:
         size = (model.image.width, model.image.height)
         for camera in rig.cameras:
             if (camera.width, camera.height) != size:
-                raise ValueError(f"camera {camera.name} is {camera.width}x{camera.height}, the network takes {size[0]}x{size[1]}")
-        points = lift_points(np.stack([c.intrinsic for c in rig.cameras]), np.stack([c.cam2ego for c in rig.cameras]),
-                             size, model.lift, model.bev)  # fmt: skip
+                raise ValueError(
+                    f"camera {camera.name} is {camera.width}x{camera.height}, the network takes {size[0]}x{size[1]}"
+                )
+        intrinsic = np.stack([c.intrinsic for c in rig.cameras])
+        cam2ego = np.stack([c.cam2ego for c in rig.cameras])
+        points = lift_points(intrinsic, cam2ego, size, model.lift, model.bev)
         build = {"bag": bag_tables, "gather": gather_tables}[self._form]
-        return build(points, model.bev, model.lift.max_points)
+        tables = build(points, model.bev, model.lift.max_points)
+        return tables | {"table_ray": ray_table(intrinsic, cam2ego, size, model.lift)[None]}
+
+
+def _feature_pixels(image_size: tuple[int, int], stride: int) -> NDArray[np.float64]:
+    columns, rows = image_size[0] // stride, image_size[1] // stride
+    u, v = np.meshgrid((np.arange(columns) + 0.5) * stride, (np.arange(rows) + 0.5) * stride)
+    return np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)
 
 
 def _group(key: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -166,11 +223,15 @@ def _group(key: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]
 
 
 def _padded(rows: NDArray[np.generic], length: int, fill: int = 0) -> NDArray[np.int32]:
-    out = np.full((length, *rows.shape[1:]), fill, np.float32 if rows.dtype == np.float32 else np.int32)
+    out = np.full(
+        (length, *rows.shape[1:]), fill, np.float32 if rows.dtype == np.float32 else np.int32
+    )
     out[: len(rows)] = rows
     return out
 
 
 def _check_capacity(what: str, needed: int, capacity: int) -> None:
     if needed > capacity:
-        raise TableCapacityError(f"this rig needs {needed} {what}, the exported graph holds {capacity}; export with a larger lift.max_points")
+        raise TableCapacityError(
+            f"this rig needs {needed} {what}, the exported graph holds {capacity}; export with a larger lift.max_points"
+        )
