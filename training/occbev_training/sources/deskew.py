@@ -85,7 +85,7 @@ class Rays:
     def moved(self, a2b: NDArray[np.float64]) -> Rays:
         """Carry the rays from frame a into frame b."""
         return replace(
-            self, end=transform_points(a2b, self.end), origin=transform_points(a2b, self.origin)
+            self, end=_transform_each(a2b, self.end), origin=_transform_each(a2b, self.origin)
         )
 
 
@@ -122,11 +122,11 @@ def deskewed_rays(
     points, times, distance, dropped = _usable_points(sweep, ego_box, limits)
     hit = distance <= limits.max_range
     reach = np.minimum(1.0, limits.max_range / np.maximum(distance, 1e-9))[:, None]
-    end = transform_points(sweep.lidar2ego, points * reach)
+    end = _transform_each(sweep.lidar2ego, points * reach)
     origin = np.broadcast_to(sweep.lidar2ego[:3, 3], end.shape)
     if times is None:
         motion = trajectory.relative(sweep.stamp_ns, reference_ns)
-        return Rays(transform_points(motion, end), transform_points(motion, origin), hit, dropped)
+        return Rays(_transform_each(motion, end), _transform_each(motion, origin), hit, dropped)
     knots = _ego_motion(times, sweep.stamp_ns, reference_ns, trajectory)
     return Rays(knots.apply(end), knots.apply(origin), hit, dropped)
 
@@ -143,7 +143,20 @@ class _KnotMotion:
         """Move (M, 3) points, each by its own transform."""
         step = np.diff(self.transforms, axis=0, append=self.transforms[-1:])
         mixed = self.transforms[self.knot, :3] + self.share[:, None, None] * step[self.knot, :3]
-        return np.einsum("mij,mj->mi", mixed[:, :, :3], points) + mixed[:, :, 3]
+        return _transform_each(mixed, points)
+
+
+def _transform_each(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move (M, 3) points by (4, 4) or (M, 3, 4) transforms, the same bits whatever their order.
+
+    A matrix product rounds a row by its place in the block, so a label could depend on the order.
+    """
+    x, y, z = points[:, 0], points[:, 1], points[:, 2]
+    rows = [
+        a2b[..., i, 0] * x + a2b[..., i, 1] * y + a2b[..., i, 2] * z + a2b[..., i, 3]
+        for i in range(3)
+    ]
+    return np.stack(rows, axis=-1)
 
 
 def _ego_motion(
@@ -186,7 +199,7 @@ def _usable_points(
     finite = np.isfinite(points).all(axis=1)
     keep("not_finite", finite if times is None else finite & np.isfinite(times))
     keep("too_near", np.linalg.norm(points, axis=1) >= limits.min_range)
-    keep("ego_body", ~ego_box.contains(transform_points(sweep.lidar2ego, points)))
+    keep("ego_body", ~ego_box.contains(_transform_each(sweep.lidar2ego, points)))
     if limits.isolated_filter:
         keep("isolated", ~_isolated(points, limits))
     distance = np.linalg.norm(points, axis=1)
