@@ -13,7 +13,7 @@ ARGUMENTS ?=
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
-INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*)
+INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
 ROS_EXTRA := $(if $(AMENT_PREFIX_PATH),,$(COMMA)ros)
 COMMA := ,

@@ -54,7 +54,7 @@ setup(
     packages=find_packages("src"),
     package_data={
         "occbev": ["py.typed"],
-        "occbev.nodes": ["interfaces/*/*.msg", "interfaces/*/package.xml"],
+        "occbev.nodes": ["interfaces/*/msg/*.msg"],
     },
     data_files=data_files(),
     install_requires=["numpy>=1.21", "PyYAML>=5.4"],
