@@ -1,0 +1,42 @@
+"""Make a network from its configuration."""
+
+from __future__ import annotations
+
+from occbev.config import ConfigError, ModelConfig
+from occbev_training.models.bev_encoder import BevEncoder
+from occbev_training.models.detection_head import DetectionHead
+from occbev_training.models.image_encoder import ImageEncoder
+from occbev_training.models.lift_splat import LiftSplat
+from occbev_training.models.network import OccBevNetwork
+from occbev_training.models.occupancy_head import OccupancyDecoder
+
+STAGES = ("pretrain", "finetune")
+
+
+def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
+    """Build a network with random weights.
+
+    stage: "pretrain" has the occupancy decoder, "finetune" the semantic and the detection head.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"stage {stage!r}: must be one of {STAGES}")
+    if config.family != "lss":
+        raise ConfigError(f"family {config.family!r}: only lss can be built")
+    if config.lift.stride != 16:
+        raise ConfigError(f"lift.stride {config.lift.stride}: the image encoder's stride is 16")
+    parts = (
+        ImageEncoder(config.encoder),
+        LiftSplat(config.encoder.channels, config.lift, config.bev.shape),
+        BevEncoder(config.lift.channels, config.bev_encoder),
+    )
+    if stage == "pretrain":
+        return OccBevNetwork(*parts, occupancy_decoder=_occupancy(config, 2))
+    width = config.bev_encoder.out_channels
+    detection = DetectionHead(width, config.detection, len(config.detection_classes))
+    occupancy = _occupancy(config, len(config.occupancy_classes))
+    return OccBevNetwork(*parts, occupancy_head=occupancy, detection_head=detection)
+
+
+def _occupancy(config: ModelConfig, classes: int) -> OccupancyDecoder:
+    width = config.bev_encoder.out_channels
+    return OccupancyDecoder(width, config.occupancy, config.bev, config.grid, classes)

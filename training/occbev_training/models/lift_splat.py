@@ -1,0 +1,148 @@
+"""Lift-Splat view transform: camera features with depth, summed into BEV cells by tables.
+
+Which frustum point feeds which cell is computed outside the network (`occbev.inference.tables`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn import functional
+
+from occbev.config import LiftConfig, ModelConfig
+from occbev.inference.tables import GATHER_STAGES, RAY_CHANNELS, LiftPoints, lift_points, ray_table
+from occbev_training.models.layers import conv_bn_relu
+
+
+@dataclass(frozen=True)
+class BatchedPoints:
+    """Frustum points of a batch, sorted by cell, for one embedding bag over the whole batch.
+
+    pixel: (P,) int32 rows of the context (B * N * h * w, C).
+    depth: (P,) int32 entries of the depth probabilities (B * N * D * h * w).
+    weight: (P,) float32, 0 for padding; the last entry is padding, so that no bag begins at P.
+    offset: (B * Y * X,) int32, where each cell's entries begin.
+    ray: (B, N, 4, h, w) float32, `ray_table` of every sample.
+    """
+
+    pixel: Tensor
+    depth: Tensor
+    weight: Tensor
+    offset: Tensor
+    ray: Tensor
+
+    def to(self, device: torch.device | str) -> BatchedPoints:
+        """Move every tensor."""
+        return BatchedPoints(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: ModelConfig) -> BatchedPoints:
+    """Place the frusta of a batch in the BEV.
+
+    intrinsic: (B, N, 3, 3) of network-size images. cam2ego: (B, N, 4, 4). Augmentation folded in.
+    """
+    size = (config.image.width, config.image.height)
+    samples = list(zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True))
+    points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
+    rays = np.stack([ray_table(k, pose, size, config.lift) for k, pose in samples])
+    return batch_points(points, rays, config)
+
+
+def batch_points(
+    points: Sequence[LiftPoints], rays: np.ndarray, config: ModelConfig
+) -> BatchedPoints:
+    """Join the points of B samples; rays: (B, N, 4, h, w)."""
+    cells, pixels = config.bev.size, rays.shape[1] * rays.shape[3] * rays.shape[4]
+    pixel = [p.pixel + i * pixels for i, p in enumerate(points)]
+    depth = [p.depth + i * pixels * config.lift.depth.bins for i, p in enumerate(points)]
+    cell = np.concatenate([p.cell + i * cells for i, p in enumerate(points)])
+    offset = np.searchsorted(cell, np.arange(len(points) * cells)).astype(np.int32)
+    weight = np.ones(len(cell) + 1, np.float32)
+    weight[-1] = 0
+    dummy = np.zeros(1, np.int32)
+    return BatchedPoints(
+        torch.from_numpy(np.concatenate([*pixel, dummy])),
+        torch.from_numpy(np.concatenate([*depth, dummy])),
+        torch.from_numpy(weight),
+        torch.from_numpy(offset),
+        torch.from_numpy(rays),
+    )
+
+
+def splat(context: Tensor, depth: Tensor, points: BatchedPoints) -> Tensor:
+    """Sum depth-weighted features into cells without ever forming the lifted volume.
+
+    context: (R, C) feature rows. depth: (S,) probabilities.
+    Returns: (B * Y * X, C).
+    """
+    weights = depth.index_select(0, points.depth) * points.weight
+    return functional.embedding_bag(
+        points.pixel, context, points.offset, mode="sum", per_sample_weights=weights
+    )
+
+
+def splat_by_gather(context: Tensor, depth: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """Do what `splat` does by gathers alone, for runtimes without an embedding bag.
+
+    tables: those of `gather_tables` in its order. Returns: (Y * X, C).
+    """
+    pixel, depth_index, weight, *stages, cell = tables
+    weights = depth[depth_index.flatten()].view_as(weight) * weight
+    rows = context[pixel.flatten()].unflatten(0, pixel.shape)  # (rows1, 8, C)
+    sums = (rows * weights[..., None]).sum(1)
+    assert len(stages) == GATHER_STAGES - 1
+    for stage in stages:
+        sums = sums[stage.flatten()].unflatten(0, stage.shape).sum(1)
+    return sums[cell]
+
+
+class LiftSplat(nn.Module):
+    """Depth distribution and context of every feature cell, splatted into the BEV."""
+
+    def __init__(self, inputs: int, lift: LiftConfig, bev_shape: tuple[int, int]) -> None:
+        """bev_shape: cells along x and y."""
+        super().__init__()
+        self.bins, self.channels, self._bev_shape = lift.depth.bins, lift.channels, bev_shape
+        self.aware = conv_bn_relu(inputs + RAY_CHANNELS, inputs, 1)
+        self.predict = nn.Conv2d(inputs, self.bins + self.channels, 1)
+
+    def predict_depth(self, features: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
+        """Return depth logits (M, D, h, w) and context (M, C, h, w) of M = B * N images.
+
+        ray: (M, 4, h, w): the scale of a thing in pixels says its depth only with the focal length.
+        """
+        both = self.predict(self.aware(torch.cat([features, ray.to(features.dtype)], 1)))
+        return both[:, : self.bins], both[:, self.bins :]
+
+    def rows(
+        self, depth_logits: Tensor, context: Tensor, camera_valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the operands of the splat in float32: context rows (R, C) and depth (S,).
+
+        camera_valid: (M,); a camera that is missing adds nothing anywhere.
+        """
+        depth = depth_logits.float().softmax(1) * camera_valid.view(-1, 1, 1, 1)
+        return context.float().permute(0, 2, 3, 1).reshape(-1, self.channels), depth.flatten()
+
+    def to_bev(self, cells: Tensor) -> Tensor:
+        """Turn (B * Y * X, C) into (B, C, Y, X)."""
+        x, y = self._bev_shape
+        return cells.view(-1, y, x, self.channels).permute(0, 3, 1, 2)
+
+    def forward(
+        self, features: Tensor, camera_valid: Tensor, points: BatchedPoints
+    ) -> tuple[Tensor, Tensor]:
+        """Lift and splat.
+
+        features: (B * N, C, h, w). camera_valid: (B, N).
+        Returns: BEV (B, C, Y, X) and depth logits (B * N, D, h, w).
+        """
+        logits, context = self.predict_depth(features, points.ray.flatten(0, 1))
+        with torch.autocast(features.device.type, enabled=False):
+            rows, depth = self.rows(logits, context, camera_valid.flatten())
+            return self.to_bev(splat(rows, depth, points)), logits
