@@ -15,8 +15,8 @@ unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
 INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
-ROS_EXTRA := $(if $(AMENT_PREFIX_PATH),,$(COMMA)ros)
 COMMA := ,
+ROS_EXTRA := $(if $(AMENT_PREFIX_PATH),,$(COMMA)ros)
 VENV_OPTIONS := $(if $(AMENT_PREFIX_PATH),--system-site-packages)
 # An environment is up to date when the contents of these files are those it was made from.
 stamp = $(shell { cat setup.py training/pyproject.toml Makefile $(INTERFACES); echo "$(AMENT_PREFIX_PATH)"; } | cksum | cut -d' ' -f1)
@@ -37,6 +37,7 @@ check: .venv/training
 
 .venv/robot/.made-$(STAMP): | machine
 	@$(call make_environment,robot,-e '.[robot$(COMMA)demo$(ROS_EXTRA)]')
+	@# The simulator and the metrics need nothing of what training depends on.
 	@.venv/robot/bin/python -m pip install --quiet --no-deps -e training
 	@.venv/robot/bin/python -m occbev.nodes.build_interfaces
 	@$(call made,robot)
@@ -53,6 +54,7 @@ check: .venv/training
 define make_environment
 echo "Setting up .venv/$(1) with pip ..."; mkdir -p .venv; date +%s > .venv/.began-$(1); \
 .venv/$(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_OPTIONS) .venv/$(1); \
+.venv/$(1)/bin/python -m pip uninstall --quiet --yes occbev-training 2>/dev/null; \
 .venv/$(1)/bin/python -m pip install --quiet $(2)
 endef
 
