@@ -1,0 +1,414 @@
+"""Read nuScenes tables as recordings, without the devkit and without guessing.
+
+Any root in the nuScenes schema serves: the dataset's own, a part of it, or one that
+`nuscenes_writer` made. Files that the tables name but the disk lacks are counted and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.classes import DETECTION_CLASSES
+from occbev.geometry import (
+    Array,
+    invert_transform,
+    make_transform,
+    rotation_from_wxyz,
+    yaw_from_rotation,
+)
+from occbev.grid import GRIDS
+from occbev.results import Boxes3D, CameraFrame, FrameSet, Sweep
+from occbev.rig import Camera, CameraRig
+from occbev.trajectory import Trajectory
+from occbev_training.sources.recording import Annotations, OccupancyTruth, RecordingError
+
+log = logging.getLogger(__name__)
+
+CLASS_OF_CATEGORY: dict[str, str] = {
+    "movable_object.barrier": "barrier",
+    "vehicle.bicycle": "bicycle",
+    "vehicle.bus.bendy": "bus",
+    "vehicle.bus.rigid": "bus",
+    "vehicle.car": "car",
+    "vehicle.construction": "construction_vehicle",
+    "vehicle.motorcycle": "motorcycle",
+    "human.pedestrian.adult": "pedestrian",
+    "human.pedestrian.child": "pedestrian",
+    "human.pedestrian.construction_worker": "pedestrian",
+    "human.pedestrian.police_officer": "pedestrian",
+    "movable_object.trafficcone": "traffic_cone",
+    "vehicle.trailer": "trailer",
+    "vehicle.truck": "truck",
+}
+"""Detection class of each raw category that has one."""
+
+CAMERA_ORDER = (
+    "CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT",
+)  # fmt: skip
+"""Order of the rig; cameras with other names follow by name."""
+
+LIDAR_CHANNEL = "LIDAR_TOP"
+
+MAX_NEIGHBOUR_GAP = 1.5
+"""Seconds to one neighbouring annotation beyond which a velocity is not known."""
+
+READ_TABLES = (
+    "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "sensor", "sample_annotation",
+    "instance", "category", "attribute",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def open_nuscenes(root: Path | str, version: str | None = None) -> NuscenesRoot:
+    """Read the tables of a nuScenes data root; a version is needed only where several are there.
+
+    Raises:
+        RecordingError: no such folder, version or table, saying which are there.
+    """
+    root = Path(root)
+    found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
+    if version is None:
+        if len(found) != 1:
+            raise RecordingError(
+                f"{root}: want one folder of nuScenes tables, found {found}; name a version"
+            )
+        version = found[0]
+    if version not in found:
+        raise RecordingError(
+            f"{root}: no nuScenes tables of version {version!r}, found {found or 'none'}"
+        )
+    tables = {table: _read_table(root / version / f"{table}.json") for table in READ_TABLES}
+    return NuscenesRoot(root, version, tables)
+
+
+@dataclass(frozen=True)
+class NuscenesRoot:
+    """The tables of one data root: table name -> token -> row."""
+
+    path: Path
+    version: str
+    tables: Mapping[str, Mapping[str, Row]]
+
+    @property
+    def scenes(self) -> tuple[str, ...]:
+        """Scene names in the table's order."""
+        return tuple(row["name"] for row in self.tables["scene"].values())
+
+    def row(self, table: str, row_token: str) -> Row:
+        """Return one row; raises RecordingError naming the table that lacks it."""
+        try:
+            return self.tables[table][row_token]
+        except KeyError:
+            raise RecordingError(
+                f"{self.path / self.version / table}.json: no row {row_token!r}, but another table names it"
+            ) from None
+
+    def recordings(
+        self, scenes: Sequence[str] | None = None, *, available_only: bool = False
+    ) -> list[NuscenesRecording]:
+        """Return one recording for each scene, or for those named.
+
+        available_only: leave out key frames of which no image file is there.
+        """
+        wanted = self.scenes if scenes is None else scenes
+        return [self.recording(name, available_only=available_only) for name in wanted]
+
+    def recording(self, scene: str, *, available_only: bool = False) -> NuscenesRecording:
+        """Return the recording of one scene; raises RecordingError naming the scenes that are there."""
+        for row in self.tables["scene"].values():
+            if row["name"] == scene:
+                return NuscenesRecording(self, row, available_only=available_only)
+        raise RecordingError(f"{self.path}: no scene {scene!r}; scenes are {list(self.scenes)}")
+
+    def has_file(self, filename: str) -> bool:
+        """Tell whether a file that a table names is on disk (one folder listing answers for all)."""
+        folder, _, name = filename.rpartition("/")
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = frozenset(os.listdir(self.path / folder))
+            except OSError:
+                self._listings[folder] = frozenset()
+        return name in self._listings[folder]
+
+    def pose(self, data: Row) -> Array:
+        """Return ego2global (4, 4) of a sample_data row, at that sensor's own exposure."""
+        return _transform(self.row("ego_pose", data["ego_pose_token"]))
+
+    def channel(self, data: Row) -> str:
+        """Return the sensor channel of a sample_data row."""
+        return str(self._channel_of[data["calibrated_sensor_token"]])
+
+    def data_of(self, sample: str) -> list[Row]:
+        """Return the sample_data rows that are tied to a sample."""
+        return self._data_of_sample.get(sample, [])
+
+    def annotations_of(self, sample: str) -> list[Row]:
+        """Return the annotation rows of a sample in the table's order."""
+        return self._annotations_of_sample.get(sample, [])
+
+    def key_data(self, sample: str, channel: str) -> Row | None:
+        """Return the key sample_data row of one sensor of a sample, if it has one."""
+        for row in self.data_of(sample):
+            if row["is_key_frame"] and self.channel(row) == channel:
+                return row
+        return None
+
+    def category(self, annotation: Row) -> str:
+        """Return the raw category of an annotation."""
+        instance = self.row("instance", annotation["instance_token"])
+        return str(self.row("category", instance["category_token"])["name"])
+
+    def attribute(self, annotation: Row) -> str:
+        """Return the attribute of an annotation, "" where it has none."""
+        tokens = annotation["attribute_tokens"]
+        return str(self.row("attribute", tokens[0])["name"]) if tokens else ""
+
+    def velocity(self, annotation: Row) -> Array:
+        """Return the (3,) global velocity by differences over the track's neighbours, NaN if unknown."""
+        first = annotation["prev"] and self.row("sample_annotation", annotation["prev"])
+        last = annotation["next"] and self.row("sample_annotation", annotation["next"])
+        limit = MAX_NEIGHBOUR_GAP * (2 if first and last else 1)
+        first, last = first or annotation, last or annotation
+        if first is last:
+            return np.full(3, np.nan)
+        stamps = [self.row("sample", row["sample_token"])["timestamp"] for row in (first, last)]
+        seconds = (stamps[1] - stamps[0]) * 1e-6
+        if seconds > limit:
+            return np.full(3, np.nan)
+        moved: Array = np.subtract(last["translation"], first["translation"])
+        return moved / seconds
+
+    @cached_property
+    def _listings(self) -> dict[str, frozenset[str]]:
+        return {}
+
+    @cached_property
+    def _channel_of(self) -> dict[str, str]:
+        return {
+            row_token: self.row("sensor", row["sensor_token"])["channel"]
+            for row_token, row in self.tables["calibrated_sensor"].items()
+        }
+
+    @cached_property
+    def _data_of_sample(self) -> dict[str, list[Row]]:
+        return _grouped(self.tables["sample_data"].values(), "sample_token")
+
+    @cached_property
+    def _annotations_of_sample(self) -> dict[str, list[Row]]:
+        return _grouped(self.tables["sample_annotation"].values(), "sample_token")
+
+    @cached_property
+    def samples_of_scene(self) -> dict[str, list[Row]]:
+        """Scene token -> its samples in time order."""
+        groups = _grouped(self.tables["sample"].values(), "scene_token")
+        return {scene: sorted(rows, key=_timestamp) for scene, rows in groups.items()}
+
+
+class NuscenesRecording:
+    """One scene as a `Recording`.
+
+    sample_tokens: (K,) token of each key frame. absent: channel -> files that the tables name
+    and the disk lacks. Sweeps are those whose files are there.
+    """
+
+    def __init__(self, root: NuscenesRoot, scene: Row, *, available_only: bool = False) -> None:
+        self.name: str = scene["name"]
+        self._root = root
+        samples = root.samples_of_scene.get(scene["token"], [])
+        data = [row for sample in samples for row in root.data_of(sample["token"])]
+        self.absent = _count_absent(root, data)
+        if self.absent:
+            log.warning(
+                "%s: %s: files not there, by channel: %s", root.path, self.name, self.absent
+            )
+        if available_only:
+            samples = [sample for sample in samples if self._has_image(sample["token"])]
+        if not samples:
+            raise RecordingError(f"{root.path}: scene {self.name} has no key frame"
+                                 f"{' with an image' if available_only else ''}")  # fmt: skip
+        self.sample_tokens = tuple(str(sample["token"]) for sample in samples)
+        self.lidar2ego, self.rig = self._calibration(data)
+        self.trajectory = _trajectory(root, data)
+        self._sweeps = sorted(
+            (row for row in data
+             if root.channel(row) == LIDAR_CHANNEL and root.has_file(row["filename"])),
+            key=_timestamp,
+        )  # fmt: skip
+        self.sweep_stamp_ns = _stamps_ns(self._sweeps)
+        self._lidar_keys = [root.key_data(token, LIDAR_CHANNEL) for token in self.sample_tokens]
+        self.key_stamp_ns = _stamps_ns([lidar or sample for lidar, sample
+                                        in zip(self._lidar_keys, samples, strict=True)])  # fmt: skip
+
+    def sweep(self, index: int) -> Sweep:
+        """Read one LiDAR file; nuScenes sweeps carry no per-point time, they are compensated."""
+        row = self._sweeps[index]
+        path = self._root.path / row["filename"]
+        values = np.fromfile(path, "<f4")
+        if len(values) % 5:
+            raise RecordingError(
+                f"{path}: {4 * len(values)} bytes are no rows of five float32 values"
+            )
+        values = values.reshape(-1, 5)
+        return Sweep(np.ascontiguousarray(values[:, :3]), int(row["timestamp"]) * 1000, self.lidar2ego,
+                     np.ascontiguousarray(values[:, 3]), None, "ego_pose")  # fmt: skip
+
+    def frame_set(self, key: int) -> FrameSet:
+        """Read the encoded images of one key frame; a file that is not there is a missing camera."""
+        frames: dict[str, CameraFrame | None] = {}
+        missing: dict[str, str] = {}
+        for name in self.rig.names:
+            row = self._root.key_data(self.sample_tokens[key], name)
+            frames[name] = None
+            if row is None:
+                missing[name] = f"sample {self.sample_tokens[key]} has no {name} record"
+            elif not self._root.has_file(row["filename"]):
+                missing[name] = f"no file {row['filename']}"
+            else:
+                image = (self._root.path / row["filename"]).read_bytes()
+                frames[name] = CameraFrame(
+                    name, int(row["timestamp"]) * 1000, image, self._root.pose(row)
+                )
+        return FrameSet(int(self.key_stamp_ns[key]), frames, missing)
+
+    def annotations(self, key: int) -> Annotations:
+        """Return the boxes of the ten detection classes in the ego frame of the LiDAR key."""
+        global2ego = invert_transform(self.key_pose(key))
+        rows = self._root.annotations_of(self.sample_tokens[key])
+        names = [CLASS_OF_CATEGORY.get(self._root.category(row)) for row in rows]
+        kept = [(row, name) for row, name in zip(rows, names, strict=True) if name is not None]
+        box = [_ego_box(row, self._root.velocity(row), global2ego) for row, _ in kept]
+        boxes = Boxes3D(
+            np.array(box, np.float32).reshape(-1, 9),
+            np.array([DETECTION_CLASSES.index(name) for _, name in kept], np.int64),
+            np.ones(len(kept), np.float32),
+        )
+        points = np.array([row["num_lidar_pts"] for row, _ in kept], np.int64)
+        return Annotations(boxes, tuple(row["instance_token"] for row, _ in kept), points)
+
+    def occupancy_truth(self, key: int) -> OccupancyTruth | None:
+        """Read the Occ3D labels below `gts/`, or None where this key frame has none."""
+        path = self._root.path / "gts" / self.name / self.sample_tokens[key] / "labels.npz"
+        if not path.is_file():
+            return None
+        return read_occ3d(path)
+
+    def key_pose(self, key: int) -> Array:
+        """Return ego2global (4, 4) at the key stamp."""
+        row = self._lidar_keys[key]
+        return (
+            self.trajectory.at(int(self.key_stamp_ns[key])) if row is None else self._root.pose(row)
+        )
+
+    def _has_image(self, sample: str) -> bool:
+        rows = [row for row in self._root.data_of(sample) if row["is_key_frame"]]
+        return any(row["width"] > 0 and self._root.has_file(row["filename"]) for row in rows)
+
+    def _calibration(self, data: Iterable[Row]) -> tuple[Array, CameraRig]:
+        """Return lidar2ego and the rig of the scene, whose calibration must not change on the way."""
+        first: dict[str, Row] = {}
+        for row in data:
+            channel = self._root.channel(row)
+            known = first.setdefault(channel, row)
+            if known["calibrated_sensor_token"] != row["calibrated_sensor_token"]:
+                raise RecordingError(f"{self._root.path}: scene {self.name} has two calibrations of {channel}, "
+                                     "one rig per scene is supported")  # fmt: skip
+        if LIDAR_CHANNEL not in first:
+            raise RecordingError(
+                f"{self._root.path}: scene {self.name} has no {LIDAR_CHANNEL}, only {sorted(first)}"
+            )
+        sensor = {
+            channel: self._root.row("calibrated_sensor", row["calibrated_sensor_token"])
+            for channel, row in first.items()
+        }
+        order = {name: index for index, name in enumerate(CAMERA_ORDER)}
+        names = sorted((c for c in first if sensor[c]["camera_intrinsic"]),
+                       key=lambda c: (order.get(c, len(order)), c))  # fmt: skip
+        cameras = tuple(
+            Camera(name, int(first[name]["width"]), int(first[name]["height"]),
+                   np.array(sensor[name]["camera_intrinsic"]), _transform(sensor[name]))
+            for name in names
+        )  # fmt: skip
+        return _transform(sensor[LIDAR_CHANNEL]), CameraRig(cameras)
+
+
+def read_occ3d(path: Path) -> OccupancyTruth:
+    """Read one Occ3D `labels.npz`; raises RecordingError naming a missing array or a wrong shape."""
+    grid = GRIDS["occ3d"]
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in ("semantics", "mask_lidar", "mask_camera"):
+            if name not in arrays:
+                raise RecordingError(f"{path}: no array {name!r}, it has {sorted(arrays)}")
+            if arrays[name].shape != grid.shape:
+                raise RecordingError(
+                    f"{path}: {name} has shape {arrays[name].shape}, Occ3D has {grid.shape}"
+                )
+        return OccupancyTruth(arrays["semantics"].astype(np.uint8), arrays["mask_lidar"].astype(bool),
+                              arrays["mask_camera"].astype(bool), grid)  # fmt: skip
+
+
+def _read_table(path: Path) -> dict[str, Row]:
+    try:
+        rows = json.loads(path.read_bytes())
+        return {row["token"]: row for row in rows}
+    except FileNotFoundError as error:
+        raise RecordingError(f"{path}: no such table") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordingError(f"{path}: not a table of rows with tokens: {error}") from error
+
+
+def _grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _timestamp(row: Row) -> int:
+    return int(row["timestamp"])
+
+
+def _stamps_ns(rows: Sequence[Row]) -> NDArray[np.int64]:
+    return np.array([_timestamp(row) for row in rows], np.int64) * 1000
+
+
+def _transform(row: Row) -> Array:
+    return make_transform(rotation_from_wxyz(row["rotation"]), row["translation"])
+
+
+def _count_absent(root: NuscenesRoot, data: Iterable[Row]) -> dict[str, int]:
+    return dict(Counter(root.channel(row) for row in data if not root.has_file(row["filename"])))
+
+
+def _trajectory(root: NuscenesRoot, data: Sequence[Row]) -> Trajectory:
+    """Join every ego pose of a scene; where sensors share a stamp the LiDAR's pose wins."""
+    ordered = sorted(data, key=lambda row: root.channel(row) == LIDAR_CHANNEL)
+    poses = {_timestamp(row) * 1000: row["ego_pose_token"] for row in ordered}
+    stamps = np.array(sorted(poses), np.int64)
+    rows = [root.row("ego_pose", poses[int(stamp)]) for stamp in stamps]
+    ego2global = np.tile(np.eye(4), (len(rows), 1, 1))
+    ego2global[:, :3, :3] = rotation_from_wxyz([row["rotation"] for row in rows])
+    ego2global[:, :3, 3] = [row["translation"] for row in rows]
+    return Trajectory(stamps, ego2global)
+
+
+def _ego_box(annotation: Row, velocity: Array, global2ego: Array) -> list[float]:
+    box2ego = global2ego @ _transform(annotation)
+    width, length, height = annotation["size"]
+    known = np.isfinite(velocity[:2]).all()
+    planar = (
+        np.array([*velocity[:2], 0.0]) if known else np.full(3, np.nan)
+    )  # z is annotation noise
+    vx, vy = (global2ego[:3, :3] @ planar)[:2]
+    return [*box2ego[:3, 3], length, width, height, yaw_from_rotation(box2ego[:3, :3]), vx, vy]
