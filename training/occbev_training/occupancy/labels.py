@@ -1,0 +1,417 @@
+"""Three-state occupancy labels from a window of sweeps: no boxes, no class, no network.
+
+A cell is occupied, free or unobserved at the key time; what moved is found by the beams that later
+went through it. Beside the state each cell keeps which cameras see it and how many sweeps agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from occbev.classes import FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.geometry import invert_transform
+from occbev.grid import GRIDS, VoxelGrid
+from occbev.results import FrameSet, Sweep
+from occbev.rig import Camera
+from occbev.trajectory import PoseError
+from occbev_training.occupancy.rays import (
+    MAX_SWEEPS,
+    Evidence,
+    RayBundle,
+    bundle_rays,
+    cast,
+    gather_hits,
+    mark_visible,
+)
+from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskewed_rays
+from occbev_training.sources.recording import Recording
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Every parameter that a label depends on; metres and seconds. Its hash travels with the label."""
+
+    window: float = 1.0
+    """Sweeps at most this far from the key time are used."""
+    max_sweeps: int = 64
+    """At most this many sweeps, the nearest in time."""
+    limits: RayLimits = field(default_factory=RayLimits)
+    """Which returns become rays."""
+    ego_box: EgoBox = field(default_factory=EgoBox)
+    """The vehicle's body: returns inside are dropped and carve nothing."""
+    collapse: bool = True
+    """Join beams of one sweep that share an end cell: about twice as fast, nearly the same label."""
+    conflict_margin: float = 0.8
+    """A beam contradicts returns only where it goes on for this long."""
+    conflict_distance: float = 0.2
+    """A beam contradicts returns only if it goes by their centroid nearer than this."""
+    ground_height: float = 0.3
+    """Returns less than this above the lowest ones around are ground, which does not move."""
+    ground_columns: int = 5
+    """Side of the square of columns, in cells, in which the lowest returns are looked for."""
+    dynamic_minimum: int = 2
+    """Fewest contradicting beams of a dynamic cell."""
+    dynamic_ratio: float = 2.0
+    """A dynamic cell has this many contradicting beams per return."""
+    few_sweeps: int = 4
+    """With fewer other sweeps than this in the window, `dynamic_ratio_few` counts instead."""
+    dynamic_ratio_few: float = 1.0
+    """Ratio for short windows."""
+    component_share: float = 0.5
+    """A connected component moves as a whole if at least this share of its cells is dynamic."""
+    far_range: float = 30.0
+    """Beyond this one hit is enough for occupied, and free needs `far_passes` sweeps."""
+    near_hits: int = 2
+    """Sweeps that must hit a cell nearer than `far_range`, unless the reference sweep does."""
+    far_passes: int = 2
+    """Sweeps that must pass a cell beyond `far_range` for free."""
+    camera_spacing: float = 4 / 1266
+    """Angle between neighbouring camera rays: every 4th pixel of a nuScenes front camera."""
+    camera_range: float = 60.0
+    """Length of camera rays."""
+    unobserved_path: float = 5.0
+    """A camera ray ends after this long in unobserved cells: what hides there is not known."""
+
+    def __post_init__(self) -> None:
+        if not self.window > 0 or not 1 <= self.max_sweeps <= MAX_SWEEPS:
+            raise ValueError(
+                f"label window must be positive and max_sweeps 1..{MAX_SWEEPS}; "
+                f"got {self.window} and {self.max_sweeps}"
+            )
+        if self.ground_columns % 2 == 0 or self.camera_spacing <= 0:
+            raise ValueError(
+                f"ground_columns must be odd and camera_spacing positive; "
+                f"got {self.ground_columns} and {self.camera_spacing}"
+            )
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over every parameter."""
+        record = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(record.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class OccupancyLabel:
+    """The label of one key frame, in ego at the key time, indexed [x, y, z].
+
+    state: (X, Y, Z) uint8, 0 unobserved, 1 free, 2 occupied. camera_visible: (X, Y, Z) uint8, bit i
+    = camera i of the rig sees the cell (observed cells only). hit_sweeps, pass_sweeps: (X, Y, Z)
+    uint8 sweeps that ended in or went through the cell. stats: counts by name.
+    """
+
+    state: NDArray[np.uint8]
+    camera_visible: NDArray[np.uint8]
+    hit_sweeps: NDArray[np.uint8]
+    pass_sweeps: NDArray[np.uint8]
+    stats: Mapping[str, int]
+    grid: VoxelGrid
+
+
+class LabelBuilder:
+    """Makes the labels of one recording; sweeps stay decoded while neighbouring keys need them."""
+
+    def __init__(
+        self, recording: Recording, config: LabelConfig | None = None, grid: VoxelGrid | None = None
+    ) -> None:
+        self.recording = recording
+        self.config = config or LabelConfig()
+        self.grid = grid or GRIDS["occ3d"]
+        self._rays: dict[int, _SweepRays | None] = {}
+        self._camera_rays: dict[str, tuple[Camera, NDArray[np.float64]]] = {}
+
+    def build(self, key: int, frames: FrameSet | None = None) -> OccupancyLabel:
+        """Label one key frame; `frames` spares reading its images again. Raises PoseError without a pose."""
+        stamp_ns = int(self.recording.key_stamp_ns[key])
+        window, no_pose = self._window(stamp_ns)
+        bundles = [self._bundle(sweep, stamp_ns) for sweep in window]
+        reference = self._reference_bits(window, stamp_ns)
+        hits = gather_hits(bundles, self.grid)
+        evidence = cast(bundles, hits, self.grid, self.config.conflict_distance)
+        sensor = self.recording.lidar2ego[:3, 3]
+        state, dynamic = decide(evidence, self.grid, self.config, len(window), reference, sensor)
+        stats = self._stats(window, no_pose, bundles, reference)
+        stats |= {"hit_cells": len(hits.cell), "dynamic_cells": int(np.count_nonzero(dynamic))}
+        return self._label(key, evidence, state, frames, stats)
+
+    def _label(
+        self,
+        key: int,
+        evidence: Evidence,
+        state: NDArray[np.uint8],
+        frames: FrameSet | None,
+        stats: dict[str, int],
+    ) -> OccupancyLabel:
+        """Add visibility and counts to a decided state."""
+        hit_sweeps = np.zeros(self.grid.size, np.uint8)
+        hit_sweeps[evidence.hits.cell] = np.bitwise_count(evidence.hits.sweeps)
+        pass_sweeps = np.bitwise_count(evidence.passes)
+        shaped = state.reshape(self.grid.shape)
+        visible = self._visibility(key, frames or self.recording.frame_set(key), shaped)
+        for name, value in (("unobserved", 0), ("free", 1), ("occupied", 2)):
+            stats[name] = int(np.count_nonzero(state == value))
+        stats["camera_visible"] = int(np.count_nonzero(visible))
+        return OccupancyLabel(
+            shaped,
+            visible,
+            hit_sweeps.reshape(self.grid.shape),
+            pass_sweeps.reshape(self.grid.shape),
+            stats,
+            self.grid,
+        )
+
+    def _window(self, stamp_ns: int) -> tuple[list[_SweepRays], int]:
+        """Return the usable sweeps around a stamp in time order, and how many had no pose."""
+        stamps = self.recording.sweep_stamp_ns
+        gap = np.abs(stamps - stamp_ns)
+        near = np.flatnonzero(gap <= self.config.window * 1e9)
+        chosen = np.sort(near[np.argsort(gap[near], kind="stable")][: self.config.max_sweeps])
+        wanted = set(chosen.tolist())
+        self._rays = {index: rays for index, rays in self._rays.items() if index in wanted}
+        found = [self._sweep(int(index)) for index in chosen]
+        usable = [sweep for sweep in found if sweep is not None]
+        return usable, len(found) - len(usable)
+
+    def _sweep(self, index: int) -> _SweepRays | None:
+        """Return the rays of one sweep in ego at its own stamp, or None where it has no pose."""
+        if index not in self._rays:
+            sweep = self.recording.sweep(index)
+            trajectory, config = self.recording.trajectory, self.config
+            try:
+                rays = deskewed_rays(
+                    sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits
+                )
+            except PoseError:
+                self._rays[index] = None
+            else:
+                self._rays[index] = _SweepRays(sweep.stamp_ns, _middle_ns(sweep), rays)
+        return self._rays[index]
+
+    def _bundle(self, sweep: _SweepRays, stamp_ns: int) -> RayBundle:
+        ego2reference = self.recording.trajectory.relative(sweep.stamp_ns, stamp_ns)
+        config = self.config
+        return bundle_rays(
+            sweep.rays, ego2reference, self.grid, config.conflict_margin, config.collapse
+        )
+
+    def _reference_bits(self, window: Sequence[_SweepRays], stamp_ns: int) -> int:
+        """Return the bits of the sweeps whose middle is within half a period of the key time."""
+        half = self._period_ns / 2
+        return sum(
+            1 << i for i, sweep in enumerate(window) if abs(sweep.middle_ns - stamp_ns) <= half
+        )
+
+    @cached_property
+    def _period_ns(self) -> float:
+        stamps = self.recording.sweep_stamp_ns
+        return float(np.median(np.diff(stamps))) if len(stamps) > 1 else 1e8
+
+    def _stats(
+        self,
+        window: Sequence[_SweepRays],
+        no_pose: int,
+        bundles: Sequence[RayBundle],
+        reference: int,
+    ) -> dict[str, int]:
+        """Count what went into a label."""
+        expected = min(2 * self.config.window * 1e9 / self._period_ns + 1, self.config.max_sweeps)
+        stats = {
+            "sweeps": len(window),
+            "sweeps_without_pose": no_pose,
+            "reference_sweeps": reference.bit_count(),
+            "low_support": int(len(window) < expected / 2),
+            "rays": sum(len(sweep.rays) for sweep in window),
+            "bundles": sum(len(bundle) for bundle in bundles),
+        }
+        for sweep in window:
+            for reason, count in sweep.rays.dropped.items():
+                stats[f"points_{reason}"] = stats.get(f"points_{reason}", 0) + count
+        return stats
+
+    def _visibility(
+        self, key: int, frames: FrameSet, state: NDArray[np.uint8]
+    ) -> NDArray[np.uint8]:
+        """Mark what each camera sees from where it was at its own exposure."""
+        visible = np.zeros(self.grid.shape, np.uint8)
+        cameras = self.recording.rig.cameras
+        if len(cameras) > 8:
+            raise ValueError(
+                f"{len(cameras)} cameras; visibility has one bit for each of at most 8"
+            )
+        trajectory = self.recording.trajectory
+        global2ego = invert_transform(trajectory.at(int(self.recording.key_stamp_ns[key])))
+        for bit, camera in enumerate(cameras):
+            frame = frames.frames.get(camera.name)
+            if frame is None:
+                continue
+            pose = trajectory.at(frame.stamp_ns) if frame.ego2global is None else frame.ego2global
+            cam2ego = global2ego @ pose @ camera.cam2ego
+            rays = self._pixel_rays(camera) @ cam2ego[:3, :3].T
+            mark_visible(cam2ego[:3, 3], rays, self.config.camera_range, state, self.grid, bit,
+                         self.config.unobserved_path, visible)  # fmt: skip
+        return visible
+
+    def _pixel_rays(self, camera: Camera) -> NDArray[np.float64]:
+        known = self._camera_rays.get(camera.name)
+        if known is None or known[0] is not camera:
+            known = (camera, pixel_rays(camera, self.config.camera_spacing))
+            self._camera_rays[camera.name] = known
+        return known[1]
+
+
+@dataclass(frozen=True)
+class _SweepRays:
+    """A decoded sweep: rays in ego at `stamp_ns`; `middle_ns` is half-way through its points."""
+
+    stamp_ns: int
+    middle_ns: int
+    rays: Rays
+
+
+def _middle_ns(sweep: Sweep) -> int:
+    """Return the time half-way between the first and the last point of a sweep."""
+    offset = sweep.time_offset
+    if offset is None or not np.isfinite(offset).any():
+        return sweep.stamp_ns
+    return sweep.stamp_ns + round((float(np.nanmin(offset)) + float(np.nanmax(offset))) / 2 * 1e9)
+
+
+def build_label(
+    recording: Recording,
+    key: int,
+    config: LabelConfig | None = None,
+    grid: VoxelGrid | None = None,
+    frames: FrameSet | None = None,
+) -> OccupancyLabel:
+    """Label one key frame. For many keys of one recording keep a `LabelBuilder`: it decodes sweeps once."""
+    return LabelBuilder(recording, config, grid).build(key, frames)
+
+
+def pixel_rays(camera: Camera, spacing: float) -> NDArray[np.float64]:
+    """Return unit directions (R, 3) in the camera frame of rays about `spacing` radians apart.
+
+    They lie on a regular raster over the image, whatever its resolution, through the real lens.
+    """
+    columns = max(1, int(np.ceil(camera.width / (spacing * camera.intrinsic[0, 0]))))
+    rows = max(1, int(np.ceil(camera.height / (spacing * camera.intrinsic[1, 1]))))
+    u = (np.arange(columns) + 0.5) * camera.width / columns
+    v = (np.arange(rows) + 0.5) * camera.height / rows
+    pixels = np.stack(np.meshgrid(u, v), -1).reshape(-1, 2)
+    rays = np.concatenate([_undistorted(camera, pixels), np.ones((len(pixels), 1))], axis=1)
+    return rays / np.linalg.norm(rays, axis=1, keepdims=True)
+
+
+def _undistorted(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the slopes x/z, y/z (R, 2) of the rays through pixels (R, 2) of the native image."""
+    k = camera.intrinsic
+    if camera.distortion_model == "none" or not any(camera.distortion):
+        y = (pixels[:, 1] - k[1, 2]) / k[1, 1]
+        return np.stack([(pixels[:, 0] - k[0, 2] - k[0, 1] * y) / k[0, 0], y], axis=-1)
+    import cv2
+
+    undistort = (
+        cv2.fisheye.undistortPoints
+        if camera.distortion_model == "equidistant"
+        else cv2.undistortPoints
+    )
+    return undistort(pixels[:, None], k, np.array(camera.distortion)).reshape(-1, 2)
+
+
+def decide(
+    evidence: Evidence,
+    grid: VoxelGrid,
+    config: LabelConfig,
+    sweeps: int,
+    reference: int,
+    sensor: NDArray[np.float64],
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Turn evidence into states (X*Y*Z,) uint8, and tell which hit cells (H,) hold something that moved.
+
+    reference: bits of the sweeps at the key time. sensor: (3,) LiDAR position, from which far is far.
+    """
+    hits = evidence.hits
+    far = np.linalg.norm(grid.centres() - sensor, axis=-1).reshape(-1) > config.far_range
+    passed = np.bitwise_count(evidence.passes)
+    state = np.where(passed >= np.where(far, config.far_passes, 1), FREE_STATE, UNOBSERVED_STATE)
+    ground = _ground_cells(hits.cell, hits.centroid, np.array(grid.shape), config.ground_columns // 2,
+                           config.ground_height)  # fmt: skip
+    ratio = config.dynamic_ratio if sweeps > config.few_sweeps else config.dynamic_ratio_few
+    contradicted = evidence.conflicts >= np.maximum(config.dynamic_minimum, ratio * hits.count)
+    dynamic = _moving_components(hits.cell, hits.row, ~ground, contradicted & ~ground,
+                                 np.array(grid.shape), config.component_share)  # fmt: skip
+    bits = np.uint64(reference)
+    hit_now = (hits.sweeps & bits) != 0
+    free_now = ((evidence.conflict_sweeps & bits) != 0) & ~hit_now & ~ground
+    supported = (np.bitwise_count(hits.sweeps) >= config.near_hits) | far[hits.cell]
+    state[hits.cell] = np.select(
+        [hit_now, free_now, ~dynamic & supported],
+        [OCCUPIED_STATE, FREE_STATE, OCCUPIED_STATE],
+        UNOBSERVED_STATE,
+    )
+    return state.astype(np.uint8), dynamic
+
+
+@njit(cache=True, nogil=True)
+def _ground_cells(cell, centroid, shape, reach, height):  # type: ignore[no-untyped-def]
+    """Return which hit cells lie less than `height` above the lowest returns of the columns around."""
+    nx, ny, nz = shape
+    lowest = np.full((nx, ny), np.inf)
+    for h in range(len(cell)):
+        ix, iy = cell[h] // nz // ny, cell[h] // nz % ny
+        lowest[ix, iy] = min(lowest[ix, iy], centroid[h, 2])
+    ground = np.empty(len(cell), np.bool_)
+    for h in range(len(cell)):
+        ix, iy = cell[h] // nz // ny, cell[h] // nz % ny
+        floor = np.inf
+        for jx in range(max(0, ix - reach), min(nx, ix + reach + 1)):
+            for jy in range(max(0, iy - reach), min(ny, iy + reach + 1)):
+                floor = min(floor, lowest[jx, jy])
+        ground[h] = centroid[h, 2] < floor + height
+    return ground
+
+
+@njit(cache=True, nogil=True)
+def _root(parent, h):  # type: ignore[no-untyped-def]
+    """Find the representative of a set, halving the path."""
+    while parent[h] != h:
+        parent[h] = parent[parent[h]]
+        h = parent[h]
+    return h
+
+
+@njit(cache=True, nogil=True)
+def _moving_components(cell, row, solid, contradicted, shape, share):  # type: ignore[no-untyped-def]
+    """Join solid hit cells by their 26 neighbours; returns the cells of components that move."""
+    nx, ny, nz = shape
+    parent = np.arange(len(cell))
+    for h in range(len(cell)):
+        if not solid[h]:
+            continue
+        ix, iy, iz = cell[h] // nz // ny, cell[h] // nz % ny, cell[h] % nz
+        for jx in range(max(0, ix - 1), ix + 1):
+            for jy in range(max(0, iy - 1), min(ny, iy + 2)):
+                for jz in range(max(0, iz - 1), min(nz, iz + 2)):
+                    r = row[(jx * ny + jy) * nz + jz]
+                    if r >= 0 and r < h and solid[r]:
+                        parent[_root(parent, h)] = _root(parent, r)
+    size, moving = np.zeros(len(cell), np.int64), np.zeros(len(cell), np.int64)
+    for h in range(len(cell)):
+        if solid[h]:
+            root = _root(parent, h)
+            size[root] += 1
+            moving[root] += contradicted[h]
+    dynamic = np.zeros(len(cell), np.bool_)
+    for h in range(len(cell)):
+        if solid[h]:
+            root = _root(parent, h)
+            dynamic[h] = moving[root] > 0 and moving[root] >= share * size[root]
+    return dynamic

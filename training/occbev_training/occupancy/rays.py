@@ -1,0 +1,424 @@
+"""Voxel traversal: which cells a beam ends in, passes, and contradicts, counted per sweep.
+
+Rays come from `sources.deskew`; the evidence made here is turned into states by `labels`.
+Every count is an integer and every mean a quotient of integer sums, so order changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from occbev.grid import VoxelGrid
+from occbev_training.sources.deskew import Rays
+
+MAX_SWEEPS = 64
+"""A cell keeps one bit per sweep."""
+
+
+@dataclass(frozen=True)
+class RayBundle:
+    """Rays of one sweep in one grid, each the mean of `weight` beams that end in (or leave by) one cell.
+
+    origin, end: (G, 3) float64 in the grid's frame. end_cell: (G,) int64 flat index, -1 where the
+    beam leaves the grid. hit: (G,) bool, whether the end is a return inside the grid.
+    margin: (G,) float64 metres before the end in which passing contradicts nothing.
+    end_mm: (G, 3) int64 sum of the beams' ends above the grid's corner.
+    """
+
+    origin: NDArray[np.float64]
+    end: NDArray[np.float64]
+    end_cell: NDArray[np.int64]
+    hit: NDArray[np.bool_]
+    weight: NDArray[np.int64]
+    margin: NDArray[np.float64]
+    end_mm: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.end)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Cells that hold returns.
+
+    cell: (H,) int64 flat index, increasing. count: (H,) int64 returns. sweeps: (H,) uint64, one bit
+    per sweep. centroid: (H, 3) float64. row: (X*Y*Z,) int32 place of a cell in these arrays, or -1.
+    """
+
+    cell: NDArray[np.int64]
+    count: NDArray[np.int64]
+    sweeps: NDArray[np.uint64]
+    centroid: NDArray[np.float64]
+    row: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a window of sweeps says of a grid.
+
+    passes: (X*Y*Z,) uint64, bit s set where sweep s passed the cell.
+    conflicts: (H,) int64 beams that went through the returns of a hit cell.
+    conflict_sweeps: (H,) uint64, one bit per sweep.
+    """
+
+    hits: Hits
+    passes: NDArray[np.uint64]
+    conflicts: NDArray[np.int64]
+    conflict_sweeps: NDArray[np.uint64]
+
+
+def bundle_rays(
+    rays: Rays,
+    ego2grid: NDArray[np.float64],
+    grid: VoxelGrid,
+    margin: float,
+    collapse: bool = True,
+) -> RayBundle:
+    """Carry rays into the grid's frame and join those of one end cell or one exit cell.
+
+    Beams that miss the grid are left out. With `collapse` off each beam stays alone.
+    """
+    slots = np.full(2 * grid.size if collapse else 0, -1, np.int32)
+    parts = _bundle(
+        rays.end,
+        rays.origin,
+        rays.hit,
+        np.ascontiguousarray(ego2grid[:3]),
+        np.array(grid.lo),
+        np.array(grid.pitch),
+        np.array(grid.shape),
+        slots,
+        margin,
+        collapse,
+    )
+    return RayBundle(*parts)
+
+
+def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
+    """Count returns and their centroid per cell over all sweeps."""
+    if len(bundles) > MAX_SWEEPS:
+        raise ValueError(
+            f"{len(bundles)} sweeps; a cell has one bit for each of at most {MAX_SWEEPS}"
+        )
+    row = np.full(grid.size, -1, np.int32)
+    cells = [bundle.end_cell[bundle.hit] for bundle in bundles]
+    cell = np.unique(np.concatenate([np.zeros(0, np.int64), *cells]))
+    row[cell] = np.arange(len(cell), dtype=np.int32)
+    count, total = np.zeros(len(cell), np.int64), np.zeros((len(cell), 3), np.int64)
+    sweeps = np.zeros(len(cell), np.uint64)
+    for number, bundle in enumerate(bundles):
+        _add_hits(bundle.end_cell, bundle.hit, bundle.weight, bundle.end_mm,
+                  np.uint64(1 << number), row, count, total, sweeps)  # fmt: skip
+    centroid = total / np.maximum(count, 1)[:, None] / 1000.0 + np.array(grid.lo)
+    return Hits(cell, count, sweeps, centroid, row)
+
+
+def cast(bundles: Sequence[RayBundle], hits: Hits, grid: VoxelGrid, distance: float) -> Evidence:
+    """Walk every ray and mark the cells that it passes and the hit cells that it contradicts.
+
+    distance: metres within which a ray must go by the centroid of a cell's returns to contradict them.
+    """
+    passes = np.zeros(grid.size, np.uint64)
+    conflicts = np.zeros(len(hits.cell), np.int64)
+    conflict_sweeps = np.zeros(len(hits.cell), np.uint64)
+    lo, pitch, shape = np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape)
+    for number, bundle in enumerate(bundles):
+        _cast(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
+              lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, distance,
+              passes, conflicts, conflict_sweeps)  # fmt: skip
+    return Evidence(hits, passes, conflicts, conflict_sweeps)
+
+
+def mark_visible(
+    origin: NDArray[np.float64],
+    direction: NDArray[np.float64],
+    reach: float,
+    state: NDArray[np.uint8],
+    grid: VoxelGrid,
+    bit: int,
+    unobserved_limit: float,
+    visible: NDArray[np.uint8],
+) -> None:
+    """Set `bit` in `visible` (X, Y, Z) for every observed cell that a camera's rays see.
+
+    origin: (3,), direction: (R, 3) unit vectors, both in the grid's frame. A ray ends with the
+    first occupied cell, after `unobserved_limit` metres in unobserved cells, or at `reach`.
+    """
+    _see(np.ascontiguousarray(origin, np.float64), direction, reach, state.reshape(-1),
+         np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape), np.uint8(1 << bit),
+         unobserved_limit, visible.reshape(-1))  # fmt: skip
+
+
+def traverse(
+    origin: NDArray[np.float64], end: NDArray[np.float64], grid: VoxelGrid
+) -> NDArray[np.int64]:
+    """Return the flat indices of the cells that one ray passes, in order, without its end cell."""
+    cells, inside = grid.indices(np.asarray(end, np.float64)[None])
+    end_cell = int(grid.flat(cells)[0]) if inside[0] else -1
+    room = sum(grid.shape) + 3
+    passed, leave = np.empty(room, np.int64), np.empty(room)
+    lo, pitch = np.array(grid.lo), np.array(grid.pitch)
+    count = _walk((np.asarray(origin, np.float64) - lo) / pitch,
+                  (np.asarray(end, np.float64) - lo) / pitch,
+                  end_cell, np.array(grid.shape), passed, leave)  # fmt: skip
+    return passed[:count]
+
+
+# --- kernels: coordinates are in cells from the grid's corner, t runs from 0 (origin) to 1 (end) ---
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _clip_axis(o, d, n, t0, t1):  # type: ignore[no-untyped-def]
+    """Narrow [t0, t1] to where o + d t lies in [0, n); an empty range means a miss."""
+    if d == 0.0:
+        if o < 0.0 or o >= n:
+            return 1.0, 0.0
+        return t0, t1
+    a, b = -o / d, (n - o) / d
+    if a > b:
+        a, b = b, a
+    return max(t0, a), min(t1, b)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _start_axis(o, d, n, t0):  # type: ignore[no-untyped-def]
+    """Return the first cell, step, offset and reciprocal of one axis.
+
+    The t at which the ray leaves cell i is (i + offset) * reciprocal: always from the integer
+    cell, so that nothing drifts along the ray. Clipping repairs rounding on the entry face only.
+    """
+    cell = min(max(int(np.floor(o + d * t0)), 0), n - 1)
+    if d > 0.0:
+        return cell, 1, 1.0 - o, 1.0 / d
+    if d < 0.0:
+        return cell, -1, -o, 1.0 / d
+    return cell, 0, np.inf, 1.0
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _enter(o, e, shape):  # type: ignore[no-untyped-def]
+    """Clip a segment to the grid; returns whether it crosses, where it starts, and how it steps."""
+    dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
+    t0, t1 = _clip_axis(o[0], dx, shape[0], 0.0, 1.0)
+    t0, t1 = _clip_axis(o[1], dy, shape[1], t0, t1)
+    t0, t1 = _clip_axis(o[2], dz, shape[2], t0, t1)
+    crosses = t0 < t1 and not (dx == 0.0 and dy == 0.0 and dz == 0.0)
+    if not crosses:
+        t0 = 0.0
+    return (
+        crosses,
+        t0,
+        t1,
+        _start_axis(o[0], dx, shape[0], t0),
+        _start_axis(o[1], dy, shape[1], t0),
+        _start_axis(o[2], dz, shape[2], t0),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
+    """Write the cells that a ray passes and the t at which it leaves each; returns their number.
+
+    One axis per step, ties x before y before z (Amanatides and Woo 1987). Stops before the end cell.
+    """
+    nx, ny, nz = shape[0], shape[1], shape[2]
+    crosses, _, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape)
+    if not crosses:
+        return 0
+    tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
+    for count in range(nx + ny + nz + 3):
+        cell = (ix * ny + iy) * nz + iz
+        if cell == end_cell:
+            return count
+        cells[count] = cell
+        t = min(tx, ty, tz)
+        leave[count] = t
+        if t >= t1:
+            return count + 1
+        if tx == t:
+            ix += sx
+            if ix < 0 or ix >= nx:
+                return count + 1
+            tx = (ix + ax) * gx
+        elif ty == t:
+            iy += sy
+            if iy < 0 or iy >= ny:
+                return count + 1
+            ty = (iy + ay) * gy
+        else:
+            iz += sz
+            if iz < 0 or iz >= nz:
+                return count + 1
+            tz = (iz + az) * gz
+    return nx + ny + nz + 3
+
+
+@njit(cache=True, nogil=True)
+def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, distance,
+          passes, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Add one sweep's rays to the evidence."""
+    room = shape[0] + shape[1] + shape[2] + 3
+    cells, leave = np.empty(room, np.int64), np.empty(room, np.float64)
+    for g in range(len(end)):
+        count = _walk(
+            (origin[g] - lo) / pitch, (end[g] - lo) / pitch, end_cell[g], shape, cells, leave
+        )
+        dx, dy, dz = end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2]
+        square = dx * dx + dy * dy + dz * dz
+        latest = 1.0 - margin[g] / np.sqrt(square) if square > 0.0 else 0.0
+        for i in range(count):
+            cell = cells[i]
+            passes[cell] |= bit
+            r = row[cell]
+            if r >= 0 and leave[i] <= latest:
+                px, py, pz = centroid[r, 0] - origin[g, 0], centroid[r, 1] - origin[g, 1], centroid[r, 2] - origin[g, 2]  # fmt: skip
+                along = px * dx + py * dy + pz * dz
+                if px * px + py * py + pz * pz - along * along / square < distance * distance:
+                    conflicts[r] += weight[g]
+                    conflict_sweeps[r] |= bit
+
+
+@njit(cache=True, nogil=True)
+def _see(origin, direction, reach, state, lo, pitch, shape, bit, unobserved_limit, visible):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Walk camera rays until something hides what follows."""
+    nx, ny, nz = shape[0], shape[1], shape[2]
+    o = (origin - lo) / pitch
+    for g in range(len(direction)):
+        e = o + direction[g] * reach / pitch
+        crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape)
+        if not crosses:
+            continue
+        tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
+        unknown = 0.0
+        for _ in range(nx + ny + nz + 3):
+            cell = (ix * ny + iy) * nz + iz
+            leave = min(tx, ty, tz)
+            if state[cell] == 0:
+                unknown += (min(leave, t1) - t) * reach
+                if unknown > unobserved_limit:
+                    break
+            else:
+                visible[cell] |= bit
+                if state[cell] == 2:
+                    break
+            if leave >= t1:
+                break
+            t = leave
+            if tx == leave:
+                ix += sx
+                if ix < 0 or ix >= nx:
+                    break
+                tx = (ix + ax) * gx
+            elif ty == leave:
+                iy += sy
+                if iy < 0 or iy >= ny:
+                    break
+                ty = (iy + ay) * gy
+            else:
+                iz += sz
+                if iz < 0 or iz >= nz:
+                    break
+                tz = (iz + az) * gz
+
+
+@njit(cache=True, nogil=True)
+def _add_hits(end_cell, hit, weight, end_mm, bit, row, count, total, sweeps):  # type: ignore[no-untyped-def]
+    """Add one sweep's returns to the hit cells."""
+    for g in range(len(end_cell)):
+        if hit[g]:
+            r = row[end_cell[g]]
+            count[r] += weight[g]
+            sweeps[r] |= bit
+            for axis in range(3):
+                total[r, axis] += end_mm[g, axis]
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _millimetres(value):  # type: ignore[no-untyped-def]
+    """Round metres to integer millimetres."""
+    return int(np.floor(value * 1000.0 + 0.5))
+
+
+@njit(cache=True, nogil=True)
+def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collapse):  # type: ignore[no-untyped-def]
+    """Carry beams into the grid frame, find end or exit cells, and sum beams that share one.
+
+    `slots` maps an end cell (first half) or an exit cell (second half) to its bundle, -1 for none.
+    """
+    size = shape[0] * shape[1] * shape[2]
+    room = len(end)
+    end_mm, origin_mm = np.zeros((room, 3), np.int64), np.zeros((room, 3), np.int64)
+    out_origin, out_end = np.empty((room, 3)), np.empty((room, 3))
+    out_cell, out_hit = np.empty(room, np.int64), np.empty(room, np.bool_)
+    weight, spare = np.zeros(room, np.int64), np.empty(room, np.int64)
+    e, o, place = np.empty(3), np.empty(3), np.empty(3, np.int64)
+    count = 0
+    for i in range(room):
+        for a in range(3):
+            e[a] = (ego2grid[a, 0] * end[i, 0] + ego2grid[a, 1] * end[i, 1]
+                    + ego2grid[a, 2] * end[i, 2] + ego2grid[a, 3] - lo[a])  # fmt: skip
+            o[a] = (ego2grid[a, 0] * origin[i, 0] + ego2grid[a, 1] * origin[i, 1]
+                    + ego2grid[a, 2] * origin[i, 2] + ego2grid[a, 3] - lo[a])  # fmt: skip
+        inside = True
+        for a in range(3):
+            cell_a = np.floor(e[a] / pitch[a])
+            if not (cell_a >= 0 and cell_a < shape[a]):
+                inside = False
+            else:
+                place[a] = int(cell_a)
+        beyond = 0
+        if not inside:
+            t0, t1 = 0.0, 1.0
+            for a in range(3):
+                t0, t1 = _clip_axis(o[a] / pitch[a], (e[a] - o[a]) / pitch[a], shape[a], t0, t1)
+            if t0 >= t1:
+                continue
+            if collapse:
+                length = np.sqrt((e[0] - o[0]) ** 2 + (e[1] - o[1]) ** 2 + (e[2] - o[2]) ** 2)
+                beyond = _millimetres((1.0 - t1) * length)
+                for a in range(3):
+                    e[a] = o[a] + (e[a] - o[a]) * t1
+                    place[a] = min(max(int(np.floor(e[a] / pitch[a])), 0), shape[a] - 1)
+        flat = (place[0] * shape[1] + place[1]) * shape[2] + place[2]
+        group = -1
+        if collapse and (hit[i] or not inside):
+            key = flat if inside else size + flat
+            group = slots[key]
+            if group < 0:
+                slots[key] = count
+        if group < 0:
+            group = count
+            count += 1
+            out_cell[group] = flat if inside else -1
+            out_hit[group] = inside and hit[i]
+            spare[group] = beyond
+            for a in range(3):
+                out_origin[group, a] = o[a]
+                out_end[group, a] = e[a]
+        weight[group] += 1
+        spare[group] = min(spare[group], beyond)
+        for a in range(3):
+            end_mm[group, a] += _millimetres(e[a])
+            origin_mm[group, a] += _millimetres(o[a])
+    for g in range(count):
+        for a in range(3):
+            if collapse:
+                out_origin[g, a] = origin_mm[g, a] / weight[g] / 1000.0
+                out_end[g, a] = end_mm[g, a] / weight[g] / 1000.0
+            out_origin[g, a] += lo[a]
+            out_end[g, a] += lo[a]
+    out_margin = np.maximum(0.0, margin - spare[:count] / 1000.0)
+    return (
+        out_origin[:count],
+        out_end[:count],
+        out_cell[:count],
+        out_hit[:count],
+        weight[:count],
+        out_margin,
+        end_mm[:count],
+    )
