@@ -1,0 +1,230 @@
+"""From network outputs to boxes and voxels in base_link: the last stage before messages and files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.classes import DETECTION_CLASSES, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.geometry import box_corners
+from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
+from occbev.results import Boxes3D, Occupancy
+from occbev.rig import CameraRig
+
+Floats = NDArray[np.float32]
+
+NMS_RADIUS: dict[str, float] = {
+    "car": 1.5, "truck": 2.0, "construction_vehicle": 2.0, "bus": 2.5, "trailer": 2.5,
+    "barrier": 0.7, "motorcycle": 0.6, "bicycle": 0.6, "pedestrian": 0.3, "traffic_cone": 0.3,
+}  # fmt: skip
+"""Centres of one class nearer than this (metres) are one object: under the width of its usual member."""
+
+LARGEST_SIZE = 40.0
+"""Metres; exp of a wild log size would overflow."""
+
+NEAR = 0.1
+"""Least depth in metres at which a camera sees a voxel."""
+
+CHUNK = 40_000
+"""Voxels decoded at a time: 18 classes of them fit a 3 MB cache."""
+
+NMS_METHODS = ("circle", "rotated", "none")
+
+
+class OutputError(ValueError):
+    """Network outputs that cannot be decoded: wrong shape, or not finite."""
+
+
+@dataclass(frozen=True)
+class BoxDecoding:
+    """How heat-map peaks become boxes."""
+
+    threshold: float = 0.1
+    """Least score of a box."""
+    max_boxes: int = 200
+    """Most boxes in one result, the best first."""
+    nms: str = "circle"
+    """Suppression within a class: circle (by centre distance), rotated (by overlap seen from above) or none."""
+    max_overlap: float = 0.2
+    """Overlap (intersection over union) above which rotated suppression drops the weaker box."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1 or self.max_boxes < 0 or self.nms not in NMS_METHODS:
+            raise ValueError(f"want 0 < threshold < 1, max_boxes >= 0 and nms in {NMS_METHODS}; "
+                             f"got {self.threshold}, {self.max_boxes}, {self.nms!r}")  # fmt: skip
+
+
+def decode_boxes(heatmap: Floats, box: Floats, bev: BevGrid, decoding: BoxDecoding | None = None,
+                 cameras: tuple[str, ...] = (), classes: Sequence[str] = DETECTION_CLASSES) -> Boxes3D:  # fmt: skip
+    """Turn centre maps into boxes, best first (Zhou et al. 2019: a peak is its own 3 x 3 neighbourhood's maximum).
+
+    heatmap: (C, Y, X) logits. box: (10, Y, X): offset x, y in cells from the cell's lower corner, z of the
+        centre, log l, log w, log h, sin yaw, cos yaw, vx, vy.
+    Raises:
+        OutputError: shapes do not fit each other, or the heat map is not finite.
+    """
+    decoding = decoding or BoxDecoding()
+    _check_maps(heatmap, box, bev, classes)
+    label, row, column = _peaks(heatmap, decoding)
+    logit = heatmap[label, row, column]
+    values = box[:, row, column].T.astype(np.float64)  # (M, 10)
+    boxes = Boxes3D(
+        _to_metres(values, row, column, bev), label.astype(np.int64), _sigmoid(logit), cameras
+    )
+    if decoding.nms == "circle":
+        return boxes[circle_nms(boxes, np.array([NMS_RADIUS[name] for name in classes]))]
+    return boxes[rotated_nms(boxes, decoding.max_overlap)] if decoding.nms == "rotated" else boxes
+
+
+def circle_nms(boxes: Boxes3D, radius: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which of (M,) boxes, best first, have no better kept one of their class within radius (C,) metres."""
+    offset = boxes.box[:, None, :2] - boxes.box[None, :, :2]
+    rivals = np.hypot(offset[..., 0], offset[..., 1]) < radius[boxes.label][:, None]
+    return _greedy(rivals & (boxes.label[:, None] == boxes.label[None, :]))
+
+
+def rotated_nms(boxes: Boxes3D, max_overlap: float) -> NDArray[np.bool_]:
+    """Return which of (M,) boxes, best first, overlap no better kept one of their class by more (seen from above)."""
+    size = len(boxes)
+    rivals = np.zeros((size, size), bool)
+    reach = np.hypot(boxes.box[:, 3], boxes.box[:, 4]) / 2
+    offset = boxes.box[:, None, :2] - boxes.box[None, :, :2]
+    near = np.hypot(offset[..., 0], offset[..., 1]) < reach[:, None] + reach[None, :]
+    near &= boxes.label[:, None] == boxes.label[None, :]
+    for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True):
+        rivals[i, j] = rivals[j, i] = bev_overlap(boxes.box[i], boxes.box[j]) > max_overlap
+    return _greedy(rivals)
+
+
+def bev_overlap(a: Floats, b: Floats) -> float:
+    """Return the intersection over union of two boxes x, y, z, l, w, h, yaw seen from above."""
+    quads = box_corners(np.stack([a[:7], b[:7]]))[:, [0, 1, 5, 4], :2]
+    origin = quads[0].mean(0)  # float32 corners far from the origin lose the area's last digits
+    area, _ = cv2.intersectConvexConvex(
+        *(np.ascontiguousarray(quad - origin, np.float32) for quad in quads)
+    )
+    union = a[3] * a[4] + b[3] * b[4] - area
+    return float(area / union) if union > 0 else 0.0
+
+
+def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] = (),
+                     observed: NDArray[np.bool_] | None = None) -> Occupancy:  # fmt: skip
+    """Turn occupancy logits (K, Z, Y, X), the last class free, into labels with their softmax confidence.
+
+    observed: (X, Y, Z); where it is False the state is unobserved and the confidence 0. None: all observed.
+    Raises:
+        OutputError: the volume does not fit the grid, or is not finite.
+    """
+    free, volume = len(logits) - 1, grid.shape[::-1]
+    if logits.shape[1:] != volume:
+        raise OutputError(
+            f"occupancy logits {logits.shape} do not fit a grid of {grid.shape} [x, y, z]"
+        )
+    label, confidence = np.zeros(grid.size, np.uint8), np.empty(grid.size, np.float32)
+    flat = logits.reshape(len(logits), -1)
+    for start in range(0, grid.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        with np.errstate(invalid="ignore", over="ignore"):
+            _label_chunk(flat[:, part], label[part], confidence[part])
+    if not np.isfinite(confidence).all():
+        raise OutputError("occupancy logits hold values that are not finite")
+    label, confidence = (
+        xyz_from_volume(label.reshape(volume)),
+        xyz_from_volume(confidence.reshape(volume)),
+    )
+    state = np.where(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
+    if observed is not None:
+        state = np.where(observed, state, np.uint8(UNOBSERVED_STATE))
+        confidence = np.where(observed, confidence, np.float32(0))
+    return Occupancy(label, confidence, state, grid, cameras)
+
+
+def voxels_in_view(rig: CameraRig, grid: VoxelGrid) -> NDArray[np.bool_]:
+    """Return (N, X, Y, Z): which voxel centres each camera of the rig has in its image.
+
+    A view of network order, the order of logits, so that masking them runs along memory.
+    """
+    axes = [
+        lo + (np.arange(n) + 0.5) * pitch
+        for lo, pitch, n in zip(grid.lo, grid.pitch, grid.shape, strict=True)
+    ]
+    x, y, z = (axis.astype(np.float32) for axis in axes)
+    inside = np.empty((len(rig), *grid.shape[::-1]), bool)
+    for index, camera in enumerate(rig.cameras):
+        # A projection is affine before its division, so a grid needs three outer sums and no list of points.
+        ego2img = (camera.intrinsic @ camera.ego2cam[:3]).astype(np.float32)
+        u, v, depth = (
+            row[0] * x + (row[1] * y)[:, None] + (row[2] * z + row[3])[:, None, None]
+            for row in ego2img
+        )
+        in_columns = (u >= 0) & (u < camera.width * depth)
+        inside[index] = in_columns & (v >= 0) & (v < camera.height * depth) & (depth > NEAR)
+    return xyz_from_volume(inside)
+
+
+def _check_maps(heatmap: Floats, box: Floats, bev: BevGrid, classes: Sequence[str]) -> None:
+    plane = bev.shape[::-1]
+    if heatmap.shape != (len(classes), *plane) or box.shape != (10, *plane):
+        raise OutputError(
+            f"heat map {heatmap.shape} and box map {box.shape}; want {(len(classes), *plane)} and {(10, *plane)}"
+        )
+    if not np.isfinite(heatmap).all():
+        raise OutputError("the heat map holds values that are not finite")
+
+
+def _peaks(
+    heatmap: Floats, decoding: BoxDecoding
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Return class, row and column of the best local maxima over the threshold, best first."""
+    logit = math.log(decoding.threshold / (1 - decoding.threshold))
+    channels_last = np.ascontiguousarray(np.moveaxis(heatmap, 0, -1), np.float32)  # (Y, X, C)
+    neighbourhood = cv2.dilate(channels_last, np.ones((3, 3), np.uint8)).reshape(
+        channels_last.shape
+    )
+    row, column, label = np.nonzero((channels_last >= neighbourhood) & (channels_last >= logit))
+    order = np.argsort(-heatmap[label, row, column], kind="stable")[: decoding.max_boxes]
+    return label[order], row[order], column[order]
+
+
+def _to_metres(
+    values: NDArray[np.float64], row: NDArray[np.intp], column: NDArray[np.intp], bev: BevGrid
+) -> Floats:
+    centre = bev.metres(np.stack([column, row], -1) + values[:, :2])
+    size = np.exp(np.minimum(values[:, 3:6], math.log(LARGEST_SIZE)))
+    yaw = np.arctan2(values[:, 6], values[:, 7])[:, None]
+    return np.concatenate([centre, values[:, 2:3], size, yaw, values[:, 8:10]], 1).astype(
+        np.float32
+    )
+
+
+def _sigmoid(logit: Floats) -> Floats:
+    return (1 / (1 + np.exp(-logit.astype(np.float64)))).astype(np.float32)
+
+
+def _greedy(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Keep items in order; each kept one drops its later rivals (M, M)."""
+    keep = np.ones(len(rivals), bool)
+    for index in range(len(rivals)):
+        if keep[index]:
+            keep[index + 1 :] &= ~rivals[index, index + 1 :]
+    return keep
+
+
+def _label_chunk(logits: Floats, label: NDArray[np.uint8], confidence: Floats) -> None:
+    """Write arg-max and its softmax of (K, M) logits; the planes stay in cache between both passes."""
+    best, above = logits[0].astype(np.float32), np.empty(len(label), bool)
+    for index in range(1, len(logits)):
+        np.greater(logits[index], best, out=above)
+        np.maximum(best, logits[index], out=best)
+        # A later winner has the larger index, so that a maximum replaces the slower masked store.
+        np.maximum(label, above.view(np.uint8) * np.uint8(index), out=label)
+    total, term = np.zeros(len(label), np.float32), np.empty(len(label), np.float32)
+    for plane in logits:
+        np.subtract(plane, best, out=term)
+        total += np.exp(term, out=term)
+    np.reciprocal(total, out=confidence)
