@@ -1,0 +1,143 @@
+"""The one interface of every runtime, and the choice between them.
+
+A runtime is imported only when it is chosen; each backend is `occbev.inference.<module>` with a class `Runtime`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from occbev.model_package import ModelPackage
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class BackendError(ValueError):
+    """A runtime that cannot be used with this package on this machine, saying what would be needed."""
+
+
+class Backend(Protocol):
+    """A loaded network.
+
+    name: the runtime's name. form: "bag" or "gather", the kind of geometry tables its graph takes.
+    device: what it runs on, in words, for reports.
+    """
+
+    name: str
+    form: str
+    device: str
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once on `images (1, N, 3, h, w)`, `camera_valid (1, N)`, `table_*`.
+
+        Returns: the graph's outputs by name. They may be views of the runtime's own buffers, overwritten by the next run.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a runtime is found: our module, the import it needs, the graphs it reads, how it is installed."""
+
+    module: str
+    needs: str
+    graphs: tuple[str, ...]
+    install: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether the import it needs can be found, without importing it."""
+        return importlib.util.find_spec(self.needs) is not None
+
+    def reads(self, package: ModelPackage) -> bool:
+        """Whether the package holds a graph in its form."""
+        return any(package.has(name) for name in self.graphs)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "openvino": Runtime(
+        "openvino_backend", "openvino", ("model.xml", "model.onnx"), "pip install openvino"
+    ),
+    "onnxruntime": Runtime(
+        "onnx_backend", "onnxruntime", ("model.onnx",), "pip install onnxruntime"
+    ),
+    "tensorrt": Runtime(
+        "tensorrt_backend", "tensorrt", ("model.onnx",), "pip install tensorrt cuda-python"
+    ),
+    "torch": Runtime(
+        "torch_backend", "occbev_training", ("weights.safetensors",), "pip install ./training"
+    ),
+}
+"""Runtimes by name, in the order in which "auto" tries them."""
+
+AUTO = ("openvino", "onnxruntime", "torch")
+"""What "auto" tries; TensorRT builds an engine for minutes, so it is only used when it is asked for."""
+
+
+def choose_backend(name: str, package: ModelPackage) -> str:
+    """Return the name of the runtime to use: `name` itself, or for "auto" the first that is installed and fits.
+
+    Raises:
+        BackendError: the name is unknown, or the runtime is absent, or the package has no graph for it.
+    """
+    if name != "auto":
+        problem = _problem(name, package)
+        if problem:
+            raise BackendError(problem)
+        return name
+    problems = {candidate: _problem(candidate, package) for candidate in AUTO}
+    fitting = [candidate for candidate, problem in problems.items() if problem is None]
+    if not fitting:
+        raise BackendError(
+            "no runtime can run this package: " + "; ".join(str(p) for p in problems.values())
+        )
+    return fitting[0]
+
+
+def load_backend(package: ModelPackage, cameras: int, name: str = "auto", threads: int | None = None,
+                 precision: str = "auto") -> Backend:  # fmt: skip
+    """Load the network of a package for a rig of `cameras` cameras.
+
+    name: a key of RUNTIMES, or "auto". threads: CPU threads, None for the runtime's own choice.
+    precision: "auto" lets the runtime use the hardware's fast type (bf16, fp16), "f32" forbids it.
+    Raises:
+        BackendError: the runtime is unknown, absent, or cannot load this graph.
+    """
+    if precision not in ("auto", "f32"):
+        raise BackendError(f"precision {precision!r}: must be auto or f32")
+    chosen = choose_backend(name, package)
+    module = importlib.import_module(f"occbev.inference.{RUNTIMES[chosen].module}")
+    backend: Backend = module.load(package, cameras, threads, precision)
+    return backend
+
+
+def table_form(input_names: Iterable[str]) -> str:
+    """Tell from a graph's inputs which form of geometry tables it takes.
+
+    Raises:
+        BackendError: the graph takes neither.
+    """
+    names = set(input_names)
+    for marker, form in (("table_offset", "bag"), ("table_cell", "gather")):
+        if marker in names:
+            return form
+    raise BackendError(
+        f"the graph's inputs {sorted(names)} hold neither table_offset nor table_cell: not a graph of this package format"
+    )
+
+
+def _problem(name: str, package: ModelPackage) -> str | None:
+    if name not in RUNTIMES:
+        return f"backend {name!r} is unknown: must be auto or one of {sorted(RUNTIMES)}"
+    runtime = RUNTIMES[name]
+    if not runtime.installed:
+        return f"backend {name}: the module {runtime.needs} is not installed ({runtime.install})"
+    if not runtime.reads(package):
+        return f"backend {name}: {package.folder} holds none of {runtime.graphs}; it has {sorted(package.files)}"
+    return None

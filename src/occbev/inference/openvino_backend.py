@@ -1,0 +1,60 @@
+"""OpenVINO on a CPU: the default runtime. It reads the package's own IR, or else its ONNX graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openvino
+from numpy.typing import NDArray
+
+from occbev.inference.backend import Arrays, BackendError, table_form
+from occbev.model_package import ModelPackage
+
+
+class OpenVinoBackend:
+    """A graph compiled for this CPU and this number of cameras."""
+
+    name = "openvino"
+
+    def __init__(self, compiled: openvino.CompiledModel) -> None:
+        self._request = compiled.create_infer_request()
+        self._outputs = [port.get_any_name() for port in compiled.outputs]
+        self.form = table_form(port.get_any_name() for port in compiled.inputs)
+        threads = compiled.get_property("INFERENCE_NUM_THREADS")
+        precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self.device = f"CPU, {threads} threads, {precision}"
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; the outputs are views that the next run overwrites."""
+        result = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+        return {name: result[index] for index, name in enumerate(self._outputs)}
+
+
+def load(
+    package: ModelPackage, cameras: int, threads: int | None, precision: str
+) -> OpenVinoBackend:
+    """Read, reshape to the rig and compile; see `load_backend`."""
+    core = openvino.Core()
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    if precision == "f32":
+        options["INFERENCE_PRECISION_HINT"] = "f32"
+    path = package.path("model.xml", "model.onnx")
+    try:
+        graph = core.read_model(path)
+        graph.reshape(_shapes(graph, cameras))
+        return OpenVinoBackend(core.compile_model(graph, "CPU", options))
+    except RuntimeError as error:
+        raise BackendError(
+            f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {error}"
+        ) from error
+
+
+def _shapes(graph: openvino.Model, cameras: int) -> dict[str, openvino.PartialShape]:
+    """The inputs' shapes with the second axis of every per-camera input set to the rig's size."""
+    shapes = {port.get_any_name(): port.get_partial_shape() for port in graph.inputs}
+    for name in ("images", "camera_valid"):
+        if name in shapes:
+            shapes[name][0], shapes[name][1] = 1, cameras
+    return shapes

@@ -1,0 +1,177 @@
+"""The straight line without ROS: one frame set in, boxes and voxels out.
+
+The node, bag replay, evaluation and the benchmark all call this, so that live and offline results are equal.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from occbev.geometry import invert_transform
+from occbev.inference.backend import Arrays, Backend, load_backend
+from occbev.inference.tables import TableCache
+from occbev.model_package import ModelPackage, find_package
+from occbev.postprocess import (
+    BoxDecoding,
+    OutputError,
+    decode_boxes,
+    decode_occupancy,
+    voxels_in_view,
+)
+from occbev.preprocess import PreparedImages, Preprocessor
+from occbev.results import Boxes3D, FrameSet, Occupancy, Perception, Timings
+from occbev.rig import CameraRig
+
+STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
+"""Names of the timed stages, in order."""
+
+OUTPUTS = ("occupancy_logits", "heatmap", "box")
+
+Motion = Mapping[str, ArrayLike]
+"""Camera name -> (4, 4): ego at that camera's exposure -> ego at the key time."""
+
+
+class Pipeline:
+    """A loaded network, the rig that it looks through, and the caches that belong to both. Not thread-safe."""
+
+    def __init__(self, package: ModelPackage | Path | str, rig: CameraRig, backend: str | Backend = "auto",
+                 threads: int | None = None, decoding: BoxDecoding | None = None, precision: str = "auto") -> None:  # fmt: skip
+        """Load a network for a rig.
+
+        package: loaded, or its folder, or the name of a shipped one. rig: cameras at the size they deliver.
+        backend: a runtime's name (see `load_backend`) or a loaded backend. decoding: None for the defaults.
+        """
+        self.package = (
+            package
+            if isinstance(package, ModelPackage)
+            else ModelPackage.load(find_package(package))
+        )
+        self.decoding = decoding or BoxDecoding()
+        self._wanted, self._threads, self._precision = backend, threads, precision
+        self._preprocessor = Preprocessor(self.package.model.image)
+        self._pool = ThreadPoolExecutor(min(4, threads or os.cpu_count() or 1), "decode")
+        self._loaded_for = 0
+        self.set_rig(rig)
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """The stage that decodes and scales, for callers who decode frames as they arrive."""
+        return self._preprocessor
+
+    def set_rig(self, rig: CameraRig) -> None:
+        """Look through another rig from now on; the network is reloaded only if the number of cameras changes."""
+        self.rig = rig
+        if len(rig) != self._loaded_for:
+            self.backend = self._load(len(rig))
+            self._tables = TableCache(self.package.model, self.backend.form)
+            self._loaded_for = len(rig)
+        self._view: tuple[str, NDArray[np.bool_]] | None = None
+
+    def run(self, frame_set: FrameSet, motion: Motion | None = None) -> Perception:
+        """Perceive one frame set; frames may be encoded or arrays.
+
+        motion: how far ego moved from each exposure to the key time; None treats all as taken at the key time.
+        Raises:
+            ImageError: an image cannot be used. LookupError: `motion` lacks a camera. OutputError: not finite.
+        """
+        if not frame_set.cameras:
+            raise ValueError(
+                f"frame set at {frame_set.stamp_ns} ns holds no image: {dict(frame_set.missing)}"
+            )
+        clock = [time.perf_counter_ns()]
+        decoded = self._preprocessor.decode_all(frame_set, self.rig, self._pool)
+        clock.append(time.perf_counter_ns())
+        prepared = self._preprocessor.prepare(decoded, self.rig)
+        clock.append(time.perf_counter_ns())
+        tables = self._tables.tables(self._moved(prepared, frame_set, motion))
+        clock.append(time.perf_counter_ns())
+        outputs = self.backend.run(
+            {"images": prepared.images[None], "camera_valid": prepared.camera_valid[None], **tables}
+        )
+        clock.append(time.perf_counter_ns())
+        boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
+        clock.append(time.perf_counter_ns())
+        timings = Timings(dict(zip(STAGES, np.diff(clock).tolist(), strict=True)))
+        return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
+
+    def warm_up(self) -> None:
+        """Run once on nothing, so that the first real frame does not pay for allocation and caches."""
+        shape = (len(self.rig), self.package.model.image.height, self.package.model.image.width, 3)
+        black = np.zeros(shape, np.uint8)
+        prepared = self._preprocessor.prepare(FrameSet(0, {}), self.rig)
+        images = np.stack([self._preprocessor.normalise(image) for image in black])
+        tables = self._tables.tables(prepared.rig)
+        self.backend.run(
+            {
+                "images": images[None],
+                "camera_valid": np.ones((1, len(self.rig)), np.float32),
+                **tables,
+            }
+        )
+        self._in_view(prepared.rig)
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._pool.shutdown()
+
+    def _load(self, cameras: int) -> Backend:
+        if isinstance(self._wanted, str):
+            return load_backend(self.package, cameras, self._wanted, self._threads, self._precision)
+        return self._wanted
+
+    def _moved(
+        self, prepared: PreparedImages, frame_set: FrameSet, motion: Motion | None
+    ) -> CameraRig:
+        if motion is None:
+            return prepared.rig
+        absent = sorted(set(frame_set.cameras) - set(motion))
+        if absent:
+            raise LookupError(
+                f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}"
+            )
+        return prepared.rig.moved(motion.get(name, np.eye(4)) for name in prepared.rig.names)
+
+    def _decoded(
+        self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]
+    ) -> tuple[Boxes3D, Occupancy]:
+        absent = [name for name in OUTPUTS if name not in outputs]
+        if absent:
+            raise OutputError(
+                f"the graph of {self.package.model.name} lacks the outputs {absent}; it has {sorted(outputs)}"
+            )
+        model = self.package.model
+        logits, heatmap, box = (outputs[name][0] for name in OUTPUTS)
+        boxes = decode_boxes(
+            heatmap, box, model.bev, self.decoding, cameras, model.detection_classes
+        )
+        observed = self._in_view(prepared.rig)[prepared.camera_valid > 0].any(axis=0)
+        return boxes, decode_occupancy(logits, model.grid, cameras, observed)
+
+    def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:
+        """The voxels each camera sees, kept for the last rig: projecting a whole grid takes longer than the network."""
+        if self._view is None or self._view[0] != rig.hash:
+            self._view = (rig.hash, voxels_in_view(rig, self.package.model.grid))
+        return self._view[1]
+
+
+def motion_to_key(frame_set: FrameSet, ego2global: ArrayLike) -> dict[str, NDArray[np.float64]]:
+    """Return, for each camera present, ego at its exposure -> ego at the key time.
+
+    ego2global: (4, 4) at the key time.
+    Raises:
+        LookupError: a frame's own pose is not known.
+    """
+    global2ego, motion = invert_transform(ego2global), {}
+    for name in frame_set.cameras:
+        frame = frame_set.frames[name]
+        if frame is None or frame.ego2global is None:
+            raise LookupError(f"camera {name}: no ego pose is known at its exposure")
+        motion[name] = global2ego @ frame.ego2global
+    return motion

@@ -1,0 +1,184 @@
+"""The ROS-free line: order, timings, motion, missing cameras and failures, around a backend that answers known maps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from occbev.config import ImageConfig, LiftConfig, ModelConfig
+from occbev.geometry import make_transform, rotation_from_yaw
+from occbev.grid import BevGrid, VoxelGrid
+from occbev.inference.pipeline import STAGES, Pipeline, motion_to_key
+from occbev.inference.tables import bag_tables, lift_points
+from occbev.model_package import ModelPackage
+from occbev.postprocess import BoxDecoding, OutputError
+from occbev.preprocess import ImageError
+from occbev.results import CameraFrame, FrameSet
+from occbev.rig import Camera, CameraRig
+
+FORWARD = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+MODEL = replace(
+    ModelConfig(),
+    image=ImageConfig(width=64, height=32),
+    lift=LiftConfig(max_points=2048),
+    bev=BevGrid((-8.0, -8.0), (1.0, 1.0), (16, 16)),
+    grid=VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 1.0), (16, 16, 2)),
+)
+
+
+class KnownBackend:
+    """Answers fixed maps and keeps what it was asked."""
+
+    name, form, device = "known", "bag", "none"
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, np.ndarray] = {}
+        self.heatmap = np.full((1, 10, 16, 16), -9.0, np.float32)
+        self.heatmap[0, 0, 8, 11] = 3.0
+        self.logits = np.zeros((1, 18, 2, 16, 16), np.float32)
+        self.logits[:, 17] = 1.0
+        self.logits[0, 4, 1, 8, 15] = 5.0
+
+    def run(self, inputs: Any) -> dict[str, np.ndarray]:
+        self.inputs = {name: array.copy() for name, array in inputs.items()}
+        return {
+            "occupancy_logits": self.logits,
+            "heatmap": self.heatmap,
+            "box": np.zeros((1, 10, 16, 16), np.float32),
+        }
+
+
+def rig(names: tuple[str, ...] = ("left", "front", "right")) -> CameraRig:
+    turn = {"left": 1.0, "front": 0.0, "right": -1.0, "back": np.pi}
+    optics = [[60, 0, 64], [0, 60, 40], [0, 0, 1]]
+    pose = {
+        name: make_transform(rotation_from_yaw(turn[name]) @ FORWARD, [1, 0, 1.5]) for name in names
+    }
+    return CameraRig(tuple(Camera(name, 128, 72, optics, pose[name]) for name in names))
+
+
+def encoded(value: int) -> bytes:
+    return cv2.imencode(".png", np.full((72, 128, 3), value, np.uint8))[1].tobytes()
+
+
+def frame_set(*names: str, missing: str | None = None, stamp_ns: int = 100) -> FrameSet:
+    frames = {name: CameraFrame(name, 90 + i, encoded(40 * i)) for i, name in enumerate(names)}
+    slots: dict[str, CameraFrame | None] = dict(frames)
+    if missing:
+        slots[missing] = None
+    return FrameSet(stamp_ns, slots, {missing: "silent"} if missing else {})
+
+
+@pytest.fixture
+def backend() -> KnownBackend:
+    return KnownBackend()
+
+
+def pipeline(backend: KnownBackend, cameras: CameraRig | None = None, **options: Any) -> Pipeline:
+    return Pipeline(ModelPackage(folder=None, model=MODEL), cameras or rig(), backend, **options)  # type: ignore[arg-type]
+
+
+def test_one_frame_set_becomes_boxes_and_voxels(backend: KnownBackend) -> None:
+    result = pipeline(backend).run(frame_set("left", "front", "right"))
+    assert result.stamp_ns == 100
+    np.testing.assert_allclose(result.boxes.box[:, :2], [[3, 0]])
+    assert result.boxes.cameras == result.occupancy.cameras == ("left", "front", "right")
+    assert result.occupancy.label[15, 8, 1] == 4
+    assert result.occupancy.state[15, 8, 1] == 2
+    assert result.occupancy.state[0, 8, 1] == 0, "nothing looks back"
+    assert tuple(result.timings.stage_ns) == STAGES
+    assert all(duration >= 0 for duration in result.timings.stage_ns.values())
+
+
+def test_inputs_follow_the_rig_not_the_frame_order(backend: KnownBackend) -> None:
+    pipeline(backend).run(frame_set("right", "left", "front"))
+    means = backend.inputs["images"][0].mean(axis=(1, 2, 3))
+    assert means[2] < means[0] < means[1]
+    assert backend.inputs["images"].shape == (1, 3, 3, 32, 64)
+    np.testing.assert_array_equal(backend.inputs["camera_valid"], [[1, 1, 1]])
+
+
+def test_a_missing_camera_is_a_fact(backend: KnownBackend) -> None:
+    whole = pipeline(backend).run(frame_set("left", "front", "right"))
+    result = pipeline(backend).run(frame_set("left", "front", missing="right"))
+    np.testing.assert_array_equal(backend.inputs["camera_valid"], [[1, 1, 0]])
+    assert not backend.inputs["images"][0, 2].any()
+    assert result.missing == {"right": "silent"}
+    assert result.boxes.cameras == ("left", "front")
+    assert (result.occupancy.state == 0).sum() > (whole.occupancy.state == 0).sum()
+
+
+def test_tables_follow_each_cameras_own_motion(backend: KnownBackend) -> None:
+    line, cameras = pipeline(backend), rig()
+    moved = {
+        name: make_transform(np.eye(3), [0.4 * i, 0, 0]) for i, name in enumerate(cameras.names)
+    }
+    line.run(frame_set(*cameras.names), moved)
+    network = cameras.moved(moved[name] for name in cameras.names)
+    network_size = [c.resized(0.5, 0.5, (0, 4), (64, 32)) for c in network.cameras]
+    points = lift_points(
+        [c.intrinsic for c in network_size],
+        [c.cam2ego for c in network_size],
+        (64, 32),
+        MODEL.lift,
+        MODEL.bev,
+    )
+    for name, table in bag_tables(points, MODEL.bev, MODEL.lift.max_points).items():
+        np.testing.assert_array_equal(backend.inputs[name], table)
+    still = dict(backend.inputs)
+    line.run(frame_set(*cameras.names))
+    assert not np.array_equal(still["table_pixel"], backend.inputs["table_pixel"])
+
+
+def test_motion_must_name_every_camera_that_is_present(backend: KnownBackend) -> None:
+    with pytest.raises(LookupError, match="right"):
+        pipeline(backend).run(
+            frame_set("left", "front", "right"), {"left": np.eye(4), "front": np.eye(4)}
+        )
+    pipeline(backend).run(
+        frame_set("left", "front", missing="right"), {"left": np.eye(4), "front": np.eye(4)}
+    )
+
+
+def test_motion_to_key_carries_a_standing_point() -> None:
+    at_capture = make_transform(rotation_from_yaw(0.3), [10, 5, 0])
+    at_key = make_transform(rotation_from_yaw(0.35), [10.5, 5.2, 0])
+    frames = FrameSet(
+        2, {"front": CameraFrame("front", 1, b"", at_capture), "left": None}, {"left": "silent"}
+    )
+    motion = motion_to_key(frames, at_key)
+    point_global = np.array([20.0, 7.0, 1.0, 1.0])
+    at_key_ego = motion["front"] @ np.linalg.inv(at_capture) @ point_global
+    np.testing.assert_allclose(at_key_ego, np.linalg.inv(at_key) @ point_global, atol=1e-9)
+    with pytest.raises(LookupError, match="front"):
+        motion_to_key(FrameSet(2, {"front": CameraFrame("front", 1, b"")}), at_key)
+
+
+def test_another_rig_replaces_tables_and_view(backend: KnownBackend) -> None:
+    line = pipeline(backend)
+    line.warm_up()
+    line.run(frame_set("left", "front", "right"))
+    line.set_rig(rig(("front", "back")))
+    result = line.run(frame_set("front", "back"))
+    assert backend.inputs["images"].shape[1] == 2
+    assert result.occupancy.state[0, 8, 1] == 1, "now something looks back"
+
+
+def test_failures_name_their_cause(backend: KnownBackend) -> None:
+    line = pipeline(backend, decoding=BoxDecoding(threshold=0.3))
+    with pytest.raises(ValueError, match="holds no image"):
+        line.run(FrameSet(7, {"left": None, "front": None, "right": None}, {"left": "silent"}))
+    cut = frame_set("left", "front", "right")
+    frames = dict(cut.frames) | {"front": CameraFrame("front", 1, encoded(3)[:50])}
+    with pytest.raises(ImageError, match="camera front"):
+        line.run(replace(cut, frames=frames))
+    backend.heatmap[0, 0, 0, 0] = np.nan
+    with pytest.raises(OutputError, match="not finite"):
+        line.run(cut)
+    backend.run = lambda inputs: {"heatmap": backend.heatmap}  # type: ignore[method-assign]
+    with pytest.raises(OutputError, match=r"lacks the outputs \['occupancy_logits', 'box'\]"):
+        line.run(cut)
