@@ -391,7 +391,7 @@ def _root(parent, h):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _moving_components(cell, row, solid, contradicted, shape, share):  # type: ignore[no-untyped-def]
     """Join solid hit cells by their 26 neighbours; returns the cells of components that move."""
-    nx, ny, nz = shape
+    _, ny, nz = shape
     parent = np.arange(len(cell))
     for h in range(len(cell)):
         if not solid[h]:
