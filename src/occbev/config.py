@@ -124,7 +124,9 @@ class OccupancyHeadConfig:
     channels: int = 64
     """Width of the plane before it is unfolded into heights."""
     height_channels: int = 16
-    """Features of each voxel in the 3D part of the decoder."""
+    """Features of each voxel in the 3D part of the decoder, at half resolution."""
+    voxel_channels: int = 8
+    """Features of each voxel at full resolution, from which its logits are made."""
 
 
 @dataclass(frozen=True)

@@ -34,48 +34,57 @@ class OccupancyDecoder(nn.Module):
             raise ValueError(
                 f"occupancy grid {grid.shape}: x and y must be multiples of {SUBPIXEL}"
             )
-        self.classes, self._grid_shape = classes, grid.shape
         self.register_buffer("rows", torch.from_numpy(resampling(bev, grid, 1)), persistent=False)
         self.register_buffer(
             "columns", torch.from_numpy(resampling(bev, grid, 0)), persistent=False
         )
-        self.trunk = _Trunk(inputs, config, grid.shape[2])
-        self.classifier = nn.Conv3d(config.height_channels, classes * SUBPIXEL**2, 1)
+        self.trunk = VoxelTrunk(inputs, config, grid)
+        # No bias: the trunk's rectified features can hold a constant, and adding one to millions of
+        # logits costs as much as computing them.
+        self.classifier = nn.Linear(config.voxel_channels, classes, bias=False)
 
     def forward(self, bev: Tensor) -> Tensor:
         """Turn BEV features (B, C, Y, X) into voxel logits (B, K, Z, Y, X) of the occupancy grid."""
         plane = self.rows @ self.trunk.reduce(bev) @ self.columns.T
-        return self._to_voxels(self.classifier(self.trunk(plane)))
-
-    def _to_voxels(self, logits: Tensor) -> Tensor:
-        x, y, z = self._grid_shape
-        half = (SUBPIXEL, SUBPIXEL, self.classes, z, y // SUBPIXEL, x // SUBPIXEL)
-        logits = logits.view(-1, *half)  # (B, 2y, 2x, K, Z, Y / 2, X / 2)
-        return logits.permute(0, 3, 4, 5, 1, 6, 2).reshape(-1, self.classes, z, y, x)
+        voxels = self.trunk(plane)
+        logits = self.classifier.weight @ voxels.flatten(
+            2
+        )  # a matrix product keeps (B, K, Z, Y, X)
+        return logits.unflatten(2, voxels.shape[2:])
 
 
-class _Trunk(nn.Module):
+class VoxelTrunk(nn.Module):
     """The part that does not depend on the classes, and so is handed on by pre-training."""
 
-    def __init__(self, inputs: int, config: OccupancyHeadConfig, heights: int) -> None:
+    def __init__(self, inputs: int, config: OccupancyHeadConfig, grid: VoxelGrid) -> None:
         super().__init__()
-        width = config.height_channels
+        width, self._heights = config.height_channels, grid.shape[2]
         self.reduce = conv_bn_relu(inputs, config.channels, 1)
         self.plane = ResidualBlock(config.channels, config.channels)
-        self.unfold = nn.Conv2d(config.channels, width * heights, 1)
-        self.heights = heights
-        self.norm = nn.Sequential(nn.BatchNorm3d(width), nn.ReLU(inplace=True))
+        self.unfold = conv_bn_relu(config.channels, width * self._heights, 1)
+        # The plane has seen its surroundings along x and y, so that 3D refinement is along z.
         self.refine = nn.Sequential(
-            nn.Conv3d(width, width, 3, padding=1, bias=False),
+            nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False),
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
         )
+        self.subpixel = nn.Sequential(
+            nn.Conv3d(width, config.voxel_channels * SUBPIXEL**2, 1), nn.ReLU(inplace=True)
+        )
 
     def forward(self, plane: Tensor) -> Tensor:
-        """Turn the plane (B, C, Y, X) into voxel features (B, F, Z, Y, X)."""
-        voxels = self.unfold(self.plane(plane))
-        voxels = self.norm(voxels.unflatten(1, (-1, self.heights)))  # (B, F, Z, Y, X)
-        return voxels + self.refine(voxels)
+        """Turn the plane (B, C, Y / 2, X / 2) into voxel features (B, F, Z, Y, X)."""
+        voxels = self.unfold(self.plane(plane)).unflatten(1, (-1, self._heights))
+        voxels = self.subpixel(voxels + self.refine(voxels))
+        return interleave(voxels)
+
+
+def interleave(voxels: Tensor) -> Tensor:
+    """Turn (B, 2 * 2 * F, Z, Y, X), sub-cells slowest, into (B, F, Z, 2 * Y, 2 * X)."""
+    z, y, x = voxels.shape[2:]
+    parts = voxels.view(-1, SUBPIXEL, SUBPIXEL, voxels.shape[1] // SUBPIXEL**2, z, y, x)
+    parts = parts.permute(0, 3, 4, 5, 1, 6, 2)  # (B, F, Z, Y, 2, X, 2)
+    return parts.reshape(-1, parts.shape[1], z, y * SUBPIXEL, x * SUBPIXEL)
 
 
 def resampling(bev: BevGrid, grid: VoxelGrid, axis: int) -> NDArray[np.float32]:
