@@ -1,0 +1,250 @@
+"""Results to ROS messages: boxes, markers, voxels, the plane, diagnostics. The only writer of output messages."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
+from nav_msgs.msg import OccupancyGrid
+from numpy.typing import NDArray
+from sensor_msgs.msg import PointCloud2, PointField
+from std_msgs.msg import ColorRGBA, Header
+from visualization_msgs.msg import Marker, MarkerArray
+
+from occbev.classes import (
+    DETECTION_CLASSES,
+    DETECTION_COLOURS,
+    FREE_STATE,
+    OCCUPANCY_CLASSES,
+    OCCUPANCY_COLOURS,
+    OCCUPIED_STATE,
+    UNOBSERVED_STATE,
+)
+from occbev.grid import VoxelGrid
+from occbev.nodes.compat import require
+from occbev.results import Boxes3D, Occupancy
+
+POINT_FIELDS = (
+    ("x", 0, PointField.FLOAT32), ("y", 4, PointField.FLOAT32), ("z", 8, PointField.FLOAT32),
+    ("rgb", 12, PointField.UINT32), ("confidence", 16, PointField.FLOAT32), ("label", 20, PointField.UINT8),
+)  # fmt: skip
+"""Name, offset and type of each field of a voxel."""
+
+POINT_STEP = 24
+"""Bytes of a voxel; a multiple of four, so that whole columns are written at once."""
+
+GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
+"""Occupied voxels of these classes do not block the plane."""
+
+OCCUPIED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
+
+SLOWEST_ARROW = 0.5
+"""Boxes slower than this get no velocity arrow."""
+
+
+def time_from_ns(stamp_ns: int) -> Time:
+    """Make a builtin_interfaces Time."""
+    seconds, nanoseconds = divmod(int(stamp_ns), 1_000_000_000)
+    return Time(sec=seconds, nanosec=nanoseconds)
+
+
+def header_at(stamp_ns: int, frame: str) -> Header:
+    """Make a std_msgs Header."""
+    return Header(stamp=time_from_ns(stamp_ns), frame_id=frame)
+
+
+def detections_message(boxes: Boxes3D, header: Header) -> Any:
+    """Make a vision_msgs/Detection3DArray; centre and size as in `Boxes3D`.
+
+    Raises:
+        MissingCapability: vision_msgs is not installed.
+    """
+    msg = require("vision_msgs.msg")
+    out = msg.Detection3DArray(header=header)
+    for box, label, score in zip(
+        boxes.box.tolist(), boxes.label.tolist(), boxes.score.tolist(), strict=True
+    ):
+        detection = msg.Detection3D(header=header)
+        _place(detection.bbox.center, box)
+        size = detection.bbox.size
+        size.x, size.y, size.z = box[3:6]
+        hypothesis = msg.ObjectHypothesisWithPose()
+        hypothesis.hypothesis.class_id = DETECTION_CLASSES[label]
+        hypothesis.hypothesis.score = score
+        hypothesis.pose.pose = detection.bbox.center
+        detection.results = [hypothesis]
+        out.detections.append(detection)
+    return out
+
+
+def markers_message(boxes: Boxes3D, header: Header, lifetime_s: float = 0.5) -> MarkerArray:
+    """Make boxes as cubes and their velocities as arrows, after a marker that deletes the last ones."""
+    clear = Marker(header=header, ns="boxes", action=Marker.DELETEALL)
+    markers = [clear]
+    seconds = int(lifetime_s)
+    lifetime = Duration(sec=seconds, nanosec=int((lifetime_s - seconds) * 1e9))
+    for index, box in enumerate(boxes.box.tolist()):
+        colour = _colour(
+            DETECTION_COLOURS[boxes.label[index]], 0.35 + 0.6 * float(boxes.score[index])
+        )
+        cube = Marker(
+            header=header, ns="boxes", id=index, type=Marker.CUBE, lifetime=lifetime, color=colour
+        )
+        _place(cube.pose, box)
+        cube.scale = Vector3(x=box[3], y=box[4], z=box[5])
+        markers.append(cube)
+        if np.hypot(box[7], box[8]) > SLOWEST_ARROW:
+            markers.append(_arrow(box, index, header, lifetime, colour))
+    return MarkerArray(markers=markers)
+
+
+@dataclass
+class CloudWriter:
+    """Writes voxels as PointCloud2 through buffers that live as long as the grid stays the same.
+
+    observed: also free voxels that were observed, not only occupied ones.
+    """
+
+    observed: bool = False
+    _grid: VoxelGrid | None = None
+    _centres: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    _buffer: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros((0, POINT_STEP // 4), np.float32)
+    )
+    _rgb: NDArray[np.uint32] = field(default_factory=lambda: _packed_colours())
+
+    def message(self, occupancy: Occupancy, header: Header) -> PointCloud2:
+        """Make the cloud of one volume; points are voxel centres in the grid's frame."""
+        if self._grid != occupancy.grid:
+            self._grid = occupancy.grid
+            self._centres = occupancy.grid.centres().reshape(-1, 3).astype(np.float32)
+        state = occupancy.state.reshape(-1)
+        chosen = np.flatnonzero(
+            state != UNOBSERVED_STATE if self.observed else state == OCCUPIED_STATE
+        )
+        return cloud_message(self._fill(occupancy, chosen), header)
+
+    def _fill(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
+        count = len(chosen)
+        if len(self._buffer) < count:
+            self._buffer = np.zeros((2 * count, POINT_STEP // 4), np.float32)
+        points = self._buffer[:count]
+        labels = occupancy.label.reshape(-1)[chosen]
+        points[:, 0:3] = self._centres[chosen]
+        points.view(np.uint32)[:, 3] = self._rgb[labels]
+        points[:, 4] = occupancy.confidence.reshape(-1)[chosen]
+        points.view(np.uint32)[:, 5] = (
+            labels  # little-endian: the label byte comes first, padding follows
+        )
+        return points
+
+
+def cloud_message(points: NDArray[np.float32], header: Header) -> PointCloud2:
+    """Wrap (M, 6) packed voxels, laid out as POINT_FIELDS, in a message."""
+    cloud = PointCloud2(
+        header=header, height=1, width=len(points), is_bigendian=False, is_dense=True
+    )
+    cloud.fields = [PointField(name=n, offset=o, datatype=t, count=1) for n, o, t in POINT_FIELDS]
+    cloud.point_step, cloud.row_step = POINT_STEP, POINT_STEP * len(points)
+    data = array("B")
+    if len(points):
+        data.frombytes(memoryview(np.ascontiguousarray(points)).cast("B"))
+    cloud.data = data
+    return cloud
+
+
+def plane_from_occupancy(occupancy: Occupancy) -> NDArray[np.int8]:
+    """Project voxels onto the ground as (Y, X): 100 blocked, 0 free or ground, -1 not observed."""
+    blocks = np.ones(len(OCCUPANCY_CLASSES), bool)
+    blocks[[OCCUPANCY_CLASSES.index(name) for name in GROUND_CLASSES]] = False
+    occupied = occupancy.state == OCCUPIED_STATE
+    blocked = (occupied & blocks[occupancy.label]).any(axis=2)
+    seen = (occupied | (occupancy.state == FREE_STATE)).any(axis=2)
+    plane = np.where(blocked, OCCUPIED_CELL, np.where(seen, FREE_CELL, UNKNOWN_CELL))
+    return np.ascontiguousarray(plane.T.astype(np.int8))
+
+
+def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
+    """Make a nav_msgs/OccupancyGrid, row-major from the corner with the smallest x and y.
+
+    Raises:
+        ValueError: voxels are not square seen from above.
+    """
+    grid = occupancy.grid
+    if abs(grid.pitch[0] - grid.pitch[1]) > 1e-9:
+        raise ValueError(f"an OccupancyGrid needs square cells; the grid's pitch is {grid.pitch}")
+    out = OccupancyGrid(header=header)
+    out.info.map_load_time = header.stamp
+    out.info.resolution = grid.pitch[0]
+    out.info.width, out.info.height = grid.shape[0], grid.shape[1]
+    out.info.origin.position.x, out.info.origin.position.y = grid.lo[0], grid.lo[1]
+    out.info.origin.orientation.w = 1.0
+    data = array("b")
+    data.frombytes(memoryview(plane_from_occupancy(occupancy)).cast("B"))
+    out.data = data
+    return out
+
+
+@dataclass(frozen=True)
+class Status:
+    """One line of diagnostics. level: 0 fine, 1 warning, 2 error, 3 stale."""
+
+    name: str
+    level: int
+    text: str
+    values: Mapping[str, Any]
+
+
+def diagnostics_message(
+    statuses: Iterable[Status], stamp_ns: int, hardware: str = ""
+) -> DiagnosticArray:
+    """Make a diagnostic_msgs/DiagnosticArray."""
+    out = DiagnosticArray(header=header_at(stamp_ns, ""))
+    for status in statuses:
+        values = [KeyValue(key=str(key), value=str(value)) for key, value in status.values.items()]
+        out.status.append(
+            DiagnosticStatus(
+                level=bytes([status.level]),
+                name=status.name,
+                message=status.text,
+                hardware_id=hardware,
+                values=values,
+            )
+        )
+    return out
+
+
+def _place(pose: Any, box: list[float]) -> None:
+    pose.position.x, pose.position.y, pose.position.z = box[0:3]
+    pose.orientation.z, pose.orientation.w = float(np.sin(box[6] / 2)), float(np.cos(box[6] / 2))
+
+
+def _arrow(
+    box: list[float], index: int, header: Header, lifetime: Duration, colour: ColorRGBA
+) -> Marker:
+    """One second of motion, from the roof of the box."""
+    roof = box[2] + box[5] / 2
+    start = Point(x=box[0], y=box[1], z=roof)
+    end = Point(x=box[0] + box[7], y=box[1] + box[8], z=roof)
+    return Marker(
+        header=header, ns="velocity", id=index, type=Marker.ARROW, lifetime=lifetime, color=colour,
+        points=[start, end], scale=Vector3(x=0.15, y=0.35, z=0.5),
+        pose=Pose(orientation=Quaternion(w=1.0)),
+    )  # fmt: skip
+
+
+def _colour(rgb: NDArray[np.uint8], alpha: float) -> ColorRGBA:
+    r, g, b = (float(v) / 255 for v in rgb)
+    return ColorRGBA(r=r, g=g, b=b, a=alpha)
+
+
+def _packed_colours() -> NDArray[np.uint32]:
+    """0x00RRGGBB of each occupancy class."""
+    r, g, b = OCCUPANCY_COLOURS.astype(np.uint32).T
+    return (r << 16) | (g << 8) | b
