@@ -318,12 +318,15 @@ def _undistorted(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.floa
         return np.stack([(pixels[:, 0] - k[0, 2] - k[0, 1] * y) / k[0, 0], y], axis=-1)
     import cv2
 
-    undistort = (
-        cv2.fisheye.undistortPoints
-        if camera.distortion_model == "equidistant"
-        else cv2.undistortPoints
-    )
-    return undistort(pixels[:, None], k, np.array(camera.distortion)).reshape(-1, 2)
+    enough = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 50, 1e-8)
+    source, distortion = pixels[:, None], np.array(camera.distortion)
+    if camera.distortion_model == "equidistant":
+        slopes = cv2.fisheye.undistortPoints(source, k, distortion, criteria=enough)
+    elif hasattr(cv2, "undistortPointsIter"):  # OpenCV 4; in OpenCV 5 it is the plain function
+        slopes = cv2.undistortPointsIter(source, k, distortion, np.eye(3), np.eye(3), enough)
+    else:
+        slopes = cv2.undistortPoints(source, k, distortion, criteria=enough)
+    return slopes.reshape(-1, 2)
 
 
 def decide(

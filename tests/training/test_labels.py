@@ -1,0 +1,421 @@
+"""Occupancy labels of small ray-traced scenes whose truth is known, and the defects they must not have.
+
+W1 to W10 are the defects of the reference label scripts, one regression test each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+
+from occbev.geometry import invert_transform, make_transform, rotation_from_rpy, transform_points
+from occbev.grid import VoxelGrid
+from occbev.results import CameraFrame, FrameSet, Sweep
+from occbev.rig import Camera, CameraRig
+from occbev.trajectory import Trajectory
+from occbev_training.occupancy.labels import LabelBuilder, LabelConfig, build_label, pixel_rays
+
+GRID = VoxelGrid((-16.0, -16.0, -1.0), (0.8, 0.8, 0.4), (40, 40, 12))
+UNOBSERVED, FREE, OCCUPIED = 0, 1, 2
+LIDAR2EGO = make_transform(rotation_from_rpy(0, 0, -np.pi / 2), [0.9, 0.0, 1.8])
+KEY_NS = 1_000_000_000
+FORWARD_CAMERA = make_transform([[0, 0, 1], [-1, 0, 0], [0, -1, 0]], [1.5, 0.0, 1.5])
+"""Optical frame looking along +x of base_link."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An axis-aligned box in the world: centre at the key time, size, velocity."""
+
+    centre: tuple[float, float, float]
+    size: tuple[float, float, float]
+    velocity: tuple[float, float] = (0.0, 0.0)
+
+
+def trace(
+    origin: np.ndarray, direction: np.ndarray, blocks: list[Block], t: float, ground: bool
+) -> np.ndarray:
+    """Return the distance (R,) to the first surface along unit directions (R, 3), inf for none."""
+    best = np.full(len(direction), np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if ground:
+            down = -origin[2] / direction[:, 2]
+            best = np.where(down > 0, down, best)
+        for block in blocks:
+            centre = np.array(block.centre) + (*(t * np.array(block.velocity)), 0.0)
+            near = (centre - np.array(block.size) / 2 - origin) / direction
+            far = (centre + np.array(block.size) / 2 - origin) / direction
+            enter, leave = np.minimum(near, far).max(axis=1), np.maximum(near, far).min(axis=1)
+            best = np.where((enter < leave) & (enter > 0), np.minimum(best, enter), best)
+    return best
+
+
+@dataclass
+class TracedDrive:
+    """A recording of blocks on a flat ground, its LiDAR traced without motion within a sweep."""
+
+    blocks: list[Block] = field(default_factory=list)
+    speed: float = 3.0
+    ground: bool = True
+    rings: int = 40
+    columns: int = 360
+    sweeps: int = 21
+    extra: dict[int, np.ndarray] = field(default_factory=dict)
+    """Sweep -> additional points in ego at that sweep."""
+    slope: float = 0.0
+    max_range: float = 70.0
+    reads: int = 0
+    name: str = "traced"
+
+    def __post_init__(self) -> None:
+        middle = self.sweeps // 2
+        self.sweep_stamp_ns = KEY_NS + (np.arange(self.sweeps) - middle) * 100_000_000
+        self.key_stamp_ns = np.array([KEY_NS])
+        self.lidar2ego = LIDAR2EGO
+        stamps = KEY_NS + np.arange(-2_000_000_000, 2_000_000_001, 20_000_000)
+        self.trajectory = Trajectory(
+            stamps, np.stack([self.pose((s - KEY_NS) / 1e9) for s in stamps])
+        )
+        camera = Camera("FRONT", 160, 90, [[126, 0, 80], [0, 126, 45], [0, 0, 1]], FORWARD_CAMERA)
+        back = dataclasses.replace(
+            camera, name="BACK", cam2ego=np.diag([-1.0, -1.0, 1.0, 1.0]) @ FORWARD_CAMERA
+        )
+        self.rig = CameraRig((camera, back))
+
+    def pose(self, t: float) -> np.ndarray:
+        """Drive along a plane that climbs by `slope`; the world is the plane's own frame."""
+        tilt = make_transform(rotation_from_rpy(0, -np.arctan(self.slope), 0), [500.0, 300.0, 20.0])
+        return tilt @ make_transform(np.eye(3), [self.speed * t, 0.0, 0.0])
+
+    def sweep(self, index: int) -> Sweep:
+        self.reads += 1
+        t = (int(self.sweep_stamp_ns[index]) - KEY_NS) / 1e9
+        elevation = np.deg2rad(np.linspace(-30, 12, self.rings))
+        azimuth = np.arange(self.columns) * 2 * np.pi / self.columns
+        e, a = np.meshgrid(elevation, azimuth, indexing="ij")
+        beams = np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)], -1).reshape(
+            -1, 3
+        )
+        ego2world = make_transform(np.eye(3), [self.speed * t, 0.0, 0.0])
+        lidar2world = ego2world @ self.lidar2ego
+        direction = beams @ lidar2world[:3, :3].T
+        distance = trace(lidar2world[:3, 3], direction, self.blocks, t, self.ground)
+        seen = distance < self.max_range
+        points = beams[seen] * distance[seen, None]
+        if index in self.extra:
+            points = np.vstack(
+                [points, transform_points(invert_transform(LIDAR2EGO), self.extra[index])]
+            )
+        return Sweep(points.astype(np.float32), int(self.sweep_stamp_ns[index]), self.lidar2ego)
+
+    def frame_set(self, key: int) -> FrameSet:
+        frames = {name: CameraFrame(name, KEY_NS, b"") for name in self.rig.names}
+        return FrameSet(KEY_NS, frames)
+
+    def annotations(self, key: int) -> None:
+        return None
+
+    def occupancy_truth(self, key: int) -> None:
+        return None
+
+
+def cell(x: float, y: float, z: float) -> tuple[int, int, int]:
+    """The voxel of a point of the test grid."""
+    indices, inside = GRID.indices([[x, y, z]])
+    assert inside[0], (x, y, z)
+    return tuple(int(i) for i in indices[0])
+
+
+def label_of(drive: TracedDrive, **changes):
+    return build_label(drive, 0, LabelConfig(**changes), GRID)
+
+
+WALL = Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))
+PARKED = Block((6.2, 5.0, 0.8), (4.0, 1.8, 1.6))
+MOVER = Block((-2.2, -5.0, 0.8), (4.0, 1.8, 1.6), velocity=(-8.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def street():
+    drive = TracedDrive([WALL, PARKED, MOVER])
+    return drive, label_of(drive)
+
+
+def test_a_ground_plane_is_one_layer_with_free_space_above_and_nothing_known_below() -> None:
+    state = label_of(TracedDrive()).state
+    layer = cell(5.0, 5.0, 0.0)[2]
+    assert np.flatnonzero((state == OCCUPIED).any(axis=(0, 1))).tolist() in (
+        [layer],
+        [layer - 1, layer],
+    )
+    near = np.linalg.norm(GRID.centres()[:, :, layer, :2] - (0.9, 0), axis=-1)
+    ring = (near > 4) & (near < 12)
+    ground = np.maximum(state[:, :, layer], state[:, :, layer - 1])
+    assert (ground[ring] == OCCUPIED).mean() > 0.97
+    assert (state[:, :, layer + 1][ring] == FREE).mean() > 0.98
+    assert (state[:, :, : layer - 1] == UNOBSERVED).all()
+
+
+def test_a_wall_is_occupied_free_before_and_unobserved_behind(street) -> None:
+    """W1: space that no beam reached is not free."""
+    _, label = street
+    for y in (-4.2, 0.2, 4.2):
+        assert label.state[cell(10.1, y, 1.2)] == OCCUPIED
+        assert label.state[cell(8.2, y if y != 4.2 else 2.2, 1.2)] == FREE
+        assert label.state[cell(13.0, y, 1.0)] == UNOBSERVED
+    assert 0.1 < (label.state == UNOBSERVED).mean() < 0.9
+
+
+def test_a_parked_box_stays(street) -> None:
+    _, label = street
+    shell = [cell(4.2 + 0.3, y, 0.9) for y in (4.4, 5.0, 5.6)] + [
+        cell(x, 4.2, 0.9) for x in (5.0, 6.2, 7.5)
+    ]
+    assert [int(label.state[c]) for c in shell] == [OCCUPIED] * len(shell)
+
+
+def test_a_mover_leaves_no_trail(street) -> None:
+    """W2: 8 m/s for 2 s would smear a car over 20 m."""
+    _, label = street
+    along = np.arange(-11.0, 7.0, 0.8)
+    outside = along[np.abs(along - MOVER.centre[0]) > 2.8]
+    trail = [cell(x, y, 1.2) for x in outside for y in (-5.4, -4.6)]
+    assert sum(int(label.hit_sweeps[c]) >= 2 for c in trail) > 10, "it did drive there"
+    states = [int(label.state[c]) for c in trail]
+    assert OCCUPIED not in states
+    assert states.count(FREE) > 0.7 * len(states)
+    assert label.state[cell(-3.0, -4.2, 1.0)] == OCCUPIED, "where it is at the key time it stays"
+    assert label.stats["dynamic_cells"] > 40
+
+
+def test_points_outside_the_grid_do_not_pile_up_on_its_border() -> None:
+    """W3: nothing is clamped."""
+    drive = TracedDrive([Block((30.0, 0.0, 3.0), (1.0, 40.0, 6.0))], ground=False)
+    label = label_of(drive)
+    assert label.stats["hit_cells"] == 0
+    assert not (label.state == OCCUPIED).any()
+    assert (label.state[-1] == FREE).any(), "beams to it cross the border plane"
+
+
+def test_points_land_in_the_cell_that_the_grid_names() -> None:
+    """W4: pitch is extent / n, index is floor((p - lo) / pitch)."""
+    rng = np.random.default_rng(4)
+    points = rng.uniform((-15.9, -15.9, -0.9), (15.9, 15.9, 3.7), (500, 3))
+    points = points[np.abs(points - (0.9, 0, 1.8)).max(axis=1) > 5]
+    sweeps = {0: points}
+    drive = TracedDrive(ground=False, sweeps=1, extra=sweeps)
+    state = label_of(drive).state
+    indices, inside = GRID.indices(points)
+    assert inside.all()
+    wanted = np.zeros(GRID.shape, bool)
+    wanted[tuple(indices.T)] = True
+    assert np.array_equal(state == OCCUPIED, wanted)
+
+
+def test_labels_are_in_base_link_whatever_the_lidar_axes() -> None:
+    """W5: a wall ahead of the car is at +x, its height counts from the ground."""
+    for yaw in (0.0, -np.pi / 2, 2.0):
+        drive = TracedDrive([WALL], speed=0.0)
+        drive.lidar2ego = make_transform(rotation_from_rpy(0, 0, yaw), [0.9, 0.0, 1.8])
+        state = label_of(drive).state
+        occupied = np.argwhere(state[:, :, 3:] == OCCUPIED)
+        assert len(occupied) > 50
+        x = GRID.centres()[tuple(occupied.T)][:, 0]
+        assert np.all(np.abs(x - 10.2) < 0.8), yaw
+
+
+def test_the_ego_body_is_no_obstacle() -> None:
+    """W6: in every sweep, the reference one included."""
+    rng = np.random.default_rng(5)
+    body = rng.uniform((-1.2, -1.0, 0.2), (3.9, 1.0, 2.1), (300, 3))
+    drive = TracedDrive(extra=dict.fromkeys(range(21), body))
+    label = label_of(drive)
+    inside = np.all(
+        (GRID.centres() > (-1.3, -1.05, 0.5)) & (GRID.centres() < (4.0, 1.05, 2.2)), axis=-1
+    )
+    assert not (label.state[inside] == OCCUPIED).any()
+    assert label.stats["points_ego_body"] + label.stats["points_too_near"] >= 21 * 300
+    assert label_of(TracedDrive()).stats["free"] == label.stats["free"], (
+        "a dropped point carves nothing"
+    )
+
+
+def test_states_are_the_three_that_losses_and_metrics_know(street) -> None:
+    """W7: labels and what they are compared with have one encoding and one grid."""
+    _, label = street
+    assert label.state.dtype == np.uint8
+    assert set(np.unique(label.state)) == {UNOBSERVED, FREE, OCCUPIED}
+    assert label.grid == GRID
+    assert label.state.shape == label.camera_visible.shape == label.hit_sweeps.shape == GRID.shape
+
+
+def test_a_stray_return_is_not_occupied() -> None:
+    """W8: rain and dust hit a cell once."""
+    stray = np.array([[6.2, 2.2, 2.0]])
+    once = label_of(TracedDrive(extra={4: stray})).state[cell(6.2, 2.2, 2.0)]
+    at_key = label_of(TracedDrive(extra={10: stray})).state[cell(6.2, 2.2, 2.0)]
+    assert once != OCCUPIED
+    assert at_key == OCCUPIED, "the reference sweep decides first"
+
+
+def test_a_slope_does_not_split_the_ground() -> None:
+    """W9: poses are used in three dimensions."""
+    drive = TracedDrive(slope=0.08, speed=8.0)
+    flat = label_of(TracedDrive(slope=0.0, speed=8.0))
+    steep = label_of(drive)
+    assert np.abs(steep.state.astype(int) - flat.state).astype(bool).mean() < 0.002
+    occupied = steep.state == OCCUPIED
+    assert occupied.sum(axis=2)[occupied.any(axis=2)].max() <= 2
+
+
+def test_sweeps_are_read_once_for_neighbouring_keys_and_nothing_is_deprecated() -> None:
+    """W10: the reference script reads each sweep again for every key and dies on a new NumPy."""
+    drive = TracedDrive(sweeps=31)
+    drive.key_stamp_ns = KEY_NS + np.array([-500_000_000, 0, 500_000_000])
+    builder = LabelBuilder(drive, LabelConfig(), GRID)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labels = [builder.build(key) for key in range(3)]
+    assert drive.reads == 31
+    assert [label.stats["sweeps"] for label in labels] == [21, 21, 21]
+
+
+def test_one_sweep_gives_hits_and_free_space_only_where_it_looked() -> None:
+    label = label_of(TracedDrive([WALL], sweeps=1))
+    assert label.stats["reference_sweeps"] == 1
+    assert label.state[cell(10.1, 0.2, 1.2)] == OCCUPIED
+    assert label.hit_sweeps.max() == label.pass_sweeps.max() == 1
+
+
+@pytest.mark.parametrize("points", [np.zeros((0, 3)), np.array([[6.2, 2.2, 2.0]])])
+def test_an_empty_sweep_and_a_single_point(points) -> None:
+    drive = TracedDrive(ground=False, sweeps=1, extra={0: points})
+    drive.lidar2ego = make_transform(LIDAR2EGO[:3, :3], [0.9, 0.1, 1.7])
+    label = label_of(drive)
+    assert label.stats["occupied"] == len(points)
+    # From there to (6.2, 2.3, 1.9) the beam crosses 6 faces in x, 2 in y, 1 in z before the last cell.
+    assert label.stats["free"] == (0 if len(points) == 0 else 9)
+
+
+def test_a_recording_without_sweeps_knows_nothing() -> None:
+    drive = TracedDrive(sweeps=1)
+    drive.key_stamp_ns = drive.key_stamp_ns + 1_500_000_000
+    label = label_of(drive)
+    assert label.stats["sweeps"] == 0
+    assert label.stats["low_support"] == 1
+    assert not label.state.any()
+    assert not label.camera_visible.any()
+
+
+def test_sweeps_without_a_pose_are_counted_not_used() -> None:
+    drive = TracedDrive(sweeps=21)
+    keep = drive.trajectory.stamp_ns >= KEY_NS - 500_000_000
+    drive.trajectory = Trajectory(
+        drive.trajectory.stamp_ns[keep], drive.trajectory.ego2global[keep]
+    )
+    stats = label_of(drive).stats
+    assert (stats["sweeps"], stats["sweeps_without_pose"]) == (16, 5)
+
+
+def test_the_order_of_points_changes_nothing(street) -> None:
+    drive, label = street
+
+    class Shuffled(TracedDrive):
+        def sweep(self, index: int) -> Sweep:
+            sweep = super().sweep(index)
+            order = np.random.default_rng(index).permutation(len(sweep.points))
+            return dataclasses.replace(sweep, points=sweep.points[order])
+
+    other = label_of(Shuffled(drive.blocks))
+    for name in ("state", "camera_visible", "hit_sweeps", "pass_sweeps"):
+        assert np.array_equal(getattr(label, name), getattr(other, name)), name
+    assert dict(label.stats) == dict(other.stats)
+
+
+def test_collapsing_beams_changes_little(street) -> None:
+    drive, fast = street
+    plain = label_of(drive, collapse=False)
+    free = plain.state == FREE
+    assert (free & (fast.state == FREE)).sum() >= 0.985 * free.sum()
+    assert (~free & (fast.state == FREE)).sum() <= 0.002 * free.sum()
+    assert np.array_equal(plain.hit_sweeps, fast.hit_sweeps)
+
+
+def test_each_camera_sees_its_own_side_and_only_what_is_observed(street) -> None:
+    _, label = street
+    front, back = label.camera_visible & 1, label.camera_visible & 2
+    centres = GRID.centres()
+    assert front[cell(10.1, 0.2, 1.2)]
+    assert not back[cell(10.1, 0.2, 1.2)]
+    assert back[cell(-8.2, 0.2, 1.0)]
+    assert not front[centres[..., 0] < 1.0].any()
+    assert not label.camera_visible[label.state == UNOBSERVED].any()
+    assert not front[cell(13.0, 0.2, 1.0)], "behind the wall"
+
+
+def test_visibility_uses_each_cameras_own_pose(street) -> None:
+    drive, label = street
+    late = drive.trajectory.at(KEY_NS + 900_000_000)
+    frames = {"FRONT": CameraFrame("FRONT", KEY_NS, b"", late), "BACK": None}
+    moved = build_label(drive, 0, LabelConfig(), GRID, FrameSet(KEY_NS, frames, {"BACK": "lost"}))
+    assert np.array_equal(moved.state, label.state)
+    assert not (moved.camera_visible & 2).any(), "a missing camera sees nothing"
+    x = GRID.centres()[..., 0]
+    nearest = [x[(lab.camera_visible & 1) > 0].min() for lab in (label, moved)]
+    assert nearest[1] - nearest[0] > 1.9
+
+
+def test_pixel_rays_cover_the_image_evenly_at_any_resolution() -> None:
+    camera = Camera("C", 1600, 900, [[1260, 0, 800], [0, 1260, 450], [0, 0, 1]], FORWARD_CAMERA)
+    small = camera.resized(0.22, 0.22, (0, 70), (352, 128))
+    for each in (camera, small):
+        rays = pixel_rays(each, 4 / 1260)
+        pixels, _, inside = each.project(transform_points(each.cam2ego, rays))
+        assert inside.all()
+        step = 4 * each.intrinsic[0, 0] / 1260
+        assert np.isclose(np.diff(np.unique(pixels[:, 0].round(6))).max(), step, rtol=0.02)
+        assert pixels[:, 0].min() < step
+        assert pixels[:, 0].max() > each.width - step
+    assert len(pixel_rays(camera, 4 / 1260)) == 400 * 225
+
+
+@pytest.mark.parametrize(
+    ("model", "distortion"),
+    [("plumb_bob", (-0.3, 0.1, 0.001, -0.001, 0.0)), ("equidistant", (0.02, -0.01, 0.0, 0.0))],
+)
+def test_pixel_rays_go_through_the_real_lens(model: str, distortion: tuple[float, ...]) -> None:
+    import cv2
+
+    intrinsic = np.array([[500.0, 0, 320], [0, 510.0, 240], [0, 0, 1]])
+    camera = Camera("C", 640, 480, intrinsic, FORWARD_CAMERA, model, distortion)
+    rays = pixel_rays(camera, 0.04)
+    project = cv2.fisheye.projectPoints if model == "equidistant" else cv2.projectPoints
+    pixels = project(rays[:, None], np.zeros(3), np.zeros(3), intrinsic, np.array(distortion))[0][
+        :, 0
+    ]
+    straight = pixel_rays(dataclasses.replace(camera, distortion=()), 0.04)
+    wanted = straight / straight[:, 2:] @ intrinsic.T
+    assert np.abs(pixels - wanted[:, :2]).max() < 0.02
+    assert np.abs(rays - straight).max() > 0.005
+
+
+def test_the_hash_names_every_parameter() -> None:
+    base = LabelConfig()
+    assert base.hash == LabelConfig().hash
+    assert base.hash != dataclasses.replace(base, dynamic_ratio=1.5).hash
+    assert (
+        base.hash
+        != dataclasses.replace(base, limits=dataclasses.replace(base.limits, max_range=50)).hash
+    )
+
+
+@pytest.mark.parametrize("changes", [{"window": 0.0}, {"max_sweeps": 65}, {"ground_columns": 4}])
+def test_impossible_parameters_are_refused(changes) -> None:
+    with pytest.raises(ValueError, match="got"):
+        LabelConfig(**changes)
