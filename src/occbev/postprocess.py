@@ -105,9 +105,8 @@ def bev_overlap(a: Floats, b: Floats) -> float:
     """Return the intersection over union of two boxes x, y, z, l, w, h, yaw seen from above."""
     quads = box_corners(np.stack([a[:7], b[:7]]))[:, [0, 1, 5, 4], :2]
     origin = quads[0].mean(0)  # float32 corners far from the origin lose the area's last digits
-    area, _ = cv2.intersectConvexConvex(
-        *(np.ascontiguousarray(quad - origin, np.float32) for quad in quads)
-    )
+    first, second = np.ascontiguousarray(quads - origin, np.float32)
+    area, _ = cv2.intersectConvexConvex(first, second)
     union = a[3] * a[4] + b[3] * b[4] - area
     return float(area / union) if union > 0 else 0.0
 

@@ -115,9 +115,8 @@ class Preprocessor:
         fit = Fit.cover(camera.width, camera.height, self.config)
         if fit.scaled != (camera.width, camera.height):
             shrinks = fit.scaled[0] <= camera.width
-            image = cv2.resize(
-                image, fit.scaled, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            )
+            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            image = np.asarray(cv2.resize(image, fit.scaled, interpolation=method), np.uint8)
         fitted = network_camera(camera, self.config)
         if camera.distortion:
             return self._rectified(image, camera, fitted), fitted
@@ -174,13 +173,15 @@ class Preprocessor:
             )
             self._maps[camera.name] = known
         fill = tuple(round(value) for value in self.config.mean)  # zero after normalisation
-        return cv2.remap(
-            scaled,
-            known[1],
-            known[2],
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_CONSTANT,
-            borderValue=fill,
+        return np.asarray(
+            cv2.remap(
+                scaled,
+                *known[1:],
+                cv2.INTER_LINEAR,
+                borderMode=cv2.BORDER_CONSTANT,
+                borderValue=fill,
+            ),
+            np.uint8,
         )
 
 
@@ -210,7 +211,7 @@ def decode_image(
         raise ImageError(camera, f"cannot decode {len(data)} bytes: {error}") from error
     if bgr is None:
         raise ImageError(camera, f"cannot decode {len(data)} bytes beginning {data[:8].hex(' ')!r}")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -259,7 +260,7 @@ def network_camera(camera: Camera, config: ImageConfig) -> Camera:
 def _normalisation(config: ImageConfig) -> NDArray[np.float32]:
     """One value per channel and byte: (3, 256)."""
     mean, std = np.asarray(config.mean)[:, None], np.asarray(config.std)[:, None]
-    return ((np.arange(256)[None] - mean) / std).astype(np.float32)
+    return np.asarray((np.arange(256)[None] - mean) / std, np.float32)
 
 
 def _require_end(data: bytes, end: bytes, kind: str, camera: str) -> None:
@@ -309,4 +310,4 @@ def _rectification_maps(
         else cv2.initUndistortRectifyMap
     )
     first, second = build(source, coefficients, np.eye(3), target, size, cv2.CV_16SC2)
-    return first, second
+    return np.asarray(first, np.int16), np.asarray(second, np.uint16)

@@ -18,6 +18,10 @@ from occbev.model_package import ModelPackage
 Arrays = Mapping[str, NDArray[Any]]
 
 
+PER_CAMERA = ("images", "camera_valid", "table_ray")
+"""Inputs (1, N, ...) whose second axis is the number of cameras."""
+
+
 class BackendError(ValueError):
     """A runtime that cannot be used with this package on this machine, saying what would be needed."""
 

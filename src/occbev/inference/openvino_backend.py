@@ -7,7 +7,7 @@ from typing import Any
 import openvino
 from numpy.typing import NDArray
 
-from occbev.inference.backend import Arrays, BackendError, table_form
+from occbev.inference.backend import PER_CAMERA, Arrays, BackendError, table_form
 from occbev.model_package import ModelPackage
 
 
@@ -54,7 +54,7 @@ def load(
 def _shapes(graph: openvino.Model, cameras: int) -> dict[str, openvino.PartialShape]:
     """The inputs' shapes with the second axis of every per-camera input set to the rig's size."""
     shapes = {port.get_any_name(): port.get_partial_shape() for port in graph.inputs}
-    for name in ("images", "camera_valid"):
+    for name in PER_CAMERA:
         if name in shapes:
             shapes[name][0], shapes[name][1] = 1, cameras
     return shapes

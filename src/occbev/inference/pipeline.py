@@ -151,7 +151,7 @@ class Pipeline:
         boxes = decode_boxes(
             heatmap, box, model.bev, self.decoding, cameras, model.detection_classes
         )
-        observed = self._in_view(prepared.rig)[prepared.camera_valid > 0].any(axis=0)
+        observed = np.any(self._in_view(prepared.rig)[prepared.camera_valid > 0], axis=0)
         return boxes, decode_occupancy(logits, model.grid, cameras, observed)
 
     def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:

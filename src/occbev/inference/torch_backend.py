@@ -1,0 +1,60 @@
+"""PyTorch with the training package's own network, for those who have torch on the robot: CUDA if there, else CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from occbev.inference.backend import Arrays
+from occbev.model_package import ModelPackage
+from occbev_training.models.build import build_network
+from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.models.lift_splat import BatchedPoints
+from occbev_training.models.network import OccBevNetwork
+
+OUTPUTS = ("occupancy_logits", "heatmap", "box")
+
+
+class TorchBackend:
+    """The network in eval mode on one device."""
+
+    name, form = "torch", "bag"
+
+    def __init__(self, network: OccBevNetwork, device: torch.device, low_precision: bool) -> None:
+        self._network = network.eval().to(device)
+        self._network.image_encoder.to(memory_format=torch.channels_last)
+        self._device, self._low_precision = device, low_precision
+        self.device = f"{device}, {'bf16' if low_precision else 'f32'}"
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; the outputs are fresh arrays."""
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+            for name, array in inputs.items()
+        }
+        tables = (
+            tensors[f"table_{name}"] for name in ("pixel", "depth", "weight", "offset", "ray")
+        )
+        low = torch.autocast(self._device.type, torch.bfloat16, enabled=self._low_precision)
+        with torch.inference_mode(), low:
+            output = self._network(
+                tensors["images"], tensors["camera_valid"], BatchedPoints(*tables)
+            )
+        heads = {name: getattr(output, name) for name in OUTPUTS}
+        return {
+            name: head.float().cpu().numpy() for name, head in heads.items() if head is not None
+        }
+
+
+def load(package: ModelPackage, cameras: int, threads: int | None, precision: str) -> TorchBackend:
+    """Build the network and load its weights; it takes any number of cameras. `threads` is set process-wide."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = package.path("weights.safetensors")
+    network = build_network(package.model, "finetune")
+    load_strictly(network, read_weights(path)[0], str(path))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TorchBackend(network, device, precision == "auto" and device.type == "cuda")
