@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from occbev.share import share_path
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(title: str, section: Section) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     for key, value in section.items():
-        table.add_row(key, value)
+        table.add_row(escape(key), escape(value))
     return table
 
 
@@ -56,7 +58,7 @@ def _runtimes() -> dict[str, str]:
         "tensorrt": _importable(
             "tensorrt", "pip install 'occbev[tensorrt]' on a machine with a GPU"
         ),
-        "torch": _importable("occbev_training", "pip install ./training, for backend: torch"),
+        "torch": _importable("torch", "pip install ./training, for backend: torch"),
     }
 
 
@@ -77,8 +79,6 @@ def _onnxruntime_providers() -> str:
 
 
 def _importable(module: str, remedy: str) -> str:
-    from importlib.util import find_spec
-
     return "present" if find_spec(module) else f"absent: {remedy}"
 
 
