@@ -1,0 +1,251 @@
+"""Losses of both stages: occupancy in three states, depth, box centres, boxes, semantic occupancy.
+
+Every one is a sum over what is labelled, divided by how much that is, and is 0 where nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from occbev.classes import FREE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.grid import BevGrid
+
+LIDAR_ONLY_WEIGHT = 0.25
+"""Weight of voxels that no camera sees: without them surfaces grow thick behind their first hit."""
+
+MIN_RADIUS = 2
+"""Smallest radius of a centre's Gaussian, in cells."""
+
+
+# --- stage 1 ---------------------------------------------------------------------------------
+
+
+def three_state_loss(logits: Tensor, state: Tensor, visible: Tensor, evidence: Tensor) -> Tensor:
+    """Reconstruct what was observed, and say nothing of the rest.
+
+    logits: (B, 2, Z, Y, X), free and occupied. state: (B, Z, Y, X), see `occbev.classes`.
+    visible: (B, Z, Y, X) bool, seen by a living camera.
+    evidence: (B, Z, Y, X), LiDAR sweeps that hit the voxel or passed through it.
+    """
+    observed = torch.nonzero(state.flatten() != UNOBSERVED_STATE).squeeze(1)
+    occupied = state.flatten()[observed] == OCCUPIED_STATE
+    weight = observation_weights(
+        occupied, visible.flatten()[observed], evidence.flatten()[observed]
+    )
+    score = (logits[:, 1] - logits[:, 0]).flatten()[observed].float()
+    loss = functional.binary_cross_entropy_with_logits(score, occupied.float(), reduction="none")
+    return (weight * loss).sum() / weight.sum().clamp(min=1e-6)
+
+
+def observation_weights(occupied: Tensor, visible: Tensor, evidence: Tensor) -> Tensor:
+    """Return the weight (M,) of M observed voxels: visibility x confidence x class balance.
+
+    The classes are balanced by the inverse root of their frequency among the voxels given.
+    """
+    confidence = 1 - torch.exp(-evidence.float() / 2)
+    seen = torch.where(visible.bool(), 1.0, LIDAR_ONLY_WEIGHT)
+    share = occupied.float().mean() if len(occupied) else torch.tensor(0.5)
+    balance = torch.where(occupied, share, 1 - share).clamp(min=1e-4).rsqrt()
+    return confidence * seen * balance
+
+
+def paper_loss(logits: Tensor, state: Tensor) -> Tensor:
+    """Occ-BEV's published loss: focal over all voxels, what was not observed counting as free."""
+    occupied = state == OCCUPIED_STATE
+    target = torch.stack([~occupied, occupied], 1).to(logits.dtype)
+    return sigmoid_focal(logits, target).mean()
+
+
+def sigmoid_focal(
+    logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Return the focal loss of each entry (Lin et al. 2017, eq. 5); target of 0 and 1."""
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    missed = torch.where(target > 0.5, torch.sigmoid(-logits), torch.sigmoid(logits))
+    weight = torch.where(target > 0.5, alpha, 1 - alpha)
+    return weight * missed**gamma * cross_entropy
+
+
+def depth_loss(logits: Tensor, bins: Tensor, kind: str = "ce") -> Tensor:
+    """Supervise the depth distribution where a LiDAR return gives it.
+
+    logits: (B, N, D, h, w). bins: (B, N, h, w) int64, negative where unknown.
+    kind: "ce", or "bce" for BEVDepth's sum of binary terms over all bins.
+    """
+    labelled = bins >= 0
+    scores = logits.movedim(2, -1)[labelled].float()  # (M, D)
+    target = bins[labelled]
+    if kind == "ce":
+        total = functional.cross_entropy(scores, target, reduction="sum")
+    elif kind == "bce":
+        one_hot = functional.one_hot(target, scores.shape[1]).float()
+        total = functional.binary_cross_entropy(scores.softmax(1), one_hot, reduction="sum")
+    else:
+        raise ValueError(f"depth loss {kind!r}: must be ce or bce")
+    return total / max(1, len(target))
+
+
+# --- stage 2: semantic occupancy -------------------------------------------------------------
+
+
+def semantic_loss(
+    logits: Tensor, semantics: Tensor, mask: Tensor, class_weight: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy over the voxels of the mask.
+
+    logits: (B, K, Z, Y, X). semantics: (B, Z, Y, X) class. mask: (B, Z, Y, X) bool.
+    class_weight: (K,), by default those of `balanced_weights` over this batch.
+    """
+    target = torch.where(mask, semantics.long(), _IGNORED)
+    if class_weight is None:
+        counts = torch.bincount(semantics[mask].long(), minlength=logits.shape[1])
+        class_weight = balanced_weights(counts)
+    weight = class_weight.to(logits.device, torch.float32)
+    total = functional.cross_entropy(
+        logits.float().flatten(2), target.flatten(1), weight, ignore_index=_IGNORED, reduction="sum"
+    )
+    return total / weight[semantics[mask].long()].sum().clamp(min=1e-6)
+
+
+_IGNORED = 255
+
+
+def balanced_weights(counts: Tensor, most: float = 10.0) -> Tensor:
+    """Return the inverse root of each class's frequency (K,), relative to the commonest class.
+
+    most: the largest weight, which classes that do not occur get as well.
+    """
+    common = counts.max().clamp(min=1).float()
+    return (common / counts.float().clamp(min=1)).sqrt().clamp(max=most)
+
+
+def occupied_iou_loss(logits: Tensor, semantics: Tensor, mask: Tensor, free: int = FREE) -> Tensor:
+    """Lovasz surrogate of 1 - IoU of occupied against free, over the mask.
+
+    Arguments as in `semantic_loss`; free: the class index of empty space.
+    """
+    logits = logits.float()
+    free_probability = (logits[:, free] - logits.logsumexp(1))[mask].exp()
+    return lovasz(1 - free_probability, semantics[mask] != free)
+
+
+def lovasz(probability: Tensor, target: Tensor) -> Tensor:
+    """Lovasz extension of the Jaccard loss of one class (Berman et al. 2018, alg. 1).
+
+    probability: (M,). target: (M,) bool. Returns 0 where no voxel is of the class.
+    """
+    positives = target.sum()
+    if positives == 0:
+        return probability.sum() * 0
+    error, order = torch.sort((target.float() - probability).abs(), descending=True)
+    truth = target[order].float()
+    intersection = positives - truth.cumsum(0)
+    union = positives + (1 - truth).cumsum(0)
+    jaccard = 1 - intersection / union
+    return (error * torch.diff(jaccard, prepend=jaccard.new_zeros(1))).sum()
+
+
+# --- stage 2: boxes --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CentreTargets:
+    """What the detection head should say of a batch.
+
+    heatmap: (B, K, Y, X), 1 at centres. place: (M,) flat index over (B, Y, X) of every box.
+    box: (M, 10) in the channels of the head; velocities are NaN where unknown.
+    """
+
+    heatmap: Tensor
+    place: Tensor
+    box: Tensor
+
+
+def centre_targets(
+    boxes: Sequence[Tensor], labels: Sequence[Tensor], grid: BevGrid, classes: int
+) -> CentreTargets:
+    """Make the targets of a batch (Yin et al. 2021, section 3).
+
+    boxes: (M, 9) per sample, in the frame of `grid`. labels: (M,) per sample.
+    Boxes whose centre is outside the grid, or with a size that is not positive, are left out.
+    """
+    sample = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)]).long()
+    box, label = torch.cat(list(boxes)).float(), torch.cat(list(labels)).long()
+    sample = sample.to(box.device)
+    place = (box[:, :2] - box.new_tensor(grid.lo)) / box.new_tensor(grid.pitch)
+    cell = place.floor()
+    inside = ((cell >= 0) & (cell < cell.new_tensor(grid.shape))).all(1)
+    kept = inside & (box[:, 3:6] > 0).all(1)
+    sample, box, label, place, cell = (v[kept] for v in (sample, box, label, place, cell))
+    x, y = cell.long().unbind(1)
+    columns, rows = grid.shape
+    radius = gaussian_radius(box[:, 3] / grid.pitch[0], box[:, 4] / grid.pitch[1])
+    heatmap = box.new_zeros(len(boxes), classes, rows, columns)
+    _draw_gaussians(heatmap, sample * classes + label, x, y, radius)
+    target = torch.cat(
+        [place - cell, box[:, 2:3], box[:, 3:6].log(),
+         box[:, 6:7].sin(), box[:, 6:7].cos(), box[:, 7:9]], 1)  # fmt: skip
+    return CentreTargets(heatmap, (sample * rows + y) * columns + x, target)
+
+
+def gaussian_radius(length: Tensor, width: Tensor, overlap: float = 0.1) -> Tensor:
+    """Return how far in cells (M,) a box's centre may move and still overlap (Law & Deng 2018).
+
+    length, width: (M,) in cells. The divisor 2 in all three roots is theirs, and everyone's since.
+    """
+    total, area = length + width, length * width
+    one = (total + (total**2 - 4 * area * (1 - overlap) / (1 + overlap)).clamp(min=0).sqrt()) / 2
+    two = (2 * total + (4 * total**2 - 16 * (1 - overlap) * area).clamp(min=0).sqrt()) / 2
+    b = -2 * overlap * total
+    three = (b + (b**2 + 16 * overlap * (1 - overlap) * area).sqrt()) / 2
+    return torch.stack([one, two, three]).amin(0).floor().clamp(min=MIN_RADIUS)
+
+
+def _draw_gaussians(maps: Tensor, plane: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> None:
+    """Draw a peak of 1 at each (x, y) of a plane; where peaks meet the higher one stays."""
+    if len(plane) == 0:
+        return
+    rows, columns = maps.shape[-2:]
+    reach = int(radius.max())
+    steps = torch.arange(-reach, reach + 1, device=maps.device)
+    dy, dx = (d.flatten() for d in torch.meshgrid(steps, steps, indexing="ij"))
+    sigma = ((2 * radius + 1) / 6)[:, None]
+    value = torch.exp(-(dx**2 + dy**2) / (2 * sigma**2))  # (M, reach^2)
+    px, py = x[:, None] + dx, y[:, None] + dy
+    near = (dx.abs() <= radius[:, None]) & (dy.abs() <= radius[:, None])
+    drawn = near & (px >= 0) & (px < columns) & (py >= 0) & (py < rows)
+    place = ((plane[:, None] * rows + py) * columns + px)[drawn]
+    maps.view(-1).scatter_reduce_(0, place, value[drawn], "amax")
+
+
+def heatmap_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Penalty-reduced focal loss of centres (Zhou et al. 2019, eq. 1), per object.
+
+    logits, target: (B, K, Y, X).
+    """
+    logits = logits.float()
+    probability = torch.sigmoid(logits)
+    found = -((1 - probability) ** 2) * functional.logsigmoid(logits)
+    quiet = -((1 - target) ** 4) * probability**2 * functional.logsigmoid(-logits)
+    centre = target == 1
+    return torch.where(centre, found, quiet).sum() / centre.sum().clamp(min=1)
+
+
+def box_loss(prediction: Tensor, targets: CentreTargets, velocity: float = 0.2) -> Tensor:
+    """L1 over the box channels at the centres, summed over channels, per object.
+
+    prediction: (B, 10, Y, X). velocity: weight of the two velocity channels; unknown ones count 0.
+    """
+    if len(targets.place) == 0:
+        return prediction.float().sum() * 0
+    at_centre = prediction.float().permute(0, 2, 3, 1).flatten(0, 2)[targets.place]  # (M, 10)
+    known = torch.isfinite(targets.box)
+    error = (at_centre - torch.where(known, targets.box, at_centre.detach())).abs()
+    weight = error.new_ones(error.shape[1])
+    weight[-2:] = velocity
+    return (error * weight).sum() / len(error)
