@@ -311,6 +311,15 @@ class NuscenesRecording:
             self.trajectory.at(int(self.key_stamp_ns[key])) if row is None else self._root.pose(row)
         )
 
+    def available(self, key: int) -> tuple[str, ...]:
+        """Return the cameras of a key frame whose image files are there, without reading them."""
+        rows = (
+            (name, self._root.key_data(self.sample_tokens[key], name)) for name in self.rig.names
+        )
+        return tuple(
+            n for n, row in rows if row is not None and self._root.has_file(row["filename"])
+        )
+
     def _has_image(self, sample: str) -> bool:
         rows = [row for row in self._root.data_of(sample) if row["is_key_frame"]]
         return any(row["width"] > 0 and self._root.has_file(row["filename"]) for row in rows)

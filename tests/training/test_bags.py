@@ -1,0 +1,363 @@
+"""Bags written from a recording and read back, bags of other makers, and damaged ones."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rosbags.rosbag2 import Writer
+
+from occbev_training.sources.bag_writer import TYPESTORE, cloud_message
+from occbev_training.sources.bags import (
+    Bag,
+    BagRecording,
+    BagTopics,
+    detect_topics,
+    read_truth,
+    write_bag,
+    write_truth,
+)
+from occbev_training.sources.recording import RecordingError
+
+SHARED = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "data"
+
+
+def rewrite(source: Path, target: Path, change) -> Path:
+    """Copy a bag message by message; `change(topic, message)` returns the message, or None to drop it."""
+    with Bag(source) as bag, Writer(target, version=8) as writer:
+        connections = {}
+        for topic, log_ns, data in bag.messages():
+            message = change(topic, bag.parse(topic, data))
+            if message is None:
+                continue
+            kind = message.__msgtype__
+            if topic not in connections:
+                connections[topic] = writer.add_connection(topic, kind, typestore=TYPESTORE)
+            writer.write(connections[topic], log_ns, TYPESTORE.serialize_cdr(message, kind))
+    return target
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_round_trip(tmp_path: Path, tiny_recording, storage: str) -> None:
+    summary = write_bag(tiny_recording, tmp_path / "bag", storage)
+    assert summary.messages["/lidar_top/points"] == len(tiny_recording.sweep_stamp_ns)
+    assert summary.messages["/odometry"] == len(tiny_recording.trajectory.stamp_ns)
+    read = BagRecording(tmp_path / "bag")
+    np.testing.assert_array_equal(read.key_stamp_ns, tiny_recording.key_stamp_ns)
+    np.testing.assert_array_equal(read.sweep_stamp_ns, tiny_recording.sweep_stamp_ns)
+    np.testing.assert_array_equal(read.trajectory.stamp_ns, tiny_recording.trajectory.stamp_ns)
+    np.testing.assert_allclose(
+        read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-12
+    )
+    np.testing.assert_allclose(read.lidar2ego, tiny_recording.lidar2ego, atol=1e-12)
+    assert read.rig.names == tiny_recording.rig.names
+    for camera in tiny_recording.rig.cameras:
+        np.testing.assert_allclose(read.rig[camera.name].cam2ego, camera.cam2ego, atol=1e-12)
+        np.testing.assert_array_equal(read.rig[camera.name].intrinsic, camera.intrinsic)
+    for key in range(tiny_recording.keys):
+        expected = tiny_recording.frame_set(key).frames
+        for name, frame in read.frame_set(key).frames.items():
+            assert frame.image == expected[name].image
+            assert frame.stamp_ns == expected[name].stamp_ns
+            np.testing.assert_allclose(frame.ego2global, expected[name].ego2global, atol=1e-9)
+    for index in (0, 7):
+        sweep, expected = read.sweep(index), tiny_recording.sweep(index)
+        np.testing.assert_array_equal(sweep.points, expected.points)
+        np.testing.assert_array_equal(sweep.time_offset, expected.time_offset)
+        np.testing.assert_array_equal(sweep.intensity, expected.intensity)
+
+
+def test_messages_are_logged_in_stamp_order(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    with Bag(tmp_path / "bag") as bag:
+        logged = [(log_ns, topic, bag.parse(topic, data)) for topic, log_ns, data in bag.messages()]
+    assert [entry[0] for entry in logged] == sorted(entry[0] for entry in logged)
+    for log_ns, topic, message in logged:
+        header = message.transforms[0].header if topic.startswith("/tf") else message.header
+        if topic != "/tf_static":
+            assert header.stamp.sec * 10**9 + header.stamp.nanosec == log_ns, topic
+    assert logged[0][1] == "/tf_static"
+
+
+def test_a_missing_camera_is_counted_and_reported(tmp_path: Path, make_recording) -> None:
+    class OneCameraSilent(make_recording):
+        def frame_set(self, key: int):
+            frame_set = super().frame_set(key)
+            if key in (1, 2):
+                frame_set.frames["CAM_BACK"] = None
+                frame_set.missing["CAM_BACK"] = "silent"
+            return frame_set
+
+    summary = write_bag(OneCameraSilent(), tmp_path / "bag")
+    assert summary.missing == {"CAM_BACK": 2}
+    read = BagRecording(tmp_path / "bag")
+    assert [len(read.frame_set(key).cameras) for key in range(4)] == [3, 2, 2, 3]
+    assert "/cam_back/image/compressed" in read.frame_set(1).missing["CAM_BACK"]
+
+
+def test_an_existing_bag_is_never_overwritten(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    with pytest.raises(RecordingError, match="never overwritten"):
+        write_bag(tiny_recording, tmp_path / "bag")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, make_recording) -> None:
+    class Broken(make_recording):
+        def sweep(self, index: int):
+            if index == 5:
+                raise OSError("disk gone")
+            return super().sweep(index)
+
+    with pytest.raises(OSError, match="disk gone"):
+        write_bag(Broken(), tmp_path / "bag")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_messages_than_promised_is_an_error(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    path = tmp_path / "bag" / "metadata.yaml"
+    record = yaml.safe_load(path.read_text())
+    for entry in record["rosbag2_bagfile_information"]["topics_with_message_count"]:
+        if entry["topic_metadata"]["name"] == "/lidar_top/points":
+            entry["message_count"] += 1
+    path.write_text(yaml.safe_dump(record))
+    with pytest.raises(
+        RecordingError, match="/lidar_top/points: .*promises 23 messages, 22 were read"
+    ):
+        BagRecording(tmp_path / "bag")
+
+
+@pytest.mark.parametrize("cut", ["metadata", "header"])
+def test_damaged_files_are_named(tmp_path: Path, tiny_recording, cut: str) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    if cut == "metadata":
+        (tmp_path / "bag" / "metadata.yaml").write_text("rosbag2_bagfile_information: 3")
+        message = "not the metadata"
+    else:
+        next((tmp_path / "bag").glob("*.mcap")).write_bytes(b"no bag at all")
+        message = "no readable ROS 2 bag"
+    with pytest.raises(RecordingError, match=message):
+        BagRecording(tmp_path / "bag")
+
+
+def test_a_bag_without_cameras_lists_its_topics(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    lidar_only = rewrite(
+        tmp_path / "bag", tmp_path / "lidar", lambda t, m: None if "cam_" in t else m
+    )
+    with pytest.raises(RecordingError, match=r"/odometry \[nav_msgs/msg/Odometry\]"):
+        BagRecording(lidar_only)
+
+
+def test_a_wrong_mapping_names_the_topic(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    topics = BagTopics({"CAM_FRONT": "/nothing"}, {"CAM_FRONT": "/cam_front/camera_info"})
+    with pytest.raises(RecordingError, match="/nothing"):
+        BagRecording(tmp_path / "bag", topics)
+
+
+def test_a_missing_transform_is_named(tmp_path: Path, tiny_recording) -> None:
+    def forget(topic: str, message):
+        if topic == "/tf_static":
+            message.transforms = [t for t in message.transforms if t.child_frame_id != "cam_back"]
+        return message
+
+    write_bag(tiny_recording, tmp_path / "bag")
+    with pytest.raises(RecordingError, match="/cam_back/camera_info: no transform from 'cam_back'"):
+        BagRecording(rewrite(tmp_path / "bag", tmp_path / "untied", forget))
+
+
+def test_poses_come_from_tf_where_odometry_is_absent(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    without = rewrite(
+        tmp_path / "bag", tmp_path / "tf", lambda t, m: None if t == "/odometry" else m
+    )
+    read = BagRecording(without)
+    np.testing.assert_allclose(
+        read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-12
+    )
+    neither = rewrite(
+        tmp_path / "bag", tmp_path / "none", lambda t, m: None if t in ("/odometry", "/tf") else m
+    )
+    with pytest.raises(RecordingError, match="no poses"):
+        BagRecording(neither)
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "mono8", "yuv422"])
+def test_raw_images_by_an_explicit_mapping(tmp_path: Path, tiny_recording, encoding: str) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (40, 64, 3), np.uint8)
+
+    def raw(topic: str, message):
+        if topic != "/cam_front/image/compressed":
+            return message
+        pixels = {"bgr8": image[..., ::-1], "mono8": image[..., :1]}.get(encoding, image)
+        rows = np.zeros((40, pixels.shape[2] * 64 + 8), np.uint8)  # padded rows
+        rows[:, :-8] = pixels.reshape(40, -1)
+        return TYPESTORE.types["sensor_msgs/msg/Image"](
+            message.header, 40, 64, encoding, 0, rows.shape[1], rows.reshape(-1)
+        )
+
+    write_bag(tiny_recording, tmp_path / "bag")
+    topics = BagTopics(
+        {"front": "/cam_front/image/compressed"},
+        {"front": "/cam_front/camera_info"},
+        "/lidar_top/points",
+        "/odometry",
+    )
+    read = BagRecording(rewrite(tmp_path / "bag", tmp_path / "raw", raw), topics)
+    if encoding == "yuv422":
+        with pytest.raises(RecordingError, match="encoding 'yuv422'"):
+            read.frame_set(0)
+        return
+    got = read.frame_set(0).frames["front"].image
+    np.testing.assert_array_equal(got, image if encoding != "mono8" else image[..., [0, 0, 0]])
+
+
+def test_keys_keep_their_least_distance(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    read = BagRecording(tmp_path / "bag", key_interval=0.9)
+    np.testing.assert_array_equal(read.key_stamp_ns, tiny_recording.key_stamp_ns[::2])
+
+
+def test_detection_of_other_naming_schemes() -> None:
+    image, info = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/CameraInfo"
+    cloud = "sensor_msgs/msg/PointCloud2"
+    found = detect_topics(
+        {
+            "/sensing/camera/camera0/image_rect_color/compressed": image,
+            "/sensing/camera/camera0/image_rect_color": "sensor_msgs/msg/Image",
+            "/sensing/camera/camera0/camera_info": info,
+            "/perception/voxels": cloud,
+            "/sensing/lidar/top/points": cloud,
+            "/localization/kinematic_state": "nav_msgs/msg/Odometry",
+        }
+    )
+    assert found.images == {"camera0": "/sensing/camera/camera0/image_rect_color/compressed"}
+    assert found.lidar == "/sensing/lidar/top/points"
+    assert found.odometry == "/localization/kinematic_state"
+    with pytest.raises(RecordingError, match="several topics"):
+        detect_topics(
+            {"/c/image/compressed": image, "/c/camera_info": info, "/a": cloud, "/b": cloud}
+        )
+
+
+@pytest.mark.parametrize("kind", ["seconds", "absolute", "nanoseconds"])
+def test_time_fields_of_drivers(tmp_path: Path, tiny_recording, kind: str) -> None:
+    expected = tiny_recording.sweep(4)
+    assert expected.time_offset is not None
+
+    def retime(topic: str, message):
+        if topic != "/lidar_top/points":
+            return message
+        start = message.header.stamp.sec + message.header.stamp.nanosec / 1e9
+        cloud = np.asarray(message.data).view("<f4").reshape(-1, 5)
+        dtype = {"seconds": "<f4", "absolute": "<f8", "nanoseconds": "<u4"}[kind]
+        layout = np.dtype([(n, "<f4") for n in "xyz"] + [("pad", "<u4"), ("t", dtype)])
+        rows = np.zeros(len(cloud), layout)
+        for i, axis in enumerate("xyz"):
+            rows[axis] = cloud[:, i]
+        offset = np.abs(cloud[:, 4]).astype(np.float64)
+        rows["t"] = {"seconds": offset, "absolute": start + offset, "nanoseconds": offset * 1e9}[
+            kind
+        ]
+        field = TYPESTORE.types["sensor_msgs/msg/PointField"]
+        number = {"seconds": 7, "absolute": 8, "nanoseconds": 6}[kind]
+        name = "timestamp" if kind == "absolute" else "t"
+        message.fields = [field(a, 4 * i, 7, 1) for i, a in enumerate("xyz")]
+        message.fields.append(field(name, 16, number, 1))
+        message.point_step, message.row_step = layout.itemsize, layout.itemsize * len(rows)
+        message.data = rows.view(np.uint8).reshape(-1)
+        return message
+
+    write_bag(tiny_recording, tmp_path / "bag")
+    read = BagRecording(rewrite(tmp_path / "bag", tmp_path / "timed", retime))
+    sweep = read.sweep(4)
+    np.testing.assert_array_equal(sweep.points, expected.points)
+    np.testing.assert_allclose(sweep.time_offset, np.abs(expected.time_offset), atol=1e-6)
+    assert sweep.intensity is None
+
+
+def test_a_cut_cloud_is_an_error(tmp_path: Path, tiny_recording) -> None:
+    def cut(topic: str, message):
+        if topic == "/lidar_top/points":
+            message.data = message.data[:-7]
+        return message
+
+    write_bag(tiny_recording, tmp_path / "bag")
+    read = BagRecording(rewrite(tmp_path / "bag", tmp_path / "cut", cut))
+    with pytest.raises(RecordingError, match="/lidar_top/points: 9993 bytes"):
+        read.sweep(0)
+
+
+def test_a_cloud_without_time_has_no_time_field(tiny_recording) -> None:
+    sweep = tiny_recording.sweep(0)
+    assert [f.name for f in cloud_message(sweep).fields][-1] == "time"
+    compensated = type(sweep)(sweep.points, sweep.stamp_ns, sweep.lidar2ego)
+    assert [f.name for f in cloud_message(compensated).fields] == ["x", "y", "z", "intensity"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data: {SHARED} is not there")
+@pytest.mark.parametrize("folder", ["mcap", "sqlite3"])
+def test_a_bag_of_ros_itself_is_read_whole(folder: str, tmp_path: Path) -> None:
+    source = SHARED / "rosbag2-talker" / folder
+    copy = tmp_path / folder  # a write-ahead log is made beside a .db3 that is opened
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    with Bag(copy) as bag:
+        read = [(topic, bag.parse(topic, data)) for topic, _, data in bag.messages()]
+        counts = Counter(topic for topic, _ in read)
+        assert counts == {"/topic": 10, "/rosout": 10}
+        bag.check_counts(counts)
+        assert [m.data for t, m in read if t == "/topic"] == [
+            f"Hello, world! {i}" for i in range(10)
+        ]
+        with pytest.raises(RecordingError, match="promises 10 messages, 0 were read"):
+            bag.check_counts({"/topic": 0})
+    with pytest.raises(RecordingError, match="no image topic"):
+        BagRecording(copy)
+
+
+def test_truth_round_trip(tmp_path: Path, tiny_recording) -> None:
+    write_truth(tiny_recording, tmp_path / "truth")
+    truth = read_truth(tmp_path / "truth")
+    assert truth.name == tiny_recording.name
+    np.testing.assert_array_equal(truth.key_stamp_ns, tiny_recording.key_stamp_ns)
+    np.testing.assert_array_equal(truth.trajectory.ego2global, tiny_recording.trajectory.ego2global)
+    assert truth.rig.names == tiny_recording.rig.names
+    for key in range(tiny_recording.keys):
+        expected, got = tiny_recording.annotations(key), truth.annotations(key)
+        np.testing.assert_array_equal(got.boxes.box, expected.boxes.box)
+        np.testing.assert_array_equal(got.boxes.label, expected.boxes.label)
+        np.testing.assert_array_equal(got.lidar_points, expected.lidar_points)
+        assert got.instance == expected.instance
+        dense, expected_dense = truth.occupancy_truth(key), tiny_recording.occupancy_truth(key)
+        np.testing.assert_array_equal(dense.semantics, expected_dense.semantics)
+        np.testing.assert_array_equal(dense.mask_camera, expected_dense.mask_camera)
+        np.testing.assert_array_equal(dense.mask_lidar, expected_dense.mask_lidar)
+        assert dense.grid == expected_dense.grid
+    stamp = int(truth.key_stamp_ns[2])
+    assert truth.nearest_key(stamp + 40_000_000) == 2
+    assert truth.nearest_key(stamp + 70_000_000) is None
+
+
+def test_unknown_velocity_survives_the_truth_folder(tmp_path: Path, make_recording) -> None:
+    class Unknown(make_recording):
+        def annotations(self, key: int):
+            annotations = super().annotations(key)
+            annotations.boxes.box[1, 7:] = np.nan
+            return annotations
+
+    write_truth(Unknown(), tmp_path / "truth")
+    box = read_truth(tmp_path / "truth").annotations(0).boxes.box
+    assert np.isnan(box[1, 7:]).all()
+    assert np.isfinite(box[0]).all()
+
+
+def test_a_folder_that_is_no_truth_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=str(tmp_path)):
+        read_truth(tmp_path)
