@@ -277,6 +277,10 @@ class _SweepRays:
     rays: Rays
 
 
+_RECENT: list[LabelBuilder] = []
+"""The builder of the last `build_label` call, kept for the next key of the same recording."""
+
+
 def _middle_ns(sweep: Sweep) -> int:
     """Return the time half-way between the first and the last point of a sweep."""
     offset = sweep.time_offset
@@ -292,8 +296,13 @@ def build_label(
     grid: VoxelGrid | None = None,
     frames: FrameSet | None = None,
 ) -> OccupancyLabel:
-    """Label one key frame. For many keys of one recording keep a `LabelBuilder`: it decodes sweeps once."""
-    return LabelBuilder(recording, config, grid).build(key, frames)
+    """Label one key frame; consecutive keys of one recording share decoded sweeps, as in `LabelBuilder`."""
+    wanted = (config or LabelConfig(), grid or GRIDS["occ3d"])
+    for builder in _RECENT:
+        if builder.recording is recording and (builder.config, builder.grid) == wanted:
+            return builder.build(key, frames)
+    _RECENT[:] = [LabelBuilder(recording, *wanted)]
+    return _RECENT[0].build(key, frames)
 
 
 def pixel_rays(camera: Camera, spacing: float) -> NDArray[np.float64]:
