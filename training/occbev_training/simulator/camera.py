@@ -1,0 +1,249 @@
+"""The cameras: a nuScenes-like rig and a ray-cast picture with sun, shadow, sky, haze, night and sensor noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.geometry import make_transform, rotation_from_rpy
+from occbev.rig import Camera, CameraRig
+from occbev_training.simulator.materials import Materials, albedo, noise
+from occbev_training.simulator.raycast import F32, StreetScene
+from occbev_training.simulator.world import Light
+
+FULL_SIZE = (1600, 900)
+"""Size that the focal lengths below belong to."""
+
+
+@dataclass(frozen=True)
+class Mount:
+    """Where a camera sits: position in base_link, yaw in degrees (0 = forward), focal length, firing time."""
+
+    position: tuple[float, float, float]
+    yaw_deg: float
+    focal: float
+    offset: float
+
+
+MOUNTS: dict[str, Mount] = {
+    "CAM_FRONT_LEFT": Mount((1.53, 0.49, 1.51), 55.0, 1265.0, -0.012),
+    "CAM_FRONT": Mount((1.70, 0.00, 1.51), 0.0, 1262.0, -0.004),
+    "CAM_FRONT_RIGHT": Mount((1.55, -0.49, 1.50), -55.0, 1260.0, 0.004),
+    "CAM_BACK_LEFT": Mount((1.03, 0.48, 1.58), 109.0, 1256.0, -0.020),
+    "CAM_BACK": Mount((0.03, 0.00, 1.58), 180.0, 808.0, 0.020),
+    "CAM_BACK_RIGHT": Mount((1.02, -0.48, 1.56), -110.0, 1258.0, 0.012),
+}
+"""Cameras in the model's order; offsets are seconds from the key time, all within 42 ms of each other."""
+
+_OPTICAL = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+
+
+def build_rig(rng: np.random.Generator, size: tuple[int, int]) -> CameraRig:
+    """Draw one vehicle type: mounts off by up to 3 cm and 1 degree, principal points and focal lengths by 1 %.
+
+    size: width, height of the pictures. Full frames are 16:9; a lower height keeps the lower rows, so
+    that 352 x 128 is what scaling a full frame to 352 x 198 and cropping 70 rows gives.
+
+    Raises:
+        ValueError: the picture would be taller than 16:9.
+    """
+    scale = size[0] / FULL_SIZE[0]
+    top = round(FULL_SIZE[1] * scale) - size[1]
+    if top < 0:
+        raise ValueError(
+            f"image {size[0]}x{size[1]} is taller than 16:9: height must be at most {size[1] + top}"
+        )
+    return CameraRig(
+        tuple(
+            _camera(name, mount, rng).resized(scale, scale, (0, top), size)
+            for name, mount in MOUNTS.items()
+        )
+    )
+
+
+def _camera(name: str, mount: Mount, rng: np.random.Generator) -> Camera:
+    roll, pitch, yaw = np.deg2rad(rng.uniform(-1, 1, 3))
+    rotation = rotation_from_rpy(roll, pitch, np.deg2rad(mount.yaw_deg) + yaw) @ _OPTICAL
+    position = np.array(mount.position) + rng.uniform(-0.03, 0.03, 3)
+    focal = mount.focal * rng.uniform(0.99, 1.01)
+    cx, cy = np.array(FULL_SIZE) / 2 + rng.uniform(-16, 16, 2) + (0, 32)
+    intrinsic = [[focal, 0, cx], [0, focal, cy], [0, 0, 1]]
+    return Camera(name, *FULL_SIZE, np.array(intrinsic), make_transform(rotation, position))
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """How one camera turns light into pixels: gain, white balance (3,), noise, blur in pixels, gamma."""
+
+    gain: float
+    balance: F32
+    noise: float
+    blur: float
+    gamma: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, light: Light) -> Exposure:
+        """Draw the settings of one camera for one drive."""
+        gain = {"night": 6.0, "dusk": 1.6}.get(light.name, 1.0) * rng.uniform(0.75, 1.3)
+        grain = rng.uniform(0.002, 0.012) * (2.2 if light.name == "night" else 1.0)
+        return cls(
+            gain,
+            rng.uniform(0.94, 1.06, 3).astype(np.float32),
+            grain,
+            rng.uniform(0.25, 0.6),
+            rng.uniform(2.0, 2.4),
+        )
+
+
+def pixel_rays(camera: Camera, step: int = 1) -> F32:
+    """Unit directions (h, w, 3) in the optical frame through pixel centres, every `step`-th of them."""
+    u, v = np.meshgrid(
+        np.arange(0, camera.width, step) + 0.5, np.arange(0, camera.height, step) + 0.5
+    )
+    k = camera.intrinsic
+    directions = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)], -1)
+    return (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class Painter:
+    """Renders pictures of one street."""
+
+    def __init__(self, scene: StreetScene, materials: Materials, light: Light) -> None:
+        """Keep what all pictures of a drive share."""
+        self.scene, self.materials, self.light = scene, materials, light
+
+    def picture(self, camera: Camera, ego2world: NDArray[np.float64], exposure: Exposure, rng: np.random.Generator,
+                supersample: float = 1.0) -> NDArray[np.uint8]:  # fmt: skip
+        """Render (H, W, 3) uint8 RGB; the scene must stand at the exposure time already."""
+        size = (round(camera.width * supersample), round(camera.height * supersample))
+        fine = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
+        radiance = self.radiance(fine, ego2world).reshape(size[1], size[0], 3)
+        if size != (camera.width, camera.height):
+            radiance = cv2.resize(
+                np.minimum(radiance, 6.0),
+                (camera.width, camera.height),
+                interpolation=cv2.INTER_AREA,
+            )
+        return _develop(radiance, exposure, rng)
+
+    def radiance(self, camera: Camera, ego2world: NDArray[np.float64]) -> F32:
+        """Linear RGB (H * W, 3) seen by every pixel."""
+        cam2world = ego2world @ camera.cam2ego
+        directions = pixel_rays(camera).reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
+        origin = cam2world[:3, 3].astype(np.float32)
+        hits = self.scene.first(np.broadcast_to(origin, directions.shape), directions)
+        colour = _sky(self.light, directions)
+        seen = np.flatnonzero(hits.triangle >= 0)
+        distance, rays = hits.distance[seen], directions[seen]
+        surface = self._shade(seen, hits, origin, rays, float(camera.intrinsic[0, 0]), ego2world)
+        share = np.exp(-self.light.haze * distance)[:, None]
+        colour[seen] = surface * share + self.light.haze_colour * (1 - share)
+        return colour
+
+    def _shade(self, seen, hits, origin, rays, focal: float, ego2world) -> F32:  # type: ignore[no-untyped-def]
+        mesh, light = self.scene.mesh, self.light
+        triangle, distance, normal = hits.triangle[seen], hits.distance[seen], hits.normal[seen]
+        corner = mesh.uv[triangle]
+        u, v = hits.weights[seen, :1], hits.weights[seen, 1:]
+        uv = corner[:, 0] + u * (corner[:, 1] - corner[:, 0]) + v * (corner[:, 2] - corner[:, 0])
+        points = origin + rays * distance[:, None]
+        facing = np.maximum(-np.einsum("rc,rc->r", rays, normal), 0.05)
+        footprint = distance / focal / facing
+        material = mesh.material[triangle]
+        up = points[:, 2] - float(ego2world[2, 3])
+        base, glass = albedo(self.materials, material, uv, footprint, up)
+        gloss = np.maximum(self.materials.gloss[material], 0.45 * glass)
+        sun = self._sunlight(points, normal)
+        ambient = (0.62 + 0.38 * normal[:, 2]) * self._openness(points, normal, distance)
+        lighting = sun[:, None] * light.sun_colour + ambient[:, None] * light.sky_colour
+        if light.night > 0:
+            lighting += _headlights(points, normal, ego2world) * np.float32(light.night * 0.5)
+        mirrored = rays + 2 * facing[:, None] * normal
+        fresnel = gloss * (0.35 + 0.65 * (1 - facing) ** 3)
+        colour = base * lighting * (1 - fresnel[:, None]) + fresnel[:, None] * _reflected(
+            light, mirrored
+        )
+        return colour + self._glow(material, glass, uv)
+
+    def _sunlight(self, points: F32, normal: F32) -> F32:
+        """Cosine of the sun on each point, 0 in shadow."""
+        cosine = np.maximum(normal @ self.light.sun, 0.0)
+        if self.light.sun_colour.max() < 0.2:
+            return cosine
+        lit = np.flatnonzero(cosine > 0.01)
+        start = points[lit] + 0.02 * normal[lit]
+        towards = np.broadcast_to(self.light.sun, start.shape).astype(np.float32)
+        cosine[lit[self.scene.blocked(start, towards, 80.0)]] = 0.0
+        return cosine
+
+    def _openness(self, points: F32, normal: F32, distance: F32) -> F32:
+        """Share of the sky that nearby things leave open, from one scattered ray per near point."""
+        share = np.ones(len(points), np.float32)
+        near = np.flatnonzero(distance < 45.0)
+        scatter = _SCATTER[np.arange(len(near)) * 7919 % len(_SCATTER)]
+        towards = scatter + normal[near]
+        towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-3)
+        start = points[near] + 0.02 * normal[near]
+        share[near[self.scene.blocked(start, towards, 1.6)]] = 0.35
+        return share
+
+    def _glow(self, material: NDArray[np.int32], glass: F32, uv: F32) -> F32:
+        """Lamps and some lit windows, after dusk."""
+        glow = self.materials.glow[material] * np.float32(self.light.night * 0.5)
+        windows = self.materials.kind[material] == 3
+        lit = glass * (noise(np.floor(uv / 3.0) * 7.3, 0.9) > 0.62)
+        return glow * np.where(windows, lit * 0.35, 1.0)[:, None].astype(np.float32)
+
+
+def _sky(light: Light, directions: F32) -> F32:
+    """Colour of the sky (R, 3): paler at the horizon, clouds, a bright patch around the sun."""
+    up = np.clip(directions[:, 2], 0.0, 1.0)
+    pale = np.exp(-up * 5.0)[:, None]
+    colour = light.sky_colour * (1 - pale) + light.haze_colour * 1.25 * pale
+    flat = directions[:, :2] / (up + 0.12)[:, None]
+    clouds = np.clip(noise(flat * 14.0 + 31.0, 0.12) * 1.6 - (1.0 - light.cloud), 0, 1) * np.clip(
+        up * 6, 0, 1
+    )
+    colour += (clouds * 0.35 * (1 - light.night))[:, None] * (
+        light.sky_colour.mean() * 1.5 - colour
+    )
+    towards = np.clip(directions @ light.sun, 0, 1)
+    halo = 0.25 * towards**24 + 2.0 * (towards > 0.9994)
+    return colour + (halo * (1 - 0.8 * light.cloud))[:, None] * light.sun_colour
+
+
+def _reflected(light: Light, directions: F32) -> F32:
+    """What glass and paint mirror: sky above, a dark street below."""
+    up = np.clip(0.5 + 2.5 * directions[:, 2:], 0, 1)
+    return light.sky_colour * (0.25 + 0.95 * up)
+
+
+def _headlights(points: F32, normal: F32, ego2world: NDArray[np.float64]) -> F32:
+    """Light (R, 3) of the ego's own head lamps, and a dim glow of the town everywhere."""
+    lamp = ego2world @ np.array([3.8, 0.0, 0.7, 1.0])
+    offset = points - lamp[:3].astype(np.float32)
+    distance = np.maximum(np.linalg.norm(offset, axis=1), 1.0)
+    direction = offset / distance[:, None]
+    ahead = direction @ ego2world[:3, 0].astype(np.float32)
+    beam = np.clip((ahead - 0.86) / 0.1, 0, 1) * np.clip(
+        0.15 - np.einsum("rc,rc->r", direction, normal), 0, 1
+    )
+    return (0.09 + 25.0 * beam / (distance + 4.0) ** 1.6)[:, None] * np.array(
+        [1.0, 0.93, 0.8], np.float32
+    )
+
+
+def _develop(radiance: F32, exposure: Exposure, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Lens blur, noise, tone curve and gamma of one picture (H, W, 3)."""
+    blurred = cv2.GaussianBlur(radiance, (0, 0), exposure.blur)
+    signal = 1.0 - np.exp(-1.25 * np.float32(exposure.gain) * exposure.balance * blurred)
+    grain = rng.standard_normal(signal.shape, np.float32) * np.float32(exposure.noise)
+    signal = np.clip(signal + grain * (0.4 + np.sqrt(np.clip(signal, 0, 1))), 0, 1)
+    return (signal ** np.float32(1 / exposure.gamma) * 255 + 0.5).astype(np.uint8)
+
+
+_SCATTER = np.random.default_rng(3).normal(size=(4093, 3)).astype(np.float32)
+_SCATTER *= 0.95 / np.linalg.norm(_SCATTER, axis=1, keepdims=True)

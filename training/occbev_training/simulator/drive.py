@@ -1,0 +1,242 @@
+"""A simulated drive as a `Recording`: the world is drawn once, every frame is rendered when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.geometry import invert_transform, make_transform, rotation_from_yaw, transform_points
+from occbev.grid import GRIDS, VoxelGrid
+from occbev.results import CameraFrame, FrameSet, Sweep
+from occbev.trajectory import Trajectory
+from occbev_training.simulator.camera import MOUNTS, Exposure, Painter, build_rig, pixel_rays
+from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mounted
+from occbev_training.simulator.raycast import StreetScene
+from occbev_training.simulator.truth import Solids, annotate, seen_voxels
+from occbev_training.simulator.world import build_world
+from occbev_training.sources.recording import Annotations, OccupancyTruth
+
+SEED_RANGES: Mapping[str, range] = {
+    "train": range(10_000), "validation": range(10_000, 20_000), "test": range(20_000, 1_000_000),
+}  # fmt: skip
+"""Which seeds a split may use: a drive seen in training is never scored."""
+
+_MARGIN = 1.1
+"""Seconds of sweeps before the first and after the last key frame."""
+
+
+def split_of(seed: int) -> str:
+    """Return the split that a seed belongs to; raises ValueError for a seed in none."""
+    for name, seeds in SEED_RANGES.items():
+        if seed in seeds:
+            return name
+    raise ValueError(f"seed {seed} is in no split; splits are {dict(SEED_RANGES)}")
+
+
+@dataclass(frozen=True)
+class DriveConfig:
+    """What is recorded of a drive."""
+
+    keys: int = 20
+    """Number of key frames."""
+    key_rate: float = 2.0
+    """Key frames per second; must divide the LiDAR's rate."""
+    image: tuple[int, int] = (352, 128)
+    """Width and height of the pictures; see `build_rig` for what heights below 16:9 mean."""
+    supersample: float | None = None
+    """Rays per pixel and axis; by default 1.5 for pictures below 400 pixels width, else 1."""
+    jpeg_quality: int = 92
+    """Quality of the encoded pictures."""
+    lidar: LidarConfig = field(default_factory=LidarConfig)
+    """The LiDAR."""
+    grid: VoxelGrid = GRIDS["occ3d"]
+    """Grid of the dense labels."""
+
+    def __post_init__(self) -> None:
+        if self.keys < 1 or self.key_rate <= 0:
+            raise ValueError(
+                f"a drive needs key frames: keys {self.keys}, key_rate {self.key_rate}"
+            )
+        if abs(self.lidar.rate / self.key_rate - round(self.lidar.rate / self.key_rate)) > 1e-9:
+            raise ValueError(
+                f"key_rate {self.key_rate} must divide the LiDAR's {self.lidar.rate} rotations per second"
+            )
+
+
+class SimulatedDrive:
+    """One drive of one seed; implements `Recording`."""
+
+    def __init__(self, seed: int, config: DriveConfig = DriveConfig()) -> None:
+        """Build the world; takes a second or two."""
+        self.seed, self.config = seed, config
+        self.name = f"sim-{seed:06d}"
+        self.split = split_of(seed)
+        lead, stride = (
+            round(_MARGIN * config.lidar.rate),
+            round(config.lidar.rate / config.key_rate),
+        )
+        sweeps = (config.keys - 1) * stride + 2 * lead + 1
+        first = 0.1 + 0.5 / config.lidar.rate
+        self._sweep_times = first + np.arange(sweeps) / config.lidar.rate
+        self._key_sweeps = lead + np.arange(config.keys) * stride
+        self._world = build_world(seed, float(self._sweep_times[-1] + first))
+        self._motion = EgoMotion.of(self._world)
+        self._start_ns = 1_600_000_000_000_000_000 + seed * 1_000_000_000_000
+        rng = np.random.default_rng((seed, 1))
+        self.rig = build_rig(rng, config.image)
+        self.lidar2ego = mounted(config.lidar)
+        self._world2global = make_transform(
+            rotation_from_yaw(rng.uniform(-np.pi, np.pi)), [*rng.uniform(300, 2000, 2), 0.0]
+        )
+        self.trajectory = self._build_trajectory()
+        self.sweep_stamp_ns = self._stamps(self._sweep_times)
+        self.key_stamp_ns = self.sweep_stamp_ns[self._key_sweeps]
+        self._scene = StreetScene(self._world)
+        self._lidar = Lidar(
+            config.lidar, self._scene, self._world.materials, self._motion, self.lidar2ego
+        )
+        self._painter = Painter(self._scene, self._world.materials, self._world.light)
+        self._exposure = {name: Exposure.draw(rng, self._world.light) for name in self.rig.names}
+        self._solids: Solids | None = None
+        self._scan = lru_cache(maxsize=4)(self._scan_once)
+
+    @property
+    def weather(self) -> str:
+        """Name of the drive's light and weather."""
+        return self._world.light.name
+
+    def sweep(self, index: int) -> Sweep:
+        """Measure one LiDAR rotation: raw points in the LiDAR frame, each with its time from the middle."""
+        scan = self._scan(index)
+        return Sweep(
+            scan.points,
+            int(self.sweep_stamp_ns[index]),
+            self.lidar2ego,
+            scan.intensity,
+            scan.offset,
+        )
+
+    def frame_set(self, key: int) -> FrameSet:
+        """Render the six pictures of one key frame as JPEG."""
+        frames: dict[str, CameraFrame | None] = {}
+        for number, camera in enumerate(self.rig.cameras):
+            time = self._camera_time(key, camera.name)
+            ego2world = self._ego2world(time)
+            self._scene.set_time(time)
+            rng = np.random.default_rng((self.seed, 2, key, number))
+            picture = self._painter.picture(
+                camera, ego2world, self._exposure[camera.name], rng, self._supersample
+            )
+            stamp_ns = int(self._stamps(np.array([time]))[0])
+            frames[camera.name] = CameraFrame(
+                camera.name, stamp_ns, self._encode(picture), self._world2global @ ego2world
+            )
+        return FrameSet(int(self.key_stamp_ns[key]), frames)
+
+    def annotations(self, key: int) -> Annotations:
+        """Boxes within 60 m at the key stamp, with exact velocities and counts of key-sweep returns."""
+        time, ego2world = self._key_pose(key)
+        scan = self._scan(int(self._key_sweeps[key]))
+        points = transform_points(invert_transform(ego2world), scan.world[~scan.ego])
+        actors = (*self._world.static_actors, *self._world.moving_actors)
+        return annotate(actors, ego2world, time, points, self.name)
+
+    def occupancy_truth(self, key: int) -> OccupancyTruth:
+        """Label every voxel at the key stamp.
+
+        Surfaces and insides of bodies are filled; houses are shells; the ground lies in the layer of
+        its true height. mask_lidar is what the key sweep's own rays cross or end in, mask_camera what
+        the six cameras' pixel rays do, each at its own exposure time.
+        """
+        time, ego2world = self._key_pose(key)
+        if self._solids is None:
+            self._solids = Solids(self._world)
+        grid = self.config.grid
+        semantics = self._solids.semantics(grid, ego2world, time)
+        return OccupancyTruth(
+            semantics, self._lidar_mask(key, ego2world), self._camera_mask(key, ego2world), grid
+        )
+
+    def _lidar_mask(self, key: int, ego2world: NDArray[np.float64]) -> NDArray[np.bool_]:
+        scan, world2ego = self._scan(int(self._key_sweeps[key])), invert_transform(ego2world)
+        ends = transform_points(world2ego, scan.world[~scan.ego]).astype(np.float32)
+        origins = transform_points(world2ego, scan.origin[~scan.ego]).astype(np.float32)
+        length = np.linalg.norm(ends - origins, axis=1)
+        seen = np.zeros(self.config.grid.size, bool)
+        seen_voxels(seen, self.config.grid, origins, (ends - origins) / length[:, None], length)
+        return seen.reshape(self.config.grid.shape)
+
+    def _camera_mask(self, key: int, ego2world: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Cast a ray bundle per camera, thinned near the lens where neighbours share their voxels anyway."""
+        grid, world2ego = self.config.grid, invert_transform(ego2world)
+        seen = np.zeros(grid.size, bool)
+        reach = float(np.hypot(*np.abs([grid.lo[:2], grid.hi[:2]]).max(0)))
+        for camera in self.rig.cameras:
+            time = self._camera_time(key, camera.name)
+            self._scene.set_time(time)
+            cam2world = self._ego2world(time) @ camera.cam2ego
+            step = max(1, int(0.7 * min(grid.pitch) / reach * camera.intrinsic[0, 0]))
+            rays = pixel_rays(camera, step)
+            world = rays.reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
+            hits = self._scene.first(
+                np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape), world, reach + 5
+            )
+            length = (np.minimum(hits.distance, reach + 5) + 0.02).reshape(rays.shape[:2])
+            cam2ego = world2ego @ cam2world
+            ego_rays = (rays @ cam2ego[:3, :3].T.astype(np.float32)).astype(np.float32)
+            for thin, start, end in ((4, 0.0, 14.0), (2, 12.0, 28.0), (1, 26.0, 99.0)):
+                part, far = (
+                    ego_rays[::thin, ::thin].reshape(-1, 3),
+                    length[::thin, ::thin].reshape(-1),
+                )
+                origin = np.broadcast_to(cam2ego[:3, 3].astype(np.float32), part.shape)
+                seen_voxels(seen, grid, origin, part, np.minimum(far, end), start=start)
+            _mark_ends(seen, grid, cam2ego[:3, 3], ego_rays, length)
+        return seen.reshape(grid.shape)
+
+    def _scan_once(self, index: int) -> Scan:
+        return self._lidar.scan(
+            float(self._sweep_times[index]), np.random.default_rng((self.seed, 3, index))
+        )
+
+    def _build_trajectory(self) -> Trajectory:
+        times = self._motion.times
+        return Trajectory(self._stamps(times), self._world2global @ self._motion.at(times))
+
+    def _stamps(self, times: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Nanoseconds of drive times, whole microseconds so that no format rounds them."""
+        return self._start_ns + np.rint(times * 1e6).astype(np.int64) * 1000
+
+    def _camera_time(self, key: int, camera: str) -> float:
+        return float(self._sweep_times[self._key_sweeps[key]]) + MOUNTS[camera].offset
+
+    def _key_pose(self, key: int) -> tuple[float, NDArray[np.float64]]:
+        time = float(self._sweep_times[self._key_sweeps[key]])
+        return time, self._ego2world(time)
+
+    def _ego2world(self, time: float) -> NDArray[np.float64]:
+        return self._motion.at(np.array([time]))[0]
+
+    @property
+    def _supersample(self) -> float:
+        return self.config.supersample or (1.5 if self.config.image[0] < 400 else 1.0)
+
+    def _encode(self, picture: NDArray[np.uint8]) -> bytes:
+        done, data = cv2.imencode(
+            ".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, self.config.jpeg_quality]
+        )
+        if not done:
+            raise ValueError(f"OpenCV could not encode a picture of shape {picture.shape} as JPEG")
+        return data.tobytes()
+
+
+def _mark_ends(seen: NDArray[np.bool_], grid: VoxelGrid, origin: NDArray[np.float64], rays: NDArray[np.float32],
+               length: NDArray[np.float32]) -> None:  # fmt: skip
+    """Mark the voxels in which rays (h, w, 3) end."""
+    cells, inside = grid.indices(origin + (rays * length[..., None]).reshape(-1, 3))
+    seen[grid.flat(cells[inside])] = True

@@ -1,0 +1,158 @@
+"""The LiDAR: 32 rings that turn while the vehicle and the traffic move, so that every point has its own time and origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.geometry import make_transform, rotation_from_rpy
+from occbev_training.simulator.actors import ego_body
+from occbev_training.simulator.materials import Materials
+from occbev_training.simulator.raycast import F32, RayScene, StreetScene
+from occbev_training.simulator.world import World
+
+_CHUNKS = 12
+"""Sectors of one rotation within which the traffic stands still."""
+
+
+@dataclass(frozen=True)
+class LidarConfig:
+    """A rotating LiDAR of the nuScenes kind."""
+
+    rate: float = 10.0
+    """Rotations per second."""
+    columns: int = 1080
+    """Firings per rotation."""
+    rings: int = 32
+    """Beams per firing."""
+    elevation_deg: tuple[float, float] = (-30.67, 10.67)
+    """Lowest and highest beam."""
+    position: tuple[float, float, float] = (0.94, 0.0, 1.84)
+    """Place in base_link; the sensor's own x points right and its y forward."""
+    reach: float = 70.0
+    """Longest range that returns."""
+    noise: float = 0.02
+    """Standard deviation of the range."""
+    drop: float = 0.05
+    """Share of returns that are lost."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One rotation.
+
+    points: (M, 3) float32 in the LiDAR frame at each point's own time. offset: (M,) float32 seconds from
+    the middle of the rotation. intensity: (M,) float32 0..255. world: (M, 3) the same points in the
+    world. origin: (M, 3) where the sensor was. ego: (M,) bool, returns from the vehicle itself.
+    """
+
+    points: F32
+    offset: F32
+    intensity: F32
+    world: F32
+    origin: F32
+    ego: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class EgoMotion:
+    """The pose of base_link at any time: times (P,), values (P, 6) x, y, z, roll, pitch, yaw."""
+
+    times: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, world: World) -> EgoMotion:
+        """Join the ego track of a world with its tilt."""
+        pose = world.ego.pose
+        return cls(world.ego.times, np.concatenate([pose[:, :3], world.ego_tilt, pose[:, 3:]], 1))
+
+    def at(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        """ego2world (S, 4, 4) at (S,) times."""
+        value = np.stack([np.interp(times, self.times, self.values[:, k]) for k in range(6)], -1)
+        return np.stack([make_transform(rotation_from_rpy(*v[3:]), v[:3]) for v in value])
+
+
+class Lidar:
+    """The sensor on its vehicle in one street."""
+
+    def __init__(self, config: LidarConfig, scene: StreetScene, materials: Materials, motion: EgoMotion,
+                 lidar2ego: NDArray[np.float64]) -> None:  # fmt: skip
+        """Aim the beams and find once where the vehicle's own body stops them."""
+        self.config, self.scene, self.motion, self.lidar2ego = config, scene, motion, lidar2ego
+        self._shine = materials.colour.mean(1) * 180 + 20 + 60 * materials.gloss
+        self._beams, self._offset = _beams(config)
+        in_ego = self._beams.reshape(-1, 3) @ lidar2ego[:3, :3].T.astype(np.float32)
+        origin = np.broadcast_to(lidar2ego[:3, 3].astype(np.float32), in_ego.shape)
+        body = RayScene(ego_body().triangles).first(
+            np.ascontiguousarray(origin), in_ego, np.full(len(in_ego), 9, np.float32)
+        )
+        assert body is not None, "the vehicle has a body"
+        self._body = np.where(body["primID"] >= 0, body["tfar"], np.inf).reshape(
+            self._beams.shape[:2]
+        )
+
+    def scan(self, time: float, rng: np.random.Generator) -> Scan:
+        """Measure the rotation whose middle is at `time` seconds of the drive."""
+        parts = [
+            self._sector(time, columns, rng)
+            for columns in np.array_split(np.arange(self.config.columns), _CHUNKS)
+        ]
+        return Scan(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in Scan.__dataclass_fields__
+            )
+        )
+
+    def _sector(self, time: float, columns: NDArray[np.int64], rng: np.random.Generator) -> Scan:
+        offset = self._offset[columns]
+        self.scene.set_time(time + float(offset.mean()))
+        lidar2world = _between(self.motion, time + offset) @ self.lidar2ego
+        beams = self._beams[columns]
+        rays = np.einsum("cij,crj->cri", lidar2world[:, :3, :3].astype(np.float32), beams).reshape(
+            -1, 3
+        )
+        origins = np.repeat(lidar2world[:, :3, 3].astype(np.float32), beams.shape[1], axis=0)
+        hits = self.scene.first(origins, rays, self.config.reach)
+        body = self._body[columns].ravel()
+        distance = np.minimum(hits.distance, body).astype(np.float32)
+        heard = np.flatnonzero(
+            np.isfinite(distance) & (rng.random(len(distance)) >= self.config.drop)
+        )
+        distance = distance[heard] + rng.normal(0, self.config.noise, len(heard)).astype(np.float32)
+        facing = np.abs(np.einsum("rc,rc->r", rays[heard], hits.normal[heard]))
+        shine = self._shine[self.scene.mesh.material[np.maximum(hits.triangle[heard], 0)]] * (
+            0.4 + 0.6 * facing
+        )
+        points = beams.reshape(-1, 3)[heard] * distance[:, None]
+        return Scan(points, np.repeat(offset, beams.shape[1])[heard].astype(np.float32),
+                    np.clip(shine, 0, 255).astype(np.float32), origins[heard] + rays[heard] * distance[:, None],
+                    origins[heard], (body < hits.distance)[heard])  # fmt: skip
+
+
+def mounted(config: LidarConfig) -> NDArray[np.float64]:
+    """lidar2ego (4, 4): the sensor's x to the right, y forward, z up."""
+    return make_transform(rotation_from_rpy(0.0, 0.0, -np.pi / 2), config.position)
+
+
+def _beams(config: LidarConfig) -> tuple[F32, NDArray[np.float64]]:
+    """Unit directions (columns, rings, 3) in the LiDAR frame and the time (columns,) of each from mid-rotation.
+
+    It turns clockwise seen from above and looks forward (+y) in the middle of the rotation.
+    """
+    share = (np.arange(config.columns) + 0.5) / config.columns
+    azimuth = np.pi / 2 + np.pi - 2 * np.pi * share
+    elevation = np.deg2rad(np.linspace(*config.elevation_deg, config.rings))
+    a, e = np.meshgrid(azimuth, elevation, indexing="ij")
+    beams = np.stack([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)], -1)
+    return beams.astype(np.float32), (share - 0.5) / config.rate
+
+
+def _between(motion: EgoMotion, times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Poses (C, 4, 4) within a few milliseconds: straight blend of the two outer ones."""
+    first, last = motion.at(times[[0, -1]])
+    share = ((times - times[0]) / max(times[-1] - times[0], 1e-9))[:, None, None]
+    return first + share * (last - first)

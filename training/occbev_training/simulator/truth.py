@@ -1,0 +1,161 @@
+"""What is really there: boxes of one instant, and every voxel's class with what cameras and LiDAR can see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.classes import FREE, OCCUPANCY_CLASSES
+from occbev.geometry import invert_transform, points_in_box, rotation_from_yaw, transform_points
+from occbev.grid import VoxelGrid
+from occbev.results import Boxes3D
+from occbev_training.simulator.mesh import Mesh, surface_samples
+from occbev_training.simulator.raycast import F32
+from occbev_training.simulator.world import Actor, World
+from occbev_training.sources.recording import Annotations
+
+_RANK = np.array([OCCUPANCY_CLASSES.index(name) for name in (
+    "terrain", "other_flat", "sidewalk", "driveable_surface", "vegetation", "manmade", "others", "barrier", "trailer", "truck",
+    "bus", "construction_vehicle", "car", "motorcycle", "bicycle", "traffic_cone", "pedestrian")])  # fmt: skip
+"""Classes from the one that gives way in a shared voxel to the one that always stays."""
+
+_SPACING = 0.14
+
+
+def annotate(actors: Sequence[Actor], ego2world: NDArray[np.float64], time: float, points: F32, prefix: str,
+             reach: float = 60.0) -> Annotations:  # fmt: skip
+    """Boxes of all actors within `reach` in the ego frame at `time`.
+
+    points: (M, 3) returns of the key sweep in the ego frame, counted per box.
+    """
+    world2ego = invert_transform(ego2world)
+    ego_yaw = np.arctan2(ego2world[1, 0], ego2world[0, 0])
+    rows, labels, names = [], [], []
+    for actor in actors:
+        pose = actor.track.at(time)
+        centre = transform_points(world2ego, pose[:3] + [0, 0, actor.shape.size[2] / 2])
+        if np.hypot(centre[0], centre[1]) <= reach:
+            yaw = np.pi - np.mod(np.pi - (pose[3] - ego_yaw), 2 * np.pi)
+            velocity = world2ego[:3, :3] @ actor.track.velocity(time)
+            rows.append([*centre, *actor.shape.size, yaw, *velocity[:2]])
+            labels.append(actor.shape.label)
+            names.append(f"{prefix}/{actor.name}")
+    box = np.array(rows, np.float32).reshape(-1, 9)
+    counts = np.array([int(points_in_box(points, row).sum()) for row in box], np.int64)
+    boxes = Boxes3D(box, np.array(labels, np.int64), np.ones(len(box), np.float32))
+    return Annotations(boxes, tuple(names), counts)
+
+
+class Solids:
+    """Dense points of everything in a world, ready to be binned at any time and pose."""
+
+    def __init__(self, world: World) -> None:
+        """Sample what stands once, near the route only, and each moving actor in its own frame."""
+        near = _near_route(world.static, world.ego.pose[::25, :2], 62.0)
+        points, label = surface_samples(near, _SPACING)
+        for actor in world.static_actors:
+            assert actor.shape.label >= 0
+        order = np.argsort(_rank(label), kind="stable")
+        self._points, self._label = points[order], label[order]
+        self._moving = [
+            (actor, *surface_samples(actor.shape.mesh, _SPACING)) for actor in world.moving_actors
+        ]
+
+    def semantics(
+        self, grid: VoxelGrid, ego2world: NDArray[np.float64], time: float
+    ) -> NDArray[np.uint8]:
+        """Label every voxel (X, Y, Z) of the grid; 17 where nothing is."""
+        filled = np.full(grid.size, FREE, np.uint8)
+        world2ego = invert_transform(ego2world).astype(np.float32)
+        reach = np.float32(np.hypot(*np.abs([grid.lo[:2], grid.hi[:2]]).max(0)))
+        close = np.flatnonzero(
+            np.abs(self._points[:, :2] - ego2world[:2, 3].astype(np.float32)).max(1) < reach
+        )
+        _fill(
+            filled,
+            grid,
+            self._points[close] @ world2ego[:3, :3].T + world2ego[:3, 3],
+            self._label[close],
+        )
+        for actor, points, label in self._moving:
+            pose = actor.track.at(time)
+            if np.hypot(*(pose[:2] - ego2world[:2, 3])) < reach + 10:
+                actor2world = np.eye(4)
+                actor2world[:3, :3], actor2world[:3, 3] = rotation_from_yaw(pose[3]), pose[:3]
+                actor2ego = (world2ego @ actor2world).astype(np.float32)
+                _fill(filled, grid, points @ actor2ego[:3, :3].T + actor2ego[:3, 3], label)
+        return filled.reshape(grid.shape)
+
+
+def seen_voxels(seen: NDArray[np.bool_], grid: VoxelGrid, origins: F32, directions: F32, length: F32,
+                step: float = 0.2, start: float = 0.0) -> None:  # fmt: skip
+    """Mark in `seen` (X * Y * Z,) what rays (R, 3) cross between `start` and their `length` (R,), end included."""
+    lo, pitch = np.array(grid.lo, np.float32), np.array(grid.pitch, np.float32)
+    near, far = _clip(
+        origins, directions, np.array(grid.lo, np.float32), np.array(grid.hi, np.float32)
+    )
+    first, last = np.maximum(near, start), np.minimum(far, length)
+    used = np.flatnonzero(last > first)
+    counts = np.ceil((last - first)[used] / step).astype(np.int64) + 1
+    for part in np.array_split(np.arange(len(used)), max(1, int(counts.sum() // 2_000_000))):
+        ray = np.repeat(used[part], counts[part])
+        number = np.arange(len(ray)) - np.repeat(
+            np.cumsum(counts[part]) - counts[part], counts[part]
+        )
+        way = np.minimum(first[ray] + np.float32(step) * number.astype(np.float32), last[ray])
+        flat = np.zeros(len(ray), np.int32)
+        for axis in range(3):
+            position = (origins[ray, axis] - lo[axis] + directions[ray, axis] * way) / pitch[axis]
+            cell = np.clip(position.astype(np.int32), 0, grid.shape[axis] - 1)
+            flat = flat * grid.shape[axis] + cell
+        seen[flat] = True
+
+
+def _clip(origins: F32, directions: F32, lo: F32, hi: F32) -> tuple[F32, F32]:
+    """Where rays enter and leave a box; entry beyond exit for those that miss it."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a, b = (lo - origins) / directions, (hi - origins) / directions
+    return np.fmax.reduce(np.fmin(a, b), axis=1), np.fmin.reduce(
+        np.fmax(a, b), axis=1
+    ) - np.float32(1e-3)
+
+
+def _fill(
+    filled: NDArray[np.uint8], grid: VoxelGrid, points: F32, label: NDArray[np.uint8]
+) -> None:
+    """Write labels of points into their voxels; of several the last one stays."""
+    cell = np.floor((points - np.array(grid.lo, np.float32)) / np.array(grid.pitch, np.float32))
+    inside = np.flatnonzero(np.all((cell >= 0) & (cell < np.array(grid.shape)), axis=1))
+    filled[grid.flat(cell[inside])] = label[inside]
+
+
+def _rank(label: NDArray[np.uint8]) -> NDArray[np.int64]:
+    rank = np.zeros(len(OCCUPANCY_CLASSES), np.int64)
+    rank[_RANK] = np.arange(len(_RANK))
+    return rank[label]
+
+
+def _near_route(mesh: Mesh, route: NDArray[np.float64], reach: float) -> Mesh:
+    """The triangles and solid points that any grid along the route can hold."""
+
+    def close(points: F32) -> NDArray[np.bool_]:
+        least = np.full(len(points), np.inf, np.float32)
+        for place in route.astype(np.float32):
+            np.minimum(least, np.abs(points[:, :2] - place).max(1), out=least)
+        return (least < reach) & (points[:, 2] < 9.0)
+
+    low = np.concatenate(
+        [mesh.triangles[..., :2].mean(1), mesh.triangles[..., 2].min(1, keepdims=True)], 1
+    )
+    keep = close(low) & (np.ptp(mesh.triangles, axis=1).max(1) < 60)
+    solid = close(mesh.solid)
+    return Mesh(
+        mesh.triangles[keep],
+        mesh.uv[keep],
+        mesh.material[keep],
+        mesh.label[keep],
+        mesh.solid[solid],
+        mesh.solid_label[solid],
+    )
