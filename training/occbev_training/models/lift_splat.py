@@ -92,13 +92,17 @@ def splat_by_gather(context: Tensor, depth: Tensor, tables: Sequence[Tensor]) ->
     tables: those of `gather_tables` in its order. Returns: (Y * X, C).
     """
     pixel, depth_index, weight, *stages, cell = tables
-    weights = depth[depth_index.flatten()].view_as(weight) * weight
-    rows = context[pixel.flatten()].unflatten(0, pixel.shape)  # (rows1, 8, C)
-    sums = (rows * weights[..., None]).sum(1)
+    weights = _rows(depth, depth_index) * weight  # (rows1, 8)
+    sums = (_rows(context, pixel) * weights[..., None]).sum(1)  # (rows1, C)
     assert len(stages) == GATHER_STAGES - 1
     for stage in stages:
-        sums = sums[stage.flatten()].unflatten(0, stage.shape).sum(1)
-    return sums[cell]
+        sums = _rows(sums, stage).sum(1)
+    return sums.index_select(0, cell)
+
+
+def _rows(array: Tensor, index: Tensor) -> Tensor:
+    """Return array[index]; written so that it exports as a plain Gather."""
+    return array.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 class LiftSplat(nn.Module):

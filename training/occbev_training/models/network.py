@@ -58,13 +58,17 @@ class OccBevNetwork(nn.Module):
         """
         features = self.image_encoder(images.flatten(0, 1))
         bev, depth_logits = self.view_transform(features, camera_valid, points)
+        return NetworkOutput(depth_logits.unflatten(0, images.shape[:2]), **self.heads(bev))
+
+    def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
+        """Encode the splatted BEV (B, C, Y, X) and run the heads; the fields of `NetworkOutput`."""
         bev = self.bev_encoder(bev)
-        depth_logits = depth_logits.unflatten(0, images.shape[:2])
         heatmap, box = self.detection_head(bev) if self.detection_head else (None, None)
-        return NetworkOutput(
-            depth_logits,
-            self.occupancy_decoder(bev) if self.occupancy_decoder else None,
-            self.occupancy_head(bev) if self.occupancy_head else None,
-            heatmap,
-            box,
-        )
+        return {
+            "reconstruction_logits": self.occupancy_decoder(bev)
+            if self.occupancy_decoder
+            else None,
+            "occupancy_logits": self.occupancy_head(bev) if self.occupancy_head else None,
+            "heatmap": heatmap,
+            "box": box,
+        }
