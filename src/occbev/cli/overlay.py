@@ -1,0 +1,282 @@
+"""Prove a calibration: draw LiDAR, boxes and voxels over the images of a recording.
+
+Points that lie on the edges of what they hit show that intrinsics, extrinsics, clocks and ego motion
+agree. Each point is moved by the ego motion between its sweep and the camera's own exposure.
+
+    occbev overlay drive.mcap --out overlay
+    occbev overlay nuscenes-root --scene scene-0061 --out overlay --model occbev-tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from occbev.geometry import invert_transform, project_points, transform_points
+from occbev.inference.pipeline import Pipeline, motion_to_key
+from occbev.preprocess import decode_image
+from occbev.rendering import (
+    GROUND_TRUTH,
+    BoxStyle,
+    Picture,
+    beside,
+    bev_picture,
+    camera_mosaic,
+    draw_boxes,
+    draw_points,
+    draw_voxels,
+    occupancy_from_above,
+    occupancy_in_3d,
+    stacked,
+    write_picture,
+)
+from occbev.results import Boxes3D, CameraFrame, FrameSet, Perception, Sweep
+from occbev.rig import Camera
+
+if TYPE_CHECKING:
+    from occbev_training.sources.recording import Recording
+
+LEAST_DEPTH = 1.0
+"""Metres; nearer points are the vehicle itself."""
+
+NOTHING = Boxes3D.empty()
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many LiDAR points fall into an image, and the median of their depths in metres (None without points)."""
+
+    points: int
+    median_depth: float | None
+
+
+@dataclass(frozen=True)
+class FrameReport:
+    """What was found in one key frame. sweep_ms: the sweep's time minus the key's. missing: camera -> reason."""
+
+    recording: str
+    key: int
+    stamp_ns: int
+    sweep_ms: float
+    cameras: dict[str, Coverage]
+    missing: dict[str, str]
+    pictures: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "source", type=Path, help="ROS 2 bag (folder, .mcap, .db3) or nuScenes data root"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--model", help="model package: draw its boxes and voxels as well")
+    parser.add_argument("--backend", default="auto", help="runtime of the model (default: auto)")
+    parser.add_argument("--scene", help="only this recording of a nuScenes root")
+    parser.add_argument("--version", help="table folder of a nuScenes root, where it has several")
+    parser.add_argument(
+        "--frames", type=int, default=10, help="most key frames of a recording (default: 10)"
+    )
+    parser.add_argument(
+        "--max-gap",
+        type=float,
+        default=0.1,
+        help="most seconds between key frame and sweep (default: 0.1)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of tables"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write pictures and print points and median depth of every camera."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    reports = [report for recording in _recordings(args) for report in _overlay(recording, args)]
+    if not reports:
+        raise LookupError(
+            f"{args.source}: no key frame has both an image and a sweep within {args.max_gap} s"
+        )
+    if args.json:
+        print(
+            json.dumps(
+                {"source": str(args.source), "frames": [asdict(report) for report in reports]},
+                indent=2,
+            )
+        )
+    else:
+        _print(reports, args.out)
+    return 0
+
+
+def lidar_in_camera(sweep: Sweep, lidar_ego2global: NDArray[np.float64], frame: CameraFrame,
+                    camera: Camera) -> tuple[NDArray[np.float64], Coverage]:  # fmt: skip
+    """Move a compensated sweep into a camera through both ego poses.
+
+    Returns: the points (M, 3) deeper than 1 m and inside the image, in ego at the camera's exposure; and how many.
+    """
+    assert frame.ego2global is not None, "frames without a pose are left out before"
+    lidar2ego = invert_transform(frame.ego2global) @ lidar_ego2global @ sweep.lidar2ego
+    points = transform_points(lidar2ego, sweep.points)
+    pixels, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
+    inside = (depth > LEAST_DEPTH) & np.all(
+        (pixels >= 0) & (pixels < (camera.width, camera.height)), axis=1
+    )
+    median = float(np.median(depth[inside])) if inside.any() else None
+    return points[inside], Coverage(int(inside.sum()), median)
+
+
+def nearest_sweep(recording: Recording, stamp_ns: int, max_gap: float) -> int | None:
+    """Return the sweep nearest to a stamp, or None where none is within `max_gap` seconds."""
+    if len(recording.sweep_stamp_ns) == 0:
+        return None
+    gap = np.abs(recording.sweep_stamp_ns - stamp_ns)
+    index = int(np.argmin(gap))
+    return index if gap[index] <= max_gap * 1e9 else None
+
+
+def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
+    """Open the source as what it is: a folder with nuScenes tables, or else a bag."""
+    try:
+        from occbev_training.sources.bags import BagRecording
+        from occbev_training.sources.nuscenes import open_nuscenes
+    except ImportError as error:
+        raise LookupError(
+            f"reading recordings needs the offline package ({error}): pip install --no-deps ./training"
+        ) from error
+    if not args.source.exists():
+        raise FileNotFoundError(f"{args.source}: no such bag or nuScenes data root")
+    tables = (
+        [path.parent.name for path in args.source.glob("*/sample_data.json")]
+        if args.source.is_dir()
+        else []
+    )
+    if tables:
+        scenes = [args.scene] if args.scene else None
+        yield from open_nuscenes(args.source, args.version).recordings(scenes, available_only=True)
+    else:
+        yield BagRecording(args.source)
+
+
+def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameReport]:
+    pipeline = Pipeline(args.model, recording.rig, args.backend) if args.model else None
+    written = 0
+    for key, stamp_ns in enumerate(recording.key_stamp_ns.tolist()):
+        sweep_index = nearest_sweep(recording, stamp_ns, args.max_gap)
+        if sweep_index is None or written >= args.frames:
+            continue
+        frame_set = _posed(recording.frame_set(key))
+        if frame_set.cameras:
+            yield _overlay_frame(recording, key, sweep_index, frame_set, pipeline, args.out)
+            written += 1
+
+
+def _posed(frame_set: FrameSet) -> FrameSet:
+    """Count cameras without an ego pose as missing: nothing can be moved to them."""
+    unposed = {name: "no ego pose at its exposure" for name in frame_set.cameras
+               if (frame := frame_set.frames[name]) is not None and frame.ego2global is None}  # fmt: skip
+    frames = {name: None if name in unposed else frame for name, frame in frame_set.frames.items()}
+    return replace(frame_set, frames=frames, missing={**frame_set.missing, **unposed})
+
+
+def _overlay_frame(recording: Recording, key: int, sweep_index: int, frame_set: FrameSet,
+                   pipeline: Pipeline | None, out: Path) -> FrameReport:  # fmt: skip
+    from occbev_training.sources.deskew import compensated
+
+    sweep = compensated(recording.sweep(sweep_index), recording.trajectory)
+    lidar_pose, key_pose = (
+        recording.trajectory.at(sweep.stamp_ns),
+        recording.trajectory.at(frame_set.stamp_ns),
+    )
+    motion = motion_to_key(frame_set, key_pose)
+    perception = pipeline.run(frame_set, motion) if pipeline else None
+    annotations = recording.annotations(key)
+    truth = annotations.boxes if annotations else NOTHING
+    lidar, boxes, voxels, coverage = {}, {}, {}, {}
+    for name in frame_set.cameras:
+        frame, camera = frame_set.frames[name], recording.rig[name]
+        assert frame is not None
+        image = decode_image(frame.image, name) if isinstance(frame.image, bytes) else frame.image
+        points, coverage[name] = lidar_in_camera(sweep, lidar_pose, frame, camera)
+        lidar[name] = draw_points(image, camera, points, radius=max(1, camera.width // 500))
+        at_key = replace(camera, cam2ego=motion[name] @ camera.cam2ego)
+        line = max(1, camera.width // 400)
+        boxes[name] = draw_boxes(image, at_key, truth, _truth_style(perception, line))
+        if perception:
+            boxes[name] = draw_boxes(
+                boxes[name], at_key, perception.boxes, BoxStyle(thickness=line)
+            )
+            voxels[name] = draw_voxels(image, at_key, perception.occupancy)
+    pictures = {"lidar": camera_mosaic(lidar)} | _result_pictures(boxes, voxels, truth, perception)
+    names = _write(pictures, out, f"{recording.name}_{key:04d}")
+    sweep_ms = (sweep.stamp_ns - frame_set.stamp_ns) / 1e6
+    return FrameReport(
+        recording.name, key, frame_set.stamp_ns, sweep_ms, coverage, dict(frame_set.missing), names
+    )
+
+
+def _truth_style(perception: Perception | None, thickness: int) -> BoxStyle:
+    """Labels get their class colours where they stand alone, white dashes beside predictions."""
+    return (
+        BoxStyle(thickness=thickness)
+        if perception is None
+        else replace(GROUND_TRUTH, thickness=thickness)
+    )
+
+
+def _result_pictures(boxes: dict[str, Picture], voxels: dict[str, Picture], truth: Boxes3D,
+                     perception: Perception | None) -> dict[str, Picture]:  # fmt: skip
+    """Boxes over the images and from above; with a model also its voxels."""
+    if perception is None:
+        if not len(truth):
+            return {}
+        return {
+            "boxes": stacked(
+                [camera_mosaic(boxes), beside({"labels from above": bev_picture(truth)})]
+            )
+        }
+    occupancy = perception.occupancy
+    views = beside({
+        "boxes (dashed: labels)": bev_picture(perception.boxes, truth, size=600),
+        "voxels from above": occupancy_from_above(occupancy, 600),
+    })  # fmt: skip
+    space = occupancy_in_3d(occupancy, boxes=perception.boxes)
+    return {
+        "boxes": stacked([camera_mosaic(boxes), views]),
+        "voxels": stacked([camera_mosaic(voxels), space]),
+    }
+
+
+def _write(pictures: dict[str, Picture], out: Path, stem: str) -> list[str]:
+    names = [f"{stem}_{kind}.jpg" for kind in pictures]
+    for name, picture in zip(names, pictures.values(), strict=True):
+        write_picture(str(out / name), picture)
+    return names
+
+
+def _print(reports: list[FrameReport], out: Path) -> None:
+    console = Console()
+    for report in reports:
+        title = f"{report.recording}, key frame {report.key}, sweep {report.sweep_ms:+.1f} ms"
+        table = Table(
+            "camera", "points", "median depth (m)", title=escape(title), title_justify="left"
+        )
+        for name, found in report.cameras.items():
+            table.add_row(
+                escape(name),
+                str(found.points),
+                "-" if found.median_depth is None else f"{found.median_depth:.3f}",
+            )
+        for name, reason in report.missing.items():
+            table.add_row(escape(name), "-", escape(reason))
+        console.print(table)
+    count: Any = sum(len(report.pictures) for report in reports)
+    console.print(f"{count} pictures in {escape(str(out))}")
