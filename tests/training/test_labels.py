@@ -19,7 +19,13 @@ from occbev.grid import VoxelGrid
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
-from occbev_training.occupancy.labels import LabelBuilder, LabelConfig, build_label, pixel_rays
+from occbev_training.occupancy.labels import (
+    LabelBuilder,
+    LabelConfig,
+    build_label,
+    camera_rays,
+    pixel_rays,
+)
 
 GRID = VoxelGrid((-16.0, -16.0, -1.0), (0.8, 0.8, 0.4), (40, 40, 12))
 UNOBSERVED, FREE, OCCUPIED = 0, 1, 2
@@ -374,15 +380,23 @@ def test_visibility_uses_each_cameras_own_pose(street) -> None:
 def test_pixel_rays_cover_the_image_evenly_at_any_resolution() -> None:
     camera = Camera("C", 1600, 900, [[1260, 0, 800], [0, 1260, 450], [0, 0, 1]], FORWARD_CAMERA)
     small = camera.resized(0.22, 0.22, (0, 70), (352, 128))
+    config = LabelConfig(camera_spacing=4 / 1260, camera_levels=3, camera_near=10.0)
     for each in (camera, small):
-        rays = pixel_rays(each, 4 / 1260)
-        pixels, _, inside = each.project(transform_points(each.cam2ego, rays))
-        assert inside.all()
-        step = 4 * each.intrinsic[0, 0] / 1260
-        assert np.isclose(np.diff(np.unique(pixels[:, 0].round(6))).max(), step, rtol=0.02)
-        assert pixels[:, 0].min() < step
-        assert pixels[:, 0].max() > each.width - step
-    assert len(pixel_rays(camera, 4 / 1260)) == 400 * 225
+        rays = camera_rays(each, config)
+        assert rays.until == (10.0, 20.0, 60.0)
+        for level, directions in enumerate(rays.directions):
+            points = transform_points(each.cam2ego, directions.reshape(-1, 3))
+            pixels, _, inside = each.project(points)
+            assert inside.all()
+            step = 4 * each.intrinsic[0, 0] / 1260 * 2 ** (2 - level)
+            assert np.isclose(np.diff(np.unique(pixels[:, 0].round(6))).max(), step, rtol=0.05)
+            assert pixels[:, 0].min() < step
+            assert pixels[:, 0].max() > each.width - step
+    assert [d.shape[:2] for d in camera_rays(camera, config).directions] == [
+        (57, 100),
+        (114, 200),
+        (228, 400),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -394,12 +408,12 @@ def test_pixel_rays_go_through_the_real_lens(model: str, distortion: tuple[float
 
     intrinsic = np.array([[500.0, 0, 320], [0, 510.0, 240], [0, 0, 1]])
     camera = Camera("C", 640, 480, intrinsic, FORWARD_CAMERA, model, distortion)
-    rays = pixel_rays(camera, 0.04)
+    rays = pixel_rays(camera, 24, 32).reshape(-1, 3)
     project = cv2.fisheye.projectPoints if model == "equidistant" else cv2.projectPoints
     pixels = project(rays[:, None], np.zeros(3), np.zeros(3), intrinsic, np.array(distortion))[0][
         :, 0
     ]
-    straight = pixel_rays(dataclasses.replace(camera, distortion=()), 0.04)
+    straight = pixel_rays(dataclasses.replace(camera, distortion=()), 24, 32).reshape(-1, 3)
     wanted = straight / straight[:, 2:] @ intrinsic.T
     assert np.abs(pixels - wanted[:, :2]).max() < 0.02
     assert np.abs(rays - straight).max() > 0.005

@@ -9,7 +9,14 @@ pytest.importorskip("numba", reason="the label kernels need numba: training envi
 
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.grid import VoxelGrid
-from occbev_training.occupancy.rays import bundle_rays, cast, gather_hits, mark_visible, traverse
+from occbev_training.occupancy.rays import (
+    CameraRays,
+    bundle_rays,
+    cast,
+    gather_hits,
+    mark_visible,
+    traverse,
+)
 from occbev_training.sources.deskew import Rays
 
 GRID = VoxelGrid((-2.0, -1.5, -1.0), (0.5, 0.4, 0.25), (10, 8, 6))
@@ -225,9 +232,8 @@ def test_more_sweeps_than_bits_are_refused() -> None:
 
 def seen(state, origin=(0.5, 2.5, 2.5), direction=(1.0, 0.0, 0.0), limit=5.0) -> list[int]:
     visible = np.zeros(UNIT.shape, np.uint8)
-    mark_visible(
-        np.array(origin), np.array([direction], float), 60.0, state, UNIT, 3, limit, visible
-    )
+    ray = CameraRays((np.array(direction, float).reshape(1, 1, 3),), (60.0,))
+    mark_visible(ray, make_transform(np.eye(3), origin), state, UNIT, 3, limit, visible)
     assert set(np.unique(visible)) <= {0, 8}
     return np.flatnonzero(visible[:, 2, 2]).tolist()
 
@@ -247,3 +253,29 @@ def test_a_camera_ray_ends_in_the_unknown_and_marks_none_of_it() -> None:
     assert seen(state, limit=2.5) == [0]
     state[5, 2, 2] = 0
     assert seen(state, limit=3.5) == [0, 4]
+
+
+def fan(rows: int, columns: int) -> np.ndarray:
+    """Directions (rows, columns, 3) around +x."""
+    y = (np.arange(columns) + 0.5) / columns * 1.4 - 0.7
+    z = (np.arange(rows) + 0.5) / rows * 1.0 - 0.5
+    zz, yy = np.meshgrid(z, y, indexing="ij")
+    rays = np.stack([np.ones_like(yy), yy, zz], -1)
+    return rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+
+
+def test_coarse_rays_near_by_see_what_fine_rays_see() -> None:
+    rng = np.random.default_rng(6)
+    grid = VoxelGrid((-10.0, -10.0, -2.0), (0.4, 0.4, 0.4), (50, 50, 16))
+    state = np.ones(grid.shape, np.uint8)
+    state[:, :, :2] = 2
+    for x, y in rng.integers(0, 50, (40, 2)):
+        state[x, y, : rng.integers(3, 16)] = rng.choice([0, 2])
+    cam2grid = make_transform(np.eye(3), [-9.9, 0.05, -0.5])
+    full, quick = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.uint8)
+    mark_visible(CameraRays((fan(160, 240),), (30.0,)), cam2grid, state, grid, 0, 5.0, full)
+    levels = CameraRays((fan(40, 60), fan(80, 120), fan(160, 240)), (5.0, 10.0, 30.0))
+    mark_visible(levels, cam2grid, state, grid, 0, 5.0, quick)
+    assert full.sum() > 3000
+    assert (full & quick).sum() >= 0.985 * full.sum()
+    assert (quick & ~full & 1).sum() <= 0.002 * full.sum()

@@ -25,6 +25,7 @@ from occbev.rig import Camera
 from occbev.trajectory import PoseError
 from occbev_training.occupancy.rays import (
     MAX_SWEEPS,
+    CameraRays,
     Evidence,
     RayBundle,
     bundle_rays,
@@ -74,8 +75,12 @@ class LabelConfig:
     """Sweeps that must hit a cell nearer than `far_range`, unless the reference sweep does."""
     far_passes: int = 2
     """Sweeps that must pass a cell beyond `far_range` for free."""
-    camera_spacing: float = 4 / 1266
-    """Angle between neighbouring camera rays: every 4th pixel of a nuScenes front camera."""
+    camera_spacing: float = 2.5 / 1266
+    """Angle between neighbouring camera rays far away: 2.5 pixels of a nuScenes front camera."""
+    camera_levels: int = 4
+    """Rasters of camera rays, each twice as dense as the one before; 1 walks every ray in full."""
+    camera_near: float = 6.0
+    """The first raster reaches so far, each further one twice as far, the last to `camera_range`."""
     camera_range: float = 60.0
     """Length of camera rays."""
     unobserved_path: float = 5.0
@@ -87,10 +92,12 @@ class LabelConfig:
                 f"label window must be positive and max_sweeps 1..{MAX_SWEEPS}; "
                 f"got {self.window} and {self.max_sweeps}"
             )
-        if self.ground_columns % 2 == 0 or self.camera_spacing <= 0:
+        if self.ground_columns % 2 == 0:
+            raise ValueError(f"ground_columns must be odd; got {self.ground_columns}")
+        if self.camera_spacing <= 0 or self.camera_levels < 1:
             raise ValueError(
-                f"ground_columns must be odd and camera_spacing positive; "
-                f"got {self.ground_columns} and {self.camera_spacing}"
+                f"camera_spacing and camera_levels must be positive; "
+                f"got {self.camera_spacing} and {self.camera_levels}"
             )
 
     @property
@@ -127,7 +134,7 @@ class LabelBuilder:
         self.config = config or LabelConfig()
         self.grid = grid or GRIDS["occ3d"]
         self._rays: dict[int, _SweepRays | None] = {}
-        self._camera_rays: dict[str, tuple[Camera, NDArray[np.float64]]] = {}
+        self._camera_rays: dict[str, tuple[Camera, CameraRays]] = {}
 
     def build(self, key: int, frames: FrameSet | None = None) -> OccupancyLabel:
         """Label one key frame; `frames` spares reading its images again. Raises PoseError without a pose."""
@@ -255,16 +262,14 @@ class LabelBuilder:
                 continue
             pose = trajectory.at(frame.stamp_ns) if frame.ego2global is None else frame.ego2global
             cam2ego = global2ego @ pose @ camera.cam2ego
-            rays = self._pixel_rays(camera) @ cam2ego[:3, :3].T
-            mark_visible(cam2ego[:3, 3], rays, self.config.camera_range, state, self.grid, bit,
+            mark_visible(self._rays_of(camera), cam2ego, state, self.grid, bit,
                          self.config.unobserved_path, visible)  # fmt: skip
         return visible
 
-    def _pixel_rays(self, camera: Camera) -> NDArray[np.float64]:
+    def _rays_of(self, camera: Camera) -> CameraRays:
         known = self._camera_rays.get(camera.name)
         if known is None or known[0] is not camera:
-            known = (camera, pixel_rays(camera, self.config.camera_spacing))
-            self._camera_rays[camera.name] = known
+            self._camera_rays[camera.name] = known = (camera, camera_rays(camera, self.config))
         return known[1]
 
 
@@ -305,18 +310,34 @@ def build_label(
     return _RECENT[0].build(key, frames)
 
 
-def pixel_rays(camera: Camera, spacing: float) -> NDArray[np.float64]:
-    """Return unit directions (R, 3) in the camera frame of rays about `spacing` radians apart.
+def camera_rays(camera: Camera, config: LabelConfig) -> CameraRays:
+    """Build a camera's rasters of rays: coarse ones for near cells, the finest for the far ones."""
+    finer = range(config.camera_levels)
+    step = 2 ** (config.camera_levels - 1)
+    columns, rows = (
+        step * max(1, int(np.ceil(size / (step * config.camera_spacing * focal))))
+        for size, focal in zip(
+            (camera.width, camera.height), np.diag(camera.intrinsic)[:2], strict=True
+        )
+    )
+    rasters = [
+        pixel_rays(camera, rows * 2**level // step, columns * 2**level // step) for level in finer
+    ]
+    until = [min(config.camera_near * 2**level, config.camera_range) for level in finer]
+    return CameraRays(tuple(rasters), (*until[:-1], config.camera_range))
 
-    They lie on a regular raster over the image, whatever its resolution, through the real lens.
+
+def pixel_rays(camera: Camera, rows: int, columns: int) -> NDArray[np.float64]:
+    """Return unit directions (rows, columns, 3) in the camera frame, evenly over the image.
+
+    They go through the real lens and do not depend on the image's resolution.
     """
-    columns = max(1, int(np.ceil(camera.width / (spacing * camera.intrinsic[0, 0]))))
-    rows = max(1, int(np.ceil(camera.height / (spacing * camera.intrinsic[1, 1]))))
     u = (np.arange(columns) + 0.5) * camera.width / columns
     v = (np.arange(rows) + 0.5) * camera.height / rows
     pixels = np.stack(np.meshgrid(u, v), -1).reshape(-1, 2)
     rays = np.concatenate([_undistorted(camera, pixels), np.ones((len(pixels), 1))], axis=1)
-    return rays / np.linalg.norm(rays, axis=1, keepdims=True)
+    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+    return rays.reshape(rows, columns, 3)
 
 
 def _undistorted(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.float64]:

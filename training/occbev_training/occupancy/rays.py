@@ -134,24 +134,45 @@ def cast(bundles: Sequence[RayBundle], hits: Hits, grid: VoxelGrid, distance: fl
     return Evidence(hits, passes, conflicts, conflict_sweeps)
 
 
+@dataclass(frozen=True)
+class CameraRays:
+    """Rays of one camera in rasters of rising density, each twice as fine as the one before.
+
+    directions: (V, U, 3) unit vectors in the camera frame per level; a ray's parent stands at
+    half its row and column. until: metres up to which a level is dense enough, per level.
+    """
+
+    directions: tuple[NDArray[np.float64], ...]
+    until: tuple[float, ...]
+
+
 def mark_visible(
-    origin: NDArray[np.float64],
-    direction: NDArray[np.float64],
-    reach: float,
+    rays: CameraRays,
+    cam2grid: NDArray[np.float64],
     state: NDArray[np.uint8],
     grid: VoxelGrid,
     bit: int,
     unobserved_limit: float,
     visible: NDArray[np.uint8],
 ) -> None:
-    """Set `bit` in `visible` (X, Y, Z) for every observed cell that a camera's rays see.
+    """Set `bit` in `visible` (X, Y, Z) for every observed cell that a camera sees.
 
-    origin: (3,), direction: (R, 3) unit vectors, both in the grid's frame. A ray ends with the
-    first occupied cell, after `unobserved_limit` metres in unobserved cells, or at `reach`.
+    A ray ends with the first occupied cell, after `unobserved_limit` metres in unobserved cells,
+    or at the last `until`. Where a coarse ray and all its neighbours come through, finer rays go
+    on from there; where they disagree, finer rays start at the camera.
     """
-    _see(np.ascontiguousarray(origin, np.float64), direction, reach, state.reshape(-1),
-         np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape), np.uint8(1 << bit),
-         unobserved_limit, visible.reshape(-1))  # fmt: skip
+    rows, columns = rays.directions[0].shape[:2]
+    begun = np.full(((rows + 1) // 2, (columns + 1) // 2), _DISAGREE, np.uint8)
+    unknown, start = np.zeros(begun.shape), 0.0
+    for direction, stop in zip(rays.directions, rays.until, strict=True):
+        passed, unknown = _see(direction, np.ascontiguousarray(cam2grid[:3], np.float64), start, stop,
+                               begun, unknown, state.reshape(-1), np.array(grid.lo), np.array(grid.pitch),
+                               np.array(grid.shape), np.uint8(1 << bit), unobserved_limit,
+                               visible.reshape(-1))  # fmt: skip
+        begun, start = _agreement(passed), stop
+
+
+_ENDED, _PASSED, _DISAGREE = 0, 1, 2
 
 
 def traverse(
@@ -201,10 +222,10 @@ def _start_axis(o, d, n, t0):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _enter(o, e, shape):  # type: ignore[no-untyped-def]
-    """Clip a segment to the grid; returns whether it crosses, where it starts, and how it steps."""
+def _enter(o, e, shape, skip):  # type: ignore[no-untyped-def]
+    """Clip a segment to the grid; returns whether it crosses after t = skip, where, and how it steps."""
     dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
-    t0, t1 = _clip_axis(o[0], dx, shape[0], 0.0, 1.0)
+    t0, t1 = _clip_axis(o[0], dx, shape[0], skip, 1.0)
     t0, t1 = _clip_axis(o[1], dy, shape[1], t0, t1)
     t0, t1 = _clip_axis(o[2], dz, shape[2], t0, t1)
     crosses = t0 < t1 and not (dx == 0.0 and dy == 0.0 and dz == 0.0)
@@ -227,7 +248,7 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     One axis per step, ties x before y before z (Amanatides and Woo 1987). Stops before the end cell.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
-    crosses, _, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape)
+    crosses, _, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape, 0.0)
     if not crosses:
         return 0
     tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
@@ -284,46 +305,88 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
 
 
 @njit(cache=True, nogil=True)
-def _see(origin, direction, reach, state, lo, pitch, shape, bit, unobserved_limit, visible):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Walk camera rays until something hides what follows."""
+def _agreement(passed):  # type: ignore[no-untyped-def]
+    """Tell for every ray of a raster whether it and its eight neighbours passed, ended, or disagree."""
+    rows, columns = passed.shape
+    result = np.empty((rows, columns), np.uint8)
+    for v in range(rows):
+        for u in range(columns):
+            result[v, u] = passed[v, u]
+            for w in range(max(0, v - 1), min(rows, v + 2)):
+                for x in range(max(0, u - 1), min(columns, u + 2)):
+                    if passed[w, x] != passed[v, u]:
+                        result[v, u] = _DISAGREE
+    return result
+
+
+@njit(cache=True, nogil=True)
+def _see(direction, cam2grid, start, stop, begun, unknown, state, lo, pitch, shape, bit,
+         unobserved_limit, visible):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Walk one raster of camera rays up to `stop`, from `start` where the parents passed.
+
+    Returns: which rays passed (V, U) and how far each went through unobserved cells (V, U).
+    """
+    rows, columns = direction.shape[:2]
+    passed, walked = np.zeros((rows, columns), np.uint8), np.zeros((rows, columns))
+    o, e = np.empty(3), np.empty(3)
+    for a in range(3):
+        o[a] = (cam2grid[a, 3] - lo[a]) / pitch[a]
+    for v in range(rows):
+        for u in range(columns):
+            parent = begun[v // 2, u // 2]
+            if parent == _ENDED:
+                continue
+            for a in range(3):
+                along = (cam2grid[a, 0] * direction[v, u, 0] + cam2grid[a, 1] * direction[v, u, 1]
+                         + cam2grid[a, 2] * direction[v, u, 2])  # fmt: skip
+                e[a] = o[a] + along * stop / pitch[a]
+            skip = start / stop if parent == _PASSED else 0.0
+            before = unknown[v // 2, u // 2] if parent == _PASSED else 0.0
+            through, far = _see_ray(
+                o, e, skip, stop, before, state, shape, bit, unobserved_limit, visible
+            )
+            passed[v, u], walked[v, u] = through, far
+    return passed, walked
+
+
+@njit(cache=True, nogil=True)
+def _see_ray(o, e, skip, length, unknown, state, shape, bit, unobserved_limit, visible):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Walk one camera ray from t = skip to its end; returns whether it got there, and the unknown path."""
     nx, ny, nz = shape[0], shape[1], shape[2]
-    o = (origin - lo) / pitch
-    for g in range(len(direction)):
-        e = o + direction[g] * reach / pitch
-        crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape)
-        if not crosses:
-            continue
-        tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
-        unknown = 0.0
-        for _ in range(nx + ny + nz + 3):
-            cell = (ix * ny + iy) * nz + iz
-            leave = min(tx, ty, tz)
-            if state[cell] == 0:
-                unknown += (min(leave, t1) - t) * reach
-                if unknown > unobserved_limit:
-                    break
-            else:
-                visible[cell] |= bit
-                if state[cell] == 2:
-                    break
-            if leave >= t1:
-                break
-            t = leave
-            if tx == leave:
-                ix += sx
-                if ix < 0 or ix >= nx:
-                    break
-                tx = (ix + ax) * gx
-            elif ty == leave:
-                iy += sy
-                if iy < 0 or iy >= ny:
-                    break
-                ty = (iy + ay) * gy
-            else:
-                iz += sz
-                if iz < 0 or iz >= nz:
-                    break
-                tz = (iz + az) * gz
+    crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape, skip)
+    if not crosses:
+        return t1 >= 1.0, unknown
+    tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
+    for _ in range(nx + ny + nz + 3):
+        cell = (ix * ny + iy) * nz + iz
+        leave = min(tx, ty, tz)
+        if state[cell] == 0:
+            unknown += (min(leave, t1) - t) * length
+            if unknown > unobserved_limit:
+                return False, unknown
+        else:
+            visible[cell] |= bit
+            if state[cell] == 2:
+                return False, unknown
+        if leave >= t1:
+            return t1 >= 1.0, unknown
+        t = leave
+        if tx == leave:
+            ix += sx
+            if ix < 0 or ix >= nx:
+                return False, unknown
+            tx = (ix + ax) * gx
+        elif ty == leave:
+            iy += sy
+            if iy < 0 or iy >= ny:
+                return False, unknown
+            ty = (iy + ay) * gy
+        else:
+            iz += sz
+            if iz < 0 or iz >= nz:
+                return False, unknown
+            tz = (iz + az) * gz
+    return False, unknown
 
 
 @njit(cache=True, nogil=True)
