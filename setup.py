@@ -59,6 +59,11 @@ setup(
     data_files=data_files(),
     install_requires=["numpy>=1.21", "PyYAML>=5.4"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["occbev = occbev.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "occbev = occbev.cli:main",
+            "perception = occbev.nodes.perception_node:main",  # ros2 run occbev perception
+        ]
+    },
     zip_safe=False,
 )
