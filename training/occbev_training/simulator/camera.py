@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.rig import Camera, CameraRig
 from occbev_training.simulator.materials import Materials, albedo, noise
-from occbev_training.simulator.raycast import F32, StreetScene
+from occbev_training.simulator.raycast import F32, Hits, StreetScene
 from occbev_training.simulator.world import Light
 
 FULL_SIZE = (1600, 900)
@@ -115,9 +115,19 @@ class Painter:
         """Keep what all pictures of a drive share."""
         self.scene, self.materials, self.light = scene, materials, light
 
+    def place_actors(self, camera: Camera, ego2world: NDArray[np.float64], time: float) -> None:
+        """Put the moving actors that can be seen, or throw a shadow into view, where they are at `time`."""
+        pose = self.scene.pose(time)
+        cam2world = ego2world @ camera.cam2ego
+        offset = pose[:, :2] - cam2world[:2, 3]
+        distance = np.maximum(np.linalg.norm(offset, axis=1), 1e-3)
+        half = np.arctan(camera.width / 2 / camera.intrinsic[0, 0]) + 0.3
+        ahead = offset @ cam2world[:2, 2] / distance > np.cos(half)
+        self.scene.place(pose, (distance < 15) | (ahead & (distance < 120)))
+
     def picture(self, camera: Camera, ego2world: NDArray[np.float64], exposure: Exposure, rng: np.random.Generator,
                 supersample: float = 1.0) -> NDArray[np.uint8]:  # fmt: skip
-        """Render (H, W, 3) uint8 RGB; the scene must stand at the exposure time already."""
+        """Render (H, W, 3) uint8 RGB of what `place_actors` has placed."""
         size = (round(camera.width * supersample), round(camera.height * supersample))
         fine = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
         radiance = self.radiance(fine, ego2world).reshape(size[1], size[0], 3)
@@ -135,15 +145,21 @@ class Painter:
         directions = pixel_rays(camera).reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
         origin = cam2world[:3, 3].astype(np.float32)
         hits = self.scene.first(np.broadcast_to(origin, directions.shape), directions)
-        colour = _sky(self.light, directions)
-        seen = np.flatnonzero(hits.triangle >= 0)
+        colour = np.empty_like(directions)
+        missed, seen = np.flatnonzero(hits.triangle < 0), np.flatnonzero(hits.triangle >= 0)
+        colour[missed] = _sky(self.light, directions[missed])
         distance, rays = hits.distance[seen], directions[seen]
-        surface = self._shade(seen, hits, origin, rays, float(camera.intrinsic[0, 0]), ego2world)
+        openness = self._openness(hits, origin, directions, (camera.height, camera.width))[seen]
+        surface = self._shade(
+            seen, hits, origin, rays, openness, float(camera.intrinsic[0, 0]), ego2world
+        )
         share = np.exp(-self.light.haze * distance)[:, None]
         colour[seen] = surface * share + self.light.haze_colour * (1 - share)
         return colour
 
-    def _shade(self, seen, hits, origin, rays, focal: float, ego2world) -> F32:  # type: ignore[no-untyped-def]
+    def _shade(self, seen: NDArray[np.int64], hits: Hits, origin: F32, rays: F32, openness: F32, focal: float,
+               ego2world: NDArray[np.float64]) -> F32:  # fmt: skip
+        """Light (S, 3) that the seen surface points send back along their rays."""
         mesh, light = self.scene.mesh, self.light
         triangle, distance, normal = hits.triangle[seen], hits.distance[seen], hits.normal[seen]
         corner = mesh.uv[triangle]
@@ -157,15 +173,15 @@ class Painter:
         base, glass = albedo(self.materials, material, uv, footprint, up)
         gloss = np.maximum(self.materials.gloss[material], 0.45 * glass)
         sun = self._sunlight(points, normal)
-        ambient = (0.62 + 0.38 * normal[:, 2]) * self._openness(points, normal, distance)
+        ambient = (0.62 + 0.38 * normal[:, 2]) * openness
         lighting = sun[:, None] * light.sun_colour + ambient[:, None] * light.sky_colour
         if light.night > 0:
             lighting += _headlights(points, normal, ego2world) * np.float32(light.night * 0.5)
-        mirrored = rays + 2 * facing[:, None] * normal
-        fresnel = gloss * (0.35 + 0.65 * (1 - facing) ** 3)
-        colour = base * lighting * (1 - fresnel[:, None]) + fresnel[:, None] * _reflected(
-            light, mirrored
-        )
+        colour = base * lighting
+        shiny = np.flatnonzero(gloss > 0)
+        mirrored = rays[shiny, 2] + 2 * facing[shiny] * normal[shiny, 2]
+        fresnel = (gloss[shiny] * (0.35 + 0.65 * (1 - facing[shiny]) ** 3))[:, None]
+        colour[shiny] += fresnel * (_reflected(light, mirrored) - colour[shiny])
         return colour + self._glow(material, glass, uv)
 
     def _sunlight(self, points: F32, normal: F32) -> F32:
@@ -179,16 +195,25 @@ class Painter:
         cosine[lit[self.scene.blocked(start, towards, 80.0)]] = 0.0
         return cosine
 
-    def _openness(self, points: F32, normal: F32, distance: F32) -> F32:
-        """Share of the sky that nearby things leave open, from one scattered ray per near point."""
-        share = np.ones(len(points), np.float32)
-        near = np.flatnonzero(distance < 45.0)
-        scatter = _SCATTER[np.arange(len(near)) * 7919 % len(_SCATTER)]
-        towards = scatter + normal[near]
-        towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-3)
-        start = points[near] + 0.02 * normal[near]
-        share[near[self.scene.blocked(start, towards, 1.6)]] = 0.35
-        return share
+    def _openness(self, hits: Hits, origin: F32, directions: F32, shape: tuple[int, int]) -> F32:
+        """Share (H * W,) of the sky that nearby things leave open.
+
+        One ray for every other pixel and row, in 16 directions that repeat in blocks of 4 x 4 of
+        these, then the mean over such a block: smooth, because each block holds all directions.
+        """
+        rows, columns = np.arange(0, shape[0], 2), np.arange(0, shape[1], 2)
+        pick = (rows[:, None] * shape[1] + columns).ravel()
+        number = ((rows[:, None] // 2 % 4) * 4 + columns // 2 % 4).ravel()
+        near = np.flatnonzero(hits.distance[pick] < 40.0)
+        chosen = pick[near]
+        normal = hits.normal[chosen]
+        start = origin + directions[chosen] * hits.distance[chosen, None] + 0.02 * normal
+        towards = _SCATTER[number[near]] + normal
+        towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+        share = np.ones(len(pick), np.float32)
+        share[near[self.scene.blocked(start, towards, 2.0)]] = 0.2
+        coarse = cv2.blur(share.reshape(len(rows), len(columns)), (4, 4))
+        return cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_LINEAR).ravel()
 
     def _glow(self, material: NDArray[np.int32], glass: F32, uv: F32) -> F32:
         """Lamps and some lit windows, after dusk."""
@@ -215,9 +240,9 @@ def _sky(light: Light, directions: F32) -> F32:
     return colour + (halo * (1 - 0.8 * light.cloud))[:, None] * light.sun_colour
 
 
-def _reflected(light: Light, directions: F32) -> F32:
-    """What glass and paint mirror: sky above, a dark street below."""
-    up = np.clip(0.5 + 2.5 * directions[:, 2:], 0, 1)
+def _reflected(light: Light, rise: F32) -> F32:
+    """What glass and paint mirror in directions of slope `rise` (R,): sky above, a dark street below."""
+    up = np.clip(0.5 + 2.5 * rise[:, None], 0, 1)
     return light.sky_colour * (0.25 + 0.95 * up)
 
 
@@ -245,5 +270,9 @@ def _develop(radiance: F32, exposure: Exposure, rng: np.random.Generator) -> NDA
     return (signal ** np.float32(1 / exposure.gamma) * 255 + 0.5).astype(np.uint8)
 
 
-_SCATTER = np.random.default_rng(3).normal(size=(4093, 3)).astype(np.float32)
-_SCATTER *= 0.95 / np.linalg.norm(_SCATTER, axis=1, keepdims=True)
+_TURN = np.arange(16) * 2.399963
+_UP = 1 - 2 * (np.arange(16) * 7 % 16 + 0.5) / 16
+_SCATTER = 0.95 * np.stack(
+    [np.sqrt(1 - _UP**2) * np.cos(_TURN), np.sqrt(1 - _UP**2) * np.sin(_TURN), _UP], -1
+).astype(np.float32)
+"""Sixteen directions spread evenly over the sphere; added to a normal they favour it like a cosine."""

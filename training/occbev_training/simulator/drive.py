@@ -49,7 +49,7 @@ class DriveConfig:
     image: tuple[int, int] = (352, 128)
     """Width and height of the pictures; see `build_rig` for what heights below 16:9 mean."""
     supersample: float | None = None
-    """Rays per pixel and axis; by default 1.5 for pictures below 400 pixels width, else 1."""
+    """Rays per pixel and axis; by default 1.25 for pictures below 400 pixels width, else 1."""
     jpeg_quality: int = 92
     """Quality of the encoded pictures."""
     lidar: LidarConfig = field(default_factory=LidarConfig)
@@ -74,7 +74,7 @@ class SimulatedDrive:
     def __init__(self, seed: int, config: DriveConfig = DriveConfig()) -> None:
         """Build the world; takes a second or two."""
         self.seed, self.config = seed, config
-        self.name = f"sim-{seed:06d}"
+        self.name = self.name_of(seed)
         self.split = split_of(seed)
         lead, stride = (
             round(_MARGIN * config.lidar.rate),
@@ -105,6 +105,11 @@ class SimulatedDrive:
         self._solids: Solids | None = None
         self._scan = lru_cache(maxsize=4)(self._scan_once)
 
+    @staticmethod
+    def name_of(seed: int) -> str:
+        """Name of the drive of a seed."""
+        return f"sim-{seed:06d}"
+
     @property
     def weather(self) -> str:
         """Name of the drive's light and weather."""
@@ -127,7 +132,7 @@ class SimulatedDrive:
         for number, camera in enumerate(self.rig.cameras):
             time = self._camera_time(key, camera.name)
             ego2world = self._ego2world(time)
-            self._scene.set_time(time)
+            self._painter.place_actors(camera, ego2world, time)
             rng = np.random.default_rng((self.seed, 2, key, number))
             picture = self._painter.picture(
                 camera, ego2world, self._exposure[camera.name], rng, self._supersample
@@ -178,7 +183,7 @@ class SimulatedDrive:
         reach = float(np.hypot(*np.abs([grid.lo[:2], grid.hi[:2]]).max(0)))
         for camera in self.rig.cameras:
             time = self._camera_time(key, camera.name)
-            self._scene.set_time(time)
+            self._painter.place_actors(camera, self._ego2world(time), time)
             cam2world = self._ego2world(time) @ camera.cam2ego
             step = max(1, int(0.7 * min(grid.pitch) / reach * camera.intrinsic[0, 0]))
             rays = pixel_rays(camera, step)
@@ -224,7 +229,7 @@ class SimulatedDrive:
 
     @property
     def _supersample(self) -> float:
-        return self.config.supersample or (1.5 if self.config.image[0] < 400 else 1.0)
+        return self.config.supersample or (1.25 if self.config.image[0] < 400 else 1.0)
 
     def _encode(self, picture: NDArray[np.uint8]) -> bytes:
         done, data = cv2.imencode(

@@ -13,9 +13,6 @@ from occbev_training.simulator.materials import Materials
 from occbev_training.simulator.raycast import F32, RayScene, StreetScene
 from occbev_training.simulator.world import World
 
-_CHUNKS = 12
-"""Sectors of one rotation within which the traffic stands still."""
-
 
 @dataclass(frozen=True)
 class LidarConfig:
@@ -90,47 +87,48 @@ class Lidar:
             np.ascontiguousarray(origin), in_ego, np.full(len(in_ego), 9, np.float32)
         )
         assert body is not None, "the vehicle has a body"
-        self._body = np.where(body["primID"] >= 0, body["tfar"], np.inf).reshape(
-            self._beams.shape[:2]
-        )
+        self._body = np.where(body["primID"] >= 0, body["tfar"], np.inf).astype(np.float32)
 
     def scan(self, time: float, rng: np.random.Generator) -> Scan:
         """Measure the rotation whose middle is at `time` seconds of the drive."""
-        parts = [
-            self._sector(time, columns, rng)
-            for columns in np.array_split(np.arange(self.config.columns), _CHUNKS)
-        ]
-        return Scan(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in Scan.__dataclass_fields__
-            )
-        )
-
-    def _sector(self, time: float, columns: NDArray[np.int64], rng: np.random.Generator) -> Scan:
-        offset = self._offset[columns]
-        self.scene.set_time(time + float(offset.mean()))
-        lidar2world = _between(self.motion, time + offset) @ self.lidar2ego
-        beams = self._beams[columns]
-        rays = np.einsum("cij,crj->cri", lidar2world[:, :3, :3].astype(np.float32), beams).reshape(
-            -1, 3
-        )
-        origins = np.repeat(lidar2world[:, :3, 3].astype(np.float32), beams.shape[1], axis=0)
+        lidar2world = self._poses(time)
+        self._place_actors(time, lidar2world[len(lidar2world) // 2])
+        rays = np.matmul(
+            self._beams, lidar2world[:, :3, :3].transpose(0, 2, 1).astype(np.float32)
+        ).reshape(-1, 3)
+        origins = np.repeat(lidar2world[:, :3, 3].astype(np.float32), self.config.rings, axis=0)
         hits = self.scene.first(origins, rays, self.config.reach)
-        body = self._body[columns].ravel()
-        distance = np.minimum(hits.distance, body).astype(np.float32)
+        distance = np.minimum(hits.distance, self._body)
         heard = np.flatnonzero(
             np.isfinite(distance) & (rng.random(len(distance)) >= self.config.drop)
         )
         distance = distance[heard] + rng.normal(0, self.config.noise, len(heard)).astype(np.float32)
+        ways = rays[heard] * distance[:, None]
         facing = np.abs(np.einsum("rc,rc->r", rays[heard], hits.normal[heard]))
-        shine = self._shine[self.scene.mesh.material[np.maximum(hits.triangle[heard], 0)]] * (
-            0.4 + 0.6 * facing
-        )
-        points = beams.reshape(-1, 3)[heard] * distance[:, None]
-        return Scan(points, np.repeat(offset, beams.shape[1])[heard].astype(np.float32),
-                    np.clip(shine, 0, 255).astype(np.float32), origins[heard] + rays[heard] * distance[:, None],
-                    origins[heard], (body < hits.distance)[heard])  # fmt: skip
+        shine = self._shine[self.scene.mesh.material[np.maximum(hits.triangle[heard], 0)]]
+        return Scan(self._beams.reshape(-1, 3)[heard] * distance[:, None],
+                    np.repeat(self._offset, self.config.rings)[heard].astype(np.float32),
+                    np.clip(shine * (0.4 + 0.6 * facing), 0, 255).astype(np.float32), origins[heard] + ways,
+                    origins[heard], (self._body < hits.distance)[heard])  # fmt: skip
+
+    def _poses(self, time: float) -> NDArray[np.float64]:
+        """lidar2world (columns, 4, 4), blended between knots a few milliseconds apart."""
+        knots = np.linspace(self._offset[0], self._offset[-1], 25)
+        poses = self.motion.at(time + knots) @ self.lidar2ego
+        place = np.clip((self._offset - knots[0]) / (knots[1] - knots[0]), 0, len(knots) - 1 - 1e-9)
+        before = place.astype(np.int64)
+        return poses[before] + (place - before)[:, None, None] * (poses[before + 1] - poses[before])
+
+    def _place_actors(self, time: float, lidar2world: NDArray[np.float64]) -> None:
+        """Put every actor where it is at the moment when the beam sweeps over its middle."""
+        pose = self.scene.pose(time)
+        if not len(pose):
+            return
+        offset = pose[:, :2] - lidar2world[:2, 3]
+        ahead = np.arctan2(lidar2world[1, 1], lidar2world[0, 1])
+        left = np.pi - np.mod(np.pi - (np.arctan2(offset[:, 1], offset[:, 0]) - ahead), 2 * np.pi)
+        pose = self.scene.pose(time - left / (2 * np.pi * self.config.rate))
+        self.scene.place(pose, np.linalg.norm(offset, axis=1) < self.config.reach + 8)
 
 
 def mounted(config: LidarConfig) -> NDArray[np.float64]:
@@ -149,10 +147,3 @@ def _beams(config: LidarConfig) -> tuple[F32, NDArray[np.float64]]:
     a, e = np.meshgrid(azimuth, elevation, indexing="ij")
     beams = np.stack([np.cos(a) * np.cos(e), np.sin(a) * np.cos(e), np.sin(e)], -1)
     return beams.astype(np.float32), (share - 0.5) / config.rate
-
-
-def _between(motion: EgoMotion, times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Poses (C, 4, 4) within a few milliseconds: straight blend of the two outer ones."""
-    first, last = motion.at(times[[0, -1]])
-    share = ((times - times[0]) / max(times[-1] - times[0], 1e-9))[:, None, None]
-    return first + share * (last - first)

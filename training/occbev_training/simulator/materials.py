@@ -123,6 +123,8 @@ def albedo(materials: Materials, material: NDArray[np.int32], uv: NDArray[np.flo
 
 def noise(uv: NDArray[np.float32], per_metre: float) -> NDArray[np.float32]:
     """Smooth noise (R,) in [0, 1] of several octaves; `per_metre` 1 has features from 0.1 to 4 m."""
+    if not len(uv):
+        return np.zeros(0, np.float32)
     scaled = np.mod(uv * np.float32(per_metre * _PER_METRE), _TABLE).astype(np.float32)
     padded = -len(scaled) % 256
     grid = np.pad(scaled, ((0, padded), (0, 0))).reshape(-1, 256, 2)

@@ -62,34 +62,35 @@ class StreetScene:
     """The whole street at any time of the drive."""
 
     def __init__(self, world: World) -> None:
-        """Build the static part; `mesh` numbers static triangles first, then those of moving actors."""
+        """Build the static part, with no moving actor placed; `mesh` numbers static triangles first, then those of moving actors."""
         self._actors: Sequence[Actor] = world.moving_actors
         bodies = join([actor.shape.mesh for actor in self._actors])
         self.mesh: Mesh = join([world.static, bodies])
         self._static_count = len(world.static)
         self._static = RayScene(world.static.triangles)
         self._bodies = bodies.triangles
-        self._owner = np.repeat(
-            np.arange(len(self._actors)), [len(a.shape.mesh) for a in self._actors]
-        )
-        self._moving, self._time = RayScene(self._bodies[:0]), np.nan
+        counts = [len(actor.shape.mesh) for actor in self._actors]
+        self._owner = np.repeat(np.arange(len(self._actors)), counts)
+        self._rows = np.zeros(0, np.int64)
+        self._moving = RayScene(self._bodies[:0])
 
-    def set_time(self, time: float) -> None:
-        """Move the actors to where they are at `time` seconds of the drive."""
-        if time == self._time or not self._actors:
-            return
-        pose = np.array([actor.track.at(time) for actor in self._actors])
+    def pose(self, time: float | NDArray[np.float64]) -> NDArray[np.float64]:
+        """Poses (A, 4) of the moving actors at one time, or at one time for each (A,)."""
+        times = np.broadcast_to(np.asarray(time, np.float64), len(self._actors))
+        poses = [actor.track.at(when) for actor, when in zip(self._actors, times, strict=True)]
+        return np.array(poses).reshape(-1, 4)
+
+    def place(self, pose: NDArray[np.float64], keep: NDArray[np.bool_] | None = None) -> None:
+        """Put the moving actors at poses (A, 4); those outside `keep` (A,) are left out."""
+        self._rows = np.flatnonzero(
+            np.ones(len(self._owner), bool) if keep is None else keep[self._owner]
+        )
+        owner = self._owner[self._rows]
         c, s = np.cos(pose[:, 3]), np.sin(pose[:, 3])
         zero, one = np.zeros_like(c), np.ones_like(c)
-        rotation = (
-            np.array([[c, -s, zero], [s, c, zero], [zero, zero, one]])
-            .transpose(2, 1, 0)
-            .astype(np.float32)
-        )
-        triangles = self._bodies @ rotation[self._owner] + pose[self._owner, None, :3].astype(
-            np.float32
-        )
-        self._moving, self._time = RayScene(triangles), time
+        turned = np.array([[c, -s, zero], [s, c, zero], [zero, zero, one]]).transpose(2, 1, 0)
+        triangles = self._bodies[self._rows] @ turned.astype(np.float32)[owner]
+        self._moving = RayScene(triangles + pose[owner, None, :3].astype(np.float32))
 
     def first(self, origins: F32, directions: F32, reach: float = 400.0) -> Hits:
         """Find what each ray (origins, unit directions (R, 3)) hits first within `reach`."""
@@ -104,7 +105,7 @@ class StreetScene:
         u, v, normal = found["u"], found["v"], found["Ng"]
         if moving is not None:
             nearer = np.flatnonzero(moving["primID"] >= 0)
-            triangle[nearer] = moving["primID"][nearer] + self._static_count
+            triangle[nearer] = self._rows[moving["primID"][nearer]] + self._static_count
             distance[nearer], u[nearer], v[nearer] = (
                 moving["tfar"][nearer],
                 moving["u"][nearer],

@@ -208,20 +208,16 @@ def _furniture(
     rng, meshes = table.rng, []
     d = side * (plan.kerb + 0.55)
     lamp, spacing = _lamp(table, rng.uniform(5.5, 9)), rng.uniform(20, 34)
-    for s in np.arange(block[0] + rng.uniform(1, 15), block[1], spacing):
-        meshes.append(_placed(lamp, bend, s, d, 0.1, yaw=-side * np.pi / 2))
+    lamps = np.arange(block[0] + rng.uniform(1, 15), block[1], spacing)
+    meshes += [_placed(lamp, bend, s, d, 0.1, yaw=-side * np.pi / 2) for s in lamps]
     if rng.random() < 0.55:
         size, step = rng.uniform(4, 8), rng.uniform(6, 14)
-        for s in np.arange(block[0] + rng.uniform(2, 8), block[1] - 2, step):
-            if rng.random() < 0.8:
-                meshes.append(
-                    _placed(
-                        _tree(table, size * rng.uniform(0.8, 1.2)),
-                        bend,
-                        s + rng.uniform(-1, 1),
-                        d + 0.2 * side,
-                    )
-                )
+        places = np.arange(block[0] + rng.uniform(2, 8), block[1] - 2, step)
+        places = places[rng.random(len(places)) < 0.8] + rng.uniform(-1, 1)
+        trees = [_tree(table, size * rng.uniform(0.8, 1.2)) for _ in places]
+        meshes += [
+            _placed(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)
+        ]
     for s in rng.uniform(*block, int(rng.poisson((block[1] - block[0]) / 12))):
         thing = rng.choice(4)
         mesh = (

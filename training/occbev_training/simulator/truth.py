@@ -21,7 +21,10 @@ _RANK = np.array([OCCUPANCY_CLASSES.index(name) for name in (
     "bus", "construction_vehicle", "car", "motorcycle", "bicycle", "traffic_cone", "pedestrian")])  # fmt: skip
 """Classes from the one that gives way in a shared voxel to the one that always stays."""
 
-_SPACING = 0.14
+_SPACING = 0.18
+
+_TILE = 10.0
+"""Side of the world tiles that static points are sorted by."""
 
 
 def annotate(actors: Sequence[Actor], ego2world: NDArray[np.float64], time: float, points: F32, prefix: str,
@@ -55,10 +58,11 @@ class Solids:
         """Sample what stands once, near the route only, and each moving actor in its own frame."""
         near = _near_route(world.static, world.ego.pose[::25, :2], 62.0)
         points, label = surface_samples(near, _SPACING)
-        for actor in world.static_actors:
-            assert actor.shape.label >= 0
-        order = np.argsort(_rank(label), kind="stable")
-        self._points, self._label = points[order], label[order]
+        tile = np.floor(points[:, :2] / _TILE).astype(np.int64)
+        order = np.lexsort((_rank(label), tile[:, 1], tile[:, 0]))
+        self._points, self._label, tile = points[order], label[order], tile[order]
+        starts = np.flatnonzero(np.concatenate([[True], np.any(np.diff(tile, axis=0), axis=1)]))
+        self._tiles, self._starts = tile[starts], np.append(starts, len(points))
         self._moving = [
             (actor, *surface_samples(actor.shape.mesh, _SPACING)) for actor in world.moving_actors
         ]
@@ -69,16 +73,24 @@ class Solids:
         """Label every voxel (X, Y, Z) of the grid; 17 where nothing is."""
         filled = np.full(grid.size, FREE, np.uint8)
         world2ego = invert_transform(ego2world).astype(np.float32)
-        reach = np.float32(np.hypot(*np.abs([grid.lo[:2], grid.hi[:2]]).max(0)))
-        close = np.flatnonzero(
-            np.abs(self._points[:, :2] - ego2world[:2, 3].astype(np.float32)).max(1) < reach
+        reach = float(np.hypot(*np.abs([grid.lo[:2], grid.hi[:2]]).max(0)))
+        middles = transform_points(
+            invert_transform(ego2world),
+            np.insert((self._tiles + 0.5) * _TILE, 2, ego2world[2, 3], axis=1),
+        )[:, :2]
+        half = _TILE * 0.71
+        close = np.all(
+            (middles > np.array(grid.lo[:2]) - half) & (middles < np.array(grid.hi[:2]) + half),
+            axis=1,
         )
-        _fill(
-            filled,
-            grid,
-            self._points[close] @ world2ego[:3, :3].T + world2ego[:3, 3],
-            self._label[close],
-        )
+        for k in np.flatnonzero(close):
+            part = slice(self._starts[k], self._starts[k + 1])
+            _fill(
+                filled,
+                grid,
+                self._points[part] @ world2ego[:3, :3].T + world2ego[:3, 3],
+                self._label[part],
+            )
         for actor, points, label in self._moving:
             pose = actor.track.at(time)
             if np.hypot(*(pose[:2] - ego2world[:2, 3])) < reach + 10:

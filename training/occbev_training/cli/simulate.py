@@ -1,0 +1,137 @@
+"""Write simulated drives as a nuScenes data root, as ROS 2 bags with their truth beside them, or as both.
+
+Each seed is one drive. Seeds 0 to 9999 are for training, 10000 to 19999 for validation, higher ones for tests
+and demonstrations. A run that was stopped goes on where it was: finished drives are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive, split_of
+from occbev_training.simulator.lidar import LidarConfig
+
+FORMATS = ("nuscenes", "bag", "both")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="folder to write to; a nuScenes root, bags/ and truth/",
+    )
+    parser.add_argument("--drives", type=int, default=1, help="number of drives (default 1)")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="seed of the first drive (default 0)"
+    )
+    parser.add_argument("--keys", type=int, default=20, help="key frames per drive (default 20)")
+    parser.add_argument(
+        "--key-rate", type=float, default=2.0, help="key frames per second (default 2)"
+    )
+    parser.add_argument(
+        "--sweep-rate", type=float, default=10.0, help="LiDAR rotations per second (default 10)"
+    )
+    parser.add_argument("--image", type=image_size, default=(352, 128), metavar="WxH",
+                        help="picture size; 640x360 is a full frame, 352x128 (default) is what the network sees")  # fmt: skip
+    parser.add_argument(
+        "--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT; raises argparse.ArgumentTypeError saying what is wanted."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: want WIDTHxHEIGHT such as 640x360") from None
+    if min(width, height) < 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least 16 pixels")
+    return width, height
+
+
+def run(args: argparse.Namespace) -> int:
+    """Render all drives that are not there yet; returns 0."""
+    if args.drives < 1 or args.workers < 1:
+        raise ValueError(f"--drives {args.drives} and --workers {args.workers} must be at least 1")
+    config = DriveConfig(
+        args.keys, args.key_rate, args.image, lidar=LidarConfig(rate=args.sweep_rate)
+    )
+    seeds = list(range(args.first_seed, args.first_seed + args.drives))
+    _record(args.out, config, seeds)
+    columns = (
+        TextColumn("simulate"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("drives"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("simulate", total=len(seeds))
+        # Fresh interpreters: a forked child would inherit Embree's threads in an unknown state.
+        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(write_seed, seed, config, args.out, args.format) for seed in seeds]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    progress.advance(task)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    if args.format != "bag":
+        from occbev_training.sources.nuscenes_writer import merge_nuscenes
+
+        print(f"{args.out}: {merge_nuscenes(args.out)} drives")
+    return 0
+
+
+def write_seed(seed: int, config: DriveConfig, out: Path, form: str) -> None:
+    """Render and write one drive in every form that is asked for and not there yet."""
+    # Here and not above: a bag needs no nuScenes writer, and each worker pays only for what it writes.
+    from occbev_training.sources.nuscenes_writer import is_written, write_drive
+
+    name = SimulatedDrive.name_of(seed)
+    bag, truth = out / "bags" / name, out / "truth" / name
+    tables = form != "bag" and not is_written(out, name)
+    bags = form != "nuscenes" and not (bag.exists() and truth.exists())
+    if not tables and not bags:
+        return
+    drive = SimulatedDrive(seed, config)
+    if tables:
+        write_drive(drive, out)
+    if bags:
+        _write_bag(drive, bag, truth)
+
+
+def _write_bag(drive: SimulatedDrive, bag: Path, truth: Path) -> None:
+    from occbev_training.sources.bags import write_bag, write_truth
+
+    if not bag.exists():
+        write_bag(drive, bag)
+    if not truth.exists():
+        write_truth(drive, truth)
+
+
+def _record(out: Path, config: DriveConfig, seeds: list[int]) -> None:
+    """Keep what was simulated beside it; refuse to mix two configurations in one folder."""
+    path = out / "simulation.json"
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    known = json.loads(path.read_text()) if path.exists() else {"config": settings, "seeds": []}
+    if known["config"] != settings:
+        raise ValueError(
+            f"{path}: the drives there were made with other settings; choose another folder"
+        )
+    every = sorted({*known["seeds"], *seeds})
+    splits = sorted({split_of(seed) for seed in every})
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"config": settings, "seeds": every, "splits": splits}, indent=1))
