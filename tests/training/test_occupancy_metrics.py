@@ -1,0 +1,223 @@
+"""Occupancy scores: by hand, against golden arrays, and ray casting against a brute-force march."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occbev.geometry import make_transform, rotation_from_yaw
+from occbev.grid import GRIDS, VoxelGrid
+from occbev_training.metrics import occupancy
+from occbev_training.metrics.occupancy import (
+    RayScorer,
+    binary_counts,
+    binary_iou,
+    cast_rays,
+    class_ious,
+    confusion,
+    mean_iou,
+    occupancy_scores,
+    occupied_iou,
+    ray_directions,
+    ray_origins,
+)
+
+GOLDEN = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "golden"
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason=f"no golden arrays: {GOLDEN} is not there"
+)
+
+SMALL = VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 0.5), (16, 16, 8))
+
+
+@pytest.fixture(params=["compiled", "arrays"])
+def either_walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with the compiled walk and with the one that needs numpy alone."""
+    if request.param == "arrays":
+        monkeypatch.setattr(occupancy, "_walker", lambda: occupancy._walk_arrays)
+    else:
+        pytest.importorskip("numba")
+
+
+def test_confusion_by_hand() -> None:
+    truth = np.array([0, 1, 1, 2, 255, 2], np.uint8)
+    guess = np.array([0, 1, 2, 2, 1, 0], np.uint8)
+    counts = confusion(truth, guess, classes=3)
+    assert counts.tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 1]]
+    np.testing.assert_allclose(class_ious(counts), [1 / 2, 1 / 2, 1 / 3])
+    assert mean_iou(counts, free=2) == pytest.approx(0.5)
+    assert occupied_iou(counts, free=2) == pytest.approx(2 / 4)
+    masked = confusion(truth, guess, np.array([1, 1, 0, 0, 1, 0], bool), 3)
+    assert masked.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_absent_classes_are_left_out_of_the_mean() -> None:
+    counts = np.zeros((18, 18))
+    counts[4, 4], counts[4, 17], counts[17, 17] = 3, 1, 9
+    assert mean_iou(counts) == pytest.approx(0.75)
+    assert math.isnan(mean_iou(np.zeros((18, 18))))
+    assert occupancy_scores(counts)["class_iou"]["bus"] is None
+
+
+def test_wrong_shapes_and_classes_are_errors() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        confusion(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match="predicted class 18"):
+        confusion(np.zeros(2, np.uint8), np.full(2, 18, np.uint8))
+    with pytest.raises(ValueError, match="shape"):
+        cast_rays(np.zeros((4, 4, 4), np.uint8), [[0, 0, 0]], SMALL)
+    with pytest.raises(ValueError, match="cubic"):
+        cast_rays(
+            np.zeros((4, 4, 4), np.uint8), [[0, 0, 0]], VoxelGrid((0, 0, 0), (1, 1, 2), (4, 4, 4))
+        )
+
+
+def test_binary_iou_by_hand() -> None:
+    truth = np.array([1, 1, 0, 0, 1], bool)
+    guess = np.array([1, 0, 1, 0, 1], bool)
+    assert binary_counts(truth, guess).tolist() == [2, 1, 1]
+    assert binary_iou(binary_counts(truth, guess)) == pytest.approx(0.5)
+    mask = np.array([1, 0, 0, 1, 0], bool)
+    assert binary_iou(binary_counts(truth, guess, mask)) == 1.0
+    assert math.isnan(binary_iou([0, 0, 0]))
+
+
+@needs_golden
+@pytest.mark.parametrize("mask", ["camera", "lidar", "none"])
+def test_golden_miou(mask: str) -> None:
+    with np.load(GOLDEN / "occ3d_miou.npz", allow_pickle=False) as golden:
+        counts = sum(
+            confusion(
+                golden["gt"][i],
+                golden["pred"][i],
+                None if mask == "none" else golden[f"mask_{mask}"][i],
+            )
+            for i in range(3)
+        )
+        np.testing.assert_array_equal(counts, golden[f"hist_{mask}"])
+        np.testing.assert_array_equal(class_ious(counts), golden[f"iou_{mask}"])
+        assert 100 * mean_iou(counts) == golden[f"miou_{mask}"]
+
+
+@needs_golden
+def test_golden_rays(either_walk: None) -> None:
+    with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
+        np.testing.assert_array_equal(ray_directions(), golden["rays"])
+        for sample in range(2):
+            origins = golden[f"origins{sample}"][0]
+            for name, volume in (("pred", golden["pred"][sample]), ("gt", golden["gt"][sample])):
+                rays = golden["rays"][::20]  # the golden file holds every fourth
+                label, distance = cast_rays(volume, origins, GRIDS["occ3d"], rays=rays)
+                expected = golden[f"pcd_{name}{sample}"].reshape(len(origins), -1, 2)[:, ::5]
+                np.testing.assert_array_equal(label, expected[..., 0].reshape(-1))
+                away = np.abs(distance - expected[..., 1].reshape(-1))
+                assert np.mean(away < 1e-3) >= 0.998
+
+
+@needs_golden
+def test_golden_scores_of_all_rays() -> None:
+    pytest.importorskip("numba")
+    scorer = RayScorer()
+    with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
+        for sample in range(2):
+            origins = golden[f"origins{sample}"][0]
+            scorer.add(golden["gt"][sample], golden["pred"][sample], origins)
+        scores = scorer.scores()
+        np.testing.assert_allclose(scores.class_iou, golden["iou_per_class"], atol=1e-3)
+        assert scores.ray_iou == pytest.approx(float(golden["RayIoU"]), abs=1e-3)
+        for threshold, score in scores.by_threshold.items():
+            assert score == pytest.approx(float(golden[f"RayIoU@{threshold:.0f}"]), abs=1e-3)
+
+
+def test_a_wall_is_met_where_it_stands(either_walk: None) -> None:
+    labels = np.full(SMALL.shape, 17, np.uint8)
+    labels[12] = 15  # x in [2, 2.5)
+    rays = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0.8, 0.6, 0]], np.float32)
+    label, distance = cast_rays(labels, [[0.1, 0.1, 0.1]], SMALL, rays=rays)
+    assert label.tolist() == [15, 17, 17, 15]
+    np.testing.assert_allclose(distance, [2.4, 4.1, 3.9, 2.4 / 0.8], atol=1e-5)
+
+
+def test_a_ray_from_outside_enters_or_misses(either_walk: None) -> None:
+    labels = np.full(SMALL.shape, 17, np.uint8)
+    labels[8, 8, 2] = 4  # x, y in [0, 0.5), z in [0, 0.5)
+    rays = np.array([[1, 0, 0], [0, 1, 0], [-1, 0, 0]], np.float32)
+    label, distance = cast_rays(labels, [[-9.0, 0.2, 0.2]], SMALL, rays=rays)
+    assert label.tolist() == [4, 17, 17]
+    assert distance[0] == pytest.approx(9.5, abs=1e-5)
+    assert distance[2] == 0
+
+
+def test_rays_equal_a_fine_march(either_walk: None) -> None:
+    """Every ray against small steps through the volume: same label, same place within the step."""
+    generator = np.random.default_rng(3)
+    labels = np.where(
+        generator.random(SMALL.shape) < 0.03, generator.integers(0, 17, SMALL.shape), 17
+    )
+    labels = labels.astype(np.uint8)
+    rays = generator.normal(size=(150, 3))
+    rays = (rays / np.linalg.norm(rays, axis=1, keepdims=True)).astype(np.float32)
+    origins = generator.uniform((-3, -3, -0.5), (3, 3, 2), (4, 3)).astype(np.float32)
+    label, distance = cast_rays(labels, origins, SMALL, rays=rays)
+    along = np.arange(0, 14, 0.002)
+    wrong = 0
+    for o, origin in enumerate(origins):
+        for r, ray in enumerate(rays):
+            cells, inside = SMALL.indices(origin + along[:, None] * ray)
+            seen = np.where(inside, labels[tuple(cells.T)], 17)
+            first = int(np.argmax(seen != 17)) if (seen != 17).any() else None
+            got = o * len(rays) + r
+            if first is None:
+                wrong += label[got] != 17
+                continue
+            same = np.all(cells == cells[first], axis=1) & inside
+            leaves = along[same].max()
+            wrong += label[got] != seen[first] or abs(distance[got] - leaves) > 0.01
+    assert wrong <= 6  # of 600: steps may jump over a corner
+
+
+def test_scores_add_up_over_processes() -> None:
+    generator = np.random.default_rng(1)
+    truth = generator.integers(0, 18, (2, *SMALL.shape)).astype(np.uint8)
+    guess = np.where(generator.random(truth.shape) < 0.5, truth, 17).astype(np.uint8)
+    whole, parts = RayScorer(SMALL), [RayScorer(SMALL), RayScorer(SMALL)]
+    for sample in range(2):
+        for scorer in (whole, parts[sample]):
+            scorer.add(truth[sample], guess[sample], [[0, 0, 1.0]])
+    parts[0].merge(parts[1])
+    np.testing.assert_array_equal(parts[0].scores().class_iou, whole.scores().class_iou)
+    assert 0 < whole.scores().ray_iou < 1
+
+
+def test_a_perfect_guess_scores_one() -> None:
+    labels = np.random.default_rng(2).integers(0, 18, SMALL.shape).astype(np.uint8)
+    scorer = RayScorer(SMALL)
+    scorer.add(labels, labels, [[0, 0, 1.0]])
+    assert scorer.scores().ray_iou == 1.0
+
+
+def test_origins_are_near_and_at_most_eight() -> None:
+    lidar = np.stack(
+        [make_transform(rotation_from_yaw(0.3), (4.0 * k, 1.0, 1.8)) for k in range(40)]
+    )
+    ego = make_transform(np.eye(3), (80.0, 0.0, 0.0))
+    origins = ray_origins(lidar, 20, ego)
+    assert origins.shape == (8, 3)
+    assert origins.dtype == np.float32
+    assert np.abs(origins[:, :2]).max() < 39
+    np.testing.assert_allclose(origins[[0, -1], 0], [-36, 36])
+    assert len(ray_origins(lidar[18:23], 2, ego)) == 5
+
+
+def test_rays_of_the_preset() -> None:
+    rays = ray_directions()
+    assert rays.shape == (39 * 360, 3)
+    np.testing.assert_allclose(np.linalg.norm(rays, axis=1), 1, atol=1e-6)
+    elevation = np.rad2deg(np.arcsin(rays[::360, 2]))
+    assert elevation[0] == pytest.approx(-45, abs=1e-4)
+    assert elevation[-1] == pytest.approx(12.5, abs=0.2)
+    assert GRIDS["occ3d"].shape == (200, 200, 16)

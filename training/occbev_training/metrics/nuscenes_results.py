@@ -1,0 +1,203 @@
+"""The nuScenes detection result format, read, written and scored against the tables of a data root."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.classes import DETECTION_CLASSES
+from occbev.geometry import (
+    Array,
+    make_transform,
+    rotation_from_wxyz,
+    rotation_from_yaw,
+    wxyz_from_rotation,
+)
+from occbev.results import Boxes3D
+from occbev_training.metrics.detection import (
+    CLASS_RANGE,
+    BoxTable,
+    DetectionScores,
+    check_box_counts,
+    score_boxes,
+)
+from occbev_training.sources.nuscenes import CLASS_OF_CATEGORY, LIDAR_CHANNEL, NuscenesRoot, Row
+from occbev_training.sources.nuscenes_writer import ATTRIBUTES, usual_attribute
+
+META = {
+    "use_camera": True,
+    "use_lidar": False,
+    "use_radar": False,
+    "use_map": False,
+    "use_external": False,
+}
+BIKE_RACK = "static_object.bicycle_rack"
+
+Results = Mapping[str, Sequence[Row]]
+"""Sample token -> result boxes in global coordinates."""
+
+
+class ResultsError(ValueError):
+    """A result file that cannot be scored, saying which sample or field."""
+
+
+def read_results(path: Path) -> Results:
+    """Read a nuScenes detection result file; raises ResultsError naming the file."""
+    try:
+        results = json.loads(path.read_bytes())["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"{path}: no nuScenes result file: {error}") from error
+    if not isinstance(results, dict):
+        raise ResultsError(
+            f"{path}: 'results' is a {type(results).__name__}, want sample token -> boxes"
+        )
+    return results
+
+
+def write_results(path: Path, results: Results, meta: Mapping[str, bool] | None = None) -> None:
+    """Write a result file that the official server accepts."""
+    path.write_text(json.dumps({"meta": dict(meta or META), "results": results}))
+
+
+def result_boxes(sample: str, boxes: Boxes3D, ego2global: Array) -> list[Row]:
+    """Turn boxes of the ego frame into the result rows of one sample (global frame, w l h, w x y z).
+
+    Velocities are rotated, not translated; an unknown one becomes 0, which the format demands.
+    """
+    rows = []
+    for box, label, score in zip(
+        boxes.box.astype(np.float64), boxes.label, boxes.score, strict=True
+    ):
+        box2global = ego2global @ make_transform(rotation_from_yaw(box[6]), box[:3])
+        velocity = ego2global[:3, :3] @ np.array([*np.nan_to_num(box[7:9]), 0.0])
+        name = DETECTION_CLASSES[int(label)]
+        rows.append({
+            "sample_token": sample,
+            "translation": box2global[:3, 3].tolist(),
+            "size": [box[4], box[3], box[5]],
+            "rotation": wxyz_from_rotation(box2global[:3, :3]).tolist(),
+            "velocity": velocity[:2].tolist(),
+            "detection_name": name,
+            "detection_score": float(score),
+            "attribute_name": usual_attribute(name, float(np.hypot(*velocity[:2]))),
+        })  # fmt: skip
+    return rows
+
+
+def evaluate_results(
+    results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None
+) -> DetectionScores:
+    """Score results exactly as the official detection evaluation does.
+
+    samples: tokens of the split; every sample of the root if None.
+
+    Raises:
+        ResultsError: a sample of the split is missing, one is unknown, or a box is malformed.
+    """
+    samples = list(root.tables["sample"]) if samples is None else list(samples)
+    if set(results) != set(samples):
+        absent, extra = sorted(set(samples) - set(results)), sorted(set(results) - set(samples))
+        raise ResultsError(f"the results must hold exactly the {len(samples)} samples of the split; "
+                           f"missing {absent[:3]} ({len(absent)}), unknown {extra[:3]} ({len(extra)})")  # fmt: skip
+    number = {token: i for i, token in enumerate(samples)}
+    ego = np.array([_ego_position(root, token) for token in samples]).reshape(-1, 3)
+    racks = [_bike_racks(root, token) for token in samples]
+    # The official kit breaks ties of equal scores by position in the file: keep its order.
+    predicted, heights = _result_table([row for rows in results.values() for row in rows], number)
+    check_box_counts(predicted)
+    predicted = predicted[_kept(predicted, heights, ego, racks)]
+    truth, heights, points = _truth_table(root, samples)
+    truth = truth[_kept(truth, heights, ego, racks) & (points > 0)]
+    return score_boxes(predicted, truth)
+
+
+def _result_table(rows: Sequence[Row], number: Mapping[str, int]) -> tuple[BoxTable, Array]:
+    label_of = {name: i for i, name in enumerate(DETECTION_CLASSES)}
+    try:
+        sample = [number[row["sample_token"]] for row in rows]
+        label = [label_of[row["detection_name"]] for row in rows]
+        attribute = [_attribute_number(row["attribute_name"]) for row in rows]
+        score = np.array([row["detection_score"] for row in rows], np.float64)
+        velocity = np.array([row["velocity"][:2] for row in rows], np.float64).reshape(-1, 2)
+        return _make_table(rows, sample, label, velocity, attribute, score)
+    except KeyError as error:
+        raise ResultsError(f"a result box lacks or does not know {error}") from error
+
+
+def _truth_table(
+    root: NuscenesRoot, samples: Sequence[str]
+) -> tuple[BoxTable, Array, NDArray[np.int64]]:
+    """Return all annotated boxes of detection classes, their heights and LiDAR + radar returns."""
+    label_of = {name: i for i, name in enumerate(DETECTION_CLASSES)}
+    rows: list[Row] = []
+    sample: list[int] = []
+    label: list[int] = []
+    for number, token in enumerate(samples):
+        for row in root.annotations_of(token):
+            name = CLASS_OF_CATEGORY.get(root.category(row))
+            if name is not None:
+                rows.append(row)
+                sample.append(number)
+                label.append(label_of[name])
+    velocity = np.array([root.velocity(row)[:2] for row in rows], np.float64).reshape(-1, 2)
+    attribute = [_attribute_number(root.attribute(row)) for row in rows]
+    table, height = _make_table(rows, sample, label, velocity, attribute, -np.ones(len(rows)))
+    points = np.array([row["num_lidar_pts"] + row["num_radar_pts"] for row in rows], np.int64)
+    return table, height, points
+
+
+def _make_table(rows: Sequence[Row], sample: Sequence[int], label: Sequence[int], velocity: Array,
+                attribute: Sequence[int], score: Array) -> tuple[BoxTable, Array]:  # fmt: skip
+    centre = np.array([row["translation"] for row in rows], np.float64).reshape(-1, 3)
+    size = np.array([row["size"] for row in rows], np.float64).reshape(-1, 3)[:, [1, 0, 2]]
+    rotation = rotation_from_wxyz(np.array([row["rotation"] for row in rows]).reshape(-1, 4))
+    yaw = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
+    table = BoxTable(np.array(sample, np.int64), np.array(label, np.int64), centre[:, :2], size, yaw, velocity,
+                     np.array(attribute, np.int64), score, np.zeros(len(rows), bool))  # fmt: skip
+    return table, centre[:, 2]
+
+
+def _attribute_number(name: str) -> int:
+    if name and name not in ATTRIBUTES:
+        raise ResultsError(f"attribute {name!r} is unknown; known are {ATTRIBUTES} and ''")
+    return ATTRIBUTES.index(name) if name else -1
+
+
+def _ego_position(root: NuscenesRoot, sample: str) -> Any:
+    data = root.key_data(sample, LIDAR_CHANNEL)
+    if data is None:
+        raise ResultsError(
+            f"sample {sample} has no {LIDAR_CHANNEL} key frame, ranges are measured from it"
+        )
+    return root.row("ego_pose", data["ego_pose_token"])["translation"]
+
+
+def _bike_racks(root: NuscenesRoot, sample: str) -> list[tuple[Array, Array]]:
+    """Return (rack2global, size l w h) of each bicycle rack of a sample."""
+    rows = [row for row in root.annotations_of(sample) if root.category(row) == BIKE_RACK]
+    return [(make_transform(rotation_from_wxyz(row["rotation"]), row["translation"]),
+             np.array(row["size"])[[1, 0, 2]]) for row in rows]  # fmt: skip
+
+
+def _kept(
+    table: BoxTable, height: Array, ego: Array, racks: Sequence[Sequence[tuple[Array, Array]]]
+) -> NDArray[np.bool_]:
+    """Apply the official filters: class range from the ego vehicle, cycles in bicycle racks."""
+    limit = np.array([CLASS_RANGE[name] for name in DETECTION_CLASSES])
+    offset = table.xy - ego[table.sample, :2]
+    kept = np.sqrt(np.sum(offset**2, axis=1)) < limit[table.label]
+    cycles = [DETECTION_CLASSES.index(name) for name in ("bicycle", "motorcycle")]
+    for index in np.flatnonzero(kept & np.isin(table.label, cycles)):
+        centre = np.array([*table.xy[index], height[index]])
+        kept[index] = not any(_inside(centre, *rack) for rack in racks[table.sample[index]])
+    return kept
+
+
+def _inside(point: Array, box2global: Array, size: Array) -> bool:
+    local = box2global[:3, :3].T @ (point - box2global[:3, 3])
+    return bool(np.all(np.abs(local) <= size / 2))

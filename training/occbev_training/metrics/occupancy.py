@@ -1,0 +1,323 @@
+"""Scores of occupancy: confusion and mIoU over a mask, binary IoU, and RayIoU on the CPU.
+
+Counts are added over a whole data set and divided once; nothing is a mean of per-sample scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from occbev.classes import FREE, OCCUPANCY_CLASSES
+from occbev.geometry import invert_transform, transform_points
+from occbev.grid import GRIDS, VoxelGrid
+
+Array = NDArray[np.float64]
+
+RAY_THRESHOLDS = (1.0, 2.0, 4.0)
+"""Depth differences in metres within which a ray of the right class is right."""
+
+MAX_ORIGINS = 8
+ORIGIN_LIMIT = 39.0
+"""LiDAR positions count as ray origins while |x| and |y| are below this many metres."""
+
+MAX_ELEVATION = 0.21
+"""Elevations in radians of the rays go on in steps until one reaches this."""
+
+
+def confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], mask: NDArray[np.bool_] | None = None,
+              classes: int = len(OCCUPANCY_CLASSES)) -> NDArray[np.int64]:  # fmt: skip
+    """Count voxels by (true class, predicted class), as (K, K).
+
+    mask: which voxels count; all if None. A truth outside 0..K-1, such as 255, is not counted.
+
+    Raises:
+        ValueError: the shapes differ or a counted prediction is no class.
+    """
+    if truth.shape != predicted.shape or (mask is not None and mask.shape != truth.shape):
+        raise ValueError(f"truth {truth.shape}, prediction {predicted.shape} and mask "
+                         f"{None if mask is None else mask.shape} must have one shape")  # fmt: skip
+    if mask is not None:
+        truth, predicted = truth[mask], predicted[mask]
+    truth, predicted = truth.reshape(-1), predicted.reshape(-1)
+    if truth.size and truth.max() >= classes:
+        known = truth < classes
+        truth, predicted = truth[known], predicted[known]
+    if predicted.size and predicted.max() >= classes:
+        raise ValueError(f"predicted class {int(predicted.max())}, classes are 0 to {classes - 1}")
+    pair = truth.astype(np.intp) * classes + predicted
+    return np.bincount(pair, minlength=classes * classes).reshape(classes, classes)
+
+
+def class_ious(counts: ArrayLike) -> Array:
+    """Return TP / (TP + FP + FN) of each class (K,), NaN where a class is in neither."""
+    counts = np.asarray(counts, np.float64)
+    right = np.diag(counts)
+    union = counts.sum(0) + counts.sum(1) - right
+    return np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
+
+
+def mean_iou(counts: ArrayLike, free: int = FREE) -> float:
+    """Return the mean IoU over all classes but free, as a fraction; classes in neither are left out."""
+    ious = np.delete(class_ious(counts), free)
+    return float(np.nanmean(ious)) if np.isfinite(ious).any() else math.nan
+
+
+def occupied_iou(counts: ArrayLike, free: int = FREE) -> float:
+    """Return the IoU of occupied (any class but free) against free, from the same counts."""
+    counts = np.asarray(counts, np.float64)
+    occupied = np.arange(len(counts)) != free
+    right = counts[np.ix_(occupied, occupied)].sum()
+    union = counts.sum() - counts[free, free]
+    return float(right / union) if union else math.nan
+
+
+def binary_counts(truth: NDArray[np.bool_], predicted: NDArray[np.bool_],
+                  mask: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:  # fmt: skip
+    """Count (both, only truth, only prediction) occupied voxels, as (3,)."""
+    if mask is not None:
+        truth, predicted = truth & mask, predicted & mask
+    both = int(np.count_nonzero(truth & predicted))
+    return np.array([both, np.count_nonzero(truth) - both, np.count_nonzero(predicted) - both])
+
+
+def binary_iou(counts: ArrayLike) -> float:
+    """Return the IoU of summed `binary_counts`; NaN where nothing is occupied in either."""
+    counts = np.asarray(counts, np.float64)
+    return float(counts[0] / counts.sum()) if counts.sum() else math.nan
+
+
+@dataclass(frozen=True)
+class RayScores:
+    """RayIoU. class_iou: (T, K - 1) by threshold and class without free, NaN where absent."""
+
+    class_iou: Array
+
+    @property
+    def by_threshold(self) -> dict[float, float]:
+        """Threshold in metres -> mean over classes."""
+        return {
+            t: float(np.nanmean(row)) for t, row in zip(RAY_THRESHOLDS, self.class_iou, strict=True)
+        }
+
+    @property
+    def ray_iou(self) -> float:
+        """Mean over the thresholds, as a fraction."""
+        return float(np.mean(list(self.by_threshold.values())))
+
+
+@dataclass
+class RayScorer:
+    """Adds up RayIoU over samples; free is the last class."""
+
+    grid: VoxelGrid = GRIDS["occ3d"]
+    classes: int = len(OCCUPANCY_CLASSES)
+    _truths: NDArray[np.int64] = field(init=False, repr=False)
+    _guesses: NDArray[np.int64] = field(init=False, repr=False)
+    _right: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._truths = np.zeros(self.classes, np.int64)
+        self._guesses = np.zeros(self.classes, np.int64)
+        self._right = np.zeros((len(RAY_THRESHOLDS), self.classes), np.int64)
+
+    def add(
+        self, truth: NDArray[np.uint8], predicted: NDArray[np.uint8], origins: ArrayLike
+    ) -> None:
+        """Cast all rays from (O, 3) origins in base_link through two label volumes (X, Y, Z)."""
+        free = self.classes - 1
+        true_label, true_depth = cast_rays(truth, origins, self.grid, free)
+        label, depth = cast_rays(predicted, origins, self.grid, free)
+        counted = true_label != free
+        true_label, label = true_label[counted], label[counted]
+        away = np.abs(true_depth[counted] - depth[counted])
+        self._truths += np.bincount(true_label, minlength=self.classes)
+        self._guesses += np.bincount(label, minlength=self.classes)
+        for row, threshold in zip(self._right, RAY_THRESHOLDS, strict=True):
+            right = (true_label == label) & (away < threshold)
+            row += np.bincount(true_label[right], minlength=self.classes)
+
+    def merge(self, other: RayScorer) -> None:
+        """Add another scorer's counts, such as another process's."""
+        self._truths += other._truths
+        self._guesses += other._guesses
+        self._right += other._right
+
+    def scores(self) -> RayScores:
+        """Return the scores of everything added so far."""
+        union = (self._truths + self._guesses - self._right)[:, :-1].astype(np.float64)
+        right = self._right[:, :-1].astype(np.float64)
+        return RayScores(np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0))
+
+
+@functools.lru_cache(maxsize=1)
+def ray_directions() -> NDArray[np.float32]:
+    """Return the (14040, 3) unit directions of RayIoU: 39 elevations, 360 azimuths each."""
+    elevation = [-math.atan(1 / (k + 1)) for k in range(10)]
+    step = elevation[-1] - elevation[-2]
+    while elevation[-1] < MAX_ELEVATION:
+        elevation.append(elevation[-1] + step)
+    up, around = np.meshgrid(elevation, np.deg2rad(np.arange(360)), indexing="ij")
+    rays = np.stack([np.cos(up) * np.cos(around), np.cos(up) * np.sin(around), np.sin(up)], -1)
+    return rays.reshape(-1, 3).astype(np.float32)
+
+
+def ray_origins(lidar2global: Array, key: int, ego2global: Array) -> NDArray[np.float32]:
+    """Return the (O, 3) ray origins of one key frame: LiDAR positions of its scene near enough to it.
+
+    lidar2global: (K, 4, 4) of all key frames of the scene. ego2global: (4, 4) of the key frame `key`.
+    """
+    positions = transform_points(invert_transform(ego2global), lidar2global[:, :3, 3])
+    near = np.all(np.abs(positions[:, :2]) < ORIGIN_LIMIT, axis=1)
+    near[key] = True
+    positions = positions[near]
+    if len(positions) > MAX_ORIGINS:
+        chosen = np.round(np.linspace(0, len(positions) - 1, MAX_ORIGINS)).astype(np.int64)
+        positions = positions[chosen]
+    return positions.astype(np.float32)
+
+
+def cast_rays(labels: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid, free: int = FREE,
+              rays: NDArray[np.float32] | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:  # fmt: skip
+    """Follow rays to the first voxel that is not free.
+
+    labels: (X, Y, Z). origins: (O, 3) in the grid's frame. rays: (R, 3) directions; those of RayIoU if None.
+    Returns: label (O * R,) and distance (O * R,) in metres at which the ray leaves that voxel; a ray
+        that meets nothing gets free and leaves the grid. A ray that never enters the grid: free, 0.
+    """
+    if labels.shape != grid.shape:
+        raise ValueError(f"labels have shape {labels.shape}, the grid {grid.shape}")
+    if len(set(grid.pitch)) != 1:
+        raise ValueError(f"rays need cubic voxels, the grid's pitch is {grid.pitch}")
+    rays = ray_directions() if rays is None else rays
+    start, direction = _voxel_rays(np.asarray(origins, np.float32), rays, grid)
+    label, length = _walker()(np.ascontiguousarray(labels), start, direction, free)
+    return label, (length * grid.pitch[0]).astype(np.float32)
+
+
+def _voxel_rays(
+    origins: NDArray[np.float32], rays: NDArray[np.float32], grid: VoxelGrid
+) -> tuple[Array, Array]:
+    """Return starts and unit directions (O * R, 3) in voxels, rounded through float32 as the reference does."""
+    lo, pitch = np.asarray(grid.lo, np.float32), np.asarray(grid.pitch, np.float32)
+    origins = origins.reshape(-1, 1, 3)
+    start = (origins - lo) / pitch
+    end = (rays[None] + origins - lo) / pitch
+    direction = end.astype(np.float64) - start
+    direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+    start = np.broadcast_to(start, direction.shape)
+    return start.reshape(-1, 3).astype(np.float64), np.ascontiguousarray(direction.reshape(-1, 3))
+
+
+Walker = Callable[[NDArray[np.uint8], Array, Array, int], tuple[NDArray[np.uint8], Array]]
+
+
+@functools.lru_cache(maxsize=1)
+def _walker() -> Walker:
+    """Return the compiled walk where numba is installed, else the array form."""
+    try:
+        import numba
+    except ImportError:
+        return _walk_arrays
+    walk: Any = numba.njit(cache=True, nogil=True)(_walk_rays)
+    return walk  # type: ignore[no-any-return]
+
+
+def _walk_rays(
+    labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
+) -> tuple[NDArray[np.uint8], Array]:
+    """Step each ray from voxel to voxel (Amanatides & Woo 1987); the form that numba compiles.
+
+    Ties go to z, then y, then x, and an axis with a zero direction is never stepped.
+    """
+    nx, ny, nz = labels.shape
+    label = np.full(len(starts), free, np.uint8)
+    length = np.zeros(len(starts))
+    for r in range(len(starts)):
+        x, y, z = starts[r]
+        dx, dy, dz = directions[r]
+        i, j, k = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+        si, sj, sk = (1 if dx > 0 else -1), (1 if dy > 0 else -1), (1 if dz > 0 else -1)
+        tx = ((i + (si > 0)) - x) / dx if dx != 0 else np.inf
+        ty = ((j + (sj > 0)) - y) / dy if dy != 0 else np.inf
+        tz = ((k + (sk > 0)) - z) / dz if dz != 0 else np.inf
+        wx = abs(1 / dx) if dx != 0 else np.inf
+        wy = abs(1 / dy) if dy != 0 else np.inf
+        wz = abs(1 / dz) if dz != 0 else np.inf
+        while True:
+            if (
+                (si > 0 and i >= nx)
+                or (si < 0 and i < 0)
+                or (sj > 0 and j >= ny)
+                or (sj < 0 and j < 0)
+            ):
+                break
+            if (sk > 0 and k >= nz) or (sk < 0 and k < 0):
+                break
+            inside = 0 <= i < nx and 0 <= j < ny and 0 <= k < nz
+            if inside:
+                length[r] = min(tx, ty, tz)
+                if labels[i, j, k] != free:
+                    label[r] = labels[i, j, k]
+                    break
+            if tx < ty and tx < tz:
+                if tx == np.inf:
+                    break
+                i += si
+                tx += wx
+            elif ty < tz:
+                j += sj
+                ty += wy
+            else:
+                if tz == np.inf:
+                    break
+                k += sk
+                tz += wz
+    return label, length
+
+
+def _walk_arrays(
+    labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
+) -> tuple[NDArray[np.uint8], Array]:
+    """The same walk for all rays at once with numpy alone; slower, for machines without numba."""
+    shape = np.array(labels.shape)
+    label, length = np.full(len(starts), free, np.uint8), np.zeros(len(starts))
+    ray = np.arange(len(starts))
+    cell = np.floor(starts).astype(np.int64)
+    step = np.where(directions > 0, 1, -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        width = np.where(directions != 0, np.abs(1 / directions), np.inf)
+        until = np.where(directions != 0, (cell + (step > 0) - starts) / directions, np.inf)
+    while len(ray):
+        gone = np.any(np.where(step > 0, cell >= shape, cell < 0), axis=1)
+        inside = np.all((cell >= 0) & (cell < shape), axis=1)
+        length[ray[inside]] = until[inside].min(axis=1)
+        found = np.full(len(ray), free, np.uint8)
+        found[inside] = labels[tuple(cell[inside].T)]
+        label[ray] = found
+        going = ~gone & (found == free) & np.isfinite(until).any(axis=1)
+        ray, cell, step, until, width = (a[going] for a in (ray, cell, step, until, width))
+        tx, ty, tz = until.T
+        axis = np.where((tx < ty) & (tx < tz), 0, np.where(ty < tz, 1, 2))
+        rows = np.arange(len(ray))
+        cell[rows, axis] += step[rows, axis]
+        until[rows, axis] += width[rows, axis]
+    return label, length
+
+
+def occupancy_scores(counts: ArrayLike, names: Sequence[str] = OCCUPANCY_CLASSES) -> dict[str, Any]:
+    """Return mIoU, occupied IoU and class IoUs of summed `confusion` counts as plain values."""
+    ious = class_ious(counts)
+    return {
+        "mIoU": mean_iou(counts, len(names) - 1),
+        "iou": occupied_iou(counts, len(names) - 1),
+        "class_iou": {
+            n: None if math.isnan(v) else float(v) for n, v in zip(names, ious, strict=True)
+        },
+    }
