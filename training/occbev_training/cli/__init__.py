@@ -10,6 +10,7 @@ from occbev.cli import dispatch
 COMMANDS: Mapping[str, str] = {
     "simulate": "write simulated drives as nuScenes tables and as ROS 2 bags",
     "nuscenes-to-bag": "turn a nuScenes data root into ROS 2 bags",
+    "prepare": "decode and label key frames once, into a sample cache",
     "pretrain": "stage 1: learn to reconstruct occupancy from image-LiDAR pairs",
     "finetune": "stage 2: learn boxes and semantic occupancy",
     "evaluate": "score a model package on held-out drives",
@@ -20,4 +21,9 @@ COMMANDS: Mapping[str, str] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `occbev-train COMMAND ...`; returns the exit status."""
-    return dispatch("occbev-train", "occbev_training.cli", COMMANDS, sys.argv[1:] if arguments is None else arguments)
+    return dispatch(
+        "occbev-train",
+        "occbev_training.cli",
+        COMMANDS,
+        sys.argv[1:] if arguments is None else arguments,
+    )

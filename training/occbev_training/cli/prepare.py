@@ -1,0 +1,116 @@
+"""Decode and label every key frame once, into a sample cache that training reads.
+
+    occbev-train prepare CACHE --nuscenes ROOT
+    occbev-train prepare CACHE --simulate 120 --first-seed 0 --keys 16
+
+Finished drives are kept when the command is given again; a drive that was cut off is made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from occbev.config import ModelConfig, load_config
+from occbev_training.data.cache import PrepareConfig, prepare
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
+from occbev_training.sources.nuscenes import NuscenesRoot, open_nuscenes
+from occbev_training.sources.recording import Recording
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("cache", type=Path, help="folder of the cache")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--nuscenes", type=Path, metavar="ROOT", help="data root in the nuScenes schema"
+    )
+    source.add_argument("--simulate", type=int, metavar="DRIVES", help="simulate this many drives")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="seed of the first simulated drive"
+    )
+    parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
+    parser.add_argument("--model", type=Path, default=Path("config/models/occbev-tiny.yaml"), help="model config: input size and voxel grid")  # fmt: skip
+    parser.add_argument(
+        "--label-window",
+        type=float,
+        default=1.0,
+        help="seconds of sweeps on either side of a label",
+    )
+    parser.add_argument(
+        "--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the cache; prints each drive as it is finished."""
+    model = load_config(args.model, ModelConfig)
+    config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window)
+    jobs = _nuscenes_jobs(args.nuscenes) if args.nuscenes else _simulated_jobs(args, model)
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("drives", total=len(jobs))
+
+        def finished(name: str, count: int) -> None:
+            progress.advance(task)
+            console.print(f"{name}: {count} samples", highlight=False)
+
+        total = prepare(jobs, args.cache, config, args.workers, finished)
+    console.print(f"{args.cache}: {total} samples of {len(jobs)} drives")
+    return 0
+
+
+@dataclass(frozen=True)
+class OpenScene:
+    """Opens one scene of a nuScenes root; picklable."""
+
+    root: Path
+    scene: str
+
+    def __call__(self) -> Recording:
+        """Open the recording."""
+        return _root(self.root).recording(self.scene, available_only=True)
+
+
+@dataclass(frozen=True)
+class Simulate:
+    """Makes one simulated drive; picklable."""
+
+    seed: int
+    config: DriveConfig
+
+    def __call__(self) -> Recording:
+        """Build the world."""
+        return SimulatedDrive(self.seed, self.config)
+
+
+@lru_cache(maxsize=1)
+def _root(root: Path) -> NuscenesRoot:
+    return open_nuscenes(root)
+
+
+def _nuscenes_jobs(root: Path) -> dict[str, Callable[[], Recording]]:
+    return {scene: OpenScene(root, scene) for scene in _root(root).scenes}
+
+
+def _simulated_jobs(
+    args: argparse.Namespace, model: ModelConfig
+) -> dict[str, Callable[[], Recording]]:
+    config = DriveConfig(
+        keys=args.keys, image=(model.image.width, model.image.height), grid=model.grid
+    )
+    seeds = range(args.first_seed, args.first_seed + args.simulate)
+    return {f"sim-{seed:06d}": Simulate(seed, config) for seed in seeds}

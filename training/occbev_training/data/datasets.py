@@ -1,0 +1,261 @@
+"""Batches for the trainer: cached samples, augmented, with their geometry and targets, in a repeatable order.
+
+The order and every augmentation follow from (seed, position) alone, so a position is all that resuming needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from occbev.config import DepthConfig, ModelConfig
+from occbev.geometry import box_corners, project_points, transform_points
+from occbev_training.data.augment import (
+    AugmentConfig,
+    Draw,
+    augment_boxes,
+    augment_cam2ego,
+    augment_images,
+    augment_intrinsic,
+    augment_pixels,
+    augment_voxels,
+    draw_augmentation,
+    live_bits,
+)
+from occbev_training.data.cache import CachedSample, CacheError, SampleCache
+from occbev_training.models.lift_splat import BatchedPoints, batch_geometry
+
+NO_DEPTH = -1
+"""Depth label of a feature cell without a LiDAR return in range."""
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One augmented sample; geometry as in `CachedSample`.
+
+    depth_bin: (N, h, w) int64, NO_DEPTH where unknown. evidence: sweeps that hit or passed each voxel.
+    visible: (X, Y, Z) bool, seen by a living camera. boxes, labels: those that are to be found.
+    semantics_mask: (X, Y, Z) bool, voxels whose semantics are supervised.
+    """
+
+    name: str
+    images: NDArray[np.uint8]
+    camera_valid: NDArray[np.bool_]
+    intrinsic: NDArray[np.float64]
+    cam2ego: NDArray[np.float64]
+    depth_bin: NDArray[np.int64]
+    state: NDArray[np.uint8]
+    visible: NDArray[np.bool_]
+    evidence: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    semantics: NDArray[np.uint8]
+    semantics_mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """B samples as tensors; volumes are (B, Z, Y, X), images (B, N, 3, h, w) uint8.
+
+    boxes, labels: one (M, 9) and (M,) tensor per sample.
+    """
+
+    names: tuple[str, ...]
+    images: Tensor
+    camera_valid: Tensor
+    points: BatchedPoints
+    depth_bin: Tensor
+    state: Tensor
+    visible: Tensor
+    evidence: Tensor
+    boxes: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]
+    semantics: Tensor
+    semantics_mask: Tensor
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        """Move every tensor."""
+        if device.type == "cpu":
+            return self
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            many = isinstance(value, tuple) and f.name != "names"
+            moved[f.name] = (
+                value
+                if f.name == "names"
+                else tuple(v.to(device) for v in value)
+                if many
+                else value.to(device)
+            )
+        return TrainingBatch(**moved)
+
+
+class SampleDataset(Dataset[TrainingSample]):
+    """Positions -> augmented samples. A position is a place in the endless order of `sample_of`."""
+
+    def __init__(
+        self, cache: SampleCache, model: ModelConfig, augment: AugmentConfig, seed: int
+    ) -> None:
+        """Raises CacheError if the cache was made for another input size or voxel grid."""
+        info = cache.info
+        if (info.image.width, info.image.height) != (model.image.width, model.image.height):
+            raise CacheError(f"{cache.root}: images are {info.image.width}x{info.image.height}, "
+                             f"{model.name} takes {model.image.width}x{model.image.height}")  # fmt: skip
+        if info.grid != model.grid:
+            raise CacheError(
+                f"{cache.root}: labels are on grid {info.grid.hash}, {model.name} predicts {model.grid.hash}"
+            )
+        if any(
+            abs(lo + hi) > 1e-6 for lo, hi in zip(info.grid.lo[:2], info.grid.hi[:2], strict=True)
+        ):
+            raise CacheError(
+                f"grid {info.grid.as_record()} is not centred on the ego: it cannot be flipped"
+            )
+        self.cache, self.model, self.augment, self.seed = cache, model, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, position: int) -> TrainingSample:
+        index = sample_of(position, len(self.cache), self.seed)
+        size = (self.model.image.width, self.model.image.height)
+        seed = int(
+            np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] >> 1
+        )
+        draw = draw_augmentation(seed, len(self.cache.info.cameras), size, self.augment)
+        return augmented(self.cache.name(index), self.cache[index], draw, self.model)
+
+
+class PositionBatches(Sampler[list[int]]):
+    """Lists of positions for forward pass `first`, `first` + 1, ...; process `rank` of `world` takes its share."""
+
+    def __init__(self, batch: int, first: int = 0, rank: int = 0, world: int = 1) -> None:
+        self._batch, self._first, self._rank, self._world = batch, first, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self._first
+        while True:
+            begin = (step * self._world + self._rank) * self._batch
+            yield list(range(begin, begin + self._batch))
+            step += 1
+
+
+def sample_of(position: int, samples: int, seed: int) -> int:
+    """Return which sample stands at a position: every epoch is a permutation of its own."""
+    epoch, place = divmod(position, samples)
+    return int(np.random.default_rng([seed, epoch]).permutation(samples)[place])
+
+
+def batches(dataset: SampleDataset, batch: int, workers: int, first: int = 0, rank: int = 0,
+            world: int = 1) -> DataLoader[TrainingBatch]:  # fmt: skip
+    """Return an endless loader that begins with forward pass `first`."""
+    return DataLoader(dataset, batch_sampler=PositionBatches(batch, first, rank, world), num_workers=workers,
+                      collate_fn=Collate(dataset.model), prefetch_factor=3 if workers else None,
+                      worker_init_fn=_one_thread)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Joins samples into a batch, with one table over all of them."""
+
+    model: ModelConfig
+
+    def __call__(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
+        """Stack; volumes go from [x, y, z] to (Z, Y, X)."""
+        points = batch_geometry(
+            [s.intrinsic for s in samples], [s.cam2ego for s in samples], self.model
+        )
+        return TrainingBatch(
+            names=tuple(s.name for s in samples),
+            images=torch.from_numpy(np.stack([s.images for s in samples])).permute(0, 1, 4, 2, 3),
+            camera_valid=torch.from_numpy(np.stack([s.camera_valid for s in samples])).float(),
+            points=points,
+            depth_bin=torch.from_numpy(np.stack([s.depth_bin for s in samples])),
+            state=_volumes([s.state for s in samples]),
+            visible=_volumes([s.visible for s in samples]),
+            evidence=_volumes([s.evidence for s in samples]),
+            boxes=tuple(torch.from_numpy(s.boxes) for s in samples),
+            labels=tuple(torch.from_numpy(s.labels) for s in samples),
+            semantics=_volumes([s.semantics for s in samples]),
+            semantics_mask=_volumes([s.semantics_mask for s in samples]),
+        )
+
+
+def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -> TrainingSample:
+    """Apply one draw to everything a sample holds."""
+    alive = draw.alive & sample.camera_valid
+    intrinsic = augment_intrinsic(sample.intrinsic, draw)
+    cam2ego = augment_cam2ego(sample.cam2ego, draw)
+    bits = augment_voxels(sample.camera_visible, draw)
+    visible = (bits & live_bits(alive)) != 0
+    hidden = (bits != 0) & ~visible  # only a camera that is missing now could see it
+    boxes = augment_boxes(sample.boxes, draw).astype(np.float32)
+    wanted = (sample.lidar_points > 0) & in_any_image(boxes, intrinsic, cam2ego, alive, model)
+    evidence = sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps
+    return TrainingSample(
+        name, augment_images(sample.images, draw), alive, intrinsic, cam2ego,
+        depth_labels(sample, draw, alive, model), augment_voxels(sample.state, draw), visible,
+        augment_voxels(np.minimum(evidence, 255).astype(np.uint8), draw), boxes[wanted], sample.labels[wanted],
+        augment_voxels(sample.semantics, draw), augment_voxels(sample.mask_camera, draw) & ~hidden,
+    )  # fmt: skip
+
+
+def depth_labels(
+    sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], model: ModelConfig
+) -> NDArray[np.int64]:
+    """Return the depth bin of the nearest return in each stride x stride patch, (N, h, w), or NO_DEPTH."""
+    stride, config = model.lift.stride, model.lift.depth
+    shape = (len(alive), model.image.height // stride, model.image.width // stride)
+    pixel = augment_pixels(sample.lidar_camera, sample.lidar_pixel, draw)
+    inside = (
+        np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
+        & alive[sample.lidar_camera]
+    )
+    column, row = (pixel[inside] // stride).astype(np.int64).T
+    nearest = np.full(shape, np.inf, np.float32)
+    np.minimum.at(nearest, (sample.lidar_camera[inside], row, column), sample.lidar_depth[inside])
+    return depth_bins(nearest, config)
+
+
+def depth_bins(depth: NDArray[np.float32], config: DepthConfig) -> NDArray[np.int64]:
+    """Turn metres into bins; NO_DEPTH outside [lo, hi)."""
+    inside = (depth >= config.lo) & (depth < config.hi)
+    bins = np.floor((np.where(inside, depth, config.lo) - config.lo) / config.step).astype(np.int64)
+    return np.where(inside, np.minimum(bins, config.bins - 1), NO_DEPTH)
+
+
+def in_any_image(boxes: NDArray[np.float32], intrinsic: NDArray[np.float64], cam2ego: NDArray[np.float64],
+                 alive: NDArray[np.bool_], model: ModelConfig) -> NDArray[np.bool_]:  # fmt: skip
+    """Return which of (M, 9) boxes have their centre or a corner in the image of a living camera."""
+    points = (
+        np.concatenate([box_corners(boxes[:, :7]), boxes[:, None, :3]], axis=1)
+        if len(boxes)
+        else np.zeros((0, 9, 3))
+    )
+    seen = np.zeros(len(boxes), bool)
+    for index in np.flatnonzero(alive):
+        # A mirrored pose is no rotation, so it is inverted in full.
+        ego2cam = np.linalg.inv(cam2ego[index])
+        pixel, depth = project_points(transform_points(ego2cam, points), intrinsic[index])
+        inside = np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
+        seen |= np.any(inside & (depth > 0.1), axis=1)
+    return seen
+
+
+def _volumes(arrays: Sequence[NDArray[np.generic]]) -> Tensor:
+    """Stack [x, y, z] arrays as (B, Z, Y, X)."""
+    return torch.from_numpy(np.stack([np.ascontiguousarray(np.swapaxes(a, 0, 2)) for a in arrays]))
+
+
+def _one_thread(_: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

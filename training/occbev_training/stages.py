@@ -1,0 +1,206 @@
+"""The two stages of training, put together: data, network, objective, trainer, and the record of what was done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from occbev.config import ModelConfig, load_config, to_record
+from occbev_training import losses, objectives
+from occbev_training.data.cache import CacheError, SampleCache, open_cache
+from occbev_training.data.datasets import SampleDataset, batches
+from occbev_training.evaluate import Prediction, Scores, evaluate, reconstruction_iou
+from occbev_training.models.build import build_network
+from occbev_training.models.checkpoints import read_weights, transfer
+from occbev_training.models.network import OccBevNetwork
+from occbev_training.trainer import Objective, Trainer, TrainingConfig, tune_process
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """Where a stage reads from.
+
+    data: sample cache of the training drives. validation: cache of other drives, or None.
+    start: weights to begin from: those of stage 1, or ImageNet's, told apart by the suffix
+        (.safetensors is ours). minutes: wall time the run may take.
+    """
+
+    data: Path
+    validation: Path | None = None
+    start: Path | None = None
+    minutes: float | None = None
+
+
+def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
+                report: Callable[[Mapping[str, Any]], None] = lambda line: None,
+                prepared: Callable[[Trainer], None] = lambda trainer: None) -> bool:  # fmt: skip
+    """Train one stage into `folder`, going on where an earlier run stopped.
+
+    prepared: called with the trainer before it runs, so that a caller can ask it to stop.
+    Returns: whether the plan was finished.
+    """
+    tune_process(config.threads)
+    torch.manual_seed(config.seed)
+    model = load_config(Path(config.model), ModelConfig)
+    cache = _training_cache(config, inputs, folder)
+    network = build_network(model, config.stage)
+    begun = begin_from(network, inputs.start)
+    objectives.prefer_channels_last(network)
+    if config.precision == "bf16" and not torch.cuda.is_available():
+        objectives.keep_large_depthwise_in_float32(network)
+    dataset = SampleDataset(cache, model, config.augment, config.seed)
+    validate = _validation(model, config, cache, inputs.validation)
+    trainer = Trainer(
+        config,
+        network,
+        _objective(model, config, cache),
+        _loader(dataset, config),
+        folder,
+        validate,
+    )
+    if trainer.accelerator.is_main_process:
+        _write_record(folder, config, model, cache, begun)
+    prepared(trainer)
+    return trainer.run(inputs.minutes, report)
+
+
+def begin_from(network: OccBevNetwork, start: Path | None) -> dict[str, Any]:
+    """Load the weights to begin from; returns the record of what was carried over."""
+    if start is None:
+        return {"start": None}
+    digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    if start.suffix == ".safetensors":
+        state, _ = read_weights(start)
+        report = transfer(state, network)
+        logger.info("began from %s: %s", start, report)
+        return {"start": start.name, "sha256": digest, "transfer": report.as_record()}
+    unused = network.image_encoder.load_imagenet(start)
+    return {
+        "start": start.name,
+        "sha256": digest,
+        "transfer": {"part": "image_encoder", "unused": list(unused)},
+    }
+
+
+def semantic_counts(cache: SampleCache, classes: int, most: int = 200) -> NDArrayInt:
+    """Count camera-visible voxels by class over at most `most` evenly spaced samples, (K,)."""
+    counts = np.zeros(classes, np.int64)
+    for index in np.unique(
+        np.linspace(0, len(cache) - 1, min(most, len(cache))).round().astype(int)
+    ):
+        arrays = cache.read(int(index), ("semantics", "mask_camera"))
+        counts += np.bincount(arrays["semantics"][arrays["mask_camera"]], minlength=classes)
+    return counts
+
+
+NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def predictor(
+    network: OccBevNetwork, model: ModelConfig, cache: SampleCache
+) -> Callable[[int], Prediction]:
+    """Return a function that predicts one cached sample with a network in evaluation mode."""
+    from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation
+    from occbev_training.data.datasets import Collate, augmented
+
+    size = (model.image.width, model.image.height)
+    still = draw_augmentation(0, len(cache.info.cameras), size, NO_AUGMENTATION)
+    collate = Collate(model)
+
+    def predict(index: int) -> Prediction:
+        batch = collate([augmented(cache.name(index), cache[index], still, model)])
+        with torch.no_grad():
+            output = objectives.run_network(network, batch, model.image)
+        return Prediction(_array(output.heatmap), _array(output.box), _array(output.occupancy_logits),
+                          _array(output.reconstruction_logits))  # fmt: skip
+
+    return predict
+
+
+def _training_cache(config: TrainingConfig, inputs: StageInputs, folder: Path) -> SampleCache:
+    """Open the training drives; a resumed run gets the drives that it began with."""
+    record = folder / "run.json"
+    drives = json.loads(record.read_text())["drives"] if record.exists() else None
+    cache = open_cache(inputs.data, drives, labelled=config.stage == "pretrain")
+    if inputs.validation is not None:
+        shared = set(cache.drives) & set(open_cache(inputs.validation).drives)
+        if shared:
+            raise CacheError(f"{inputs.data} and {inputs.validation} share drives {sorted(shared)[:3]}: "
+                             "a drive is either trained on or scored")  # fmt: skip
+    return cache
+
+
+def _objective(model: ModelConfig, config: TrainingConfig, cache: SampleCache) -> Objective:
+    if config.stage == "pretrain":
+        return objectives.PretrainObjective(model, config.loss)
+    counts = torch.from_numpy(semantic_counts(cache, len(model.occupancy_classes)))
+    return objectives.FinetuneObjective(
+        model, config.loss, losses.balanced_weights(counts, config.loss.most)
+    )
+
+
+def _loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], Any]:
+    def load(first: int) -> Any:
+        from accelerate import PartialState
+
+        state = PartialState()
+        return batches(
+            dataset, config.batch, config.workers, first, state.process_index, state.num_processes
+        )
+
+    return load
+
+
+def _validation(model: ModelConfig, config: TrainingConfig, cache: SampleCache, root: Path | None
+                ) -> Callable[[nn.Module], Mapping[str, float]] | None:  # fmt: skip
+    if root is None:
+        return None
+    held_out = open_cache(root)
+    if held_out.info != cache.info:
+        raise CacheError(f"{root}: made with {held_out.info}, the training cache with {cache.info}")
+    indices = np.unique(
+        np.linspace(0, len(held_out) - 1, min(config.validate_samples, len(held_out)))
+        .round()
+        .astype(int)
+    )
+
+    def validate(network: nn.Module) -> Mapping[str, float]:
+        assert isinstance(network, OccBevNetwork)
+        predict = predictor(network, model, held_out)
+        if config.stage == "pretrain":
+            return {"iou": reconstruction_iou(held_out, predict, indices)}
+        scores: Scores = evaluate(held_out, predict, model, indices=indices)
+        return scores.summary()
+
+    return validate
+
+
+def _write_record(folder: Path, config: TrainingConfig, model: ModelConfig, cache: SampleCache,
+                  begun: Mapping[str, Any]) -> None:  # fmt: skip
+    path = folder / "run.json"
+    if path.exists():
+        return
+    record = {
+        "stage": config.stage, "seed": config.seed, "data_hash": cache.hash, "drives": list(cache.drives),
+        "samples": len(cache), "begun_from": dict(begun), "model": to_record(model),
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(),
+                    "cuda": torch.version.cuda if torch.cuda.is_available() else None},
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1))
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor[0].float().numpy()
