@@ -68,6 +68,11 @@ class ModelPackage:
         lines = [f"{name} {digest}" for name, digest in sorted(self.files.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
+    @property
+    def trained_on(self) -> str:
+        """What the weights have seen, in words (`provenance.data`); to be said wherever results are shown."""
+        return str(self.provenance.get("data", "data that its provenance does not name"))
+
     def has(self, name: str) -> bool:
         """Whether the package holds a file of this name."""
         return name in self.files

@@ -192,30 +192,28 @@ def _overlay_frame(recording: Recording, key: int, sweep_index: int, frame_set: 
     from occbev_training.sources.deskew import compensated
 
     sweep = compensated(recording.sweep(sweep_index), recording.trajectory)
-    lidar_pose, key_pose = (
-        recording.trajectory.at(sweep.stamp_ns),
-        recording.trajectory.at(frame_set.stamp_ns),
-    )
-    motion = motion_to_key(frame_set, key_pose)
-    perception = pipeline.run(frame_set, motion) if pipeline else None
+    motion = motion_to_key(frame_set, recording.trajectory.at(frame_set.stamp_ns))
     annotations = recording.annotations(key)
     truth = annotations.boxes if annotations else NOTHING
-    lidar, boxes, voxels, coverage = {}, {}, {}, {}
+    images, lidar, coverage, at_key = {}, {}, {}, {}
     for name in frame_set.cameras:
         frame, camera = frame_set.frames[name], recording.rig[name]
         assert frame is not None
-        image = decode_image(frame.image, name) if isinstance(frame.image, bytes) else frame.image
-        points, coverage[name] = lidar_in_camera(sweep, lidar_pose, frame, camera)
+        image = (
+            frame.image if isinstance(frame.image, np.ndarray) else decode_image(frame.image, name)
+        )
+        points, coverage[name] = lidar_in_camera(
+            sweep, recording.trajectory.at(sweep.stamp_ns), frame, camera
+        )
         lidar[name] = draw_points(image, camera, points, radius=max(1, camera.width // 500))
-        at_key = replace(camera, cam2ego=motion[name] @ camera.cam2ego)
-        line = max(1, camera.width // 400)
-        boxes[name] = draw_boxes(image, at_key, truth, _truth_style(perception, line))
-        if perception:
-            boxes[name] = draw_boxes(
-                boxes[name], at_key, perception.boxes, BoxStyle(thickness=line)
-            )
-            voxels[name] = draw_voxels(image, at_key, perception.occupancy)
-    pictures = {"lidar": camera_mosaic(lidar)} | _result_pictures(boxes, voxels, truth, perception)
+        images[name], at_key[name] = image, replace(camera, cam2ego=motion[name] @ camera.cam2ego)
+    pictures = {"lidar": camera_mosaic(lidar)}
+    if pipeline:
+        perception, model = pipeline.run(frame_set, motion), pipeline.package
+        note = f"voxels in 3D, {model.model.name} trained on {model.trained_on}"
+        pictures |= _result_pictures(images, at_key, truth, perception, note)
+    elif len(truth):
+        pictures["boxes"] = _label_picture(images, at_key, truth)
     names = _write(pictures, out, f"{recording.name}_{key:04d}")
     sweep_ms = (sweep.stamp_ns - frame_set.stamp_ns) / 1e6
     return FrameReport(
@@ -223,36 +221,41 @@ def _overlay_frame(recording: Recording, key: int, sweep_index: int, frame_set: 
     )
 
 
-def _truth_style(perception: Perception | None, thickness: int) -> BoxStyle:
-    """Labels get their class colours where they stand alone, white dashes beside predictions."""
-    return (
-        BoxStyle(thickness=thickness)
-        if perception is None
-        else replace(GROUND_TRUTH, thickness=thickness)
-    )
+def _label_picture(
+    images: dict[str, Picture], cameras: dict[str, Camera], truth: Boxes3D
+) -> Picture:
+    """Labels over the images and from above, in their class colours."""
+    drawn = {
+        name: draw_boxes(image, cameras[name], truth, BoxStyle(thickness=_line(image)))
+        for name, image in images.items()
+    }
+    return stacked([camera_mosaic(drawn), beside({"labels from above": bev_picture(truth)})])
 
 
-def _result_pictures(boxes: dict[str, Picture], voxels: dict[str, Picture], truth: Boxes3D,
-                     perception: Perception | None) -> dict[str, Picture]:  # fmt: skip
-    """Boxes over the images and from above; with a model also its voxels."""
-    if perception is None:
-        if not len(truth):
-            return {}
-        return {
-            "boxes": stacked(
-                [camera_mosaic(boxes), beside({"labels from above": bev_picture(truth)})]
-            )
-        }
-    occupancy = perception.occupancy
-    views = beside({
-        "boxes (dashed: labels)": bev_picture(perception.boxes, truth, size=600),
-        "voxels from above": occupancy_from_above(occupancy, 600),
-    })  # fmt: skip
-    space = occupancy_in_3d(occupancy, boxes=perception.boxes)
+def _result_pictures(images: dict[str, Picture], cameras: dict[str, Camera], truth: Boxes3D,
+                     perception: Perception, note: str) -> dict[str, Picture]:  # fmt: skip
+    """Predicted boxes beside dashed labels, and predicted voxels; over the images, from above and in 3D."""
+    boxes, voxels, occupancy = {}, {}, perception.occupancy
+    for name, image in images.items():
+        labelled = draw_boxes(
+            image, cameras[name], truth, replace(GROUND_TRUTH, thickness=_line(image))
+        )
+        boxes[name] = draw_boxes(
+            labelled, cameras[name], perception.boxes, BoxStyle(thickness=_line(image))
+        )
+        voxels[name] = draw_voxels(image, cameras[name], occupancy)
+    views = {"boxes (dashed: labels)": bev_picture(perception.boxes, truth, size=600),
+             "voxels from above": occupancy_from_above(occupancy, 600)}  # fmt: skip
+    space = beside({note: occupancy_in_3d(occupancy, boxes=perception.boxes)})
     return {
-        "boxes": stacked([camera_mosaic(boxes), views]),
+        "boxes": stacked([camera_mosaic(boxes), beside(views)]),
         "voxels": stacked([camera_mosaic(voxels), space]),
     }
+
+
+def _line(image: Picture) -> int:
+    """Line thickness that survives the mosaic's scaling."""
+    return max(1, image.shape[1] // 400)
 
 
 def _write(pictures: dict[str, Picture], out: Path, stem: str) -> list[str]:
