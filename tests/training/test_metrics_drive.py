@@ -22,6 +22,7 @@ GRID = GRIDS["tiny"]
 CAR, ROAD = OCCUPANCY_CLASSES.index("car"), OCCUPANCY_CLASSES.index("driveable_surface")
 KEYS = np.array([1_000_000_000, 1_200_000_000], np.int64)
 SPEED = 20.0
+NOTHING = np.zeros(GRID.shape, bool)
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,30 @@ def perfect(offset_ns: int = 0) -> list[Result]:
 
 def test_right_results_score_one(truth: Truth) -> None:
     results = drive.results_at_keys(perfect(), truth)
-    detection = drive.score_detection(results, truth)
+    detection = drive.score_detection(results, truth, Boxes3D.empty())
     assert detection["AP"]["car"] == pytest.approx(dict.fromkeys(("0.5", "1.0", "2.0", "4.0"), 1.0))
     assert detection["AP_30m"]["car"]["0.5"] == pytest.approx(1.0)
     assert detection["mAP"] == pytest.approx(0.1)  # nine classes have no truth and count as 0
-    assert drive.score_occupancy(results, truth) == {"iou": 1.0, "mIoU": 1.0}
+    scores = drive.score_occupancy(results, truth, NOTHING)
+    assert scores == {"iou": 1.0, "iou_mean_of_training_set": 0.0, "mIoU": 1.0}
+
+
+def test_the_prior_is_scored_by_the_same_rules(truth: Truth) -> None:
+    wrong = [replace(result, boxes=Boxes3D.empty()) for result in perfect()]
+    results = drive.results_at_keys(wrong, truth)
+    detection = drive.score_detection(results, truth, boxes())
+    assert detection["AP_30m"]["car"]["2.0"] == 0.0
+    assert detection["AP_30m_prior"]["car"]["2.0"] == pytest.approx(1.0)
+    scores = drive.score_occupancy(results, truth, semantics() != FREE)
+    assert scores["iou_mean_of_training_set"] == 1.0
 
 
 def test_results_are_carried_to_the_key_stamp(truth: Truth) -> None:
     late = 40_000_000  # 0.8 m at 20 m/s: too far for the strictest threshold if it were not compensated
     results = drive.results_at_keys(perfect(late), truth)
     np.testing.assert_allclose(results[0].boxes.box, boxes().box, atol=1e-5)
-    assert drive.score_detection(results, truth)["AP"]["car"]["0.5"] == pytest.approx(1.0)
+    scores = drive.score_detection(results, truth, Boxes3D.empty())
+    assert scores["AP"]["car"]["0.5"] == pytest.approx(1.0)
 
 
 def test_a_volume_moves_by_whole_voxels() -> None:
@@ -120,14 +133,14 @@ def test_only_voxels_in_sight_are_scored(truth: Truth) -> None:
     wrong = semantics()
     wrong[:20] = CAR
     results = drive.results_at_keys([Result(int(KEYS[0]), boxes(), volume(wrong))], truth)
-    assert drive.score_occupancy(results, truth)["iou"] == 1.0
+    assert drive.score_occupancy(results, truth, NOTHING)["iou"] == 1.0
     wrong[20:, :, 7] = CAR
     results = drive.results_at_keys([Result(int(KEYS[0]), boxes(), volume(wrong))], truth)
-    assert drive.score_occupancy(results, truth)["iou"] < 0.5
+    assert drive.score_occupancy(results, truth, NOTHING)["iou"] < 0.5
 
 
 def test_incomplete_and_stray_results_are_left_out(truth: Truth) -> None:
     stray = replace(perfect()[0], stamp_ns=int(KEYS[0]) + 95_000_000)
     incomplete = replace(perfect()[1], occupancy=None)
     assert drive.results_at_keys([stray, incomplete], truth) == []
-    assert np.isnan(drive.score_occupancy([], truth)["iou"])
+    assert np.isnan(drive.score_occupancy([], truth, NOTHING)["iou"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,11 +22,8 @@ from occbev_training.metrics.occupancy import (
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 from occbev_training.sources.truth import Truth
 
-REACHES = {"AP_30m": 30.0, "AP_50m": 50.0}
-"""Scores of well-measured truths -> metres within which they are taken."""
-
-MEASURED_POINTS = 5
-"""LiDAR returns that a well-measured truth has."""
+NEAR_RANGE, NEAR_POINTS = 30.0, 5
+"""AP_30m is of truths within this many metres that have this many LiDAR returns."""
 
 
 class Result(Protocol):
@@ -90,48 +87,53 @@ def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
     )
 
 
-def score_detection(results: Iterable[KeyResult], truth: Truth) -> dict[str, Any]:
-    """Score boxes by the nuScenes rules: {mAP, NDS, AP, AP_30m, AP_50m, ...}.
+def score_detection(results: Sequence[KeyResult], truth: Truth, prior: Boxes3D) -> dict[str, Any]:
+    """Score boxes by the nuScenes rules: {mAP, NDS, AP, ..., AP_30m, AP_30m_prior}.
 
-    AP_30m and AP_50m: truths within 30 or 50 m that have at least 5 LiDAR returns; a prediction that
-    matches a truth left out by this counts neither way.
+    prior: boxes that the training set alone would answer for every frame.
+    AP_30m: truths within 30 m that have at least 5 LiDAR returns; a prediction that matches a truth
+    left out by this counts neither way.
     """
-    pairs = [(result.boxes, _annotations(truth, result.key)) for result in results]
-    boxes, truths = [boxes for boxes, _ in pairs], [annotations for _, annotations in pairs]
-    return detection_scores(boxes, truths)
-
-
-def detection_scores(boxes: list[Boxes3D], truths: list[Annotations]) -> dict[str, Any]:
-    """Score boxes of some key frames against their annotations; see `score_detection`."""
+    truths = [_annotations(truth, result.key) for result in results]
+    boxes = [result.boxes for result in results]
     full = evaluate_detection(boxes, truths).as_record()
     kept = ("mAP", "NDS", "AP", "tp_errors", "truths", "predictions", "classes_without_truth")
-    measured = {name: measured_ap(boxes, truths, reach) for name, reach in REACHES.items()}
-    return {**{name: full[name] for name in kept}, **measured}
+    return {
+        **{name: full[name] for name in kept},
+        "AP_30m": near_ap(boxes, truths),
+        "AP_30m_prior": near_ap([prior] * len(truths), truths),
+    }
 
 
-def measured_ap(
-    boxes: list[Boxes3D], truths: list[Annotations], reach: float
-) -> dict[str, dict[str, float]]:
-    """Return class -> threshold -> AP of well-measured truths within `reach` metres."""
+def near_ap(boxes: Sequence[Boxes3D], truths: Sequence[Annotations]) -> dict[str, dict[str, float]]:
+    """Return class -> threshold -> AP of near and well-measured truths."""
     scores = evaluate_detection(
-        boxes, truths, max_range=reach, min_points=MEASURED_POINTS, ignore_excluded=True
+        boxes, truths, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True
     )
     ap: dict[str, dict[str, float]] = scores.as_record()["AP"]
     return ap
 
 
-def score_occupancy(results: Iterable[KeyResult], truth: Truth) -> dict[str, float]:
-    """Score voxels over what the cameras could see: {iou, mIoU}; what was not published is free."""
-    binary, classes = np.zeros(3, np.int64), None
+def score_occupancy(
+    results: Sequence[KeyResult], truth: Truth, prior: NDArray[np.bool_]
+) -> dict[str, float]:
+    """Score voxels over what the cameras could see: {iou, iou_mean_of_training_set, mIoU}.
+
+    prior: (X, Y, Z) voxels that the training set alone would call occupied in every frame.
+    What was not published is free.
+    """
+    published, mean, classes = np.zeros(3, np.int64), np.zeros(3, np.int64), []
     for result in results:
         wanted = occupancy_truth(truth, result.key)
-        label, mask = result.occupancy.label, wanted.mask_camera
-        binary += binary_counts(wanted.semantics != FREE, label != FREE, mask)
-        counts = confusion(wanted.semantics, label, mask)
-        classes = counts if classes is None else classes + counts
-    if classes is None:
-        return {"iou": float("nan"), "mIoU": float("nan")}
-    return {"iou": binary_iou(binary), "mIoU": mean_iou(classes)}
+        occupied, mask = wanted.semantics != FREE, wanted.mask_camera
+        published += binary_counts(occupied, result.occupancy.label != FREE, mask)
+        mean += binary_counts(occupied, prior, mask)
+        classes.append(confusion(wanted.semantics, result.occupancy.label, mask))
+    return {
+        "iou": binary_iou(published),
+        "iou_mean_of_training_set": binary_iou(mean),
+        "mIoU": mean_iou(np.sum(classes, 0)) if classes else float("nan"),
+    }
 
 
 def occupancy_truth(truth: Truth, key: int) -> OccupancyTruth:
