@@ -62,21 +62,23 @@ class VoxelTrunk(nn.Module):
         self.reduce = conv_bn_relu(inputs, config.channels, 1)
         self.plane = ResidualBlock(config.channels, config.channels)
         self.unfold = conv_bn_relu(config.channels, width * self._heights, 1)
-        # The plane has seen its surroundings along x and y, so that 3D refinement is along z.
+        # The plane has seen its surroundings along x and y, so that 3D refinement is along z: a 2D
+        # convolution over (Z, Y * X), which runtimes know better than a 3D one.
         self.refine = nn.Sequential(
-            nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False),
-            nn.BatchNorm3d(width),
+            nn.Conv2d(width, width, (3, 1), padding=(1, 0), bias=False),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         )
         self.subpixel = nn.Sequential(
-            nn.Conv3d(width, config.voxel_channels * SUBPIXEL**2, 1), nn.ReLU(inplace=True)
+            nn.Conv2d(width, config.voxel_channels * SUBPIXEL**2, 1), nn.ReLU(inplace=True)
         )
 
     def forward(self, plane: Tensor) -> Tensor:
         """Turn the plane (B, C, Y / 2, X / 2) into voxel features (B, F, Z, Y, X)."""
-        voxels = self.unfold(self.plane(plane)).unflatten(1, (-1, self._heights))
+        voxels = self.unfold(self.plane(plane)).flatten(2)
+        voxels = voxels.unflatten(1, (-1, self._heights))  # (B, F, Z, Y / 2 * X / 2)
         voxels = self.subpixel(voxels + self.refine(voxels))
-        return interleave(voxels)
+        return interleave(voxels.unflatten(3, plane.shape[2:]))
 
 
 def interleave(voxels: Tensor) -> Tensor:
