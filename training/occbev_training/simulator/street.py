@@ -235,11 +235,11 @@ def _ground_materials(table: MaterialTable) -> dict[int, int]:
 def _add_cell(builder: MeshBuilder, bend: Bend, s: NDArray[np.float64], d: NDArray[np.float64], height: float,
               material: int, label: int) -> None:  # fmt: skip
     along = np.linspace(s[0], s[1], max(2, int(np.ceil((s[1] - s[0]) / 3)) + 1))
-    corners_s = np.stack([along[:-1], along[1:], along[1:], along[:-1]], -1)
-    corners_d = np.broadcast_to([d[0], d[0], d[1], d[1]], corners_s.shape)
-    builder.quads(
-        bend.at(corners_s, corners_d, height), material, label, np.stack([corners_s, corners_d], -1)
-    )
+    across = np.linspace(d[0], d[1], max(2, int(np.ceil((d[1] - d[0]) / 8)) + 1))
+    i, j = (index.ravel() for index in np.indices((len(along) - 1, len(across) - 1)))
+    corners_s = np.stack([along[i], along[i + 1], along[i + 1], along[i]], -1)
+    corners_d = np.stack([across[j], across[j], across[j + 1], across[j + 1]], -1)
+    builder.quads(bend.at(corners_s, corners_d, height), material, label, np.stack([corners_s, corners_d], -1))
 
 
 def _add_kerbs(builder: MeshBuilder, bend: Bend, s_cuts: NDArray[np.float64], d_cuts: NDArray[np.float64],
