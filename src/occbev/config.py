@@ -102,7 +102,7 @@ class EncoderConfig:
     channels: int = 128
     """Channels of the neck's output."""
     frozen_stages: int = 4
-    """Leading parts that are not trained (1 = stem, 4 = stem and three stages); their BN stays in eval."""
+    """Leading parts that are not trained (1 = stem, 4 = stem and three stages), their norms folded in."""
 
 
 @dataclass(frozen=True)

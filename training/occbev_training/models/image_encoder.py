@@ -6,13 +6,14 @@ The first part of the line through the network; it treats every camera alike.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from occbev.config import EncoderConfig
 from occbev_training.models.layers import conv_bn_relu
@@ -32,37 +33,17 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        model = timm.create_model(config.backbone, pretrained=False)
-        self.conv_stem, self.bn1 = model.conv_stem, model.bn1
-        self.blocks = model.blocks[: config.stages]
-        self._taps = _last_stage_of_stride(self, (16, 32))
-        widths = [_out_channels(self.blocks[i]) for i in self._taps]
+        self._config = config
+        self.trunk = _Trunk(config)
+        fold_norms(self.trunk, config.frozen_stages)
+        self._taps = _last_stage_of_stride(self.trunk, (16, 32))
+        widths = [_out_channels(self.trunk.blocks[i]) for i in self._taps]
         self.lateral = nn.ModuleList(nn.Conv2d(width, config.channels, 1) for width in widths)
         self.smooth = conv_bn_relu(config.channels, config.channels, 3)
-        self.frozen_stages = config.frozen_stages
-        self.train()
-
-    @property
-    def frozen_parts(self) -> list[nn.Module]:
-        """The leading parts that are not trained: the stem, then stages."""
-        parts = [nn.ModuleList([self.conv_stem, self.bn1]), *self.blocks]
-        return parts[: self.frozen_stages]
-
-    def train(self, mode: bool = True) -> ImageEncoder:
-        """Set the mode; frozen parts keep their weights and their BN statistics in either."""
-        super().train(mode)
-        for part in self.frozen_parts:
-            part.eval().requires_grad_(False)
-        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn (B * N, 3, H, W) normalised images into (B * N, C, H / 16, W / 16)."""
-        x = self.bn1(self.conv_stem(images))
-        taps: list[Tensor] = []
-        for index, stage in enumerate(self.blocks):
-            x = stage(x)
-            if index in self._taps:
-                taps.append(x)
+        taps = self.trunk(images, self._taps)
         fine, coarse = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
         return self.smooth(fine + functional.interpolate(coarse, scale_factor=2.0, mode="nearest"))
 
@@ -73,8 +54,9 @@ class ImageEncoder(nn.Module):
         Raises: ValueError naming the first weight of the trunk that the file lacks.
         """
         state = torch.load(path, map_location="cpu", weights_only=True)
-        renamed = rename_imagenet(state, _block_places(self.blocks))
-        own = {name: value for name, value in self.state_dict().items() if _is_trunk(name)}
+        trunk = _Trunk(self._config)
+        own = trunk.state_dict()
+        renamed = rename_imagenet(state, _block_places(trunk.blocks))
         missing = [name for name in own if name not in renamed]
         wrong = [n for n in own if n in renamed and renamed[n].shape != own[n].shape]
         if missing or wrong:
@@ -82,8 +64,54 @@ class ImageEncoder(nn.Module):
                 f"{path}: not EfficientNet-Lite0 weights: {len(missing)} of {len(own)} are missing"
                 f" and {len(wrong)} have another shape; first {(missing + wrong)[0]}"
             )
-        self.load_state_dict({name: renamed[name] for name in own}, strict=False)
+        trunk.load_state_dict({name: renamed[name] for name in own})
+        fold_norms(trunk, self._config.frozen_stages)
+        self.trunk.load_state_dict(trunk.state_dict())
         return tuple(sorted(set(renamed) - set(own)))
+
+
+class _Trunk(nn.Module):
+    """The backbone's stem and leading stages, under timm's names."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        model = timm.create_model(config.backbone, pretrained=False)
+        self.conv_stem, self.bn1 = model.conv_stem, model.bn1
+        self.blocks = model.blocks[: config.stages]
+
+    def forward(self, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """Return the outputs of the stages that `taps` names."""
+        x, outputs = self.bn1(self.conv_stem(images)), []
+        for index, stage in enumerate(self.blocks):
+            x = stage(x)
+            if index in taps:
+                outputs.append(x)
+        return outputs
+
+
+def fold_norms(trunk: _Trunk, frozen_stages: int) -> None:
+    """Freeze the leading parts for good: their batch norms become part of their convolutions.
+
+    frozen_stages: 0 = nothing, 1 = the stem, n = the stem and n - 1 stages. These hold the largest
+    maps, where norms cost as much as the convolutions. New weights need an unfolded trunk.
+    """
+    if frozen_stages > 0:
+        _fold(trunk)
+    for stage in trunk.blocks[: max(0, frozen_stages - 1)]:
+        for block in stage:
+            _fold(block)
+
+
+def _fold(block: nn.Module) -> None:
+    """Fold each norm among a module's own layers into the convolution before it, and freeze both."""
+    convolution = ""
+    for name, layer in list(block.named_children()):
+        if isinstance(layer, nn.Conv2d):
+            convolution = name
+        elif isinstance(layer, nn.BatchNorm2d):
+            fused = fuse_conv_bn_eval(getattr(block, convolution).eval(), layer.eval())
+            setattr(block, convolution, fused.requires_grad_(False))
+            setattr(block, name, getattr(layer, "act", nn.Identity()))
 
 
 def rename_imagenet(
@@ -118,13 +146,9 @@ def _block_places(stages: Iterable[nn.Module]) -> dict[int, tuple[str, bool]]:
     return dict(enumerate(blocks))
 
 
-def _is_trunk(name: str) -> bool:
-    return name.startswith(("conv_stem.", "bn1.", "blocks."))
-
-
-def _last_stage_of_stride(encoder: ImageEncoder, strides: tuple[int, ...]) -> tuple[int, ...]:
+def _last_stage_of_stride(trunk: _Trunk, strides: tuple[int, ...]) -> tuple[int, ...]:
     stride, last = 2, {}
-    for index, stage in enumerate(encoder.blocks):
+    for index, stage in enumerate(trunk.blocks):
         stride *= max(m.stride[0] for m in stage.modules() if isinstance(m, nn.Conv2d))
         last[stride] = index
     missing = [s for s in strides if s not in last]
