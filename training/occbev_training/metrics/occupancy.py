@@ -132,8 +132,8 @@ class RayScorer:
     ) -> None:
         """Cast all rays from (O, 3) origins in base_link through two label volumes (X, Y, Z)."""
         free = self.classes - 1
-        true_label, true_depth = cast_rays(truth, origins, self.grid, free)
-        label, depth = cast_rays(predicted, origins, self.grid, free)
+        volumes = np.stack([truth, predicted])
+        (true_label, label), (true_depth, depth) = cast_rays(volumes, origins, self.grid, free)
         counted = true_label != free
         true_label, label = true_label[counted], label[counted]
         away = np.abs(true_depth[counted] - depth[counted])
@@ -187,18 +187,22 @@ def cast_rays(labels: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid, fr
               rays: NDArray[np.float32] | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:  # fmt: skip
     """Follow rays to the first voxel that is not free.
 
-    labels: (X, Y, Z). origins: (O, 3) in the grid's frame. rays: (R, 3) directions; those of RayIoU if None.
-    Returns: label (O * R,) and distance (O * R,) in metres at which the ray leaves that voxel; a ray
-        that meets nothing gets free and leaves the grid. A ray that never enters the grid: free, 0.
+    labels: (X, Y, Z), or several volumes (V, X, Y, Z), which one walk serves. origins: (O, 3) in the
+    grid's frame. rays: (R, 3) directions; those of RayIoU if None.
+    Returns: label (O * R,) and distance (O * R,) in metres at which the ray leaves that voxel, with V
+        in front for several volumes; a ray that meets nothing gets free and leaves the grid, one that
+        never enters the grid free and 0.
     """
-    if labels.shape != grid.shape:
+    if labels.shape[-3:] != grid.shape or labels.ndim not in (3, 4):
         raise ValueError(f"labels have shape {labels.shape}, the grid {grid.shape}")
     if len(set(grid.pitch)) != 1:
         raise ValueError(f"rays need cubic voxels, the grid's pitch is {grid.pitch}")
     rays = ray_directions() if rays is None else rays
     start, direction = _voxel_rays(np.asarray(origins, np.float32), rays, grid)
-    label, length = _walker()(np.ascontiguousarray(labels), start, direction, free)
-    return label, (length * grid.pitch[0]).astype(np.float32)
+    volumes = np.ascontiguousarray(np.moveaxis(labels.reshape(-1, *grid.shape), 0, -1))
+    label, length = _walker()(volumes, start, direction, free)
+    distance = (length * grid.pitch[0]).astype(np.float32)
+    return (label[0], distance[0]) if labels.ndim == 3 else (label, distance)
 
 
 def _voxel_rays(
@@ -232,13 +236,15 @@ def _walker() -> Walker:
 def _walk_rays(
     labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
 ) -> tuple[NDArray[np.uint8], Array]:
-    """Step each ray from voxel to voxel (Amanatides & Woo 1987); the form that numba compiles.
+    """Step each ray from voxel to voxel (Amanatides & Woo 1987) until every volume stopped it.
 
-    Ties go to z, then y, then x, and an axis with a zero direction is never stepped.
+    labels: (X, Y, Z, V). The form that numba compiles. Ties go to z, then y, then x, and an axis
+    with a zero direction is never stepped.
+    Returns: label and distance in voxels, (V, N).
     """
-    nx, ny, nz = labels.shape
-    label = np.full(len(starts), free, np.uint8)
-    length = np.zeros(len(starts))
+    nx, ny, nz, volumes = labels.shape
+    label = np.full((volumes, len(starts)), free, np.uint8)
+    length = np.zeros((volumes, len(starts)))
     for r in range(len(starts)):
         x, y, z = starts[r]
         dx, dy, dz = directions[r]
@@ -250,35 +256,34 @@ def _walk_rays(
         wx = abs(1 / dx) if dx != 0 else np.inf
         wy = abs(1 / dy) if dy != 0 else np.inf
         wz = abs(1 / dz) if dz != 0 else np.inf
-        while True:
-            if (
-                (si > 0 and i >= nx)
-                or (si < 0 and i < 0)
-                or (sj > 0 and j >= ny)
-                or (sj < 0 and j < 0)
+        left, leaves = volumes, 0.0
+        while left > 0:
+            if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
+                leaves = min(tx, ty, tz)
+                for v in range(volumes):
+                    if labels[i, j, k, v] != free and label[v, r] == free:
+                        label[v, r], length[v, r] = labels[i, j, k, v], leaves
+                        left -= 1
+            elif (
+                (i >= nx if si > 0 else i < 0)
+                or (j >= ny if sj > 0 else j < 0)
+                or (k >= nz if sk > 0 else k < 0)
             ):
-                break
-            if (sk > 0 and k >= nz) or (sk < 0 and k < 0):
-                break
-            inside = 0 <= i < nx and 0 <= j < ny and 0 <= k < nz
-            if inside:
-                length[r] = min(tx, ty, tz)
-                if labels[i, j, k] != free:
-                    label[r] = labels[i, j, k]
-                    break
+                break  # beyond the grid and moving away
             if tx < ty and tx < tz:
-                if tx == np.inf:
-                    break
                 i += si
                 tx += wx
             elif ty < tz:
                 j += sj
                 ty += wy
-            else:
-                if tz == np.inf:
-                    break
+            elif tz < np.inf:
                 k += sk
                 tz += wz
+            else:
+                break
+        for v in range(volumes):
+            if label[v, r] == free:
+                length[v, r] = leaves
     return label, length
 
 
@@ -286,6 +291,15 @@ def _walk_arrays(
     labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
 ) -> tuple[NDArray[np.uint8], Array]:
     """The same walk for all rays at once with numpy alone; slower, for machines without numba."""
+    results = [
+        _walk_volume(labels[..., v], starts, directions, free) for v in range(labels.shape[3])
+    ]
+    return np.stack([label for label, _ in results]), np.stack([length for _, length in results])
+
+
+def _walk_volume(
+    labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
+) -> tuple[NDArray[np.uint8], Array]:
     shape = np.array(labels.shape)
     label, length = np.full(len(starts), free, np.uint8), np.zeros(len(starts))
     ray = np.arange(len(starts))
