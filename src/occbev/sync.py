@@ -17,8 +17,8 @@ T = TypeVar("T")
 LEARNED_MATCHES = 15
 """Matches over which a camera's offset is the median, and anchor gaps that give the period."""
 
-WARM_UP_GAPS = 3
-"""Gaps between stamps that must be seen before the period counts as known."""
+WARM_UP_GAPS, ANCHOR_GAPS = 2, 3
+"""Gaps between stamps that must be seen before the period counts as known: of any cameras, of the anchor."""
 
 SILENT_AFTER = 3
 """Sets in a row without a camera after which sets no longer wait for it."""
@@ -189,10 +189,17 @@ class FrameSynchronizer(Generic[T]):
         self._started_ns: int | None = None
         self._earlier_pass: tuple[int, int] | None = None
         self._number = 0
+        self._key_drops: deque[tuple[int, str]] = deque(maxlen=1000)
         self._timeout_ns = int(self.config.timeout_s * 1e9)
         self._tolerance_ns = int(self.config.tolerance_s * 1e9)
         self._acquire_ns = int(self.config.acquire_s * 1e9)
         self._reset_ns = int(self.config.reset_s * 1e9)
+
+    def take_key_drops(self) -> list[tuple[int, str]]:
+        """Return (stamp_ns, reason) of the key times that were dropped since the last call."""
+        drops = list(self._key_drops)
+        self._key_drops.clear()
+        return drops
 
     @property
     def pending(self) -> int:
@@ -225,13 +232,13 @@ class FrameSynchronizer(Generic[T]):
         if self._started_ns is None:
             self._started_ns = now_ns
         if self._is_straggler(stamp_ns):
-            self._drop(camera, "previous_pass", is_key=camera == self.anchor)
+            self._drop_anchored(camera, stamp_ns, "previous_pass")
             return []
         finished = []
         if stream.newest_ns is not None and stamp_ns < stream.newest_ns - self._reset_ns:
             finished = self._restart_at(camera, stamp_ns, now_ns)
         if stamp_ns in stream.recent:
-            self._drop(camera, "duplicate", is_key=camera == self.anchor)
+            self._drop_anchored(camera, stamp_ns, "duplicate")
             return finished
         self._observe(stream, stamp_ns, now_ns)
         self._number += 1
@@ -298,7 +305,7 @@ class FrameSynchronizer(Generic[T]):
             return
         if stream.name == self.anchor:
             self._anchor_gaps.append(gap)
-        if len(self._anchor_gaps) >= WARM_UP_GAPS:
+        if len(self._anchor_gaps) >= ANCHOR_GAPS:
             # The lower quartile stays right while most of the gaps are widened by lost images.
             self.period_ns = sorted(self._anchor_gaps)[len(self._anchor_gaps) // 4]
         elif len(self._first_gaps) < LEARNED_MATCHES:
@@ -362,7 +369,8 @@ class FrameSynchronizer(Generic[T]):
     ) -> None:
         """Make a key time of an image and give it what already waits."""
         if self._is_late_key(stamp_ns, stream.name):
-            self._drop(stream.name, "late", is_key=True)
+            self._drop(stream.name, "late")
+            self._drop_key(stamp_ns, "late")
             return
         self.statistics.keys += 1
         key = _Key(stamp_ns, now_ns, stream.name, {stream.name: image})
@@ -472,6 +480,7 @@ class FrameSynchronizer(Generic[T]):
         }
         if len(key.images) < self.config.min_cameras:
             self.statistics.dropped_keys["too_few_cameras"] += 1
+            self._key_drops.append((key.stamp_ns, "too_few_cameras"))
             for name in key.images:
                 self.statistics.dropped[name]["too_few_cameras"] += 1
             return []
@@ -508,11 +517,19 @@ class FrameSynchronizer(Generic[T]):
             stream.unlearn()
         return reason
 
-    def _drop(self, camera: str, reason: str, is_key: bool = False) -> None:
+    def _drop_anchored(self, camera: str, stamp_ns: int, reason: str) -> None:
+        """Drop an image before it was looked at; an anchor's is a key time as well."""
+        self._drop(camera, reason)
+        if camera == self.anchor:
+            self._drop_key(stamp_ns, reason)
+
+    def _drop(self, camera: str, reason: str) -> None:
         self.statistics.dropped[camera][reason] += 1
-        if is_key:
-            self.statistics.keys += 1
-            self.statistics.dropped_keys[reason] += 1
+
+    def _drop_key(self, stamp_ns: int, reason: str) -> None:
+        self.statistics.keys += 1
+        self.statistics.dropped_keys[reason] += 1
+        self._key_drops.append((stamp_ns, reason))
 
     def _drop_many(self, stream: _Stream[T], count: int, reason: str) -> None:
         if count:

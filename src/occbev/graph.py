@@ -1,0 +1,148 @@
+"""The ROS graph as data: nodes, topics, qualities of service, launch arguments.
+
+The node, the launch file, `occbev run`, `occbev replay`, the RViz check and the tables in the README all read
+this; it imports no ROS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CAMERAS = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
+"""Camera names where no parameter file says otherwise."""
+
+IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
+CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality of service of one end of a topic."""
+
+    reliability: str
+    durability: str = "volatile"
+    depth: int = 5
+
+    def reaches(self, reader: Quality) -> bool:
+        """Whether a writer with this quality matches a reader."""
+        reliable = self.reliability == "reliable" or reader.reliability == "best_effort"
+        lasting = self.durability == "transient_local" or reader.durability == "volatile"
+        return reliable and lasting
+
+
+SENSOR = Quality("best_effort")
+RESULT = Quality("reliable")
+TF, TF_STATIC = Quality("reliable", depth=100), Quality("reliable", "transient_local", 100)
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One topic of a node: its name before remapping, its type and what it carries."""
+
+    name: str
+    type: str
+    quality: Quality
+    text: str
+
+
+OUTPUTS: dict[str, Topic] = {
+    "objects": Topic("~/output/objects", "vision_msgs/msg/Detection3DArray", RESULT,
+                     "boxes in base_link at the key time"),
+    "points": Topic("~/output/occupancy/points", "sensor_msgs/msg/PointCloud2", RESULT,
+                    "voxel centres: x, y, z, rgb, confidence, label (Occ3D class)"),
+    "grid": Topic("~/output/occupancy/grid", "nav_msgs/msg/OccupancyGrid", RESULT,
+                  "the plane: 100 blocked, 0 free, -1 not observed"),
+    "markers": Topic("~/output/markers", "visualization_msgs/msg/MarkerArray", RESULT,
+                     "boxes as cubes, velocities as arrows"),
+}  # fmt: skip
+"""What the perception node publishes where someone listens."""
+
+DIAGNOSTICS = Topic("/diagnostics", "diagnostic_msgs/msg/DiagnosticArray", Quality("reliable", depth=10),
+                    "once a second: cameras, synchroniser, ego motion, latency")  # fmt: skip
+
+STAGES = ("sync", "decode", "preprocess", "tables", "inference", "postprocess", "publish", "total")
+"""Stages with a latency topic each under `~/debug/processing_time/<stage>_ms`."""
+
+DEBUG_TYPE = "std_msgs/msg/Float32"
+
+FRAME_INPUTS = (
+    Topic("/tf", "tf2_msgs/msg/TFMessage", TF, "moving frames; ego motion where no odometry comes"),
+    Topic("/tf_static", "tf2_msgs/msg/TFMessage", TF_STATIC, "camera frame to base_link"),
+)
+
+ODOMETRY = Topic("~/input/odometry", "nav_msgs/msg/Odometry", Quality("best_effort", depth=50),
+                 "ego pose, so that cameras may fire at different times")  # fmt: skip
+
+CLOCK = Topic(
+    "/clock", "rosgraph_msgs/msg/Clock", Quality("best_effort", depth=1), "time of a replayed bag"
+)
+
+NODE_NAME = "perception"
+EXECUTABLE = "perception"
+MODULE = "occbev.nodes.perception_node"
+
+
+def camera_topics(camera: str) -> tuple[Topic, Topic, Topic]:
+    """Return the default image, compressed image and calibration topics of a camera."""
+    base = f"~/input/{camera.lower()}"
+    return (
+        Topic(f"{base}/image", IMAGE, SENSOR, "raw image"),
+        Topic(f"{base}/image/compressed", COMPRESSED, SENSOR, "JPEG or PNG image"),
+        Topic(f"{base}/camera_info", CAMERA_INFO, SENSOR, "calibration"),
+    )
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the launch file and of `occbev run`, given as name:=value."""
+
+    name: str
+    default: str
+    text: str
+
+
+ARGUMENTS = (
+    Argument("params_file", "", "ROS parameter file; empty for the shipped config/perception.yaml"),
+    Argument("model", "", "model package: a folder or the name of a shipped one"),
+    Argument("rig", "", "rig YAML to use in place of CameraInfo and TF"),
+    Argument("backend", "", "openvino, onnxruntime, tensorrt, torch or auto"),
+    Argument("bag", "", "bag to replay through the node"),
+    Argument("rviz", "false", "start RViz with the shipped view"),
+    Argument("use_sim_time", "false", "take time from /clock"),
+    Argument("namespace", "", "namespace of the node"),
+    Argument("log_level", "info", "debug, info, warn, error or fatal"),
+)
+"""Launch arguments; an empty one leaves the parameter file's value."""
+
+PARAMETER_ARGUMENTS = ("model", "rig", "backend")
+"""Arguments that set the parameter of the same name when they are not empty."""
+
+
+def resolve(topic: str, namespace: str = "") -> str:
+    """Return the full name of a node's topic: `~/x` -> `/namespace/perception/x`."""
+    prefix = "/" + namespace.strip("/") if namespace.strip("/") else ""
+    if topic.startswith("~/"):
+        return f"{prefix}/{NODE_NAME}/{topic[2:]}"
+    return topic if topic.startswith("/") else f"{prefix}/{topic}"
+
+
+def ros_arguments(
+    params_file: str, parameters: dict[str, str], namespace: str = "", log_level: str = "info",
+    remaps: tuple[str, ...] = (),
+) -> list[str]:  # fmt: skip
+    """Return the `--ros-args ...` of the perception node; later values win."""
+    arguments = ["--ros-args", "--params-file", params_file]
+    for name, value in parameters.items():
+        arguments += ["-p", f"{name}:={value}"]
+    for remap in remaps:
+        arguments += ["-r", remap]
+    if namespace.strip("/"):
+        arguments += ["-r", f"__ns:=/{namespace.strip('/')}"]
+    return [*arguments, "--log-level", log_level]

@@ -1,0 +1,90 @@
+"""Where the vehicle was at each exposure: odometry, or TF, over the last seconds."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, bisect_right
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.nodes.parameters import EgoMotionParameters
+from occbev.nodes.tf import Buffer, TransformException
+from occbev.trajectory import PoseError, Trajectory
+
+KEPT_NS = 10_000_000_000
+MARGIN_NS = 300_000_000
+"""Poses this far around the wanted stamps are enough to interpolate between."""
+
+
+class EgoMotion:
+    """Buffers ego poses and answers with those at given stamps; safe to use from several threads."""
+
+    def __init__(self, parameters: EgoMotionParameters, buffer: Buffer, base_frame: str) -> None:
+        self._parameters, self._buffer, self._base = parameters, buffer, base_frame
+        self._stamps: list[int] = []
+        self._poses: list[NDArray[np.float64]] = []
+        self._changed = threading.Condition()
+
+    def add(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> None:
+        """Take one odometry pose; one that is not newer than the last is ignored."""
+        with self._changed:
+            if self._stamps and stamp_ns <= self._stamps[-1]:
+                return
+            self._stamps.append(stamp_ns)
+            self._poses.append(ego2global)
+            if self._stamps[0] < stamp_ns - KEPT_NS:
+                stale = bisect_left(self._stamps, stamp_ns - KEPT_NS)
+                del self._stamps[:stale], self._poses[:stale]
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Forget all poses, as after a clock jump."""
+        with self._changed:
+            self._stamps.clear()
+            self._poses.clear()
+
+    @property
+    def source(self) -> str:
+        """Where poses come from now: odometry, tf or none."""
+        wanted = self._parameters.source
+        if wanted != "auto":
+            return wanted
+        if self._stamps:
+            return "odometry"
+        known = self._buffer.can_transform(self._parameters.fixed_frame, self._base)
+        return "tf" if known else "none"
+
+    def wait_until(self, stamp_ns: int, timeout_s: float) -> None:
+        """Wait until odometry has passed a stamp, at most `timeout_s`; TF and no source do not wait."""
+        with self._changed:
+            if self._stamps:
+                self._changed.wait_for(
+                    lambda: bool(self._stamps) and self._stamps[-1] >= stamp_ns, timeout_s
+                )
+
+    def poses(self, stamps_ns: list[int]) -> list[NDArray[np.float64]] | None:
+        """Return ego2global (4, 4) at each stamp, or None where ego motion is switched off or absent.
+
+        Raises:
+            PoseError: there is a source, but it has no pose at one of the stamps.
+        """
+        source = self.source
+        if source == "none":
+            return None
+        if source == "odometry":
+            return list(self._trajectory(stamps_ns).at_many(stamps_ns))
+        try:
+            fixed = self._parameters.fixed_frame
+            return [self._buffer.lookup_matrix(fixed, self._base, stamp) for stamp in stamps_ns]
+        except TransformException as error:
+            raise PoseError(str(error)) from error
+
+    def _trajectory(self, stamps_ns: list[int]) -> Trajectory:
+        with self._changed:
+            first = max(0, bisect_left(self._stamps, min(stamps_ns) - MARGIN_NS) - 1)
+            last = bisect_right(self._stamps, max(stamps_ns) + MARGIN_NS) + 1
+            stamps, poses = self._stamps[first:last], self._poses[first:last]
+        if not stamps:
+            raise PoseError(f"no odometry was received around {min(stamps_ns)} ns")
+        return Trajectory(np.array(stamps, np.int64), np.stack(poses))

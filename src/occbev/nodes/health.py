@@ -1,0 +1,76 @@
+"""What an operator sees of the running node: a status for the whole, each camera, ego motion and latency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from occbev.nodes.intake import Intake, Watch
+from occbev.nodes.ledger import PROCESSED, Ledger
+from occbev.nodes.outputs import Status
+
+OK, WARN, ERROR = 0, 1, 2
+
+SILENT_S = 1.0
+"""A camera without an image for this long is silent."""
+
+
+def health(
+    intake: Intake, ledger: Ledger, latencies: Mapping[str, Iterable[float]], now_ns: int
+) -> list[Status]:
+    """Return all statuses of the node."""
+    cameras = [_camera(intake, name, watch, now_ns) for name, watch in intake.watch.items()]
+    return [_whole(intake, ledger, cameras), *cameras, _ego(intake), _latency(latencies)]
+
+
+def _whole(intake: Intake, ledger: Ledger, cameras: list[Status]) -> Status:
+    sync = intake.sync.statistics
+    good = sum(camera.level == OK for camera in cameras)
+    fewest = intake.parameters.sync.min_cameras
+    level = OK if good == len(cameras) else WARN if good >= fewest else ERROR
+    values = {
+        "processed": ledger.outcomes[PROCESSED], "complete_sets": sync.complete, "partial_sets": sync.partial,
+        "key_times": sync.keys, "waiting": intake.sync.pending, "epoch": intake.sync.epoch,
+        **{f"dropped.{reason}": count for reason, count in ledger.drops.items()},
+        **{f"resets.{reason}": count for reason, count in sync.resets.items()},
+    }  # fmt: skip
+    return Status("occbev: perception", level, f"{good} of {len(cameras)} cameras are good", values)
+
+
+def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
+    sync, problems = intake.sync, intake.calibrated().problems
+    age_s = (now_ns - watch.arrivals[-1]) / 1e9 if watch.arrivals else None
+    offset_ns = sync.offset_ns(name)
+    values = {
+        "rate_hz": f"{watch.rate_hz:.2f}", "age_s": "never" if age_s is None else f"{age_s:.3f}",
+        "offset_ms": "unknown" if offset_ns is None else f"{offset_ns / 1e6:.1f}",
+        "received": sync.statistics.received[name], "used": sync.statistics.used[name],
+        **{f"dropped.{reason}": count for reason, count in sync.statistics.dropped[name].items()},
+        **{f"refused.{reason}": count for reason, count in watch.refused.items()},
+    }  # fmt: skip
+    topics = " or ".join(intake.parameters.image_topics(name))
+    if age_s is None:
+        return Status(f"occbev: {name}", ERROR, f"no image on {topics}", values)
+    if age_s > SILENT_S:
+        return Status(f"occbev: {name}", ERROR, f"silent for {age_s:.1f} s on {topics}", values)
+    problem = problems.get(name) or watch.problem
+    return Status(f"occbev: {name}", WARN if problem else OK, problem or "good", values)
+
+
+def _ego(intake: Intake) -> Status:
+    source = intake.ego.source
+    text = intake.transform_problem or f"poses come from {source}"
+    return Status(
+        "occbev: ego motion", WARN if intake.transform_problem else OK, text, {"source": source}
+    )
+
+
+def _latency(latencies: Mapping[str, Iterable[float]]) -> Status:
+    values = {}
+    for stage, samples in latencies.items():
+        recent = list(samples)
+        if recent:
+            p50, p95 = np.percentile(recent, (50, 95))
+            values |= {f"{stage}.p50_ms": f"{p50:.1f}", f"{stage}.p95_ms": f"{p95:.1f}"}
+    return Status("occbev: latency", OK, "of the last results", values)

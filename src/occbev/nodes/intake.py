@@ -1,0 +1,266 @@
+"""Everything that comes in, until a frame set is ready for the pipeline: decode, synchronise, calibrate, place.
+
+It knows messages only by their fields, so the live node and offline replay use the same code.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.inference.pipeline import motion_to_key
+from occbev.nodes.calibration import Calibration
+from occbev.nodes.ego_motion import EgoMotion
+from occbev.nodes.messages import (
+    MessageError,
+    compressed_from_message,
+    image_from_message,
+    pose_from_odometry,
+    stamp_to_ns,
+)
+from occbev.nodes.parameters import PerceptionParameters
+from occbev.nodes.tf import Buffer, InvalidArgumentException
+from occbev.preprocess import ImageError
+from occbev.results import CameraFrame, FrameSet
+from occbev.rig import Camera, CameraRig
+from occbev.sync import FrameSynchronizer, MatchedSet
+from occbev.trajectory import PoseError
+
+Decode = Callable[[CameraFrame, Camera], CameraFrame]
+"""Turns the encoded bytes of a frame into an array."""
+
+WAITING_DECODES = 8
+"""Images per camera that may wait for a decoding thread; more would only grow old."""
+
+RECENT = 30
+"""Arrivals of a camera over which its rate is taken."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image that is ready, and how long that took."""
+
+    frame: CameraFrame
+    decode_ns: int
+
+
+Job = MatchedSet["Future[DecodedImage]"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Input of the pipeline. motion: camera -> ego at its exposure to ego at the key time, None if unknown.
+
+    decode_ns: of the slowest image. motion_problem: why there is no motion, "" if there is or it is switched off.
+    """
+
+    frame_set: FrameSet
+    rig: CameraRig
+    motion: dict[str, NDArray[np.float64]] | None
+    decode_ns: int
+    motion_problem: str = ""
+
+
+@dataclass
+class Watch:
+    """What an operator wants to know of one camera."""
+
+    arrivals: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    refused: Counter[str] = field(default_factory=Counter)
+    problem: str = ""
+
+    @property
+    def rate_hz(self) -> float:
+        """Images per second over the recent arrivals."""
+        if len(self.arrivals) < 2:
+            return 0.0
+        return (len(self.arrivals) - 1) * 1e9 / max(1, self.arrivals[-1] - self.arrivals[0])
+
+
+class Intake:
+    """Takes messages, gives jobs; `resolve` turns a job into the pipeline's input and may run in another thread."""
+
+    def __init__(self, parameters: PerceptionParameters, decode: Decode) -> None:
+        self.parameters = parameters
+        self.buffer = Buffer()
+        self.calibration = Calibration(parameters, self.buffer)
+        self.ego = EgoMotion(parameters.ego_motion, self.buffer, parameters.base_frame)
+        self.sync: FrameSynchronizer[Future[DecodedImage]] = FrameSynchronizer(
+            parameters.names, parameters.anchor_camera, parameters.sync
+        )
+        self.watch = {name: Watch() for name in parameters.names}
+        self.transform_problem = ""
+        self._decode = decode
+        self._pool = ThreadPoolExecutor(parameters.decode_threads, "decode")
+        self._waiting: Counter[str] = Counter()
+        self._lock = threading.RLock()
+
+    def add_image(self, camera: str, message: Any, compressed: bool, now_ns: int) -> list[Job]:
+        """Take an Image or CompressedImage and start to decode it; return the sets that it completes."""
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        with self._lock:
+            watch = self.watch[camera]
+            watch.arrivals.append(now_ns)
+            self.calibration.note_image_frame(camera, str(message.header.frame_id))
+            if stamp_ns == 0:
+                watch.refused["no_stamp"] += 1
+                watch.problem = "its images carry no stamp (header.stamp is 0)"
+                return []
+            return self.sync.push(
+                camera, stamp_ns, self._start(camera, message, compressed, stamp_ns), now_ns
+            )
+
+    def add_info(self, camera: str, message: Any) -> None:
+        """Take a CameraInfo."""
+        with self._lock:
+            self.calibration.add_info(camera, message)
+
+    def add_odometry(self, message: Any) -> None:
+        """Take an Odometry; raises MessageError for one that cannot be a pose of the base frame."""
+        child = str(message.child_frame_id).lstrip("/")
+        if child not in ("", self.parameters.base_frame):
+            raise MessageError(
+                f"child_frame_id {child!r}: want the base frame {self.parameters.base_frame!r}"
+            )
+        self.ego.add(stamp_to_ns(message.header.stamp), pose_from_odometry(message))
+
+    def add_transforms(self, message: Any, static: bool) -> None:
+        """Take a TFMessage; a bad transform is remembered as a problem and the others are kept."""
+        for transform in message.transforms:
+            try:
+                if static:
+                    self.buffer.set_transform_static(transform)
+                    continue
+                newest = self.buffer.newest_ns(transform.child_frame_id)
+                step_ns = int(self.parameters.sync.reset_s * 1e9)
+                if newest is not None and stamp_to_ns(transform.header.stamp) < newest - step_ns:
+                    self.buffer.clear()
+                self.buffer.set_transform(transform)
+            except InvalidArgumentException as error:
+                self.transform_problem = str(error)
+
+    def poll(self, now_ns: int) -> list[Job]:
+        """Return the sets whose time is up."""
+        with self._lock:
+            return self.sync.poll(now_ns)
+
+    def flush(self, now_ns: int) -> list[Job]:
+        """Return what waits, at the end of a recording."""
+        with self._lock:
+            return self.sync.flush(now_ns)
+
+    def take_key_drops(self) -> list[tuple[int, str]]:
+        """Return (stamp_ns, reason) of key times dropped by the synchroniser since the last call."""
+        with self._lock:
+            return self.sync.take_key_drops()
+
+    def clock_jumped(self, now_ns: int) -> list[Job]:
+        """Start again after a backward jump of ROS time; static transforms and learned offsets stay."""
+        with self._lock:
+            self.buffer.clear()
+            self.ego.clear()
+            return self.sync.reset("clock_jump", now_ns)
+
+    def calibrated(self) -> Any:
+        """Return the rig as it is known now."""
+        with self._lock:
+            return self.calibration.now()
+
+    def resolve(self, job: Job) -> Work:
+        """Wait for the images of a set and put calibration and ego motion beside them.
+
+        Cameras that cannot be used are left out, with the reason in `frame_set.missing`.
+        """
+        calibrated = self.calibrated()
+        frames: dict[str, CameraFrame | None] = dict.fromkeys(self.parameters.names)
+        missing, slowest = dict(job.missing), 0
+        for name, image in job.images.items():
+            try:
+                decoded = image.payload.result(timeout=5.0)
+            except (ImageError, MessageError) as error:
+                missing[name] = str(error)
+                continue
+            if name in calibrated.problems:
+                missing[name] = calibrated.problems[name]
+                continue
+            frames[name], slowest = decoded.frame, max(slowest, decoded.decode_ns)
+        frame_set = FrameSet(job.stamp_ns, frames, missing)
+        self._note_problems(job, missing)
+        return self._with_motion(frame_set, calibrated.rig, slowest)
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(
+        self, camera: str, message: Any, compressed: bool, stamp_ns: int
+    ) -> Future[DecodedImage]:
+        """Check a message and give it to a decoding thread; a bad one becomes a future that already failed."""
+        future: Future[DecodedImage]
+        try:
+            limit = self.parameters.max_image_pixels
+            image = (
+                compressed_from_message(message, limit)
+                if compressed
+                else image_from_message(message, limit)
+            )
+            if self._waiting[camera] >= WAITING_DECODES:
+                raise MessageError(
+                    f"{WAITING_DECODES} of its images wait to be decoded: the machine is too slow"
+                )
+        except MessageError as error:
+            self.watch[camera].refused["bad_image"] += 1
+            future = Future()
+            future.set_exception(MessageError(f"camera {camera}: {error}"))
+            return future
+        calibrated = self.calibration.now()
+        rig_camera = None if camera in calibrated.problems else calibrated.rig[camera]
+        self._waiting[camera] += 1
+        future = self._pool.submit(self._decoded, CameraFrame(camera, stamp_ns, image), rig_camera)
+        future.add_done_callback(lambda _: self._finished(camera))
+        return future
+
+    def _finished(self, camera: str) -> None:
+        with self._lock:
+            self._waiting[camera] -= 1
+
+    def _decoded(self, frame: CameraFrame, camera: Camera | None) -> DecodedImage:
+        """Decode in a thread; without calibration the bytes stay, since the useful size is not known yet."""
+        begin = time.perf_counter_ns()
+        try:
+            frame = frame if camera is None else self._decode(frame, camera)
+        except ImageError:
+            self.watch[frame.camera].refused["bad_image"] += 1
+            raise
+        return DecodedImage(frame, time.perf_counter_ns() - begin)
+
+    def _with_motion(self, frame_set: FrameSet, rig: CameraRig, decode_ns: int) -> Work:
+        present = [frame for frame in frame_set.frames.values() if frame is not None]
+        if not present:
+            return Work(frame_set, rig, None, decode_ns)
+        stamps = [frame_set.stamp_ns, *(frame.stamp_ns for frame in present)]
+        self.ego.wait_until(max(stamps), self.parameters.ego_motion.wait_s)
+        try:
+            poses = self.ego.poses(stamps)
+        except PoseError as error:
+            return Work(frame_set, rig, None, decode_ns, str(error))
+        if poses is None:
+            return Work(frame_set, rig, None, decode_ns)
+        placed = {
+            f.camera: replace(f, ego2global=p) for f, p in zip(present, poses[1:], strict=True)
+        }
+        frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
+        return Work(frame_set, rig, motion_to_key(frame_set, poses[0]), decode_ns)
+
+    def _note_problems(self, job: Job, missing: dict[str, str]) -> None:
+        with self._lock:
+            for name, watch in self.watch.items():
+                watch.problem = missing.get(name, "")

@@ -1,0 +1,49 @@
+"""The book of every key time: processed, or dropped and why. What goes in must come out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+PROCESSED = "processed"
+
+
+class Ledger:
+    """Counts outcomes and, if it has a file, writes one JSON line for each; safe to use from several threads."""
+
+    def __init__(self, path: str | Path = "") -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._file: TextIO | None = None
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = Path(path).open("w", buffering=1)  # noqa: SIM115 - it lives as long as the node
+
+    def record(self, stamp_ns: int, outcome: str, **details: Any) -> None:
+        """Enter what became of one key time."""
+        with self._lock:
+            self.outcomes[outcome] += 1
+            if self._file is not None:
+                line = {"stamp_ns": stamp_ns, "outcome": outcome, **details}
+                self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Reason -> key times that were not processed."""
+        return {reason: count for reason, count in self.outcomes.items() if reason != PROCESSED}
+
+    def close(self) -> None:
+        """Close the file; counting goes on."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Read a ledger file, without a last line that is still being written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,0 +1,516 @@
+"""The perception node: messages in, boxes and voxels out. Thin: intake, pipeline and message writers do the work.
+
+Callbacks only hand messages to the intake; one worker thread runs the pipeline on the newest set and publishes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import rclpy
+from rclpy.clock import Clock, ClockType, JumpThreshold
+from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from std_msgs.msg import Float32
+
+from occbev.config import ConfigError
+from occbev.graph import (
+    CAMERA_INFO,
+    COMPRESSED,
+    DIAGNOSTICS,
+    FRAME_INPUTS,
+    NODE_NAME,
+    ODOMETRY,
+    OUTPUTS,
+    SENSOR,
+    STAGES,
+    Quality,
+    Topic,
+)
+from occbev.inference.pipeline import Pipeline
+from occbev.nodes import outputs
+from occbev.nodes.calibration import placeholder
+from occbev.nodes.compat import require
+from occbev.nodes.health import health
+from occbev.nodes.intake import Decode, Intake, Job, Work
+from occbev.nodes.ledger import PROCESSED, Ledger
+from occbev.nodes.messages import MessageError
+from occbev.nodes.parameters import PerceptionParameters, current, declare, unknown_overrides
+from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
+from occbev.nodes.worker import Worker
+from occbev.postprocess import BoxDecoding
+from occbev.preprocess import ImageError
+from occbev.results import FrameSet, Perception
+from occbev.rig import CameraRig
+
+POLL_S = 0.02
+"""How often timeouts of the synchroniser are looked at."""
+
+REPEAT_S = 5.0
+"""The same complaint is logged at most this often."""
+
+KEPT_LATENCIES = 200
+"""Results over which diagnostics give percentiles."""
+
+
+class PipelineLike(Protocol):
+    """What the node needs of a pipeline; `occbev.inference.pipeline.Pipeline` is one."""
+
+    rig: CameraRig
+    decode: Decode
+
+    def set_rig(self, rig: CameraRig) -> None:
+        """Look through another rig from now on."""
+
+    def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
+        """Perceive one frame set."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class LoadedPipeline:
+    """The real pipeline of a model package, loaded and warm before the first image comes."""
+
+    def __init__(self, parameters: PerceptionParameters) -> None:
+        detection = parameters.detection
+        rig = CameraRig(tuple(placeholder(name) for name in parameters.names))
+        decoding = BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
+        self._pipeline = Pipeline(
+            parameters.model, rig, parameters.backend, parameters.threads or None, decoding
+        )
+        self._pipeline.warm_up()
+        self.decode: Decode = self._pipeline.preprocessor.decode
+        self.set_rig = self._pipeline.set_rig
+        self.run = self._pipeline.run
+        self.close = self._pipeline.close
+
+    @property
+    def rig(self) -> CameraRig:
+        """The rig it looks through."""
+        return self._pipeline.rig
+
+
+class PerceptionNode(LifecycleNode):
+    """Lifecycle: configure loads the model, activate subscribes, deactivate keeps the model."""
+
+    def __init__(
+        self,
+        make_pipeline: Callable[[PerceptionParameters], PipelineLike] = LoadedPipeline,
+        **options: Any,
+    ) -> None:
+        """Declare parameters; nothing is loaded yet. `options` go to rclpy's Node."""
+        super().__init__(NODE_NAME, **options)
+        self.parameters = declare(self)
+        self.ledger = Ledger()
+        self.latencies: dict[str, deque[float]] = {s: deque(maxlen=KEPT_LATENCIES) for s in STAGES}
+        self._make_pipeline = make_pipeline
+        self._pipeline: PipelineLike | None = None
+        self._intake: Intake | None = None
+        self._worker: Worker[Job] | None = None
+        self._inputs: list[Any] = []
+        self._timers_running: list[Any] = []
+        self._out: dict[str, Any] = {}
+        self._debug: dict[str, Any] = {}
+        self._cloud = outputs.CloudWriter()
+        self._said: dict[str, float] = {}
+        self._epoch = 0
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.add_on_set_parameters_callback(self._on_parameters)
+        for name, near in unknown_overrides(self).items():
+            hint = f"; did you mean {near}?" if near else ""
+            self.get_logger().warning(f"parameter {name} is unknown and has no effect{hint}")
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model and create the publishers."""
+        try:
+            self.parameters = current(self)
+            begin = time.monotonic()
+            self._pipeline = self._make_pipeline(self.parameters)
+        except (ValueError, LookupError, OSError, ImportError) as error:
+            self.get_logger().error(f"cannot configure: {error}")
+            return TransitionCallbackReturn.FAILURE
+        self.ledger = Ledger(self.parameters.ledger_path)
+        self._advertise()
+        self.get_logger().info(
+            f"{self.parameters.model} is loaded after {time.monotonic() - begin:.1f} s"
+        )
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Subscribe and start to work."""
+        assert self._pipeline is not None
+        try:
+            self._intake = Intake(self.parameters, self._pipeline.decode)
+        except (ValueError, OSError) as error:
+            self.get_logger().error(f"cannot activate: {error}")
+            return TransitionCallbackReturn.FAILURE
+        self._worker = Worker(self._process, self._on_worker_error, self.parameters.waiting_sets)
+        self._subscribe(self._intake)
+        steady = {"clock": self._steady}
+        self._timers_running = [
+            self.create_timer(POLL_S, self._on_poll, **steady),
+            self.create_timer(1.0, self._on_second, **steady),
+        ]
+        self.get_logger().info(f"listening to {', '.join(self.parameters.names)}")
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop listening; the model stays loaded."""
+        self._stop()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Unload the model."""
+        self._unload()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop and unload."""
+        self.close()
+        return super().on_shutdown(state)
+
+    def close(self) -> None:
+        """Stop the threads and account for what was still waiting; may be called twice."""
+        self._stop()
+        self._unload()
+        self.ledger.close()
+
+    def start(self) -> bool:
+        """Configure and activate from inside, as `autostart` asks; False where that failed."""
+        success = TransitionCallbackReturn.SUCCESS
+        return self.trigger_configure() == success and self.trigger_activate() == success
+
+    def _advertise(self) -> None:
+        for key, topic in OUTPUTS.items():
+            try:
+                self._out[key] = self._publisher(topic)
+            except ImportError as error:
+                self._complain(key, f"{topic.name} is not published: {error}")
+        self._diagnostics = self._publisher(DIAGNOSTICS)
+        if self.parameters.debug_topics:
+            for stage in STAGES:
+                self._debug[stage] = self.create_publisher(
+                    Float32, f"~/debug/processing_time/{stage}_ms", 5
+                )
+
+    def _publisher(self, topic: Topic) -> Any:
+        options = QoSOverridingOptions.with_default_policies()
+        return self.create_publisher(
+            message_class(topic.type),
+            topic.name,
+            qos_profile(topic.quality),
+            qos_overriding_options=options,
+        )
+
+    def _subscribe(self, intake: Intake) -> None:
+        images = Quality(SENSOR.reliability, depth=self.parameters.queue_depth)
+        for camera in self.parameters.names:
+            for name, kind in self.parameters.image_topics(camera).items():
+                take = partial(self._on_image, camera, kind == COMPRESSED)
+                self._listen(Topic(name, kind, images, ""), take)
+            info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
+            self._listen(info, partial(intake.add_info, camera))
+        self._listen(ODOMETRY, self._on_odometry)
+        for topic in FRAME_INPUTS:
+            static = topic.name.endswith("static")
+            try:
+                self._listen(topic, partial(intake.add_transforms, static=static))
+            except ImportError as error:
+                self._complain("tf", f"{topic.name} is not read: {error}")
+        # A step back by less than a second is left to the synchroniser, which drops what is late.
+        step_back = Duration(seconds=-self.parameters.sync.reset_s)
+        threshold = JumpThreshold(min_forward=None, min_backward=step_back, on_clock_change=False)
+        self._jump = self.get_clock().create_jump_callback(
+            threshold, post_callback=self._on_clock_jump
+        )
+
+    def _listen(self, topic: Topic, take: Callable[[Any], None]) -> None:
+        events = SubscriptionEventCallbacks(
+            incompatible_qos=partial(self._on_incompatible, topic.name)
+        )
+        self._inputs.append(
+            self.create_subscription(
+                message_class(topic.type), topic.name, take, qos_profile(topic.quality),
+                event_callbacks=events, qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            )
+        )  # fmt: skip
+
+    def _stop(self) -> None:
+        for timer in self._timers_running:
+            self.destroy_timer(timer)
+        for subscription in self._inputs:
+            self.destroy_subscription(subscription)
+        self._timers_running, self._inputs = [], []
+        if self._worker is not None and self._intake is not None:
+            self._jump.unregister()
+            waiting = self._worker.stop()
+            for job in waiting + self._intake.flush(time.monotonic_ns()):
+                self.ledger.record(job.stamp_ns, "stopped")
+            self._account_for_drops()
+            self._intake.close()
+        self._worker = self._intake = None
+
+    def _unload(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+        self._pipeline = None
+        for publisher in [*self._out.values(), *self._debug.values()]:
+            self.destroy_publisher(publisher)
+        self._out, self._debug = {}, {}
+
+    def _on_image(self, camera: str, compressed: bool, message: Any) -> None:
+        if self._intake is not None:
+            self._dispatch(self._intake.add_image(camera, message, compressed, time.monotonic_ns()))
+
+    def _on_odometry(self, message: Any) -> None:
+        try:
+            if self._intake is not None:
+                self._intake.add_odometry(message)
+        except MessageError as error:
+            self._complain("odometry", f"odometry on {ODOMETRY.name} is not used: {error}")
+
+    def _on_clock_jump(self, jump: Any) -> None:
+        if self._intake is not None:
+            self.get_logger().warning(
+                f"ROS time jumped by {jump.delta.nanoseconds / 1e9:.2f} s: starting again"
+            )
+            self._dispatch(self._intake.clock_jumped(time.monotonic_ns()))
+
+    def _on_incompatible(self, topic: str, event: Any) -> None:
+        offered = ", ".join(_offers(self, topic)) or "unknown"
+        self._complain(
+            f"qos {topic}",
+            f"{topic}: a publisher's quality of service does not match ours; offered: {offered}",
+        )
+
+    def _on_poll(self) -> None:
+        if self._intake is not None:
+            self._dispatch(self._intake.poll(time.monotonic_ns()))
+            self._account_for_drops()
+
+    def _dispatch(self, jobs: Sequence[Job]) -> None:
+        """Hand sets to the worker, oldest first; the newest stays."""
+        for job in jobs:
+            replaced = self._worker.put(job) if self._worker is not None else job
+            if replaced is not None:
+                self.ledger.record(replaced.stamp_ns, "replaced_by_newer")
+
+    def _account_for_drops(self) -> None:
+        if self._intake is not None:
+            for stamp_ns, reason in self._intake.take_key_drops():
+                self.ledger.record(stamp_ns, reason)
+
+    def _process(self, job: Job) -> None:
+        """Worker thread: one set through the pipeline and out."""
+        intake, pipeline = self._intake, self._pipeline
+        if intake is None or pipeline is None:
+            self.ledger.record(job.stamp_ns, "stopped")
+            return
+        begin_ns = time.monotonic_ns()
+        work = intake.resolve(job)
+        for camera, reason in work.frame_set.missing.items():
+            self._complain(
+                f"camera {camera}",
+                f"camera {camera} is missing: {reason}{self._offer_hint(camera)}",
+            )
+        if work.motion_problem:
+            self._complain(
+                "motion", f"ego motion between exposures is not compensated: {work.motion_problem}"
+            )
+        perception = self._perceive(pipeline, work)
+        if perception is None:
+            self._complain(
+                "too few",
+                f"nothing is published: fewer than {self.parameters.sync.min_cameras} usable cameras",
+            )
+            self.ledger.record(job.stamp_ns, "too_few_cameras")
+            return
+        run_ns = time.monotonic_ns()
+        published = self._publish(perception)
+        self._enter(job, work, perception, (begin_ns, run_ns, time.monotonic_ns()), published)
+
+    def _perceive(self, pipeline: PipelineLike, work: Work) -> Perception | None:
+        """Run the pipeline, leaving out cameras whose image turns out to be unusable; None if too few are left."""
+        if pipeline.rig is not work.rig:
+            pipeline.set_rig(work.rig)
+        frame_set = work.frame_set
+        while len(frame_set.cameras) >= self.parameters.sync.min_cameras:
+            try:
+                return pipeline.run(frame_set, work.motion)
+            except ImageError as error:
+                self._complain(
+                    f"camera {error.camera}", f"camera {error.camera} is missing: {error}"
+                )
+                frame_set = _without(frame_set, error)
+        return None
+
+    def _publish(self, perception: Perception) -> list[str]:
+        """Publish what someone listens to; return which outputs those were."""
+        header = outputs.header_at(perception.stamp_ns, self.parameters.base_frame)
+        strong = perception.boxes.score >= self.parameters.detection.marker_threshold
+        self._cloud.observed = self.parameters.occupancy.publish == "observed"
+        makers: dict[str, Callable[[], Any]] = {
+            "objects": lambda: outputs.detections_message(perception.boxes, header),
+            "points": lambda: self._cloud.message(perception.occupancy, header),
+            "grid": lambda: outputs.grid_message(perception.occupancy, header),
+            "markers": lambda: outputs.markers_message(
+                perception.boxes[strong], header, self.parameters.marker_lifetime_s
+            ),
+        }
+        wanted = [
+            key for key, publisher in self._out.items() if publisher.get_subscription_count() > 0
+        ]
+        for key in wanted:
+            self._out[key].publish(makers[key]())
+        return wanted
+
+    def _enter(
+        self,
+        job: Job,
+        work: Work,
+        perception: Perception,
+        times_ns: tuple[int, int, int],
+        published: list[str],
+    ) -> None:
+        """Book a processed set: images, missing cameras, the latency of every stage."""
+        begin_ns, run_ns, end_ns = times_ns
+        stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
+        stages["decode"] = stages.get("decode", 0.0) + work.decode_ns / 1e6
+        stages["sync"] = (begin_ns - job.arrival_ns) / 1e6
+        stages["publish"] = (end_ns - run_ns) / 1e6
+        stages["total"] = (end_ns - job.arrival_ns) / 1e6
+        for name, value in stages.items():
+            self.latencies.setdefault(name, deque(maxlen=KEPT_LATENCIES)).append(value)
+            if name in self._debug:
+                self._debug[name].publish(Float32(data=value))
+        self.ledger.record(
+            job.stamp_ns, PROCESSED,
+            images={name: image.stamp_ns for name, image in job.images.items()},
+            cameras=list(perception.boxes.cameras), missing=dict(perception.missing), motion=work.motion is not None,
+            boxes=len(perception.boxes), published=published, stages_ms={n: round(v, 3) for n, v in stages.items()},
+            begin_ns=begin_ns, published_ns=end_ns,
+        )  # fmt: skip
+
+    def _on_worker_error(self, job: Job, error: Exception) -> None:
+        self.ledger.record(job.stamp_ns, "pipeline_error")
+        self._complain(
+            "pipeline", f"the set at {job.stamp_ns} ns failed: {type(error).__name__}: {error}"
+        )
+
+    def _on_second(self) -> None:
+        """Publish diagnostics and name cameras that never came."""
+        if self._intake is None:
+            return
+        now_ns = time.monotonic_ns()
+        statuses = health(self._intake, self.ledger, self.latencies, now_ns)
+        for camera, watch in self._intake.watch.items():
+            if not watch.arrivals:
+                topics = " or ".join(self.parameters.image_topics(camera))
+                self._complain(
+                    f"camera {camera}",
+                    f"no image of camera {camera} on {topics}{self._offer_hint(camera)}",
+                )
+        self._diagnostics.publish(
+            outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds)
+        )
+
+    def _offer_hint(self, camera: str) -> str:
+        """Say how many publishers each image topic of a camera has, and with what quality of service."""
+        hints = []
+        for name in self.parameters.image_topics(camera):
+            offers = _offers(self, name)
+            hints.append(
+                f"{len(offers)} publishers on {name}"
+                + (f" ({', '.join(offers)})" if offers else "")
+            )
+        return f" [{'; '.join(hints)}]"
+
+    def _on_parameters(self, changed: Sequence[Any]) -> Any:
+        from rcl_interfaces.msg import SetParametersResult
+
+        try:
+            self.parameters = current(self, changed)
+        except ConfigError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _complain(self, about: str, text: str) -> None:
+        """Log a warning, the same one at most every few seconds."""
+        now = time.monotonic()
+        if now - self._said.get(about, -REPEAT_S) >= REPEAT_S:
+            self._said[about] = now
+            self.get_logger().warning(text)
+
+
+def message_class(name: str) -> Any:
+    """Import a message class by its full name, such as "sensor_msgs/msg/Image"."""
+    package, _, kind = name.split("/")
+    if package in ("vision_msgs", "tf2_msgs"):
+        require(package)
+    return getattr(importlib.import_module(f"{package}.msg"), kind)
+
+
+def qos_profile(quality: Quality) -> QoSProfile:
+    """Make rclpy's form of a quality of service."""
+    reliable, lasting = quality.reliability == "reliable", quality.durability == "transient_local"
+    return QoSProfile(
+        depth=quality.depth,
+        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL if lasting else DurabilityPolicy.VOLATILE,
+    )
+
+
+def _offers(node: Any, topic: str) -> list[str]:
+    """Return the quality of service of each publisher of a topic, in words."""
+    infos = node.get_publishers_info_by_topic(node.resolve_topic_name(topic))
+    return [f"{i.qos_profile.reliability.name}/{i.qos_profile.durability.name}" for i in infos]
+
+
+def _without(frame_set: FrameSet, error: ImageError) -> FrameSet:
+    frames = {
+        name: None if name == error.camera else frame for name, frame in frame_set.frames.items()
+    }
+    return FrameSet(frame_set.stamp_ns, frames, {**frame_set.missing, error.camera: str(error)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; returns the exit status."""
+    profile = use_large_image_profile()
+    kept = keep_large_blocks()
+    rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))
+    try:
+        node = PerceptionNode()
+    except ConfigError as error:
+        print(f"perception: {error}", file=sys.stderr)
+        rclpy.try_shutdown()
+        return 2
+    node.get_logger().debug(f"Fast DDS profile {profile}; allocator tuned: {kept}")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        if node.parameters.autostart and not node.start():
+            return 1
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""A perception node with a stub in place of the network, and a vehicle that feeds it over real DDS."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from occbev.geometry import make_transform, rotation_from_rpy, xyzw_from_rotation
+from occbev.grid import GRIDS
+from occbev.results import Boxes3D, CameraFrame, FrameSet, Occupancy, Perception, Timings
+from occbev.rig import Camera, CameraRig
+
+CAMERAS = ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT")
+WIDTH, HEIGHT = 64, 48
+
+
+class StubPipeline:
+    """Sees what the node hands to a pipeline and answers with one box and one voxel."""
+
+    def __init__(self, parameters: Any, delay_s: float = 0.0) -> None:
+        self.rig: Any = None
+        self.rigs: list[CameraRig] = []
+        self.seen: list[FrameSet] = []
+        self.motions: list[Any] = []
+        self.delay_s, self.closed = delay_s, False
+
+    def decode(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
+        from occbev.preprocess import decode_image
+
+        if not isinstance(frame.image, bytes):
+            return frame
+        return CameraFrame(frame.camera, frame.stamp_ns, decode_image(frame.image, frame.camera))
+
+    def set_rig(self, rig: CameraRig) -> None:
+        self.rig = rig
+        self.rigs.append(rig)
+
+    def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
+        time.sleep(self.delay_s)
+        self.seen.append(frame_set)
+        self.motions.append(motion)
+        grid = GRIDS["tiny"]
+        state = np.ones(grid.shape, np.uint8)
+        state[1, 2, 3] = 2
+        label = np.full(grid.shape, 4, np.uint8)
+        box = np.array([[10, 0, 1, 4, 2, 1.5, 0, 3, 0]], np.float32)
+        boxes = Boxes3D(box, np.array([0]), np.array([0.8], np.float32), frame_set.cameras)
+        occupancy = Occupancy(
+            label, np.ones(grid.shape, np.float32), state, grid, frame_set.cameras
+        )
+        timings = Timings({"inference": 1_000_000})
+        return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Bench:
+    """The node under test, its vehicle, and what subscribers of its outputs got."""
+
+    node: Any
+    vehicle: Vehicle
+    received: dict[str, list[Any]] = field(default_factory=dict)
+    logged: list[str] = field(default_factory=list)
+
+    @property
+    def pipeline(self) -> Any:
+        return self.node._pipeline
+
+    def wait(self, condition: Callable[[], Any], seconds: float = 10.0) -> None:
+        """Wait until a condition holds; fails with the ledger's state otherwise."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"outcomes {dict(self.node.ledger.outcomes)}"
+            time.sleep(0.01)
+
+    def connected(self) -> bool:
+        publishers = [p for ps in self.vehicle.publishers.values() for p in ps]
+        listening = [p for p in self.node._out.values() if p.get_subscription_count() == 0]
+        return all(p.get_subscription_count() for p in publishers) and not listening
+
+    def statuses(self) -> dict[str, Any]:
+        """Return the newest diagnostics as name -> (level, text, values)."""
+        if not self.received.get("diagnostics"):
+            return {}
+        return {
+            s.name.removeprefix("occbev: "): SimpleNamespace(
+                level=s.level[0], text=s.message, values={v.key: v.value for v in s.values}
+            )
+            for s in self.received["diagnostics"][-1].status
+        }
+
+
+class Vehicle:
+    """Publishes images, calibration, transforms and odometry like the drivers of a vehicle."""
+
+    def __init__(self, node: Any, raw: bool = False) -> None:
+        from nav_msgs.msg import Odometry
+        from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+        from tf2_msgs.msg import TFMessage
+
+        from occbev.graph import TF, TF_STATIC
+        from occbev.nodes.perception_node import qos_profile
+
+        self.raw = raw
+        kind, suffix = (Image, "image") if raw else (CompressedImage, "image/compressed")
+        self.publishers = {
+            c: [
+                node.create_publisher(kind, f"/perception/input/{c.lower()}/{suffix}", 10),
+                node.create_publisher(CameraInfo, f"/perception/input/{c.lower()}/camera_info", 10),
+            ]
+            for c in CAMERAS
+        }
+        self.publishers["vehicle"] = [
+            node.create_publisher(TFMessage, "/tf", qos_profile(TF)),
+            node.create_publisher(TFMessage, "/tf_static", qos_profile(TF_STATIC)),
+            node.create_publisher(Odometry, "/perception/input/odometry", 50),
+        ]
+        pixels = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+        self.jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
+        self.rgb = pixels
+
+    def calibrate(self, cameras: tuple[str, ...] = CAMERAS, stamp_ns: int = 1) -> None:
+        """Publish CameraInfo and static transforms."""
+        from geometry_msgs.msg import TransformStamped
+        from tf2_msgs.msg import TFMessage
+
+        for index, camera in enumerate(cameras):
+            self.info(camera, stamp_ns)
+            message = TransformStamped()
+            message.header.frame_id, message.child_frame_id = "base_link", camera.lower()
+            cam2ego = make_transform(
+                rotation_from_rpy(-np.pi / 2, 0, index - np.pi / 2), (1, 0, 1.5)
+            )
+            t, r = message.transform.translation, message.transform.rotation
+            t.x, t.y, t.z = map(float, cam2ego[:3, 3])
+            r.x, r.y, r.z, r.w = map(float, xyzw_from_rotation(cam2ego[:3, :3]))
+            self.publishers["vehicle"][1].publish(TFMessage(transforms=[message]))
+
+    def info(self, camera: str, stamp_ns: int, focal: float = 50.0) -> None:
+        from sensor_msgs.msg import CameraInfo
+
+        k = [focal, 0.0, WIDTH / 2, 0.0, focal, HEIGHT / 2, 0.0, 0.0, 1.0 if focal else 0.0]
+        p = [*k[:3], 0.0, *k[3:6], 0.0, *k[6:], 0.0]
+        message = CameraInfo(width=WIDTH, height=HEIGHT, k=k, p=p, distortion_model="plumb_bob")
+        message.header.frame_id = camera.lower()
+        self.publishers[camera][1].publish(_stamped(message, stamp_ns))
+
+    def image(self, camera: str, stamp_ns: int, data: bytes | None = None, **fields: Any) -> None:
+        from sensor_msgs.msg import CompressedImage, Image
+
+        if self.raw:
+            message: Any = Image(height=HEIGHT, width=WIDTH, step=3 * WIDTH, encoding="rgb8")
+            payload = self.rgb.tobytes() if data is None else data
+        else:
+            message = CompressedImage(format="jpeg")
+            payload = self.jpeg if data is None else data
+        message.data = array("B", payload)
+        for name, value in fields.items():
+            setattr(message, name, value)
+        message.header.frame_id = camera.lower()
+        self.publishers[camera][0].publish(_stamped(message, stamp_ns))
+
+    def odometry(self, stamp_ns: int, x: float) -> None:
+        from nav_msgs.msg import Odometry
+
+        message = Odometry(child_frame_id="base_link")
+        message.header.frame_id = "odom"
+        message.pose.pose.position.x = x
+        message.pose.pose.orientation.w = 1.0
+        self.publishers["vehicle"][2].publish(_stamped(message, stamp_ns))
+
+    def drive(
+        self, sets: int, start_ns: int = 10**9, period_s: float = 0.05, cameras: tuple[str, ...] = CAMERAS,
+        spread_ns: int = 0,
+    ) -> list[int]:  # fmt: skip
+        """Publish `sets` sets at a steady pace; return their key stamps."""
+        stamps = [start_ns + int(i * period_s * 1e9) for i in range(sets)]
+        for stamp in stamps:
+            for index, camera in enumerate(cameras):
+                self.image(camera, stamp + index * spread_ns)
+            time.sleep(period_s)
+        return stamps
+
+
+def _stamped(message: Any, stamp_ns: int) -> Any:
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
+    return message
+
+
+@pytest.fixture
+def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    """Return a function that starts a node with given parameters; everything ends with the test."""
+    rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
+    pytest.importorskip("tf2_msgs", reason="built by occbev.nodes.build_interfaces")
+    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+    from rclpy.parameter import Parameter
+
+    from occbev.nodes.perception_node import PerceptionNode
+
+    context, stops = rclpy.Context(), []
+    rclpy.init(context=context)
+
+    def spin(executor: Any) -> None:
+        with __import__("contextlib").suppress(ExternalShutdownException):
+            executor.spin()
+
+    def start(raw: bool = False, delay_s: float = 0.0, active: bool = True, **values: Any) -> Bench:
+        values = {
+            "cameras.names": list(CAMERAS),
+            "waiting_sets": 50,
+            "ledger_path": str(tmp_path / "ledger.jsonl"),
+            **values,
+        }
+        overrides = [
+            Parameter(name.replace("__", "."), value=value) for name, value in values.items()
+        ]
+        node = PerceptionNode(
+            lambda p: StubPipeline(p, delay_s), context=context, parameter_overrides=overrides
+        )
+        driver = rclpy.create_node("vehicle", context=context)
+        bench = Bench(node, Vehicle(driver, raw))
+        complain = node._complain
+        node._complain = lambda about, text: (bench.logged.append(text), complain(about, text))
+        for member in (node, driver):
+            executor = SingleThreadedExecutor(context=context)
+            executor.add_node(member)
+            thread = threading.Thread(target=spin, args=(executor,), daemon=True)
+            stops.append((executor, thread, member))
+            if member is driver:
+                _subscribe(driver, bench.received)
+                thread.start()
+        if active:
+            assert node.start()
+        stops[-2][1].start()
+        if active:
+            bench.wait(bench.connected)
+        return bench
+
+    yield start
+    for executor, thread, member in stops:
+        executor.shutdown(timeout_sec=5)
+        thread.join(5)
+        if hasattr(member, "close"):
+            member.close()
+        member.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def _subscribe(node: Any, received: dict[str, list[Any]]) -> None:
+    from occbev.graph import DIAGNOSTICS, OUTPUTS, resolve
+    from occbev.nodes.perception_node import message_class, qos_profile
+
+    for key, topic in {**OUTPUTS, "diagnostics": DIAGNOSTICS}.items():
+        got = received.setdefault(key, [])
+        node.create_subscription(
+            message_class(topic.type), resolve(topic.name), got.append, qos_profile(topic.quality)
+        )

@@ -1,0 +1,303 @@
+"""The perception node over real DDS, with a stub in place of the network: stamps, outputs, faults, accounts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+
+from occbev.nodes.ledger import read_ledger
+
+pytestmark = pytest.mark.ros
+
+NAMES = {"CAM_FRONT", "CAM_LEFT", "CAM_RIGHT"}
+
+
+def stamps(messages: list[Any]) -> list[int]:
+    return [m.header.stamp.sec * 10**9 + m.header.stamp.nanosec for m in messages]
+
+
+def ready(bench: Any) -> Any:
+    """Calibrate, and wait until the node has it all."""
+    bench.vehicle.calibrate()
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    return bench
+
+
+def finished(bench: Any, keys: int) -> None:
+    bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= keys)
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["jpeg", "raw"])
+def test_every_set_is_published_with_its_key_time(
+    make_bench: Callable[..., Any], raw: bool
+) -> None:
+    bench = ready(make_bench(raw))
+    keys = bench.vehicle.drive(8)
+    finished(bench, 8)
+    assert bench.node.ledger.outcomes == {"processed": 8}
+    for key in ("objects", "points", "grid"):
+        bench.wait(lambda key=key: len(bench.received[key]) == 8)
+        assert stamps(bench.received[key]) == keys
+        assert {m.header.frame_id for m in bench.received[key]} == {"base_link"}
+    bench.wait(lambda: len(bench.received["markers"]) == 8)
+    frame_set = bench.pipeline.seen[0]
+    assert set(frame_set.cameras) == NAMES
+    image = frame_set.frames["CAM_LEFT"].image
+    assert image.shape == (48, 64, 3)
+    if raw:
+        np.testing.assert_array_equal(image, bench.vehicle.rgb)
+    assert bench.pipeline.rigs[-1]["CAM_FRONT"].intrinsic[0, 0] == 50
+
+
+def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_path: Path) -> None:
+    bench = ready(make_bench())
+    keys = bench.vehicle.drive(5)
+    finished(bench, 5)
+    lines = read_ledger(tmp_path / "ledger.jsonl")
+    assert [line["stamp_ns"] for line in lines] == keys
+    first = lines[0]
+    assert (first["outcome"], set(first["cameras"]), first["boxes"]) == ("processed", NAMES, 1)
+    assert set(first["published"]) == {"objects", "points", "grid", "markers"}
+    assert {"sync", "decode", "inference", "publish", "total"} <= set(first["stages_ms"])
+
+
+def test_a_slow_pipeline_drops_old_sets_and_counts_them(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench(delay_s=0.15, waiting_sets=1))
+    keys = bench.vehicle.drive(20, period_s=0.04)
+    finished(bench, 20)
+    outcomes = bench.node.ledger.outcomes
+    assert outcomes["processed"] + outcomes["replaced_by_newer"] == 20
+    assert outcomes["replaced_by_newer"] >= 5
+    assert bench.pipeline.seen[-1].stamp_ns == keys[-1]
+
+
+def test_ego_motion_comes_from_odometry(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    for i in range(40):
+        bench.vehicle.odometry(900_000_000 + i * 20_000_000, x=0.2 * i)  # 10 m/s
+    bench.wait(lambda: bench.node._intake.ego.source == "odometry")
+    bench.vehicle.drive(4, spread_ns=10_000_000)
+    finished(bench, 4)
+    motion = bench.pipeline.motions[0]
+    forward = {name: m[0, 3] for name, m in motion.items()}
+    assert forward == pytest.approx({"CAM_FRONT": 0.0, "CAM_LEFT": 0.1, "CAM_RIGHT": 0.2}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"data": b"\xff\xd8\xff" + bytes(200)}, "without a readable image header"),
+        ({"data": "half"}, "cut short"),
+        ({"data": b"BM" + bytes(100), "format": "bmp"}, "only JPEG and PNG are understood"),
+    ],
+    ids=["no header", "truncated", "bmp"],
+)
+def test_a_bad_image_costs_one_camera_not_the_node(
+    make_bench: Callable[..., Any], fields: dict[str, Any], text: str
+) -> None:
+    bench = ready(make_bench())
+    if fields["data"] == "half":
+        fields = {"data": bench.vehicle.jpeg[: len(bench.vehicle.jpeg) // 2]}
+    for i in range(5):
+        stamp = 10**9 + i * 50_000_000
+        bench.vehicle.image("CAM_FRONT", stamp)
+        bench.vehicle.image("CAM_RIGHT", stamp)
+        bench.vehicle.image("CAM_LEFT", stamp, **fields)
+    finished(bench, 5)
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    finished(bench, 8)
+    assert bench.node.ledger.outcomes["pipeline_error"] == 0
+    reasons = {r for s in bench.pipeline.seen for r in s.missing.values()}
+    assert any(text in reason for reason in reasons), reasons
+    assert any("camera CAM_LEFT is missing" in line and text in line for line in bench.logged)
+    assert set(bench.pipeline.seen[-1].cameras) == NAMES
+    assert bench.node._intake.watch["CAM_LEFT"].refused["bad_image"] == 5
+
+
+def test_an_unknown_encoding_is_named_with_the_known_ones(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench(raw=True))
+    for i in range(4):
+        for camera in NAMES:
+            encoding = "mono16" if camera == "CAM_RIGHT" else "rgb8"
+            bench.vehicle.image(camera, 10**9 + i * 50_000_000, encoding=encoding)
+    finished(bench, 4)
+    assert all("CAM_RIGHT" in s.missing for s in bench.pipeline.seen)
+    assert any(
+        "encoding 'mono16' is not understood; known are rgb8" in line for line in bench.logged
+    )
+    bench.wait(
+        lambda: bench.statuses().get("CAM_RIGHT") and bench.statuses()["CAM_RIGHT"].level > 0
+    )
+    assert "mono16" in bench.statuses()["CAM_RIGHT"].text
+
+
+def test_an_image_header_that_claims_gigabytes_is_refused(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench(raw=True))
+    for i in range(4):
+        for camera in NAMES:
+            huge = (
+                {"height": 60_000, "width": 60_000, "step": 180_000} if camera == "CAM_LEFT" else {}
+            )
+            bench.vehicle.image(camera, 10**9 + i * 50_000_000, **huge)
+    finished(bench, 4)
+    assert any("exceeds max_image_pixels" in line for line in bench.logged)
+    assert bench.node.ledger.outcomes == {"processed": 4}
+
+
+def test_missing_camera_info_and_transform_are_named_with_a_remedy(
+    make_bench: Callable[..., Any],
+) -> None:
+    bench = make_bench()
+    bench.vehicle.calibrate(cameras=("CAM_FRONT",))
+    bench.vehicle.info("CAM_RIGHT", 1)
+    bench.wait(lambda: set(bench.node._intake.calibrated().problems) == {"CAM_LEFT", "CAM_RIGHT"}
+               and "transform" in bench.node._intake.calibrated().problems["CAM_RIGHT"])  # fmt: skip
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    assert all(s.cameras == ("CAM_FRONT",) for s in bench.pipeline.seen)
+    missing = bench.pipeline.seen[0].missing
+    assert "no CameraInfo on ~/input/cam_left/camera_info" in missing["CAM_LEFT"]
+    assert "no transform 'cam_right' -> 'base_link'" in missing["CAM_RIGHT"]
+    assert "cameras.CAM_RIGHT.extrinsic" in missing["CAM_RIGHT"]
+    bench.vehicle.calibrate()
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.vehicle.drive(2, start_ns=2 * 10**9)
+    finished(bench, 5)
+    assert set(bench.pipeline.seen[-1].cameras) == NAMES
+
+
+def test_an_uncalibrated_camera_is_left_out_until_its_info_changes(
+    make_bench: Callable[..., Any],
+) -> None:
+    bench = make_bench()
+    bench.vehicle.calibrate()
+    bench.vehicle.info("CAM_LEFT", 2, focal=0.0)
+    bench.wait(
+        lambda: "not calibrated" in bench.node._intake.calibrated().problems.get("CAM_LEFT", "")
+    )
+    bench.vehicle.info("CAM_LEFT", 3, focal=70.0)
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    assert bench.pipeline.rigs[-1]["CAM_LEFT"].intrinsic[0, 0] == 70
+
+
+def test_a_silent_camera_is_named_with_topic_and_publishers(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    bench.vehicle.drive(12, cameras=("CAM_FRONT", "CAM_LEFT"))
+    finished(bench, 12)
+    assert bench.node.ledger.outcomes == {"processed": 12}
+    bench.wait(lambda: "CAM_RIGHT" in bench.statuses())
+    status = bench.statuses()["CAM_RIGHT"]
+    assert (status.level, status.values["age_s"]) == (2, "never")
+    assert "~/input/cam_right/image" in status.text
+    bench.wait(
+        lambda: any(
+            "no image of camera CAM_RIGHT" in t or "camera CAM_RIGHT is missing" in t
+            for t in bench.logged
+        )
+    )
+    line = next(t for t in bench.logged if "CAM_RIGHT" in t)
+    assert "1 publishers on ~/input/cam_right/image/compressed (RELIABLE/VOLATILE)" in line
+
+
+def test_too_few_cameras_publish_nothing_and_say_so(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench(sync__min_cameras=3, sync__timeout_s=0.05))
+    bench.vehicle.drive(5, cameras=("CAM_FRONT", "CAM_LEFT"))
+    finished(bench, 5)
+    assert bench.node.ledger.outcomes == {"too_few_cameras": 5}
+    assert bench.received["objects"] == []
+
+
+def test_a_pipeline_that_raises_is_counted_and_lives_on(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    run = bench.pipeline.run
+    bench.pipeline.run = lambda *_: 1 / 0
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    bench.pipeline.run = run
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    finished(bench, 6)
+    assert bench.node.ledger.outcomes == {"pipeline_error": 3, "processed": 3}
+    assert any("ZeroDivisionError" in line for line in bench.logged)
+
+
+def test_a_looped_recording_goes_on_in_the_next_pass(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    for second in range(3):
+        bench.vehicle.odometry(10**9 * (second + 10), 0.0)
+    first = bench.vehicle.drive(10, start_ns=10 * 10**9)
+    second_pass = bench.vehicle.drive(10, start_ns=3 * 10**9)
+    finished(bench, 20)
+    assert bench.node.ledger.outcomes["processed"] >= 18
+    seen = [s.stamp_ns for s in bench.pipeline.seen]
+    assert set(seen) <= set(first) | set(second_pass)
+    assert len(set(seen) & set(second_pass)) >= 9
+    assert bench.node._intake.sync.epoch == 1
+
+
+def test_restart_in_place_keeps_the_model(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    pipeline = bench.pipeline
+    assert bench.node.trigger_deactivate().name == "SUCCESS"
+    assert bench.node.trigger_activate().name == "SUCCESS"
+    assert bench.pipeline is pipeline
+    bench.wait(bench.connected)
+    ready(bench)
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    finished(bench, 6)
+    assert bench.node.ledger.outcomes["processed"] == 6
+
+
+def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -> None:
+    from rclpy.parameter import Parameter
+
+    bench = ready(make_bench())
+    (bad,) = bench.node.set_parameters([Parameter("occupancy.publish", value="everything")])
+    assert (bad.successful, "must be occupied or observed" in bad.reason) == (False, True)
+    (good,) = bench.node.set_parameters([Parameter("occupancy.publish", value="observed")])
+    assert good.successful
+    (fixed,) = bench.node.set_parameters([Parameter("model", value="other")])
+    assert not fixed.successful
+    bench.vehicle.drive(2)
+    finished(bench, 2)
+    bench.wait(lambda: len(bench.received["points"]) == 2)
+    assert bench.received["points"][-1].width == 40 * 40 * 8
+
+
+def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) -> None:
+    from nav_msgs.msg import Odometry
+
+    bench = ready(make_bench())
+    message = Odometry(child_frame_id="gps")
+    message.pose.pose.orientation.w = 1.0
+    bench.vehicle.publishers["vehicle"][2].publish(message)
+    bench.wait(lambda: any("child_frame_id 'gps'" in line for line in bench.logged))
+    assert bench.node._intake.ego.source == "none"
+
+
+def test_random_bytes_never_stop_the_node(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench(sync__timeout_s=0.05))
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        data = bytearray(bench.vehicle.jpeg)
+        for place in rng.integers(0, len(data), 6):
+            data[place] = rng.integers(0, 256)
+        stamp = 10**9 + i * 50_000_000
+        bench.vehicle.image(
+            "CAM_LEFT", stamp, array("B", bytes(data)).tobytes()[: rng.integers(1, len(data))]
+        )
+        bench.vehicle.image("CAM_FRONT", stamp)
+        bench.vehicle.image("CAM_RIGHT", stamp)
+        bench.wait(lambda i=i: sum(bench.node.ledger.outcomes.values()) >= i - 2)
+    finished(bench, 40)
+    assert set(bench.node.ledger.outcomes) <= {"processed", "replaced_by_newer"}
