@@ -47,17 +47,17 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a runtime is found: our module, the import it needs, the graphs it reads, how it is installed."""
+    """Where a runtime is found: our module, the imports it needs, the graphs it reads, how it is installed."""
 
     module: str
-    needs: str
+    needs: tuple[str, ...]
     graphs: tuple[str, ...]
     install: str
 
     @property
-    def installed(self) -> bool:
-        """Whether the import it needs can be found, without importing it."""
-        return importlib.util.find_spec(self.needs) is not None
+    def absent(self) -> list[str]:
+        """The imports it needs that cannot be found; nothing is imported for that."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
     def reads(self, package: ModelPackage) -> bool:
         """Whether the package holds a graph in its form."""
@@ -66,16 +66,22 @@ class Runtime:
 
 RUNTIMES: dict[str, Runtime] = {
     "openvino": Runtime(
-        "openvino_backend", "openvino", ("model.xml", "model.onnx"), "pip install openvino"
+        "openvino_backend", ("openvino",), ("model.xml", "model.onnx"), "pip install openvino"
     ),
     "onnxruntime": Runtime(
-        "onnx_backend", "onnxruntime", ("model.onnx",), "pip install onnxruntime"
+        "onnx_backend", ("onnxruntime",), ("model.onnx",), "pip install onnxruntime"
     ),
     "tensorrt": Runtime(
-        "tensorrt_backend", "tensorrt", ("model.onnx",), "pip install tensorrt cuda-python"
+        "tensorrt_backend",
+        ("tensorrt", "cuda"),
+        ("model.onnx",),
+        "pip install tensorrt cuda-python",
     ),
     "torch": Runtime(
-        "torch_backend", "occbev_training", ("weights.safetensors",), "pip install ./training"
+        "torch_backend",
+        ("torch", "occbev_training"),
+        ("weights.safetensors",),
+        "pip install ./training",
     ),
 }
 """Runtimes by name, in the order in which "auto" tries them."""
@@ -140,8 +146,8 @@ def _problem(name: str, package: ModelPackage) -> str | None:
     if name not in RUNTIMES:
         return f"backend {name!r} is unknown: must be auto or one of {sorted(RUNTIMES)}"
     runtime = RUNTIMES[name]
-    if not runtime.installed:
-        return f"backend {name}: the module {runtime.needs} is not installed ({runtime.install})"
+    if runtime.absent:
+        return f"backend {name}: {', '.join(runtime.absent)} is not installed ({runtime.install})"
     if not runtime.reads(package):
         return f"backend {name}: {package.folder} holds none of {runtime.graphs}; it has {sorted(package.files)}"
     return None

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from occbev.inference.backend import Arrays
+from occbev.inference.backend import Arrays, BackendError
 from occbev.model_package import ModelPackage
 from occbev_training.models.build import build_network
-from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
 from occbev_training.models.lift_splat import BatchedPoints
 from occbev_training.models.network import OccBevNetwork
 
@@ -55,6 +55,11 @@ def load(package: ModelPackage, cameras: int, threads: int | None, precision: st
         torch.set_num_threads(threads)
     path = package.path("weights.safetensors")
     network = build_network(package.model, "finetune")
-    load_strictly(network, read_weights(path)[0], str(path))
+    try:
+        load_strictly(network, read_weights(path)[0], str(path))
+    except CheckpointError as error:
+        raise BackendError(
+            f"{error}; was it exported by another version of occbev_training?"
+        ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TorchBackend(network, device, precision == "auto" and device.type == "cuda")

@@ -1,0 +1,62 @@
+"""Benchmarks: rounds are interleaved, and what is compared computes the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from occbev.benchmarks import Report, interleaved
+from occbev.benchmarks.pipeline import (
+    encoded_frames,
+    plain_network_images,
+    plain_occupancy,
+    six_cameras,
+)
+from occbev.cli import main
+from occbev.config import ImageConfig
+from occbev.grid import VoxelGrid, volume_from_xyz
+from occbev.postprocess import decode_occupancy
+from occbev.preprocess import Preprocessor
+
+
+def test_rounds_are_interleaved_after_one_that_is_not_measured() -> None:
+    calls: list[str] = []
+    timings = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4
+    assert set(timings) == {"a", "b"}
+    assert all(0 <= t.wall_ms <= t.p95_ms for t in timings.values())
+
+
+def test_the_report_names_the_machine() -> None:
+    record = Report("probe", {"x_ms": 1.0}, {"y_vs_x": 2.0}).as_record()
+    assert record["bench"] == "probe"
+    assert {"processor", "cores"} <= set(record["machine"])
+
+
+def test_the_plain_preprocessing_makes_nearly_the_same_images() -> None:
+    config, rig = ImageConfig(), six_cameras()
+    frames = encoded_frames(rig)
+    ours = Preprocessor(config).prepare(frames, rig).images
+    plain = plain_network_images(
+        frames, config.width, config.height, np.array(config.mean), np.array(config.std)
+    )
+    assert ours.shape == plain.shape
+    assert np.abs(ours - plain).mean() < 0.03, (
+        "two grey levels: the JPEG is decoded at half its size"
+    )
+
+
+def test_the_plain_occupancy_decoding_is_equal() -> None:
+    grid = VoxelGrid((0, 0, 0), (1, 1, 1), (5, 4, 3))
+    logits = np.random.default_rng(0).normal(size=(18, 3, 4, 5)).astype(np.float32)
+    label, confidence = plain_occupancy(logits)
+    ours = decode_occupancy(logits, grid)
+    np.testing.assert_array_equal(volume_from_xyz(ours.label), label)
+    np.testing.assert_allclose(volume_from_xyz(ours.confidence), confidence, rtol=1e-5)
+
+
+def test_bad_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "pipeline", "--rounds", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+    assert main(["bench", "pipeline", "--model", "no-such-model"]) == 2
+    assert "no model package 'no-such-model'" in capsys.readouterr().err
