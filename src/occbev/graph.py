@@ -6,7 +6,11 @@ this; it imports no ROS.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from occbev.share import share_path
 
 CAMERAS = (
     "CAM_FRONT_LEFT",
@@ -84,6 +88,12 @@ CLOCK = Topic(
     "/clock", "rosgraph_msgs/msg/Clock", Quality("best_effort", depth=1), "time of a replayed bag"
 )
 
+PROFILE = "config/fastdds_large_images.xml"
+"""Fast DDS profile of everything that sends or receives images."""
+
+PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
+"""Name from Kilted on, name on Humble and Jazzy."""
+
 NODE_NAME = "perception"
 EXECUTABLE = "perception"
 MODULE = "occbev.nodes.perception_node"
@@ -133,16 +143,52 @@ def resolve(topic: str, namespace: str = "") -> str:
     return topic if topic.startswith("/") else f"{prefix}/{topic}"
 
 
-def ros_arguments(
-    params_file: str, parameters: dict[str, str], namespace: str = "", log_level: str = "info",
-    remaps: tuple[str, ...] = (),
-) -> list[str]:  # fmt: skip
-    """Return the `--ros-args ...` of the perception node; later values win."""
-    arguments = ["--ros-args", "--params-file", params_file]
-    for name, value in parameters.items():
-        arguments += ["-p", f"{name}:={value}"]
-    for remap in remaps:
-        arguments += ["-r", remap]
-    if namespace.strip("/"):
-        arguments += ["-r", f"__ns:=/{namespace.strip('/')}"]
-    return [*arguments, "--log-level", log_level]
+def params_file(values: Mapping[str, str]) -> str:
+    """Return the parameter file that the arguments ask for."""
+    return values.get("params_file") or str(share_path("config/perception.yaml"))
+
+
+def parameters(values: Mapping[str, str]) -> dict[str, str | bool]:
+    """Return the parameters that the arguments set over the parameter file."""
+    chosen: dict[str, str | bool] = {n: values[n] for n in PARAMETER_ARGUMENTS if values.get(n)}
+    if is_true(values.get("use_sim_time", "")) or values.get("bag"):
+        chosen["use_sim_time"] = True
+    return chosen
+
+
+def rviz_file() -> str:
+    """Return the shipped RViz view."""
+    return str(share_path("config/rviz/occbev.rviz"))
+
+
+def player_command(values: Mapping[str, str]) -> list[str]:
+    """Return the command that replays the `bag` argument through a node that runs already."""
+    command = ["occbev", "replay", values["bag"], "--no-node", "--params-file", params_file(values)]
+    return [*command, "--namespace", values["namespace"]] if values.get("namespace") else command
+
+
+def environment() -> dict[str, str]:
+    """Return the environment that large images need, unless the user has chosen a profile."""
+    if any(os.environ.get(variable) for variable in PROFILE_VARIABLES):
+        return {}
+    old = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
+    return {PROFILE_VARIABLES[1 if old else 0]: str(share_path(PROFILE))}
+
+
+def node_arguments(values: Mapping[str, str], extra: Mapping[str, str] | None = None) -> list[str]:
+    """Return the `--ros-args ...` that start the perception node as the launch file would.
+
+    extra: further parameters by dotted name, which win.
+    """
+    arguments = ["--ros-args", "--params-file", params_file(values)]
+    for name, value in {**parameters(values), **(extra or {})}.items():
+        text = str(value).lower() if isinstance(value, bool) else value
+        arguments += ["-p", f"{name}:={text}"]
+    if values.get("namespace", "").strip("/"):
+        arguments += ["-r", f"__ns:=/{values['namespace'].strip('/')}"]
+    return [*arguments, "--log-level", values.get("log_level") or "info"]
+
+
+def is_true(text: str) -> bool:
+    """Read a launch argument as a truth value."""
+    return text.strip().lower() in ("true", "1", "yes", "on")

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from occbev.config import ConfigError, from_record
-from occbev.graph import CAMERAS, COMPRESSED, IMAGE, camera_topics
+from occbev.graph import CAMERAS, COMPRESSED, IMAGE, ODOMETRY, camera_topics
 from occbev.nodes.messages import MAX_IMAGE_PIXELS
 from occbev.sync import SyncConfig
 
@@ -67,6 +67,8 @@ class EgoMotionParameters:
 
     source: str = "auto"
     """odometry, tf, none, or auto: odometry if it comes, else TF."""
+    odometry_topic: str = ODOMETRY.name
+    """Topic of nav_msgs/Odometry of the base frame."""
     fixed_frame: str = "odom"
     """Frame of TF that does not move."""
     wait_s: float = bounded(0.05, 0.0, 1.0)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -222,7 +223,8 @@ class PerceptionNode(LifecycleNode):
                 self._listen(Topic(name, kind, images, ""), take)
             info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
             self._listen(info, partial(intake.add_info, camera))
-        self._listen(ODOMETRY, self._on_odometry)
+        odometry = replace(ODOMETRY, name=self.parameters.ego_motion.odometry_topic)
+        self._listen(odometry, self._on_odometry)
         for topic in FRAME_INPUTS:
             static = topic.name.endswith("static")
             try:
@@ -279,7 +281,10 @@ class PerceptionNode(LifecycleNode):
             if self._intake is not None:
                 self._intake.add_odometry(message)
         except MessageError as error:
-            self._complain("odometry", f"odometry on {ODOMETRY.name} is not used: {error}")
+            self._complain(
+                "odometry",
+                f"odometry on {self.parameters.ego_motion.odometry_topic} is not used: {error}",
+            )
 
     def _on_clock_jump(self, jump: Any) -> None:
         if self._intake is not None:

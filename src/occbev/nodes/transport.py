@@ -8,12 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-from occbev.share import share_path
-
-PROFILE = "config/fastdds_large_images.xml"
-
-PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
-"""Name from Kilted on, name on Humble and Jazzy."""
+from occbev.graph import PROFILE_VARIABLES, environment
 
 MALLOPT = ((-3, 256 << 20), (-1, 512 << 20), (-2, 64 << 20))
 """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: keep blocks of image size instead of faulting them in again."""
@@ -24,13 +19,8 @@ def use_large_image_profile() -> str:
 
     Returns: the profile that is in use.
     """
-    for variable in PROFILE_VARIABLES:
-        if os.environ.get(variable):
-            return os.environ[variable]
-    path = str(share_path(PROFILE))
-    old = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
-    os.environ[PROFILE_VARIABLES[1 if old else 0]] = path
-    return path
+    os.environ.update(environment())
+    return next(os.environ[variable] for variable in PROFILE_VARIABLES if os.environ.get(variable))
 
 
 def keep_large_blocks() -> bool:

@@ -1,0 +1,73 @@
+"""Start the perception node, as the launch file does but without `launch`.
+
+Arguments are those of perception.launch.py, given as name:=value; any other name is a parameter of the node:
+
+    occbev run model:=occbev-tiny backend:=openvino detection.score_threshold:=0.3
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from occbev import graph
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("assignments", nargs="*", metavar="NAME:=VALUE", help=argument_help())
+    parser.add_argument("--params-file", type=Path, help="ROS parameter file, as params_file:=")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the node in this process, and a player beside it where a bag is given."""
+    values, extra = split_assignments(args.assignments)
+    if args.params_file:
+        values["params_file"] = str(args.params_file)
+    check_file(graph.params_file(values))
+    from occbev.nodes.perception_node import main
+
+    player = _start_player(values) if values["bag"] else None
+    try:
+        return main(graph.node_arguments(values, extra))
+    finally:
+        if player is not None and player.poll() is None:
+            player.terminate()
+
+
+def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the launch arguments (all of them, with defaults) and the node parameters among name:=value texts.
+
+    Raises:
+        ValueError: a text is no assignment.
+    """
+    values = {argument.name: argument.default for argument in graph.ARGUMENTS}
+    extra = {}
+    for text in assignments:
+        name, separator, value = text.partition(":=")
+        if not separator or not name:
+            raise ValueError(f"{text!r} is not name:=value; launch arguments are {sorted(values)}")
+        if name in values:
+            values[name] = value
+        else:
+            extra[name] = value
+    return values, extra
+
+
+def check_file(path: str) -> None:
+    """Raise FileNotFoundError for a parameter file that is not there; rclpy's own message does not name it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"parameter file {path} does not exist")
+
+
+def argument_help() -> str:
+    """Describe the launch arguments in one line."""
+    return "; ".join(f"{argument.name}: {argument.text}" for argument in graph.ARGUMENTS)
+
+
+def _start_player(values: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = graph.player_command(values)
+    return subprocess.Popen([sys.executable, "-m", "occbev", *command[1:]])
