@@ -1,0 +1,142 @@
+"""Every runtime gives what torch gives, on rigs of any size, from one exported package."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from occbev.config import (  # noqa: E402
+    BevEncoderConfig,
+    DepthConfig,
+    DetectionHeadConfig,
+    ImageConfig,
+    LiftConfig,
+    ModelConfig,
+    OccupancyHeadConfig,
+)
+from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
+from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
+from occbev.inference.backend import Backend, load_backend  # noqa: E402
+from occbev.inference.pipeline import Pipeline, motion_to_key  # noqa: E402
+from occbev.inference.tables import TableCache, TableCapacityError  # noqa: E402
+from occbev.model_package import ModelPackage  # noqa: E402
+from occbev.results import CameraFrame, FrameSet  # noqa: E402
+from occbev.rig import Camera, CameraRig  # noqa: E402
+from occbev_training.export import export_package  # noqa: E402
+from occbev_training.models.build import build_network  # noqa: E402
+
+MODEL = replace(
+    ModelConfig(),
+    name="probe",
+    image=ImageConfig(width=96, height=64),
+    lift=LiftConfig(channels=16, depth=DepthConfig(1.0, 13.0, 1.0), max_points=4096),
+    bev=BevGrid((-12.8, -12.8), (0.8, 0.8), (32, 32)),
+    bev_encoder=BevEncoderConfig(channels=(16, 16, 16), blocks=(1, 1, 1), out_channels=16),
+    grid=VoxelGrid((-8.0, -8.0, -1.0), (0.4, 0.4, 0.4), (40, 40, 16)),
+    occupancy=OccupancyHeadConfig(channels=16, height_channels=4),
+    detection=DetectionHeadConfig(channels=16),
+)
+FORWARD = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+RUNTIMES = {"openvino": 0.02, "onnxruntime": 1e-4}
+"""Runtime -> largest difference from torch as a share of an output's largest value; the IR rounds weights to fp16."""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
+    torch.manual_seed(0)
+    network = build_network(MODEL, "finetune").eval()
+    return export_package(network, MODEL, tmp_path_factory.mktemp("probe"), {"data": "nothing"}, {})
+
+
+def rig(cameras: int) -> CameraRig:
+    optics = [[160, 0, 120], [0, 160, 90], [0, 0, 1]]
+    poses = [
+        make_transform(rotation_from_yaw(2 * np.pi * i / cameras) @ FORWARD, [0.5, 0, 1.5])
+        for i in range(cameras)
+    ]
+    return CameraRig(
+        tuple(
+            Camera(f"camera{i}", 240, 180, np.array(optics), pose) for i, pose in enumerate(poses)
+        )
+    )
+
+
+def frames(cameras: CameraRig, missing: str | None = None) -> FrameSet:
+    generator = np.random.default_rng(len(cameras))
+    pose = make_transform(np.eye(3), [3.0, 1.0, 0])
+    images = {
+        c.name: generator.integers(0, 255, (c.height, c.width, 3), np.uint8)
+        for c in cameras.cameras
+    }
+    present = {
+        name: None if name == missing else CameraFrame(name, 1, image, pose)
+        for name, image in images.items()
+    }
+    return FrameSet(1, present, {missing: "silent"} if missing else {})
+
+
+def outputs(
+    backend: Backend, cameras: CameraRig, missing: str | None = None
+) -> dict[str, np.ndarray]:
+    line = Pipeline(ModelPackage(Path(), MODEL), cameras, backend)
+    prepared = line.preprocessor.prepare(frames(cameras, missing), cameras)
+    tables = TableCache(MODEL, backend.form).tables(prepared.rig)
+    inputs = {
+        "images": prepared.images[None],
+        "camera_valid": prepared.camera_valid[None],
+        **tables,
+    }
+    return {name: array.copy() for name, array in backend.run(inputs).items()}
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("cameras", [1, 5, 6, 7])
+def test_every_runtime_equals_torch_on_any_rig(
+    package: ModelPackage, name: str, cameras: int
+) -> None:
+    expected = outputs(load_backend(package, cameras, "torch"), rig(cameras))
+    found = outputs(load_backend(package, cameras, name, precision="f32"), rig(cameras))
+    assert set(found) == set(expected) == {"occupancy_logits", "heatmap", "box"}
+    for key, array in expected.items():
+        assert found[key].shape == array.shape
+        assert np.abs(found[key] - array).max() <= RUNTIMES[name] * np.abs(array).max(), key
+
+
+@pytest.mark.parametrize("name", ["torch", *RUNTIMES])
+def test_a_missing_camera_changes_outputs_alike(package: ModelPackage, name: str) -> None:
+    backend = load_backend(package, 6, name, precision="f32")
+    whole, part = outputs(backend, rig(6)), outputs(backend, rig(6), missing="camera2")
+    assert np.abs(whole["heatmap"] - part["heatmap"]).max() > 1e-3
+    expected = outputs(load_backend(package, 6, "torch"), rig(6), missing="camera2")
+    np.testing.assert_allclose(
+        part["heatmap"], expected["heatmap"], atol=0.02 * np.abs(expected["heatmap"]).max()
+    )
+
+
+def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
+    package: ModelPackage,
+) -> None:
+    lines = {
+        name: Pipeline(package, rig(6), name, threads=1, precision="f32")
+        for name in ("torch", "onnxruntime")
+    }
+    for cameras in (rig(6), rig(4)):
+        results = []
+        for line in lines.values():
+            line.set_rig(cameras)
+            line.warm_up()
+            results.append(line.run(frames(cameras), motion_to_key(frames(cameras), np.eye(4))))
+        a, b = results
+        assert (a.occupancy.label == b.occupancy.label).mean() > 0.999
+        assert len(a.boxes) == len(b.boxes)
+        assert a.boxes.cameras == cameras.names
+
+
+def test_a_rig_beyond_the_capacity_is_an_error_with_both_numbers(package: ModelPackage) -> None:
+    with pytest.raises(TableCapacityError, match=r"needs \d+ .*holds 4096"):
+        outputs(load_backend(package, 40, "torch"), rig(40))
