@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import occbev
-import occbev_training
 from occbev_training.simulator.drive import DriveConfig
 from occbev_training.simulator.rendered import RenderedDrive
 from occbev_training.sources.bag_writer import write_bag
@@ -19,7 +18,7 @@ from occbev_training.sources.truth import write_truth
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, its parts that are done and its parts in all."""
 
-ROOTS = {"occbev": Path(occbev.__file__).parent, "training": Path(occbev_training.__file__).parent}
+ROOTS = {"occbev": Path(occbev.__file__).parent, "training": Path(__file__).parents[1]}
 MAKERS = (
     ("training", "simulator"), ("training", "sources/bag_writer.py"), ("training", "sources/truth.py"),
     ("occbev", "geometry.py"), ("occbev", "grid.py"), ("occbev", "rig.py"), ("occbev", "trajectory.py"),
