@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cv2
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive, split_of
 from occbev_training.simulator.lidar import LidarConfig
+
+SINGLE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""Set for the workers: threads of the linear algebra library only wait for each other on 3 x 3 products."""
 
 FORMATS = ("nuscenes", "bag", "both")
 
@@ -69,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     )
     seeds = list(range(args.first_seed, args.first_seed + args.drives))
     _record(args.out, config, seeds)
+    os.environ.update(SINGLE_THREAD)
     columns = (
         TextColumn("simulate"),
         BarColumn(),
@@ -106,6 +112,7 @@ def write_seed(seed: int, config: DriveConfig, out: Path, form: str) -> None:
     bags = form != "nuscenes" and not (bag.exists() and truth.exists())
     if not tables and not bags:
         return
+    cv2.setNumThreads(1)
     drive = SimulatedDrive(seed, config)
     if tables:
         write_drive(drive, out)

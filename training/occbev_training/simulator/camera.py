@@ -101,7 +101,7 @@ class Exposure:
 def pixel_rays(camera: Camera, step: int = 1) -> F32:
     """Unit directions (h, w, 3) in the optical frame through pixel centres, every `step`-th of them."""
     u, v = np.meshgrid(
-        np.arange(0, camera.width, step) + 0.5, np.arange(0, camera.height, step) + 0.5
+        np.arange(0, camera.width, step) + step / 2, np.arange(0, camera.height, step) + step / 2
     )
     k = camera.intrinsic
     directions = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)], -1)

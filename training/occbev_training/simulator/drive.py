@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import invert_transform, make_transform, rotation_from_yaw, transform_points
+from occbev.geometry import (
+    invert_transform,
+    make_transform,
+    project_points,
+    rotation_from_yaw,
+    transform_points,
+)
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import CameraFrame, FrameSet, Sweep
+from occbev.rig import Camera
 from occbev.trajectory import Trajectory
 from occbev_training.simulator.camera import MOUNTS, Exposure, Painter, build_rig, pixel_rays
 from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mounted
 from occbev_training.simulator.raycast import StreetScene
-from occbev_training.simulator.truth import Solids, annotate, seen_voxels
+from occbev_training.simulator.truth import Solids, annotate, mark_centres, mark_ends, seen_voxels
 from occbev_training.simulator.world import build_world
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 
@@ -156,7 +163,8 @@ class SimulatedDrive:
 
         Surfaces and insides of bodies are filled; houses are shells; the ground lies in the layer of
         its true height. mask_lidar is what the key sweep's own rays cross or end in, mask_camera what
-        the six cameras' pixel rays do, each at its own exposure time.
+        the six cameras see at their own exposure times: voxels in which a pixel's ray ends, and voxels
+        whose centre lies before that end.
         """
         time, ego2world = self._key_pose(key)
         if self._solids is None:
@@ -177,32 +185,30 @@ class SimulatedDrive:
         return seen.reshape(self.config.grid.shape)
 
     def _camera_mask(self, key: int, ego2world: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Cast a ray bundle per camera, thinned near the lens where neighbours share their voxels anyway."""
         grid, world2ego = self.config.grid, invert_transform(ego2world)
         seen = np.zeros(grid.size, bool)
-        reach = float(np.hypot(*np.abs([grid.lo[:2], grid.hi[:2]]).max(0)))
-        for camera in self.rig.cameras:
+        for number, camera in enumerate(self.rig.cameras):
             time = self._camera_time(key, camera.name)
             self._painter.place_actors(camera, self._ego2world(time), time)
             cam2world = self._ego2world(time) @ camera.cam2ego
-            step = max(1, int(0.7 * min(grid.pitch) / reach * camera.intrinsic[0, 0]))
+            step = max(1, round(camera.intrinsic[0, 0] / 140))
             rays = pixel_rays(camera, step)
             world = rays.reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
-            hits = self._scene.first(
-                np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape), world, reach + 5
-            )
-            length = (np.minimum(hits.distance, reach + 5) + 0.02).reshape(rays.shape[:2])
+            origins = np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape)
+            distance = self._scene.first(origins, world, 80.0).distance.reshape(rays.shape[:2])
             cam2ego = world2ego @ cam2world
-            ego_rays = (rays @ cam2ego[:3, :3].T.astype(np.float32)).astype(np.float32)
-            for thin, start, end in ((4, 0.0, 14.0), (2, 12.0, 28.0), (1, 26.0, 99.0)):
-                part, far = (
-                    ego_rays[::thin, ::thin].reshape(-1, 3),
-                    length[::thin, ::thin].reshape(-1),
-                )
-                origin = np.broadcast_to(cam2ego[:3, 3].astype(np.float32), part.shape)
-                seen_voxels(seen, grid, origin, part, np.minimum(far, end), start=start)
-            _mark_ends(seen, grid, cam2ego[:3, 3], ego_rays, length)
+            mark_ends(seen, grid, cam2ego, rays, distance)
+            mark_centres(
+                seen, self._in_view[number], cam2ego, camera, step, rays[..., 2] * distance
+            )
         return seen.reshape(grid.shape)
+
+    @cached_property
+    def _in_view(self) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Per camera: flat voxels that it may see, and their centres in the ego frame, with room for ego motion."""
+        centres = self.config.grid.centres().reshape(-1, 3)
+        chosen = [np.flatnonzero(_may_see(camera, centres)) for camera in self.rig.cameras]
+        return [(flat, centres[flat].astype(np.float32)) for flat in chosen]
 
     def _scan_once(self, index: int) -> Scan:
         return self._lidar.scan(
@@ -240,8 +246,9 @@ class SimulatedDrive:
         return data.tobytes()
 
 
-def _mark_ends(seen: NDArray[np.bool_], grid: VoxelGrid, origin: NDArray[np.float64], rays: NDArray[np.float32],
-               length: NDArray[np.float32]) -> None:  # fmt: skip
-    """Mark the voxels in which rays (h, w, 3) end."""
-    cells, inside = grid.indices(origin + (rays * length[..., None]).reshape(-1, 3))
-    seen[grid.flat(cells[inside])] = True
+def _may_see(
+    camera: Camera, centres: NDArray[np.float64], margin: float = 16.0
+) -> NDArray[np.bool_]:
+    pixels, depth = project_points(transform_points(camera.ego2cam, centres), camera.intrinsic)
+    size = np.array([camera.width, camera.height])
+    return (depth > 0.05) & np.all((pixels > -margin) & (pixels < size + margin), axis=-1)

@@ -239,7 +239,9 @@ def _add_cell(builder: MeshBuilder, bend: Bend, s: NDArray[np.float64], d: NDArr
     i, j = (index.ravel() for index in np.indices((len(along) - 1, len(across) - 1)))
     corners_s = np.stack([along[i], along[i + 1], along[i + 1], along[i]], -1)
     corners_d = np.stack([across[j], across[j], across[j + 1], across[j + 1]], -1)
-    builder.quads(bend.at(corners_s, corners_d, height), material, label, np.stack([corners_s, corners_d], -1))
+    builder.quads(
+        bend.at(corners_s, corners_d, height), material, label, np.stack([corners_s, corners_d], -1)
+    )
 
 
 def _add_kerbs(builder: MeshBuilder, bend: Bend, s_cuts: NDArray[np.float64], d_cuts: NDArray[np.float64],

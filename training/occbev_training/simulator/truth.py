@@ -11,6 +11,7 @@ from occbev.classes import FREE, OCCUPANCY_CLASSES
 from occbev.geometry import invert_transform, points_in_box, rotation_from_yaw, transform_points
 from occbev.grid import VoxelGrid
 from occbev.results import Boxes3D
+from occbev.rig import Camera
 from occbev_training.simulator.mesh import Mesh, surface_samples
 from occbev_training.simulator.raycast import F32
 from occbev_training.simulator.world import Actor, World
@@ -56,7 +57,7 @@ class Solids:
 
     def __init__(self, world: World) -> None:
         """Sample what stands once, near the route only, and each moving actor in its own frame."""
-        near = _near_route(world.static, world.ego.pose[::25, :2], 62.0)
+        near = _near_route(world.static, world.ego.pose[::50, :2], 66.0)
         points, label = surface_samples(near, _SPACING)
         tile = np.floor(points[:, :2] / _TILE).astype(np.int64)
         order = np.lexsort((_rank(label), tile[:, 1], tile[:, 0]))
@@ -102,7 +103,7 @@ class Solids:
 
 
 def seen_voxels(seen: NDArray[np.bool_], grid: VoxelGrid, origins: F32, directions: F32, length: F32,
-                step: float = 0.2, start: float = 0.0) -> None:  # fmt: skip
+                step: float = 0.25, start: float = 0.0) -> None:  # fmt: skip
     """Mark in `seen` (X * Y * Z,) what rays (R, 3) cross between `start` and their `length` (R,), end included."""
     lo, pitch = np.array(grid.lo, np.float32), np.array(grid.pitch, np.float32)
     near, far = _clip(
@@ -123,6 +124,35 @@ def seen_voxels(seen: NDArray[np.bool_], grid: VoxelGrid, origins: F32, directio
             cell = np.clip(position.astype(np.int32), 0, grid.shape[axis] - 1)
             flat = flat * grid.shape[axis] + cell
         seen[flat] = True
+
+
+def mark_ends(
+    seen: NDArray[np.bool_], grid: VoxelGrid, cam2ego: NDArray[np.float64], rays: F32, distance: F32
+) -> None:
+    """Mark the voxels in which a camera's unit rays (h, w, 3) end after `distance` (h, w)."""
+    hit = np.isfinite(distance)
+    ends = transform_points(cam2ego, rays[hit] * (distance[hit] + np.float32(0.02))[:, None])
+    cells, inside = grid.indices(ends)
+    seen[grid.flat(cells[inside])] = True
+
+
+def mark_centres(seen: NDArray[np.bool_], voxels: tuple[NDArray[np.int64], F32], cam2ego: NDArray[np.float64],
+                 camera: Camera, step: int, depth: F32) -> None:  # fmt: skip
+    """Mark voxels whose centre no surface hides from a camera.
+
+    voxels: flat indices (S,) and centres (S, 3) in the ego frame. depth: (h, w) of every `step`-th pixel.
+    """
+    flat, centres = voxels
+    ego2cam = invert_transform(cam2ego).astype(np.float32)
+    local = centres @ ego2cam[:3, :3].T + ego2cam[:3, 3]
+    before = np.maximum(local[:, 2], np.float32(0.05))
+    k = camera.intrinsic.astype(np.float32)
+    u, v = k[0, 0] * local[:, 0] / before + k[0, 2], k[1, 1] * local[:, 1] / before + k[1, 2]
+    inside = (local[:, 2] > 0.05) & (u >= 0) & (v >= 0) & (u < camera.width) & (v < camera.height)
+    u, v, z, flat = u[inside], v[inside], local[inside, 2], flat[inside]
+    row = np.minimum((v / step).astype(np.int32), depth.shape[0] - 1)
+    column = np.minimum((u / step).astype(np.int32), depth.shape[1] - 1)
+    seen[flat[z < depth[row, column]]] = True
 
 
 def _clip(origins: F32, directions: F32, lo: F32, hi: F32) -> tuple[F32, F32]:
@@ -155,7 +185,8 @@ def _near_route(mesh: Mesh, route: NDArray[np.float64], reach: float) -> Mesh:
     def close(points: F32) -> NDArray[np.bool_]:
         least = np.full(len(points), np.inf, np.float32)
         for place in route.astype(np.float32):
-            np.minimum(least, np.abs(points[:, :2] - place).max(1), out=least)
+            away = np.maximum(np.abs(points[:, 0] - place[0]), np.abs(points[:, 1] - place[1]))
+            np.minimum(least, away, out=least)
         return (least < reach) & (points[:, 2] < 9.0)
 
     low = np.concatenate(
