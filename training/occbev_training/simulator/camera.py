@@ -87,7 +87,7 @@ class Exposure:
     @classmethod
     def draw(cls, rng: np.random.Generator, light: Light) -> Exposure:
         """Draw the settings of one camera for one drive."""
-        gain = {"night": 6.0, "dusk": 1.6}.get(light.name, 1.0) * rng.uniform(0.75, 1.3)
+        gain = {"night": 4.2, "dusk": 1.6}.get(light.name, 1.0) * rng.uniform(0.75, 1.3)
         grain = rng.uniform(0.002, 0.012) * (2.2 if light.name == "night" else 1.0)
         return cls(
             gain,
@@ -256,7 +256,7 @@ def _headlights(points: F32, normal: F32, ego2world: NDArray[np.float64]) -> F32
     beam = np.clip((ahead - 0.86) / 0.1, 0, 1) * np.clip(
         0.15 - np.einsum("rc,rc->r", direction, normal), 0, 1
     )
-    return (0.09 + 25.0 * beam / (distance + 4.0) ** 1.6)[:, None] * np.array(
+    return (0.07 + 60.0 * beam / (distance + 4.0) ** 1.6)[:, None] * np.array(
         [1.0, 0.93, 0.8], np.float32
     )
 
