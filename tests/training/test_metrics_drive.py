@@ -119,6 +119,16 @@ def test_a_volume_moves_by_whole_voxels() -> None:
     assert (moved.label[:2] == FREE).all()
 
 
+def test_a_volume_stays_under_a_motion_that_takes_no_centre_out_of_its_voxel() -> None:
+    little = make_transform(rotation_from_yaw(0.01), [0.2, 0, 0])
+    assert drive.move_occupancy(volume(semantics()), little).label is not None
+    grid = GRID
+    source, inside = grid.indices((grid.centres().reshape(-1, 3) - little[:3, 3]) @ little[:3, :3])
+    stayed = drive.move_occupancy(volume(semantics()), little).label.reshape(-1)
+    resampled = np.where(inside, semantics()[tuple(source.T)], FREE)
+    np.testing.assert_array_equal(stayed, resampled)
+
+
 def test_boxes_turn_with_the_frame_and_come_back() -> None:
     a2b = make_transform(rotation_from_yaw(2.9), [3.0, -1, 0.2])
     there = drive.move_boxes(boxes(), a2b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -10,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import FREE, UNOBSERVED_STATE
-from occbev.geometry import rotation_from_yaw, transform_points, wrap_angle, yaw_from_rotation
+from occbev.geometry import (
+    invert_transform,
+    rotation_from_yaw,
+    transform_points,
+    wrap_angle,
+    yaw_from_rotation,
+)
 from occbev.results import Boxes3D, Occupancy
 from occbev_training.metrics.detection import evaluate_detection
 from occbev_training.metrics.occupancy import (
@@ -71,9 +78,14 @@ def move_boxes(boxes: Boxes3D, a2b: NDArray[np.float64]) -> Boxes3D:
 def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
     """Carry a volume from one ego frame into another: each voxel takes what its centre lay in."""
     grid = occupancy.grid
+    corners = np.array(list(itertools.product(*zip(grid.lo, grid.hi, strict=True))))
+    shift = transform_points(a2b, corners) - corners
+    if np.all(np.abs(shift) < np.array(grid.pitch) / 2):
+        return (
+            occupancy  # motion is affine: no centre leaves its voxel if no corner moves half of one
+        )
     centres = grid.centres().reshape(-1, 3)
-    back = np.linalg.inv(a2b)
-    source, inside = grid.indices(transform_points(back, centres))
+    source, inside = grid.indices(transform_points(invert_transform(a2b), centres))
     at = tuple(source.T)
 
     def moved(values: NDArray[Any], outside: int) -> NDArray[Any]:
