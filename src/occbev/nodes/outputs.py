@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ from occbev.classes import (
 )
 from occbev.grid import VoxelGrid
 from occbev.nodes.compat import require
-from occbev.results import Boxes3D, Occupancy
+from occbev.nodes.parameters import PerceptionParameters
+from occbev.results import Boxes3D, Occupancy, Perception
 
 POINT_FIELDS = (
     ("x", 0, PointField.FLOAT32), ("y", 4, PointField.FLOAT32), ("z", 8, PointField.FLOAT32),
@@ -189,6 +190,28 @@ def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
     data.frombytes(memoryview(plane_from_occupancy(occupancy)).cast("B"))
     out.data = data
     return out
+
+
+class ResultWriter:
+    """Makes the output messages of one result, each only when it is called for."""
+
+    def __init__(self) -> None:
+        self._cloud = CloudWriter()
+
+    def makers(
+        self, perception: Perception, parameters: PerceptionParameters
+    ) -> dict[str, Callable[[], Any]]:
+        """Return output (a key of graph.OUTPUTS) -> what makes its message."""
+        header = header_at(perception.stamp_ns, parameters.base_frame)
+        boxes, occupancy = perception.boxes, perception.occupancy
+        strong = boxes[boxes.score >= parameters.detection.marker_threshold]
+        self._cloud.observed = parameters.occupancy.publish == "observed"
+        return {
+            "objects": lambda: detections_message(boxes, header),
+            "points": lambda: self._cloud.message(occupancy, header),
+            "grid": lambda: grid_message(occupancy, header),
+            "markers": lambda: markers_message(strong, header, parameters.marker_lifetime_s),
+        }
 
 
 @dataclass(frozen=True)

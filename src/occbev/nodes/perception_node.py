@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import rclpy
 from rclpy.clock import Clock, ClockType, JumpThreshold
@@ -38,21 +38,17 @@ from occbev.graph import (
     Quality,
     Topic,
 )
-from occbev.inference.pipeline import Pipeline
 from occbev.nodes import outputs
-from occbev.nodes.calibration import placeholder
 from occbev.nodes.compat import require
 from occbev.nodes.health import health
-from occbev.nodes.intake import Decode, Intake, Job, Work
+from occbev.nodes.intake import Intake, Job, Work
 from occbev.nodes.ledger import PROCESSED, Ledger
 from occbev.nodes.messages import MessageError
 from occbev.nodes.parameters import PerceptionParameters, current, declare, unknown_overrides
+from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive
 from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
 from occbev.nodes.worker import Worker
-from occbev.postprocess import BoxDecoding
-from occbev.preprocess import ImageError
-from occbev.results import FrameSet, Perception
-from occbev.rig import CameraRig
+from occbev.results import Perception
 
 POLL_S = 0.02
 """How often timeouts of the synchroniser are looked at."""
@@ -62,45 +58,6 @@ REPEAT_S = 5.0
 
 KEPT_LATENCIES = 200
 """Results over which diagnostics give percentiles."""
-
-
-class PipelineLike(Protocol):
-    """What the node needs of a pipeline; `occbev.inference.pipeline.Pipeline` is one."""
-
-    rig: CameraRig
-    decode: Decode
-
-    def set_rig(self, rig: CameraRig) -> None:
-        """Look through another rig from now on."""
-
-    def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
-        """Perceive one frame set."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-
-
-class LoadedPipeline:
-    """The real pipeline of a model package, loaded and warm before the first image comes."""
-
-    def __init__(self, parameters: PerceptionParameters) -> None:
-        detection = parameters.detection
-        rig = CameraRig(tuple(placeholder(name) for name in parameters.names))
-        decoding = BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
-        self._pipeline = Pipeline(
-            parameters.model, rig, parameters.backend, parameters.threads or None, decoding
-        )
-        self._pipeline.warm_up()
-        self.decode: Decode = self._pipeline.preprocessor.decode
-        self.set_rig = self._pipeline.set_rig
-        self.run = self._pipeline.run
-        self.close = self._pipeline.close
-
-    @property
-    def rig(self) -> CameraRig:
-        """The rig it looks through."""
-        return self._pipeline.rig
 
 
 class PerceptionNode(LifecycleNode):
@@ -124,7 +81,7 @@ class PerceptionNode(LifecycleNode):
         self._timers_running: list[Any] = []
         self._out: dict[str, Any] = {}
         self._debug: dict[str, Any] = {}
-        self._cloud = outputs.CloudWriter()
+        self._writer = outputs.ResultWriter()
         self._said: dict[str, float] = {}
         self._epoch = 0
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
@@ -334,7 +291,7 @@ class PerceptionNode(LifecycleNode):
             self._complain(
                 "motion", f"ego motion between exposures is not compensated: {work.motion_problem}"
             )
-        perception = self._perceive(pipeline, work)
+        perception = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
         if perception is None:
             self._complain(
                 "too few",
@@ -346,34 +303,9 @@ class PerceptionNode(LifecycleNode):
         published = self._publish(perception)
         self._enter(job, work, perception, (begin_ns, run_ns, time.monotonic_ns()), published)
 
-    def _perceive(self, pipeline: PipelineLike, work: Work) -> Perception | None:
-        """Run the pipeline, leaving out cameras whose image turns out to be unusable; None if too few are left."""
-        if pipeline.rig is not work.rig:
-            pipeline.set_rig(work.rig)
-        frame_set = work.frame_set
-        while len(frame_set.cameras) >= self.parameters.sync.min_cameras:
-            try:
-                return pipeline.run(frame_set, work.motion)
-            except ImageError as error:
-                self._complain(
-                    f"camera {error.camera}", f"camera {error.camera} is missing: {error}"
-                )
-                frame_set = _without(frame_set, error)
-        return None
-
     def _publish(self, perception: Perception) -> list[str]:
         """Publish what someone listens to; return which outputs those were."""
-        header = outputs.header_at(perception.stamp_ns, self.parameters.base_frame)
-        strong = perception.boxes.score >= self.parameters.detection.marker_threshold
-        self._cloud.observed = self.parameters.occupancy.publish == "observed"
-        makers: dict[str, Callable[[], Any]] = {
-            "objects": lambda: outputs.detections_message(perception.boxes, header),
-            "points": lambda: self._cloud.message(perception.occupancy, header),
-            "grid": lambda: outputs.grid_message(perception.occupancy, header),
-            "markers": lambda: outputs.markers_message(
-                perception.boxes[strong], header, self.parameters.marker_lifetime_s
-            ),
-        }
+        makers = self._writer.makers(perception, self.parameters)
         wanted = [
             key for key, publisher in self._out.items() if publisher.get_subscription_count() > 0
         ]
@@ -481,13 +413,6 @@ def _offers(node: Any, topic: str) -> list[str]:
     """Return the quality of service of each publisher of a topic, in words."""
     infos = node.get_publishers_info_by_topic(node.resolve_topic_name(topic))
     return [f"{i.qos_profile.reliability.name}/{i.qos_profile.durability.name}" for i in infos]
-
-
-def _without(frame_set: FrameSet, error: ImageError) -> FrameSet:
-    frames = {
-        name: None if name == error.camera else frame for name, frame in frame_set.frames.items()
-    }
-    return FrameSet(frame_set.stamp_ns, frames, {**frame_set.missing, error.camera: str(error)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,91 @@
+"""From resolved work to a result: the pipeline of a model package, and what happens to images it refuses.
+
+Shared by the live node and offline replay; it imports no ROS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from occbev.inference.pipeline import Pipeline
+from occbev.nodes.calibration import placeholder
+from occbev.nodes.intake import Decode, Work
+from occbev.nodes.parameters import PerceptionParameters
+from occbev.postprocess import BoxDecoding
+from occbev.preprocess import ImageError
+from occbev.results import FrameSet, Perception
+from occbev.rig import CameraRig
+
+Complain = Callable[[str, str], None]
+"""Called with what a problem is about and with its text."""
+
+
+class PipelineLike(Protocol):
+    """What the node needs of a pipeline."""
+
+    @property
+    def rig(self) -> Any:
+        """The rig it looks through."""
+        ...
+
+    @property
+    def decode(self) -> Decode:
+        """Decodes one frame for this network; safe to call from several threads."""
+        ...
+
+    def set_rig(self, rig: CameraRig) -> None:
+        """Look through another rig from now on."""
+
+    def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
+        """Perceive one frame set."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class LoadedPipeline:
+    """The pipeline of a model package, loaded and warm before the first image comes."""
+
+    def __init__(self, parameters: PerceptionParameters) -> None:
+        """Load what the parameters name; calibration comes later by `set_rig`."""
+        detection = parameters.detection
+        rig = CameraRig(tuple(placeholder(name) for name in parameters.names))
+        decoding = BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
+        self._pipeline = Pipeline(
+            parameters.model, rig, parameters.backend, parameters.threads or None, decoding
+        )
+        self._pipeline.warm_up()
+        self.decode: Decode = self._pipeline.preprocessor.decode
+        self.set_rig = self._pipeline.set_rig
+        self.run = self._pipeline.run
+        self.close = self._pipeline.close
+
+    @property
+    def rig(self) -> CameraRig:
+        """The rig it looks through."""
+        return self._pipeline.rig
+
+
+def perceive(
+    pipeline: PipelineLike, work: Work, fewest: int, complain: Complain
+) -> Perception | None:
+    """Run the pipeline, leaving out cameras whose image turns out to be unusable; None if under `fewest` are left."""
+    if pipeline.rig is not work.rig:
+        pipeline.set_rig(work.rig)
+    frame_set = work.frame_set
+    while len(frame_set.cameras) >= fewest:
+        try:
+            return pipeline.run(frame_set, work.motion)
+        except ImageError as error:
+            complain(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
+            frame_set = _without(frame_set, error)
+    return None
+
+
+def _without(frame_set: FrameSet, error: ImageError) -> FrameSet:
+    frames = {
+        name: None if name == error.camera else frame for name, frame in frame_set.frames.items()
+    }
+    return FrameSet(frame_set.stamp_ns, frames, {**frame_set.missing, error.camera: str(error)})
