@@ -1,0 +1,83 @@
+"""Residual networks: published weight names, caffe style, deformable stages, what stays frozen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torchvision.models import resnet50  # noqa: E402
+
+from occbev_training.models.deformable_conv import DeformableConv2d  # noqa: E402
+from occbev_training.models.resnet import ResNet  # noqa: E402
+
+
+def test_it_takes_torchvision_weights_and_says_the_same() -> None:
+    torch.manual_seed(0)
+    theirs, ours = resnet50(weights=None).eval(), ResNet(50, (4,)).eval()
+    report = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not report.missing_keys
+    assert set(report.unexpected_keys) == {"fc.weight", "fc.bias"}
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        pooled = ours(images)[0].mean((2, 3))
+        torch.testing.assert_close(theirs.fc(pooled), theirs(images))
+
+
+def test_maps_come_finest_first_with_their_widths() -> None:
+    with torch.device("meta"):
+        network = ResNet(50, (1, 3, 4))
+        maps = network(torch.zeros(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, 256, 16, 24), (2, 1024, 4, 6), (2, 2048, 2, 3)]
+    assert network.widths == (256, 1024, 2048)
+
+
+def test_caffe_style_strides_in_the_first_convolution() -> None:
+    with torch.device("meta"):
+        block = ResNet(50, caffe_style=True).layer2[0]
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+
+
+@pytest.mark.parametrize("name", ["bevformer_base", "detr3d_r101"])
+def test_deformable_names_are_the_published_ones(shared: Path, name: str) -> None:
+    table = json.loads((shared / "golden" / f"{name}_state_dict.json").read_text())
+    want = {k[len("img_backbone.") :]: v for k, v in table.items() if k.startswith("img_backbone.")}
+    with torch.device("meta"):
+        network = ResNet(101, (2, 3, 4), caffe_style=True, deformable_stages=(3, 4))
+    assert {k: list(v.shape) for k, v in network.state_dict().items()} == want
+
+
+def test_a_deformable_convolution_begins_as_a_plain_one() -> None:
+    torch.manual_seed(0)
+    plain = DeformableConv2d(4, 6, groups=2, modulated=False, bias=True)
+    x = torch.randn(2, 4, 7, 5)
+    want = torch.nn.functional.conv2d(x, plain.weight, plain.bias, padding=1, groups=2)
+    torch.testing.assert_close(plain(x), want)
+    modulated = DeformableConv2d(4, 6, stride=2)
+    want = torch.nn.functional.conv2d(x, modulated.weight, None, 2, 1) / 2  # sigmoid(0) per tap
+    torch.testing.assert_close(modulated(x), want)
+
+
+def test_offsets_are_y_then_x_of_each_tap() -> None:
+    conv = DeformableConv2d(1, 1, modulated=False)
+    x = torch.arange(25.0).view(1, 1, 5, 5)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[0, 0, 1, 1] = 1  # the centre tap alone
+        conv.conv_offset.bias[8] = 1  # its y offset
+    torch.testing.assert_close(conv(x)[0, 0, :4], x[0, 0, 1:])
+
+
+def test_frozen_stages_and_norms_do_not_move() -> None:
+    network = ResNet(50, (3,), frozen_stages=2, frozen_norms=True).train()
+    assert not any(p.requires_grad for p in network.layer1.parameters())
+    assert network.layer2[0].conv1.weight.requires_grad
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not any(m.training or m.weight.requires_grad for m in norms)
+
+
+def test_an_unknown_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match="depth 34"):
+        ResNet(34)
