@@ -1,0 +1,258 @@
+"""Play a recorded bag (sqlite3 or MCAP) through the perception node over real DDS, or without ROS by --offline.
+
+The node runs as a process of its own; --no-node plays to one that runs already. Every image of the anchor camera
+is accounted for: processed, or dropped with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from occbev import graph
+from occbev.bags import BagReader
+from occbev.nodes.ledger import read_ledger
+from occbev.nodes.parameters import PerceptionParameters, read_parameters
+from occbev.replay import frames_of, summarise
+
+if TYPE_CHECKING:
+    from occbev.nodes.player_node import PlayerNode
+
+GRACE_S = 8.0
+"""How long a node may take to end before it is killed."""
+
+IDLE_S = 3.0
+"""Silence after the last message that ends the wait for results."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
+    parser.add_argument("--rate", type=float, default=1.0, help="speed against the bag's own")
+    parser.add_argument("--record", type=Path, help="new bag folder for what the node puts out")
+    parser.add_argument(
+        "--params-file", "--params", type=Path, help="ROS parameter file of the node"
+    )
+    parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
+    parser.add_argument("--backend", default="", help="inference runtime")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node"
+    )
+    parser.add_argument(
+        "--node", action=argparse.BooleanOptionalAction, default=True, help="start the node as well"
+    )
+    parser.add_argument("--namespace", default="", help="namespace of the node")
+    parser.add_argument(
+        "--wait", type=float, default=90.0, help="seconds to wait until the node is ready"
+    )
+    parser.add_argument(
+        "--node-log", type=Path, help="file for the node's messages; default: standard error"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="without ROS, as fast as it goes, dropping nothing"
+    )
+    parser.add_argument(
+        "--boxes", type=Path, help="with --offline: file for one JSON line of boxes per result"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="file for the summary and the fate of every frame"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay and print the summary; 1 if nothing was processed or a frame is unaccounted for."""
+    if args.rate <= 0:
+        raise ValueError(f"--rate {args.rate} must be positive")
+    path = args.params_file or Path(graph.params_file({}))
+    parameters = read_parameters(path)
+    if args.offline:
+        from occbev.nodes.offline import replay_offline
+
+        result = replay_offline(args.bag, _with_choices(parameters, args), args.record, args.boxes)
+    else:
+        result = _replay_live(args, path, parameters)
+    summary = result["summary"]
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1))
+    _print(summary)
+    accounted = summary["frames_in"] == summary["frames_processed"] + sum(summary["drops"].values())
+    return 0 if summary["frames_processed"] and accounted else 1
+
+
+def _with_choices(
+    parameters: PerceptionParameters, args: argparse.Namespace
+) -> PerceptionParameters:
+    from dataclasses import replace
+
+    chosen = {name: getattr(args, name) for name in ("model", "backend") if getattr(args, name)}
+    return replace(parameters, **chosen)
+
+
+def _replay_live(
+    args: argparse.Namespace, path: Path, parameters: PerceptionParameters
+) -> dict[str, Any]:
+    from occbev.nodes import player_node
+    from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
+
+    with BagReader(args.bag) as bag, contextlib.ExitStack() as stack:
+        planned = player_node.plan(bag, parameters, args.namespace)
+        for topic, reason in planned.skipped.items():
+            print(f"not played: {topic}: {reason}", file=sys.stderr)
+        use_large_image_profile()
+        keep_large_blocks()
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="occbev_replay_")))
+        ledger = folder / "node.jsonl"
+        node = stack.enter_context(_node(args, path, ledger)) if args.node else None
+        writer = player_node.open_writer(args.record)
+        context = player_node.start_context()
+        stack.callback(context.try_shutdown)
+        player = player_node.PlayerNode(
+            bag,
+            planned,
+            parameters,
+            rate=args.rate,
+            namespace=args.namespace,
+            writer=writer,
+            context=context,
+        )
+        stack.callback(player.destroy_node)
+        if writer is not None:
+            stack.enter_context(writer)
+        with player_node.Spinner(player):
+            _drive(player, args, node, ledger)
+        if node is not None:
+            _end(node)
+        return _account(args, player, ledger)
+
+
+def _drive(
+    player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[bytes] | None, ledger: Path
+) -> None:
+    """Wait for the node, play, wait for the last results."""
+
+    def alive() -> bool:
+        return node is None or node.poll() is None
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("waiting for the node", total=1.0)
+        player.wait_for_node(args.wait, alive)
+        progress.update(task, description=f"playing {args.bag.name}")
+        player.play(lambda share: progress.update(task, completed=share), alive)
+        progress.update(task, description="waiting for the last results", completed=1.0)
+        _drain(player, ledger if node is not None else None)
+
+
+def _drain(player: PlayerNode, ledger: Path | None) -> None:
+    """Return when every anchor image has its outcome, or nothing has come for a while."""
+    quiet_since, seen = time.monotonic(), -1
+    wanted = set(player.ledger.anchors)
+    while time.monotonic() - quiet_since < IDLE_S:
+        if ledger is not None and wanted <= {line["stamp_ns"] for line in read_ledger(ledger)}:
+            time.sleep(0.2)  # the last result is on its way
+            return
+        count = sum(len(messages) for messages in player.ledger.received.values())
+        if count != seen:
+            quiet_since, seen = time.monotonic(), count
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _node(args: argparse.Namespace, path: Path, ledger: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the perception node as a child in a process group of its own; whatever happens, it ends with us."""
+    values = {
+        "params_file": path,
+        "model": args.model,
+        "backend": args.backend,
+        "namespace": args.namespace,
+    }
+    assignments = [f"{name}:={value}" for name, value in values.items() if value]
+    assignments += ["use_sim_time:=true", f"ledger_path:={ledger}", *args.set]
+    command = [sys.executable, "-m", "occbev", "run", *assignments]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(args.node_log.open("wb")) if args.node_log else None
+        process = subprocess.Popen(
+            command, stdout=log or sys.stderr, stderr=log or None, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the node; kill its group if it does not end in time."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _account(args: argparse.Namespace, player: PlayerNode, ledger: Path) -> dict[str, Any]:
+    """Join the player's ledger and the node's."""
+    book = player.ledger
+    lines = read_ledger(ledger) if args.node else _lines_from_results(player)
+    frames = frames_of(book.anchors, book.sent, lines)
+    published = {topic: len(messages) for topic, messages in book.received.items()}
+    stand_ins = len({line["stamp_ns"] for line in lines} - set(book.anchors))
+    summary = summarise(frames, published, stand_ins)
+    return {
+        "bag": str(args.bag), "rate": args.rate, "offline": False, "summary": summary,
+        "player": {"lag_ms": round(book.lag_ns / 1e6, 2), "published": book.published}, "frames": frames,
+    }  # fmt: skip
+
+
+def _lines_from_results(player: PlayerNode) -> list[dict[str, Any]]:
+    """Stand in for the ledger of a node that was started elsewhere: what came back was processed."""
+    arrived: dict[int, int] = {}
+    for messages in player.ledger.received.values():
+        for stamp, steady in messages:
+            arrived[stamp] = max(steady, arrived.get(stamp, 0))
+    nearest = {
+        stamp: {
+            c: min(sent, key=lambda s: abs(s - stamp))
+            for c, sent in player.ledger.sent.items()
+            if sent
+        }
+        for stamp in arrived
+    }
+    return [
+        {"stamp_ns": stamp, "outcome": "processed", "images": nearest[stamp], "cameras": sorted(nearest[stamp]),
+         "missing": {}, "boxes": None, "stages_ms": {}, "published_ns": steady}
+        for stamp, steady in sorted(arrived.items())
+    ]  # fmt: skip
+
+
+def _print(summary: dict[str, Any]) -> None:
+    console = Console(stderr=True, highlight=False)
+    share = summary["frames_processed"] / max(1, summary["frames_in"])
+    drops = ", ".join(f"{reason} {count}" for reason, count in summary["drops"].items()) or "none"
+    console.print(f"{summary['frames_processed']} of {summary['frames_in']} frames processed ({share:.1%}), "
+                  f"{summary['rate_hz']:.2f} Hz; dropped: {drops}")  # fmt: skip
+    table = Table("stage", "p50 ms", "p95 ms", title="latency", title_justify="left")
+    for stage, values in summary["latency_ms"].items():
+        table.add_row(stage, f"{values['p50']:.1f}", f"{values['p95']:.1f}")
+    console.print(table)
