@@ -186,6 +186,18 @@ def test_a_parked_box_stays(street) -> None:
     assert [int(label.state[c]) for c in shell] == [OCCUPIED] * len(shell)
 
 
+def test_ground_between_the_rings_is_not_free() -> None:
+    """Beams skim over ground that no beam happens to hit."""
+    inner, layer = (slice(8, 32), slice(8, 32)), cell(5.0, 5.0, 0.0)[2]
+    for grazing, most in ((True, 0.001), (False, 1.0)):
+        drive = TracedDrive(speed=0.0, rings=24)
+        label = build_label(drive, 0, LabelConfig(ground_grazing=grazing), GRID)
+        free = (label.state[(*inner, layer)] == FREE).mean()
+        assert free <= most
+        assert (label.state[(*inner, layer + 1)] == FREE).mean() > 0.9
+    assert free > 0.1, "what the rule is for"
+
+
 def test_a_mover_leaves_no_trail(street) -> None:
     """W2: 8 m/s for 2 s would smear a car over 20 m."""
     _, label = street

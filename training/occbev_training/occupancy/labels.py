@@ -27,6 +27,7 @@ from occbev_training.occupancy.rays import (
     MAX_SWEEPS,
     CameraRays,
     Evidence,
+    Hits,
     RayBundle,
     bundle_rays,
     cast,
@@ -55,10 +56,12 @@ class LabelConfig:
     """A beam contradicts returns only where it goes on for this long."""
     conflict_distance: float = 0.2
     """A beam contradicts returns only if it goes by their centroid nearer than this."""
-    ground_height: float = 0.3
+    ground_height: float = 0.25
     """Returns less than this above the lowest ones around are ground, which does not move."""
     ground_columns: int = 5
     """Side of the square of columns, in cells, in which the lowest returns are looked for."""
+    ground_grazing: bool = True
+    """Beams that end on the ground do not free the cells of its own layer that they skim over."""
     dynamic_minimum: int = 2
     """Fewest contradicting beams of a dynamic cell."""
     dynamic_ratio: float = 2.0
@@ -69,6 +72,9 @@ class LabelConfig:
     """Ratio for short windows."""
     component_share: float = 0.5
     """A connected component moves as a whole if at least this share of its cells is dynamic."""
+    reference_ratio: float = 2.0
+    """A beam at the key time frees a hit cell that does not move as a whole only if this many times
+    more sweeps contradict than hit it: foliage and fences let beams through."""
     far_range: float = 30.0
     """Beyond this one hit is enough for occupied, and free needs `far_passes` sweeps."""
     near_hits: int = 2
@@ -138,30 +144,40 @@ class LabelBuilder:
 
     def build(self, key: int, frames: FrameSet | None = None) -> OccupancyLabel:
         """Label one key frame; `frames` spares reading its images again. Raises PoseError without a pose."""
-        stamp_ns = int(self.recording.key_stamp_ns[key])
+        stamp_ns, config = int(self.recording.key_stamp_ns[key]), self.config
         window, no_pose = self._window(stamp_ns)
         bundles = [self._bundle(sweep, stamp_ns) for sweep in window]
         reference = self._reference_bits(window, stamp_ns)
         hits = gather_hits(bundles, self.grid)
-        evidence = cast(bundles, hits, self.grid, self.config.conflict_distance)
-        sensor = self.recording.lidar2ego[:3, 3]
-        state, dynamic = decide(evidence, self.grid, self.config, len(window), reference, sensor)
+        ground = ground_cells(hits, self.grid, config.ground_height, config.ground_columns)
+        skimmed = ground if config.ground_grazing else None
+        evidence = cast(bundles, hits, self.grid, config.conflict_distance, skimmed)
+        decision = decide(evidence, ground, self._far, self.grid, config, len(window), reference)
         stats = self._stats(window, no_pose, bundles, reference)
-        stats |= {"hit_cells": len(hits.cell), "dynamic_cells": int(np.count_nonzero(dynamic))}
-        return self._label(key, evidence, state, frames, stats)
+        stats |= {
+            "hit_cells": len(hits.cell),
+            "dynamic_cells": int(np.count_nonzero(decision.dynamic)),
+        }
+        return self._label(key, evidence, decision, frames, stats)
+
+    @cached_property
+    def _far(self) -> NDArray[np.bool_]:
+        """Which cells (X*Y*Z,) are farther from the LiDAR at the key time than `far_range`."""
+        away = self.grid.centres().reshape(-1, 3) - self.recording.lidar2ego[:3, 3]
+        return np.linalg.norm(away, axis=-1) > self.config.far_range
 
     def _label(
         self,
         key: int,
         evidence: Evidence,
-        state: NDArray[np.uint8],
+        decision: Decision,
         frames: FrameSet | None,
         stats: dict[str, int],
     ) -> OccupancyLabel:
-        """Add visibility and counts to a decided state."""
+        """Add visibility and counts to decided states."""
+        state, pass_sweeps = decision.state, decision.pass_sweeps
         hit_sweeps = np.zeros(self.grid.size, np.uint8)
         hit_sweeps[evidence.hits.cell] = np.bitwise_count(evidence.hits.sweeps)
-        pass_sweeps = np.bitwise_count(evidence.passes)
         shaped = state.reshape(self.grid.shape)
         visible = self._visibility(key, frames or self.recording.frame_set(key), shaped)
         for name, value in (("unobserved", 0), ("free", 1), ("occupied", 2)):
@@ -359,38 +375,68 @@ def _undistorted(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.floa
     return slopes.reshape(-1, 2)
 
 
+def ground_cells(hits: Hits, grid: VoxelGrid, height: float, columns: int) -> NDArray[np.bool_]:
+    """Return which hit cells (H,) lie less than `height` above the lowest returns of the columns around."""
+    return _ground_cells(hits.cell, hits.centroid, np.array(grid.shape), columns // 2, height)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """state, pass_sweeps: (X*Y*Z,) uint8. dynamic: (H,) bool, hit cells that hold something that moved."""
+
+    state: NDArray[np.uint8]
+    pass_sweeps: NDArray[np.uint8]
+    dynamic: NDArray[np.bool_]
+
+
 def decide(
     evidence: Evidence,
+    ground: NDArray[np.bool_],
+    far: NDArray[np.bool_],
     grid: VoxelGrid,
     config: LabelConfig,
     sweeps: int,
     reference: int,
-    sensor: NDArray[np.float64],
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Turn evidence into states (X*Y*Z,) uint8, and tell which hit cells (H,) hold something that moved.
+) -> Decision:
+    """Turn evidence into states.
 
-    reference: bits of the sweeps at the key time. sensor: (3,) LiDAR position, from which far is far.
+    ground: (H,) hit cells that are ground. far: (X*Y*Z,) cells beyond the far range.
+    sweeps: number in the window. reference: bits of those at the key time, which decide first.
     """
-    hits = evidence.hits
-    far = np.linalg.norm(grid.centres() - sensor, axis=-1).reshape(-1) > config.far_range
-    passed = np.bitwise_count(evidence.passes)
-    state = np.where(passed >= np.where(far, config.far_passes, 1), FREE_STATE, UNOBSERVED_STATE)
-    ground = _ground_cells(hits.cell, hits.centroid, np.array(grid.shape), config.ground_columns // 2,
-                           config.ground_height)  # fmt: skip
+    hits, solid = evidence.hits, ~ground
+    state, pass_sweeps = _passed_cells(evidence.passes, far, config.far_passes)
     ratio = config.dynamic_ratio if sweeps > config.few_sweeps else config.dynamic_ratio_few
     contradicted = evidence.conflicts >= np.maximum(config.dynamic_minimum, ratio * hits.count)
-    dynamic = _moving_components(hits.cell, hits.row, ~ground, contradicted & ~ground,
+    dynamic = _moving_components(hits.cell, hits.row, solid, contradicted & solid,
                                  np.array(grid.shape), config.component_share)  # fmt: skip
-    bits = np.uint64(reference)
+    bits, hit_sweeps = np.uint64(reference), np.bitwise_count(hits.sweeps)
     hit_now = (hits.sweeps & bits) != 0
-    free_now = ((evidence.conflict_sweeps & bits) != 0) & ~hit_now & ~ground
-    supported = (np.bitwise_count(hits.sweeps) >= config.near_hits) | far[hits.cell]
+    outvoted = np.bitwise_count(evidence.conflict_sweeps) >= config.reference_ratio * hit_sweeps
+    free_now = ((evidence.conflict_sweeps & bits) != 0) & solid & (dynamic | outvoted)
+    supported = (hit_sweeps >= config.near_hits) | far[hits.cell]
     state[hits.cell] = np.select(
         [hit_now, free_now, ~dynamic & supported],
         [OCCUPIED_STATE, FREE_STATE, OCCUPIED_STATE],
         UNOBSERVED_STATE,
     )
-    return state.astype(np.uint8), dynamic
+    return Decision(state, pass_sweeps, dynamic)
+
+
+@njit(cache=True, nogil=True)
+def _passed_cells(passes, far, far_passes):  # type: ignore[no-untyped-def]
+    """Count the sweeps that passed each cell; returns free (1) or unobserved (0), and the counts."""
+    state, count = np.zeros(len(passes), np.uint8), np.zeros(len(passes), np.uint8)
+    for cell in range(len(passes)):
+        bits = passes[cell]
+        if bits != 0:
+            seen = 0
+            while bits != 0:
+                bits &= bits - np.uint64(1)
+                seen += 1
+            count[cell] = seen
+            if seen >= far_passes or not far[cell]:
+                state[cell] = 1
+    return state, count
 
 
 @njit(cache=True, nogil=True)

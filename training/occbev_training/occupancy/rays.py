@@ -118,18 +118,27 @@ def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
     return Hits(cell, count, sweeps, centroid, row)
 
 
-def cast(bundles: Sequence[RayBundle], hits: Hits, grid: VoxelGrid, distance: float) -> Evidence:
+def cast(
+    bundles: Sequence[RayBundle],
+    hits: Hits,
+    grid: VoxelGrid,
+    distance: float,
+    ground: NDArray[np.bool_] | None = None,
+) -> Evidence:
     """Walk every ray and mark the cells that it passes and the hit cells that it contradicts.
 
     distance: metres within which a ray must go by the centroid of a cell's returns to contradict them.
+    ground: (H,) hit cells that are ground. A beam that ends there, nearer to z = 0 than to its sensor,
+    skims over the cells of the same layer before it: they hold the same ground, so they are not passed.
     """
+    ground = np.zeros(len(hits.cell), np.bool_) if ground is None else ground
     passes = np.zeros(grid.size, np.uint64)
     conflicts = np.zeros(len(hits.cell), np.int64)
     conflict_sweeps = np.zeros(len(hits.cell), np.uint64)
     lo, pitch, shape = np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape)
     for number, bundle in enumerate(bundles):
         _cast(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
-              lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, distance,
+              lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, ground, distance,
               passes, conflicts, conflict_sweeps)  # fmt: skip
     return Evidence(hits, passes, conflicts, conflict_sweeps)
 
@@ -280,7 +289,7 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, distance,
+def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, ground, distance,
           passes, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
     """Add one sweep's rays to the evidence."""
     room = shape[0] + shape[1] + shape[2] + 3
@@ -289,6 +298,12 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
         count = _walk(
             (origin[g] - lo) / pitch, (end[g] - lo) / pitch, end_cell[g], shape, cells, leave
         )
+        last = row[end_cell[g]] if end_cell[g] >= 0 else -1
+        # The lowest returns of a wall whose foot is hidden are no ground: they lie high up.
+        if last >= 0 and ground[last] and end[g, 2] < 0.5 * origin[g, 2]:
+            layer = end_cell[g] % shape[2]
+            while count > 0 and cells[count - 1] % shape[2] == layer:
+                count -= 1
         dx, dy, dz = end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2]
         square = dx * dx + dy * dy + dz * dz
         latest = 1.0 - margin[g] / np.sqrt(square) if square > 0.0 else 0.0
