@@ -71,8 +71,8 @@ OUTPUTS: dict[str, Topic] = {
 DIAGNOSTICS = Topic("/diagnostics", "diagnostic_msgs/msg/DiagnosticArray", Quality("reliable", depth=10),
                     "once a second: cameras, synchroniser, ego motion, latency")  # fmt: skip
 
-STAGES = ("sync", "decode", "preprocess", "tables", "inference", "postprocess", "publish", "total")
-"""Stages with a latency topic each under `~/debug/processing_time/<stage>_ms`."""
+STAGES = ("sync", "queue", "decode", "preprocess", "tables", "inference", "postprocess", "publish", "total")
+"""Stages, from the anchor's arrival on, with a latency topic each under `~/debug/processing_time/<stage>_ms`."""
 
 DEBUG_TYPE = "std_msgs/msg/Float32"
 

@@ -200,6 +200,12 @@ def _stamped(message: Any, stamp_ns: int) -> Any:
 
 
 @pytest.fixture
+def stub_pipeline() -> type[StubPipeline]:
+    """The stub's class."""
+    return StubPipeline
+
+
+@pytest.fixture
 def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     """Return a function that starts a node with given parameters; everything ends with the test."""
     rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
@@ -216,7 +222,13 @@ def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         with __import__("contextlib").suppress(ExternalShutdownException):
             executor.spin()
 
-    def start(raw: bool = False, delay_s: float = 0.0, active: bool = True, **values: Any) -> Bench:
+    def start(
+        raw: bool = False,
+        delay_s: float = 0.0,
+        active: bool = True,
+        wait: bool = True,
+        **values: Any,
+    ) -> Bench:
         values = {
             "cameras.names": list(CAMERAS),
             "waiting_sets": 50,
@@ -244,7 +256,7 @@ def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         if active:
             assert node.start()
         stops[-2][1].start()
-        if active:
+        if active and wait:
             bench.wait(bench.connected)
         return bench
 

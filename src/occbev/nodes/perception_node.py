@@ -325,7 +325,8 @@ class PerceptionNode(LifecycleNode):
         begin_ns, run_ns, end_ns = times_ns
         stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
         stages["decode"] = stages.get("decode", 0.0) + work.decode_ns / 1e6
-        stages["sync"] = (begin_ns - job.arrival_ns) / 1e6
+        stages["sync"] = (job.emitted_ns - job.arrival_ns) / 1e6
+        stages["queue"] = (begin_ns - job.emitted_ns) / 1e6
         stages["publish"] = (end_ns - run_ns) / 1e6
         stages["total"] = (end_ns - job.arrival_ns) / 1e6
         for name, value in stages.items():

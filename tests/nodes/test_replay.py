@@ -1,0 +1,303 @@
+"""Replay over real DDS into a node with a stub network, and offline: same sets, every frame accounted for."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+pytest.importorskip("rosbags", reason="reads and writes bags")
+
+from occbev.bags import BagError, BagMessage, BagReader, BagWriter, type_store
+from occbev.cli import main
+from occbev.nodes.ledger import read_ledger
+from occbev.nodes.parameters import PerceptionParameters, parameters_from_record
+from occbev.preprocess import decode_image
+from occbev.replay import frames_of, summarise
+
+pytestmark = pytest.mark.ros
+
+CAMERAS = ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT")
+START = 1_700_000_000_000_000_000
+PERIOD = 100_000_000
+
+
+class BagDrive:
+    """Writes a small drive with moving odometry as a bag."""
+
+    def __init__(self, path: Path) -> None:
+        self.types = type_store().types
+        self.path, self.queue = path, []
+
+    def header(self, stamp: int, frame: str) -> Any:
+        time = self.types["builtin_interfaces/msg/Time"](*divmod(stamp, 10**9))
+        return self.types["std_msgs/msg/Header"](time, frame)
+
+    def add(self, log_ns: int, topic: str, kind: str, *fields: Any) -> None:
+        message = self.types[kind](*fields)
+        self.queue.append(
+            BagMessage(topic, kind, log_ns, bytes(type_store().serialize_cdr(message, kind)))
+        )
+
+    def camera(self, name: str, stamp: int, data: bytes) -> None:
+        frame = name.lower()
+        region = self.types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
+        k = np.array([50.0, 0, 32, 0, 50, 24, 0, 0, 1])
+        p = np.array([50.0, 0, 32, 0, 0, 50, 24, 0, 0, 0, 1, 0])
+        self.add(stamp, f"/{frame}/camera_info", "sensor_msgs/msg/CameraInfo", self.header(stamp, frame),
+                 48, 64, "plumb_bob", np.zeros(0), k, np.eye(3).reshape(-1), p, 0, 0, region)  # fmt: skip
+        self.add(stamp + 1, f"/{frame}/image/compressed", "sensor_msgs/msg/CompressedImage",
+                 self.header(stamp, frame), "jpeg", np.frombuffer(data, np.uint8))  # fmt: skip
+
+    def transforms(self) -> None:
+        g = "geometry_msgs/msg/"
+        turn = self.types[g + "Quaternion"](-0.5, 0.5, -0.5, 0.5)
+        transform = self.types[g + "Transform"](self.types[g + "Vector3"](1.0, 0.0, 1.5), turn)
+        stamped = [
+            self.types[g + "TransformStamped"](
+                self.header(START, "base_link"), name.lower(), transform
+            )
+            for name in CAMERAS
+        ]
+        self.add(START - PERIOD, "/tf_static", "tf2_msgs/msg/TFMessage", stamped)
+
+    def odometry(self, stamp: int, x: float) -> None:
+        g = "geometry_msgs/msg/"
+        pose = self.types[g + "Pose"](
+            self.types[g + "Point"](x, 0.0, 0.0), self.types[g + "Quaternion"](0.0, 0.0, 0.0, 1.0)
+        )
+        zero = self.types[g + "Vector3"](0.0, 0.0, 0.0)
+        twist = self.types[g + "TwistWithCovariance"](
+            self.types[g + "Twist"](zero, zero), np.zeros(36)
+        )
+        self.add(stamp, "/odometry", "nav_msgs/msg/Odometry", self.header(stamp, "odom"), "base_link",
+                 self.types[g + "PoseWithCovariance"](pose, np.zeros(36)), twist)  # fmt: skip
+
+    def write(self, sets: int, bad: dict[int, bytes] | None = None) -> Path:
+        """Write `sets` sets at 10 Hz, cameras 10 ms apart; `bad` replaces CAM_LEFT's images by number."""
+        pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+        jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
+        self.transforms()
+        for i in range(sets * 5 + 20):
+            stamp = START - PERIOD // 2 + i * 20_000_000
+            self.odometry(stamp, x=10.0 * (stamp - START) / 1e9)
+        for i in range(sets):
+            for index, name in enumerate(CAMERAS):
+                data = (bad or {}).get(i, jpeg) if name == "CAM_LEFT" else jpeg
+                self.camera(name, START + i * PERIOD + index * 10_000_000, data)
+        with BagWriter(self.path) as writer:
+            for message in sorted(self.queue, key=lambda m: m.log_ns):
+                writer.write(message)
+        return self.path
+
+
+def record() -> dict[str, Any]:
+    """Parameters for the topics of such a bag."""
+    cameras = {
+        name: {
+            "topic": f"/{name.lower()}/image/compressed",
+            "info_topic": f"/{name.lower()}/camera_info",
+        }
+        for name in CAMERAS
+    }
+    return {
+        "cameras": {"names": list(CAMERAS), **cameras},
+        "ego_motion": {"odometry_topic": "/odometry"},
+    }
+
+
+def overrides() -> dict[str, Any]:
+    """The same as keyword arguments of `make_bench`."""
+    values = {"ego_motion.odometry_topic": "/odometry"}
+    for name, entry in record()["cameras"].items():
+        if name != "names":
+            values |= {f"cameras.{name}.{key}": value for key, value in entry.items()}
+    return values
+
+
+@pytest.fixture
+def parameters() -> PerceptionParameters:
+    return parameters_from_record(record())
+
+
+def play(bench: Any, bag: BagReader, parameters: PerceptionParameters, **options: Any) -> Any:
+    """Play a bag to a bench's node; return the player's ledger."""
+    from occbev.nodes import player_node
+
+    player = player_node.PlayerNode(
+        bag, player_node.plan(bag, parameters), parameters, context=bench.node.context, **options
+    )
+    shares: list[float] = []
+    with player_node.Spinner(player):
+        player.wait_for_node(20)
+        player.play(shares.append)
+        bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= len(player.ledger.anchors))
+        counts = player.ledger.received
+        bench.wait(
+            lambda: all(len(m) >= bench.node.ledger.outcomes["processed"] for m in counts.values())
+        )
+    player.destroy_node()
+    assert shares[-1] == 1.0
+    return player.ledger
+
+
+def test_a_bag_goes_through_the_node_and_its_answers_into_a_bag(
+    make_bench: Callable[..., Any], parameters: PerceptionParameters, tmp_path: Path
+) -> None:
+    path = BagDrive(tmp_path / "bag").write(12)
+    bench = make_bench(wait=False, **overrides())
+    with BagReader(path) as bag, BagWriter(tmp_path / "out") as writer:
+        book = play(bench, bag, parameters, writer=writer)
+    lines = read_ledger(tmp_path / "ledger.jsonl")
+    frames = frames_of(book.anchors, book.sent, lines)
+    summary = summarise(frames, {t: len(m) for t, m in book.received.items()})
+    assert (summary["frames_in"], summary["frames_processed"], summary["drops"]) == (12, 12, {})
+    assert set(summary["published"].values()) == {12}
+    assert summary["latency_ms"]["total"]["p50"] > 0
+    assert all(f["stages_ms"]["total"] < 10_000 for f in frames)
+    assert 5 < summary["rate_hz"] < 15
+    with BagReader(tmp_path / "out") as out:
+        objects = list(out.messages(["/perception/output/objects"]))
+        assert out.topics["/perception/output/objects"] == "vision_msgs/msg/Detection3DArray"
+    message = type_store().deserialize_cdr(objects[0].data, objects[0].type)
+    assert message.detections[0].results[0].hypothesis.class_id == "car"
+    stamps = [[s for s, _ in messages] for messages in book.received.values()]
+    assert all(s == book.anchors for s in stamps)
+
+
+def test_offline_refuses_a_bag_without_the_topics(tmp_path: Path, stub_pipeline: Any) -> None:
+    from occbev.nodes.offline import OfflineReplay
+
+    wanted = parameters_from_record({"cameras": {"names": ["REAR"], "REAR": {"topic": "/rear"}}})
+    path = BagDrive(tmp_path / "bag").write(1)
+    with (
+        BagReader(path) as bag,
+        pytest.raises(BagError, match=r"Configured: /rear\. In the bag: /cam_front"),
+    ):
+        OfflineReplay(wanted, stub_pipeline(wanted)).topics(bag)
+
+
+def test_offline_sees_the_same_sets_and_motion_as_the_node(
+    make_bench: Callable[..., Any], parameters: PerceptionParameters, tmp_path: Path
+) -> None:
+    from occbev.nodes.offline import OfflineReplay
+
+    path = BagDrive(tmp_path / "bag").write(8, bad={3: b"\xff\xd8\xffbroken"})
+    bench = make_bench(wait=False, **overrides())
+    live = bench.pipeline
+    offline = type(live)(parameters)
+    with BagReader(path) as bag:
+        play(bench, bag, parameters)
+        replay = OfflineReplay(parameters, offline)
+        results = list(replay.results(bag))
+    assert len(results) == len(live.seen) == 8
+    for ours, theirs, a, b in zip(
+        offline.seen, live.seen, offline.motions, live.motions, strict=True
+    ):
+        assert (ours.stamp_ns, ours.cameras) == (theirs.stamp_ns, theirs.cameras)
+        assert set(ours.missing) == set(theirs.missing)
+        for name in ours.cameras:
+            assert np.array_equal(pixels(ours.frames[name]), pixels(theirs.frames[name]))
+            np.testing.assert_allclose(a[name], b[name], atol=1e-9)
+    assert offline.rigs[-1].hash == live.rigs[-1].hash
+    assert "CAM_LEFT" in offline.seen[3].missing
+    # 10 m/s and 10 ms between cameras.
+    assert offline.motions[0]["CAM_RIGHT"][0, 3] == pytest.approx(0.2, abs=1e-6)
+
+
+def pixels(frame: Any) -> np.ndarray:
+    """Return a frame's pixels; what came before its calibration is still encoded."""
+    image = frame.image
+    return decode_image(image, frame.camera) if isinstance(image, bytes) else image
+
+
+def test_a_slower_rate_takes_longer(
+    make_bench: Callable[..., Any], parameters: PerceptionParameters, tmp_path: Path
+) -> None:
+    path = BagDrive(tmp_path / "bag").write(5)
+    bench = make_bench(wait=False, **overrides())
+    with BagReader(path) as bag:
+        book = play(bench, bag, parameters, rate=0.5)
+    sent = sorted(book.sent["CAM_FRONT"].values())
+    assert (sent[-1] - sent[0]) / 1e9 == pytest.approx(0.8, abs=0.4)
+
+
+def parameter_file(tmp_path: Path) -> str:
+    path = tmp_path / "perception.yaml"
+    path.write_text(json.dumps({"/**": {"ros__parameters": record()}}))
+    return str(path)
+
+
+def test_a_bag_with_none_of_the_topics_is_refused_with_both_lists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = BagDrive(tmp_path / "bag").write(1)
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        json.dumps(
+            {
+                "/**": {
+                    "ros__parameters": {"cameras": {"names": ["REAR"], "REAR": {"topic": "/rear"}}}
+                }
+            }
+        )
+    )
+    assert main(["replay", str(path), "--params-file", str(other)]) == 2
+    text = capsys.readouterr().err
+    assert "none of the configured image topics" in text
+    assert "/rear" in text
+    assert "/cam_front/image/compressed" in text
+
+
+def test_a_node_that_cannot_start_ends_the_replay_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = BagDrive(tmp_path / "bag").write(1)
+    log = tmp_path / "node.log"
+    status = main(["replay", str(path), "--params-file", parameter_file(tmp_path), "--model",
+                   str(tmp_path / "no_such_model"), "--node-log", str(log)])  # fmt: skip
+    assert status == 2
+    assert "ended before it was ready" in capsys.readouterr().err
+    assert "no_such_model" in log.read_text()
+
+
+def test_a_damaged_bag_is_refused_at_its_end(
+    parameters: PerceptionParameters, tmp_path: Path, stub_pipeline: Any
+) -> None:
+    from occbev.nodes.offline import OfflineReplay
+
+    path = BagDrive(tmp_path / "bag").write(3)
+    metadata = (path / "metadata.yaml").read_text()
+    (path / "metadata.yaml").write_text(metadata.replace("message_count: 3", "message_count: 5", 1))
+    with (
+        BagReader(path) as bag,
+        pytest.raises(BagError, match="promises .* messages but .* were read"),
+    ):
+        list(OfflineReplay(parameters, stub_pipeline(parameters)).results(bag))
+
+
+def test_waiting_for_a_node_that_never_comes_names_the_topics(
+    parameters: PerceptionParameters, tmp_path: Path
+) -> None:
+    from occbev.nodes import player_node
+
+    context = player_node.start_context()
+    with BagReader(BagDrive(tmp_path / "bag").write(1)) as bag:
+        player = player_node.PlayerNode(
+            bag, player_node.plan(bag, parameters), parameters, context=context
+        )
+        with pytest.raises(TimeoutError, match="/cam_front/image/compressed"):
+            player.wait_for_node(0.2)
+        stopper = threading.Timer(0.1, player.stop)
+        stopper.start()
+        player.play(lambda _: None)
+        stopper.join()
+        player.destroy_node()
+    context.try_shutdown()
