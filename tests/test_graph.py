@@ -1,0 +1,212 @@
+"""One description of the graph: parameter file, RViz view, launch file and `occbev run` agree with it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from occbev import graph
+from occbev.cli.run import split_assignments
+from occbev.config import ConfigError
+from occbev.nodes.parameters import (
+    CameraParameters,
+    PerceptionParameters,
+    leaves,
+    parameters_from_record,
+    read_parameters,
+)
+
+RVIZ_CLASSES = {
+    "rviz_common": {"Displays", "Selection", "Tool Properties", "Views", "Time", "Group"},
+    "rviz_default_plugins": {
+        "Grid", "TF", "Axes", "PointCloud2", "MarkerArray", "Image", "Camera", "Map", "Path", "Odometry",
+        "RobotModel", "MoveCamera", "Interact", "Select", "FocusCamera", "Measure", "SetInitialPose",
+        "SetGoal", "PublishPoint", "Orbit", "ThirdPersonFollower", "TopDownOrtho", "FPS",
+    },
+    "vision_msgs_rviz_plugins": {"Detection3DArray"},
+}  # fmt: skip
+"""Classes that RViz 2 has; those of vision_msgs_rviz_plugins only where it is installed."""
+
+
+@pytest.fixture
+def view(repository: Path) -> dict[str, Any]:
+    return yaml.safe_load((repository / "config/rviz/occbev.rviz").read_text())
+
+
+def classes(tree: Any) -> list[str]:
+    if isinstance(tree, dict):
+        own = [tree["Class"]] if tree.get("Class") else []
+        return own + [c for value in tree.values() for c in classes(value)]
+    return [c for value in tree for c in classes(value)] if isinstance(tree, list) else []
+
+
+def test_the_view_uses_classes_that_exist(view: dict[str, Any]) -> None:
+    found = [name.split("/") for name in classes(view)]
+    assert len(found) > 8
+    for package, name in found:
+        assert name in RVIZ_CLASSES[package], f"{package}/{name}"
+    optional = [
+        d for d in view["Visualization Manager"]["Displays"] if d["Class"].startswith("vision_msgs")
+    ]
+    assert not any(display["Enabled"] for display in optional)
+
+
+def test_the_view_listens_to_what_the_node_publishes(view: dict[str, Any]) -> None:
+    outputs = {graph.resolve(t.name): t for t in graph.OUTPUTS.values()}
+    displays = [d for d in view["Visualization Manager"]["Displays"] if "Topic" in d]
+    assert {d["Topic"]["Value"] for d in displays} == set(outputs)
+    for display in displays:
+        topic = display["Topic"]
+        reader = graph.Quality(
+            topic["Reliability Policy"].lower().replace(" ", "_"),
+            topic["Durability Policy"].lower().replace(" ", "_"),
+        )
+        assert outputs[topic["Value"]].quality.reaches(reader)
+        kind = outputs[topic["Value"]].type.rsplit("/", 1)[1]
+        shown = {"Map": "OccupancyGrid"}.get(
+            display["Class"].split("/")[1], display["Class"].split("/")[1]
+        )
+        assert shown == kind
+    assert (
+        view["Visualization Manager"]["Global Options"]["Fixed Frame"]
+        == PerceptionParameters().base_frame
+    )
+
+
+def test_a_reliable_reader_needs_a_reliable_writer() -> None:
+    assert graph.RESULT.reaches(graph.SENSOR)
+    assert not graph.SENSOR.reaches(graph.RESULT)
+    assert not graph.TF.reaches(graph.TF_STATIC)
+
+
+def test_the_shipped_parameter_file_names_every_parameter(repository: Path) -> None:
+    path = repository / "config/perception.yaml"
+    parameters = read_parameters(path)
+    assert parameters.names == graph.CAMERAS
+    assert parameters.image_topics("CAM_FRONT") == {"/cam_front/image/compressed": graph.COMPRESSED}
+    record = yaml.safe_load(path.read_text())["/**"]["ros__parameters"]
+    given = {leaf for leaf in flat(record) if not leaf.startswith("cameras.")}
+    assert given == {leaf.name for leaf in leaves(PerceptionParameters)}
+
+
+def test_the_shipped_values_are_the_defaults_but_for_topics(repository: Path) -> None:
+    record = yaml.safe_load((repository / "config/perception.yaml").read_text())["/**"][
+        "ros__parameters"
+    ]
+    values = flat(record)
+    different = {
+        leaf.name for leaf in leaves(PerceptionParameters) if values[leaf.name] != leaf.default
+    }
+    assert different == {"anchor", "ego_motion.odometry_topic"}
+
+
+def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for key, value in record.items():
+        result |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return result
+
+
+def test_every_parameter_has_a_description() -> None:
+    for schema in (PerceptionParameters, CameraParameters):
+        for leaf in leaves(schema):
+            assert leaf.text.endswith("."), leaf.name
+
+
+def test_default_topics_are_private_to_the_node() -> None:
+    parameters = PerceptionParameters()
+    assert parameters.image_topics("CAM_BACK") == {
+        "~/input/cam_back/image": graph.IMAGE,
+        "~/input/cam_back/image/compressed": graph.COMPRESSED,
+    }
+    assert graph.resolve("~/input/cam_back/image", "car") == "/car/perception/input/cam_back/image"
+    assert graph.resolve("/tf", "car") == "/tf"
+    assert graph.resolve("points", "/car/") == "/car/points"
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"modell": "x"}, "did you mean 'model'"),
+        ({"cameras": {"names": ["A"], "B": {}}}, r"cameras.B is not in cameras.names \['A'\]"),
+        ({"cameras": {"names": ["A"], "A": {"topik": ""}}}, "did you mean 'topic'"),
+        ({"cameras": {"names": ["A", "A"]}}, "twice"),
+        ({"cameras": {"names": []}}, "at least one camera"),
+        ({"anchor": "REAR"}, "anchor 'REAR' is not one of"),
+        ({"occupancy": {"publish": "all"}}, "occupied or observed"),
+        ({"sync": {"tolerance_s": -1}}, "must be positive"),
+        ({"cameras": {"names": ["A"], "A": {"extrinsic": [1, 2]}}}, "want 7 numbers"),
+    ],
+)
+def test_wrong_parameters_are_named(record: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        parameters_from_record(record)
+
+
+def test_a_file_that_is_no_parameter_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model: occbev-tiny\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml: not a ROS parameter file"):
+        read_parameters(path)
+
+
+def test_run_splits_launch_arguments_from_parameters() -> None:
+    values, extra = split_assignments(
+        ["model:=m", "detection.score_threshold:=0.2", "namespace:=car"]
+    )
+    assert (values["model"], values["namespace"], extra) == (
+        "m",
+        "car",
+        {"detection.score_threshold": "0.2"},
+    )
+    arguments = graph.node_arguments(values, extra)
+    assert arguments[:2] == ["--ros-args", "--params-file"]
+    assert "model:=m" in arguments
+    assert "detection.score_threshold:=0.2" in arguments
+    assert "__ns:=/car" in arguments
+    with pytest.raises(ValueError, match="'model=m' is not name:=value"):
+        split_assignments(["model=m"])
+
+
+def test_a_bag_or_sim_time_sets_the_clock() -> None:
+    assert graph.parameters({"bag": "drive"}) == {"use_sim_time": True}
+    assert graph.parameters({"use_sim_time": "True"}) == {"use_sim_time": True}
+    assert graph.parameters({"use_sim_time": "false", "backend": "torch"}) == {"backend": "torch"}
+
+
+def test_the_launch_file_holds_no_logic_of_its_own(repository: Path) -> None:
+    tree = ast.parse((repository / "launch/perception.launch.py").read_text())
+    imported = {
+        (node.module or "").split(".")[0]
+        if isinstance(node, ast.ImportFrom)
+        else alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert imported == {"launch", "launch_ros", "occbev"}
+    used = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "graph"
+    }
+    assert used <= set(dir(graph))
+
+
+def test_the_transport_profile_is_well_formed_and_large_enough(repository: Path) -> None:
+    root = ElementTree.parse(repository / graph.PROFILE).getroot()
+    space = "{http://www.eprosima.com}"
+    segment = int(root.find(f".//{space}segment_size").text)  # type: ignore[union-attr,arg-type]
+    largest = int(root.find(f".//{space}maxMessageSize").text)  # type: ignore[union-attr,arg-type]
+    assert segment >= 64 << 20
+    assert largest >= 1600 * 900 * 3
+    kinds = [t.text for t in root.iter(f"{space}type")]
+    assert kinds == ["SHM", "UDPv4"]
+    assert set(graph.environment().values()) <= {str(repository / graph.PROFILE)}
