@@ -24,11 +24,12 @@ from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.backend import Backend, load_backend  # noqa: E402
 from occbev.inference.pipeline import Pipeline, motion_to_key  # noqa: E402
 from occbev.inference.tables import TableCache, TableCapacityError  # noqa: E402
-from occbev.model_package import ModelPackage  # noqa: E402
+from occbev.model_package import ModelPackage, write_package  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
-from occbev_training.export import export_package  # noqa: E402
+from occbev_training.export import write_ir, write_onnx  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.checkpoints import save_weights  # noqa: E402
 
 MODEL = replace(
     ModelConfig(),
@@ -49,8 +50,11 @@ RUNTIMES = {"openvino": 0.02, "onnxruntime": 1e-4}
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
-    network = build_network(MODEL, "finetune").eval()
-    return export_package(network, MODEL, tmp_path_factory.mktemp("probe"), {"data": "nothing"}, {})
+    network, folder = build_network(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
+    save_weights(folder / "weights.safetensors", network.state_dict(), {})
+    write_onnx(network, MODEL, folder / "model.onnx")
+    write_ir(network, MODEL, folder / "model.xml", compress=True)
+    return write_package(folder, MODEL, {"data": "nothing"}, {})
 
 
 def rig(cameras: int) -> CameraRig:
@@ -95,7 +99,7 @@ def outputs(
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-@pytest.mark.parametrize("cameras", [1, 5, 6, 7])
+@pytest.mark.parametrize("cameras", [1, 5, 7])
 def test_every_runtime_equals_torch_on_any_rig(
     package: ModelPackage, name: str, cameras: int
 ) -> None:
