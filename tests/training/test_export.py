@@ -1,0 +1,150 @@
+"""Exported packages: graphs equal torch, hold only plain operators, and take any number of cameras."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+from occbev.config import (  # noqa: E402
+    BevEncoderConfig,
+    DepthConfig,
+    DetectionHeadConfig,
+    EncoderConfig,
+    ImageConfig,
+    LiftConfig,
+    ModelConfig,
+    OccupancyHeadConfig,
+    save_config,
+)
+from occbev.grid import GRIDS, BevGrid  # noqa: E402
+from occbev.model_package import ModelPackage  # noqa: E402
+from occbev_training import export  # noqa: E402
+from occbev_training.cli import main  # noqa: E402
+from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.checkpoints import save_weights  # noqa: E402
+from occbev_training.models.network import OccBevNetwork  # noqa: E402
+
+MODEL = ModelConfig(
+    name="probe",
+    image=ImageConfig(width=96, height=64),
+    encoder=EncoderConfig(channels=16),
+    lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 17.0, 2.0), max_points=2048),
+    bev=BevGrid((-16, -12), (1, 1), (32, 24)),
+    bev_encoder=BevEncoderConfig((8, 12, 16), (1, 1, 1), 16),
+    grid=GRIDS["tiny"],
+    occupancy=OccupancyHeadConfig(8, 4, 4),
+    detection=DetectionHeadConfig(8),
+)
+
+
+def a_network() -> OccBevNetwork:
+    torch.manual_seed(0)
+    return build_network(MODEL, "finetune").eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package made by the command, from a weights file."""
+    out = tmp_path_factory.mktemp("export")
+    save_config(out / "probe.yaml", MODEL)
+    save_weights(out / "weights.safetensors", a_network().state_dict(), {})
+    (out / "provenance.json").write_text(json.dumps({"data": "simulated streets", "seeds": [1, 2]}))
+    np.savez(out / "priors.npz", heatmap=np.zeros(3))
+    arguments = ["--model", "probe.yaml", "--provenance", "provenance.json", "--add", "priors.npz"]
+    arguments = [str(out / a) if a.endswith((".yaml", ".json", ".npz")) else a for a in arguments]
+    assert main(["export", str(out / "weights.safetensors"), str(out / "package"), *arguments]) == 0
+    return out / "package"
+
+
+def test_package_holds_everything_and_verifies(folder: Path) -> None:
+    package = ModelPackage.load(folder)
+    assert set(package.files) == {
+        "weights.safetensors", "model.onnx", "model.xml", "model.bin", "README.md", "priors.npz",
+    }  # fmt: skip
+    assert package.model == MODEL
+    assert package.provenance["data"] == "simulated streets"
+    assert set(package.provenance["exported_with"]) >= {"torch", "onnx", "openvino"}
+    card = (folder / "README.md").read_text()
+    assert "# probe" in card
+    assert "simulated streets" in card
+
+
+def test_measured_differences_are_recorded_and_small(folder: Path) -> None:
+    difference = ModelPackage.load(folder).metrics["export_difference"]
+    assert set(difference) == {"onnxruntime", "openvino", "openvino_before_rounding"}
+    for runtime, tolerance in (
+        ("onnxruntime", 1e-4),
+        ("openvino_before_rounding", 1e-4),
+        ("openvino", 3e-2),
+    ):
+        assert set(difference[runtime]) == set(export.OUTPUTS)
+        assert max(difference[runtime].values()) <= tolerance
+
+
+def test_onnx_graph_has_the_named_interface_and_plain_operators(folder: Path) -> None:
+    graph = onnx.load(folder / "model.onnx")
+    inputs = {
+        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
+        for i in graph.graph.input
+    }
+    assert set(inputs) == {
+        "images", "camera_valid", "table_pixel", "table_depth", "table_weight",
+        "table_stage2", "table_stage3", "table_stage4", "table_cell", "table_ray",
+    }  # fmt: skip
+    cameras = inputs["images"][1]
+    assert isinstance(cameras, str)
+    assert inputs["images"] == [1, cameras, 3, 64, 96]
+    assert inputs["camera_valid"] == [1, cameras]
+    assert [o.name for o in graph.graph.output] == list(export.OUTPUTS)
+    assert graph.opset_import[0].version <= 20
+    assert not {n.op_type for n in graph.graph.node} & export.FORBIDDEN_OPERATORS
+    assert not any("Scatter" in n.op_type or "Sequence" in n.op_type for n in graph.graph.node)
+
+
+def test_openvino_graph_has_the_named_interface(folder: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    graph = openvino.Core().read_model(folder / "model.xml")
+    shapes = {p.get_any_name(): p.get_partial_shape() for p in graph.inputs}
+    assert set(shapes) == {
+        "images", "camera_valid", "table_pixel", "table_depth", "table_weight", "table_offset", "table_ray",
+    }  # fmt: skip
+    dynamic = {name for name, shape in shapes.items() if shape.is_dynamic}
+    assert dynamic == {"images", "camera_valid", "table_ray"}
+    assert [p.get_any_name() for p in graph.outputs] == list(export.OUTPUTS)
+    assert (folder / "model.bin").stat().st_size < 0.6 * (
+        folder / "weights.safetensors"
+    ).stat().st_size
+
+
+def test_graph_that_differs_is_not_accepted(folder: Path) -> None:
+    other = a_network()
+    with torch.no_grad():
+        other.detection_head.box[-1].bias += 1
+    with pytest.raises(export.ExportError, match="ONNX Runtime: box differs"):
+        export.check_graphs(other, MODEL, folder, cameras=(3,))
+
+
+def test_pre_training_network_is_not_a_package(tmp_path: Path) -> None:
+    with pytest.raises(export.ExportError, match="stage finetune"):
+        export.export_package(build_network(MODEL, "pretrain"), MODEL, tmp_path, {}, {})
+
+
+def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(tmp_path / "other.yaml", replace(MODEL, encoder=EncoderConfig(channels=24)))
+    save_weights(tmp_path / "w.safetensors", a_network().state_dict(), {})
+    arguments = [
+        str(tmp_path / "w.safetensors"),
+        str(tmp_path / "out"),
+        "--model",
+        str(tmp_path / "other.yaml"),
+    ]
+    assert main(["export", *arguments]) == 2
+    assert "of another shape" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
