@@ -55,19 +55,31 @@ class FinetuneObjective:
         targets = losses.centre_targets(
             batch.boxes, batch.labels, self.model.bev, len(self.model.detection_classes)
         )
-        logits, mask = output.occupancy_logits, batch.semantics_mask
+        logits, semantics = at_voxels(
+            output.occupancy_logits, batch.semantics, batch.semantics_mask
+        )
+        mask = torch.ones_like(semantics, dtype=torch.bool)
         terms = {
             "heatmap": weights.heatmap * losses.heatmap_loss(output.heatmap, targets.heatmap),
             "box": weights.box * losses.box_loss(output.box, targets, weights.velocity),
             "semantics": weights.semantics
-            * losses.semantic_loss(logits, batch.semantics, mask, self.class_weight),
+            * losses.semantic_loss(logits, semantics, mask, self.class_weight),
             "depth": weights.depth * losses.depth_loss(output.depth_logits, batch.depth_bin),
         }
         if weights.occupied:
-            terms["occupied"] = weights.occupied * losses.occupied_iou_loss(
-                logits, batch.semantics, mask
-            )
+            terms["occupied"] = weights.occupied * losses.occupied_iou_loss(logits, semantics, mask)
         return terms
+
+
+def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather the M voxels of a mask: logits (1, K, 1, 1, M) and semantics (1, 1, 1, M).
+
+    A softmax over every voxel of the grid would cost more than the rest of the head.
+    """
+    chosen = [torch.nonzero(one.flatten()).squeeze(1) for one in mask]
+    columns = [one.flatten(1).index_select(1, at) for one, at in zip(logits, chosen, strict=True)]
+    labels = [one.flatten()[at] for one, at in zip(semantics, chosen, strict=True)]
+    return torch.cat(columns, 1)[None, :, None, None], torch.cat(labels)[None, None, None]
 
 
 def run_network(network: nn.Module, batch: TrainingBatch, image: ImageConfig) -> NetworkOutput:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,8 @@ class OptimConfig:
 
     lr: float = 1e-3
     """Peak learning rate of the parts that start from random weights."""
-    scales: Mapping[str, float] = field(default_factory=lambda: {"image_encoder": 0.3})
-    """Factor on the learning rate by name of the network's part."""
+    scales: Mapping[str, float] = field(default_factory=lambda: {"image_encoder.trunk": 0.3})
+    """Factor on the learning rate by prefix of the weights' names; the longest prefix counts."""
     weight_decay: float = 0.01
     """Decay of weights with two or more axes; biases and normalisation are not decayed."""
     warmup: float = 0.05
@@ -175,8 +176,8 @@ class Trainer:
     ) -> bool:
         """Train to the end, resuming from the folder's checkpoint if there is one.
 
-        minutes: wall time this run may take; the plan is shortened (never lengthened) to fit, and the
-            learning rate follows the shortened plan.
+        minutes: wall time this run may take; the plan is shortened to fit, as the speed asks for it, and
+            the learning rate follows the plan.
         report: called with every line that goes to metrics.jsonl.
         Returns: whether the plan was finished; False after `stop_requested`. A checkpoint exists either way.
         Raises:
@@ -224,7 +225,8 @@ class Trainer:
         config, progress = self.config, self.progress
         begun, seconds_before, saved = time.monotonic(), progress.seconds, time.monotonic()
         batches = iter(self.loader(progress.step * config.accumulate))
-        first, alone = progress.step, self.accelerator.num_processes == 1
+        pace = None if minutes is None else Pace(minutes * 60)
+        alone = self.accelerator.num_processes == 1
         self.network.train()
         while progress.step < progress.planned:
             if self.stop_requested and alone:
@@ -233,10 +235,8 @@ class Trainer:
             progress.step += 1
             progress.seconds = seconds_before + time.monotonic() - begun
             if progress.step % config.log_every == 0:
-                if minutes is not None:
-                    progress.planned = shortened_plan(
-                        progress, first, progress.seconds - seconds_before, minutes * 60
-                    )
+                if pace is not None:
+                    progress.planned = pace.planned(progress.step, config.steps)
                 # All processes follow the first one's plan: they must take the same steps.
                 progress.planned, self.stop_requested = self._agreed(
                     progress.planned, self.stop_requested
@@ -271,10 +271,12 @@ class Trainer:
             names += batch.names
             terms = self.objective(self.network, batch)
             total = torch.stack(list(terms.values())).sum()
-            self._require_finite(total, {name: float(term) for name, term in terms.items()}, names)
+            self._require_finite(
+                total, {name: float(term.detach()) for name, term in terms.items()}, names
+            )
             self.accelerator.backward(total / self.config.accumulate)
             for name, term in {**terms, "total": total}.items():
-                values[name] = values.get(name, 0.0) + float(term) / self.config.accumulate
+                values[name] = values.get(name, 0.0) + float(term.detach()) / self.config.accumulate
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.optim.clip)
         self._require_finite(norm, {"gradient norm": float(norm)}, names)
         self.optimizer.step()
@@ -436,25 +438,34 @@ class MetricsLog:
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Group the trainable weights by part (learning rate) and by shape (decay or none).
+    """Group the trainable weights by prefix (learning rate) and by shape (decay or none).
 
     Raises:
-        ConfigError: `scales` names a part that the network does not have.
+        ConfigError: `scales` names a prefix that no weight has.
     """
-    parts = {name for name, _ in network.named_children()}
-    unknown = set(config.scales) - parts
+    names = [name for name, _ in network.named_parameters()]
+    unknown = [
+        prefix
+        for prefix in config.scales
+        if not any(name.startswith(f"{prefix}.") for name in names)
+    ]
     if unknown:
+        parts = sorted({name.split(".")[0] for name in names})
         raise ConfigError(
-            f"optim.scales: {sorted(unknown)} are not parts of the network, which has {sorted(parts)}"
+            f"optim.scales: the network has no weights under {unknown}; its parts are {parts}"
         )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in network.named_parameters():
         if weight.requires_grad:
-            scale = config.scales.get(name.split(".")[0], 1.0)
             decay = config.weight_decay if weight.ndim > 1 else 0.0
-            groups.setdefault((scale, decay), []).append(weight)
+            groups.setdefault((_scale_of(name, config.scales), decay), []).append(weight)
     return torch.optim.AdamW([{"params": weights, "lr": config.lr * scale, "weight_decay": decay}
                               for (scale, decay), weights in sorted(groups.items(), key=lambda g: g[0])])  # fmt: skip
+
+
+def _scale_of(name: str, scales: Mapping[str, float]) -> float:
+    matching = [prefix for prefix in scales if name.startswith(f"{prefix}.")]
+    return scales[max(matching, key=len)] if matching else 1.0
 
 
 def learning_rate_factor(step: int, planned: int, config: OptimConfig) -> float:
@@ -466,11 +477,22 @@ def learning_rate_factor(step: int, planned: int, config: OptimConfig) -> float:
     return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def shortened_plan(progress: Progress, first: int, seconds: float, allowed: float) -> int:
-    """Return how many steps fit into `allowed` seconds at the speed since step `first`, never more than planned."""
-    speed = (progress.step - first) / max(seconds, 1e-9)
-    fits = first + int(speed * allowed)
-    return max(progress.step, min(progress.planned, fits))
+class Pace:
+    """How many steps fit into the time that a run may take, at the speed of the last lines of the log."""
+
+    def __init__(self, seconds: float, lines: int = 10) -> None:
+        self._end = time.monotonic() + seconds
+        self._marks: deque[tuple[int, float]] = deque(maxlen=lines)
+
+    def planned(self, step: int, wanted: int) -> int:
+        """Return after how many steps to end: `wanted`, or fewer if the time is too short for it."""
+        now = time.monotonic()
+        self._marks.append((step, now))
+        first_step, first_time = self._marks[0]
+        if step == first_step:
+            return wanted
+        fits = step + int((self._end - now) * (step - first_step) / (now - first_time))
+        return max(step, min(wanted, fits))
 
 
 def tune_process(threads: int = 0) -> None:

@@ -16,6 +16,9 @@ Float = NDArray[np.float64]
 _LUMA = np.array([0.299, 0.587, 0.114])
 _GREY_AXIS = np.ones(3) / np.sqrt(3.0)
 
+_FILL = (124, 116, 104)
+"""RGB where a warped image has nothing to show: about zero after normalisation."""
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -112,14 +115,18 @@ def draw_augmentation(
 def augment_image(
     image: NDArray[np.uint8], draw: ImageDraw, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Warp and recolour one (H, W, 3) RGB image; parts that the source does not cover are black."""
+    """Warp and recolour one (H, W, 3) RGB image; parts that the source does not cover get the mean colour."""
     out = image
     if not np.array_equal(draw.matrix, np.eye(3)):
         # OpenCV counts pixel centres as integers, `matrix` counts pixel borders.
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
         warp = np.linalg.inv(half) @ draw.matrix @ half
         out = cv2.warpAffine(
-            out, warp[:2], (image.shape[1], image.shape[0]), flags=cv2.INTER_LINEAR
+            out,
+            warp[:2],
+            (image.shape[1], image.shape[0]),
+            flags=cv2.INTER_LINEAR,
+            borderValue=_FILL,
         )
     if draw.blur > 0:
         out = cv2.GaussianBlur(out, (0, 0), draw.blur)

@@ -31,6 +31,9 @@ from occbev_training.data.augment import (
 from occbev_training.data.cache import CachedSample, CacheError, SampleCache
 from occbev_training.models.lift_splat import BatchedPoints, batch_geometry
 
+SEMANTIC_VOXELS = 60_000
+"""Voxels per sample whose semantics are supervised, drawn from those that the cameras see."""
+
 NO_DEPTH = -1
 """Depth label of a feature cell without a LiDAR return in range."""
 
@@ -198,13 +201,22 @@ def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -
     hidden = (bits != 0) & ~visible  # only a camera that is missing now could see it
     boxes = augment_boxes(sample.boxes, draw).astype(np.float32)
     wanted = (sample.lidar_points > 0) & in_any_image(boxes, intrinsic, cam2ego, alive, model)
+    mask = augment_voxels(sample.mask_camera, draw) & ~hidden
     evidence = sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps
     return TrainingSample(
         name, augment_images(sample.images, draw), alive, intrinsic, cam2ego,
         depth_labels(sample, draw, alive, model), augment_voxels(sample.state, draw), visible,
         augment_voxels(np.minimum(evidence, 255).astype(np.uint8), draw), boxes[wanted], sample.labels[wanted],
-        augment_voxels(sample.semantics, draw), augment_voxels(sample.mask_camera, draw) & ~hidden,
+        augment_voxels(sample.semantics, draw), thinned(mask, SEMANTIC_VOXELS, draw.seed),
     )  # fmt: skip
+
+
+def thinned(mask: NDArray[np.bool_], most: int, seed: int) -> NDArray[np.bool_]:
+    """Keep about `most` True entries of a mask, at random."""
+    count = np.count_nonzero(mask)
+    if count <= most:
+        return mask
+    return mask & (np.random.default_rng(seed).random(mask.shape, np.float32) < most / count)
 
 
 def depth_labels(
