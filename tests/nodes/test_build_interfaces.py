@@ -21,9 +21,12 @@ UPSTREAM = {
 
 
 @pytest.mark.ros
-def test_published_type_hashes_are_the_upstream_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_type_hashes_are_the_upstream_ones(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     tf2 = pytest.importorskip("tf2_msgs.msg")
     vision = pytest.importorskip("vision_msgs.msg")
+    standard = pytest.importorskip("std_msgs.msg")
     monkeypatch.setenv("ROS_DOMAIN_ID", "83")
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
@@ -32,10 +35,12 @@ def test_published_type_hashes_are_the_upstream_ones(monkeypatch: pytest.MonkeyP
         node = rclpy.create_node("hashes", context=context)
         node.create_publisher(tf2.TFMessage, "transforms", 1)
         node.create_publisher(vision.Detection3DArray, "detections", 1)
+        node.create_subscription(standard.String, "text", print, 1)
         seen = {_hash_on(node, topic) for topic in ("transforms", "detections")}
     finally:
         rclpy.shutdown(context=context)
     assert seen == set(UPSTREAM.values())
+    assert "error" not in capfd.readouterr().err, "Fast DDS misses a type support"
 
 
 def _hash_on(node: object, topic: str) -> str:

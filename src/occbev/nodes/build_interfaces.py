@@ -34,7 +34,41 @@ MARKER = "built_by_occbev.json"
 PACKAGES = ("tf2_msgs", "vision_msgs")
 DEPENDENCIES = ("builtin_interfaces", "std_msgs", "geometry_msgs")
 TYPE_SUPPORT = "rosidl_typesupport_fastrtps_c"
+INTROSPECTION = "rosidl_typesupport_introspection_c"
 WHEELS = ("ros-rclpy", "ros-rosidl-generator-py", "ros-rosidl-typesupport-fastrtps-c", "numpy")
+
+
+DISPATCH = """
+#include <stddef.h>
+#include <string.h>
+#include "rosidl_runtime_c/message_type_support_struct.h"
+
+#define HANDLE(kind) rosidl_typesupport_##kind##__get_message_type_support_handle__MESSAGE
+
+typedef const rosidl_message_type_support_t * Handle;
+
+Handle HANDLE(fastrtps_c)(void);
+Handle HANDLE(introspection_c)(void);
+
+static Handle choose(Handle own, const char * wanted)
+{
+  Handle other = HANDLE(introspection_c)();
+  if (strcmp(wanted, own->typesupport_identifier) == 0) return own;
+  return strcmp(wanted, other->typesupport_identifier) == 0 ? other : NULL;
+}
+
+Handle HANDLE(c)(void)
+{
+  static rosidl_message_type_support_t handle;
+  handle = *HANDLE(fastrtps_c)();
+  handle.func = choose;
+  return &handle;
+}
+"""
+"""Finds one message's type supports inside the one extension; the generators' own dispatch wants a library each.
+
+Fast DDS asks for introspection as well, and leaves an error behind that is reported later, for another type.
+"""
 
 
 class InterfaceError(RuntimeError):
@@ -186,8 +220,8 @@ def _generate(build: Build) -> None:
     from rosidl_generator_c import generate_c
     from rosidl_generator_py import generate_py
     from rosidl_generator_type_description import generate_type_hash
-    from rosidl_typesupport_c import generate_c as generate_dispatch
     from rosidl_typesupport_fastrtps_c import generate_typesupport_fastrtps_c
+    from rosidl_typesupport_introspection_c import generate_c as generate_introspection
 
     for message in sorted((build.source / "msg").glob("*.msg")):
         relative = message.relative_to(build.source)
@@ -196,14 +230,17 @@ def _generate(build: Build) -> None:
         "rosidl_generator_type_description": generate_type_hash,
         "rosidl_generator_c": generate_c,
         "rosidl_typesupport_fastrtps_c": generate_typesupport_fastrtps_c,
-        "rosidl_typesupport_c": lambda arguments: generate_dispatch(arguments, [TYPE_SUPPORT]),
+        "rosidl_typesupport_introspection_c": generate_introspection,
         "rosidl_generator_py": lambda arguments: generate_py(arguments, ["rosidl_typesupport_c"]),
     }
     for generator, run in runs.items():
         (build.output(generator) / "msg").mkdir(parents=True)
         run(str(_write_arguments(build, generator)))
-    for generator in ("rosidl_generator_c", "rosidl_typesupport_fastrtps_c"):
+    for generator in ("rosidl_generator_c", TYPE_SUPPORT, INTROSPECTION):
         _write_visibility_header(build, generator)
+    for name in (Path(entry).stem for entry in build.idl_tuples):
+        dispatch = DISPATCH.replace("MESSAGE", f"{build.package}__msg__{name}")
+        (build.work / f"{name}_dispatch.c").write_text(dispatch)
 
 
 def _write_arguments(build: Build, generator: str) -> Path:
@@ -266,9 +303,7 @@ def _compile(build: Build, extension: Path) -> None:
 def _include_folders(build: Build) -> list[str]:
     import numpy as np
 
-    generated = [
-        build.work / name for name in ("rosidl_generator_c", "rosidl_typesupport_fastrtps_c")
-    ]
+    generated = [build.work / name for name in ("rosidl_generator_c", TYPE_SUPPORT, INTROSPECTION)]
     root = (
         build.prefix / "include"
     )  # ROS packages have a folder of their own in it, Fast CDR has not
@@ -285,10 +320,11 @@ def _link_options(library: Path) -> list[str]:
         "rosidl_runtime_c",
         "rosidl_typesupport_c",
         TYPE_SUPPORT,
+        INTROSPECTION,
         "rosidl_typesupport_fastrtps_cpp",
         "rcutils",
     ]
-    kinds = ("rosidl_generator_c", "rosidl_generator_py", "rosidl_typesupport_c", TYPE_SUPPORT)
+    kinds = ("rosidl_generator_c", "rosidl_generator_py", TYPE_SUPPORT, INTROSPECTION)
     names += [
         "rmw",
         "fastcdr",
