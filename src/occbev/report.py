@@ -72,7 +72,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         ("Rate", f"{_number(summary['rate_hz'], 1)} Hz", "results per second of drive"),
         ("Latency", f"{_number(total.get('p50'), 0)} ms", f"median; {_number(total.get('p95'), 0)} ms at the 95th percentile"),
         ("Car AP, 2 m", _number(car, 2), f"within 30 m; the training set's mean scores {_number(prior, 2)}"),
-        ("Occupancy IoU", _number(occupancy["iou"], 2), f"the training set's mean grid scores {_number(occupancy['iou_mean_of_training_set'], 2)}"),
+        ("Occupancy IoU", _number(occupancy["iou"], 2), f"the training set's mean grid scores {_number(occupancy.get('iou_mean_of_training_set'), 2)}"),
     ]  # fmt: skip
     cells = "".join(
         f"<div class=tile><span>{_text(name)}</span><strong>{_text(value)}</strong>"
@@ -212,7 +212,7 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
         f"<p>Detection over the full range: mAP {_number(detection['mAP'], 3)}, "
         f"NDS {_number(detection['NDS'], 3)}. Occupancy over camera-visible voxels: "
         f"IoU {_number(occupancy['iou'], 3)} (mean grid of the training set "
-        f"{_number(occupancy['iou_mean_of_training_set'], 3)}), mIoU {_number(occupancy['mIoU'], 3)}.</p>"
+        f"{_number(occupancy.get('iou_mean_of_training_set'), 3)}), mIoU {_number(occupancy['mIoU'], 3)}.</p>"
         f"{_ap_table(detection)}</section>"
     )
 

@@ -99,10 +99,12 @@ def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
     )
 
 
-def score_detection(results: Sequence[KeyResult], truth: Truth, prior: Boxes3D) -> dict[str, Any]:
+def score_detection(
+    results: Sequence[KeyResult], truth: Truth, prior: Boxes3D | None = None
+) -> dict[str, Any]:
     """Score boxes by the nuScenes rules: {mAP, NDS, AP, ..., AP_30m, AP_30m_prior}.
 
-    prior: boxes that the training set alone would answer for every frame.
+    prior: boxes that the training set alone would answer for every frame; None leaves its score out.
     AP_30m: truths within 30 m that have at least 5 LiDAR returns; a prediction that matches a truth
     left out by this counts neither way.
     """
@@ -110,11 +112,10 @@ def score_detection(results: Sequence[KeyResult], truth: Truth, prior: Boxes3D) 
     boxes = [result.boxes for result in results]
     full = evaluate_detection(boxes, truths).as_record()
     kept = ("mAP", "NDS", "AP", "tp_errors", "truths", "predictions", "classes_without_truth")
-    return {
-        **{name: full[name] for name in kept},
-        "AP_30m": near_ap(boxes, truths),
-        "AP_30m_prior": near_ap([prior] * len(truths), truths),
-    }
+    scores = {**{name: full[name] for name in kept}, "AP_30m": near_ap(boxes, truths)}
+    if prior is not None:
+        scores["AP_30m_prior"] = near_ap([prior] * len(truths), truths)
+    return scores
 
 
 def near_ap(boxes: Sequence[Boxes3D], truths: Sequence[Annotations]) -> dict[str, dict[str, float]]:
@@ -127,25 +128,25 @@ def near_ap(boxes: Sequence[Boxes3D], truths: Sequence[Annotations]) -> dict[str
 
 
 def score_occupancy(
-    results: Sequence[KeyResult], truth: Truth, prior: NDArray[np.bool_]
+    results: Sequence[KeyResult], truth: Truth, prior: NDArray[np.bool_] | None = None
 ) -> dict[str, float]:
     """Score voxels over what the cameras could see: {iou, iou_mean_of_training_set, mIoU}.
 
-    prior: (X, Y, Z) voxels that the training set alone would call occupied in every frame.
-    What was not published is free.
+    prior: (X, Y, Z) voxels that the training set alone would call occupied in every frame; None
+    leaves its score out. What was not published is free.
     """
     published, mean, classes = np.zeros(3, np.int64), np.zeros(3, np.int64), []
     for result in results:
         wanted = occupancy_truth(truth, result.key)
         occupied, mask = wanted.semantics != FREE, wanted.mask_camera
         published += binary_counts(occupied, result.occupancy.label != FREE, mask)
-        mean += binary_counts(occupied, prior, mask)
+        if prior is not None:
+            mean += binary_counts(occupied, prior, mask)
         classes.append(confusion(wanted.semantics, result.occupancy.label, mask))
-    return {
-        "iou": binary_iou(published),
-        "iou_mean_of_training_set": binary_iou(mean),
-        "mIoU": mean_iou(np.sum(classes, 0)) if classes else float("nan"),
-    }
+    scores = {"iou": binary_iou(published)}
+    if prior is not None:
+        scores["iou_mean_of_training_set"] = binary_iou(mean)
+    return {**scores, "mIoU": mean_iou(np.sum(classes, 0)) if classes else float("nan")}
 
 
 def occupancy_truth(truth: Truth, key: int) -> OccupancyTruth:

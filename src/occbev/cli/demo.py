@@ -1,0 +1,323 @@
+"""Simulate a drive, play it as a bag through the real node over real DDS, score what the node published.
+
+Writes OUT/summary.json and OUT/report.html. The simulated drive is kept for the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from occbev.geometry import invert_transform
+from occbev.graph import STAGES
+from occbev.model_package import ModelPackage, find_package
+from occbev.report import FrameLatency, Scene, write_report
+from occbev.results import CameraFrame
+from occbev.scenes import Moment, compose_scene, occupancy_of_truth
+from occbev.versions import machine, versions
+
+if TYPE_CHECKING:
+    from occbev_training.metrics.drive import KeyResult
+    from occbev_training.simulator.kept import KeptDrive
+    from occbev_training.sources.truth import Truth
+
+CONSOLE = Console(highlight=False)
+
+SEED = 20_002
+"""Of the simulator's test range, so that no model has seen the drive; a sunny street."""
+
+SCENES = 16
+"""Moments that the report shows."""
+
+SCORED = ("detection.score_threshold:=0.05", "detection.marker_threshold:=0.05")
+"""Parameters of the scored run: weak boxes too, since a ranking is scored, and their velocities."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to")
+    parser.add_argument(
+        "--model", default="occbev-tiny", help="model package: a folder or a shipped name"
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the drive, 20000 or above")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the drive")
+    parser.add_argument("--key-rate", type=float, default=5.0, help="sets of images per second")
+    parser.add_argument("--image", default="640x360", help="camera resolution, 800x450 or below")
+    parser.add_argument("--workers", type=int, default=2, help="processes that simulate")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run every step; 1 if the node published nothing or lost track of a frame."""
+    clock = Clock()
+    args.out.mkdir(parents=True, exist_ok=True)
+    package = ModelPackage.load(find_package(args.model))
+    CONSOLE.print(f"[bold]occbev demo[/]: {package.model.name}, trained on {package.trained_on}")
+    with clock("simulate"):
+        drive = _simulated(args)
+    with clock("replay"):
+        played = _played(args.out / "run", drive, package)
+    with clock("score"):
+        results, scores = _scored(played, drive, package)
+    summary = _summary(args, package, played, scores)
+    with clock("report"):
+        scenes = _scenes(results, drive)
+        write_report(args.out / "report.html", _timed(summary, clock), scenes, played.latencies)
+    summary = _timed(summary, clock)
+    (args.out / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+    _print(summary, args.out)
+    return 0 if results and played.accounted else 1
+
+
+class Clock:
+    """Times the steps of a run and says how long each took."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._begin
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Time one step."""
+        begin = time.monotonic()
+        yield
+        self.seconds[step] = round(time.monotonic() - begin, 1)
+        CONSOLE.print(f"  {step}: {self.seconds[step]:.1f} s")
+
+
+def _simulated(args: argparse.Namespace) -> KeptDrive:
+    """Make the drive, or take the one that an earlier run kept."""
+    from occbev_training.simulator.drive import DriveConfig, split_of
+    from occbev_training.simulator.kept import keep_drive
+
+    if split_of(args.seed) != "test":
+        raise ValueError(
+            f"--seed {args.seed} is of the {split_of(args.seed)} drives; use 20000 or above"
+        )
+    keys = round(args.seconds * args.key_rate)
+    config = DriveConfig(keys=keys, key_rate=args.key_rate, image=_size(args.image))
+    with _bars() as report:
+        drive = keep_drive(args.out, args.seed, config, args.workers, report)
+    if not drive.made:
+        CONSOLE.print(f"  the drive is kept in {drive.bag.parent}")
+    return drive
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(part) for part in text.split("x"))
+    except ValueError as error:
+        raise ValueError(f"--image {text!r}: want WIDTHxHEIGHT, such as 640x360") from error
+    return width, height
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show one progress bar for each step that reports."""
+    columns = (
+        TextColumn("  {task.description:14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=CONSOLE, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=total)
+            progress.update(tasks[step], completed=done)
+
+        yield report
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a replay left behind: the recorded outputs, its summary, and the fate of every frame."""
+
+    bag: Path
+    summary: Mapping[str, Any]
+    frames: Sequence[Mapping[str, Any]]
+
+    @property
+    def accounted(self) -> bool:
+        """Whether every frame that was sent was processed or dropped with a reason."""
+        fates = self.summary["frames_processed"] + sum(self.summary["drops"].values())
+        return bool(self.summary["frames_in"] == fates)
+
+    @property
+    def latencies(self) -> list[FrameLatency]:
+        """Time in the drive and total latency of every frame."""
+        return [
+            FrameLatency(
+                (f["stamp_ns"] - self.frames[0]["stamp_ns"]) / 1e9,
+                f.get("stages_ms", {}).get("total"),
+            )
+            for f in self.frames
+        ]
+
+
+def _played(folder: Path, drive: KeptDrive, package: ModelPackage) -> Played:
+    """Start node and player, each a process of its own, and record what the node publishes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    bag, account, log = folder / "published", folder / "replay.json", folder / "node.log"
+    command = [sys.executable, "-m", "occbev", "replay", str(drive.bag), "--record", str(bag)]
+    command += ["--model", str(package.folder), "--json", str(account), "--node-log", str(log)]
+    command += [argument for value in SCORED for argument in ("--set", value)]
+    done = subprocess.run(command, check=False)
+    if not account.is_file():
+        raise OSError(
+            f"the replay ended with status {done.returncode}; the node's messages are in {log}"
+        )
+    record = json.loads(account.read_text())
+    return Played(bag, record["summary"], record["frames"])
+
+
+def _scored(
+    played: Played, drive: KeptDrive, package: ModelPackage
+) -> tuple[list[KeyResult], dict[str, Any]]:
+    """Score what the node published, and the means of the training set beside it."""
+    from occbev.nodes.published import read_published
+    from occbev_training.evaluate import Priors
+    from occbev_training.metrics.drive import results_at_keys, score_detection, score_occupancy
+    from occbev_training.sources.truth import read_truth
+
+    truth = read_truth(drive.truth)
+    priors = Priors.load(package.path("priors.npz")) if package.has("priors.npz") else None
+    published = read_published(played.bag, package.model.grid)
+    results = results_at_keys(published.values(), truth)
+    return results, {
+        "frames_scored": len(results),
+        "detection": score_detection(results, truth, priors and priors.boxes(package.model.bev)),
+        "occupancy": score_occupancy(results, truth, priors and priors.occupancy()),
+    }
+
+
+def _summary(
+    args: argparse.Namespace, package: ModelPackage, played: Played, scores: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that summary.json holds but the times."""
+    width, height = _size(args.image)
+    latency = played.summary["latency_ms"]
+    return {
+        **played.summary,
+        "latency_ms": {stage: latency[stage] for stage in STAGES if stage in latency},
+        **scores,
+        "drive": {"seed": args.seed, "seconds": args.seconds, "cameras": f"6 at {width}x{height}",
+                  "sets of images per second": args.key_rate},
+        "model": {"name": package.model.name, "hash": package.hash, "trained on": package.trained_on},
+        "machine": machine(),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _timed(summary: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    return {**summary, "seconds": {**clock.seconds, "total": round(clock.total, 1)}}
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _scenes(results: Sequence[KeyResult], drive: KeptDrive) -> list[Scene]:
+    """Draw moments evenly spread over the drive."""
+    from occbev_training.sources.bags import BagRecording
+    from occbev_training.sources.truth import read_truth
+
+    truth, recording = read_truth(drive.truth), BagRecording(drive.bag)
+    chosen = (
+        np.unique(np.linspace(0, len(results) - 1, SCENES).round().astype(int)) if results else []
+    )
+    scenes = []
+    with _bars() as report:
+        for done, index in enumerate(chosen, 1):
+            scenes.append(compose_scene(_moment(results[index], truth, recording)))
+            report("draw", done, len(chosen))
+    recording.close()
+    return scenes
+
+
+def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:
+    """Join a result with its images and its truth, all in base_link at the key stamp."""
+    from occbev_training.metrics.drive import occupancy_truth
+
+    stamp = int(truth.key_stamp_ns[result.key])
+    frames = recording.frame_set(int(np.argmin(np.abs(recording.key_stamp_ns - stamp)))).frames
+    seen = {name: frame for name, frame in frames.items() if frame is not None}
+    global2ego = invert_transform(truth.trajectory.at(stamp))
+    motions = [global2ego @ truth.trajectory.at(frame.stamp_ns) for frame in seen.values()]
+    annotations, labels = truth.annotations(result.key), occupancy_truth(truth, result.key)
+    assert annotations is not None
+    return Moment(
+        (stamp - int(truth.key_stamp_ns[0])) / 1e9,
+        {name: _decoded(frame) for name, frame in seen.items()},
+        truth.rig.ordered(tuple(seen)).moved(motions),
+        result.boxes,
+        annotations.boxes[annotations.lidar_points > 0],
+        result.occupancy,
+        occupancy_of_truth(labels.semantics, labels.mask_camera, labels.grid),
+    )
+
+
+def _decoded(frame: CameraFrame) -> NDArray[np.uint8]:
+    if not isinstance(frame.image, bytes):
+        return frame.image
+    image = cv2.imdecode(np.frombuffer(frame.image, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f"{frame.camera}: the image at {frame.stamp_ns} ns does not decode")
+    return np.asarray(image[..., ::-1], np.uint8)
+
+
+def _print(summary: Mapping[str, Any], out: Path) -> None:
+    """Print the headline numbers, each beside what it must beat."""
+    total, occupancy = summary["latency_ms"].get("total", {}), summary["occupancy"]
+    detection = summary["detection"]
+    car, prior = (_cell(detection, key, "car", "2.0") for key in ("AP_30m", "AP_30m_prior"))
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    dropped = ", ".join(f"{count} {reason}" for reason, count in summary["drops"].items() if count)
+    rows = {
+        "frames processed": f"{summary['frames_processed']} of {summary['frames_in']}, dropped: {dropped or 'none'}",
+        "rate": f"{summary['rate_hz']:.2f} Hz",
+        "latency": f"{_cell(total, 'p50', digits=0)} ms median, {_cell(total, 'p95', digits=0)} ms p95",
+        "car AP at 2 m": f"{car} within 30 m (mean of the training set {prior}); {_cell(detection, 'AP', 'car', '2.0')} within 50 m",
+        "occupancy IoU": f"{_cell(occupancy, 'iou')} (mean of the training set {_cell(occupancy, 'iou_mean_of_training_set')})",
+        "report": str(out / "report.html"),
+        "time": f"{summary['seconds']['total']:.0f} s",
+    }  # fmt: skip
+    for name, value in rows.items():
+        table.add_row(name, value)
+    CONSOLE.print(table)
+
+
+def _cell(values: Mapping[str, Any], *keys: str, digits: int = 3) -> str:
+    """Format a nested number; a dash where it is absent."""
+    value: Any = values
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return "-" if value is None else f"{value:.{digits}f}"
