@@ -7,6 +7,7 @@ this; it imports no ROS.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,7 +72,17 @@ OUTPUTS: dict[str, Topic] = {
 DIAGNOSTICS = Topic("/diagnostics", "diagnostic_msgs/msg/DiagnosticArray", Quality("reliable", depth=10),
                     "once a second: cameras, synchroniser, ego motion, latency")  # fmt: skip
 
-STAGES = ("sync", "queue", "decode", "preprocess", "tables", "inference", "postprocess", "publish", "total")
+STAGES = (
+    "sync",
+    "queue",
+    "decode",
+    "preprocess",
+    "tables",
+    "inference",
+    "postprocess",
+    "publish",
+    "total",
+)
 """Stages, from the anchor's arrival on, with a latency topic each under `~/debug/processing_time/<stage>_ms`."""
 
 DEBUG_TYPE = "std_msgs/msg/Float32"
@@ -163,7 +174,8 @@ def rviz_file() -> str:
 
 def player_command(values: Mapping[str, str]) -> list[str]:
     """Return the command that replays the `bag` argument through a node that runs already."""
-    command = ["occbev", "replay", values["bag"], "--no-node", "--params-file", params_file(values)]
+    command = [sys.executable, "-m", "occbev", "replay", values["bag"], "--no-node"]
+    command += ["--params-file", params_file(values)]
     return [*command, "--namespace", values["namespace"]] if values.get("namespace") else command
 
 

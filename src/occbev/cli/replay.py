@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 GRACE_S = 8.0
 """How long a node may take to end before it is killed."""
 
-IDLE_S = 3.0
+IDLE_S = 10.0
 """Silence after the last message that ends the wait for results."""
 
 
@@ -168,12 +168,13 @@ def _drain(player: PlayerNode, ledger: Path | None) -> None:
     quiet_since, seen = time.monotonic(), -1
     wanted = set(player.ledger.anchors)
     while time.monotonic() - quiet_since < IDLE_S:
-        if ledger is not None and wanted <= {line["stamp_ns"] for line in read_ledger(ledger)}:
+        came = {stamp for messages in player.ledger.received.values() for stamp, _ in messages}
+        done = {line["stamp_ns"] for line in read_ledger(ledger)} if ledger is not None else came
+        if wanted <= done:
             time.sleep(0.2)  # the last result is on its way
             return
-        count = sum(len(messages) for messages in player.ledger.received.values())
-        if count != seen:
-            quiet_since, seen = time.monotonic(), count
+        if len(came) + len(done) != seen:
+            quiet_since, seen = time.monotonic(), len(came) + len(done)
         time.sleep(0.05)
 
 

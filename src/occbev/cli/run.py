@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,5 +68,4 @@ def argument_help() -> str:
 
 
 def _start_player(values: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    command = graph.player_command(values)
-    return subprocess.Popen([sys.executable, "-m", "occbev", *command[1:]])
+    return subprocess.Popen(graph.player_command(values))

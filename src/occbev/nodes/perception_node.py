@@ -353,19 +353,16 @@ class PerceptionNode(LifecycleNode):
             return
         now_ns = time.monotonic_ns()
         statuses = health(self._intake, self.ledger, self.latencies, now_ns)
-        for camera, watch in self._intake.watch.items():
-            if not watch.arrivals:
-                topics = " or ".join(self.parameters.image_topics(camera))
-                self._complain(
-                    f"camera {camera}",
-                    f"no image of camera {camera} on {topics}{self._offer_hint(camera)}",
-                )
+        silent = [camera for camera, watch in self._intake.watch.items() if not watch.arrivals]
+        if silent:
+            texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
+            self._complain("silent cameras", "; ".join(texts))
         self._diagnostics.publish(
             outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds)
         )
 
     def _offer_hint(self, camera: str) -> str:
-        """Say how many publishers each image topic of a camera has, and with what quality of service."""
+        """Say how many publishers each image topic of a camera has, and what quality of service they offer."""
         hints = []
         for name in self.parameters.image_topics(camera):
             offers = _offers(self, name)
