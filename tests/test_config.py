@@ -61,4 +61,6 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 def test_plain_values_hold_no_python_objects() -> None:
     record = to_record(ModelConfig())
     assert record["grid"]["axis_order"] == "xyz"
-    assert record["lift"]["depth"] == {"lo": 1.0, "hi": 45.0, "step": 1.0}
+    assert record["lift"]["depth"] == {
+        "lo": 1.0, "hi": 45.0, "step": 1.0, "spacing": "uniform",
+    }  # fmt: skip

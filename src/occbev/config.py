@@ -62,8 +62,12 @@ class DepthConfig:
     """Upper end in metres, exclusive."""
     step: float = 1.0
     """Bin width in metres."""
+    spacing: str = "uniform"
+    """uniform, or log for as many bins that widen with depth."""
 
     def __post_init__(self) -> None:
+        if self.spacing not in ("uniform", "log"):
+            raise ConfigError(f"depth.spacing {self.spacing!r}: must be uniform or log")
         if not 0 < self.lo < self.hi or self.step <= 0:
             raise ConfigError(
                 f"depth bins [{self.lo}, {self.hi}) step {self.step}: need 0 < lo < hi and step > 0"
@@ -89,6 +93,11 @@ class LiftConfig:
     """Lifted points outside these heights (base_link, metres) are dropped."""
     max_points: int = 49152
     """Capacity of the splat tables in kept frustum points, dummy included; a rig that needs more is an error."""
+    height_bins: int = 1
+    """Cells along z within z_range; more than one makes a volume."""
+    reference_quirks: bool = False
+    """Geometry as BEVDet's published weights know it: feature cells spread from first to last pixel, bins
+    lifted to their near edge, cell indices truncated towards zero."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,64 @@ class DetectionHeadConfig:
 
 
 @dataclass(frozen=True)
+class BevDetConfig:
+    """Parts of a network of the BEVDet family, where it differs from our own Lift-Splat networks."""
+
+    source_width: int = 1600
+    """Width of the images that the published camera parameters are given for."""
+    source_height: int = 900
+    """Height of these images."""
+    stages: tuple[int, ...] = (3, 4)
+    """ResNet-50 stages that the neck takes."""
+    frozen_stages: int = 0
+    """Leading parts of the ResNet that are not trained: 1 = the stem."""
+    neck: str = "pyramid"
+    """Image neck: pyramid (two levels, added) or deconvolution (four levels, concatenated)."""
+    neck_channels: int = 256
+    """Channels of the image features."""
+    depth_net: str = "plain"
+    """plain (one convolution), camera (camera-aware) or gated (BEVDet's first BEVDepth)."""
+    pyramid_channels: int = 96
+    """Width of each branch of the camera-aware depth net's spatial pyramid."""
+    deformable: bool = False
+    """A deformable convolution ends the camera-aware depth net."""
+    aggregate_depth: bool = False
+    """Refine the lifted volume along each image row (Megvii's depth aggregation)."""
+    frames: int = 1
+    """Key frame and past frames whose BEV features are joined."""
+    newest_first: bool = True
+    """Order in which they are joined."""
+    align_blocks: int = 2
+    """Residual blocks that every frame passes before they are joined; 0 = none."""
+    stereo: bool = False
+    """Match stride-4 features of neighbouring frames in a cost volume that helps depth."""
+    bev_encoder: str = "plane"
+    """plane (2D), volume (3D) or trunk (a ResNet-18 with a deconvolution neck)."""
+    bev_hidden: int = 512
+    """Width inside the plane's neck."""
+    tasks: tuple[int, ...] = (10,)
+    """Classes of each detection task, in class order; empty = no detection head."""
+    occupancy: str = "none"
+    """Semantic head: none, plane (channels to height) or volume (3D)."""
+    occupancy_hidden: int = 512
+    """Width of the semantic head's hidden layer."""
+    published_buffers: str = "none"
+    """Geometry constants kept for exact round trips of checkpoints: none, lift or voxel."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "neck": ("pyramid", "deconvolution"), "depth_net": ("plain", "camera", "gated"),
+            "bev_encoder": ("plane", "volume", "trunk"), "occupancy": ("none", "plane", "volume"),
+            "published_buffers": ("none", "lift", "voxel"),
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"bevdet.{name} {getattr(self, name)!r}: must be one of {known}")
+        if self.frames < 1:
+            raise ConfigError(f"bevdet.frames {self.frames}: must be at least 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A network, and all that its weights fix: it travels with them and no launch file overrides it."""
 
@@ -151,6 +218,8 @@ class ModelConfig:
     """Image encoder."""
     lift: LiftConfig = field(default_factory=LiftConfig)
     """View transform."""
+    bevdet: BevDetConfig | None = None
+    """Set for networks of the BEVDet family, whose parts it names; they have no use for `encoder`."""
     bev: BevGrid = BevGrid((-51.2, -51.2), (1.024, 1.024), (100, 100))
     """Grid of the BEV features and of the detection head."""
     bev_encoder: BevEncoderConfig = field(default_factory=BevEncoderConfig)

@@ -58,41 +58,81 @@ def lift_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int,
     image_size: (width, height). A feature cell stands for the centre of its stride x stride pixels,
     a depth bin for its centre. Points outside the BEV or `lift.z_range` are left out.
     """
+    points = frustum_points(intrinsic, cam2ego, image_size, lift)
+    return place_points(points, lift, bev)
+
+
+def frustum_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int],
+                   lift: LiftConfig) -> NDArray[np.float64]:  # fmt: skip
+    """Return where every depth bin of every feature cell is, (N, D, h, w, 3) in ego; see `lift_points`."""
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
-    cameras, cells_per_image = (
-        len(intrinsic),
-        (image_size[0] // lift.stride) * (image_size[1] // lift.stride),
-    )
-    pixels = _feature_pixels(image_size, lift.stride)  # (h * w, 3)
-    depths = lift.depth.lo + (np.arange(lift.depth.bins) + 0.5) * lift.depth.step
-    rays = pixels @ np.swapaxes(
+    rays = _feature_pixels(image_size, lift) @ np.swapaxes(
         cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2
     )  # (N, h * w, 3) per metre of depth
-    points = (
-        rays[:, None] * depths[None, :, None, None] + cam2ego[:, None, None, :3, 3]
-    )  # (N, D, h * w, 3)
-    cells = np.floor(bev.map_coordinates(points[..., :2])).astype(np.int64)
-    inside = np.all((cells >= 0) & (cells < bev.shape), axis=-1)
-    inside &= (points[..., 2] >= lift.z_range[0]) & (points[..., 2] < lift.z_range[1])
-    camera, _, place = np.nonzero(inside)
-    cell = cells[..., 1][inside] * bev.shape[0] + cells[..., 0][inside]
+    points = rays[:, None] * bin_depths(lift)[None, :, None, None] + cam2ego[:, None, None, :3, 3]
+    rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
+    return points.reshape(*points.shape[:2], rows, columns, 3)
+
+
+def place_points(points: ArrayLike, lift: LiftConfig, bev: BevGrid) -> LiftPoints:
+    """Sort frustum points (N, D, h, w, 3) in ego into cells; those outside are left out.
+
+    With `lift.reference_quirks` indices are truncated towards zero, as the published weights know it:
+    points up to one cell below the lower border count as inside.
+    """
+    points = np.asarray(points)
+    assert np.prod(points.shape[:4]) < 2**31, "frustum indices must fit int32"
+    lo, hi = lift.z_range
+    level = (points[..., 2:] - lo) / (hi - lo) * lift.height_bins
+    place = np.concatenate([bev.map_coordinates(points[..., :2]), level], -1)
+    cells = (np.trunc if lift.reference_quirks else np.floor)(place).astype(np.int64)
+    inside = np.all((cells >= 0) & (cells < (*bev.shape, lift.height_bins)), axis=-1)
+    camera, _, row, column = np.nonzero(inside)
+    x, y, z = cells[inside].T
+    cell = (z * bev.shape[1] + y) * bev.shape[0] + x
+    pixel = (camera * points.shape[2] + row) * points.shape[3] + column
     depth = np.flatnonzero(inside)
-    pixel = camera * cells_per_image + place
     order = np.argsort(cell, kind="stable")
-    assert cameras * lift.depth.bins * cells_per_image < 2**31, "frustum indices must fit int32"
     return LiftPoints(
         pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order].astype(np.int32)
     )
 
 
-def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
+def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
+    """Return the depth (D,) that stands for each bin: its centre, or its near edge as published."""
+    index, depth = np.arange(lift.depth.bins), lift.depth
+    if depth.spacing == "log":  # ever wider bins, each published one lifted to its near edge
+        return depth.lo * ((depth.hi - 1) / depth.lo) ** (index / max(1, depth.bins - 1))
+    return depth.lo + (index + (0 if lift.reference_quirks else 0.5)) * depth.step
+
+
+def camera_parameters(intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike | None = None,
+                      bda: ArrayLike | None = None) -> NDArray[np.float32]:  # fmt: skip
+    """Return what a camera-aware depth net reads of each camera, (N, 27) (Li et al. 2022, section 3.2).
+
+    intrinsic: (N, 3, 3) of the source images. cam2ego: (N, 4, 4). src2img: (N, 3, 3), source to network
+    pixels. bda: (3, 3) or (4, 4), BEV augmentation, which cam2ego does not hold.
+    """
+    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
+    count = len(intrinsic)
+    image = np.broadcast_to(np.eye(3) if src2img is None else np.asarray(src2img), (count, 3, 3))
+    ego = np.broadcast_to(np.eye(3) if bda is None else np.asarray(bda)[:3, :3], (count, 3, 3))
+    parts = [
+        intrinsic[:, 0, :1], intrinsic[:, 1, 1:2], intrinsic[:, 0, 2:], intrinsic[:, 1, 2:],
+        image[:, 0], image[:, 1],
+        ego[:, 0, :2], ego[:, 1, :2], ego[:, 2, 2:], cam2ego[:, :3].reshape(count, 12),
+    ]  # fmt: skip
+    return np.concatenate(parts, 1).astype(np.float32)
+
+
+def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int, height_bins: int = 1) -> Tables:
     """Return the bag form, padded to `max_points` with entries of weight 0.
 
     table_pixel, table_depth (max_points,) int32; table_weight (max_points,) float32;
     table_offset (cells,) int32: where each cell's entries begin, always below max_points.
     """
     _check_capacity("frustum points", len(points) + 1, max_points)
-    offset = np.searchsorted(points.cell, np.arange(bev.size)).astype(np.int32)
+    offset = np.searchsorted(points.cell, np.arange(bev.size * height_bins)).astype(np.int32)
     return {
         "table_pixel": _padded(points.pixel, max_points),
         "table_depth": _padded(points.depth, max_points),
@@ -101,22 +141,24 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
     }
 
 
-def gather_capacities(bev: BevGrid, max_points: int) -> tuple[int, ...]:
+def gather_capacities(bev: BevGrid, max_points: int, height_bins: int = 1) -> tuple[int, ...]:
     """Rows of each stage of the gather form, the reserved all-zero last row included."""
     return tuple(
-        max_points // GATHER_WIDTH**stage + bev.size // 2 + 1
+        max_points // GATHER_WIDTH**stage + bev.size * height_bins // 2 + 1
         for stage in range(1, GATHER_STAGES + 1)
     )
 
 
-def gather_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
+def gather_tables(
+    points: LiftPoints, bev: BevGrid, max_points: int, height_bins: int = 1
+) -> Tables:
     """Return the gather form: stage 1 adds weighted points, each later stage adds rows of the one before.
 
     table_pixel, table_depth (rows1, 8) int32, table_weight (rows1, 8) float32;
     table_stage2.. (rows_i, 8) int32 into the rows before; table_cell (cells,) int32 into the last rows.
     The last row of every stage is zero and serves as padding.
     """
-    capacities = gather_capacities(bev, max_points)
+    capacities = gather_capacities(bev, max_points, height_bins)
     slots, row_cell = _group(points.cell)
     _check_capacity("rows of gather stage 1", len(slots) + 1, capacities[0])
     used = slots >= 0
@@ -140,7 +182,7 @@ def gather_tables(points: LiftPoints, bev: BevGrid, max_points: int) -> Tables:
         raise TableCapacityError(
             f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points"
         )
-    cell = np.full(bev.size, capacities[-1] - 1, np.int32)
+    cell = np.full(bev.size * height_bins, capacities[-1] - 1, np.int32)
     cell[row_cell] = np.arange(len(row_cell))
     return tables | {"table_cell": cell}
 
@@ -155,9 +197,7 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
     rays = np.swapaxes(np.linalg.inv(intrinsic), 1, 2)
-    rays = (
-        _feature_pixels(image_size, lift.stride) @ rays
-    )  # (N, h * w, 3) in cam, per metre of depth
+    rays = _feature_pixels(image_size, lift) @ rays  # (N, h * w, 3) in cam, per metre of depth
     climb = rays @ cam2ego[:, 2, :3, None]
     height = np.broadcast_to(cam2ego[:, 2, 3, None, None] / 2, climb.shape)
     focal = np.sqrt(np.abs(np.linalg.det(intrinsic[:, :2, :2])))
@@ -166,6 +206,26 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
     return np.ascontiguousarray(
         np.swapaxes(table, 1, 2).reshape(len(intrinsic), RAY_CHANNELS, rows, columns), np.float32
     )
+
+
+def calibration_table(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, model: ModelConfig
+) -> NDArray[np.float32]:
+    """Return what the model's depth net reads of each camera: (N, K, h, w), or (N, K, 1, 1) if constant.
+
+    intrinsic: (N, 3, 3) of network-size images. Published camera parameters are those of source images,
+    which `Fit.cover` scaled to the network's width and cut to the lower rows.
+    """
+    size = (model.image.width, model.image.height)
+    if model.bevdet is None:
+        return ray_table(intrinsic, cam2ego, size, model.lift)
+    if model.bevdet.depth_net != "camera":
+        return np.zeros((len(np.asarray(intrinsic)), 1, 1, 1), np.float32)
+    scale = size[0] / model.bevdet.source_width
+    src2img = np.diag([scale, scale, 1.0])
+    src2img[1, 2] = size[1] - round(scale * model.bevdet.source_height)
+    source = np.linalg.inv(src2img) @ np.asarray(intrinsic, np.float64)
+    return camera_parameters(source, cam2ego, src2img)[:, :, None, None]
 
 
 class TableCache:
@@ -199,13 +259,19 @@ class TableCache:
         cam2ego = np.stack([c.cam2ego for c in rig.cameras])
         points = lift_points(intrinsic, cam2ego, size, model.lift, model.bev)
         build = {"bag": bag_tables, "gather": gather_tables}[self._form]
-        tables = build(points, model.bev, model.lift.max_points)
-        return tables | {"table_ray": ray_table(intrinsic, cam2ego, size, model.lift)[None]}
+        tables = build(points, model.bev, model.lift.max_points, model.lift.height_bins)
+        return tables | {"table_ray": calibration_table(intrinsic, cam2ego, model)[None]}
 
 
-def _feature_pixels(image_size: tuple[int, int], stride: int) -> NDArray[np.float64]:
-    columns, rows = image_size[0] // stride, image_size[1] // stride
-    u, v = np.meshgrid((np.arange(columns) + 0.5) * stride, (np.arange(rows) + 0.5) * stride)
+def _feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.float64]:
+    columns, rows = (size // lift.stride for size in image_size)
+    if lift.reference_quirks:  # from the first pixel to the last one, both included
+        across, down = (
+            np.linspace(0, s - 1, n) for s, n in zip(image_size, (columns, rows), strict=True)
+        )
+    else:
+        across, down = ((np.arange(n) + 0.5) * lift.stride for n in (columns, rows))
+    u, v = np.meshgrid(across, down)
     return np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)
 
 
