@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,15 @@ MODEL = replace(
 FORWARD = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 RUNTIMES = {"openvino": 0.02, "onnxruntime": 1e-4}
 """Runtime -> largest difference from torch as a share of an output's largest value; the IR rounds weights to fp16."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a probe this small only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +113,8 @@ def outputs(
 def test_every_runtime_equals_torch_on_any_rig(
     package: ModelPackage, name: str, cameras: int
 ) -> None:
-    expected = outputs(load_backend(package, cameras, "torch"), rig(cameras))
-    found = outputs(load_backend(package, cameras, name, precision="f32"), rig(cameras))
+    expected = outputs(load_backend(package, cameras, "torch", 1), rig(cameras))
+    found = outputs(load_backend(package, cameras, name, 1, "f32"), rig(cameras))
     assert set(found) == set(expected) == {"occupancy_logits", "heatmap", "box"}
     for key, array in expected.items():
         assert found[key].shape == array.shape
@@ -113,10 +123,10 @@ def test_every_runtime_equals_torch_on_any_rig(
 
 @pytest.mark.parametrize("name", ["torch", *RUNTIMES])
 def test_a_missing_camera_changes_outputs_alike(package: ModelPackage, name: str) -> None:
-    backend = load_backend(package, 6, name, precision="f32")
+    backend = load_backend(package, 6, name, 1, "f32")
     whole, part = outputs(backend, rig(6)), outputs(backend, rig(6), missing="camera2")
     assert np.abs(whole["heatmap"] - part["heatmap"]).max() > 1e-3
-    expected = outputs(load_backend(package, 6, "torch"), rig(6), missing="camera2")
+    expected = outputs(load_backend(package, 6, "torch", 1), rig(6), missing="camera2")
     np.testing.assert_allclose(
         part["heatmap"], expected["heatmap"], atol=0.02 * np.abs(expected["heatmap"]).max()
     )
@@ -143,4 +153,4 @@ def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
 
 def test_a_rig_beyond_the_capacity_is_an_error_with_both_numbers(package: ModelPackage) -> None:
     with pytest.raises(TableCapacityError, match=r"needs \d+ .*holds 4096"):
-        outputs(load_backend(package, 40, "torch"), rig(40))
+        outputs(load_backend(package, 40, "torch", 1), rig(40))
