@@ -34,6 +34,7 @@ from occbev.versions import machine, versions
 
 if TYPE_CHECKING:
     from occbev_training.metrics.drive import KeyResult
+    from occbev_training.simulator.drive import DriveConfig
     from occbev_training.simulator.kept import KeptDrive
     from occbev_training.sources.truth import Truth
 
@@ -65,11 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run every step; 1 if the node published nothing or lost track of a frame."""
     clock = Clock()
+    config = _drive_config(args)
     args.out.mkdir(parents=True, exist_ok=True)
     package = ModelPackage.load(find_package(args.model))
     CONSOLE.print(f"[bold]occbev demo[/]: {package.model.name}, trained on {package.trained_on}")
     with clock("simulate"):
-        drive = _simulated(args)
+        drive = _simulated(args, config)
     with clock("replay"):
         played = _played(args.out / "run", drive, package)
     with clock("score"):
@@ -105,17 +107,22 @@ class Clock:
         CONSOLE.print(f"  {step}: {self.seconds[step]:.1f} s")
 
 
-def _simulated(args: argparse.Namespace) -> KeptDrive:
-    """Make the drive, or take the one that an earlier run kept."""
+def _drive_config(args: argparse.Namespace) -> DriveConfig:
+    """Read the options of the drive; raises ValueError for one that training may have seen."""
     from occbev_training.simulator.drive import DriveConfig, split_of
-    from occbev_training.simulator.kept import keep_drive
 
     if split_of(args.seed) != "test":
         raise ValueError(
             f"--seed {args.seed} is of the {split_of(args.seed)} drives; use 20000 or above"
         )
     keys = round(args.seconds * args.key_rate)
-    config = DriveConfig(keys=keys, key_rate=args.key_rate, image=_size(args.image))
+    return DriveConfig(keys=keys, key_rate=args.key_rate, image=_size(args.image))
+
+
+def _simulated(args: argparse.Namespace, config: DriveConfig) -> KeptDrive:
+    """Make the drive, or take the one that an earlier run kept."""
+    from occbev_training.simulator.kept import keep_drive
+
     with _bars() as report:
         drive = keep_drive(args.out, args.seed, config, args.workers, report)
     if not drive.made:
@@ -220,9 +227,10 @@ def _summary(
     """Everything that summary.json holds but the times."""
     width, height = _size(args.image)
     latency = played.summary["latency_ms"]
+    stages = sorted(latency, key=lambda name: (*STAGES, name).index(name))
     return {
         **played.summary,
-        "latency_ms": {stage: latency[stage] for stage in STAGES if stage in latency},
+        "latency_ms": {stage: latency[stage] for stage in stages},
         **scores,
         "drive": {"seed": args.seed, "seconds": args.seconds, "cameras": f"6 at {width}x{height}",
                   "sets of images per second": args.key_rate},
