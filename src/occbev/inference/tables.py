@@ -66,7 +66,7 @@ def frustum_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[i
                    lift: LiftConfig) -> NDArray[np.float64]:  # fmt: skip
     """Return where every depth bin of every feature cell is, (N, D, h, w, 3) in ego; see `lift_points`."""
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
-    rays = _feature_pixels(image_size, lift) @ np.swapaxes(
+    rays = feature_pixels(image_size, lift) @ np.swapaxes(
         cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2
     )  # (N, h * w, 3) per metre of depth
     points = rays[:, None] * bin_depths(lift)[None, :, None, None] + cam2ego[:, None, None, :3, 3]
@@ -197,7 +197,7 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
     rays = np.swapaxes(np.linalg.inv(intrinsic), 1, 2)
-    rays = _feature_pixels(image_size, lift) @ rays  # (N, h * w, 3) in cam, per metre of depth
+    rays = feature_pixels(image_size, lift) @ rays  # (N, h * w, 3) in cam, per metre of depth
     climb = rays @ cam2ego[:, 2, :3, None]
     height = np.broadcast_to(cam2ego[:, 2, 3, None, None] / 2, climb.shape)
     focal = np.sqrt(np.abs(np.linalg.det(intrinsic[:, :2, :2])))
@@ -263,7 +263,8 @@ class TableCache:
         return tables | {"table_ray": calibration_table(intrinsic, cam2ego, model)[None]}
 
 
-def _feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.float64]:
+def feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.float64]:
+    """Return the pixel (h * w, 3) as u, v, 1 that stands for each feature cell, row by row."""
     columns, rows = (size // lift.stride for size in image_size)
     if lift.reference_quirks:  # from the first pixel to the last one, both included
         across, down = (

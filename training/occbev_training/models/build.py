@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from occbev.config import ConfigError, ModelConfig
 from occbev_training.models.bev_encoder import BevEncoder
+from occbev_training.models.bevdet import build_bevdet
 from occbev_training.models.detection_head import DetectionHead
 from occbev_training.models.image_encoder import ImageEncoder
 from occbev_training.models.lift_splat import LiftSplat
@@ -22,6 +23,8 @@ def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
         raise ConfigError(f"stage {stage!r}: must be one of {STAGES}")
     if config.family != "lss":
         raise ConfigError(f"family {config.family!r}: only lss can be built")
+    if config.bevdet is not None:
+        return build_bevdet(config, stage)
     if config.lift.stride != 16:
         raise ConfigError(f"lift.stride {config.lift.stride}: the image encoder's stride is 16")
     parts = (

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from occbev.config import LiftConfig, ModelConfig
-from occbev.inference.tables import GATHER_STAGES, RAY_CHANNELS, LiftPoints, lift_points, ray_table
+from occbev.inference.tables import (
+    GATHER_STAGES,
+    RAY_CHANNELS,
+    LiftPoints,
+    calibration_table,
+    lift_points,
+)
 from occbev_training.models.layers import conv_bn_relu
 
 
@@ -26,8 +32,8 @@ class BatchedPoints:
     pixel: (P,) int32 rows of the context (B * N * h * w, C).
     depth: (P,) int32 entries of the depth probabilities (B * N * D * h * w).
     weight: (P,) float32, 0 for padding; the last entry is padding, so that no bag begins at P.
-    offset: (B * Y * X,) int32, where each cell's entries begin.
-    ray: (B, N, 4, h, w) float32, `ray_table` of every sample.
+    offset: (B * Z * Y * X,) int32, where each cell's entries begin; Z is 1 without a volume.
+    ray: (B, N, K, h, w) float32, `calibration_table` of every sample.
     """
 
     pixel: Tensor
@@ -49,15 +55,16 @@ def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: ModelConfig
     size = (config.image.width, config.image.height)
     samples = list(zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True))
     points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
-    rays = np.stack([ray_table(k, pose, size, config.lift) for k, pose in samples])
+    rays = np.stack([calibration_table(k, pose, config) for k, pose in samples])
     return batch_points(points, rays, config)
 
 
 def batch_points(
     points: Sequence[LiftPoints], rays: np.ndarray, config: ModelConfig
 ) -> BatchedPoints:
-    """Join the points of B samples; rays: (B, N, 4, h, w)."""
-    cells, pixels = config.bev.size, rays.shape[1] * rays.shape[3] * rays.shape[4]
+    """Join the points of B samples; rays: (B, N, K, h, w) of `calibration_table`."""
+    stride, cells = config.lift.stride, config.bev.size * config.lift.height_bins
+    pixels = rays.shape[1] * (config.image.height // stride) * (config.image.width // stride)
     pixel = [p.pixel + i * pixels for i, p in enumerate(points)]
     depth = [p.depth + i * pixels * config.lift.depth.bins for i, p in enumerate(points)]
     cell = np.concatenate([p.cell + i * cells for i, p in enumerate(points)])
@@ -105,23 +112,21 @@ def _rows(array: Tensor, index: Tensor) -> Tensor:
     return array.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-class LiftSplat(nn.Module):
-    """Depth distribution and context of every feature cell, splatted into the BEV."""
+class Splatter(nn.Module):
+    """What every Lift-Splat view transform shares; a subclass brings `predict_depth`."""
 
-    def __init__(self, inputs: int, lift: LiftConfig, bev_shape: tuple[int, int]) -> None:
+    def __init__(self, lift: LiftConfig, bev_shape: tuple[int, int]) -> None:
         """bev_shape: cells along x and y."""
         super().__init__()
-        self.bins, self.channels, self._bev_shape = lift.depth.bins, lift.channels, bev_shape
-        self.aware = conv_bn_relu(inputs + RAY_CHANNELS, inputs, 1)
-        self.predict = nn.Conv2d(inputs, self.bins + self.channels, 1)
+        self.bins, self.channels = lift.depth.bins, lift.channels
+        self._bev_shape, self._heights = bev_shape, lift.height_bins
 
     def predict_depth(self, features: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
         """Return depth logits (M, D, h, w) and context (M, C, h, w) of M = B * N images.
 
-        ray: (M, 4, h, w): the scale of a thing in pixels says its depth only with the focal length.
+        ray: (M, K, h, w), or (M, K, 1, 1): what calibration says of each camera.
         """
-        both = self.predict(self.aware(torch.cat([features, ray.to(features.dtype)], 1)))
-        return both[:, : self.bins], both[:, self.bins :]
+        raise NotImplementedError
 
     def rows(
         self, depth_logits: Tensor, context: Tensor, camera_valid: Tensor
@@ -134,8 +139,10 @@ class LiftSplat(nn.Module):
         return context.float().permute(0, 2, 3, 1).reshape(-1, self.channels), depth.flatten()
 
     def to_bev(self, cells: Tensor) -> Tensor:
-        """Turn (B * Y * X, C) into (B, C, Y, X)."""
+        """Turn (B * Z * Y * X, C) into (B, C, Y, X), or (B, C, Z, Y, X) of a volume."""
         x, y = self._bev_shape
+        if self._heights > 1:
+            return cells.view(-1, self._heights, y, x, self.channels).permute(0, 4, 1, 2, 3)
         return cells.view(-1, y, x, self.channels).permute(0, 3, 1, 2)
 
     def forward(
@@ -147,6 +154,30 @@ class LiftSplat(nn.Module):
         Returns: BEV (B, C, Y, X) and depth logits (B * N, D, h, w).
         """
         logits, context = self.predict_depth(features, points.ray.flatten(0, 1))
-        with torch.autocast(features.device.type, enabled=False):
+        return self.pool(logits, context, camera_valid, points), logits
+
+    def pool(
+        self, logits: Tensor, context: Tensor, camera_valid: Tensor, points: BatchedPoints
+    ) -> Tensor:
+        """Return the BEV of depth logits and context."""
+        with torch.autocast(context.device.type, enabled=False):
             rows, depth = self.rows(logits, context, camera_valid.flatten())
-            return self.to_bev(splat(rows, depth, points)), logits
+            return self.to_bev(splat(rows, depth, points))
+
+
+class LiftSplat(Splatter):
+    """Depth distribution and context of every feature cell, splatted into the BEV."""
+
+    def __init__(self, inputs: int, lift: LiftConfig, bev_shape: tuple[int, int]) -> None:
+        """bev_shape: cells along x and y."""
+        super().__init__(lift, bev_shape)
+        self.aware = conv_bn_relu(inputs + RAY_CHANNELS, inputs, 1)
+        self.predict = nn.Conv2d(inputs, self.bins + self.channels, 1)
+
+    def predict_depth(self, features: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
+        """Return depth logits (M, D, h, w) and context (M, C, h, w) of M = B * N images.
+
+        ray: (M, 4, h, w): the scale of a thing in pixels says its depth only with the focal length.
+        """
+        both = self.predict(self.aware(torch.cat([features, ray.to(features.dtype)], 1)))
+        return both[:, : self.bins], both[:, self.bins :]

@@ -1,0 +1,86 @@
+"""Published names: both directions, what a report says, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+from occbev_training.models.checkpoints import CheckpointError  # noqa: E402
+from occbev_training.models.renaming import (  # noqa: E402
+    load_published,
+    published_names,
+    read_published,
+    to_published,
+)
+
+RULES = ((r"^0\.", "stem."), (r"^1\.(\d)\.", r"head.\1.fc."))
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 2)))
+
+
+def test_weights_go_out_and_come_back() -> None:
+    torch.manual_seed(0)
+    source, target = small(), small()
+    published = to_published(source.state_dict(), RULES)
+    assert set(published) == {"stem.weight", "stem.bias", "head.0.fc.weight", "head.0.fc.bias"}
+    report = load_published(target, published, RULES)
+    assert report.complete
+    assert len(report.converted) == 4
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(target(x), source(x))
+
+
+def test_a_report_names_what_does_not_fit_and_nothing_is_loaded() -> None:
+    network = small()
+    before = network[0].weight.clone()
+    state = to_published(small().state_dict(), RULES)
+    del state["stem.bias"]
+    state["extra"] = torch.zeros(1)
+    state["head.0.fc.weight"] = torch.zeros(2, 5)
+    report = load_published(network, state, RULES)
+    assert not report.complete
+    assert (report.dropped, report.missing, report.mismatched) == (
+        ("extra",), ("0.bias",), ("1.0.weight",),
+    )  # fmt: skip
+    assert str(report) == "2 converted, 1 dropped, 1 missing, 1 mismatched"
+    torch.testing.assert_close(network[0].weight, before)
+
+
+def test_rules_that_merge_two_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="both become same"):
+        published_names(["a", "b"], ((r"^[ab]$", "same"),))
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "ema"])
+def test_checkpoints_may_be_wrapped_and_prefixed(tmp_path: Path, wrapper: str | None) -> None:
+    state = {f"module.{k}": v for k, v in small().state_dict().items()}
+    path = tmp_path / "epoch_24.pth"
+    torch.save({wrapper: state, "epoch": 24} if wrapper else state, path)
+    assert set(read_published(path)) == set(small().state_dict())
+
+
+class Planted:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("code of a checkpoint ran",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"state_dict": Planted()}))
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
+        read_published(path)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.pth"
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(CheckpointError, match="no weights"):
+        read_published(path)

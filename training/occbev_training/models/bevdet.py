@@ -1,0 +1,292 @@
+"""The BEVDet family: BEVDet, BEVDet4D, BEVDepth, BEVDet-Occ and FlashOcc from shared parts.
+
+The same line as our own networks, `OccBevNetwork`, with past frames and the parts that `BevDetConfig` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from occbev.config import BevDetConfig, ModelConfig
+from occbev.inference.tables import bin_depths, feature_pixels
+from occbev_training.models.centre_head import CentreHead
+from occbev_training.models.depth_net import (
+    CameraAwareDepth,
+    DepthAggregation,
+    GatedDepth,
+    PlainDepth,
+    matching_cost,
+)
+from occbev_training.models.image_necks import DeconvolutionNeck, PyramidNeck, ResNetImageEncoder
+from occbev_training.models.lift_splat import BatchedPoints, Splatter
+from occbev_training.models.network import NetworkOutput, OccBevNetwork
+from occbev_training.models.occupancy_head import OccupancyDecoder
+from occbev_training.models.plane_encoder import (
+    PlaneBlock,
+    PlaneEncoder,
+    ResidualStages,
+    TrunkEncoder,
+    VolumeBlock,
+    VolumeEncoder,
+)
+from occbev_training.models.published_bevdet import rules_for
+from occbev_training.models.published_occupancy import PlaneOccupancy, VolumeOccupancy
+from occbev_training.models.renaming import Rules
+from occbev_training.models.resnet import ResNet
+from occbev_training.models.temporal import TemporalFusion, warp_bev
+
+MATCHING_STAGE = 1
+"""ResNet stage whose stride-4 map the cost volume matches."""
+
+DECONVOLUTION_SCALES = (0.25, 0.5, 1, 2)
+"""From strides 4, 8, 16 and 32 to stride 16."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One instant of a batch.
+
+    images: (B, N, 3, H, W) normalised. camera_valid: (B, N).
+    points: where its frusta fall; of a past frame in the key ego frame, or in its own if `warp` is given.
+    warp: (B, Y, X, 2) of `warp_grid`. matching: (B * N, D, H / 4, W / 4, 2), where each depth hypothesis
+        falls in the next older frame. points None: the frame serves only as the older one of a pair.
+    """
+
+    images: Tensor
+    camera_valid: Tensor
+    points: BatchedPoints | None
+    warp: Tensor | None = None
+    matching: Tensor | None = None
+
+
+class PublishedLift(Splatter):
+    """Lift-Splat with one of the published depth nets."""
+
+    def __init__(
+        self,
+        depth_net: nn.Module,
+        config: ModelConfig,
+        aggregate: nn.Module | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """aggregate: refines the lifted volume. buffers: constants that checkpoints carry."""
+        super().__init__(config.lift, config.bev.shape)
+        self.depth_net, self.aggregate = depth_net, aggregate
+        for name, value in (buffers or {}).items():
+            self.register_buffer(name, value)
+
+    def predict_depth(
+        self, features: Tensor, ray: Tensor, cost: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return depth logits (M, D, h, w) and context (M, C, h, w) of M = B * N images."""
+        logits, context = self.depth_net(features, ray, cost)
+        return logits, context
+
+    def pool(
+        self, logits: Tensor, context: Tensor, camera_valid: Tensor, points: BatchedPoints
+    ) -> Tensor:
+        """Return the BEV of depth logits and context."""
+        if self.aggregate is None:
+            return super().pool(logits, context, camera_valid, points)
+        depth = logits.float().softmax(1) * camera_valid.flatten().view(-1, 1, 1, 1)
+        volume = self.aggregate(context[:, :, None] * depth[:, None])  # (M, C, D, h, w)
+        rows = volume.float().permute(0, 2, 3, 4, 1).reshape(-1, self.channels)
+        cells = functional.embedding_bag(
+            points.depth, rows, points.offset, mode="sum", per_sample_weights=points.weight
+        )
+        return self.to_bev(cells)
+
+
+class BevDetNetwork(OccBevNetwork):
+    """`OccBevNetwork` with past frames."""
+
+    published_names: Rules = ()
+    """Rules that turn our weight names into those of published checkpoints."""
+
+    def __init__(
+        self,
+        image_encoder: ResNetImageEncoder,
+        view_transform: PublishedLift,
+        bev_encoder: nn.Module,
+        temporal: TemporalFusion | None = None,
+        **heads: nn.Module | None,
+    ) -> None:
+        """heads: those of `OccBevNetwork`."""
+        super().__init__(image_encoder, view_transform, bev_encoder, **heads)
+        self.temporal = temporal
+
+    def forward(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        points: BatchedPoints,
+        past: Sequence[Frame] = (),
+        matching: Tensor | None = None,
+    ) -> NetworkOutput:
+        """Run every part that is there.
+
+        images, camera_valid, points, matching: the key frame, see `Frame`. past: newest first; they take
+        no gradient. With stereo the last one may serve for matching alone.
+        """
+        key = Frame(images, camera_valid, points, matching=matching)
+        frames = [key, *past]
+        older = [self._matching_map(frame) for frame in past] + [None]
+        bev, logits = self._frame_bev(key, older[0])
+        history = []
+        with torch.no_grad():
+            for frame, match in zip(frames[1:], older[1:], strict=True):
+                if frame.points is not None:
+                    history.append(self._aligned(frame, match))
+        if self.temporal is not None:
+            bev = self.temporal(bev, history)
+        return NetworkOutput(logits.unflatten(0, images.shape[:2]), **self.heads(bev))
+
+    def refined_bev(
+        self, images: Tensor, camera_valid: Tensor, points: BatchedPoints
+    ) -> tuple[Tensor, Tensor]:
+        """Return one frame's refined BEV, what streaming keeps, and its depth logits."""
+        return self._frame_bev(Frame(images, camera_valid, points), None)
+
+    def _frame_bev(self, frame: Frame, older: Tensor | None) -> tuple[Tensor, Tensor]:
+        features, match = self.image_encoder.with_matching(frame.images.flatten(0, 1))
+        cost = None
+        if match is not None and older is not None and frame.matching is not None:
+            cost = matching_cost(match, older, frame.matching)
+        ray = frame.points.ray.flatten(0, 1)
+        logits, context = self.view_transform.predict_depth(features, ray, cost)
+        bev = self.view_transform.pool(logits, context, frame.camera_valid, frame.points)
+        return (bev if self.temporal is None else self.temporal.refine(bev)), logits
+
+    def _aligned(self, frame: Frame, older: Tensor | None) -> Tensor:
+        bev, _ = self._frame_bev(frame, older)
+        return bev if frame.warp is None else warp_bev(bev, frame.warp)
+
+    @torch.no_grad()
+    def _matching_map(self, frame: Frame) -> Tensor | None:
+        if self.image_encoder.matching_stage is None:
+            return None
+        return self.image_encoder.matching(frame.images.flatten(0, 1))
+
+
+def build_bevdet(config: ModelConfig, stage: str) -> BevDetNetwork:
+    """Build a network of the family with random weights; stage: "pretrain" or "finetune"."""
+    parts = config.bevdet
+    assert parts is not None
+    network = BevDetNetwork(
+        _image_encoder(parts),
+        _view_transform(config, parts),
+        _bev_encoder(config, parts),
+        _temporal(config, parts),
+        **_heads(config, parts, stage),
+    )
+    network.published_names = rules_for(config)
+    return network
+
+
+def _heads(config: ModelConfig, parts: BevDetConfig, stage: str) -> dict[str, nn.Module]:
+    if stage == "pretrain":
+        return {"occupancy_decoder": _decoder(config, parts)}
+    heads: dict[str, nn.Module] = {}
+    if parts.tasks:
+        heads["detection_head"] = CentreHead(config.bev_encoder.out_channels, parts.tasks)
+    if parts.occupancy != "none":
+        heads["occupancy_head"] = _semantic_head(config, parts, len(config.occupancy_classes))
+    return heads
+
+
+def _image_encoder(parts: BevDetConfig) -> ResNetImageEncoder:
+    stages = (MATCHING_STAGE, *parts.stages) if parts.stereo else parts.stages
+    backbone = ResNet(50, stages, frozen_stages=parts.frozen_stages)
+    widths = backbone.widths[1:] if parts.stereo else backbone.widths
+    if parts.neck == "pyramid":
+        neck: nn.Module = PyramidNeck(widths, parts.neck_channels)
+    else:
+        level = parts.neck_channels // len(widths)
+        neck = DeconvolutionNeck(widths, level, DECONVOLUTION_SCALES)
+    return ResNetImageEncoder(backbone, neck, MATCHING_STAGE if parts.stereo else None)
+
+
+def _view_transform(config: ModelConfig, parts: BevDetConfig) -> PublishedLift:
+    sizes = (parts.neck_channels, config.lift.depth.bins, config.lift.channels)
+    if parts.depth_net == "plain":
+        depth_net: nn.Module = PlainDepth(*sizes)
+    elif parts.depth_net == "gated":
+        depth_net = GatedDepth(*sizes)
+    else:
+        depth_net = CameraAwareDepth(
+            *sizes, pyramid=parts.pyramid_channels, deformable=parts.deformable, stereo=parts.stereo
+        )
+    aggregate = DepthAggregation(config.lift.channels) if parts.aggregate_depth else None
+    return PublishedLift(depth_net, config, aggregate, published_buffers(config))
+
+
+def _temporal(config: ModelConfig, parts: BevDetConfig) -> TemporalFusion | None:
+    if parts.frames == 1:
+        return None
+    width, blocks = config.lift.channels, parts.align_blocks
+    block = VolumeBlock if parts.bev_encoder == "volume" else PlaneBlock
+    align = ResidualStages(width, (width,), (blocks,), (1,), block) if blocks else None
+    return TemporalFusion(align, parts.frames, parts.newest_first)
+
+
+def _bev_encoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
+    inputs, outputs = config.lift.channels * parts.frames, config.bev_encoder.out_channels
+    if parts.bev_encoder == "volume":
+        return VolumeEncoder(inputs, outputs)
+    width = config.bev_encoder.channels[0]
+    if parts.bev_encoder == "trunk":
+        return TrunkEncoder(inputs, width, outputs // 4)
+    return PlaneEncoder(inputs, width, parts.bev_hidden, outputs)
+
+
+def _semantic_head(config: ModelConfig, parts: BevDetConfig, classes: int) -> nn.Module:
+    width, hidden = config.bev_encoder.out_channels, parts.occupancy_hidden
+    if parts.occupancy == "volume":
+        return VolumeOccupancy(width, hidden, classes)
+    return PlaneOccupancy(width, hidden, config.grid.shape[2], classes)
+
+
+def _decoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
+    """Return the Occ-BEV decoder: free and occupied; for a 3D encoder its own head with two classes."""
+    if parts.bev_encoder == "volume":
+        return VolumeOccupancy(config.bev_encoder.out_channels, parts.occupancy_hidden, 2)
+    width = config.bev_encoder.out_channels
+    return OccupancyDecoder(width, config.occupancy, config.bev, config.grid, 2)
+
+
+def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the geometry constants that some checkpoints carry; the network reads none of them."""
+    assert config.bevdet is not None
+    kind, lift, bev = config.bevdet.published_buffers, config.lift, config.bev
+    if kind == "none":
+        return {}
+    lo = torch.tensor([*bev.lo, lift.z_range[0]])
+    shape = torch.tensor([*bev.shape, lift.height_bins])
+    height = (lift.z_range[1] - lift.z_range[0]) / lift.height_bins
+    pitch = torch.tensor([*bev.pitch, height])
+    frustum = _frustum(config)
+    if kind == "lift":
+        return {"dx": pitch, "bx": lo + pitch / 2, "nx": shape, "frustum": frustum}
+    frustum = torch.cat([frustum, torch.ones_like(frustum[..., :1])], -1)
+    return {
+        "voxel_size": pitch, "voxel_coord": lo + pitch / 2, "voxel_num": shape, "frustum": frustum,
+    }  # fmt: skip
+
+
+def _frustum(config: ModelConfig) -> Tensor:
+    """Return (D, h, w, 3): u, v and depth of every frustum point."""
+    size, lift = (config.image.width, config.image.height), config.lift
+    rows, columns = size[1] // lift.stride, size[0] // lift.stride
+    pixels = feature_pixels(size, lift)[:, :2].reshape(1, rows, columns, 2)
+    depths = bin_depths(lift)[:, None, None, None]
+    parts = (
+        np.broadcast_to(pixels, (len(depths), rows, columns, 2)),
+        np.broadcast_to(depths, (len(depths), rows, columns, 1)),
+    )
+    return torch.from_numpy(np.concatenate(parts, -1).astype(np.float32))
