@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
@@ -21,7 +21,7 @@ from rosbags.rosbag2.errors import ReaderError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-BAG_VERSION = 8
+BAG_VERSION: Literal[8] = 8
 """Metadata version that Humble's tools read as well as newer ones."""
 
 

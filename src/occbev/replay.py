@@ -34,17 +34,17 @@ def frames_of(
             lines[line["stamp_ns"]] = line
     frames: Frames = []
     for stamp in anchors:
-        line = lines.get(stamp)
+        entry = lines.get(stamp)
         frame: dict[str, Any] = {
             "stamp_ns": stamp,
-            "outcome": LOST if line is None else line["outcome"],
+            "outcome": LOST if entry is None else entry["outcome"],
         }
-        if line is not None and line["outcome"] == PROCESSED:
-            last_ns = max(sent[camera].get(image, 0) for camera, image in line["images"].items())
-            total = (line["published_ns"] - last_ns) / 1e6
+        if entry is not None and entry["outcome"] == PROCESSED:
+            last_ns = max(sent[camera].get(image, 0) for camera, image in entry["images"].items())
+            total = (entry["published_ns"] - last_ns) / 1e6
             frame |= {
-                "cameras": line["cameras"], "missing": line["missing"], "boxes": line["boxes"],
-                "stages_ms": {**line["stages_ms"], "total": total}, "published_ns": line["published_ns"],
+                "cameras": entry["cameras"], "missing": entry["missing"], "boxes": entry["boxes"],
+                "stages_ms": {**entry["stages_ms"], "total": total}, "published_ns": entry["published_ns"],
             }  # fmt: skip
         frames.append(frame)
     return frames

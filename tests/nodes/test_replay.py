@@ -136,7 +136,7 @@ def play(bench: Any, bag: BagReader, parameters: PerceptionParameters, **options
     )
     shares: list[float] = []
     with player_node.Spinner(player):
-        player.wait_for_node(20)
+        player.wait_for_perception(20)
         player.play(shares.append)
         bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= len(player.ledger.anchors))
         counts = player.ledger.received
@@ -294,7 +294,7 @@ def test_waiting_for_a_node_that_never_comes_names_the_topics(
             bag, player_node.plan(bag, parameters), parameters, context=context
         )
         with pytest.raises(TimeoutError, match="/cam_front/image/compressed"):
-            player.wait_for_node(0.2)
+            player.wait_for_perception(0.2)
         stopper = threading.Timer(0.1, player.stop)
         stopper.start()
         player.play(lambda _: None)

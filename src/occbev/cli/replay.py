@@ -156,7 +156,7 @@ def _drive(
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("waiting for the node", total=1.0)
-        player.wait_for_node(args.wait, alive)
+        player.wait_for_perception(args.wait, alive)
         progress.update(task, description=f"playing {args.bag.name}")
         player.play(lambda share: progress.update(task, completed=share), alive)
         progress.update(task, description="waiting for the last results", completed=1.0)

@@ -108,7 +108,8 @@ class Calibration:
 def placeholder(name: str) -> Camera:
     """Make a camera that stands where calibration is missing, so that the network keeps its inputs."""
     cam2ego = make_transform(rotation_from_rpy(-np.pi / 2, 0.0, -np.pi / 2), (0.0, 0.0, 1.5))
-    return Camera(name, 704, 396, [[560.0, 0, 352], [0, 560, 198], [0, 0, 1]], cam2ego)
+    intrinsic = np.array([[560.0, 0, 352], [0, 560, 198], [0, 0, 1]])
+    return Camera(name, 704, 396, intrinsic, cam2ego)
 
 
 def _same(before: tuple[Camera, ...], after: list[Camera]) -> bool:

@@ -67,7 +67,7 @@ def _ego(intake: Intake) -> Status:
 
 
 def _latency(latencies: Mapping[str, Iterable[float]]) -> Status:
-    values = {}
+    values: dict[str, str] = {}
     for stage, samples in latencies.items():
         recent = list(samples)
         if recent:

@@ -80,14 +80,12 @@ def image_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> NDAr
     per_pixel = CHANNELS.get(encoding, 2 if encoding in YUV_TO_RGB else 1)
     rows = _rows(data, height, step, width * per_pixel, encoding)
     if encoding in BAYER_TO_RGB:
-        return cv2.cvtColor(np.ascontiguousarray(rows), BAYER_TO_RGB[encoding])
+        return _convert(np.ascontiguousarray(rows), BAYER_TO_RGB[encoding])
     pixels = rows.reshape(height, width, per_pixel)
     if encoding in YUV_TO_RGB:
-        return cv2.cvtColor(np.ascontiguousarray(pixels), YUV_TO_RGB[encoding])
+        return _convert(np.ascontiguousarray(pixels), YUV_TO_RGB[encoding])
     return (
-        pixels
-        if encoding == "rgb8"
-        else cv2.cvtColor(np.ascontiguousarray(pixels), TO_RGB[encoding])
+        pixels if encoding == "rgb8" else _convert(np.ascontiguousarray(pixels), TO_RGB[encoding])
     )
 
 
@@ -146,7 +144,7 @@ def camera_from_info(
         raise MessageError(
             "CameraInfo holds no focal length (K is zero): the camera is not calibrated"
         )
-    model, kept = "none", ()
+    model, kept = "none", tuple[float, ...]()
     if not rectified and any(coefficients):
         model, kept = _distortion(str(info.distortion_model), coefficients)
     camera = Camera(name, int(info.width), int(info.height), intrinsic, cam2ego, model, kept)
@@ -194,6 +192,11 @@ def cloud_from_message(message: Any) -> NDArray[Any]:
     return np.ascontiguousarray(rows).reshape(-1).view(dtype)
 
 
+def _convert(image: NDArray[np.uint8], code: int) -> NDArray[np.uint8]:
+    """Change the colour space of a contiguous image."""
+    return np.asarray(cv2.cvtColor(image, code), np.uint8)
+
+
 def _require_size(width: int, height: int, max_pixels: int) -> None:
     if width <= 0 or height <= 0:
         raise MessageError(f"an image of {width}x{height} pixels has no content")
@@ -220,7 +223,7 @@ def _nv12(data: NDArray[np.uint8], width: int, height: int, step: int) -> NDArra
     if width % 2 or height % 2:
         raise MessageError(f"nv12 needs an even size, got {width}x{height}")
     rows = _rows(data, height * 3 // 2, step, width, "nv12")
-    return cv2.cvtColor(np.ascontiguousarray(rows), cv2.COLOR_YUV2RGB_NV12)
+    return _convert(np.ascontiguousarray(rows), cv2.COLOR_YUV2RGB_NV12)
 
 
 def _field(info: Any, name: str) -> Any:

@@ -66,7 +66,7 @@ class OfflineReplay:
 
     def _take(self, message: BagMessage) -> None:
         role, camera = self._roles[message.topic]
-        record = type_store().deserialize_cdr(message.data, message.type)
+        record: Any = type_store().deserialize_cdr(message.data, message.type)
         if role == "image":
             self._book(camera, stamp_to_ns(record.header.stamp))
             self._waiting += self.intake.add_image(

@@ -155,7 +155,7 @@ def cloud_message(points: NDArray[np.float32], header: Header) -> PointCloud2:
     cloud.point_step, cloud.row_step = POINT_STEP, POINT_STEP * len(points)
     data = array("B")
     if len(points):
-        data.frombytes(memoryview(np.ascontiguousarray(points)).cast("B"))
+        data.frombytes(np.ascontiguousarray(points).data.cast("B"))
     cloud.data = data
     return cloud
 
@@ -187,7 +187,7 @@ def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
     out.info.origin.position.x, out.info.origin.position.y = grid.lo[0], grid.lo[1]
     out.info.origin.orientation.w = 1.0
     data = array("b")
-    data.frombytes(memoryview(plane_from_occupancy(occupancy)).cast("B"))
+    data.frombytes(plane_from_occupancy(occupancy).data.cast("B"))
     out.data = data
     return out
 

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any
 
 import rclpy
-from rclpy.clock import Clock, ClockType, JumpThreshold
+from rclpy.clock import Clock, JumpThreshold
+from rclpy.clock_type import ClockType
 from rclpy.duration import Duration
 from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -116,10 +117,9 @@ class PerceptionNode(LifecycleNode):
             return TransitionCallbackReturn.FAILURE
         self._worker = Worker(self._process, self._on_worker_error, self.parameters.waiting_sets)
         self._subscribe(self._intake)
-        steady = {"clock": self._steady}
         self._timers_running = [
-            self.create_timer(POLL_S, self._on_poll, **steady),
-            self.create_timer(1.0, self._on_second, **steady),
+            self.create_timer(POLL_S, self._on_poll, clock=self._steady),
+            self.create_timer(1.0, self._on_second, clock=self._steady),
         ]
         self.get_logger().info(f"listening to {', '.join(self.parameters.names)}")
         return super().on_activate(state)

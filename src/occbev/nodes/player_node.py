@@ -141,7 +141,7 @@ class PlayerNode(Node):
         ]
         return deaf + [topic for topic in self._outputs if self.count_publishers(topic) == 0]
 
-    def wait_for_node(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
+    def wait_for_perception(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
         """Wait until the perception node listens and can be heard.
 
         Raises:
