@@ -83,11 +83,24 @@ def depth_loss(logits: Tensor, bins: Tensor, kind: str = "ce") -> Tensor:
     if kind == "ce":
         total = functional.cross_entropy(scores, target, reduction="sum")
     elif kind == "bce":
-        one_hot = functional.one_hot(target, scores.shape[1]).float()
-        total = functional.binary_cross_entropy(scores.softmax(1), one_hot, reduction="sum")
+        return depth_bce(scores.softmax(1), target)
     else:
         raise ValueError(f"depth loss {kind!r}: must be ce or bce")
     return total / max(1, len(target))
+
+
+def depth_bce(probability: Tensor, bins: Tensor) -> Tensor:
+    """BEVDepth's loss: binary cross-entropy over all bins, per supervised cell.
+
+    probability: (M, D). bins: (M,), negative where unknown.
+    """
+    labelled = bins >= 0
+    with torch.autocast(probability.device.type, enabled=False):
+        one_hot = functional.one_hot(bins[labelled], probability.shape[1]).float()
+        total = functional.binary_cross_entropy(
+            probability[labelled].float(), one_hot, reduction="sum"
+        )
+    return total / labelled.sum().clamp(min=1)
 
 
 # --- stage 2: semantic occupancy -------------------------------------------------------------
@@ -186,7 +199,7 @@ def centre_targets(
     columns, rows = grid.shape
     radius = gaussian_radius(box[:, 3] / grid.pitch[0], box[:, 4] / grid.pitch[1])
     heatmap = box.new_zeros(len(boxes), classes, rows, columns)
-    _draw_gaussians(heatmap, sample * classes + label, x, y, radius)
+    draw_gaussians(heatmap, sample * classes + label, x, y, radius)
     target = torch.cat(
         [place - cell, box[:, 2:3], box[:, 3:6].log(),
          box[:, 6:7].sin(), box[:, 6:7].cos(), box[:, 7:9]], 1)  # fmt: skip
@@ -206,7 +219,7 @@ def gaussian_radius(length: Tensor, width: Tensor, overlap: float = 0.1) -> Tens
     return torch.stack([one, two, three]).amin(0).floor().clamp(min=MIN_RADIUS)
 
 
-def _draw_gaussians(maps: Tensor, plane: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> None:
+def draw_gaussians(maps: Tensor, plane: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> None:
     """Draw a peak of 1 at each (x, y) of a plane; where peaks meet the higher one stays."""
     if len(plane) == 0:
         return
