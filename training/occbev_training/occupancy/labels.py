@@ -130,6 +130,69 @@ class OccupancyLabel:
     grid: VoxelGrid
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What the evidence of a window amounts to.
+
+    state, pass_sweeps: (X*Y*Z,) uint8. dynamic, ground: (H,) bool, hit cells that hold something
+    that moved, and hit cells that are ground.
+    """
+
+    state: NDArray[np.uint8]
+    pass_sweeps: NDArray[np.uint8]
+    dynamic: NDArray[np.bool_]
+    ground: NDArray[np.bool_]
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class SweepRays:
+    """A decoded sweep: rays in ego at `stamp_ns`; `middle_ns` is half-way through its points.
+
+    timed: whether its points came with their own times.
+    """
+
+    stamp_ns: int
+    middle_ns: int
+    rays: Rays
+    timed: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sweeps that make one label, in time order.
+
+    bundles: their rays in ego at the key time. reference: which were measured at the key time.
+    without_pose: number of sweeps that could not be used.
+    """
+
+    sweeps: tuple[SweepRays, ...]
+    bundles: tuple[RayBundle, ...]
+    reference: tuple[bool, ...]
+    without_pose: int = 0
+
+    @property
+    def reference_bits(self) -> int:
+        """`reference` as bits."""
+        return sum(1 << number for number, now in enumerate(self.reference) if now)
+
+    def only(self, keep: Sequence[int]) -> Window:
+        """Return the window of some of its sweeps."""
+        parts = (self.sweeps, self.bundles, self.reference)
+        sweeps, bundles, reference = (tuple(part[i] for i in keep) for part in parts)
+        return Window(sweeps, bundles, reference, self.without_pose)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A label with the rays and the evidence behind it."""
+
+    key: int
+    label: OccupancyLabel
+    window: Window
+    decision: Decision
+
+
 class LabelBuilder:
     """Makes the labels of one recording; sweeps stay decoded while neighbouring keys need them."""
 
@@ -139,26 +202,38 @@ class LabelBuilder:
         self.recording = recording
         self.config = config or LabelConfig()
         self.grid = grid or GRIDS["occ3d"]
-        self._rays: dict[int, _SweepRays | None] = {}
+        self._rays: dict[int, SweepRays | None] = {}
         self._camera_rays: dict[str, tuple[Camera, CameraRays]] = {}
 
     def build(self, key: int, frames: FrameSet | None = None) -> OccupancyLabel:
         """Label one key frame; `frames` spares reading its images again. Raises PoseError without a pose."""
-        stamp_ns, config = int(self.recording.key_stamp_ns[key]), self.config
-        window, no_pose = self._window(stamp_ns)
-        bundles = [self._bundle(sweep, stamp_ns) for sweep in window]
-        reference = self._reference_bits(window, stamp_ns)
-        hits = gather_hits(bundles, self.grid)
-        ground = ground_cells(hits, self.grid, config.ground_height, config.ground_columns)
+        return self.examine(key, frames).label
+
+    def examine(self, key: int, frames: FrameSet | None = None) -> Examined:
+        """Label one key frame and keep what the label was made of; otherwise as `build`."""
+        window = self.window(key)
+        decision = self.judge(window)
+        return Examined(key, self._label(key, window, decision, frames), window, decision)
+
+    def window(self, key: int) -> Window:
+        """Collect the sweeps around one key frame in its ego frame."""
+        stamp_ns = int(self.recording.key_stamp_ns[key])
+        sweeps, without_pose = self._sweeps_around(stamp_ns)
+        bundles = tuple(self._bundle(sweep, stamp_ns) for sweep in sweeps)
+        half = self._period_ns / 2
+        reference = tuple(abs(sweep.middle_ns - stamp_ns) <= half for sweep in sweeps)
+        return Window(tuple(sweeps), bundles, reference, without_pose)
+
+    def judge(self, window: Window) -> Decision:
+        """Turn the rays of a window into states."""
+        config, grid = self.config, self.grid
+        hits = gather_hits(window.bundles, grid)
+        ground = ground_cells(hits, grid, config.ground_height, config.ground_columns)
         skimmed = ground if config.ground_grazing else None
-        evidence = cast(bundles, hits, self.grid, config.conflict_distance, skimmed)
-        decision = decide(evidence, ground, self._far, self.grid, config, len(window), reference)
-        stats = self._stats(window, no_pose, bundles, reference)
-        stats |= {
-            "hit_cells": len(hits.cell),
-            "dynamic_cells": int(np.count_nonzero(decision.dynamic)),
-        }
-        return self._label(key, evidence, decision, frames, stats)
+        evidence = cast(window.bundles, hits, grid, config.conflict_distance, skimmed)
+        return decide(
+            evidence, ground, self._far, grid, config, len(window.sweeps), window.reference_bits
+        )
 
     @cached_property
     def _far(self) -> NDArray[np.bool_]:
@@ -167,32 +242,23 @@ class LabelBuilder:
         return np.linalg.norm(away, axis=-1) > self.config.far_range
 
     def _label(
-        self,
-        key: int,
-        evidence: Evidence,
-        decision: Decision,
-        frames: FrameSet | None,
-        stats: dict[str, int],
+        self, key: int, window: Window, decision: Decision, frames: FrameSet | None
     ) -> OccupancyLabel:
         """Add visibility and counts to decided states."""
-        state, pass_sweeps = decision.state, decision.pass_sweeps
+        shape, hits = self.grid.shape, decision.evidence.hits
         hit_sweeps = np.zeros(self.grid.size, np.uint8)
-        hit_sweeps[evidence.hits.cell] = np.bitwise_count(evidence.hits.sweeps)
-        shaped = state.reshape(self.grid.shape)
-        visible = self._visibility(key, frames or self.recording.frame_set(key), shaped)
+        hit_sweeps[hits.cell] = np.bitwise_count(hits.sweeps)
+        state = decision.state.reshape(shape)
+        visible = self._visibility(key, frames or self.recording.frame_set(key), state)
+        stats = self._stats(window)
+        stats |= {"hit_cells": len(hits.cell), "dynamic_cells": int(decision.dynamic.sum())}
         for name, value in (("unobserved", 0), ("free", 1), ("occupied", 2)):
             stats[name] = int(np.count_nonzero(state == value))
         stats["camera_visible"] = int(np.count_nonzero(visible))
-        return OccupancyLabel(
-            shaped,
-            visible,
-            hit_sweeps.reshape(self.grid.shape),
-            pass_sweeps.reshape(self.grid.shape),
-            stats,
-            self.grid,
-        )
+        counts = hit_sweeps.reshape(shape), decision.pass_sweeps.reshape(shape)
+        return OccupancyLabel(state, visible, *counts, stats, self.grid)
 
-    def _window(self, stamp_ns: int) -> tuple[list[_SweepRays], int]:
+    def _sweeps_around(self, stamp_ns: int) -> tuple[list[SweepRays], int]:
         """Return the usable sweeps around a stamp in time order, and how many had no pose."""
         stamps = self.recording.sweep_stamp_ns
         gap = np.abs(stamps - stamp_ns)
@@ -204,7 +270,7 @@ class LabelBuilder:
         usable = [sweep for sweep in found if sweep is not None]
         return usable, len(found) - len(usable)
 
-    def _sweep(self, index: int) -> _SweepRays | None:
+    def _sweep(self, index: int) -> SweepRays | None:
         """Return the rays of one sweep in ego at its own stamp, or None where it has no pose."""
         if index not in self._rays:
             sweep = self.recording.sweep(index)
@@ -216,21 +282,16 @@ class LabelBuilder:
             except PoseError:
                 self._rays[index] = None
             else:
-                self._rays[index] = _SweepRays(sweep.stamp_ns, _middle_ns(sweep), rays)
+                self._rays[index] = SweepRays(
+                    sweep.stamp_ns, _middle_ns(sweep), rays, sweep.time_offset is not None
+                )
         return self._rays[index]
 
-    def _bundle(self, sweep: _SweepRays, stamp_ns: int) -> RayBundle:
+    def _bundle(self, sweep: SweepRays, stamp_ns: int) -> RayBundle:
         ego2reference = self.recording.trajectory.relative(sweep.stamp_ns, stamp_ns)
         config = self.config
         return bundle_rays(
             sweep.rays, ego2reference, self.grid, config.conflict_margin, config.collapse
-        )
-
-    def _reference_bits(self, window: Sequence[_SweepRays], stamp_ns: int) -> int:
-        """Return the bits of the sweeps whose middle is within half a period of the key time."""
-        half = self._period_ns / 2
-        return sum(
-            1 << i for i, sweep in enumerate(window) if abs(sweep.middle_ns - stamp_ns) <= half
         )
 
     @cached_property
@@ -238,24 +299,18 @@ class LabelBuilder:
         stamps = self.recording.sweep_stamp_ns
         return float(np.median(np.diff(stamps))) if len(stamps) > 1 else 1e8
 
-    def _stats(
-        self,
-        window: Sequence[_SweepRays],
-        no_pose: int,
-        bundles: Sequence[RayBundle],
-        reference: int,
-    ) -> dict[str, int]:
+    def _stats(self, window: Window) -> dict[str, int]:
         """Count what went into a label."""
         expected = min(2 * self.config.window * 1e9 / self._period_ns + 1, self.config.max_sweeps)
         stats = {
-            "sweeps": len(window),
-            "sweeps_without_pose": no_pose,
-            "reference_sweeps": reference.bit_count(),
-            "low_support": int(len(window) < expected / 2),
-            "rays": sum(len(sweep.rays) for sweep in window),
-            "bundles": sum(len(bundle) for bundle in bundles),
+            "sweeps": len(window.sweeps),
+            "sweeps_without_pose": window.without_pose,
+            "reference_sweeps": sum(window.reference),
+            "low_support": int(len(window.sweeps) < expected / 2),
+            "rays": sum(len(sweep.rays) for sweep in window.sweeps),
+            "bundles": sum(len(bundle) for bundle in window.bundles),
         }
-        for sweep in window:
+        for sweep in window.sweeps:
             for reason, count in sweep.rays.dropped.items():
                 stats[f"points_{reason}"] = stats.get(f"points_{reason}", 0) + count
         return stats
@@ -287,15 +342,6 @@ class LabelBuilder:
         if known is None or known[0] is not camera:
             self._camera_rays[camera.name] = known = (camera, camera_rays(camera, self.config))
         return known[1]
-
-
-@dataclass(frozen=True)
-class _SweepRays:
-    """A decoded sweep: rays in ego at `stamp_ns`; `middle_ns` is half-way through its points."""
-
-    stamp_ns: int
-    middle_ns: int
-    rays: Rays
 
 
 _RECENT: list[LabelBuilder] = []
@@ -380,15 +426,6 @@ def ground_cells(hits: Hits, grid: VoxelGrid, height: float, columns: int) -> ND
     return _ground_cells(hits.cell, hits.centroid, np.array(grid.shape), columns // 2, height)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """state, pass_sweeps: (X*Y*Z,) uint8. dynamic: (H,) bool, hit cells that hold something that moved."""
-
-    state: NDArray[np.uint8]
-    pass_sweeps: NDArray[np.uint8]
-    dynamic: NDArray[np.bool_]
-
-
 def decide(
     evidence: Evidence,
     ground: NDArray[np.bool_],
@@ -419,7 +456,7 @@ def decide(
         [OCCUPIED_STATE, FREE_STATE, OCCUPIED_STATE],
         UNOBSERVED_STATE,
     )
-    return Decision(state, pass_sweeps, dynamic)
+    return Decision(state, pass_sweeps, dynamic, ground, evidence)
 
 
 @njit(cache=True, nogil=True)
