@@ -13,12 +13,12 @@ SHARED = Path(os.environ.get("OCCBEV_SHARED", ROOT.parent / "shared"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep nodes of this run apart from every other graph on the machine, and logs out of the home."""
+    """Keep nodes of this process apart from every other graph on the machine, and logs out of the home."""
     # Test tensors are tiny: threads that wait for each other cost more than they bring.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("ROS_LOG_DIR", tempfile.mkdtemp(prefix="occbev_ros_log_"))
+    os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    os.environ["ROS_LOG_DIR"] = tempfile.mkdtemp(prefix="occbev_ros_log_")
 
 
 @pytest.fixture(scope="session")
