@@ -10,7 +10,7 @@ from occbev.grid import GRIDS
 from occbev.report import Scene
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera, CameraRig
-from occbev.scenes import Moment, compose_scene, occupancy_of_truth
+from occbev.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
 
 GRID = GRIDS["tiny"]
 FORWARD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
@@ -53,6 +53,14 @@ def test_a_scene_has_cameras_plane_and_both_volumes() -> None:
     assert scene.time == 1.5
     assert [len(row) for row in scene.rows] == [1, 3, 2]
     assert all(p.dtype == np.uint8 and p.shape[2] == 3 for p in pictures(scene).values())
+
+
+def test_the_cover_has_the_cameras_above_the_voxels() -> None:
+    scene = compose_scene(moment())
+    cover = cover_picture(scene)
+    cameras = scene.rows[0][0][1]
+    np.testing.assert_array_equal(cover[: len(cameras)], cameras)
+    assert cover.shape == (len(cameras) + len(scene.rows[-1][0][1]), cameras.shape[1], 3)
 
 
 def test_a_sure_box_is_drawn_and_a_doubtful_one_is_not() -> None:

@@ -71,6 +71,13 @@ def compose_scene(moment: Moment) -> Scene:
     )  # fmt: skip
 
 
+def cover_picture(scene: Scene) -> Image:
+    """Join the first and the last row of a scene: what the cameras saw above what was made of it."""
+    rows = [np.hstack([picture for _, picture in row]) for row in (scene.rows[0], scene.rows[-1])]
+    width = min(row.shape[1] for row in rows)
+    return np.vstack([row[:, :width] for row in rows])
+
+
 def occupancy_of_truth(
     semantics: NDArray[np.uint8], visible: NDArray[np.bool_], grid: VoxelGrid
 ) -> Occupancy:

@@ -1,6 +1,6 @@
 """Simulate a drive, play it as a bag through the real node over real DDS, score what the node published.
 
-Writes OUT/summary.json and OUT/report.html. The simulated drive is kept for the next run.
+Writes OUT/summary.json, OUT/report.html and OUT/picture.jpg. The simulated drive is kept for the next run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from rich.table import Table
 from occbev.geometry import invert_transform
 from occbev.graph import STAGES
 from occbev.model_package import ModelPackage, find_package
+from occbev.rendering import write_picture
 from occbev.report import FrameLatency, Scene, write_report
 from occbev.results import CameraFrame
-from occbev.scenes import Moment, compose_scene, occupancy_of_truth
+from occbev.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
 from occbev.versions import machine, versions
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     with clock("report"):
         scenes = _scenes(results, drive)
         write_report(args.out / "report.html", _timed(summary, clock), scenes, played.latencies)
+        if scenes:
+            cover = cover_picture(scenes[len(scenes) // 2])
+            write_picture(str(args.out / "picture.jpg"), cover)
     summary = _timed(summary, clock)
     (args.out / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
     _print(summary, args.out)
