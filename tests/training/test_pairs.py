@@ -1,0 +1,229 @@
+"""Pairs from a traced drive: measured, gated, stored, read back, and the same bytes when made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment")
+
+from tests.training.traced_drive import GRID, KEY_NS, Block, TracedDrive
+
+from occbev.results import CameraFrame, FrameSet
+from occbev_training.data.shards import (
+    LabelVolumes,
+    ShardError,
+    ShardReader,
+    decode_label,
+    encode_label,
+    file_hash,
+)
+from occbev_training.occupancy.labels import LabelConfig
+from occbev_training.occupancy.pairs import (
+    PairConfig,
+    Unit,
+    assign_splits,
+    join_units,
+    make_unit,
+    my_share,
+    units_of,
+)
+
+CONFIG = PairConfig(
+    LabelConfig(window=0.3, camera_spacing=0.02), GRID, segment=4, min_cameras=1, thorough_every=0
+)
+
+
+class PicturedDrive(TracedDrive):
+    """A traced drive with pictures; the second camera is late at the last key frame."""
+
+    def frame_set(self, key: int) -> FrameSet:
+        stamp = int(self.key_stamp_ns[key])
+        picture = np.full((90, 160, 3), 40 * key, np.uint8)
+        late = 200_000_000 if key == len(self.key_stamp_ns) - 1 else 0
+        jpeg = bytes(cv2.imencode(".jpg", picture)[1])
+        frames = {
+            "FRONT": CameraFrame("FRONT", stamp + 7_000_000, jpeg),
+            "BACK": CameraFrame("BACK", stamp + late, picture),
+        }
+        return FrameSet(stamp, frames)
+
+
+def drive(name: str = "traced", **changes) -> PicturedDrive:
+    made = PicturedDrive(
+        [Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))], rings=24, columns=180, **changes
+    )
+    made.key_stamp_ns = KEY_NS + np.arange(-2, 3) * 300_000_000
+    made.name = name
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pairs")
+    recording = drive()
+    for unit in units_of(recording.name, 5, CONFIG.segment):
+        make_unit(recording, unit, path, CONFIG)
+    join_units(path, {"train": 1.0})
+    return path
+
+
+def test_labels_survive_packing_bit_for_bit() -> None:
+    rng = np.random.default_rng(0)
+    shape = (7, 5, 3)
+    volumes = LabelVolumes(
+        rng.integers(0, 3, shape).astype(np.uint8),
+        rng.integers(0, 256, shape).astype(np.uint8),
+        rng.integers(0, 65, shape).astype(np.uint8),
+        rng.integers(0, 65, shape).astype(np.uint8),
+        "0123456789ab",
+    )
+    back = decode_label(encode_label(volumes))
+    for name in ("state", "camera_visible", "hit_sweeps", "pass_sweeps"):
+        assert np.array_equal(getattr(back, name), getattr(volumes, name)), name
+    assert back.grid_hash == volumes.grid_hash
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:20], lambda d: d[:-9], lambda d: b"x" + d[1:], lambda d: d[:32]]
+)
+def test_a_damaged_label_is_refused(damage) -> None:
+    empty = np.zeros((4, 4, 4), np.uint8)
+    data = encode_label(LabelVolumes(empty, empty, empty, empty, GRID.hash))
+    with pytest.raises(ShardError, match="somewhere"):
+        decode_label(damage(data), "somewhere")
+
+
+def test_a_unit_is_read_back_as_it_was_made(folder) -> None:
+    reader = ShardReader(folder)
+    recording = drive()
+    assert len(reader) == 5
+    keys = [f"traced/{stamp}" for stamp in recording.key_stamp_ns]
+    assert [sample.key for sample in reader.stream()] == keys
+    sample = reader.sample(keys[1])
+    frames = recording.frame_set(1)
+    assert sample.images["FRONT"] == frames.frames["FRONT"].image, "original bytes"
+    picture = cv2.imdecode(np.frombuffer(sample.images["BACK"], np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(picture, frames.frames["BACK"].image), "raw pixels without loss"
+    assert set(np.unique(sample.label.state)) == {0, 1, 2}
+    assert sample.label.grid_hash == GRID.hash
+    assert sample.calibration["cameras"]["FRONT"]["stamp_ns"] == frames.frames["FRONT"].stamp_ns
+    moved = np.array(sample.calibration["cameras"]["FRONT"]["cam2ego_at_key"])
+    assert np.isclose(moved[0, 3] - recording.rig["FRONT"].cam2ego[0, 3], 0.021, atol=1e-6)
+    assert set(reader.sample(keys[4]).images) == {"FRONT"}, "a stale image is left out"
+    assert 0.9 <= sample.meta["quality"]["q1_ends_in_occupied"] <= 1.0
+
+
+def test_neighbours_in_time_cross_units(folder) -> None:
+    reader = ShardReader(folder)
+    keys = [row["key"] for row in reader.rows]
+    assert [s.key for s in reader.history(keys[4], 2)] == keys[2:]
+    assert [s.key for s in reader.history(keys[1], 5)] == keys[:2]
+    assert len({row["shard"] for row in reader.rows}) == 2
+    with pytest.raises(ShardError, match="nearest is"):
+        reader.sample(keys[0] + "0")
+
+
+def test_making_it_again_gives_the_same_bytes_and_finished_units_are_kept(folder, tmp_path) -> None:
+    recording = drive()
+    units = units_of(recording.name, 5, CONFIG.segment)
+    for unit in reversed(units):
+        make_unit(recording, unit, tmp_path, CONFIG)
+    join_units(tmp_path, {"train": 1.0})
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    assert [file_hash(folder / n) for n in names] == [file_hash(tmp_path / n) for n in names]
+    before = recording.reads
+    assert make_unit(recording, units[0], tmp_path, CONFIG).samples == 4
+    assert recording.reads == before, "nothing was read again"
+
+
+def test_a_killed_unit_leaves_nothing_and_is_made_anew(folder, tmp_path) -> None:
+    unit = Unit("traced", 0, 4)
+    steps = iter(range(10))
+
+    def killed() -> None:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_unit(drive(), unit, tmp_path, CONFIG, killed)
+    assert list(tmp_path.iterdir()) == []
+    report = make_unit(drive(), unit, tmp_path, CONFIG)
+    assert all(file_hash(folder / shard) == digest for shard, digest in report.shards.items())
+
+
+def test_a_cut_shard_is_named_and_made_again(folder, tmp_path) -> None:
+    recording = drive()
+    unit = Unit("traced", 4, 5)
+    report = make_unit(recording, unit, tmp_path, CONFIG)
+    join_units(tmp_path, {"train": 1.0})
+    shard = tmp_path / next(iter(report.shards))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    reader = ShardReader(tmp_path)
+    with pytest.raises(ShardError, match=shard.name):
+        list(reader.stream())
+    again = make_unit(recording, unit, tmp_path, CONFIG)
+    assert again.shards == report.shards
+    assert file_hash(shard) == report.shards[shard.name]
+
+
+def test_refused_key_frames_are_counted_by_reason(tmp_path) -> None:
+    still = drive(speed=0.0)
+    config = dataclasses.replace(CONFIG, max_standing=1)
+    assert make_unit(still, Unit("traced", 0, 5), tmp_path / "a", config).refused == {"standing": 3}
+    few = dataclasses.replace(CONFIG, min_cameras=2)
+    assert (
+        make_unit(drive(), Unit("traced", 4, 5), tmp_path / "b", few).refused["too_few_cameras"]
+        == 1
+    )
+    sparse = drive(sweeps=5)
+    report = make_unit(sparse, Unit("traced", 0, 5), tmp_path / "c", CONFIG)
+    assert report.refused["low_support"] == 4
+    manifest = json.loads((tmp_path / "c" / "traced-000000.json").read_text())
+    assert manifest["refused"] == dict(report.refused)
+
+
+def test_another_configuration_makes_a_unit_anew(tmp_path) -> None:
+    recording = drive()
+    unit = Unit("traced", 4, 5)
+    make_unit(recording, unit, tmp_path, CONFIG)
+    before = recording.reads
+    make_unit(recording, unit, tmp_path, dataclasses.replace(CONFIG, lidar=True))
+    assert recording.reads > before
+    join_units(tmp_path, {"train": 1.0})
+    points = ShardReader(tmp_path).sample(f"traced/{recording.key_stamp_ns[4]}").lidar
+    assert points.shape[1] == 3
+    assert len(points) > 500
+
+
+def test_units_cover_a_drive_once_over_all_tasks() -> None:
+    units = units_of("d", 45, 10)
+    assert [(u.first, u.last) for u in units] == [(0, 10), (10, 20), (20, 30), (30, 40), (40, 45)]
+    shares = [my_share(units, i, 3) for i in range(3)]
+    assert sorted((u for share in shares for u in share), key=lambda u: u.first) == units
+    with pytest.raises(ValueError, match="task index 3"):
+        my_share(units, 3, 3)
+
+
+def test_drives_that_share_a_place_share_a_split() -> None:
+    def row(drive: str, x: int, location: str = "town") -> dict:
+        return {"drive": drive, "location": location, "cell_x": x, "cell_y": 0}
+
+    chain = [row(f"c{i}", x) for i in range(30) for x in (i, i + 1)]
+    apart = [row(f"a{i}", 500 + 2 * i) for i in range(200)]
+    same_cell_elsewhere = [row(f"e{i}", 0, f"town {i}") for i in range(200)]
+    shares = {"train": 0.7, "validation": 0.3}
+    splits = assign_splits(chain + apart + same_cell_elsewhere, shares)
+    assert len({splits[f"c{i}"] for i in range(30)}) == 1
+    for kind in "ae":
+        train = np.mean([splits[f"{kind}{i}"] == "train" for i in range(200)])
+        assert 0.55 < train < 0.85
+    again = assign_splits((same_cell_elsewhere + apart + chain)[::-1], shares)
+    assert again == splits

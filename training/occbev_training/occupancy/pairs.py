@@ -1,0 +1,401 @@
+"""Recordings to gated shards: label, measure, refuse what is not trustworthy, store the rest.
+
+A unit of work is a stretch of one drive. It is a pure function of recording and configuration, leaves
+either finished shards with a manifest or nothing, and so can be cut off and run again anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev import __version__
+from occbev.geometry import invert_transform
+from occbev.grid import GRIDS, VoxelGrid
+from occbev.results import CameraFrame, FrameSet
+from occbev.trajectory import PoseError
+from occbev_training.data.shards import (
+    SHARD_BYTES,
+    LabelVolumes,
+    PairSample,
+    ShardWriter,
+    file_hash,
+    write_index,
+)
+from occbev_training.occupancy.labels import Examined, LabelBuilder, LabelConfig
+from occbev_training.occupancy.quality import LIMITS, broken_limits, measure_key, observed_drop
+from occbev_training.sources.deskew import deskewed_rays
+from occbev_training.sources.recording import Recording
+
+logger = logging.getLogger(__name__)
+
+FLAG_ONLY = frozenset({"q3_observed_drop", "q6_camera_alignment"})
+"""Limits that mark a sample but do not refuse it: a blocked view or a blank wall breaks them, too."""
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """How pairs are made; its hash, with the label's, names what is in a folder."""
+
+    label: LabelConfig = field(default_factory=LabelConfig)
+    """The labels."""
+    grid: VoxelGrid = GRIDS["occ3d"]
+    """Their grid."""
+    segment: int = 200
+    """Key frames of one unit of work."""
+    min_cameras: int | None = None
+    """Fewest cameras of a sample; None is all but one."""
+    max_camera_dt: float = 0.06
+    """An image farther from the key time than this many seconds is left out."""
+    min_travel: float = 0.5
+    """Metres since the last kept key frame; nearer ones count as standing."""
+    max_standing: int = 10
+    """Standing key frames that are kept in a row."""
+    thorough_every: int = 20
+    """Every n-th key frame is also measured for camera alignment and determinism; 0 for none."""
+    gate: bool = True
+    """Refuse samples that break a limit; off, they are only marked."""
+    lidar: bool = False
+    """Store the key sweep's returns, too."""
+    shard_bytes: int = SHARD_BYTES
+    """Size at which a shard is closed."""
+
+    def __post_init__(self) -> None:
+        if self.segment < 1 or self.max_camera_dt <= 0 or self.max_standing < 0:
+            raise ValueError(
+                f"pair config needs segment >= 1, max_camera_dt > 0 and max_standing >= 0; "
+                f"got {self.segment}, {self.max_camera_dt}, {self.max_standing}"
+            )
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over every parameter that a sample depends on."""
+        record = dataclasses.asdict(self) | {"grid": self.grid.hash}
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Key frames [first, last) of one drive."""
+
+    drive: str
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """Prefix of the unit's files."""
+        return f"{self.drive}-{self.first:06d}"
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What became of a unit: samples kept, key frames refused by reason, shards by name with hash."""
+
+    unit: Unit
+    samples: int
+    refused: Mapping[str, int]
+    shards: Mapping[str, str]
+    config_hash: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+def units_of(drive: str, keys: int, segment: int) -> list[Unit]:
+    """Cut a drive of `keys` key frames into units."""
+    return [Unit(drive, first, min(first + segment, keys)) for first in range(0, keys, segment)]
+
+
+def my_share(units: Sequence[Unit], task_index: int, num_tasks: int) -> list[Unit]:
+    """Return the units of one task of an array job; raises ValueError for an impossible index."""
+    if not 0 <= task_index < num_tasks:
+        raise ValueError(f"task index {task_index} is not in 0..{num_tasks - 1}")
+    return list(units)[task_index::num_tasks]
+
+
+def make_unit(
+    recording: Recording,
+    unit: Unit,
+    folder: Path,
+    config: PairConfig,
+    progress: Callable[[], None] = lambda: None,
+) -> UnitReport:
+    """Write the shards of one unit and then its manifest; a unit that is finished is left as it is.
+
+    progress: called after every key frame.
+    """
+    done = read_manifest(folder / f"{unit.name}.json", config)
+    if done is not None:
+        for _ in range(unit.first, unit.last):
+            progress()
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(folder, unit.name, config.shard_bytes)
+    refused: Counter[str] = Counter()
+    try:
+        for sample, values, broken in _samples(recording, unit, config, refused, progress):
+            writer.add(sample, _row(recording, sample, values, broken))
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    _flag_observed_drop(writer.rows)
+    report = UnitReport(unit, len(writer.rows), dict(sorted(refused.items())), writer.shards,
+                        config.hash, writer.rows)  # fmt: skip
+    _write_manifest(folder / f"{unit.name}.json", report)
+    return report
+
+
+def _samples(
+    recording: Recording,
+    unit: Unit,
+    config: PairConfig,
+    refused: Counter[str],
+    progress: Callable[[], None],
+) -> Iterator[tuple[PairSample, dict[str, float], list[str]]]:
+    """Yield the unit's samples with their measures and the limits they break."""
+    builder = LabelBuilder(recording, config.label, config.grid)
+    chosen, standing = _moving_keys(recording, config)
+    refused["standing"] += sum(unit.first <= key < unit.last for key in standing)
+    at_least = config.min_cameras if config.min_cameras is not None else len(recording.rig) - 1
+    previous: Examined | None = None
+    for key in range(unit.first, unit.last):
+        if key in chosen:
+            examined, frames = _examined(builder, key, config, at_least, refused)
+            if examined is not None:
+                thorough = config.thorough_every > 0 and key % config.thorough_every == 0
+                values = measure_key(builder, examined, frames, previous, thorough)
+                previous, broken = examined, broken_limits(values)
+                stopping = [name for name in broken if name not in FLAG_ONLY]
+                if config.gate and stopping:
+                    refused[stopping[0]] += 1
+                else:
+                    yield _sample(recording, examined, frames, config, values), values, broken
+        progress()
+
+
+def _examined(
+    builder: LabelBuilder, key: int, config: PairConfig, min_cameras: int, refused: Counter[str]
+) -> tuple[Examined | None, FrameSet]:
+    """Label one key frame, or count why it cannot be labelled."""
+    frames = _near_frames(builder.recording.frame_set(key), config.max_camera_dt)
+    if len(frames.cameras) < min_cameras:
+        refused["too_few_cameras"] += 1
+        return None, frames
+    try:
+        examined = builder.examine(key, frames)
+    except PoseError as error:
+        logger.info("%s key %d: %s", builder.recording.name, key, error)
+        refused["no_pose"] += 1
+        return None, frames
+    if examined.label.stats["low_support"] or not examined.label.stats["reference_sweeps"]:
+        refused["low_support"] += 1
+        return None, frames
+    return examined, frames
+
+
+def _near_frames(frames: FrameSet, max_dt: float) -> FrameSet:
+    """Drop images that are too far from the key time."""
+    kept: dict[str, CameraFrame | None] = {}
+    missing = dict(frames.missing)
+    for name, frame in frames.frames.items():
+        late = frame is not None and abs(frame.stamp_ns - frames.stamp_ns) > max_dt * 1e9
+        kept[name] = None if late else frame
+        if late:
+            missing[name] = f"exposed more than {max_dt} s from the key time"
+    return FrameSet(frames.stamp_ns, kept, missing)
+
+
+def _moving_keys(recording: Recording, config: PairConfig) -> tuple[set[int], set[int]]:
+    """Return the key frames to label, and those left out because the vehicle stands."""
+    chosen: set[int] = set()
+    standing: set[int] = set()
+    last: NDArray[np.float64] | None = None
+    still = 0
+    for key, stamp in enumerate(recording.key_stamp_ns):
+        try:
+            here = recording.trajectory.at(int(stamp))[:3, 3]
+        except PoseError:
+            chosen.add(key)  # refused later, with its reason
+            continue
+        if last is None or np.linalg.norm(here - last) >= config.min_travel:
+            last, still = here, 0
+            chosen.add(key)
+        elif still < config.max_standing:
+            still += 1
+            chosen.add(key)
+        else:
+            standing.add(key)
+    return chosen, standing
+
+
+def _sample(
+    recording: Recording,
+    examined: Examined,
+    frames: FrameSet,
+    config: PairConfig,
+    values: Mapping[str, float],
+) -> PairSample:
+    """Put together what is stored of one key frame."""
+    label, window = examined.label, examined.window
+    stamp_ns = int(recording.key_stamp_ns[examined.key])
+    images = {name: _encoded(frame) for name, frame in frames.frames.items() if frame is not None}
+    volumes = LabelVolumes(label.state, label.camera_visible, label.hit_sweeps, label.pass_sweeps,
+                           label.grid.hash)  # fmt: skip
+    meta = {
+        "drive": recording.name,
+        "stamp_ns": stamp_ns,
+        "grid": label.grid.as_record() | {"hash": label.grid.hash},
+        "sweep_age": [round((sweep.stamp_ns - stamp_ns) / 1e9, 6) for sweep in window.sweeps],
+        "pose_source": "odom",
+        "deskew": "point_times" if window.sweeps and window.sweeps[0].timed else "compensated",
+        "label_config": config.label.hash,
+        "pair_config": config.hash,
+        "rig": recording.rig.hash,
+        "version": __version__,
+        "stats": dict(label.stats),
+        "quality": {name: _number(value) for name, value in sorted(values.items())},
+        "missing": dict(frames.missing),
+    }
+    key_name = f"{recording.name}/{stamp_ns}"
+    return PairSample(key_name, images, _calibration(recording, stamp_ns, frames), meta, volumes,
+                      _returns(recording, stamp_ns) if config.lidar else None)  # fmt: skip
+
+
+def _calibration(recording: Recording, stamp_ns: int, frames: FrameSet) -> dict[str, Any]:
+    """Return each camera's record with its stamp and its place in ego at the key time."""
+    global2ego = invert_transform(recording.trajectory.at(stamp_ns))
+    cameras = {}
+    for camera in recording.rig.cameras:
+        record = camera.as_record()
+        frame = frames.frames.get(camera.name)
+        if frame is not None:
+            pose = frame.ego2global
+            pose = recording.trajectory.at(frame.stamp_ns) if pose is None else pose
+            record["stamp_ns"] = frame.stamp_ns
+            record["cam2ego_at_key"] = (global2ego @ pose @ camera.cam2ego).tolist()
+        cameras[camera.name] = record
+    lidar2ego = recording.lidar2ego.tolist()
+    return {"order": list(recording.rig.names), "cameras": cameras, "lidar2ego": lidar2ego,
+            "ego2global": recording.trajectory.at(stamp_ns).tolist()}  # fmt: skip
+
+
+def _encoded(frame: CameraFrame) -> bytes:
+    """Return the original bytes of an image, or a PNG of raw pixels: nothing is lost either way."""
+    if isinstance(frame.image, bytes):
+        return frame.image
+    return bytes(cv2.imencode(".png", cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))[1])
+
+
+def _returns(recording: Recording, stamp_ns: int) -> NDArray[np.float32]:
+    nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - stamp_ns)))
+    rays = deskewed_rays(recording.sweep(nearest), recording.trajectory, stamp_ns)
+    return rays.end[rays.hit].astype(np.float32)
+
+
+def _row(
+    recording: Recording, sample: PairSample, values: Mapping[str, float], broken: Sequence[str]
+) -> dict[str, Any]:
+    """Return the index columns of a sample."""
+    place = np.array(sample.calibration["ego2global"])[:2, 3]
+    row = {
+        "drive": recording.name,
+        "stamp_ns": sample.meta["stamp_ns"],
+        "split": "",
+        "cameras": len(sample.images),
+        "location": str(getattr(recording, "location", recording.name)),
+        "cell_x": int(np.floor(place[0] / 100)),
+        "cell_y": int(np.floor(place[1] / 100)),
+        "flags": ",".join(broken),
+    }
+    return (
+        row
+        | {limit.name: _number(values.get(limit.name, np.nan)) for limit in LIMITS}
+        | {name: _number(value) for name, value in values.items() if name.startswith("q3_")}
+    )
+
+
+def _flag_observed_drop(rows: Sequence[dict[str, Any]]) -> None:
+    """Mark samples that observe much less than the rest of their unit."""
+    numbers = [
+        {k: np.nan if v is None else v for k, v in row.items() if k.startswith("q3_")}
+        for row in rows
+    ]
+    limit = next(limit for limit in LIMITS if limit.name == "q3_observed_drop")
+    for row, drop in zip(rows, observed_drop(numbers), strict=True):
+        row[limit.name] = drop
+        if not limit.holds(drop):
+            row["flags"] = ",".join(filter(None, [row["flags"], limit.name]))
+
+
+def _number(value: float) -> float | None:
+    """Return a value for JSON and Parquet: six digits, None for what could not be measured."""
+    return None if np.isnan(value) else round(float(value), 6)
+
+
+def _write_manifest(path: Path, report: UnitReport) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(report), sort_keys=True, indent=1))
+    temporary.replace(path)
+
+
+def read_manifest(path: Path, config: PairConfig | None = None) -> UnitReport | None:
+    """Read a unit's manifest; None if it is absent, made otherwise, or if a shard of it is gone or changed."""
+    try:
+        record = json.loads(path.read_text())
+        report = UnitReport(**{**record, "unit": Unit(**record["unit"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if config is not None and report.config_hash != config.hash:
+        return None
+    for shard, digest in report.shards.items():
+        if not (path.parent / shard).exists() or file_hash(path.parent / shard) != digest:
+            return None
+    return report
+
+
+def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
+    """Index every finished unit of a folder and split it; returns the number of samples per split.
+
+    shares: split -> share, by drive and by place: drives that met within 100 m of each other in one
+    location share a split, and no drive is ever divided.
+    """
+    reports = [read_manifest(path) for path in sorted(folder.glob("*.json"))]
+    rows = [dict(row) for report in reports if report is not None for row in report.rows]
+    split = assign_splits(rows, shares)
+    for row in rows:
+        row["split"] = split[row["drive"]]
+    write_index(folder, rows)
+    return dict(Counter(row["split"] for row in rows))
+
+
+def assign_splits(rows: Sequence[Mapping[str, Any]], shares: Mapping[str, float]) -> dict[str, str]:
+    """Give each drive a split, the same for all drives that share a place, the same on every run."""
+    group = {str(row["drive"]): str(row["drive"]) for row in rows}
+
+    def root(drive: str) -> str:
+        while group[drive] != drive:
+            drive = group[drive]
+        return drive
+
+    first: dict[tuple[str, int, int], str] = {}
+    for row in rows:
+        place = (str(row["location"]), int(row["cell_x"]), int(row["cell_y"]))
+        one, other = root(first.setdefault(place, str(row["drive"]))), root(str(row["drive"]))
+        group[max(one, other)] = min(one, other)
+    names, edges = list(shares), np.cumsum(list(shares.values())) / sum(shares.values())
+    result = {}
+    for drive in group:
+        draw = int(hashlib.sha256(root(drive).encode()).hexdigest()[:8], 16) / 2**32
+        result[drive] = names[int(np.searchsorted(edges, draw, side="right"))]
+    return result
