@@ -108,7 +108,7 @@ class Priors:
                     archive["occupied"],
                     float(archive["threshold"]),
                 )
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not the priors of a training set: {error}") from error
 
 
