@@ -1,0 +1,196 @@
+"""Faults of the graph around the node: clocks, wrong quality of service, readers that never read, late calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+pytestmark = pytest.mark.ros
+
+
+@pytest.fixture
+def other(make_bench: Callable[..., Any]) -> Any:
+    """Return a function that makes a further node beside a bench's own."""
+    nodes = []
+
+    def make(bench: Any) -> Node:
+        nodes.append(Node("other", context=bench.node.context))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.destroy_node()
+
+
+def ready(bench: Any) -> Any:
+    bench.vehicle.calibrate()
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    return bench
+
+
+def finished(bench: Any, keys: int) -> None:
+    bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= keys)
+
+
+def test_a_backward_clock_jump_starts_again_and_keeps_statics(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from rosgraph_msgs.msg import Clock
+
+    from occbev.nodes.outputs import time_from_ns
+
+    bench = ready(make_bench(use_sim_time=True))
+    clock = other(bench).create_publisher(Clock, "/clock", 10)
+    bench.wait(lambda: clock.get_subscription_count() > 0)
+
+    def set_clock(seconds: int) -> None:
+        clock.publish(Clock(clock=time_from_ns(seconds * 10**9)))
+        bench.wait(lambda: bench.node.get_clock().now().nanoseconds == seconds * 10**9)
+
+    set_clock(100)
+    bench.vehicle.odometry(100 * 10**9, 0.0)
+    bench.wait(lambda: bench.node._intake.ego.source == "odometry")
+    bench.vehicle.drive(4, start_ns=100 * 10**9)
+    finished(bench, 4)
+    set_clock(50)
+    bench.wait(lambda: bench.node._intake.sync.statistics.resets["clock_jump"] == 1)
+    assert bench.node._intake.ego.source == "none"
+    assert not bench.node._intake.calibrated().problems
+    bench.vehicle.drive(4, start_ns=50 * 10**9)
+    finished(bench, 8)
+    assert bench.node.ledger.outcomes["processed"] == 8
+    assert bench.node._intake.sync.epoch == 1
+
+
+def test_a_publisher_that_cannot_match_is_named_with_what_it_offers(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from tf2_msgs.msg import TFMessage
+
+    bench = make_bench()
+    volatile = QoSProfile(
+        depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE
+    )
+    other(bench).create_publisher(TFMessage, "/tf_static", volatile)
+    bench.wait(lambda: any("quality of service does not match" in line for line in bench.logged))
+    line = next(line for line in bench.logged if "quality of service" in line)
+    assert "/tf_static" in line
+    assert "RELIABLE/VOLATILE" in line
+
+
+def test_a_best_effort_camera_is_heard(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from array import array
+
+    from sensor_msgs.msg import CompressedImage
+
+    bench = ready(make_bench(sync__timeout_s=0.05))
+    effort = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+    topic = "/perception/input/cam_front/image/compressed"
+    publisher = other(bench).create_publisher(CompressedImage, topic, effort)
+    bench.wait(lambda: publisher.get_subscription_count() > 0)
+    message = CompressedImage(format="jpeg", data=array("B", bench.vehicle.jpeg))
+    message.header.stamp.sec = 7
+    publisher.publish(message)
+    finished(bench, 1)
+    assert bench.pipeline.seen[0].cameras == ("CAM_FRONT",)
+
+
+def test_a_subscriber_that_never_reads_does_not_hold_the_node_up(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from sensor_msgs.msg import PointCloud2
+
+    bench = ready(make_bench())
+    other(bench).create_subscription(PointCloud2, "/perception/output/occupancy/points", print, 1)
+    bench.vehicle.drive(15, period_s=0.02)
+    finished(bench, 15)
+    assert bench.node.ledger.outcomes == {"processed": 15}
+    bench.wait(lambda: len(bench.received["points"]) == 15)
+
+
+def test_calibration_that_comes_late_is_taken_when_it_comes(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(sync__min_cameras=2)
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
+    assert any("nothing is published: fewer than 2 usable cameras" in line for line in bench.logged)
+    ready(bench)
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    finished(bench, 6)
+    assert bench.node.ledger.outcomes["processed"] == 3
+
+
+def test_a_moved_camera_changes_the_rig(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    bench.vehicle.drive(2)
+    finished(bench, 2)
+    before = bench.pipeline.rigs[-1].hash
+    bench.vehicle.info("CAM_FRONT", 5, focal=55.0)
+    bench.wait(lambda: bench.node._intake.calibrated().rig["CAM_FRONT"].intrinsic[0, 0] == 55)
+    bench.vehicle.drive(2, start_ns=2 * 10**9)
+    finished(bench, 4)
+    assert bench.pipeline.rigs[-1].hash != before
+    assert len(bench.pipeline.rigs) == 2
+
+
+def test_a_bad_transform_shows_in_diagnostics(make_bench: Callable[..., Any]) -> None:
+    from geometry_msgs.msg import TransformStamped
+    from tf2_msgs.msg import TFMessage
+
+    bench = make_bench()
+    broken = TransformStamped(child_frame_id="cam_front")
+    broken.header.frame_id = "base_link"
+    broken.transform.rotation.w = 5.0
+    bench.vehicle.publishers["vehicle"][0].publish(TFMessage(transforms=[broken]))
+    bench.wait(
+        lambda: bench.statuses().get("ego motion") and bench.statuses()["ego motion"].level > 0
+    )
+    assert "norm 5.0" in bench.statuses()["ego motion"].text
+
+
+def test_images_without_a_stamp_are_named(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    bench.vehicle.image("CAM_LEFT", 0)
+    bench.wait(lambda: bench.node._intake.watch["CAM_LEFT"].refused["no_stamp"] == 1)
+    bench.wait(
+        lambda: (
+            "CAM_LEFT" in bench.statuses()
+            and bench.statuses()["CAM_LEFT"].values.get("refused.no_stamp")
+        )
+    )
+
+
+def test_a_rig_file_replaces_camera_info_and_tf(
+    make_bench: Callable[..., Any], tmp_path: Any
+) -> None:
+    from occbev.nodes.calibration import placeholder
+    from occbev.rig import CameraRig
+
+    names = ("CAM_RIGHT", "CAM_FRONT", "CAM_LEFT")
+    CameraRig(tuple(placeholder(name) for name in names)).save(tmp_path / "rig.yaml")
+    bench = make_bench(rig=str(tmp_path / "rig.yaml"))
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    assert bench.pipeline.rigs[-1].names == ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT")
+    assert bench.node.ledger.outcomes == {"processed": 3}
+
+
+def test_an_extrinsic_parameter_stands_in_for_tf(make_bench: Callable[..., Any]) -> None:
+    places = {
+        f"cameras.{c}.extrinsic": [1.0, 0.5, 1.5, -0.5, 0.5, -0.5, 0.5]
+        for c in ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT")
+    }
+    bench = make_bench(**places)
+    for camera in ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT"):
+        bench.vehicle.info(camera, 1)
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    assert bench.node._intake.calibrated().rig["CAM_LEFT"].cam2ego[1, 3] == 0.5
