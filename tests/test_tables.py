@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from occbev.inference.tables import (
     TableCache,
     TableCapacityError,
     bag_tables,
+    calibration_table,
     gather_tables,
     lift_points,
 )
@@ -126,3 +129,49 @@ def test_the_cache_follows_the_calibration() -> None:
     wrong = CameraRig((Camera("c", 100, 64, INTRINSIC, np.eye(4)),))
     with pytest.raises(ValueError, match="camera c is 100x64, the network takes 96x64"):
         cache.tables(wrong)
+
+
+def test_volumes_have_cells_along_z_in_both_forms() -> None:
+    lift = dataclasses.replace(LIFT, height_bins=4)
+    intrinsic = np.stack([INTRINSIC] * 3)
+    poses = np.stack([c.cam2ego for c in rig().cameras])
+    flat = lift_points(intrinsic, poses, (96, 64), LIFT, BEV)
+    points = lift_points(intrinsic, poses, (96, 64), lift, BEV)
+    assert len(points) == len(flat)  # the same points, spread over four levels
+    level = np.zeros(len(points), int)
+    level[np.argsort(points.depth)] = points.cell[np.argsort(points.depth)] // BEV.size
+    assert set(level) == {0, 1, 2, 3}
+    at_same_place = dict(zip(flat.depth.tolist(), flat.cell.tolist(), strict=True))
+    assert all(
+        at_same_place[d] == c % BEV.size
+        for d, c in zip(points.depth.tolist(), points.cell.tolist(), strict=True)
+    )
+    bag = bag_tables(points, BEV, lift.max_points, 4)
+    gather = gather_tables(points, BEV, lift.max_points, 4)
+    assert len(bag["table_offset"]) == len(gather["table_cell"]) == 4 * BEV.size
+    counts = np.diff(np.append(bag["table_offset"], len(points)))
+    np.testing.assert_array_equal(counts, np.bincount(points.cell, minlength=4 * BEV.size))
+
+
+def test_published_camera_parameters_are_of_the_source_image() -> None:
+    model = from_record(
+        ModelConfig,
+        {"image": {"width": 96, "height": 64}, "bevdet": {"depth_net": "camera", "source_width": 192,
+                                                          "source_height": 144}},
+    )  # fmt: skip
+    poses = np.stack([c.cam2ego for c in rig().cameras])
+    table = calibration_table(np.stack([INTRINSIC] * 3), poses, model)
+    assert table.shape == (3, 27, 1, 1)
+    fx, fy, cx, cy, scale, _, left, _, _, top = table[0, :10, 0, 0]
+    assert (fx, fy, scale, left) == (120, 120, 0.5, 0)
+    assert top == 64 - 72  # eight rows of the scaled image are cut off above
+    assert (cx, cy) == (96, 56)
+    np.testing.assert_allclose(table[:, 15:, 0, 0].reshape(3, 3, 4), poses[:, :3], rtol=1e-6)
+    gated = dataclasses.replace(model, bevdet=dataclasses.replace(model.bevdet, depth_net="gated"))
+    table = calibration_table(np.stack([INTRINSIC] * 3), poses, gated)[:, :, 0, 0]
+    assert table.shape == (3, 33)
+    np.testing.assert_allclose(table[0, :9].reshape(3, 3), [[120, 0, 96], [0, 120, 56], [0, 0, 1]])
+    np.testing.assert_allclose(table[0, 9:18].reshape(3, 3), np.diag([0.5, 0.5, 1]))
+    np.testing.assert_allclose(table[0, 18:21], [0, -8, 0])
+    np.testing.assert_allclose(table[1, 21:30].reshape(3, 3), poses[1, :3, :3], atol=1e-6)
+    np.testing.assert_allclose(table[1, 30:], poses[1, :3, 3], rtol=1e-6)

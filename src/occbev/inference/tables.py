@@ -208,24 +208,42 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
     )
 
 
+def gate_parameters(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike
+) -> NDArray[np.float32]:
+    """Return what BEVDet's first BEVDepth reads of each camera, (N, 33): its matrices, row by row.
+
+    Arguments as in `camera_parameters`.
+    """
+    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
+    count = len(intrinsic)
+    image = np.broadcast_to(np.asarray(src2img, np.float64), (count, 3, 3))
+    turn, shift = image.copy(), np.zeros((count, 3))
+    turn[:, :2, 2], shift[:, :2] = 0, image[:, :2, 2]
+    parts = [intrinsic.reshape(count, 9), turn.reshape(count, 9), shift,
+             cam2ego[:, :3, :3].reshape(count, 9), cam2ego[:, :3, 3]]  # fmt: skip
+    return np.concatenate(parts, 1).astype(np.float32)
+
+
 def calibration_table(
     intrinsic: ArrayLike, cam2ego: ArrayLike, model: ModelConfig
 ) -> NDArray[np.float32]:
     """Return what the model's depth net reads of each camera: (N, K, h, w), or (N, K, 1, 1) if constant.
 
     intrinsic: (N, 3, 3) of network-size images. Published camera parameters are those of source images,
-    which `Fit.cover` scaled to the network's width and cut to the lower rows.
+    which were scaled to the network's width and cut to the lower rows.
     """
     size = (model.image.width, model.image.height)
     if model.bevdet is None:
         return ray_table(intrinsic, cam2ego, size, model.lift)
-    if model.bevdet.depth_net != "camera":
+    if model.bevdet.depth_net == "plain":
         return np.zeros((len(np.asarray(intrinsic)), 1, 1, 1), np.float32)
     scale = size[0] / model.bevdet.source_width
     src2img = np.diag([scale, scale, 1.0])
     src2img[1, 2] = size[1] - round(scale * model.bevdet.source_height)
     source = np.linalg.inv(src2img) @ np.asarray(intrinsic, np.float64)
-    return camera_parameters(source, cam2ego, src2img)[:, :, None, None]
+    parameters = gate_parameters if model.bevdet.depth_net == "gated" else camera_parameters
+    return parameters(source, cam2ego, src2img)[:, :, None, None]
 
 
 class TableCache:
