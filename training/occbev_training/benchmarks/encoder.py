@@ -1,0 +1,150 @@
+"""Image encoders in every runtime: six images through `occbev-tiny`'s encoder and through ResNet-50.
+
+int8 graphs are quantised from random images: their speed is meant here, not their accuracy.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from occbev.benchmarks import Options, Report, interleaved
+from occbev.config import ModelConfig
+from occbev_training.benchmarks.measure import speedup
+from occbev_training.models.image_encoder import ImageEncoder
+from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder
+from occbev_training.models.resnet import ResNet
+
+CAMERAS = 6
+CALIBRATION_SETS = 2
+
+Method = Callable[[], object]
+
+
+def encoders() -> dict[str, tuple[nn.Module, tuple[int, int]]]:
+    """Return each encoder with random weights and the (height, width) of its images."""
+    backbone = ResNet(50, (3, 4))
+    resnet = ResNetImageEncoder(backbone, PyramidNeck(backbone.widths, 256))
+    tiny = ModelConfig()
+    return {
+        "occbev-tiny": (ImageEncoder(tiny.encoder).eval(), (tiny.image.height, tiny.image.width)),
+        "resnet50": (resnet.eval(), (256, 704)),
+    }
+
+
+def methods_of(
+    encoder: nn.Module, images: Tensor, folder: Path, threads: int, compiled: bool = True
+) -> tuple[dict[str, Method], dict[str, float]]:
+    """Return every runtime's call on the same images, and its mean difference from eager, relative to the
+    mean value.
+
+    folder: where graphs are written. compiled: torch.compile too, which takes minutes to get ready.
+    """
+    folded = fuse(copy.deepcopy(encoder)).to(memory_format=torch.channels_last)
+    last = images.contiguous(memory_format=torch.channels_last)
+    methods: dict[str, Method] = {
+        "eager": lambda: encoder(images),
+        "folded_channels_last": lambda: folded(last),
+    }
+    if compiled:
+        graph = torch.compile(folded)
+        methods["torch_compile"] = lambda: graph(last)
+    floats, integers = write_graphs(encoder, images, folder)
+    array = images.numpy()
+    methods["onnxruntime_f32"] = _onnxruntime(floats, array, threads)
+    methods["openvino_f32"] = _openvino(floats, array, threads)
+    methods["onnxruntime_int8"] = _onnxruntime(integers, array, threads)
+    methods["openvino_int8"] = _openvino(integers, array, threads)
+    return methods, _differences(methods)
+
+
+def write_graphs(encoder: nn.Module, images: Tensor, folder: Path) -> tuple[Path, Path]:
+    """Write an encoder as ONNX in fp32 and in int8 with quantise-dequantise pairs."""
+    floats, prepared, integers = (folder / f"{n}.onnx" for n in ("floats", "prepared", "integers"))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            encoder, (images,), str(floats), input_names=["images"], opset_version=18,
+            dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+    quant_pre_process(str(floats), str(prepared))
+    quantize_static(
+        str(prepared), str(integers), _RandomImages(tuple(images.shape)),
+        quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    return floats, integers
+
+
+class _RandomImages(CalibrationDataReader):
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        rng = np.random.default_rng(1)
+        self._sets: Iterator[NDArray[np.float32]] = iter(
+            [rng.standard_normal(shape).astype(np.float32) for _ in range(CALIBRATION_SETS)]
+        )
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        images = next(self._sets, None)
+        return None if images is None else {"images": images}
+
+
+def _onnxruntime(path: Path, images: NDArray[np.float32], threads: int) -> Method:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"images": images})[0]
+
+
+def _openvino(path: Path, images: NDArray[np.float32], threads: int) -> Method:
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda: request.infer([images])[compiled.output(0)]
+
+
+def _differences(methods: dict[str, Method]) -> dict[str, float]:
+    with torch.no_grad():
+        results = {name: np.asarray(method()) for name, method in methods.items()}
+    want = results.pop("eager")
+    return {
+        name: float(np.abs(got - want).mean() / np.abs(want).mean())
+        for name, got in results.items()
+    }
+
+
+def run(options: Options) -> Report:
+    """Measure every encoder in every runtime; torch.compile takes minutes to get ready."""
+    threads = options.threads or 1
+    torch.set_num_threads(threads)
+    values: dict[str, Any] = {"rounds": options.rounds, "threads": threads, "cameras": CAMERAS}
+    ratios: dict[str, float] = {}
+    for name, (encoder, size) in encoders().items():
+        images = torch.randn(CAMERAS, 3, *size)
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            methods, differences = methods_of(encoder, images, Path(folder), threads)
+            timings = interleaved(methods, options.rounds)
+        for method, timing in timings.items():
+            values[f"{name}_{method}"] = dict(vars(timing))
+            if method != "eager":
+                values[f"{name}_{method}"] |= {"relative_difference": differences[method]}
+                ratios[f"{name}_{method}_vs_eager"] = speedup(timings["eager"], timing)
+    return Report("encoder", values, ratios)
