@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from occbev.config import ImageConfig, ModelConfig
 from occbev_training import losses
+from occbev_training.centre_tasks import LossWeights, centre_losses, task_targets
 from occbev_training.data.datasets import TrainingBatch
 from occbev_training.models.network import NetworkOutput
 from occbev_training.trainer import LossConfig
@@ -47,28 +48,49 @@ class FinetuneObjective:
     class_weight: Tensor
 
     def __call__(self, network: nn.Module, batch: TrainingBatch) -> Mapping[str, Tensor]:
-        """Return the weighted terms `heatmap`, `box`, `semantics`, `occupied` and `depth`."""
-        output, weights = run_network(network, batch, self.model.image), self.weights
-        assert output.heatmap is not None
-        assert output.box is not None
-        assert output.occupancy_logits is not None
-        targets = losses.centre_targets(
-            batch.boxes, batch.labels, self.model.bev, len(self.model.detection_classes)
-        )
-        logits, semantics = at_voxels(
-            output.occupancy_logits, batch.semantics, batch.semantics_mask
-        )
-        mask = torch.ones_like(semantics, dtype=torch.bool)
-        terms = {
-            "heatmap": weights.heatmap * losses.heatmap_loss(output.heatmap, targets.heatmap),
-            "box": weights.box * losses.box_loss(output.box, targets, weights.velocity),
-            "semantics": weights.semantics
-            * losses.semantic_loss(logits, semantics, mask, self.class_weight),
-            "depth": weights.depth * losses.depth_loss(output.depth_logits, batch.depth_bin),
+        """Return the weighted terms of the heads that the network has, and `depth`.
+
+        They are `heatmap` and `box` of detection, `semantics` and `occupied` of occupancy.
+        """
+        output = run_network(network, batch, self.model.image)
+        terms: dict[str, Tensor] = {}
+        if output.heatmap is not None and output.box is not None:
+            terms |= self._detection(output.heatmap, output.box, batch)
+        if output.occupancy_logits is not None:
+            terms |= self._occupancy(output.occupancy_logits, batch)
+        depth = losses.depth_loss(output.depth_logits, batch.depth_bin)
+        return terms | {"depth": self.weights.depth * depth}
+
+    def _detection(self, heatmap: Tensor, box: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
+        weights, bev = self.weights, self.model.bev
+        if self.model.bevdet is not None:
+            tasks = self.model.bevdet.tasks
+            targets = task_targets(batch.boxes, batch.labels, tasks, bev)
+            published = LossWeights(weights.heatmap, weights.box, weights.velocity)
+            return by_head(centre_losses(heatmap, box, targets, published))
+        classes = len(self.model.detection_classes)
+        centres = losses.centre_targets(batch.boxes, batch.labels, bev, classes)
+        return {
+            "heatmap": weights.heatmap * losses.heatmap_loss(heatmap, centres.heatmap),
+            "box": weights.box * losses.box_loss(box, centres, weights.velocity),
         }
+
+    def _occupancy(self, logits: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
+        weights = self.weights
+        logits, semantics = at_voxels(logits, batch.semantics, batch.semantics_mask)
+        mask = torch.ones_like(semantics, dtype=torch.bool)
+        loss = losses.semantic_loss(logits, semantics, mask, self.class_weight)
+        terms = {"semantics": weights.semantics * loss}
         if weights.occupied:
             terms["occupied"] = weights.occupied * losses.occupied_iou_loss(logits, semantics, mask)
         return terms
+
+
+def by_head(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the terms of all tasks up to `heatmap` and `box`."""
+    heatmap = [value for name, value in terms.items() if name.endswith("heatmap")]
+    box = [value for name, value in terms.items() if not name.endswith("heatmap")]
+    return {"heatmap": torch.stack(heatmap).sum(), "box": torch.stack(box).sum()}
 
 
 def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
