@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-cameras", type=int, help="fewest cameras; default all but one")
     parser.add_argument(
+        "--min-support",
+        type=float,
+        default=0.5,
+        help="share of the expected sweeps that must be there",
+    )
+    parser.add_argument(
         "--no-gate", action="store_true", help="mark samples that break a limit, keep them"
     )
     parser.add_argument("--lidar", action="store_true", help="store the key sweep, too")
@@ -82,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     config = PairConfig(
         LabelConfig(window=args.window), GRIDS[args.grid], args.segment, args.min_cameras,
+        min_support=args.min_support,
         gate=not args.no_gate, lidar=args.lidar,
     )  # fmt: skip
     refused: Counter[str] = Counter()

@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 from occbev.geometry import project_points, transform_points
 from occbev.results import FrameSet
 from occbev.rig import Camera
+from occbev.trajectory import PoseError
 from occbev_training.sources.deskew import deskewed_rays
 from occbev_training.sources.recording import Recording
 
@@ -66,7 +67,10 @@ def _edge_scores(
         turn[:3, :3] = cv2.Rodrigues(np.array([0.0, angle, 0.0]))[0]
         moves.append(turn)
     for shift_ns in (-30_000_000, 30_000_000):
-        motion = recording.trajectory.relative(stamp_ns, stamp_ns + shift_ns)
+        try:
+            motion = recording.trajectory.relative(stamp_ns, stamp_ns + shift_ns)
+        except PoseError:
+            continue  # at the ends of a drive
         moves.append(camera.ego2cam @ motion @ camera.cam2ego)
     return [_mean_gradient(transform_points(move, edges), camera, gradient) for move in moves]
 

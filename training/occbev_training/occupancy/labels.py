@@ -30,6 +30,7 @@ from occbev_training.occupancy.rays import (
     Hits,
     RayBundle,
     bundle_rays,
+    bundle_slots,
     cast,
     gather_hits,
     mark_visible,
@@ -203,6 +204,7 @@ class LabelBuilder:
         self.config = config or LabelConfig()
         self.grid = grid or GRIDS["occ3d"]
         self._rays: dict[int, SweepRays | None] = {}
+        self._slots = bundle_slots(self.grid)
         self._camera_rays: dict[str, tuple[Camera, CameraRays]] = {}
 
     def build(self, key: int, frames: FrameSet | None = None) -> OccupancyLabel:
@@ -214,6 +216,10 @@ class LabelBuilder:
         window = self.window(key)
         decision = self.judge(window)
         return Examined(key, self._label(key, window, decision, frames), window, decision)
+
+    def forget(self) -> None:
+        """Drop the decoded sweeps."""
+        self._rays = {}
 
     def window(self, key: int) -> Window:
         """Collect the sweeps around one key frame in its ego frame."""
@@ -289,10 +295,8 @@ class LabelBuilder:
 
     def _bundle(self, sweep: SweepRays, stamp_ns: int) -> RayBundle:
         ego2reference = self.recording.trajectory.relative(sweep.stamp_ns, stamp_ns)
-        config = self.config
-        return bundle_rays(
-            sweep.rays, ego2reference, self.grid, config.conflict_margin, config.collapse
-        )
+        margin, collapse = self.config.conflict_margin, self.config.collapse
+        return bundle_rays(sweep.rays, ego2reference, self.grid, margin, collapse, self._slots)
 
     @cached_property
     def _period_ns(self) -> float:
@@ -304,6 +308,7 @@ class LabelBuilder:
         expected = min(2 * self.config.window * 1e9 / self._period_ns + 1, self.config.max_sweeps)
         stats = {
             "sweeps": len(window.sweeps),
+            "sweeps_expected": round(expected),
             "sweeps_without_pose": window.without_pose,
             "reference_sweeps": sum(window.reference),
             "low_support": int(len(window.sweeps) < expected / 2),

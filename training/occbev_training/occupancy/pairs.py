@@ -56,6 +56,8 @@ class PairConfig:
     """Key frames of one unit of work."""
     min_cameras: int | None = None
     """Fewest cameras of a sample; None is all but one."""
+    min_support: float = 0.5
+    """Smallest share of the window's expected sweeps that must be there."""
     max_camera_dt: float = 0.06
     """An image farther from the key time than this many seconds is left out."""
     min_travel: float = 0.5
@@ -198,7 +200,9 @@ def _examined(
         logger.info("%s key %d: %s", builder.recording.name, key, error)
         refused["no_pose"] += 1
         return None, frames
-    if examined.label.stats["low_support"] or not examined.label.stats["reference_sweeps"]:
+    stats = examined.label.stats
+    enough = stats["sweeps"] >= config.min_support * stats["sweeps_expected"]
+    if not enough or not stats["reference_sweeps"]:
         refused["low_support"] += 1
         return None, frames
     return examined, frames

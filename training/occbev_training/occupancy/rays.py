@@ -78,12 +78,14 @@ def bundle_rays(
     grid: VoxelGrid,
     margin: float,
     collapse: bool = True,
+    slots: NDArray[np.int32] | None = None,
 ) -> RayBundle:
     """Carry rays into the grid's frame and join those of one end cell or one exit cell.
 
     Beams that miss the grid are left out. With `collapse` off each beam stays alone.
+    slots: scratch from `bundle_slots`, to be used again for further sweeps of one thread.
     """
-    slots = np.full(2 * grid.size if collapse else 0, -1, np.int32)
+    slots = bundle_slots(grid) if slots is None else slots
     parts = _bundle(
         rays.end,
         rays.origin,
@@ -97,6 +99,11 @@ def bundle_rays(
         collapse,
     )
     return RayBundle(*parts)
+
+
+def bundle_slots(grid: VoxelGrid) -> NDArray[np.int32]:
+    """Return scratch for `bundle_rays`; it is left as it was found."""
+    return np.full(2 * grid.size, -1, np.int32)
 
 
 def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
@@ -434,6 +441,7 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collaps
     out_origin, out_end = np.empty((room, 3)), np.empty((room, 3))
     out_cell, out_hit = np.empty(room, np.int64), np.empty(room, np.bool_)
     weight, spare = np.zeros(room, np.int64), np.empty(room, np.int64)
+    used = np.empty(room, np.int64)
     e, o, place = np.empty(3), np.empty(3), np.empty(3, np.int64)
     count = 0
     for i in range(room):
@@ -463,7 +471,7 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collaps
                     e[a] = o[a] + (e[a] - o[a]) * t1
                     place[a] = min(max(int(np.floor(e[a] / pitch[a])), 0), shape[a] - 1)
         flat = (place[0] * shape[1] + place[1]) * shape[2] + place[2]
-        group = -1
+        group, key = -1, -1
         if collapse and (hit[i] or not inside):
             key = flat if inside else size + flat
             group = slots[key]
@@ -472,6 +480,7 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collaps
         if group < 0:
             group = count
             count += 1
+            used[group] = key
             out_cell[group] = flat if inside else -1
             out_hit[group] = inside and hit[i]
             spare[group] = beyond
@@ -484,6 +493,8 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collaps
             end_mm[group, a] += _millimetres(e[a])
             origin_mm[group, a] += _millimetres(o[a])
     for g in range(count):
+        if used[g] >= 0:
+            slots[used[g]] = -1
         for a in range(3):
             if collapse:
                 out_origin[g, a] = origin_mm[g, a] / weight[g] / 1000.0

@@ -1,0 +1,49 @@
+"""Tell whether a bag can become training pairs: one verdict per requirement, exit status 1 if a must fails.
+
+occbev-train bag-check BAG
+occbev-train bag-check BAG --ego-box      # also propose the vehicle's own body
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from occbev_training.sources.bag_check import check_bag, propose_ego_box
+from occbev_training.sources.bags import BagRecording
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
+    parser.add_argument(
+        "--ego-box", action="store_true", help="propose the box of the vehicle's own returns"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the verdicts."""
+    verdicts = check_bag(args.bag)
+    failed = [verdict for verdict in verdicts if verdict.must and not verdict.ok]
+    box = propose_ego_box(BagRecording(args.bag)) if args.ego_box and not failed else None
+    if args.json:
+        record = {"bag": str(args.bag), "ok": not failed, "verdicts": [asdict(v) for v in verdicts]}
+        print(json.dumps(record | ({"ego_box": asdict(box)} if box else {})))
+        return 1 if failed else 0
+    table = Table(
+        "", "requirement", "found", title=f"{args.bag}: {'usable' if not failed else 'not usable'}"
+    )
+    for verdict in verdicts:
+        mark = "[green]ok" if verdict.ok else ("[red]MUST" if verdict.must else "[yellow]should")
+        table.add_row(mark, verdict.requirement, verdict.text)
+    console = Console()
+    console.print(table)
+    if box is not None:
+        console.print(f"ego box: lo {box.lo}, hi {box.hi}", highlight=False)
+    return 1 if failed else 0

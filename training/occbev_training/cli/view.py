@@ -1,0 +1,48 @@
+"""Draw one stored pair: images with returns, label from above and in slices, visibility, evidence.
+
+occbev-train view SHARDS                      # list the keys
+occbev-train view SHARDS KEY --out pair.png   # also writes pair.html, to be turned with the mouse
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from occbev.rendering import write_picture
+from occbev_training.data.shards import ShardReader
+from occbev_training.occupancy.pictures import interactive_page, pair_picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("shards", type=Path, help="folder of shards")
+    parser.add_argument(
+        "key", nargs="?", help="DRIVE/STAMP of a pair, or its number; none lists them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("pair.png"), help="picture to write")
+    parser.add_argument("--width", type=int, default=1500, help="its width in pixels")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the picture and the page."""
+    console = Console()
+    reader = ShardReader(args.shards)
+    if args.key is None:
+        for number, row in enumerate(reader.rows):
+            console.print(
+                f"{number:5d}  {row['key']}  {row['split']}  {row['flags']}", highlight=False
+            )
+        return 0
+    key = args.key
+    if key.isdigit() and int(key) < len(reader):
+        key = reader.rows[int(key)]["key"]
+    sample = reader.sample(key)
+    write_picture(str(args.out), pair_picture(sample, args.width))
+    page = args.out.with_suffix(".html")
+    page.write_text(interactive_page(sample))
+    for name in (args.out, page):
+        console.print(f"wrote {name}", highlight=False)
+    return 0

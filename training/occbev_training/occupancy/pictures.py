@@ -1,0 +1,215 @@
+"""Pictures of a stored pair, to be looked at: images with returns, label from above and in slices, evidence."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.grid import VoxelGrid
+from occbev.rendering import Picture, beside, camera_mosaic, draw_points, stacked
+from occbev.rig import Camera
+from occbev_training.data.shards import PairSample
+
+_UNOBSERVED, _FREE, _HIDDEN, _SEEN = (28, 28, 32), (232, 236, 240), (196, 140, 70), (30, 100, 200)
+
+
+def grid_of(sample: PairSample) -> VoxelGrid:
+    """Return the grid that a sample's label was made on; raises ValueError if its hash disagrees."""
+    grid = VoxelGrid.from_record(dict(sample.meta["grid"]))
+    if grid.hash != sample.label.grid_hash:
+        raise ValueError(
+            f"{sample.key}: label of grid {sample.label.grid_hash}, record of {grid.hash}"
+        )
+    return grid
+
+
+def pair_picture(sample: PairSample, width: int = 1500) -> Picture:
+    """Draw one pair: cameras with returns over them, then the label from above, in slices, and its evidence."""
+    parts = []
+    if sample.images:
+        parts.append(_cameras(sample, width))
+    label = sample.label
+    size = width // 3 - 16
+    views = {
+        "occupied, seen by a camera blue, by LiDAR alone brown": _state_above(sample),
+        "height of the highest occupied cell": _height_above(sample),
+        "cameras that see a column": _heat(_count_bits(label.camera_visible).max(axis=2), 3),
+    }
+    parts.append(beside({name: _scaled(view, size) for name, view in views.items()}))
+    evidence = {
+        "sweeps that hit a column": _heat(label.hit_sweeps.max(axis=2), 21),
+        "sweeps that passed a column": _heat(label.pass_sweeps.max(axis=2), 21),
+        "what stands 0.2 to 1 m above the road": _low_above(sample),
+    }
+    parts.append(beside({name: _scaled(view, size) for name, view in evidence.items()}))
+    grid = grid_of(sample)
+    layers = np.linspace(1, grid.shape[2] - 1, 6).astype(int)
+    slices = {f"z {grid.lo[2] + (z + 0.5) * grid.pitch[2]:.1f} m": _scaled(_layer(sample, z), width // 6 - 14)
+              for z in dict.fromkeys(layers.tolist())}  # fmt: skip
+    parts.append(beside(slices))
+    parts.append(
+        beside({"cut along the drive, forward to the right": _scaled(_side(sample), width - 16)})
+    )
+    return stacked(parts)
+
+
+def _cameras(sample: PairSample, width: int) -> Picture:
+    """Lay the images out with the stored returns, or the hit cells' centres where none are stored."""
+    pictures: dict[str, Picture] = {}
+    grid = grid_of(sample)
+    points = sample.lidar
+    if points is None:
+        points = grid.centres(
+            np.argwhere((sample.label.state == 2) & (sample.label.hit_sweeps > 0))
+        )
+    for name in sample.calibration["order"]:
+        if name in sample.images:
+            data = np.frombuffer(sample.images[name], np.uint8)
+            picture = cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+            camera = _camera_at_key(sample.calibration["cameras"][name])
+            pictures[name] = draw_points(picture, camera, points)
+    return camera_mosaic(pictures, width)
+
+
+def _camera_at_key(record: Mapping[str, Any]) -> Camera:
+    """Return a camera as it stood at its own exposure, in ego at the key time."""
+    camera = Camera.from_record(dict(record))
+    return Camera(camera.name, camera.width, camera.height, camera.intrinsic,
+                  np.array(record["cam2ego_at_key"]), camera.distortion_model, camera.distortion)  # fmt: skip
+
+
+def _upright(plane: NDArray[Any]) -> NDArray[Any]:
+    """Turn an [x, y, ...] plane so that x points up and y to the left."""
+    return np.ascontiguousarray(plane[::-1, ::-1])
+
+
+def _scaled(picture: Picture, width: int) -> Picture:
+    height = round(picture.shape[0] * width / picture.shape[1])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+def _count_bits(volume: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.unpackbits(volume[..., None], axis=-1).sum(axis=-1, dtype=np.uint8)
+
+
+def _colours(state: NDArray[np.uint8], visible: NDArray[np.uint8]) -> Picture:
+    """Colour cells: unobserved dark, free light, occupied blue if a camera sees it, else brown."""
+    picture = np.empty((*state.shape, 3), np.uint8)
+    picture[state == 0], picture[state == 1] = _UNOBSERVED, _FREE
+    picture[(state == 2) & (visible == 0)] = _HIDDEN
+    picture[(state == 2) & (visible > 0)] = _SEEN
+    return picture
+
+
+def _state_above(sample: PairSample) -> Picture:
+    """A column is what its cells above the lowest quarter hold: occupied before free before unobserved."""
+    low = sample.label.state.shape[2] // 4
+    upper = sample.label.state[:, :, low:]
+    seen = np.where(upper == 2, sample.label.camera_visible[:, :, low:], 0).max(axis=2)
+    return _upright(_colours(upper.max(axis=2), seen))
+
+
+def _low_above(sample: PairSample) -> Picture:
+    """What stands on the ground: the cells between about 0.2 m and 1 m above the vehicle's road."""
+    grid, label = grid_of(sample), sample.label
+    first = max(0, int(np.ceil((0.2 - grid.lo[2]) / grid.pitch[2])))
+    part = slice(first, max(first + 1, int((1.0 - grid.lo[2]) / grid.pitch[2]) + 1))
+    seen = np.where(label.state[:, :, part] == 2, label.camera_visible[:, :, part], 0).max(axis=2)
+    return _upright(_colours(label.state[:, :, part].max(axis=2), seen))
+
+
+def _height_above(sample: PairSample) -> Picture:
+    occupied = sample.label.state == 2
+    top = np.where(
+        occupied.any(axis=2), occupied.shape[2] - np.argmax(occupied[:, :, ::-1], axis=2), 0
+    )
+    return _heat(top, occupied.shape[2])
+
+
+def _heat(plane: NDArray[Any], top: float) -> Picture:
+    """Colour a plane of counts, zero dark, `top` and more bright."""
+    level = np.clip(plane.astype(np.float64) / top * 255, 0, 255).astype(np.uint8)
+    picture = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
+    picture[plane == 0] = _UNOBSERVED
+    return _upright(picture)
+
+
+def _layer(sample: PairSample, z: int) -> Picture:
+    return _upright(_colours(sample.label.state[:, :, z], sample.label.camera_visible[:, :, z]))
+
+
+def _side(sample: PairSample) -> Picture:
+    """Cut along the drive: forward to the right, up upwards, cells twice as high as wide."""
+    middle = sample.label.state.shape[1] // 2
+    cut = _colours(
+        sample.label.state[:, middle], sample.label.camera_visible[:, middle]
+    )  # (X, Z, 3)
+    return np.repeat(np.ascontiguousarray(np.swapaxes(cut, 0, 1)[::-1]), 2, axis=0)
+
+
+def interactive_page(sample: PairSample) -> str:
+    """Return one HTML file that shows the occupied cells in 3-D: drag to turn, wheel to zoom, keys to colour."""
+    grid, label = grid_of(sample), sample.label
+    cells = np.argwhere(label.state == 2)
+    at = tuple(cells.T)
+    table = np.concatenate(
+        [cells, label.hit_sweeps[at][:, None], label.camera_visible[at][:, None]], axis=1
+    )
+    data = base64.b64encode(np.ascontiguousarray(table, np.uint8).tobytes()).decode()
+    if max(grid.shape) > 256:
+        raise ValueError(
+            f"the page holds grids of up to 256 cells a side; this one has {grid.shape}"
+        )
+    record = {
+        "lo": grid.lo,
+        "pitch": grid.pitch,
+        "key": sample.key,
+        "sweeps": int(label.hit_sweeps.max(initial=1)),
+    }
+    return _PAGE.replace("@RECORD@", json.dumps(record)).replace("@DATA@", data)
+
+
+_PAGE = """<!doctype html><meta charset="utf-8"><title>occbev pair</title>
+<style>body{margin:0;background:#14161a;color:#cdd;font:14px sans-serif;overflow:hidden}
+p{position:fixed;margin:10px;pointer-events:none}canvas{display:block}</style>
+<p id="text"></p><canvas id="view"></canvas><script>
+const record = @RECORD@, raw = atob("@DATA@"), cells = Uint8Array.from(raw, c => c.charCodeAt(0));
+const count = cells.length / 5, canvas = document.getElementById("view"), draw = canvas.getContext("2d");
+let turn = -2.4, tilt = 0.6, zoom = 1, colour = "height";
+const order = new Int32Array(count).map((_, i) => i), depth = new Float32Array(count);
+function shade(i) {
+  const z = cells[5 * i + 2], hits = cells[5 * i + 3], seen = cells[5 * i + 4];
+  if (colour === "height") return `hsl(${240 - z * 15},70%,58%)`;
+  if (colour === "hits") return `hsl(40,80%,${15 + 70 * hits / record.sweeps}%)`;
+  return seen ? "#4a90e2" : "#b5813f";
+}
+function paint() {
+  canvas.width = innerWidth; canvas.height = innerHeight;
+  const c = Math.cos(turn), s = Math.sin(turn), ct = Math.cos(tilt), st = Math.sin(tilt);
+  const scale = zoom * Math.min(innerWidth, innerHeight) / 70, px = new Float32Array(2 * count);
+  for (let i = 0; i < count; i++) {
+    const p = [0, 1, 2].map(a => record.lo[a] + (cells[5 * i + a] + 0.5) * record.pitch[a]);
+    const right = c * p[0] + s * p[1], away = -s * p[0] + c * p[1];
+    depth[i] = away * ct - p[2] * st;
+    px[2 * i] = innerWidth / 2 + right * scale; px[2 * i + 1] = innerHeight / 2 - (p[2] * ct + away * st) * scale;
+  }
+  order.sort((a, b) => depth[b] - depth[a]);
+  const side = Math.max(1.5, record.pitch[0] * scale);
+  for (const i of order) {
+    draw.fillStyle = shade(i); draw.fillRect(px[2 * i] - side / 2, px[2 * i + 1] - side / 2, side, side);
+  }
+  document.getElementById("text").textContent =
+    `${record.key}: ${count} occupied cells by ${colour}. Drag, wheel; keys: h height, e evidence, v visibility`;
+}
+onmousemove = e => { if (e.buttons) { turn += e.movementX / 200; tilt += e.movementY / 200; paint(); } };
+onwheel = e => { zoom *= Math.exp(-e.deltaY / 500); paint(); };
+onkeydown = e => { colour = {h: "height", e: "hits", v: "camera"}[e.key] || colour; paint(); };
+onresize = paint; paint();
+</script>
+"""
