@@ -19,8 +19,13 @@ from occbev.benchmarks import Options, Report
 
 BENCHES: Mapping[str, str] = {
     "pipeline": "images to boxes and voxels without ROS, by stage and runtime",
+    "sync": "the synchroniser beside the classic approximate-time search",
+    "clouds": "30,000 labelled voxels to a PointCloud2, beside the usual way",
 }
 """Name -> one line of help. Each is `occbev.benchmarks.<name>` with `run(options) -> Report`."""
+
+ROS_BENCHES: Mapping[str, str] = {"sync": "bench_sync", "clouds": "bench_clouds"}
+"""Those that know ROS and so live in `occbev.nodes`, by module."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,18 +48,28 @@ def run(args: argparse.Namespace) -> int:
     """Run one benchmark and print what it found."""
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: at least 1")
-    module = importlib.import_module(f"occbev.benchmarks.{args.bench}")
+    module = importlib.import_module(module_of(args.bench))
     console = Console(stderr=args.json)
     with console.status(f"{args.bench}, {args.rounds} rounds"):
         report: Report = module.run(Options(args.rounds, args.model, args.threads))
     if args.json:
         print(json.dumps(report.as_record(), indent=2))
     else:
-        _print(report.as_record(), console)
+        print_record(report.as_record(), console)
     return 0
 
 
-def _print(record: dict[str, Any], console: Console) -> None:
+def module_of(bench: str) -> str:
+    """Return the full name of a benchmark's module."""
+    return (
+        f"occbev.nodes.{ROS_BENCHES[bench]}"
+        if bench in ROS_BENCHES
+        else f"occbev.benchmarks.{bench}"
+    )
+
+
+def print_record(record: dict[str, Any], console: Console) -> None:
+    """Print a report as tables of keys and values."""
     for title in ("machine", "values", "ratios"):
         table = Table(
             title=title, title_justify="left", show_header=False, box=None, padding=(0, 2)

@@ -114,7 +114,9 @@ class CloudWriter:
 
     observed: bool = False
     _grid: VoxelGrid | None = None
-    _centres: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    _template: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros((0, POINT_STEP // 4), np.float32)
+    )
     _buffer: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros((0, POINT_STEP // 4), np.float32)
     )
@@ -122,13 +124,20 @@ class CloudWriter:
 
     def message(self, occupancy: Occupancy, header: Header) -> PointCloud2:
         """Make the cloud of one volume; points are voxel centres in the grid's frame."""
-        if self._grid != occupancy.grid:
-            self._grid = occupancy.grid
-            self._centres = occupancy.grid.centres().reshape(-1, 3).astype(np.float32)
         state = occupancy.state.reshape(-1)
         chosen = np.flatnonzero(
             state != UNOBSERVED_STATE if self.observed else state == OCCUPIED_STATE
         )
+        return self.message_of(occupancy, chosen, header)
+
+    def message_of(
+        self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header
+    ) -> PointCloud2:
+        """Make the cloud of the voxels with the flat indices `chosen` (M,)."""
+        if self._grid != occupancy.grid:
+            self._grid = occupancy.grid
+            self._template = np.zeros((occupancy.grid.size, POINT_STEP // 4), np.float32)
+            self._template[:, :3] = occupancy.grid.centres().reshape(-1, 3)
         return cloud_message(self._fill(occupancy, chosen), header)
 
     def _fill(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -136,8 +145,9 @@ class CloudWriter:
         if len(self._buffer) < count:
             self._buffer = np.zeros((2 * count, POINT_STEP // 4), np.float32)
         points = self._buffer[:count]
+        # Whole rows with their centres in place: one gather costs a third of writing three columns.
+        np.take(self._template, chosen, axis=0, out=points, mode="clip")
         labels = occupancy.label.reshape(-1)[chosen]
-        points[:, 0:3] = self._centres[chosen]
         points.view(np.uint32)[:, 3] = self._rgb[labels]
         points[:, 4] = occupancy.confidence.reshape(-1)[chosen]
         points.view(np.uint32)[:, 5] = (
