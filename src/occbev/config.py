@@ -154,8 +154,10 @@ class BevDetConfig:
     """Width of the images that the published camera parameters are given for."""
     source_height: int = 900
     """Height of these images."""
+    depth: int = 50
+    """Depth of the ResNet: 18, 50 or 101."""
     stages: tuple[int, ...] = (3, 4)
-    """ResNet-50 stages that the neck takes."""
+    """ResNet stages that the neck takes."""
     frozen_stages: int = 0
     """Leading parts of the ResNet that are not trained: 1 = the stem."""
     neck: str = "pyramid"
@@ -205,6 +207,91 @@ class BevDetConfig:
 
 
 @dataclass(frozen=True)
+class ResNetConfig:
+    """Image encoder of published networks: a residual network and a feature pyramid."""
+
+    depth: int = 50
+    """18, 50 or 101."""
+    stages: tuple[int, ...] = (2, 3, 4)
+    """Stages that the pyramid takes."""
+    levels: int = 4
+    """Maps that the pyramid returns."""
+    channels: int = 256
+    """Width of these maps."""
+    caffe_style: bool = False
+    """Stages stride in their first 1x1 convolution."""
+    deformable_stages: tuple[int, ...] = ()
+    """Stages with modulated deformable convolutions."""
+    frozen_stages: int = 2
+    """Leading parts that are not trained: 1 = the stem, 2 = the stem and the first stage."""
+
+
+@dataclass(frozen=True)
+class BevFormerConfig:
+    """BEVFormer view transform; detection classes and grids stand elsewhere."""
+
+    channels: int = 256
+    """Width of queries and features."""
+    heads: int = 8
+    """Attention heads."""
+    hidden: int = 512
+    """Width inside the feed-forward layers."""
+    layers: int = 6
+    """Encoder layers."""
+    heights: int = 4
+    """Points on each pillar."""
+    z_range: tuple[float, float] = (-5.0, 3.0)
+    """Pillars stand between these heights, metres in the frame of the BEV."""
+    camera_points: int = 8
+    """Places that a head reads per camera and level, all heights together."""
+    temporal_points: int = 4
+    """Places that a head reads in each of the two BEVs."""
+    cameras: int = 6
+    """Most cameras; each has its own embedding."""
+    level_rows: int = 4
+    """Rows of the level embedding; there may be more than levels."""
+    dropout: float = 0.1
+    """Dropout in training."""
+    turn_centre: tuple[float, float] | None = None
+    """Column and row about which the BEV is turned; by default where the vehicle is."""
+    occupancy: bool = False
+    """A semantic occupancy head in fine-tuning."""
+    max_rows: int = 16384
+    """Capacity of an exported graph: queries that one camera sees."""
+    max_slots: int = 3
+    """Capacity of an exported graph: cameras that see one query."""
+    reference_quirks: bool = False
+    """Behave as the published code does, which its weights have learned."""
+
+    def __post_init__(self) -> None:
+        if self.channels % self.heads or self.camera_points % self.heights:
+            raise ConfigError(
+                f"bevformer: heads {self.heads} must divide channels {self.channels}, and heights"
+                f" {self.heights} camera_points {self.camera_points}"
+            )
+
+
+@dataclass(frozen=True)
+class QueryHeadConfig:
+    """Detection by object queries (BEVFormer, DETR3D)."""
+
+    queries: int = 900
+    """Boxes that the head proposes."""
+    layers: int = 6
+    """Decoder layers, each of which predicts."""
+    heads: int = 8
+    """Attention heads."""
+    hidden: int = 512
+    """Width inside the feed-forward layers."""
+    points: int = 4
+    """Places that a head reads in the BEV."""
+    z_range: tuple[float, float] = (-5.0, 3.0)
+    """Heights that reference points can have, metres."""
+    dropout: float = 0.1
+    """Dropout in training."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A network, and all that its weights fix: it travels with them and no launch file overrides it."""
 
@@ -220,6 +307,12 @@ class ModelConfig:
     """View transform."""
     bevdet: BevDetConfig | None = None
     """Set for networks of the BEVDet family, whose parts it names; they have no use for `encoder`."""
+    resnet: ResNetConfig | None = None
+    """Image encoder of the families bevformer and detr3d, instead of `encoder`."""
+    bevformer: BevFormerConfig | None = None
+    """Set for the family bevformer."""
+    query_head: QueryHeadConfig | None = None
+    """Set for the families bevformer and detr3d where they detect."""
     bev: BevGrid = BevGrid((-51.2, -51.2), (1.024, 1.024), (100, 100))
     """Grid of the BEV features and of the detection head."""
     bev_encoder: BevEncoderConfig = field(default_factory=BevEncoderConfig)

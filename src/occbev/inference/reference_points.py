@@ -1,0 +1,233 @@
+"""Geometry of BEVFormer and DETR3D: where BEV pillars project to, and how the vehicle moved between frames.
+
+All of it is input of the exported graphs, as the tables of Lift-Splat are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from occbev.config import ModelConfig
+from occbev.geometry import (
+    make_transform,
+    rotation_from_yaw,
+    wrap_angle,
+    wxyz_from_rotation,
+    yaw_from_rotation,
+)
+from occbev.grid import BevGrid
+from occbev.inference.tables import TableCapacityError, Tables
+
+NEAREST = 1e-5
+"""Depth in metres from which a point counts as before a camera."""
+
+FAR_AWAY = 10.0
+"""Table entries are kept within this many image sizes; what lies beyond samples nothing either way."""
+
+NUSCENES_LIDAR = make_transform(rotation_from_yaw(-math.pi / 2), (0.94, 0.0, 1.84))
+"""lidar2ego of the vehicle that the published weights know: x right, y forward, on the roof."""
+
+
+def frame2ego(frame: str) -> NDArray[np.float64]:
+    """Return where a grid's frame is on the vehicle: `base_link`, or `lidar` for published weights."""
+    if frame == "base_link":
+        return np.eye(4)
+    if frame == "lidar":
+        return NUSCENES_LIDAR.copy()
+    raise ValueError(f"grid frame {frame!r}: must be base_link or lidar")
+
+
+def pillar_points(bev: BevGrid, z_range: tuple[float, float], heights: int) -> NDArray[np.float64]:
+    """Return points on the pillar over every cell, (Y * X, D, 3) metres in the grid's frame.
+
+    The lowest and highest are half a metre inside z_range.
+    """
+    columns, rows = np.meshgrid(np.arange(bev.shape[0]) + 0.5, np.arange(bev.shape[1]) + 0.5)
+    ground = bev.metres(np.stack([columns, rows], -1).reshape(-1, 2))
+    z = np.linspace(z_range[0] + 0.5, z_range[1] - 0.5, heights)
+    ground, z = np.broadcast_arrays(ground[:, None, :], z[None, :, None])
+    return np.concatenate([ground, z[..., :1]], -1)
+
+
+def frame_to_images(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, frame: str = "base_link"
+) -> NDArray[np.float64]:
+    """Return frame2img (N, 4, 4): points of a grid's frame to pixels times depth, depth, 1."""
+    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
+    projection = np.tile(np.eye(4), (len(intrinsic), 1, 1))
+    projection[:, :3, :3] = intrinsic
+    return projection @ np.linalg.inv(cam2ego) @ frame2ego(frame)
+
+
+def project(
+    points: ArrayLike, frame2img: ArrayLike, image_size: tuple[int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return where points (..., 3) appear in N images, and whether they do.
+
+    frame2img: (N, 4, 4). image_size: (width, height).
+    Returns: x and y in 0..1 of the image (N, ..., 2), and (N, ...) bool.
+    """
+    points, frame2img = np.asarray(points, np.float64), np.asarray(frame2img, np.float64)
+    flat = points.reshape(-1, 3)
+    rays = flat @ np.swapaxes(frame2img[:, :3, :3], 1, 2) + frame2img[:, None, :3, 3]
+    depth = rays[..., 2:]
+    place = rays[..., :2] / np.maximum(depth, NEAREST) / image_size
+    visible = (depth[..., 0] > NEAREST) & np.all((place > 0) & (place < 1), -1)
+    shape = (len(frame2img), *points.shape[:-1])
+    return place.astype(np.float32).reshape(*shape, 2), visible.reshape(shape)
+
+
+def reference_tables(
+    points: NDArray[np.float32], visible: NDArray[np.bool_], max_rows: int, max_slots: int
+) -> Tables:
+    """Return which queries each camera sees as tables of fixed size.
+
+    points: (N, Q, D, 2). visible: (N, Q, D). max_rows: queries per camera. max_slots: cameras per query.
+    Returns: table_query (N, R) int32, table_points (N, R, D, 2), table_slot (Q, S) int32: rows of
+    N * R that belong to a query, N * R where there is none.
+    Raises: TableCapacityError naming what is needed and what there is.
+    """
+    hit = visible.any(-1)  # (N, Q)
+    cameras, queries = hit.shape
+    _check("queries that one camera sees", int(hit.sum(1).max(initial=0)), max_rows)
+    _check("cameras that see one query", int(hit.sum(0).max(initial=0)), max_slots)
+    query = np.zeros((cameras, max_rows), np.int32)
+    places = np.full((cameras, max_rows, *points.shape[2:]), -FAR_AWAY, np.float32)
+    slot = np.full((queries, max_slots), cameras * max_rows, np.int32)
+    used = np.zeros(queries, np.int64)
+    for camera in range(cameras):
+        seen = np.flatnonzero(hit[camera])
+        query[camera, : len(seen)] = seen
+        places[camera, : len(seen)] = np.clip(points[camera, seen], -FAR_AWAY, FAR_AWAY)
+        slot[seen, used[seen]] = camera * max_rows + np.arange(len(seen))
+        used[seen] += 1
+    return {"table_query": query, "table_points": places, "table_slot": slot}
+
+
+# --- motion between two frames ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EgoMotion:
+    """How the vehicle came from the frame before to this one.
+
+    delta: (3,) metres in global axes. yaw: of this frame, radians. turn: since then, radians.
+    """
+
+    delta: NDArray[np.float64]
+    yaw: float
+    turn: float
+
+    @classmethod
+    def between(cls, previous: ArrayLike, current: ArrayLike) -> EgoMotion:
+        """Derive it from both (4, 4) poses in global axes."""
+        before, now = np.asarray(previous, np.float64), np.asarray(current, np.float64)
+        yaws = [yaw_from_rotation(pose[:3, :3]) for pose in (before, now)]
+        turn = float(wrap_angle(yaws[1] - yaws[0]))
+        return cls(now[:3, 3] - before[:3, 3], yaws[1], turn)
+
+
+def bev_shift(
+    motion: EgoMotion, bev: BevGrid, reference_quirks: bool = False
+) -> NDArray[np.float32]:
+    """Return what to add to x and y in 0..1 of the grid to find a cell in the frame before, (2,).
+
+    reference_quirks: as published, which takes the grid's y for forward in every frame.
+    """
+    length = math.hypot(motion.delta[0], motion.delta[1])
+    angle = motion.yaw - math.atan2(motion.delta[1], motion.delta[0])
+    forward, right = length * math.cos(angle), length * math.sin(angle)
+    ego_axes = bev.frame == "base_link" and not reference_quirks
+    shift = (forward, -right) if ego_axes else (right, forward)
+    extent = np.asarray(bev.pitch) * bev.shape
+    return (shift / extent).astype(np.float32)
+
+
+def align_table(
+    turn: float, bev: BevGrid, centre: tuple[float, float] | None = None
+) -> NDArray[np.int32]:
+    """Return which cell of the frame before turns into each cell, (Y * X,); Y * X for none.
+
+    turn: radians. centre: of the turn, column and row in cells; by default where the vehicle is.
+    """
+    columns, rows = bev.shape
+    if centre is None:
+        x, y = bev.map_coordinates((0.0, 0.0))
+        centre = float(x), float(y)
+    dx, dy = np.meshgrid(np.arange(columns) + 0.5 - centre[0], np.arange(rows) + 0.5 - centre[1])
+    cos, sin = math.cos(turn), math.sin(turn)
+    column = np.rint(centre[0] + cos * dx - sin * dy - 0.5).astype(np.int64)
+    row = np.rint(centre[1] + sin * dx + cos * dy - 0.5).astype(np.int64)
+    inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
+    return np.where(inside, row * columns + column, bev.size).astype(np.int32).reshape(-1)
+
+
+def can_bus(
+    pose: ArrayLike,
+    motion: EgoMotion | None,
+    acceleration: ArrayLike = (0.0, 0.0, 0.0),
+    rotation_rate: ArrayLike = (0.0, 0.0, 0.0),
+    velocity: ArrayLike = (0.0, 0.0, 0.0),
+) -> NDArray[np.float32]:
+    """Return ego motion as published weights read it, (18,): raw metres, radians and degrees.
+
+    pose: (4, 4) ego2global. motion: None in the first frame. The rest is in ego axes, SI units.
+    """
+    pose = np.asarray(pose, np.float64)
+    yaw = yaw_from_rotation(pose[:3, :3]) % (2 * math.pi)
+    delta, turn = (np.zeros(3), 0.0) if motion is None else (motion.delta, motion.turn)
+    return np.concatenate(
+        [delta, wxyz_from_rotation(pose[:3, :3]), acceleration, rotation_rate, velocity,
+         [yaw, math.degrees(turn)]]
+    ).astype(np.float32)  # fmt: skip
+
+
+def motion_tables(
+    motion: EgoMotion | None,
+    bev: BevGrid,
+    centre: tuple[float, float] | None = None,
+    reference_quirks: bool = False,
+) -> Tables:
+    """Return state_known (1,), table_align (1, Q) and table_shift (1, 2) of an exported graph."""
+    if motion is None:
+        return {
+            "state_known": np.zeros(1, np.float32),
+            "table_align": np.full((1, bev.size), bev.size, np.int32),
+            "table_shift": np.zeros((1, 2), np.float32),
+        }
+    return {
+        "state_known": np.ones(1, np.float32),
+        "table_align": align_table(motion.turn, bev, centre)[None],
+        "table_shift": bev_shift(motion, bev, reference_quirks)[None],
+    }
+
+
+def camera_tables(model: ModelConfig, intrinsic: ArrayLike, cam2ego: ArrayLike) -> Tables:
+    """Return the tables of an exported graph of the families bevformer and detr3d that depend on the rig.
+
+    intrinsic: (N, 3, 3) of network-size images. cam2ego: (N, 4, 4).
+    Returns: those of `reference_tables`, or for detr3d table_projection (1, N, 4, 4): points of the BEV's
+    frame to x and y in 0..1 of the image times depth, depth, 1.
+    """
+    size = (model.image.width, model.image.height)
+    frame2img = frame_to_images(intrinsic, cam2ego, model.bev.frame)
+    if model.family == "detr3d":
+        scale = np.diag([1 / size[0], 1 / size[1], 1.0, 1.0])
+        return {"table_projection": (scale @ frame2img)[None].astype(np.float32)}
+    former = model.bevformer
+    if former is None:
+        raise ValueError(f"{model.name}: family {model.family!r} has no reference points")
+    pillars = pillar_points(model.bev, former.z_range, former.heights)
+    places = project(pillars, frame2img, size)
+    return reference_tables(*places, former.max_rows, former.max_slots)
+
+
+def _check(what: str, needed: int, available: int) -> None:
+    if needed > available:
+        raise TableCapacityError(
+            f"{what}: the rig needs {needed}, the exported graph has {available}"
+        )
