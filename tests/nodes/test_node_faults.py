@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
@@ -155,6 +157,37 @@ def test_a_bad_transform_shows_in_diagnostics(make_bench: Callable[..., Any]) ->
         lambda: bench.statuses().get("ego motion") and bench.statuses()["ego motion"].level > 0
     )
     assert "norm 5.0" in bench.statuses()["ego motion"].text
+
+
+def test_a_frozen_camera_is_left_out_until_it_moves_again(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench(frozen_after=3))
+    pictures = [
+        cv2.imencode(".jpg", np.full((48, 64, 3), 40 + i, np.uint8))[1].tobytes() for i in range(16)
+    ]
+    for i in range(8):
+        for camera in ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT"):
+            still = camera == "CAM_LEFT" and i < 6
+            bench.vehicle.image(camera, 10**9 + i * 50_000_000, pictures[0 if still else i])
+        bench.wait(lambda i=i: bench.node._intake.sync.statistics.received["CAM_RIGHT"] > i)
+    finished(bench, 8)
+    frozen = ["CAM_LEFT" in frame_set.missing for frame_set in bench.pipeline.seen]
+    assert frozen == [False, False, True, True, True, True, False, False]
+    assert any(
+        "it is frozen: the same pixels came 3 times in a row" in line for line in bench.logged
+    )
+
+
+def test_a_black_camera_is_left_out(make_bench: Callable[..., Any]) -> None:
+    bench = ready(make_bench())
+    black = cv2.imencode(".png", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
+    for i in range(4):
+        stamp = 10**9 + i * 50_000_000
+        bench.vehicle.image("CAM_FRONT", stamp)
+        bench.vehicle.image("CAM_LEFT", stamp, black)
+        bench.vehicle.image("CAM_RIGHT", stamp)
+    finished(bench, 4)
+    assert all(set(s.missing) == {"CAM_LEFT"} for s in bench.pipeline.seen)
+    assert "it is black" in bench.pipeline.seen[0].missing["CAM_LEFT"]
 
 
 def test_images_without_a_stamp_are_named(make_bench: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,9 @@ Decode = Callable[[CameraFrame, Camera], CameraFrame]
 
 WAITING_DECODES = 8
 """Images per camera that may wait for a decoding thread; more would only grow old."""
+
+SPARSE = 8
+"""Rows and columns between the pixels that the checks for frozen and black images look at."""
 
 RECENT = 30
 """Arrivals of a camera over which its rate is taken."""
@@ -76,6 +80,13 @@ class Watch:
     arrivals: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     refused: Counter[str] = field(default_factory=Counter)
     problem: str = ""
+    fingerprint: int = 0
+    repeats: int = 0
+
+    def note_pixels(self, fingerprint: int) -> None:
+        """Count how often in a row the same pixels came."""
+        self.repeats = self.repeats + 1 if fingerprint == self.fingerprint else 1
+        self.fingerprint = fingerprint
 
     @property
     def rate_hz(self) -> float:
@@ -212,6 +223,7 @@ class Intake:
                 if compressed
                 else image_from_message(message, limit)
             )
+            self._refuse_frozen(camera, image)
             if self._waiting[camera] >= WAITING_DECODES:
                 raise MessageError(
                     f"{WAITING_DECODES} of its images wait to be decoded: the machine is too slow"
@@ -228,6 +240,12 @@ class Intake:
         future.add_done_callback(lambda _: self._finished(camera))
         return future
 
+    def _refuse_frozen(self, camera: str, image: bytes | NDArray[np.uint8]) -> None:
+        limit, watch = self.parameters.frozen_after, self.watch[camera]
+        watch.note_pixels(fingerprint(image))
+        if limit and watch.repeats >= limit:
+            raise MessageError(f"it is frozen: the same pixels came {watch.repeats} times in a row")
+
     def _finished(self, camera: str) -> None:
         with self._lock:
             self._waiting[camera] -= 1
@@ -237,10 +255,18 @@ class Intake:
         begin = time.perf_counter_ns()
         try:
             frame = frame if camera is None else self._decode(frame, camera)
+            self._refuse_black(frame)
         except ImageError:
             self.watch[frame.camera].refused["bad_image"] += 1
             raise
         return DecodedImage(frame, time.perf_counter_ns() - begin)
+
+    def _refuse_black(self, frame: CameraFrame) -> None:
+        limit, image = self.parameters.black_below, frame.image
+        if limit and not isinstance(image, bytes):
+            brightest = int(image[::SPARSE, ::SPARSE].max())
+            if brightest < limit:
+                raise ImageError(frame.camera, f"it is black: its brightest value is {brightest}")
 
     def _with_motion(self, frame_set: FrameSet, rig: CameraRig, decode_ns: int) -> Work:
         present = [frame for frame in frame_set.frames.values() if frame is not None]
@@ -264,3 +290,8 @@ class Intake:
         with self._lock:
             for name, watch in self.watch.items():
                 watch.problem = missing.get(name, "")
+
+
+def fingerprint(image: bytes | NDArray[np.uint8]) -> int:
+    """Return a checksum of encoded bytes, or of some rows of an image."""
+    return zlib.crc32(image if isinstance(image, bytes) else np.ascontiguousarray(image[::SPARSE]))

@@ -135,6 +135,10 @@ class PerceptionParameters:
     """Images of one camera that the middleware may queue."""
     waiting_sets: int = bounded(1, 1, 100)
     """Sets that may wait while the network runs; the oldest is dropped for a newer one."""
+    frozen_after: int = bounded(10, 0, 1000)
+    """A camera that sent the same pixels this often in a row is left out; 0 trusts it."""
+    black_below: int = bounded(4, 0, 255)
+    """An image whose brightest value lies below this is left out as black; 0 trusts it."""
     max_image_pixels: int = bounded(MAX_IMAGE_PIXELS, 1, 10**9)
     """Larger images are refused before anything is allocated."""
     debug_topics: bool = False
