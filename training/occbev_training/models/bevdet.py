@@ -202,7 +202,7 @@ def _heads(config: ModelConfig, parts: BevDetConfig, stage: str) -> dict[str, nn
 
 def _image_encoder(parts: BevDetConfig) -> ResNetImageEncoder:
     stages = (MATCHING_STAGE, *parts.stages) if parts.stereo else parts.stages
-    backbone = ResNet(50, stages, frozen_stages=parts.frozen_stages)
+    backbone = ResNet(parts.depth, stages, frozen_stages=parts.frozen_stages)
     widths = backbone.widths[1:] if parts.stereo else backbone.widths
     if parts.neck == "pyramid":
         neck: nn.Module = PyramidNeck(widths, parts.neck_channels)

@@ -1,0 +1,256 @@
+"""The BEVDet family runs: shapes, missing cameras, past frames, stereo, and what pre-training hands on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from occbev.config import (  # noqa: E402
+    BevDetConfig,
+    ConfigError,
+    DepthConfig,
+    ModelConfig,
+    load_config,
+)
+from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
+from occbev_training.data.datasets import TrainingBatch  # noqa: E402
+from occbev_training.models.bevdet import Frame, build_bevdet  # noqa: E402
+from occbev_training.models.checkpoints import transfer  # noqa: E402
+from occbev_training.models.depth_net import matching_cost  # noqa: E402
+from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder  # noqa: E402
+from occbev_training.models.lift_splat import BatchedPoints, batch_geometry  # noqa: E402
+from occbev_training.models.resnet import ResNet  # noqa: E402
+from occbev_training.models.temporal import TemporalFusion, warp_bev, warp_grid  # noqa: E402
+from occbev_training.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
+from occbev_training.trainer import LossConfig  # noqa: E402
+
+CAMERAS = 2
+FAMILIES = (
+    "bevdet_r50", "bevdet4d_r50", "bevdepth4d_r50", "bevdepth_r50_first", "bevdepth_r50_megvii",
+    "bevdepth4d_r50_megvii", "bevdet_occ_r50", "bevdet_occ_r50_4d_stereo", "flashocc_r50_m0",
+)  # fmt: skip
+
+
+def reduced(repository: Path, name: str) -> ModelConfig:
+    """The named network with small images, few bins and a small BEV."""
+    config = load_config(repository / "config" / "models" / f"{name}.yaml", ModelConfig)
+    depth = DepthConfig(1.0, 33.0, 4.0)
+    bev = BevGrid((-16.0, -16.0), (2.0, 2.0), (16, 16))
+    grid = VoxelGrid((-16.0, -16.0, -1.0), (2.0, 2.0, 0.8), (16, 16, 8))
+    bins = 8 if config.lift.height_bins > 1 else 1
+    lift = replace(config.lift, depth=depth, height_bins=bins, max_points=512)
+    image = replace(config.image, width=64, height=32)
+    depth_of = 50 if name == "bevdet_r50" else 18
+    parts = replace(config.bevdet, depth=depth_of, source_width=160, source_height=90)
+    return replace(config, image=image, lift=lift, bev=bev, grid=grid, bevdet=parts)
+
+
+def geometry(config: ModelConfig) -> BatchedPoints:
+    intrinsic = np.tile(np.array([[40.0, 0, 32], [0, 40, 8], [0, 0, 1]]), (1, CAMERAS, 1, 1))
+    forward = np.array([[0.0, 0, 1, 1], [-1, 0, 0, 0.2], [0, -1, 0, 1.5], [0, 0, 0, 1]])
+    backward = np.diag([-1.0, -1, 1, 1]) @ forward
+    return batch_geometry(intrinsic, np.stack([forward, backward])[None], config)
+
+
+def random_images(seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, CAMERAS, 3, 32, 64, generator=torch.Generator().manual_seed(seed))
+
+
+VALID = torch.ones(1, CAMERAS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_network_of_the_family_runs(repository: Path, name: str) -> None:
+    config = reduced(repository, name)
+    torch.manual_seed(0)
+    network, points = build_bevdet(config, "finetune").eval(), geometry(config)
+    frames = config.bevdet.frames
+    past = [Frame(random_images(i + 1), VALID, points) for i in range(frames - 1)]
+    matching = None
+    if config.bevdet.stereo:
+        matching = torch.zeros(CAMERAS, config.lift.depth.bins, 8, 16, 2)
+        past = [replace(p, matching=matching) for p in past] + [
+            Frame(random_images(9), VALID, None)
+        ]
+    with torch.no_grad():
+        output = network(random_images(), VALID, points, past, matching)
+    assert output.depth_logits.shape == (1, CAMERAS, 8, 2, 4)
+    if config.bevdet.tasks:
+        assert output.heatmap.shape == (1, 10, 16, 16)
+        assert output.box.shape == (1, 10 * len(config.bevdet.tasks), 16, 16)
+    if config.bevdet.occupancy != "none":
+        assert output.occupancy_logits.shape == (1, 18, 8, 16, 16)
+    for value in (output.heatmap, output.box, output.occupancy_logits):
+        assert value is None or torch.isfinite(value).all()
+
+
+@pytest.fixture(scope="module")
+def bevdet4d(repository: Path) -> tuple[ModelConfig, torch.nn.Module, BatchedPoints]:
+    config = reduced(repository, "bevdet4d_r50")
+    torch.manual_seed(0)
+    return config, build_bevdet(config, "finetune").eval(), geometry(config)
+
+
+def test_a_missing_camera_says_nothing(bevdet4d) -> None:
+    _, network, points = bevdet4d
+    one, images = torch.tensor([[1.0, 0.0]]), random_images()
+    other = images.clone()
+    other[:, 1] = 7.0
+    with torch.no_grad():
+        a, b = (network.refined_bev(i, one, points)[0] for i in (images, other))
+        c = network.refined_bev(other, VALID, points)[0]
+    torch.testing.assert_close(a, b)
+    assert not torch.allclose(b, c)
+
+
+def test_the_past_is_seen_but_takes_no_gradient(bevdet4d) -> None:
+    _, network, points = bevdet4d
+    joined: list[torch.Tensor] = []
+    hook = network.bev_encoder.register_forward_pre_hook(lambda _, inputs: joined.append(inputs[0]))
+    past = random_images(1).requires_grad_()
+    output = network(random_images(), VALID, points, [Frame(past, VALID, points)])
+    hook.remove()
+    with torch.no_grad():
+        each = [network.refined_bev(random_images(seed), VALID, points)[0] for seed in (0, 1)]
+    torch.testing.assert_close(joined[0], torch.cat(each, 1))
+    assert not torch.equal(*each)
+    output.heatmap.sum().backward()
+    assert past.grad is None
+    assert network.image_encoder.neck.smooth.weight.grad.abs().sum() > 0
+    assert network.view_transform.depth_net.predict.weight.grad.abs().sum() > 0
+
+
+def test_frames_are_joined_in_the_published_order() -> None:
+    key, newer, older = (torch.full((1, 1, 2, 2), float(v)) for v in (1, 2, 3))
+    first = TemporalFusion(None, 3, newest_first=True)
+    assert first(key, [newer, older])[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert first(key, [newer])[0, :, 0, 0].tolist() == [1, 2, 1]  # the key frame stands in
+    last = TemporalFusion(None, 3, newest_first=False)
+    assert last(key, [newer, older])[0, :, 0, 0].tolist() == [3, 2, 1]
+    first.use_history = False
+    assert first(key, [newer, older])[0, :, 0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_warping_follows_the_ego_motion(quirks: bool) -> None:
+    bev = BevGrid((-8.0, -4.0), (1.0, 1.0), (16, 8))
+    past = torch.randn(1, 3, 8, 16)
+    key2past = torch.eye(4)[None].clone()
+    torch.testing.assert_close(warp_bev(past, warp_grid(key2past, bev, quirks)), past)
+    key2past[0, 0, 3] = 2.0  # ego drove two metres: what was at x + 2 is now at x
+    moved = warp_bev(past, warp_grid(key2past, bev, quirks))
+    torch.testing.assert_close(moved[..., :-2], past[..., 2:], rtol=1e-4, atol=1e-4)
+    assert moved[..., -2:].abs().max() < 1e-4
+
+
+def test_turning_about_the_ego_needs_cell_centres() -> None:
+    bev = BevGrid((-4.0, -4.0), (1.0, 1.0), (8, 8))
+    past = torch.randn(1, 2, 8, 8)
+    half_turn = torch.diag(torch.tensor([-1.0, -1, 1, 1]))[None]
+    torch.testing.assert_close(
+        warp_bev(past, warp_grid(half_turn, bev)), past.flip(2, 3), rtol=1e-4, atol=1e-4
+    )
+    quirk = warp_bev(past, warp_grid(half_turn, bev, reference_quirks=True))
+    torch.testing.assert_close(
+        quirk[..., 1:, 1:], past.flip(2, 3)[..., :-1, :-1], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_matching_prefers_the_hypothesis_that_fits() -> None:
+    torch.manual_seed(0)
+    past = torch.randn(1, 8, 6, 10)
+    key = past.roll(-2, 3)  # what is at column c was at c + 2
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 6), torch.arange(10.0), indexing="ij")
+    grids = [torch.stack([(x + shift) / 9 * 2 - 1, y], -1) for shift in (0.0, 1.0, 2.0, 30.0)]
+    cost = matching_cost(key, past, torch.stack(grids)[None])
+    assert cost.shape == (1, 4, 6, 10)
+    torch.testing.assert_close(cost.sum(1), torch.ones(1, 6, 10))
+    assert (cost[..., :8].argmax(1) == 2).all()
+
+
+def test_pretraining_hands_its_parts_on(repository: Path) -> None:
+    config = reduced(repository, "flashocc_r50_m0")
+    torch.manual_seed(0)
+    pretrained, target = build_bevdet(config, "pretrain"), build_bevdet(config, "finetune")
+    with torch.no_grad():
+        output = pretrained.eval()(random_images(), VALID, geometry(config))
+    assert output.reconstruction_logits.shape == (1, 2, 8, 16, 16)
+    report = transfer(pretrained.state_dict(), target)
+    assert not report.mismatched
+    assert {n.split(".")[0] for n in report.new} == {"occupancy_head"}
+    carried = {"image_encoder", "view_transform", "bev_encoder"}
+    assert {n.split(".")[0] for n in report.carried} == carried
+    for name in report.carried:
+        torch.testing.assert_close(target.state_dict()[name], pretrained.state_dict()[name])
+
+
+def a_batch(config: ModelConfig, boxes: int) -> TrainingBatch:
+    volume = (1, *config.grid.shape[::-1])
+    rng = torch.Generator().manual_seed(0)
+    row = torch.tensor([[3.0, -2, 0.5, 4, 2, 1.5, 0.2, float("nan"), float("nan")]])
+    return TrainingBatch(
+        names=("a",),
+        images=torch.randint(0, 255, (1, CAMERAS, 3, 32, 64), generator=rng).byte(),
+        camera_valid=VALID,
+        points=geometry(config),
+        depth_bin=torch.randint(-1, 8, (1, CAMERAS, 2, 4), generator=rng),
+        state=torch.randint(0, 3, volume, generator=rng),
+        visible=torch.ones(volume, dtype=torch.bool),
+        evidence=torch.ones(volume),
+        boxes=(row.repeat(boxes, 1),),
+        labels=(torch.arange(boxes),),
+        semantics=torch.randint(0, 18, volume, generator=rng),
+        semantics_mask=torch.ones(volume, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("bevdepth_r50_megvii", {"heatmap", "box", "depth"}),
+        ("flashocc_r50_m0", {"semantics", "occupied", "depth"}),
+    ],
+)
+def test_both_stages_train_the_family(repository: Path, name: str, want: set[str]) -> None:
+    config = reduced(repository, name)
+    torch.manual_seed(0)
+    objectives = {
+        "pretrain": PretrainObjective(config, LossConfig()),
+        "finetune": FinetuneObjective(config, LossConfig(), torch.ones(18)),
+    }
+    for stage, objective in objectives.items():
+        network = build_bevdet(config, stage).train()
+        for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.eval()  # one value per channel at this size cannot be normalised by a batch
+        terms = objective(network, a_batch(config, 2))
+        assert set(terms) == ({"reconstruction", "depth"} if stage == "pretrain" else want)
+        total = sum(terms.values())
+        total.backward()
+        assert torch.isfinite(total)
+        gradient = network.image_encoder.backbone.layer1[0].conv1.weight.grad
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().sum() > 0
+
+
+def test_imagenet_weights_are_torchvisions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = ResNet(50, (3, 4))
+    encoder = ResNetImageEncoder(backbone, PyramidNeck(backbone.widths, 8))
+    state = {name: value + 1 for name, value in backbone.state_dict().items()}
+    torch.save({**state, "fc.weight": torch.zeros(2)}, tmp_path / "resnet50.pth")
+    assert encoder.load_imagenet(tmp_path / "resnet50.pth") == ("fc.weight",)
+    torch.testing.assert_close(backbone.conv1.weight, state["conv1.weight"])
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth.*conv1\.weight"):
+        encoder.load_imagenet(tmp_path / "other.pth")
+
+
+def test_config_names_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="depth_net 'deep'"):
+        BevDetConfig(depth_net="deep")
+    with pytest.raises(ConfigError, match=r"bevdet\.frames 0"):
+        BevDetConfig(frames=0)
