@@ -182,3 +182,21 @@ def test_failures_name_their_cause(backend: KnownBackend) -> None:
     backend.run = lambda inputs: {"heatmap": backend.heatmap}  # type: ignore[method-assign]
     with pytest.raises(OutputError, match=r"lacks the outputs \['occupancy_logits', 'box'\]"):
         line.run(cut)
+
+
+def test_a_network_may_say_only_boxes_or_only_voxels(backend: KnownBackend) -> None:
+    everything = pipeline(backend).run(frame_set("left", "front", "right"))
+    run = backend.run
+    backend.run = lambda inputs: {  # type: ignore[method-assign]
+        k: v for k, v in run(inputs).items() if k != "occupancy_logits"
+    }
+    boxes_only = pipeline(backend).run(frame_set("left", "front", "right"))
+    np.testing.assert_array_equal(boxes_only.boxes.box, everything.boxes.box)
+    assert not boxes_only.occupancy.state.any()
+    assert not boxes_only.occupancy.confidence.any()
+    backend.run = lambda inputs: {  # type: ignore[method-assign]
+        "occupancy_logits": run(inputs)["occupancy_logits"]
+    }
+    voxels_only = pipeline(backend).run(frame_set("left", "front", "right"))
+    assert len(voxels_only.boxes) == 0
+    np.testing.assert_array_equal(voxels_only.occupancy.label, everything.occupancy.label)

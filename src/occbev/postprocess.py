@@ -143,6 +143,13 @@ def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] =
     return Occupancy(label, confidence, state, grid, cameras)
 
 
+def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
+    """Return occupancy that says nothing of any voxel, for networks without an occupancy head."""
+    label, confidence = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.float32)
+    state = np.full(grid.shape, UNOBSERVED_STATE, np.uint8)
+    return Occupancy(label, confidence, state, grid, cameras)
+
+
 def voxels_in_view(rig: CameraRig, grid: VoxelGrid) -> NDArray[np.bool_]:
     """Return (N, X, Y, Z): which voxel centres each camera of the rig has in its image.
 

@@ -23,6 +23,7 @@ from occbev.postprocess import (
     OutputError,
     decode_boxes,
     decode_occupancy,
+    unobserved,
     voxels_in_view,
 )
 from occbev.preprocess import PreparedImages, Preprocessor
@@ -141,17 +142,24 @@ class Pipeline:
     def _decoded(
         self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]
     ) -> tuple[Boxes3D, Occupancy]:
-        absent = [name for name in OUTPUTS if name not in outputs]
-        if absent:
+        """Decode what the network says; boxes that it does not predict are none, voxels are unobserved."""
+        detects, occupies = {"heatmap", "box"} <= set(outputs), "occupancy_logits" in outputs
+        if not detects and not occupies:
+            absent = [name for name in OUTPUTS if name not in outputs]
             raise OutputError(
                 f"the graph of {self.package.model.name} lacks the outputs {absent}; it has {sorted(outputs)}"
             )
         model = self.package.model
-        logits, heatmap, box = (outputs[name][0] for name in OUTPUTS)
-        boxes = decode_boxes(
-            heatmap, box, model.bev, self.decoding, cameras, model.detection_classes
-        )
+        boxes = Boxes3D.empty(cameras)
+        if detects:
+            heatmap, box = outputs["heatmap"][0], outputs["box"][0]
+            boxes = decode_boxes(
+                heatmap, box, model.bev, self.decoding, cameras, model.detection_classes
+            )
+        if not occupies:
+            return boxes, unobserved(model.grid, cameras)
         observed = np.any(self._in_view(prepared.rig)[prepared.camera_valid > 0], axis=0)
+        logits = outputs["occupancy_logits"][0]
         return boxes, decode_occupancy(logits, model.grid, cameras, observed)
 
     def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:
