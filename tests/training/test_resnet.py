@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torchvision.models import resnet50  # noqa: E402
 
-from occbev_training.models.deformable_conv import DeformableConv2d  # noqa: E402
+from occbev_training.models.deformable_conv import DeformableConv2d, plain_operators  # noqa: E402
 from occbev_training.models.resnet import ResNet  # noqa: E402
 
 
@@ -68,6 +68,22 @@ def test_offsets_are_y_then_x_of_each_tap() -> None:
         conv.weight[0, 0, 1, 1] = 1  # the centre tap alone
         conv.conv_offset.bias[8] = 1  # its y offset
     torch.testing.assert_close(conv(x)[0, 0, :4], x[0, 0, 1:])
+
+
+@pytest.mark.parametrize(("stride", "groups", "modulated"), [(1, 1, True), (2, 2, False)])
+def test_plain_operators_say_the_same(stride: int, groups: int, modulated: bool) -> None:
+    torch.manual_seed(0)
+    conv = DeformableConv2d(4, 6, stride, groups, modulated, bias=True)
+    torch.nn.init.normal_(
+        conv.conv_offset.weight, std=0.3
+    )  # offsets of pixels, some out of the image
+    x = torch.randn(2, 4, 7, 9)
+    want = conv(x)
+    with plain_operators(torch.nn.Sequential(conv)):
+        got = conv(x)
+    assert not conv.plain
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_stages_and_norms_do_not_move() -> None:
