@@ -16,6 +16,7 @@ from occbev.geometry import (
     project_points,
     rotation_from_yaw,
     transform_points,
+    yaw_from_rotation,
 )
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import CameraFrame, FrameSet, Sweep
@@ -100,6 +101,7 @@ class SimulatedDrive:
         self._world2global = make_transform(
             rotation_from_yaw(rng.uniform(-np.pi, np.pi)), [*rng.uniform(300, 2000, 2), 0.0]
         )
+        self._yaw2global = yaw_from_rotation(self._world2global[:3, :3])
         self.trajectory = self._build_trajectory()
         self.sweep_stamp_ns = self._stamps(self._sweep_times)
         self.key_stamp_ns = self.sweep_stamp_ns[self._key_sweeps]
@@ -157,6 +159,16 @@ class SimulatedDrive:
         points = transform_points(invert_transform(ego2world), scan.world[~scan.ego])
         actors = (*self._world.static_actors, *self._world.moving_actors)
         return annotate(actors, ego2world, time, points, self.name)
+
+    def moving_boxes(self, stamp_ns: int) -> NDArray[np.float64]:
+        """Boxes (A, 7) x, y, z, l, w, h, yaw of everything that moves, in the global frame at any stamp."""
+        rows = []
+        for actor in self._world.moving_actors:
+            pose = actor.track.at((stamp_ns - self._start_ns) / 1e9)
+            centre = pose[:3] + [0, 0, actor.shape.size[2] / 2]
+            centre = transform_points(self._world2global, centre)
+            rows.append([*centre, *actor.shape.size, pose[3] + self._yaw2global])
+        return np.array(rows, np.float64).reshape(-1, 7)
 
     def occupancy_truth(self, key: int) -> OccupancyTruth:
         """Label every voxel at the key stamp.
