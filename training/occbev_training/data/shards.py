@@ -198,12 +198,15 @@ def write_index(folder: Path, rows: Sequence[Mapping[str, Any]]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not rows:
+        raise ShardError(f"{folder}: no finished sample to index")
     ordered = sorted((dict(row) for row in rows), key=lambda row: (row["drive"], row["stamp_ns"]))
-    for row, before, after in zip(
-        ordered, [None, *ordered[:-1]], [*ordered[1:], None], strict=True
-    ):
-        row["previous"] = before["key"] if before and before["drive"] == row["drive"] else None
-        row["next"] = after["key"] if after and after["drive"] == row["drive"] else None
+    for number, row in enumerate(ordered):
+        before, after = ordered[max(0, number - 1)], ordered[min(number + 1, len(ordered) - 1)]
+        row["previous"] = (
+            before["key"] if before is not row and before["drive"] == row["drive"] else None
+        )
+        row["next"] = after["key"] if after is not row and after["drive"] == row["drive"] else None
     names = list(dict.fromkeys(name for row in ordered for name in row))
     table = pa.table({name: [row.get(name) for row in ordered] for name in names})
     temporary = folder / f".{INDEX_NAME}.tmp"

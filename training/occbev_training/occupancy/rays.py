@@ -162,6 +162,15 @@ class CameraRays:
     until: tuple[float, ...]
 
 
+def beams_through(
+    bundle: RayBundle, hits: Hits, solid: NDArray[np.bool_], grid: VoxelGrid, distance: float
+) -> int:
+    """Count the beams of one sweep that contradict at least one of the hit cells chosen by `solid` (H,)."""
+    return int(_beams_through(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
+                              np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape),
+                              hits.row, hits.centroid, solid, distance))  # fmt: skip
+
+
 def mark_visible(
     rays: CameraRays,
     cam2grid: NDArray[np.float64],
@@ -295,6 +304,14 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     return nx + ny + nz + 3
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _goes_by(centroid, origin, direction, square, distance):  # type: ignore[no-untyped-def]
+    """Whether a line passes a point nearer than `distance`; `square` is the direction's squared length."""
+    px, py, pz = centroid[0] - origin[0], centroid[1] - origin[1], centroid[2] - origin[2]
+    along = px * direction[0] + py * direction[1] + pz * direction[2]
+    return px * px + py * py + pz * pz - along * along / square < distance * distance
+
+
 @njit(cache=True, nogil=True)
 def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, ground, distance,
           passes, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -311,19 +328,47 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
             layer = end_cell[g] % shape[2]
             while count > 0 and cells[count - 1] % shape[2] == layer:
                 count -= 1
-        dx, dy, dz = end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2]
-        square = dx * dx + dy * dy + dz * dz
+        direction = (end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2])
+        square = direction[0] ** 2 + direction[1] ** 2 + direction[2] ** 2
         latest = 1.0 - margin[g] / np.sqrt(square) if square > 0.0 else 0.0
         for i in range(count):
             cell = cells[i]
             passes[cell] |= bit
             r = row[cell]
-            if r >= 0 and leave[i] <= latest:
-                px, py, pz = centroid[r, 0] - origin[g, 0], centroid[r, 1] - origin[g, 1], centroid[r, 2] - origin[g, 2]  # fmt: skip
-                along = px * dx + py * dy + pz * dz
-                if px * px + py * py + pz * pz - along * along / square < distance * distance:
-                    conflicts[r] += weight[g]
-                    conflict_sweeps[r] |= bit
+            if (
+                r >= 0
+                and leave[i] <= latest
+                and _goes_by(centroid[r], origin[g], direction, square, distance)
+            ):
+                conflicts[r] += weight[g]
+                conflict_sweeps[r] |= bit
+
+
+@njit(cache=True, nogil=True)
+def _beams_through(origin, end, end_cell, weight, margin, lo, pitch, shape, row, centroid, solid,
+                   distance):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Add the weights of rays that go through the returns of a chosen cell."""
+    room = shape[0] + shape[1] + shape[2] + 3
+    cells, leave = np.empty(room, np.int64), np.empty(room, np.float64)
+    total = 0
+    for g in range(len(end)):
+        count = _walk(
+            (origin[g] - lo) / pitch, (end[g] - lo) / pitch, end_cell[g], shape, cells, leave
+        )
+        direction = (end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2])
+        square = direction[0] ** 2 + direction[1] ** 2 + direction[2] ** 2
+        latest = 1.0 - margin[g] / np.sqrt(square) if square > 0.0 else 0.0
+        for i in range(count):
+            r = row[cells[i]]
+            if (
+                r >= 0
+                and solid[r]
+                and leave[i] <= latest
+                and _goes_by(centroid[r], origin[g], direction, square, distance)
+            ):
+                total += weight[g]
+                break
+    return total
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,114 @@
+"""Verdicts on bags: a good one passes, and each fault is named by the verdict that is about it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rosbags", reason="bags are read with rosbags")
+
+from occbev.geometry import transform_points
+from occbev.results import Sweep
+from occbev_training.sources.bag_check import TopicTimes, check_bag, propose_ego_box
+from occbev_training.sources.bags import write_bag
+from occbev_training.sources.recording import RecordingError
+
+
+@pytest.fixture(scope="module")
+def bag(tmp_path_factory):
+    from tests.training.conftest import TinyRecording
+
+    path = tmp_path_factory.mktemp("bags") / "good"
+    recording = TinyRecording(keys=4)
+    write_bag(recording, path)
+    return path
+
+
+def verdicts_by_name(path) -> dict:
+    return {verdict.requirement: verdict for verdict in check_bag(path)}
+
+
+def test_a_good_bag_passes_all_but_the_camera_rate(bag) -> None:
+    found = verdicts_by_name(bag)
+    failed = [name for name, verdict in found.items() if verdict.must and not verdict.ok]
+    assert all(name.startswith("camera ") for name in failed), (
+        "key frames come at 2 Hz in the test drive"
+    )
+    assert "100.0 ms" in found["per-point time"].text or found["per-point time"].ok
+    assert found["message counts"].ok
+    assert not found["IMU"].ok
+    assert not found["IMU"].must
+
+
+def test_a_bag_without_cameras_says_which_topics_it_has(bag, tmp_path) -> None:
+    from occbev_training.sources.bags import BagTopics
+
+    with pytest.raises(RecordingError, match="no such bag"):
+        check_bag(tmp_path / "absent")
+    found = {v.requirement: v for v in check_bag(bag, BagTopics({}, {}, None, None))}
+    assert not found["lidar"].ok
+    assert not found["readable as a recording"].ok
+
+
+def times(stamps, lag) -> TopicTimes:
+    stamps = np.asarray(stamps, np.int64)
+    return TopicTimes(stamps, stamps + np.asarray(lag, np.int64))
+
+
+def test_rate_offset_and_drift_are_measured() -> None:
+    stamps = 10**18 + np.arange(200, dtype=np.int64) * 50_000_000
+    noise = np.random.default_rng(0).integers(0, 2_000_000, 200)
+    steady = times(stamps, 5_000_000 + noise)
+    assert steady.rate == pytest.approx(20.0)
+    assert abs(steady.drift) < 5e-4
+    assert np.median(steady.lag) == pytest.approx(0.006, abs=1e-3)
+    drifting = times(stamps, (np.arange(200) * 50_000_000 * 1e-3).astype(np.int64))
+    assert drifting.drift == pytest.approx(1e-3, rel=0.05)
+    assert times([5], [0]).rate == times([], []).rate == 0.0
+
+
+def test_clock_faults_are_counted() -> None:
+    from occbev_training.sources.bag_check import _clock
+
+    stamps = 10**18 + np.arange(100, dtype=np.int64) * 100_000_000
+    good = {v.requirement: v.ok for v in _clock("/t", times(stamps, np.full(100, 3_000_000)))}
+    assert all(good.values())
+    broken = stamps.copy()
+    broken[10], broken[20], broken[30] = 0, broken[19], broken[28]
+    assert not _clock("/t", times(broken, np.zeros(100)))[0].ok
+    assert not _clock("/t", times(stamps, np.full(100, 2_000_000_000)))[1].ok, "two seconds off"
+
+
+def test_the_ego_box_is_found_from_what_never_moves(make_recording) -> None:
+    recording = make_recording(keys=12)
+    rng = np.random.default_rng(3)
+    low, high = np.array([-1.0, -0.9, 0.3]), np.array([3.0, 0.9, 1.6])
+    axes = [np.arange(a, b, 0.1) + 0.05 for a, b in zip(low, high, strict=True)]
+    body = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+    class Bodied(type(recording)):
+        def sweep(self, index: int) -> Sweep:
+            swept = super().sweep(index)
+            other = rng.uniform((-20, -20, -0.5), (20, 20, 4), (2000, 3))
+            points = np.vstack([body, other])
+            ego2lidar = np.linalg.inv(self.lidar2ego)
+            return dataclasses.replace(
+                swept,
+                points=transform_points(ego2lidar, points).astype(np.float32),
+                intensity=None,
+                time_offset=None,
+            )
+
+    drive = Bodied(keys=12)
+    box = propose_ego_box(drive)
+    assert np.allclose(box.lo, low, atol=0.11)
+    assert np.allclose(box.hi, high, atol=0.11)
+    still = Bodied(keys=12)
+    still.trajectory = dataclasses.replace(
+        still.trajectory,
+        ego2global=np.repeat(still.trajectory.ego2global[:1], len(still.trajectory.stamp_ns), 0),
+    )
+    with pytest.raises(RecordingError, match="less than 20 m"):
+        propose_ego_box(still)
