@@ -294,4 +294,6 @@ class Intake:
 
 def fingerprint(image: bytes | NDArray[np.uint8]) -> int:
     """Return a checksum of encoded bytes, or of some rows of an image."""
-    return zlib.crc32(image if isinstance(image, bytes) else np.ascontiguousarray(image[::SPARSE]))
+    return zlib.crc32(
+        image if isinstance(image, bytes) else np.ascontiguousarray(image[::SPARSE]).data
+    )

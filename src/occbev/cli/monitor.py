@@ -1,0 +1,112 @@
+"""A terminal dashboard of the running node: cameras, offsets, drops by reason, latency; from /diagnostics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from occbev.nodes.monitor_node import Listener, Part
+
+COLOURS = {0: "green", 1: "yellow", 2: "red"}
+STALE_S = 3.0
+"""A node that was not heard for this long is shown as stale."""
+
+WHOLE, LATENCY, EGO = "perception", "latency", "ego motion"
+CAMERA_COLUMNS = ("rate_hz", "age_s", "offset_ms", "received", "used")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the first report as JSON and end"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=10.0, help="with --json: seconds to wait for a node"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the dashboard until interrupted; with --json 1 if no node was heard."""
+    from occbev.nodes.monitor_node import Listener
+
+    with Listener() as listener:
+        return _snapshot(listener, args.wait) if args.json else _watch(listener)
+
+
+def _snapshot(listener: Listener, seconds: float) -> int:
+    deadline = time.monotonic() + seconds
+    parts: dict[str, Part] = {}
+    while not parts and time.monotonic() < deadline:
+        parts = listener.listen(0.1)
+    record = {
+        p.name: {"level": p.level, "text": p.text, "values": p.values} for p in parts.values()
+    }
+    print(json.dumps(record, indent=2))
+    return 0 if record else 1
+
+
+def _watch(listener: Listener) -> int:
+    with Live(dashboard({}), console=Console(), refresh_per_second=4, screen=True) as live:
+        while True:
+            live.update(dashboard(listener.listen(0.25)))
+
+
+def dashboard(parts: Mapping[str, Part]) -> Group:
+    """Lay the parts out as tables."""
+    if WHOLE not in parts:
+        return Group(Text("waiting for a perception node on /diagnostics", style="yellow"))
+    whole = parts[WHOLE]
+    age_s = time.monotonic() - whole.heard_s
+    stale = f"  (not heard for {age_s:.0f} s)" if age_s > STALE_S else ""
+    title = Text(whole.text + stale, style="red" if stale else COLOURS.get(whole.level, "red"))
+    return Group(title, _sets(whole), _cameras(parts), _latencies(parts), _ego(parts))
+
+
+def _sets(whole: Part) -> Table:
+    table = Table("sets", "count", title_justify="left", box=None)
+    for key, value in whole.values.items():
+        table.add_row(key, value)
+    return table
+
+
+def _cameras(parts: Mapping[str, Part]) -> Table:
+    table = Table("camera", *CAMERA_COLUMNS, "dropped", "state", box=None)
+    for part in parts.values():
+        if part.name in (WHOLE, LATENCY, EGO):
+            continue
+        losses = {
+            k.split(".", 1)[1]: v
+            for k, v in part.values.items()
+            if k.startswith(("dropped.", "refused."))
+        }
+        dropped = ", ".join(f"{reason} {count}" for reason, count in losses.items())
+        columns = (part.values.get(key, "") for key in CAMERA_COLUMNS)
+        table.add_row(
+            part.name, *columns, dropped, Text(part.text, style=COLOURS.get(part.level, "red"))
+        )
+    return table
+
+
+def _latencies(parts: Mapping[str, Part]) -> Table:
+    table = Table("stage", "p50 ms", "p95 ms", box=None)
+    values = parts[LATENCY].values if LATENCY in parts else {}
+    for stage in dict.fromkeys(key.split(".")[0] for key in values):
+        table.add_row(stage, values.get(f"{stage}.p50_ms", ""), values.get(f"{stage}.p95_ms", ""))
+    return table
+
+
+def _ego(parts: Mapping[str, Part]) -> Text:
+    part = parts.get(EGO)
+    return Text(
+        f"ego motion: {part.text}" if part else "",
+        style=COLOURS.get(part.level, "red") if part else "",
+    )
