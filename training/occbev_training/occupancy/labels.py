@@ -77,7 +77,8 @@ class LabelConfig:
     """A beam at the key time frees a hit cell that does not move as a whole only if this many times
     more sweeps contradict than hit it: foliage and fences let beams through."""
     far_range: float = 30.0
-    """Beyond this one hit is enough for occupied, and free needs `far_passes` sweeps."""
+    """Beyond this one hit is enough for occupied where fewer than `far_passes` sweeps went through,
+    and free needs that many."""
     near_hits: int = 2
     """Sweeps that must hit a cell nearer than `far_range`, unless the reference sweep does."""
     far_passes: int = 2
@@ -455,7 +456,8 @@ def decide(
     hit_now = (hits.sweeps & bits) != 0
     outvoted = np.bitwise_count(evidence.conflict_sweeps) >= config.reference_ratio * hit_sweeps
     free_now = ((evidence.conflict_sweeps & bits) != 0) & solid & (dynamic | outvoted)
-    supported = (hit_sweeps >= config.near_hits) | far[hits.cell]
+    lone_far = far[hits.cell] & (pass_sweeps[hits.cell] < config.far_passes)
+    supported = (hit_sweeps >= config.near_hits) | lone_far
     state[hits.cell] = np.select(
         [hit_now, free_now, ~dynamic & supported],
         [OCCUPIED_STATE, FREE_STATE, OCCUPIED_STATE],
