@@ -160,8 +160,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         self.config, self.folder, self.objective, self.loader = config, folder, objective, loader
         self.validate = validate
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(),
-                                       mixed_precision="bf16" if config.precision == "bf16" else "no")  # fmt: skip
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         optimizer = build_optimizer(network, config.optim)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.ema = WeightAverage(self._bare(), config.optim.ema)
@@ -269,7 +268,8 @@ class Trainer:
             waited += time.monotonic() - asked
             samples += len(batch.names)
             names += batch.names
-            terms = self.objective(self.network, batch)
+            with self._autocast():
+                terms = self.objective(self.network, batch)
             total = torch.stack(list(terms.values())).sum()
             self._require_finite(
                 total, {name: float(term.detach()) for name, term in terms.items()}, names
@@ -302,7 +302,7 @@ class Trainer:
         bare = self._bare()
         with self.ema.applied(bare):
             bare.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 scores = self.validate(bare)
         self.network.train()
         return scores
@@ -328,6 +328,11 @@ class Trainer:
             temporary = self.folder / "weights.tmp"
             save_file(_contiguous(self.ema.state), temporary)
             os.replace(temporary, self.folder / "weights.safetensors")
+
+    def _autocast(self) -> torch.autocast:
+        # Not accelerate's own: its precision is fixed for the whole process.
+        bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
 
     def _bare(self) -> nn.Module:
         network: nn.Module = self.accelerator.unwrap_model(self.network)

@@ -1,0 +1,437 @@
+"""The loop: it learns, stops, resumes to the bit, refuses what is not finite, and carries stage 1 into stage 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from occbev.config import (
+    BevEncoderConfig,
+    ConfigError,
+    DepthConfig,
+    DetectionHeadConfig,
+    EncoderConfig,
+    ImageConfig,
+    LiftConfig,
+    ModelConfig,
+    OccupancyHeadConfig,
+    load_config,
+    save_config,
+)
+from occbev.grid import GRIDS, BevGrid
+from occbev_training.cli.pretrain import overridden
+from occbev_training.data.augment import AugmentConfig
+from occbev_training.data.cache import CacheError, PrepareConfig, open_cache, prepare
+from occbev_training.evaluate import evaluate
+from occbev_training.models.build import build_network
+from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.sources.recording import OccupancyTruth
+from occbev_training.stages import StageInputs, predictor, train_stage
+from occbev_training.trainer import (
+    OptimConfig,
+    Pace,
+    Trainer,
+    TrainingConfig,
+    TrainingError,
+    WeightAverage,
+    build_optimizer,
+    learning_rate_factor,
+)
+
+MODEL = ModelConfig(
+    image=ImageConfig(width=64, height=32),
+    encoder=EncoderConfig(channels=16),
+    lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 21.0, 2.0), max_points=2048),
+    bev=BevGrid((-16.0, -16.0), (1.6, 1.6), (20, 20)),
+    bev_encoder=BevEncoderConfig(channels=(8, 12), blocks=(1, 1), out_channels=12),
+    grid=GRIDS["tiny"],
+    occupancy=replace(OccupancyHeadConfig(), channels=8),
+    detection=DetectionHeadConfig(channels=8),
+)
+
+
+# --- the loop alone ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Points:
+    """A batch of a toy regression."""
+
+    names: tuple[str, ...]
+    x: Tensor
+
+    def to(self, device: torch.device) -> Points:
+        """Nothing to move."""
+        return self
+
+
+class Toy(nn.Module):
+    """Two parts, one with batch norm, so that statistics are part of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 2) to (B, 1)."""
+        return self.head(self.body(x))
+
+
+def _loader(first: int) -> Iterator[Points]:
+    while True:
+        x = torch.from_numpy(np.random.default_rng(first).normal(size=(6, 2)).astype(np.float32))
+        yield Points((f"pass {first}",), x)
+        first += 1
+
+
+def _objective(network: nn.Module, batch: Points) -> dict[str, Tensor]:
+    error = network(batch.x) - batch.x.prod(1, keepdim=True)
+    return {"square": error.square().mean(), "small": 0.01 * error.abs().mean()}
+
+
+def _toy(folder: Path, steps: int = 30, **changes: Any) -> Trainer:
+    torch.manual_seed(0)
+    config = TrainingConfig(
+        steps=steps, log_every=5, optim=OptimConfig(lr=0.02, scales={"body": 0.5}), **changes
+    )
+    return Trainer(config, Toy(), _objective, _loader, folder)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_the_folder_holds_the_run(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path, steps=200)
+    assert trainer.run()
+    lines = _lines(tmp_path)
+    assert lines[-1]["square"] < 0.3 * lines[0]["square"]
+    assert {"step", "planned", "total", "lr", "gradient_norm", "samples_per_s", "data_wait"} <= set(
+        lines[0]
+    )
+    assert lines[0]["total"] == pytest.approx(lines[0]["square"] + lines[0]["small"], rel=1e-5)
+    assert load_config(tmp_path / "config.yaml", TrainingConfig) == trainer.config
+    assert any((tmp_path / "tensorboard").iterdir())
+    assert set(load_file(tmp_path / "weights.safetensors")) == set(Toy().state_dict())
+
+
+def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole = _toy(tmp_path / "whole")
+    whole.run()
+    stopped = _toy(tmp_path / "parts")
+    inner = stopped._step
+
+    def stop_at_eleven(batches: Iterator[Points]) -> dict[str, float]:
+        stopped.stop_requested = stopped.progress.step == 10
+        return inner(batches)
+
+    stopped._step = stop_at_eleven  # type: ignore[method-assign]
+    assert not stopped.run()
+    assert stopped.progress.step == 11
+    assert not (tmp_path / "parts" / "weights.safetensors").exists()
+    resumed = _toy(tmp_path / "parts")
+    assert resumed.run()
+    one, other = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_died_between_renames_resumes_from_the_older_checkpoint(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=10).run()
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    trainer = _toy(tmp_path, steps=10)
+    trainer._resume()
+    assert trainer.progress.step == 10
+
+
+def test_accumulated_passes_count_as_one_step(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path, steps=4, accumulate=3)
+    trainer.run()
+    assert trainer.progress.step == 4
+    assert trainer.ema.updates == 4
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path)
+
+    def poisoned(first: int) -> Iterator[Points]:
+        for batch in _loader(first):
+            yield replace(batch, x=batch.x * math.nan) if batch.names == ("pass 7",) else batch
+
+    trainer.loader = poisoned
+    trainer.save_checkpoint()
+    with pytest.raises(
+        TrainingError, match=r"step 7: .*square.* not finite; the batch was \['pass 7'\]"
+    ):
+        trainer.run()
+    trainer = _toy(tmp_path)
+    trainer._resume()  # the checkpoint is older than the fault
+    assert trainer.progress.step == 0
+
+
+def test_parts_get_their_own_learning_rate_and_norms_no_decay() -> None:
+    network = Toy()
+    groups = build_optimizer(
+        network, OptimConfig(lr=1.0, scales={"body": 0.1, "body.1": 0.5})
+    ).param_groups
+    found = {
+        id(weight): (group["lr"], group["weight_decay"])
+        for group in groups
+        for weight in group["params"]
+    }
+    decay = OptimConfig().weight_decay
+    assert found[id(network.body[0].weight)] == (0.1, decay)
+    assert found[id(network.body[0].bias)] == (0.1, 0.0)
+    assert found[id(network.body[1].weight)] == (0.5, 0.0)
+    assert found[id(network.head.weight)] == (1.0, decay)
+    with pytest.raises(ConfigError, match=r"no weights under \['hed'\].*'head'"):
+        build_optimizer(network, OptimConfig(scales={"hed": 0.1}))
+
+
+def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
+    config = OptimConfig(warmup=0.1, floor=0.05)
+    factors = [learning_rate_factor(step, 100, config) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == pytest.approx(1.0)
+    assert factors[100] == pytest.approx(0.05)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_the_average_begins_quickly_and_skips_counters() -> None:
+    network = Toy()
+    average = WeightAverage(network, 0.9)
+    start = network.head.bias.detach().clone()
+    with torch.no_grad():
+        network.head.bias += 1.0
+    network.body[1].num_batches_tracked += 5
+    average.update(network)
+    assert torch.allclose(average.state["head.bias"], start + (1 - 2 / 11))
+    assert average.state["body.1.num_batches_tracked"] == 5
+    with average.applied(network):
+        assert torch.allclose(network.head.bias, average.state["head.bias"])
+    assert torch.allclose(network.head.bias, start + 1.0)
+
+
+def test_the_pace_shortens_the_plan_and_gives_back_what_it_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("occbev_training.trainer.time.monotonic", lambda: clock[0])
+    pace = Pace(100.0, lines=3)
+    plans = []
+    for step, now in ((0, 0.0), (10, 20.0), (20, 40.0), (60, 50.0), (100, 60.0)):
+        clock[0] = now
+        plans.append(pace.planned(step, 200))
+    assert plans == [200, 50, 50, 143, 200]  # slow at first, then fast
+    clock[0] = 130.0
+    assert pace.planned(101, 200) == 101  # the time is over: stop here
+
+
+def test_configs_are_checked_and_overridden_by_name() -> None:
+    for changes in ({"stage": "both"}, {"precision": "int8"}, {"batch": 0}):
+        with pytest.raises(ConfigError):
+            TrainingConfig(**changes)  # type: ignore[arg-type]
+    config = overridden(TrainingConfig(), ["optim.lr=2e-4", "augment.blur=0"], steps=7)
+    assert (config.optim.lr, config.augment.blur, config.steps) == (2e-4, 0.0, 7)
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        overridden(config, ["optim.lr"], None)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_shipped_configs_are_valid(stage: str) -> None:
+    path = Path(__file__).parents[2] / "config" / "training" / f"{stage}_tiny.yaml"
+    config = load_config(path, TrainingConfig)
+    assert config.stage == stage
+    network = build_network(MODEL, stage)
+    rates = {group["lr"] for group in build_optimizer(network, config.optim).param_groups}
+    assert {0.3 * config.optim.lr, config.optim.lr} < rates | {0.0}
+
+
+# --- both stages, end to end --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Two caches and a model config on disk."""
+
+    train: Path
+    held_out: Path
+    model: Path
+
+
+@pytest.fixture(scope="module")
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Workplace:
+    """Three tiny drives to train on, one to score."""
+    module = next(
+        p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "TinyRecording")
+    )
+
+    class Recording(module.TinyRecording):  # type: ignore[misc, name-defined]
+        def occupancy_truth(self, key: int) -> OccupancyTruth:
+            semantics = np.full(GRIDS["tiny"].shape, 17, np.uint8)
+            semantics[:, :, 1] = 11
+            semantics[20 + key : 24 + key, 25:27, 2:4] = 4
+            mask = np.ones(GRIDS["tiny"].shape, bool)
+            return OccupancyTruth(semantics, mask, mask, GRIDS["tiny"])
+
+    root = tmp_path_factory.mktemp("training")
+    config = PrepareConfig(MODEL.image, MODEL.grid, 0.3)
+    jobs = {name: (lambda n=name: Recording(name=n, keys=2, seed=ord(n[0]))) for name in "abcd"}
+    prepare({name: jobs[name] for name in "abc"}, root / "train", config)
+    prepare({"d": jobs["d"]}, root / "held_out", config)
+    save_config(root / "model.yaml", MODEL)
+    return Workplace(root / "train", root / "held_out", root / "model.yaml")
+
+
+def _stage(workplace: Workplace, stage: str, steps: int, **changes: Any) -> TrainingConfig:
+    return TrainingConfig(stage=stage, model=str(workplace.model), steps=steps, workers=0, log_every=1, batch=2,
+                          validate_every=0, augment=AugmentConfig(rotate=1.0), **changes)  # fmt: skip
+
+
+def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) -> None:
+    """Pre-train, be stopped, go on to the same weights; carry them over; fine-tune; score a drive of its own."""
+    config = _stage(workplace, "pretrain", 6)
+    inputs = StageInputs(workplace.train, workplace.held_out)
+    assert train_stage(config, inputs, tmp_path / "whole")
+
+    def stop_early(trainer: Trainer) -> None:
+        def stop(line: Any) -> None:
+            trainer.stop_requested = line["step"] == 3
+
+        stops.append(stop)
+
+    stops: list[Any] = []
+    assert not train_stage(
+        config, inputs, tmp_path / "parts", lambda line: stops[-1](line), stop_early
+    )
+    assert train_stage(config, inputs, tmp_path / "parts")
+    whole, parts = (
+        load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert "iou" in _lines(tmp_path / "whole")[-1]["validation"]
+
+    start = tmp_path / "whole" / "weights.safetensors"
+    fine = replace(inputs, start=start)
+    assert train_stage(_stage(workplace, "finetune", 3), fine, tmp_path / "fine")
+    record = json.loads((tmp_path / "fine" / "run.json").read_text())
+    carried = record["begun_from"]["transfer"]["carried"]
+    assert {name.split(".")[0] for name in carried} == {
+        "image_encoder",
+        "view_transform",
+        "bev_encoder",
+        "occupancy_head",
+    }
+    assert not record["begun_from"]["transfer"]["mismatched"] or set(
+        record["begun_from"]["transfer"]["mismatched"]
+    ) == {"occupancy_head.classifier.weight"}
+    assert record["drives"] == ["a", "b", "c"]
+    assert "car_AP_2m_30m" in _lines(tmp_path / "fine")[-1]["validation"]
+
+    network = build_network(MODEL, "finetune")
+    load_strictly(network, read_weights(tmp_path / "fine" / "weights.safetensors")[0], "fine")
+    held_out = open_cache(workplace.held_out)
+    scores = evaluate(held_out, predictor(network.eval(), MODEL, held_out), MODEL)
+    assert 0 <= scores.summary()["occupancy_iou"] <= 1
+
+
+def test_bf16_trains_too(workplace: Workplace, tmp_path: Path) -> None:
+    config = _stage(workplace, "finetune", 2, precision="bf16")
+    assert train_stage(config, StageInputs(workplace.train), tmp_path)
+    assert all(math.isfinite(line["total"]) for line in _lines(tmp_path))
+
+
+def test_a_drive_is_either_trained_on_or_scored(workplace: Workplace, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="share drives"):
+        train_stage(
+            _stage(workplace, "pretrain", 1),
+            StageInputs(workplace.train, workplace.train),
+            tmp_path,
+        )
+
+
+def test_a_resumed_run_keeps_its_drives(workplace: Workplace, tmp_path: Path) -> None:
+    """Drives that were prepared since do not enter a run that has begun."""
+    train_stage(_stage(workplace, "pretrain", 1), StageInputs(workplace.train), tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["drives"] = ["a", "zz"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CacheError, match="zz"):
+        train_stage(_stage(workplace, "pretrain", 2), StageInputs(workplace.train), tmp_path)
+
+
+# --- several processes ------------------------------------------------------------------------------
+
+_SHARED_RUN = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np, torch
+from accelerate import PartialState
+from occbev_training.trainer import OptimConfig, Trainer, TrainingConfig
+
+@dataclass(frozen=True)
+class Points:
+    names: tuple
+    x: torch.Tensor
+    def to(self, device):
+        return self
+
+def loader(first):
+    state = PartialState(cpu=True)
+    while True:
+        x = torch.from_numpy(np.random.default_rng(first).normal(size=(8, 2)).astype(np.float32))
+        yield Points(("p",), x[state.process_index :: state.num_processes])
+        first += 1
+
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+objective = lambda net, batch: {"square": (net(batch.x) - batch.x.prod(1, keepdim=True)).square().mean()}
+config = TrainingConfig(steps=12, log_every=4, optim=OptimConfig(lr=0.02, scales={}))
+Trainer(config, network, objective, loader, Path(sys.argv[1])).run()
+"""
+
+
+def _run_processes(folder: Path, world: int) -> dict[str, Tensor]:
+    """Run the toy with `world` processes and return the averaged weights that the first one wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[2]
+    common = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'training'}", "OMP_NUM_THREADS": "1",
+              "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _SHARED_RUN, str(folder)],
+                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]  # fmt: skip
+    assert [process.wait(timeout=240) for process in processes] == [0] * world
+    return load_file(folder / "weights.safetensors")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Each takes half of every batch; the weights are those of one process with the whole batch."""
+    one, two = (_run_processes(tmp_path / str(world), world) for world in (1, 2))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    assert [line["step"] for line in _lines(tmp_path / "2")] == [4, 8, 12]
