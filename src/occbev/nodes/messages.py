@@ -194,7 +194,13 @@ def cloud_from_message(message: Any) -> NDArray[Any]:
 
 def _convert(image: NDArray[np.uint8], code: int) -> NDArray[np.uint8]:
     """Change the colour space of a contiguous image."""
-    return np.asarray(cv2.cvtColor(image, code), np.uint8)
+    try:
+        return np.asarray(cv2.cvtColor(image, code), np.uint8)
+    except cv2.error as error:  # such as an odd width where chroma is shared by two columns
+        height, width = image.shape[:2]
+        raise MessageError(
+            f"an image of {width}x{height} pixels cannot be converted: {error}"
+        ) from error
 
 
 def _require_size(width: int, height: int, max_pixels: int) -> None:
