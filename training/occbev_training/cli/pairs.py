@@ -181,7 +181,7 @@ def _print(
     args: argparse.Namespace, console: Console, splits: dict[str, int], refused: Counter[str]
 ) -> None:
     """Print how many samples there are, the quality table, and the reasons of what was refused."""
-    rows = ShardReader(args.out).rows
+    rows = ShardReader(args.out).rows if sum(splits.values()) else []
     quality = {}
     for limit in LIMITS:
         values = np.array([row[limit.name] for row in rows if row.get(limit.name) is not None])

@@ -371,11 +371,15 @@ def read_manifest(path: Path, config: PairConfig | None = None) -> UnitReport | 
 def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
     """Index every finished unit of a folder and split it; returns the number of samples per split.
 
+    Without any sample no index is written.
+
     shares: split -> share, by drive and by place: drives that met within 100 m of each other in one
     location share a split, and no drive is ever divided.
     """
     reports = [read_manifest(path) for path in sorted(folder.glob("*.json"))]
     rows = [dict(row) for report in reports if report is not None for row in report.rows]
+    if not rows:
+        return {}
     split = assign_splits(rows, shares)
     for row in rows:
         row["split"] = split[row["drive"]]

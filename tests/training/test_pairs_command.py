@@ -1,0 +1,95 @@
+"""The pairs, view and bag-check commands, from a small bag to a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+
+pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment")
+pytest.importorskip("rosbags", reason="bags are read with rosbags")
+
+from occbev_training.cli import main
+from occbev_training.sources.bags import write_bag
+from occbev_training.sources.discovery import OpenBag, Simulate, find_recordings
+from occbev_training.sources.nuscenes_writer import write_nuscenes
+from occbev_training.sources.recording import RecordingError
+
+
+@pytest.fixture(scope="module")
+def bags(tmp_path_factory) -> Path:
+    from tests.training.conftest import TinyRecording
+
+    root = tmp_path_factory.mktemp("drives")
+    write_bag(TinyRecording(keys=3), root / "first")
+    return root
+
+
+def test_a_folder_of_bags_becomes_pairs_and_a_picture(bags, tmp_path, capsys) -> None:
+    out = tmp_path / "pairs"
+    # The tiny drive's clouds are noise: labels of it break the limits, which must show, not stop it here.
+    arguments = [
+        "pairs",
+        str(out),
+        str(bags),
+        "--grid",
+        "tiny",
+        "--window",
+        "0.3",
+        "--min-support",
+        "0.2",
+        "--json",
+    ]
+    assert main([*arguments, "--no-gate"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["samples"] >= 2
+    assert sum(record["splits"].values()) == record["samples"]
+    assert record["quality"]["q7_ego_leak"]["measured"] == record["samples"]
+    assert main(["view", str(out), "0", "--out", str(tmp_path / "pair.png"), "--width", "600"]) == 0
+    assert cv2.imread(str(tmp_path / "pair.png")).shape[1] > 500
+    assert "occupied cells" in (tmp_path / "pair.html").read_text()
+    assert main(["view", str(out), "nothing/1", "--out", str(tmp_path / "x.png")]) == 2
+
+
+def test_gated_noise_is_refused_with_reasons(bags, tmp_path, capsys) -> None:
+    arguments = [
+        "pairs",
+        str(tmp_path),
+        str(bags),
+        "--grid",
+        "tiny",
+        "--window",
+        "0.3",
+        "--min-support",
+        "0.2",
+    ]
+    assert main([*arguments, "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["samples"] == 0
+    assert sum(record["refused"].values()) == 3
+    assert all(name.startswith("q") for name, count in record["refused"].items() if count)
+
+
+def test_bag_check_ends_with_one_where_a_must_fails(bags, capsys) -> None:
+    assert main(["bag-check", str(bags / "first"), "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    failed = [v["requirement"] for v in record["verdicts"] if v["must"] and not v["ok"]]
+    assert failed
+    assert all(name.startswith("camera ") for name in failed), "2 Hz cameras"
+
+
+def test_recordings_are_found_by_what_a_path_holds(bags, tmp_path, make_recording) -> None:
+    assert find_recordings(bags) == [OpenBag(bags / "first", 0.5)]
+    assert find_recordings(bags / "first")[0].name == "first"
+    write_nuscenes([make_recording(keys=2)], tmp_path / "tables")
+    (scene,) = find_recordings(tmp_path / "tables")
+    assert scene.name == "tiny-0"
+    assert scene.keys() == 2
+    assert scene().name == "tiny-0"
+    assert Simulate(20_000, 7).keys() == 7
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecordingError, match="neither a nuScenes root"):
+        find_recordings(tmp_path / "empty")
