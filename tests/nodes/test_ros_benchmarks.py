@@ -53,3 +53,14 @@ def test_the_cloud_benchmark_compares_equal_clouds(capsys: pytest.CaptureFixture
         CloudWriter().message(labelled_volume(500), header_at(1, "base_link"))
     )
     assert len(cloud) == 500
+
+
+@pytest.mark.ros
+def test_the_transport_benchmark_counts_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rclpy", reason="needs ROS 2")
+    from occbev.nodes import bench_transport
+
+    found = bench_transport._measure("jpeg", tuned=True, sets=4)
+    assert found["sent"] == 24
+    assert 0 < found["received"] <= 24
+    assert found["cpu_ms"] > 0

@@ -20,11 +20,16 @@ from occbev.benchmarks import Options, Report
 BENCHES: Mapping[str, str] = {
     "pipeline": "images to boxes and voxels without ROS, by stage and runtime",
     "sync": "the synchroniser beside the classic approximate-time search",
+    "transport": "images between two processes, with the shipped settings and with the defaults",
     "clouds": "30,000 labelled voxels to a PointCloud2, beside the usual way",
 }
 """Name -> one line of help. Each is `occbev.benchmarks.<name>` with `run(options) -> Report`."""
 
-ROS_BENCHES: Mapping[str, str] = {"sync": "bench_sync", "clouds": "bench_clouds"}
+ROS_BENCHES: Mapping[str, str] = {
+    "sync": "bench_sync",
+    "transport": "bench_transport",
+    "clouds": "bench_clouds",
+}
 """Those that know ROS and so live in `occbev.nodes`, by module."""
 
 
