@@ -1,0 +1,241 @@
+"""Multi-scale deformable attention (Zhu et al. 2021): each query reads few places of feature maps.
+
+Two equal forms of the same sum exist: grid sampling for exported graphs, and embedding bags over the
+bilinear corners, which never hold more than one chunk of samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK_ENTRIES = 1 << 18
+"""Bilinear corners that the bag form makes at a time: few enough to stay near the processor."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Sizes of the feature maps that lie behind each other in one sequence.
+
+    shapes: (height, width) of each level.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Cells of each level."""
+        return tuple(height * width for height, width in self.shapes)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First position of each level in the sequence."""
+        return tuple(sum(self.lengths[:i]) for i in range(len(self.shapes)))
+
+    def sizes(self, like: Tensor) -> Tensor:
+        """Return (L, 2): width and height of each level."""
+        return like.new_tensor([(width, height) for height, width in self.shapes])
+
+
+def flatten_levels(maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
+    """Turn maps (M, C, H_l, W_l) into one sequence (M, S, C)."""
+    levels = Levels(tuple((int(m.shape[-2]), int(m.shape[-1])) for m in maps))
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1), levels
+
+
+def sample_by_grid(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
+    """Read every level at given places by grid sampling, and add up.
+
+    value: (M, S, heads, C). locations: (M, Q, heads, L, P, 2), x and y in 0..1 of a map, which spans its
+    outer borders; beyond them all is 0. weights: (M, Q, heads, L, P).
+    Returns: (M, Q, heads * C).
+    """
+    maps, queries, heads = locations.shape[:3]
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, M * heads, Q, P, 2)
+    sampled = []
+    for level, grid, (height, width) in zip(
+        value.split(levels.lengths, 1), grids.unbind(0), levels.shapes, strict=True
+    ):
+        plane = level.permute(0, 2, 3, 1).reshape(maps * heads, -1, height, width)
+        sampled.append(functional.grid_sample(plane, grid, align_corners=False))
+    weights = weights.permute(0, 2, 1, 3, 4).reshape(maps * heads, 1, queries, -1)
+    summed = (torch.cat(sampled, -1) * weights).sum(-1)  # (M * heads, C, Q)
+    return summed.reshape(maps, -1, queries).transpose(1, 2)
+
+
+def sample_by_bags(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
+    """Do what `sample_by_grid` does by embedding bags over bilinear corners, in chunks of queries."""
+    return torch.stack(
+        [
+            sample_map_by_bags(*operands, levels)
+            for operands in zip(value, locations, weights, strict=True)
+        ]
+    )
+
+
+def sample_map_by_bags(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """Read one map: value (S, heads, C), locations (Q, heads, L, P, 2), weights (Q, heads, L, P).
+
+    Returns: (Q, heads * C).
+    """
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    places, shares = locations.to(value.dtype), weights.to(value.dtype)
+    result: Tensor = _BagSampling.apply(value, places, shares, levels)
+    return result
+
+
+def sample(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
+    """Read by the form that suits: grids where a graph is being exported, else bags."""
+    form = sample_by_grid if torch.compiler.is_exporting() else sample_by_bags
+    return form(value, levels, locations, weights)
+
+
+class _BagSampling(torch.autograd.Function):
+    """Keeps the operands alone for the backward pass, and makes the corners anew there."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        value: Tensor,
+        locations: Tensor,
+        weights: Tensor,
+        levels: Levels,
+    ) -> Tensor:
+        ctx.save_for_backward(value, locations, weights)
+        ctx.levels = levels  # type: ignore[attr-defined]
+        table = value.flatten(0, 1)
+        result = value.new_empty(len(locations), *value.shape[1:])
+        for rows in _chunks(locations, CHUNK_ENTRIES):
+            result[rows] = _read(table, locations[rows], weights[rows], levels)
+        return result.flatten(1)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        value, locations, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        table = value.flatten(0, 1)
+        grad_table = torch.zeros_like(table)
+        grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
+        gradient = gradient.unflatten(1, value.shape[1:])
+        # Each chunk's gradient is as large as the table, so that chunks are larger than in the forward pass.
+        for rows in _chunks(locations, 8 * CHUNK_ENTRIES):
+            leaves = [v.detach().requires_grad_() for v in (table, locations[rows], weights[rows])]
+            with torch.enable_grad():
+                read = _read(*leaves, ctx.levels)  # type: ignore[attr-defined]
+            part, grad_locations[rows], grad_weights[rows] = torch.autograd.grad(
+                read, leaves, gradient[rows]
+            )
+            grad_table += part
+        return grad_table.view_as(value), grad_locations, grad_weights, None
+
+
+def _read(table: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """Sum rows of the table (S * heads, C) around each place: (Q, heads, C)."""
+    corner, share = _corners(locations, levels)
+    entry = share * weights[..., None, None]
+    read = functional.embedding_bag(
+        corner.flatten(2).flatten(0, 1), table, mode="sum",
+        per_sample_weights=entry.flatten(2).flatten(0, 1),
+    )  # fmt: skip
+    return read.unflatten(0, locations.shape[:2])
+
+
+def _corners(locations: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Return the table rows of the four cells around each place, and their bilinear shares.
+
+    locations: (Q, heads, L, P, 2). Returns: int32 and float (Q, heads, L, P, 2, 2), y before x.
+    """
+    heads = locations.shape[1]
+    size = levels.sizes(locations)[:, None]  # (L, 1, 2)
+    # Far-away places must fit an integer; at -1 and at `size` all is 0 already.
+    pixel = torch.minimum((locations * size - 0.5).clamp(min=-1), size)
+    first = pixel.detach().floor()
+    fraction = pixel - first
+    cell = torch.stack([first, first + 1], -1)  # (Q, heads, L, P, xy, 2)
+    inside = (cell >= 0) & (cell < size[..., None])
+    share = torch.stack([1 - fraction, fraction], -1) * inside
+    cell = torch.minimum(cell.clamp(min=0), size[..., None] - 1).to(torch.int32)
+    x, y = cell.unbind(-2)
+    stride = x.new_tensor([width * heads for _, width in levels.shapes])[:, None, None]
+    start = x.new_tensor([first * heads for first in levels.starts])[:, None, None]
+    start = start + torch.arange(heads, dtype=x.dtype, device=x.device)[:, None, None, None]
+    corner = (y * stride)[..., :, None] + (x * heads + start)[..., None, :]
+    x_share, y_share = share.unbind(-2)
+    return corner, y_share[..., :, None] * x_share[..., None, :]
+
+
+def _chunks(locations: Tensor, entries: int) -> list[slice]:
+    """Cut the rows of locations (Q, heads, L, P, 2) so that each part has about so many corners."""
+    step = max(1, entries // (4 * math.prod(locations.shape[1:-1])))
+    return [slice(first, first + step) for first in range(0, len(locations), step)]
+
+
+class OffsetAndWeight(nn.Module):
+    """Where each query reads, relative to its reference, and how much it trusts each place."""
+
+    def __init__(self, inputs: int, heads: int, levels: int, points: int, slots: int = 1) -> None:
+        """slots: sources that are read with separate softmaxes."""
+        super().__init__()
+        self.shape = (heads, slots, levels, points)
+        self.sampling_offsets = nn.Linear(inputs, math.prod(self.shape) * 2)
+        self.attention_weights = nn.Linear(inputs, math.prod(self.shape))
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with one direction per head, farther out for every further point, and equal trust."""
+        heads, slots, levels, points = self.shape
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        reach = torch.arange(1, points + 1)[:, None]
+        bias = (direction[:, None, None, None] * reach).expand(heads, slots, levels, points, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.flatten())
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn (..., inputs) into offsets in cells (..., heads, slots, L, P, 2) and weights without the 2.
+
+        The softmax is over levels and points of each slot together.
+        """
+        offsets = self.sampling_offsets(query).unflatten(-1, (*self.shape, 2))
+        logits = self.attention_weights(query).unflatten(-1, (*self.shape[:2], -1))
+        return offsets, logits.softmax(-1).unflatten(-1, self.shape[2:])
+
+
+class DeformableAttention(OffsetAndWeight):
+    """Deformable attention of queries to one sequence of maps, with a residual connection."""
+
+    def __init__(
+        self, channels: int, heads: int, levels: int, points: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__(channels, heads, levels, points)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(dropout)
+        start_projections(self.value_proj, self.output_proj)
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, position: Tensor, value: Tensor, reference: Tensor, levels: Levels
+    ) -> Tensor:
+        """Return (B, Q, C) of query and position (B, Q, C), value (B, S, C), reference (B, Q, 2) in 0..1."""
+        offsets, weights = (v.squeeze(3) for v in super().forward(query + position))
+        places = reference[:, :, None, None, None] + offsets / levels.sizes(offsets)[:, None]
+        heads = self.value_proj(value).unflatten(-1, (self.shape[0], -1))
+        return self.dropout(self.output_proj(sample(heads, levels, places, weights))) + query
+
+
+def start_projections(*layers: nn.Linear) -> None:
+    """Give projections Xavier-uniform weights and no bias."""
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
