@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from occbev.config import ConfigError, ModelConfig
 from occbev_training.models.bev_encoder import BevEncoder
 from occbev_training.models.bevdet import build_bevdet
@@ -10,19 +12,30 @@ from occbev_training.models.image_encoder import ImageEncoder
 from occbev_training.models.lift_splat import LiftSplat
 from occbev_training.models.network import OccBevNetwork
 from occbev_training.models.occupancy_head import OccupancyDecoder
+from occbev_training.models.query_networks import build_query_network
 
 STAGES = ("pretrain", "finetune")
+QUERY_FAMILIES = ("bevformer", "detr3d")
+
+
+def build_model(config: ModelConfig, stage: str) -> nn.Module:
+    """Build a network of any family with random weights; arguments as of `build_network`."""
+    if config.family not in QUERY_FAMILIES:
+        return build_network(config, stage)
+    if stage not in STAGES:
+        raise ConfigError(f"stage {stage!r}: must be one of {STAGES}")
+    return build_query_network(config, stage)
 
 
 def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
-    """Build a network with random weights.
+    """Build a Lift-Splat network with random weights.
 
     stage: "pretrain" has the occupancy decoder, "finetune" the semantic and the detection head.
     """
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: must be one of {STAGES}")
     if config.family != "lss":
-        raise ConfigError(f"family {config.family!r}: only lss can be built")
+        raise ConfigError(f"family {config.family!r}: only lss can be built here")
     if config.bevdet is not None:
         return build_bevdet(config, stage)
     if config.lift.stride != 16:

@@ -1,4 +1,4 @@
-"""Convolution blocks that the BEV encoder and the heads share."""
+"""Blocks that view transforms, BEV encoders and heads share."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Keep (B, C, Y, X), or divide Y and X by the stride."""
         return self.relu(self.second(self.first(x)) + self.skip(x))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a ReLU between, beside a skip."""
+
+    def __init__(self, channels: int, hidden: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout),
+            nn.Linear(hidden, channels), nn.Dropout(dropout),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep (..., C)."""
+        added: Tensor = super().forward(x)
+        return x + added

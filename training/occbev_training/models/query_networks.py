@@ -1,0 +1,231 @@
+"""Networks of the BEVFormer and DETR3D families: ResNet and pyramid, view transform, heads.
+
+Part names are those of `occbev_training.models.network`, so that pre-training hands parts on by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from occbev.config import BevFormerConfig, ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
+from occbev_training.models.bevformer import BevFormer, CameraPairs, CameraSlots, Motion
+from occbev_training.models.deformable_attention import DeformableAttention, Levels
+from occbev_training.models.detr3d import CameraSampling, CameraScene
+from occbev_training.models.fpn import FeaturePyramid
+from occbev_training.models.query_head import QueryHead
+from occbev_training.models.resnet import ResNet
+from occbev_training.models.voxel_decoder import VoxelDecoder
+
+_Part = TypeVar("_Part")
+_TRANSFORMER = "pts_bbox_head.transformer"
+_LAYER = r"(coder\.layers\.\d+)"
+
+PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
+    (r"^image_encoder\.backbone\.", "img_backbone."),
+    (r"^image_encoder\.neck\.lateral\.(\d+)\.", r"img_neck.lateral_convs.\1.conv."),
+    (r"^image_encoder\.neck\.output\.(\d+)\.", r"img_neck.fpn_convs.\1.conv."),
+    (r"^view_transform\.bev_embedding\.", "pts_bbox_head.bev_embedding."),
+    (r"^view_transform\.row_embed\.", "pts_bbox_head.positional_encoding.row_embed."),
+    (r"^view_transform\.column_embed\.", "pts_bbox_head.positional_encoding.col_embed."),
+    (r"^view_transform\.camera_embeds$", f"{_TRANSFORMER}.cams_embeds"),
+    (r"^view_transform\.level_embeds$", f"{_TRANSFORMER}.level_embeds"),
+    (r"^view_transform\.can_bus\.", f"{_TRANSFORMER}.can_bus_mlp."),
+    (r"^view_transform\.layers\.", f"{_TRANSFORMER}.encoder.layers."),
+    (r"^detection_head\.layers\.", f"{_TRANSFORMER}.decoder.layers."),
+    (r"^detection_head\.reference_points\.", f"{_TRANSFORMER}.reference_points."),
+    (r"^detection_head\.classifiers\.", "pts_bbox_head.cls_branches."),
+    (r"^detection_head\.regressors\.", "pts_bbox_head.reg_branches."),
+    (r"^detection_head\.(query_embedding|code_weights)", r"pts_bbox_head.\1"),
+    (r"^occupancy_(?:decoder|head)\.blocks\.", f"{_TRANSFORMER}.decoder."),
+    (r"^occupancy_(?:decoder|head)\.predict\.", f"{_TRANSFORMER}.predicter."),
+    (_LAYER + r"\.temporal\.", r"\1.attentions.0."),
+    (_LAYER + r"\.attention\.", r"\1.attentions.0.attn."),
+    (_LAYER + r"\.(?:spatial|cross)\.", r"\1.attentions.1."),
+    (_LAYER + r"\.ffn\.0\.", r"\1.ffns.0.layers.0.0."),
+    (_LAYER + r"\.ffn\.3\.", r"\1.ffns.0.layers.1."),
+)
+"""Rules from our weight names to those of the published checkpoints of both families."""
+
+
+@dataclass(frozen=True)
+class QueryOutput:
+    """What a network of these families says; a head that is not there leaves None.
+
+    bev: (B, C, Y, X), the state for the next frame. reconstruction_logits: (B, 2, Z, Y, X).
+    occupancy_logits: (B, K, Z, Y, X). class_logits: (L, B, Q, K) and box_codes: (L, B, Q, 10) of every
+    decoder layer, see `occbev_training.models.query_head`.
+    """
+
+    bev: Tensor | None = None
+    reconstruction_logits: Tensor | None = None
+    occupancy_logits: Tensor | None = None
+    class_logits: Tensor | None = None
+    box_codes: Tensor | None = None
+
+
+class PyramidEncoder(nn.Module):
+    """Images to feature maps of several strides."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.backbone = ResNet(
+            config.depth, config.stages, config.caffe_style, config.deformable_stages,
+            config.frozen_stages, frozen_norms=True,
+        )  # fmt: skip
+        self.neck = FeaturePyramid(self.backbone.widths, config.channels, config.levels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Turn (M, 3, H, W) into maps (M, C, H_l, W_l), finest first."""
+        maps: list[Tensor] = self.neck(self.backbone(images))
+        return maps
+
+
+@dataclass(frozen=True)
+class BevScene:
+    """The BEV as decoder queries read it. value: (B, Y * X, C)."""
+
+    value: Tensor
+    levels: Levels
+
+
+class BevAttention(DeformableAttention):
+    """Object queries read the BEV around the ground position of their reference."""
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, position: Tensor, reference: Tensor, scene: BevScene
+    ) -> Tensor:
+        """Return (B, Q, C) of query and position (B, Q, C) and reference (B, Q, 3) in 0..1."""
+        return super().forward(query, position, scene.value, reference[..., :2], scene.levels)
+
+
+class BevFormerNetwork(nn.Module):
+    """Images, calibration and the BEV of the frame before to boxes and occupancy."""
+
+    published_names = PUBLISHED_NAMES
+
+    def __init__(
+        self,
+        image_encoder: PyramidEncoder,
+        view_transform: BevFormer,
+        occupancy_decoder: VoxelDecoder | None = None,
+        occupancy_head: VoxelDecoder | None = None,
+        detection_head: QueryHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.view_transform = view_transform
+        self.occupancy_decoder = occupancy_decoder
+        self.occupancy_head = occupancy_head
+        self.detection_head = detection_head
+
+    def forward(
+        self,
+        images: Tensor,
+        hits: CameraPairs | CameraSlots,
+        can_bus: Tensor,
+        motion: Motion | None = None,
+    ) -> QueryOutput:
+        """Run every part that is there.
+
+        images: (B, N, 3, H, W) normalised. can_bus: (B, 18). motion: None in a first frame.
+        """
+        maps = self.image_encoder(images.flatten(0, 1))
+        bev = self.view_transform(maps, hits, can_bus, motion)
+        logits, codes = None, None
+        if self.detection_head:
+            shape = (int(bev.shape[2]), int(bev.shape[3]))
+            scene = BevScene(bev.flatten(2).transpose(1, 2), Levels((shape,)))
+            logits, codes = self.detection_head(scene, len(bev))
+        return QueryOutput(
+            bev,
+            self.occupancy_decoder(bev) if self.occupancy_decoder else None,
+            self.occupancy_head(bev) if self.occupancy_head else None,
+            logits,
+            codes,
+        )
+
+
+class Detr3dNetwork(nn.Module):
+    """Images and projection matrices to boxes."""
+
+    published_names = PUBLISHED_NAMES
+
+    def __init__(self, image_encoder: PyramidEncoder, detection_head: QueryHead) -> None:
+        super().__init__()
+        self.image_encoder, self.detection_head = image_encoder, detection_head
+
+    def forward(self, images: Tensor, frame2img: Tensor, camera_valid: Tensor) -> QueryOutput:
+        """images: (B, N, 3, H, W) normalised. frame2img and camera_valid as in `CameraScene`."""
+        maps = self.image_encoder(images.flatten(0, 1))
+        logits, codes = self.detection_head(CameraScene(maps, frame2img, camera_valid), len(images))
+        return QueryOutput(class_logits=logits, box_codes=codes)
+
+
+def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | Detr3dNetwork:
+    """Build a network of the families bevformer and detr3d with random weights.
+
+    stage: "pretrain" or "finetune", see `occbev_training.models.build`.
+    """
+    encoder = PyramidEncoder(_required(config.resnet, "resnet", config))
+    if config.family == "detr3d":
+        return _build_detr3d(config, stage, encoder)
+    former = _required(config.bevformer, "bevformer", config)
+    view = BevFormer(former, config.bev, len(encoder.neck.output))
+    if stage == "pretrain":
+        return BevFormerNetwork(encoder, view, occupancy_decoder=_voxels(config, former, 2))
+    occupancy = _voxels(config, former, len(config.occupancy_classes)) if former.occupancy else None
+    detection = None
+    if config.query_head:
+        head = config.query_head
+        detection = _query_head(config, head, former.channels, lambda: BevAttention(
+            former.channels, head.heads, 1, head.points, head.dropout))  # fmt: skip
+    if occupancy is None and detection is None:
+        raise ConfigError(
+            f"{config.name}: set query_head or bevformer.occupancy, else it has no head"
+        )
+    return BevFormerNetwork(encoder, view, occupancy_head=occupancy, detection_head=detection)
+
+
+def _build_detr3d(config: ModelConfig, stage: str, encoder: PyramidEncoder) -> Detr3dNetwork:
+    if stage == "pretrain":
+        raise ConfigError(
+            f"{config.name}: a network without a BEV has nothing to reconstruct; pre-train a bevformer"
+            " with the same resnet, whose image encoder it takes"
+        )
+    head = _required(config.query_head, "query_head", config)
+    resnet = _required(config.resnet, "resnet", config)
+    cameras = config.bevformer.cameras if config.bevformer else BevFormerConfig.cameras
+    extent = _extent(config, head)
+    detection = _query_head(config, head, resnet.channels, lambda: CameraSampling(
+        resnet.channels, cameras, resnet.levels, extent, head.dropout))  # fmt: skip
+    return Detr3dNetwork(encoder, detection)
+
+
+def _query_head(
+    config: ModelConfig, head: QueryHeadConfig, channels: int, attention: Callable[[], nn.Module]
+) -> QueryHead:
+    classes = len(config.detection_classes)
+    return QueryHead(head, channels, classes, _extent(config, head), attention)
+
+
+def _extent(config: ModelConfig, head: QueryHeadConfig) -> tuple[Sequence[float], Sequence[float]]:
+    return (*config.bev.lo, head.z_range[0]), (*config.bev.hi, head.z_range[1])
+
+
+def _voxels(config: ModelConfig, former: BevFormerConfig, classes: int) -> VoxelDecoder:
+    if config.grid.bev != config.bev:
+        raise ConfigError(
+            f"{config.name}: the voxel decoder gives one column per BEV cell, but grid is"
+            f" {config.grid.bev} and bev {config.bev}"
+        )
+    return VoxelDecoder(former.channels, config.grid.shape[2], classes)
+
+
+def _required(value: _Part | None, key: str, config: ModelConfig) -> _Part:
+    if value is None:
+        raise ConfigError(f"{config.name}: family {config.family!r} needs the key {key!r}")
+    return value
