@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 BUILD = "python -m occbev.nodes.build_interfaces (gcc, g++ and the Python headers), or apt install ros-$ROS_DISTRO-{}"
 APT = "only from a ROS 2 distribution: apt install ros-$ROS_DISTRO-{}"
@@ -60,3 +61,10 @@ def require(name: str) -> ModuleType:
     if not capability.present:
         raise MissingCapability(f"{package} is needed for {capability.use}: {capability.remedy}")
     return importlib.import_module(name)
+
+
+def subscription_events() -> Any:
+    """Return rclpy's SubscriptionEventCallbacks, which Humble keeps in another module."""
+    newer = importlib.util.find_spec("rclpy.event_handler") is not None
+    module = importlib.import_module("rclpy.event_handler" if newer else "rclpy.qos_event")
+    return module.SubscriptionEventCallbacks

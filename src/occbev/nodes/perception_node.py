@@ -15,10 +15,8 @@ from functools import partial
 from typing import Any
 
 import rclpy
-from rclpy.clock import Clock, JumpThreshold
-from rclpy.clock_type import ClockType
+from rclpy.clock import Clock, ClockType, JumpThreshold  # type: ignore[attr-defined]
 from rclpy.duration import Duration
-from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -40,7 +38,7 @@ from occbev.graph import (
     Topic,
 )
 from occbev.nodes import outputs
-from occbev.nodes.compat import require
+from occbev.nodes.compat import require, subscription_events
 from occbev.nodes.health import health
 from occbev.nodes.intake import Intake, Job, Work
 from occbev.nodes.ledger import PROCESSED, Ledger
@@ -196,9 +194,7 @@ class PerceptionNode(LifecycleNode):
         )
 
     def _listen(self, topic: Topic, take: Callable[[Any], None]) -> None:
-        events = SubscriptionEventCallbacks(
-            incompatible_qos=partial(self._on_incompatible, topic.name)
-        )
+        events = subscription_events()(incompatible_qos=partial(self._on_incompatible, topic.name))
         self._inputs.append(
             self.create_subscription(
                 message_class(topic.type), topic.name, take, qos_profile(topic.quality),
