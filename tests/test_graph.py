@@ -210,3 +210,24 @@ def test_the_transport_profile_is_well_formed_and_large_enough(repository: Path)
     kinds = [t.text for t in root.iter(f"{space}type")]
     assert kinds == ["SHM", "UDPv4"]
     assert set(graph.environment().values()) <= {str(repository / graph.PROFILE)}
+
+
+def test_the_security_policy_allows_what_the_node_does_and_no_more(repository: Path) -> None:
+    root = ElementTree.parse(repository / "config/sros2/perception.policy.xml").getroot()
+    allowed = {
+        direction: {graph.resolve(topic.text or "") for topic in group}
+        for group in root.iter("topics")
+        for direction in ("subscribe", "publish")
+        if group.get(direction) == "ALLOW"
+    }
+    parameters = read_parameters(repository / "config/perception.yaml")
+    inputs = {topic for name in parameters.names for topic in parameters.image_topics(name)}
+    inputs |= {parameters.info_topic(name) for name in parameters.names}
+    inputs |= {parameters.ego_motion.odometry_topic, graph.CLOCK.name}
+    inputs |= {topic.name for topic in graph.FRAME_INPUTS}
+    assert allowed["subscribe"] == inputs
+    outputs = {graph.resolve(topic.name) for topic in graph.OUTPUTS.values()} | {
+        graph.DIAGNOSTICS.name
+    }
+    of_every_node = {"/rosout", "/parameter_events", "/perception/transition_event"}
+    assert allowed["publish"] == outputs | of_every_node
