@@ -32,7 +32,9 @@ OCCUPANCY_COLOURS: NDArray[np.uint8] = np.array(
 )  # fmt: skip
 """RGB of each occupancy class (18, 3), the usual nuScenes palette."""
 
-OCCUPANCY_OF_DETECTION: tuple[int, ...] = tuple(OCCUPANCY_CLASSES.index(name) for name in DETECTION_CLASSES)
+OCCUPANCY_OF_DETECTION: tuple[int, ...] = tuple(
+    OCCUPANCY_CLASSES.index(name) for name in DETECTION_CLASSES
+)
 """Occupancy label of each detection class."""
 
 DETECTION_COLOURS: NDArray[np.uint8] = OCCUPANCY_COLOURS[list(OCCUPANCY_OF_DETECTION)]

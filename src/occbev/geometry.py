@@ -45,7 +45,9 @@ def rotation_from_wxyz(quaternion: ArrayLike) -> Array:
     q = np.asarray(quaternion, np.float64)
     norm = np.linalg.norm(q, axis=-1, keepdims=True)
     if not np.all(np.isfinite(q)) or np.any(np.abs(norm - 1.0) > 1e-2):
-        raise ValueError(f"not a unit quaternion (w, x, y, z): {q.tolist()}, norm {norm.ravel().tolist()}")
+        raise ValueError(
+            f"not a unit quaternion (w, x, y, z): {q.tolist()}, norm {norm.ravel().tolist()}"
+        )
     w, x, y, z = np.moveaxis(q / norm, -1, 0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

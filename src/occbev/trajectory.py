@@ -29,10 +29,14 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if len(self.stamp_ns) == 0 or self.ego2global.shape != (len(self.stamp_ns), 4, 4):
-            raise ValueError(f"{len(self.stamp_ns)} stamps with poses of shape {self.ego2global.shape}; want (P, 4, 4)")
+            raise ValueError(
+                f"{len(self.stamp_ns)} stamps with poses of shape {self.ego2global.shape}; want (P, 4, 4)"
+            )
         if np.any(np.diff(self.stamp_ns) <= 0):
             where = int(np.argmax(np.diff(self.stamp_ns) <= 0))
-            raise ValueError(f"pose stamps must increase; number {where + 1} is {self.stamp_ns[where + 1]}")
+            raise ValueError(
+                f"pose stamps must increase; number {where + 1} is {self.stamp_ns[where + 1]}"
+            )
 
     def at(self, stamp_ns: int) -> NDArray[np.float64]:
         """Return ego2global (4, 4) at one stamp; raises PoseError, saying what is missing."""
@@ -45,7 +49,9 @@ class Trajectory:
         slack = int(self.max_extrapolation * 1e9)
         outside = (wanted < first - slack) | (wanted > last + slack)
         if outside.any():
-            raise PoseError(f"no pose at {int(wanted[outside][0])} ns: poses cover [{first}, {last}] ns")
+            raise PoseError(
+                f"no pose at {int(wanted[outside][0])} ns: poses cover [{first}, {last}] ns"
+            )
         wanted = np.clip(wanted, first, last)
         after = np.clip(np.searchsorted(self.stamp_ns, wanted), 1, max(1, len(self.stamp_ns) - 1))
         if len(self.stamp_ns) == 1:
@@ -66,7 +72,9 @@ class Trajectory:
         return invert_transform(self.at(to_ns)) @ self.at(from_ns)
 
 
-def _interpolate(start: NDArray[np.float64], end: NDArray[np.float64], share: NDArray[np.float64]) -> NDArray[np.float64]:
+def _interpolate(
+    start: NDArray[np.float64], end: NDArray[np.float64], share: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Blend (S, 4, 4) poses pairwise, share (S,) in [0, 1]: linear translation, shortest-arc slerp."""
     pose = np.tile(np.eye(4), (len(start), 1, 1))
     pose[:, :3, 3] = start[:, :3, 3] + share[:, None] * (end[:, :3, 3] - start[:, :3, 3])
