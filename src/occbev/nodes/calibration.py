@@ -70,6 +70,13 @@ class Calibration:
             self._last = Calibrated(CameraRig(tuple(cameras)), problems)
         return self._last
 
+    def camera(self, name: str) -> Camera | None:
+        """Return one camera, or None while its calibration is incomplete."""
+        try:
+            return self._fixed[name] if self._fixed is not None else self._camera(name)
+        except (MessageError, RigError, TransformException):
+            return None
+
     def _camera(self, name: str) -> Camera:
         info = self._infos.get(name)
         if info is None:

@@ -233,10 +233,10 @@ class Intake:
             future = Future()
             future.set_exception(MessageError(f"camera {camera}: {error}"))
             return future
-        calibrated = self.calibration.now()
-        rig_camera = None if camera in calibrated.problems else calibrated.rig[camera]
         self._waiting[camera] += 1
-        future = self._pool.submit(self._decoded, CameraFrame(camera, stamp_ns, image), rig_camera)
+        future = self._pool.submit(
+            self._decoded, CameraFrame(camera, stamp_ns, image), self.calibration.camera(camera)
+        )
         future.add_done_callback(lambda _: self._finished(camera))
         return future
 
