@@ -78,7 +78,7 @@ class Bench:
     def pipeline(self) -> Any:
         return self.node._pipeline
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    def wait(self, condition: Callable[[], Any], seconds: float = 30.0) -> None:
         """Wait until a condition holds; fails with the ledger's state otherwise."""
         deadline = time.monotonic() + seconds
         while not condition():
