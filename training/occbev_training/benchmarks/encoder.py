@@ -25,12 +25,11 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from occbev.benchmarks import Options, Report, interleaved
 from occbev.config import ModelConfig
 from occbev_training.benchmarks.measure import speedup
-from occbev_training.models.image_encoder import ImageEncoder
+from occbev_training.models.image_encoder import ImageEncoder, fold_block
 from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder
 from occbev_training.models.resnet import ResNet
 
@@ -59,7 +58,7 @@ def methods_of(
 
     folder: where graphs are written. compiled: torch.compile too, which takes minutes to get ready.
     """
-    folded = fuse(copy.deepcopy(encoder)).to(memory_format=torch.channels_last)
+    folded = fold_norms(encoder).to(memory_format=torch.channels_last)
     last = images.contiguous(memory_format=torch.channels_last)
     methods: dict[str, Method] = {
         "eager": lambda: encoder(images),
@@ -75,6 +74,14 @@ def methods_of(
     methods["onnxruntime_int8"] = _onnxruntime(integers, array, threads)
     methods["openvino_int8"] = _openvino(integers, array, threads)
     return methods, _differences(methods)
+
+
+def fold_norms(encoder: nn.Module) -> nn.Module:
+    """Return a copy whose batch norms are part of the convolutions before them."""
+    folded = copy.deepcopy(encoder)
+    for module in list(folded.modules()):
+        fold_block(module)
+    return folded
 
 
 def write_graphs(encoder: nn.Module, images: Tensor, folder: Path) -> tuple[Path, Path]:

@@ -96,13 +96,13 @@ def fold_norms(trunk: _Trunk, frozen_stages: int) -> None:
     maps, where norms cost as much as the convolutions. New weights need an unfolded trunk.
     """
     if frozen_stages > 0:
-        _fold(trunk)
+        fold_block(trunk)
     for stage in trunk.blocks[: max(0, frozen_stages - 1)]:
         for block in stage:
-            _fold(block)
+            fold_block(block)
 
 
-def _fold(block: nn.Module) -> None:
+def fold_block(block: nn.Module) -> None:
     """Fold each norm among a module's own layers into the convolution before it, and freeze both."""
     convolution = ""
     for name, layer in list(block.named_children()):
