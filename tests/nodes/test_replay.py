@@ -190,7 +190,7 @@ def test_offline_sees_the_same_sets_and_motion_as_the_node(
     from occbev.nodes.offline import OfflineReplay
 
     path = BagDrive(tmp_path / "bag").write(8, bad={3: b"\xff\xd8\xffbroken"})
-    bench = make_bench(wait=False, **overrides())
+    bench = make_bench(wait=False, ego_motion__wait_s=1.0, **overrides())
     live = bench.pipeline
     offline = type(live)(parameters)
     with BagReader(path) as bag:

@@ -71,7 +71,7 @@ class EgoMotionParameters:
     """Topic of nav_msgs/Odometry of the base frame."""
     fixed_frame: str = "odom"
     """Frame of TF that does not move."""
-    wait_s: float = bounded(0.05, 0.0, 1.0)
+    wait_s: float = bounded(0.1, 0.0, 1.0)
     """How long a set waits for the pose at its last exposure."""
 
     def __post_init__(self) -> None:
