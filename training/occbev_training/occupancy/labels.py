@@ -45,7 +45,7 @@ class LabelConfig:
 
     window: float = 1.0
     """Sweeps at most this far from the key time are used."""
-    max_sweeps: int = 64
+    max_sweeps: int = MAX_SWEEPS
     """At most this many sweeps, the nearest in time."""
     limits: RayLimits = field(default_factory=RayLimits)
     """Which returns become rays."""

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from occbev.grid import VoxelGrid
 from occbev_training.sources.deskew import Rays
 
-MAX_SWEEPS = 64
-"""A cell keeps one bit per sweep."""
+MAX_SWEEPS = 63
+"""A cell keeps one bit per sweep, and one that tells whether it holds returns."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def cast(
     """
     ground = np.zeros(len(hits.cell), np.bool_) if ground is None else ground
     passes = np.zeros(grid.size, np.uint64)
+    passes[hits.cell] = _HIT
     conflicts = np.zeros(len(hits.cell), np.int64)
     conflict_sweeps = np.zeros(len(hits.cell), np.uint64)
     lo, pitch, shape = np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape)
@@ -147,6 +148,7 @@ def cast(
         _cast(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
               lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, ground, distance,
               passes, conflicts, conflict_sweeps)  # fmt: skip
+    passes[hits.cell] &= ~_HIT
     return Evidence(hits, passes, conflicts, conflict_sweeps)
 
 
@@ -198,6 +200,7 @@ def mark_visible(
 
 
 _ENDED, _PASSED, _DISAGREE = 0, 1, 2
+_HIT = np.uint64(1 << MAX_SWEEPS)
 
 
 def traverse(
@@ -312,36 +315,80 @@ def _goes_by(centroid, origin, direction, square, distance):  # type: ignore[no-
     return px * px + py * py + pz * pz - along * along / square < distance * distance
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _pace(start, step, offset, reciprocal, size):  # type: ignore[no-untyped-def]
+    """Return how far an axis is from its next and next but one crossing, and the cells left on it."""
+    left = size - 1 - start if step > 0 else start
+    return (
+        (start + offset) * reciprocal,
+        (start + step + offset) * reciprocal,
+        start + step + offset,
+        left,
+    )
+
+
 @njit(cache=True, nogil=True)
 def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, ground, distance,
           passes, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Add one sweep's rays to the evidence."""
-    room = shape[0] + shape[1] + shape[2] + 3
-    cells, leave = np.empty(room, np.int64), np.empty(room, np.float64)
+    """Add one sweep's rays to the evidence.
+
+    The walk is that of `_walk`, kept apart for speed: the crossing after the next one is computed
+    ahead, so that a step waits for no arithmetic, and every cell costs one access to memory.
+    """
+    ny, nz = shape[1], shape[2]
+    o, e = np.empty(3), np.empty(3)
     for g in range(len(end)):
-        count = _walk(
-            (origin[g] - lo) / pitch, (end[g] - lo) / pitch, end_cell[g], shape, cells, leave
+        for a in range(3):
+            o[a], e[a] = (origin[g, a] - lo[a]) / pitch[a], (end[g, a] - lo[a]) / pitch[a]
+        crosses, _, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(
+            o, e, shape, 0.0
         )
-        last = row[end_cell[g]] if end_cell[g] >= 0 else -1
+        if not crosses:
+            continue
+        tx, next_x, fx, left_x = _pace(ix, sx, ax, gx, shape[0])
+        ty, next_y, fy, left_y = _pace(iy, sy, ay, gy, shape[1])
+        tz, next_z, fz, left_z = _pace(iz, sz, az, gz, shape[2])
+        cell, last, skimmed = (ix * ny + iy) * nz + iz, end_cell[g], -1
         # The lowest returns of a wall whose foot is hidden are no ground: they lie high up.
-        if last >= 0 and ground[last] and end[g, 2] < 0.5 * origin[g, 2]:
-            layer = end_cell[g] % shape[2]
-            while count > 0 and cells[count - 1] % shape[2] == layer:
-                count -= 1
+        if last >= 0 and row[last] >= 0 and ground[row[last]] and end[g, 2] < 0.5 * origin[g, 2]:
+            skimmed = last % nz
         direction = (end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2])
         square = direction[0] ** 2 + direction[1] ** 2 + direction[2] ** 2
-        latest = 1.0 - margin[g] / np.sqrt(square) if square > 0.0 else 0.0
-        for i in range(count):
-            cell = cells[i]
-            passes[cell] |= bit
-            r = row[cell]
-            if (
-                r >= 0
-                and leave[i] <= latest
-                and _goes_by(centroid[r], origin[g], direction, square, distance)
-            ):
-                conflicts[r] += weight[g]
-                conflict_sweeps[r] |= bit
+        latest = 1.0 - margin[g] / np.sqrt(square)
+        while cell != last:
+            t = min(tx, ty, tz)
+            if iz != skimmed:
+                seen = passes[cell]
+                passes[cell] = seen | bit
+                if seen >= _HIT and t <= latest:
+                    r = row[cell]
+                    if _goes_by(centroid[r], origin[g], direction, square, distance):
+                        conflicts[r] += weight[g]
+                        conflict_sweeps[r] |= bit
+            if t >= t1:
+                break
+            if tx == t:
+                if left_x == 0:
+                    break
+                left_x -= 1
+                cell += sx * ny * nz
+                tx, fx = next_x, fx + sx
+                next_x = fx * gx
+            elif ty == t:
+                if left_y == 0:
+                    break
+                left_y -= 1
+                cell += sy * nz
+                ty, fy = next_y, fy + sy
+                next_y = fy * gy
+            else:
+                if left_z == 0:
+                    break
+                left_z -= 1
+                cell += sz
+                iz += sz
+                tz, fz = next_z, fz + sz
+                next_z = fz * gz
 
 
 @njit(cache=True, nogil=True)
@@ -474,85 +521,106 @@ def _millimetres(value):  # type: ignore[no-untyped-def]
     return int(np.floor(value * 1000.0 + 0.5))
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _moved(m, p, lo):  # type: ignore[no-untyped-def]
+    """Move a point by a (3, 4) transform; the result counts from the grid's corner."""
+    x, y, z = p[0], p[1], p[2]
+    return (
+        m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3] - lo[0],
+        m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3] - lo[1],
+        m[2, 0] * x + m[2, 1] * y + m[2, 2] * z + m[2, 3] - lo[2],
+    )
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _exit(o, e, pitch, shape):  # type: ignore[no-untyped-def]
+    """Clip a beam that ends outside the grid; returns where its part within starts and ends, in t."""
+    t0, t1 = _clip_axis(o[0] / pitch[0], (e[0] - o[0]) / pitch[0], shape[0], 0.0, 1.0)
+    t0, t1 = _clip_axis(o[1] / pitch[1], (e[1] - o[1]) / pitch[1], shape[1], t0, t1)
+    return _clip_axis(o[2] / pitch[2], (e[2] - o[2]) / pitch[2], shape[2], t0, t1)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _clamped(value, size):  # type: ignore[no-untyped-def]
+    """Return the cell of a coordinate that lies on the grid up to rounding."""
+    return min(max(int(np.floor(value)), 0), size - 1)
+
+
+_WEIGHT, _SPARE = 6, 7
+"""Columns of `_bundle`'s sums after end x, y, z and origin x, y, z, all in millimetres."""
+
+
 @njit(cache=True, nogil=True)
 def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collapse):  # type: ignore[no-untyped-def]
     """Carry beams into the grid frame, find end or exit cells, and sum beams that share one.
 
     `slots` maps an end cell (first half) or an exit cell (second half) to its bundle, -1 for none.
+    One row of sums fills one cache line.
     """
-    size = shape[0] * shape[1] * shape[2]
+    nx, ny, nz = shape[0], shape[1], shape[2]
     room = len(end)
-    end_mm, origin_mm = np.zeros((room, 3), np.int64), np.zeros((room, 3), np.int64)
+    sums = np.zeros((room, 8), np.int64)
     out_origin, out_end = np.empty((room, 3)), np.empty((room, 3))
     out_cell, out_hit = np.empty(room, np.int64), np.empty(room, np.bool_)
-    weight, spare = np.zeros(room, np.int64), np.empty(room, np.int64)
     used = np.empty(room, np.int64)
-    e, o, place = np.empty(3), np.empty(3), np.empty(3, np.int64)
     count = 0
     for i in range(room):
-        for a in range(3):
-            e[a] = (ego2grid[a, 0] * end[i, 0] + ego2grid[a, 1] * end[i, 1]
-                    + ego2grid[a, 2] * end[i, 2] + ego2grid[a, 3] - lo[a])  # fmt: skip
-            o[a] = (ego2grid[a, 0] * origin[i, 0] + ego2grid[a, 1] * origin[i, 1]
-                    + ego2grid[a, 2] * origin[i, 2] + ego2grid[a, 3] - lo[a])  # fmt: skip
-        inside = True
-        for a in range(3):
-            cell_a = np.floor(e[a] / pitch[a])
-            if not (cell_a >= 0 and cell_a < shape[a]):
-                inside = False
-            else:
-                place[a] = int(cell_a)
-        beyond = 0
-        if not inside:
-            t0, t1 = 0.0, 1.0
-            for a in range(3):
-                t0, t1 = _clip_axis(o[a] / pitch[a], (e[a] - o[a]) / pitch[a], shape[a], t0, t1)
+        e, o = _moved(ego2grid, end[i], lo), _moved(ego2grid, origin[i], lo)
+        cx, cy, cz = np.floor(e[0] / pitch[0]), np.floor(e[1] / pitch[1]), np.floor(e[2] / pitch[2])
+        inside = cx >= 0 and cx < nx and cy >= 0 and cy < ny and cz >= 0 and cz < nz
+        beyond, key = 0, -1
+        if inside:
+            flat = (int(cx) * ny + int(cy)) * nz + int(cz)
+            if collapse and hit[i]:
+                key = flat
+        else:
+            flat = -1
+            t0, t1 = _exit(o, e, pitch, shape)
             if t0 >= t1:
                 continue
             if collapse:
                 length = np.sqrt((e[0] - o[0]) ** 2 + (e[1] - o[1]) ** 2 + (e[2] - o[2]) ** 2)
                 beyond = _millimetres((1.0 - t1) * length)
-                for a in range(3):
-                    e[a] = o[a] + (e[a] - o[a]) * t1
-                    place[a] = min(max(int(np.floor(e[a] / pitch[a])), 0), shape[a] - 1)
-        flat = (place[0] * shape[1] + place[1]) * shape[2] + place[2]
-        group, key = -1, -1
-        if collapse and (hit[i] or not inside):
-            key = flat if inside else size + flat
-            group = slots[key]
-            if group < 0:
-                slots[key] = count
+                e = (
+                    o[0] + (e[0] - o[0]) * t1,
+                    o[1] + (e[1] - o[1]) * t1,
+                    o[2] + (e[2] - o[2]) * t1,
+                )
+                exit_x, exit_y = _clamped(e[0] / pitch[0], nx), _clamped(e[1] / pitch[1], ny)
+                key = nx * ny * nz + (exit_x * ny + exit_y) * nz + _clamped(e[2] / pitch[2], nz)
+        group = slots[key] if key >= 0 else -1
         if group < 0:
             group = count
             count += 1
-            used[group] = key
-            out_cell[group] = flat if inside else -1
-            out_hit[group] = inside and hit[i]
-            spare[group] = beyond
+            used[group], out_cell[group], out_hit[group] = key, flat, inside and hit[i]
+            sums[group, _SPARE] = beyond
+            if key >= 0:
+                slots[key] = group
             for a in range(3):
-                out_origin[group, a] = o[a]
-                out_end[group, a] = e[a]
-        weight[group] += 1
-        spare[group] = min(spare[group], beyond)
-        for a in range(3):
-            end_mm[group, a] += _millimetres(e[a])
-            origin_mm[group, a] += _millimetres(o[a])
+                out_origin[group, a], out_end[group, a] = o[a] + lo[a], e[a] + lo[a]
+        row = sums[group]
+        row[0] += _millimetres(e[0])
+        row[1] += _millimetres(e[1])
+        row[2] += _millimetres(e[2])
+        row[3] += _millimetres(o[0])
+        row[4] += _millimetres(o[1])
+        row[5] += _millimetres(o[2])
+        row[_WEIGHT] += 1
+        row[_SPARE] = min(row[_SPARE], beyond)
     for g in range(count):
         if used[g] >= 0:
             slots[used[g]] = -1
-        for a in range(3):
-            if collapse:
-                out_origin[g, a] = origin_mm[g, a] / weight[g] / 1000.0
-                out_end[g, a] = end_mm[g, a] / weight[g] / 1000.0
-            out_origin[g, a] += lo[a]
-            out_end[g, a] += lo[a]
-    out_margin = np.maximum(0.0, margin - spare[:count] / 1000.0)
+            scale = 1000.0 * sums[g, _WEIGHT]
+            for a in range(3):
+                out_end[g, a] = sums[g, a] / scale + lo[a]
+                out_origin[g, a] = sums[g, 3 + a] / scale + lo[a]
+    out_margin = np.maximum(0.0, margin - sums[:count, _SPARE] / 1000.0)
     return (
         out_origin[:count],
         out_end[:count],
         out_cell[:count],
         out_hit[:count],
-        weight[:count],
+        sums[:count, _WEIGHT].copy(),
         out_margin,
-        end_mm[:count],
+        sums[:count, :3].copy(),
     )
