@@ -173,11 +173,21 @@ def write_onnx(network: OccBevNetwork, model: ModelConfig, path: Path) -> None:
         )  # fmt: skip
     assert program is not None
     program.save(str(path), external_data=False)
+    require_plain_operators(path)
+
+
+def require_plain_operators(path: Path) -> frozenset[str]:
+    """Check an ONNX file and return the operators that it uses.
+
+    Raises: ExportError naming operators that a graph must not hold.
+    """
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
-    found = {node.op_type for node in graph.graph.node} & FORBIDDEN_OPERATORS
+    used = frozenset(node.op_type for node in graph.graph.node)
+    found = used & FORBIDDEN_OPERATORS
     if found or len(graph.functions) or {d.domain for d in graph.opset_import} - {"", "ai.onnx"}:
         raise ExportError(f"{path}: holds {sorted(found) or 'functions or custom operators'}")
+    return used
 
 
 def write_ir(

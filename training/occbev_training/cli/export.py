@@ -14,6 +14,8 @@ from rich.console import Console
 
 from occbev.config import ConfigError, ModelConfig, load_config
 from occbev_training.export import export_package
+from occbev_training.export_bevdet import export_bevdet_package
+from occbev_training.models.bevdet import BevDetNetwork
 from occbev_training.models.build import build_network
 from occbev_training.models.checkpoints import load_strictly, read_weights
 
@@ -38,9 +40,15 @@ def run(args: argparse.Namespace) -> int:
     load_strictly(network, read_weights(args.weights)[0], str(args.weights))
     console = Console(stderr=args.json)
     with console.status("exporting and checking the graphs on rigs of 5, 6 and 7 cameras"):
-        package = export_package(
-            network, model, args.folder, _read(args.provenance), _read(args.metrics), args.add
-        )
+        records = _read(args.provenance), _read(args.metrics)
+        if isinstance(network, BevDetNetwork):
+            if args.add:
+                raise ConfigError(
+                    f"--add {args.add[0]}: packages of {model.name} hold no such files"
+                )
+            package = export_bevdet_package(network, model, args.folder, *records)
+        else:
+            package = export_package(network, model, args.folder, *records, args.add)
     sizes = {name: (args.folder / name).stat().st_size for name in package.files}
     if args.json:
         print(json.dumps({"folder": str(args.folder), "bytes": sizes, "metrics": package.metrics}))
