@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.trajectory import PoseError
-from occbev_training.sources.bags import Bag, BagRecording, BagTopics, detect_topics
+from occbev_training.sources.bags import (
+    Bag,
+    BagRecording,
+    BagTopics,
+    detect_topics,
+    header_stamp,
+)
 from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.recording import Recording, RecordingError
 
@@ -86,11 +92,9 @@ def check_bag(path: Path, topics: BagTopics | None = None) -> list[Verdict]:
 
 def _times(bag: Bag, topics: Sequence[str]) -> dict[str, TopicTimes]:
     """Read header stamps and log times of stamped topics."""
-    from occbev_training.sources.bags import _header_stamp
-
     found: dict[str, list[tuple[int, int]]] = {topic: [] for topic in topics}
     for topic, log_ns, data in bag.messages(list(topics)):
-        found[topic].append((_header_stamp(data), log_ns))
+        found[topic].append((header_stamp(data), log_ns))
     return {
         topic: TopicTimes(*np.array(pairs, np.int64).reshape(-1, 2).T)
         for topic, pairs in found.items()

@@ -304,7 +304,7 @@ class BagRecording:
         for topic, log_ns, data in self._bag.messages([*large, *small]):
             counts[topic] += 1
             if topic in index:
-                index[topic].stamp_ns.append(_header_stamp(data))
+                index[topic].stamp_ns.append(header_stamp(data))
                 index[topic].log_ns.append(log_ns)
             else:
                 kept[topic].append(data)
@@ -417,7 +417,7 @@ class BagRecording:
 
     def _message(self, topic: str, log_ns: int, stamp_ns: int) -> Any:
         for _, _, data in self._bag.messages([topic], log_ns, log_ns + 1):
-            if _header_stamp(data) == stamp_ns:
+            if header_stamp(data) == stamp_ns:
                 return self._bag.parse(topic, data)
         raise RecordingError(f"{self._bag.path}: {topic}: the message of {stamp_ns} ns is gone")
 
@@ -430,7 +430,7 @@ def _nearest(stamps: NDArray[np.int64], wanted: int, tolerance: float) -> int | 
     return index if away[index] <= tolerance * 1e9 else None
 
 
-def _header_stamp(data: bytes) -> int:
+def header_stamp(data: bytes) -> int:
     """Read header.stamp, the first field of every stamped message, from its CDR bytes."""
     seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)

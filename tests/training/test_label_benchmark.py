@@ -1,0 +1,56 @@
+"""The label benchmark compares like with like: its baseline gives the states that ours gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+
+from tests.training.traced_drive import GRID, Block, TracedDrive
+
+from occbev_training.benchmarks.labels import (
+    COPIES,
+    _copies,
+    _plain,
+    _plain_steps,
+    _python_ms,
+    _rays,
+    _states,
+)
+from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
+from occbev_training.occupancy.rays import bundle_rays
+
+
+@pytest.fixture(scope="module")
+def recording():
+    drive = TracedDrive([Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))], rings=20, columns=120)
+    sweep = drive.sweep(10)
+    return _copies(
+        "traced", drive.rig, drive.frame_set(0), sweep, drive.trajectory.at(sweep.stamp_ns)
+    )
+
+
+def test_ten_copies_stand_half_a_metre_apart(recording) -> None:
+    places = recording.trajectory.ego2global[:, :3, 3]
+    assert len(places) == COPIES
+    assert np.allclose(np.linalg.norm(np.diff(places, axis=0), axis=1), 0.5)
+    label = LabelBuilder(recording, LabelConfig(camera_spacing=0.05), GRID).build(0)
+    assert label.stats["sweeps"] == COPIES
+    assert label.stats["reference_sweeps"] == 1
+
+
+def test_the_baseline_marks_the_same_cells(recording) -> None:
+    rays, motions = _rays(recording)
+    single = [
+        bundle_rays(r, m, GRID, 0.8, collapse=False) for r, m in zip(rays, motions, strict=True)
+    ]
+    ours, plain = _states(single, GRID), np.zeros(GRID.size, np.uint8)
+    for r, m in zip(rays, motions, strict=True):
+        _plain(
+            r.end, r.origin, m, np.array(GRID.lo), np.array(GRID.pitch), np.array(GRID.shape), plain
+        )
+    assert (plain == 1).sum() > 2000
+    assert np.mean(ours != plain) < 1e-3, "it adds up its steps, so a corner may fall the other way"
+    assert _plain_steps(rays, motions, GRID) > (plain == 1).sum()
+    assert _python_ms(rays[0], motions[0], GRID) > 0
