@@ -40,8 +40,9 @@ from occbev_training.sources.recording import Recording
 
 logger = logging.getLogger(__name__)
 
-FLAG_ONLY = frozenset({"q3_observed_drop", "q6_camera_alignment"})
-"""Limits that mark a sample but do not refuse it: a blocked view or a blank wall breaks them, too."""
+FLAG_ONLY = frozenset({"q3_observed_drop", "q6_camera_alignment", "q8_border_ratio"})
+"""Limits that mark a sample but do not refuse it: a blocked view, small pictures, or a wall that
+happens to stand along the border break them, too. Over a whole drive they tell a fault."""
 
 
 @dataclass(frozen=True)
