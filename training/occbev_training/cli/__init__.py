@@ -10,11 +10,17 @@ from occbev.cli import dispatch
 COMMANDS: Mapping[str, str] = {
     "simulate": "write simulated drives as nuScenes tables and as ROS 2 bags",
     "nuscenes-to-bag": "turn a nuScenes data root into ROS 2 bags",
+    "bag-check": "tell whether a bag can become training pairs",
+    "pairs": "turn unlabelled drives into measured image-LiDAR pairs",
+    "view": "draw a stored pair: images, label, visibility, evidence",
+    "label-truth": "compare labels with the simulator's truth and with the published recipe",
     "prepare": "decode and label key frames once, into a sample cache",
     "pretrain": "stage 1: learn to reconstruct occupancy from image-LiDAR pairs",
     "finetune": "stage 2: learn boxes and semantic occupancy",
     "evaluate": "score a model package on held-out drives",
     "export": "turn a training checkpoint into a model package",
+    "convert": "turn a published checkpoint into a model package",
+    "bench": "parts of networks, side by side with plain baselines",
 }
 """Sub-command -> one line of help. Each is `occbev_training.cli.<name>` with `add_arguments` and `run`."""
 
