@@ -81,6 +81,7 @@ def test_a_package_made_by_the_command_runs_in_the_pipeline(
     assert main(["export", *arguments, "--model", str(tmp_path / "model.yaml")]) == 0
     package = ModelPackage.load(tmp_path / "package")
     assert set(package.files) == {"weights.safetensors", "model.onnx", "README.md"}
+    assert {"Conv", "Gather"} <= set(package.provenance["operators"].split())
     rig = ring_rig(config, 2)
     line = Pipeline(package, rig, "onnxruntime", 1, BoxDecoding(threshold=0.01))
     images = np.random.default_rng(0).integers(0, 255, (2, 32, 64, 3), np.uint8)
