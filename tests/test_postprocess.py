@@ -164,6 +164,22 @@ def test_ties_go_to_the_first_class() -> None:
     assert (decode_occupancy(np.zeros_like(occupancy_logits()), GRID).label == 0).all()
 
 
+def test_a_voxel_is_free_only_with_the_least_probability() -> None:
+    """With min_free 0.5 a voxel is occupied as soon as its other classes together are likelier than free."""
+    logits = occupancy_logits()
+    share = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)
+    free = share[-1] >= 0.5
+    want = np.where(free, len(logits) - 1, logits[:-1].argmax(0))
+    occupancy = decode_occupancy(logits, GRID, min_free=0.5)
+    np.testing.assert_array_equal(volume_from_xyz(occupancy.label), want)
+    assert ((logits.argmax(0) == len(logits) - 1) & ~free).any()  # the case is there
+    np.testing.assert_allclose(
+        volume_from_xyz(occupancy.confidence),
+        np.take_along_axis(share, want[None], 0)[0],
+        rtol=1e-5,
+    )
+
+
 def test_unobserved_voxels_have_no_confidence() -> None:
     observed = np.random.default_rng(1).random(GRID.shape) < 0.5
     occupancy = decode_occupancy(occupancy_logits(), GRID, (), observed)

@@ -136,6 +136,9 @@ class OccupancyHeadConfig:
     """Features of each voxel in the 3D part of the decoder, at half resolution."""
     voxel_channels: int = 8
     """Features of each voxel at full resolution, from which its logits are made."""
+    min_free: float = 0.0
+    """Least probability of free for a voxel to be decoded as free; 0 takes the likeliest class, 0.5 calls
+    a voxel occupied as soon as all other classes together are likelier than free."""
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,11 @@ def bev_overlap(a: Floats, b: Floats) -> float:
 
 
 def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] = (),
-                     observed: NDArray[np.bool_] | None = None) -> Occupancy:  # fmt: skip
+                     observed: NDArray[np.bool_] | None = None, min_free: float = 0.0) -> Occupancy:  # fmt: skip
     """Turn occupancy logits (K, Z, Y, X), the last class free, into labels with their softmax confidence.
 
     observed: (X, Y, Z); where it is False the state is unobserved and the confidence 0. None: all observed.
+    min_free: least probability of free for a voxel to be free; below it the likeliest other class is the label.
     Raises:
         OutputError: the volume does not fit the grid, or is not finite.
     """
@@ -130,6 +131,7 @@ def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] =
         part = slice(start, start + CHUNK)
         with np.errstate(invalid="ignore", over="ignore"):
             _label_chunk(flat[:, part], label[part], confidence[part])
+            _fill_doubtful(flat[:, part], label[part], confidence[part], min_free)
     if not np.isfinite(confidence).all():
         raise OutputError("occupancy logits hold values that are not finite")
     label, confidence = (
@@ -234,3 +236,16 @@ def _label_chunk(logits: Floats, label: NDArray[np.uint8], confidence: Floats) -
         np.subtract(plane, best, out=term)
         total += np.exp(term, out=term)
     np.reciprocal(total, out=confidence)
+
+
+def _fill_doubtful(
+    logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float
+) -> None:
+    """Give (M,) voxels that are free with less than `min_free` their likeliest other class."""
+    free = len(logits) - 1
+    doubtful = np.flatnonzero((label == free) & (confidence < min_free))
+    if len(doubtful) == 0:
+        return
+    others = logits[:free, doubtful].astype(np.float32)
+    label[doubtful] = others.argmax(0)
+    confidence[doubtful] *= np.exp(others.max(0) - logits[free, doubtful])

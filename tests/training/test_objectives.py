@@ -16,7 +16,6 @@ from occbev_training.objectives import (
     at_voxels,
     keep_large_depthwise_in_float32,
     normalised,
-    occupied_or_free,
     prefer_channels_last,
 )
 
@@ -45,18 +44,6 @@ def test_gathered_voxels_keep_logits_and_labels_together() -> None:
     torch.testing.assert_close(labels.flatten(), semantics[mask])
     few.sum().backward()
     assert ((logits.grad != 0).any(1) == mask).all()
-
-
-def test_occupied_means_that_one_class_beats_free() -> None:
-    """Three classes that share the evidence do not make a voxel occupied; one that leads does."""
-    logits = torch.log(torch.tensor([[0.25, 0.25, 0.2, 0.3], [0.4, 0.2, 0.1, 0.3]])).T[
-        None, :, None, None
-    ]
-    pair, label = occupied_or_free(logits, torch.tensor([3, 0])[None, None, None])
-    decoded = logits.argmax(1) != 3
-    torch.testing.assert_close(pair.argmax(1) == 0, decoded)
-    assert decoded.flatten().tolist() == [False, True]
-    assert label.flatten().tolist() == [1, 0]
 
 
 def test_large_depthwise_convolutions_stay_in_float32_and_the_rest_does_not() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
 from occbev.grid import BevGrid, xyz_from_volume
-from occbev.postprocess import BoxDecoding, decode_boxes
+from occbev.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection
@@ -156,8 +156,8 @@ def evaluate(cache: SampleCache, predict: Callable[[int], Prediction], model: Mo
         assert output.occupancy is not None
         predicted.append(decode_boxes(output.heatmap, output.box, model.bev, SCORING))
         truths.append(annotations_of(sample))
-        label = xyz_from_volume(output.occupancy.argmax(0).astype(np.uint8))
-        counts += confusion(sample["semantics"], label, sample["mask_camera"])
+        voxels = decode_occupancy(output.occupancy, model.grid, min_free=model.occupancy.min_free)
+        counts += confusion(sample["semantics"], voxels.label, sample["mask_camera"])
         progress(done + 1)
     return Scores(*detection_scores(predicted, truths), counts)
 

@@ -82,10 +82,7 @@ class FinetuneObjective:
         loss = losses.semantic_loss(logits, semantics, mask, self.class_weight)
         terms = {"semantics": weights.semantics * loss}
         if weights.occupied:
-            pair, free = occupied_or_free(logits, semantics)
-            terms["occupied"] = weights.occupied * losses.occupied_iou_loss(
-                pair, free, mask, free=1
-            )
+            terms["occupied"] = weights.occupied * losses.occupied_iou_loss(logits, semantics, mask)
         return terms
 
 
@@ -94,16 +91,6 @@ def by_head(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
     heatmap = [value for name, value in terms.items() if name.endswith("heatmap")]
     box = [value for name, value in terms.items() if not name.endswith("heatmap")]
     return {"heatmap": torch.stack(heatmap).sum(), "box": torch.stack(box).sum()}
-
-
-def occupied_or_free(logits: Tensor, semantics: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn class logits (B, K, ...) into two, the best class but free and free; semantics (B, ...) into 0 and 1.
-
-    A voxel is decoded as occupied when one class beats free, not when all of them together do: what
-    is trained must be what is decoded.
-    """
-    pair = torch.stack([logits[:, :-1].amax(1), logits[:, -1]], 1)
-    return pair, (semantics == logits.shape[1] - 1).long()
 
 
 def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

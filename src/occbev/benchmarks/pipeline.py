@@ -150,7 +150,9 @@ def _single_stages(line: Pipeline, frame_set: FrameSet) -> dict[str, Callable[[]
         "images_plain_ms": lambda: plain_network_images(
             frame_set, model.image.width, model.image.height, mean, std
         ),
-        "occupancy_ms": lambda: decode_occupancy(logits, model.grid),
+        "occupancy_ms": lambda: decode_occupancy(
+            logits, model.grid, min_free=model.occupancy.min_free
+        ),
         "occupancy_plain_ms": lambda: plain_occupancy(logits),
     }
 

@@ -160,7 +160,9 @@ class Pipeline:
             return boxes, unobserved(model.grid, cameras)
         observed = np.any(self._in_view(prepared.rig)[prepared.camera_valid > 0], axis=0)
         logits = outputs["occupancy_logits"][0]
-        return boxes, decode_occupancy(logits, model.grid, cameras, observed)
+        return boxes, decode_occupancy(
+            logits, model.grid, cameras, observed, model.occupancy.min_free
+        )
 
     def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:
         """The voxels each camera sees, kept for the last rig: projecting a whole grid takes longer than the network."""
