@@ -17,6 +17,7 @@ from occbev_training.models import bevformer  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.deformable_attention import Levels  # noqa: E402
 from occbev_training.models.fpn import FeaturePyramid  # noqa: E402
+from occbev_training.models.query_networks import PastFrame, remember  # noqa: E402
 from occbev_training.models.voxel_decoder import VoxelDecoder  # noqa: E402
 from occbev_training.query_losses import voxel_focal_loss  # noqa: E402
 
@@ -276,6 +277,29 @@ def test_a_missing_camera_is_as_if_it_saw_nothing() -> None:
         other = model(images, seeing, torch.zeros(1, 18)).bev
     torch.testing.assert_close(got, want)
     assert (got - other).abs().max() > 1e-3
+
+
+def test_the_past_is_remembered_frame_by_frame_and_teaches_nothing() -> None:
+    model = network().train()
+    hits, still = bevformer.pair_cameras(*rig(), torch.ones(1, 2)), torch.arange(BEV.size)[None]
+    images, can_bus, known, shift = (
+        torch.randn(3, 1, 2, 3, 64, 64), torch.randn(3, 1, 18), torch.ones(1), torch.full((1, 2), 0.02)
+    )  # fmt: skip
+    frames = [
+        PastFrame(image, hits, bus, known, still, shift)
+        for image, bus in zip(images[:2], can_bus[:2], strict=True)
+    ]
+    past = remember(model, frames)
+    assert model.training
+    assert not past.requires_grad
+    assert remember(model, []) is None
+    model.eval()
+    with torch.no_grad():
+        first = model(images[0], hits, can_bus[0]).bev
+        second = model(
+            images[1], hits, can_bus[1], bevformer.Motion(first, known, still, shift)
+        ).bev
+    torch.testing.assert_close(past, second)
 
 
 def test_the_past_is_turned_about_the_vehicle() -> None:

@@ -92,7 +92,8 @@ def sample_map_by_bags(value: Tensor, locations: Tensor, weights: Tensor, levels
 
 def sample(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
     """Read by the form that suits: grids where a graph is being exported, else bags."""
-    form = sample_by_grid if torch.compiler.is_exporting() else sample_by_bags
+    exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    form = sample_by_grid if exporting else sample_by_bags
     return form(value, levels, locations, weights)
 
 

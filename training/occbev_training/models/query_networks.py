@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from occbev.config import BevFormerConfig, ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
@@ -147,6 +148,37 @@ class BevFormerNetwork(nn.Module):
             logits,
             codes,
         )
+
+
+@dataclass(frozen=True)
+class PastFrame:
+    """One frame of the history of a training sample.
+
+    images: (B, N, 3, H, W). can_bus: (B, 18). known, align, shift: as in `Motion`, from the frame before.
+    """
+
+    images: Tensor
+    hits: CameraPairs
+    can_bus: Tensor
+    known: Tensor
+    align: Tensor
+    shift: Tensor
+
+
+def remember(network: BevFormerNetwork, frames: Sequence[PastFrame]) -> Tensor | None:
+    """Return the BEV (B, C, Y, X) after frames in order, oldest first; None if there are none.
+
+    Nothing is learned from the past: it is seen in eval mode and without gradients (Li et al. 2022, section 4.2).
+    """
+    was_training, bev = network.training, None
+    network.eval()
+    with torch.no_grad():
+        for frame in frames:
+            motion = bev if bev is None else Motion(bev, frame.known, frame.align, frame.shift)
+            maps = network.image_encoder(frame.images.flatten(0, 1))
+            bev = network.view_transform(maps, frame.hits, frame.can_bus, motion)
+    network.train(was_training)
+    return bev
 
 
 class Detr3dNetwork(nn.Module):
