@@ -39,7 +39,9 @@ def _rig() -> tuple[np.ndarray, np.ndarray]:
     return np.tile([[60.0, 0, 47], [0, 62, 30], [0, 0, 1]], (2, 1, 1)), poses
 
 
-def _project(points: np.ndarray, intrinsic: np.ndarray, cam2ego: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _project(
+    points: np.ndarray, intrinsic: np.ndarray, cam2ego: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     return project_points(transform_points(np.linalg.inv(cam2ego), points), intrinsic)
 
 
@@ -91,10 +93,14 @@ def test_boxes_flip_as_their_corners_and_velocity_do(seed: int) -> None:
     boxes = np.concatenate([rng.uniform(-40, 40, (5, 3)), rng.uniform(0.5, 8, (5, 3)), rng.uniform(-3.1, 3.1, (5, 1)),
                             rng.uniform(-9, 9, (5, 2))], 1)  # fmt: skip
     out = augment_boxes(boxes, draw)
-    wanted = np.sort(transform_points(draw.ego2ego, box_corners(boxes).reshape(-1, 3)).reshape(5, 8, 3), axis=1)
+    wanted = np.sort(
+        transform_points(draw.ego2ego, box_corners(boxes).reshape(-1, 3)).reshape(5, 8, 3), axis=1
+    )
     np.testing.assert_allclose(np.sort(box_corners(out), axis=1), wanted, atol=1e-9)
     heading = np.stack([np.cos(out[:, 6]), np.sin(out[:, 6])], 1)
-    np.testing.assert_allclose(heading, np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], 1) * draw.bev_sign, atol=1e-12)
+    np.testing.assert_allclose(
+        heading, np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], 1) * draw.bev_sign, atol=1e-12
+    )
     np.testing.assert_allclose(out[:, 7:9], boxes[:, 7:9] * draw.bev_sign)
     assert (np.abs(out[:, 6]) <= np.pi).all()
 
@@ -102,7 +108,11 @@ def test_boxes_flip_as_their_corners_and_velocity_do(seed: int) -> None:
 @pytest.mark.parametrize("sign", [(1, 1), (-1, 1), (1, -1), (-1, -1)])
 def test_voxels_flip_bit_for_bit_with_their_centres(sign: tuple[int, int]) -> None:
     """Where a voxel's centre goes, its value goes."""
-    draw = next(d for d in (draw_augmentation(s, 1, SIZE, GEOMETRY_ONLY) for s in range(100)) if d.bev_sign == sign)
+    draw = next(
+        d
+        for d in (draw_augmentation(s, 1, SIZE, GEOMETRY_ONLY) for s in range(100))
+        if d.bev_sign == sign
+    )
     volume = np.random.default_rng(0).integers(0, 255, (6, 4, 3)).astype(np.uint8)
     lo, pitch = np.array([-3.0, -2.0, 0.0]), np.ones(3)
     index = np.stack(np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), -1).reshape(-1, 3)
@@ -130,7 +140,9 @@ def test_no_augmentation_changes_nothing() -> None:
     draw = draw_augmentation(7, 3, SIZE, NO_AUGMENTATION)
     images = np.random.default_rng(0).integers(0, 255, (3, SIZE[1], SIZE[0], 3)).astype(np.uint8)
     np.testing.assert_array_equal(augment_images(images, draw), images)
-    np.testing.assert_array_equal(augment_intrinsic(_rig()[0], draw_augmentation(7, 2, SIZE, NO_AUGMENTATION)), _rig()[0])
+    np.testing.assert_array_equal(
+        augment_intrinsic(_rig()[0], draw_augmentation(7, 2, SIZE, NO_AUGMENTATION)), _rig()[0]
+    )
     assert draw.alive.all()
     assert draw.bev_sign == (1, 1)
 
@@ -138,7 +150,9 @@ def test_no_augmentation_changes_nothing() -> None:
 def test_the_same_seed_gives_the_same_pictures_and_another_does_not() -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, SIZE[1], SIZE[0], 3)).astype(np.uint8)
     config = AugmentConfig(camera_drop=0)
-    once, again, other = (augment_images(images, draw_augmentation(s, 2, SIZE, config)) for s in (5, 5, 6))
+    once, again, other = (
+        augment_images(images, draw_augmentation(s, 2, SIZE, config)) for s in (5, 5, 6)
+    )
     np.testing.assert_array_equal(once, again)
     assert not np.array_equal(once, other)
 
