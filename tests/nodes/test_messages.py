@@ -123,7 +123,9 @@ def test_compressed_images_are_checked_before_they_are_decoded() -> None:
         assert compressed_from_message(compressed(data, "rgb8; jpeg compressed bgr8")) == data
         with pytest.raises(MessageError, match="48x32 pixels exceeds max_image_pixels = 100"):
             compressed_from_message(compressed(data), max_pixels=100)
-        with pytest.raises(MessageError, match=r"image header|only JPEG and PNG|no content"):
+        with pytest.raises(
+            MessageError, match=r"image header|only JPEG and PNG|no content|cut or damaged"
+        ):
             compressed_from_message(compressed(data[:14]))
     with pytest.raises(MessageError, match="only JPEG and PNG"):
         compressed_from_message(compressed(b"GIF89a" + bytes(30), "gif"))
@@ -135,6 +137,18 @@ def test_a_jpeg_that_claims_gigapixels_is_refused() -> None:
     data[start + 5 : start + 9] = (65500).to_bytes(2, "big") * 2
     with pytest.raises(MessageError, match="65500x65500"):
         compressed_from_message(compressed(bytes(data)))
+
+
+def test_a_png_whose_chunks_claim_gigabytes_is_refused() -> None:
+    data = bytearray(cv2.imencode(".png", scene(32, 48))[1].tobytes())
+    assert compressed_from_message(compressed(bytes(data), "png")) == data
+    place = data.index(b"IDAT") - 4
+    data[place : place + 4] = (2**31).to_bytes(4, "big")
+    with pytest.raises(MessageError, match="b'IDAT' chunk that claims 2147483648"):
+        compressed_from_message(compressed(bytes(data), "png"))
+    data[12:16] = b"tEXt"
+    with pytest.raises(MessageError, match="not with its header"):
+        compressed_from_message(compressed(bytes(data), "png"))
 
 
 def info(

@@ -106,6 +106,8 @@ def compressed_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) ->
     if size is None:
         raise MessageError(f"format {stated!r}: {len(data)} bytes without a readable image header")
     _require_size(*size, max_pixels)
+    if data.startswith(PNG_START):
+        _require_sound_chunks(data)
     return data
 
 
@@ -201,6 +203,30 @@ def _convert(image: NDArray[np.uint8], code: int) -> NDArray[np.uint8]:
         raise MessageError(
             f"an image of {width}x{height} pixels cannot be converted: {error}"
         ) from error
+
+
+def _require_sound_chunks(data: bytes) -> None:
+    """Refuse a PNG whose chunks do not fit its bytes: OpenCV allocates what a chunk claims, up to 4 GB.
+
+    Animated ones are refused as well, since their frames have sizes of their own.
+    """
+    position = len(PNG_START)
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        if position == len(PNG_START) and (kind, length) != (b"IHDR", 13):
+            raise MessageError(
+                f"a PNG that begins with a {kind!r} chunk of {length} bytes, not with its header"
+            )
+        if kind == b"acTL":
+            raise MessageError("an animated PNG; only still images are understood")
+        position += length + 12
+        if position > len(data):
+            raise MessageError(
+                f"a PNG of {len(data)} bytes with a {kind!r} chunk that claims {length}: it is cut or damaged"
+            )
+        if kind == b"IEND":
+            return
 
 
 def _require_size(width: int, height: int, max_pixels: int) -> None:
