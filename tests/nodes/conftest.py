@@ -29,6 +29,7 @@ class StubPipeline:
 
     def __init__(self, parameters: Any, delay_s: float = 0.0) -> None:
         self.rig: Any = None
+        self.grid = GRIDS["tiny"]
         self.rigs: list[CameraRig] = []
         self.seen: list[FrameSet] = []
         self.motions: list[Any] = []
@@ -49,7 +50,7 @@ class StubPipeline:
         time.sleep(self.delay_s)
         self.seen.append(frame_set)
         self.motions.append(motion)
-        grid = GRIDS["tiny"]
+        grid = self.grid
         state = np.ones(grid.shape, np.uint8)
         state[1, 2, 3] = 2
         label = np.full(grid.shape, 4, np.uint8)

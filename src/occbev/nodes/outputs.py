@@ -134,11 +134,15 @@ class CloudWriter:
         self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header
     ) -> PointCloud2:
         """Make the cloud of the voxels with the flat indices `chosen` (M,)."""
-        if self._grid != occupancy.grid:
-            self._grid = occupancy.grid
-            self._template = np.zeros((occupancy.grid.size, POINT_STEP // 4), np.float32)
-            self._template[:, :3] = occupancy.grid.centres().reshape(-1, 3)
+        self.prepare(occupancy.grid)
         return cloud_message(self._fill(occupancy, chosen), header)
+
+    def prepare(self, grid: VoxelGrid) -> None:
+        """Compute the centres of a grid's voxels, so that the first cloud does not pay for it."""
+        if self._grid != grid:
+            self._grid = grid
+            self._template = np.zeros((grid.size, POINT_STEP // 4), np.float32)
+            self._template[:, :3] = grid.centres().reshape(-1, 3)
 
     def _fill(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
         count = len(chosen)
@@ -207,6 +211,10 @@ class ResultWriter:
 
     def __init__(self) -> None:
         self._cloud = CloudWriter()
+
+    def prepare(self, grid: VoxelGrid) -> None:
+        """Make what depends on the grid alone."""
+        self._cloud.prepare(grid)
 
     def makers(
         self, perception: Perception, parameters: PerceptionParameters

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from occbev.grid import VoxelGrid
 from occbev.inference.pipeline import Pipeline
 from occbev.nodes.calibration import placeholder
 from occbev.nodes.intake import Decode, Work
@@ -27,6 +28,11 @@ class PipelineLike(Protocol):
     @property
     def rig(self) -> Any:
         """The rig it looks through."""
+        ...
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The grid of its occupancy."""
         ...
 
     @property
@@ -57,6 +63,7 @@ class LoadedPipeline:
             parameters.model, rig, parameters.backend, parameters.threads or None, decoding
         )
         self._pipeline.warm_up()
+        self.grid = self._pipeline.package.model.grid
         self.decode: Decode = self._pipeline.preprocessor.decode
         self.set_rig = self._pipeline.set_rig
         self.run = self._pipeline.run
