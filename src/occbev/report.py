@@ -173,7 +173,7 @@ def _stage_chart(stages: Mapping[str, Mapping[str, float]]) -> str:
 def _timeline(frames: Sequence[FrameLatency]) -> str:
     """One dot per frame over the drive's time."""
     known = [frame.total_ms for frame in frames if frame.total_ms is not None]
-    top, height, left = max(known, default=1.0) * 1.1 or 1.0, 180, 60
+    top, height, left = max(known, default=1.0) * 1.1 or 1.0, 180, 80
     span = max((frame.time for frame in frames), default=1.0) or 1.0
 
     def at(frame: FrameLatency) -> tuple[float, float]:
