@@ -235,3 +235,41 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
             return
         assert time.monotonic() < deadline
     pytest.fail(f"{text!r} never came; the node said {''.join(seen)}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses prctl and /proc")
+def test_the_node_does_not_outlive_a_killed_player(bag: Path, model: str, tmp_path: Path) -> None:
+    log = tmp_path / "node.log"
+    command = [
+        sys.executable,
+        "-m",
+        "occbev",
+        "replay",
+        str(bag),
+        "--model",
+        model,
+        "--node-log",
+        str(log),
+    ]
+    player = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": source_path()}, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while "listening to" not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{player.pid}/task/{player.pid}/children").read_text().split()
+    player.kill()
+    player.wait()
+    while any(is_running(int(child)) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert children
+
+
+def is_running(process_id: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return " Z " not in Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return False

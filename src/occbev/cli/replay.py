@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 GRACE_S = 8.0
 """How long a node may take to end before it is killed."""
+
+PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 
 IDLE_S = 10.0
 """Silence after the last message that ends the wait for results."""
@@ -193,12 +197,22 @@ def _node(args: argparse.Namespace, path: Path, ledger: Path) -> Iterator[subpro
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(args.node_log.open("wb")) if args.node_log else None
         process = subprocess.Popen(
-            command, stdout=log or sys.stderr, stderr=log or None, start_new_session=True
-        )
+            command, stdout=log or sys.stderr, stderr=log or None, start_new_session=True,
+            preexec_fn=_end_with_parent(),
+        )  # fmt: skip
         try:
             yield process
         finally:
             _end(process)
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """Return what a child runs first so that it is told to end when we die, however that happens; Linux only."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+    return lambda: prctl(PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
