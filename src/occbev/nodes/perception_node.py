@@ -425,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
-        if node.parameters.autostart and not node.start():
+        # A signal during the transitions makes them fail, but it is no failure.
+        if node.parameters.autostart and not node.start() and rclpy.ok():
             return 1
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
