@@ -108,8 +108,7 @@ class DecoderLayer(nn.Module):
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
     """Return the logit of values in 0..1, bounded at the ends."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=_EDGE) / (1 - x).clamp(min=_EDGE))
+    return torch.log(x.clamp(_EDGE, 1.0) / (1.0 - x).clamp(_EDGE, 1.0))
 
 
 def encode_boxes(boxes: Tensor) -> Tensor:
