@@ -159,9 +159,10 @@ def sample_of(position: int, samples: int, seed: int) -> int:
 def batches(dataset: SampleDataset, batch: int, workers: int, first: int = 0, rank: int = 0,
             world: int = 1) -> DataLoader[TrainingBatch]:  # fmt: skip
     """Return an endless loader that begins with forward pass `first`."""
+    # Workers start afresh: a fork of a process in which runtimes hold threads and locks can crash.
     return DataLoader(dataset, batch_sampler=PositionBatches(batch, first, rank, world), num_workers=workers,
                       collate_fn=Collate(dataset.model), prefetch_factor=3 if workers else None,
-                      worker_init_fn=_one_thread)  # fmt: skip
+                      worker_init_fn=_one_thread, multiprocessing_context="spawn" if workers else None)  # fmt: skip
 
 
 @dataclass(frozen=True)
