@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 pytest.importorskip("embreex")
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPANCY_OF_DETECTION
-from occbev.geometry import invert_transform, points_in_box, transform_points
+from occbev.geometry import (
+    invert_transform,
+    make_transform,
+    points_in_box,
+    rotation_from_rpy,
+    transform_points,
+)
 from occbev_training.cli import simulate
 from occbev_training.simulator.actors import Parts, build_shape
 from occbev_training.simulator.camera import MOUNTS, build_rig, pixel_rays
@@ -23,6 +29,8 @@ from occbev_training.simulator.drive import SEED_RANGES, DriveConfig, SimulatedD
 from occbev_training.simulator.lidar import LidarConfig
 from occbev_training.simulator.materials import MaterialTable
 from occbev_training.simulator.mesh import MeshBuilder, surface_samples
+from occbev_training.simulator.street import Bend
+from occbev_training.simulator.world import _ground_tilt, _track_along
 from occbev_training.sources.deskew import compensated
 
 SMALL = DriveConfig(keys=3, image=(176, 64), lidar=LidarConfig(columns=540))
@@ -355,3 +363,43 @@ def test_deskewed_ground_is_flat_under_the_vehicle(drive: SimulatedDrive) -> Non
     assert abs(np.median(near[:, 2])) < 0.08
     identity = drive.trajectory.at(int(drive.sweep_stamp_ns[12]))
     np.testing.assert_allclose(invert_transform(identity) @ identity, np.eye(4), atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_roads_are_hilly_but_not_steep(seed: int) -> None:
+    bend = Bend.draw(np.random.default_rng(seed), -80.0, 200.0)
+    road = bend.at(bend.s, 0.0)
+    slope = np.diff(road[:, 2]) / np.linalg.norm(np.diff(road[:, :2], axis=0), axis=1)
+    assert 0.0005 < np.abs(slope).max() < 0.041
+    np.testing.assert_allclose(bend.at(0.0, [0.0, -9.0, 9.0])[:, 2], 0, atol=1e-9)
+    beside = bend.at(0.0, np.array([-60.0, 60.0]))[:, 2]
+    np.testing.assert_allclose(beside, bend.banks * 50**2 / 58)
+
+
+def test_the_ground_is_no_secret_that_the_mean_of_all_drives_knows() -> None:
+    """Ahead of the vehicle the ground leaves the layer that it stands in, up or down, in many drives."""
+    ahead = [Bend.draw(np.random.default_rng(seed), -80.0, 200.0) for seed in range(60)]
+    height = [
+        bend.at(30.0, 0.0)[2] - 30 * (bend.at(1.0, 0.0)[2] - bend.at(-1.0, 0.0)[2]) / 2
+        for bend in ahead
+    ]
+    assert np.mean(np.abs(height) > 0.2) > 0.4
+    assert min(height) < -0.4 < 0.4 < max(height)
+
+
+def test_the_wheels_stand_on_the_ground_on_hills_and_in_turns() -> None:
+    rng = np.random.default_rng(3)
+    bend = Bend.draw(rng, -80.0, 200.0)
+    line = np.array([[0.0, 0.0], [60.0, 0.0], [70.0, 10.0], [70.0, 60.0]])
+    travelled = np.linspace(5, 110, 80)
+    tilt = _ground_tilt(line, travelled, bend)
+    pose = _track_along(line, travelled, bend, travelled).pose
+    assert np.abs(tilt[:, 0]).max() > 0.005  # on the cross slope after the turn
+    s, d = np.meshgrid(np.arange(-10, 120, 0.5), np.arange(-15, 70, 0.5))
+    ground = bend.at(s.ravel(), d.ravel())
+    wheels = np.array([[x, y, 0.0] for x in (-1.4, 1.4) for y in (-0.8, 0.8)])
+    for (roll, pitch), (x, y, z, yaw) in zip(tilt, pose, strict=True):
+        ego2world = make_transform(rotation_from_rpy(roll, pitch, yaw), [x, y, z])
+        for wheel in transform_points(ego2world, wheels):
+            nearest = np.linalg.norm(ground[:, :2] - wheel[:2], axis=1).argmin()
+            assert abs(ground[nearest, 2] - wheel[2]) < 0.05

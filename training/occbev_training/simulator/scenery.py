@@ -21,6 +21,8 @@ from occbev_training.simulator.mesh import Mesh, MeshBuilder, join
 from occbev_training.simulator.street import MANMADE, VEGETATION, Bend, Plan
 
 _LOT_HEIGHT = 0.12
+_FOUNDATION = 1.6
+"""Buildings reach this far into the ground, so that a slope uncovers no gap below them."""
 
 
 def build_scenery(plan: Plan, bend: Bend, table: MaterialTable) -> Mesh:
@@ -98,6 +100,7 @@ def _building(table: MaterialTable, width: float, depth: float, floors: int) -> 
         (wall, wall, side, side, roof, roof),
         filled=False,
     )
+    builder.box((0, 0, -_FOUNDATION / 2), (width, depth, _FOUNDATION), plain, filled=False)
     if rng.random() < 0.4:
         _gable(builder, width, depth, height, rng.uniform(1.5, 3.5), roof)
     else:
@@ -163,8 +166,13 @@ def _boundary(bend: Bend, table: MaterialTable, s: tuple[float, float], d: float
             _fence(builder, a, b, height, material)
         else:
             label = VEGETATION if kind == "hedge" else MANMADE
+            # A piece is level; its foot stands a little in the ground, so that hills show no gap.
             builder.box(
-                (a + b) / 2 + [0, 0, height / 2], (length, thick, height), material, yaw, label
+                (a + b) / 2 + [0, 0, height / 2 - 0.1],
+                (length, thick, height + 0.2),
+                material,
+                yaw,
+                label,
             )
     return builder.build()
 

@@ -29,22 +29,34 @@ ROAD, WALK, TERRAIN, FLAT, MANMADE, VEGETATION = (
 )
 DEPTH = 75.0
 """The plan reaches this far to both sides of the main road."""
+STEEPEST, STEEPEST_BANK = 0.04, 0.08
+"""Largest slope of a road along its middle, and of the ground beside it away from it."""
+LEVEL = 10.0
+"""The ground is level across within this many metres of the middle of the main road."""
+_BANK_RADIUS = 8.0
+_PAINT_HEIGHT = 0.015
+"""Road paint lies this far above the asphalt, more than a hill rises between two of its vertices."""
 
 
 @dataclass(frozen=True)
 class Bend:
-    """Smooth map from plan to world: a centre line of small curvature with gentle hills.
+    """Smooth map from plan to world: a centre line of small curvature over hills, and banks beside it.
 
     s: (P,) increasing. heading: (P,) of the centre line. line: (P, 3) its world points.
+    banks: (2,) slope at which the ground rises away from the road, to its right and to its left.
     """
 
     s: NDArray[np.float64]
     heading: NDArray[np.float64]
     line: NDArray[np.float64]
+    banks: NDArray[np.float64]
 
     @classmethod
     def draw(cls, rng: np.random.Generator, start: float, end: float) -> Bend:
-        """Draw a centre line between two values of s, of radius 180 m or more and slope below 2 %."""
+        """Draw a centre line between two values of s, of radius 180 m or more and slope below 4 %.
+
+        Without hills a network could know the ground by heart: the mean of all drives would be right.
+        """
         s = np.arange(start, end + 1.0, 1.0)
         limit = rng.choice((0.0, 1 / 400, 1 / 180), p=(0.3, 0.35, 0.35))
         knots = np.arange(start, end + 60, 45.0)
@@ -52,14 +64,9 @@ class Bend:
         heading = np.cumsum(curvature)
         heading -= np.interp(0.0, s, heading)
         x, y = np.cumsum(np.cos(heading)), np.cumsum(np.sin(heading))
-        amplitude, wave, phase = (
-            rng.uniform(0, 0.25),
-            rng.uniform(90, 160),
-            rng.uniform(0, 2 * np.pi),
-        )
-        z = amplitude * (np.sin(2 * np.pi * s / wave + phase) - np.sin(phase))
+        z = _hills(rng, s)
         line = np.stack([x - np.interp(0, s, x), y - np.interp(0, s, y), z], -1)
-        return cls(s, heading, line)
+        return cls(s, heading, line, rng.uniform(-STEEPEST_BANK, STEEPEST_BANK, 2))
 
     def at(self, s: ArrayLike, d: ArrayLike, z: ArrayLike = 0.0) -> NDArray[np.float64]:
         """World points (..., 3) of plan points at height z above the ground plane."""
@@ -68,11 +75,24 @@ class Bend:
         )
         x, y, height = (np.interp(s, self.s, self.line[:, k]) for k in range(3))
         heading = np.interp(s, self.s, self.heading)
-        return np.stack([x - d * np.sin(heading), y + d * np.cos(heading), height + z], -1)
+        beyond = np.maximum(np.abs(d) - LEVEL, 0.0)
+        bank = self.banks[(d > 0).astype(int)] * beyond**2 / (beyond + _BANK_RADIUS)
+        return np.stack([x - d * np.sin(heading), y + d * np.cos(heading), height + bank + z], -1)
 
     def yaw(self, s: ArrayLike) -> NDArray[np.float64]:
         """Heading of the main road in the world."""
         return np.interp(s, self.s, self.heading)
+
+
+def _hills(rng: np.random.Generator, s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Height (P,) of the centre line along s, 0 at s = 0: two waves whose slopes stay below the steepest."""
+    steepest = STEEPEST * np.sqrt(rng.uniform())
+    share = rng.uniform(0.6, 1.0)
+    height = np.zeros_like(s)
+    for slope in (steepest * share, steepest * (1 - share)):
+        rate, phase = 2 * np.pi / rng.uniform(70, 160), rng.uniform(0, 2 * np.pi)
+        height += slope / rate * (np.sin(rate * s + phase) - np.sin(phase))
+    return height
 
 
 @dataclass(frozen=True)
@@ -234,8 +254,8 @@ def _ground_materials(table: MaterialTable) -> dict[int, int]:
 
 def _add_cell(builder: MeshBuilder, bend: Bend, s: NDArray[np.float64], d: NDArray[np.float64], height: float,
               material: int, label: int) -> None:  # fmt: skip
-    along = np.linspace(s[0], s[1], max(2, int(np.ceil((s[1] - s[0]) / 3)) + 1))
-    across = np.linspace(d[0], d[1], max(2, int(np.ceil((d[1] - d[0]) / 8)) + 1))
+    along = np.linspace(s[0], s[1], max(2, int(np.ceil((s[1] - s[0]) / 2)) + 1))
+    across = np.linspace(d[0], d[1], max(2, int(np.ceil((d[1] - d[0]) / 4)) + 1))
     i, j = (index.ravel() for index in np.indices((len(along) - 1, len(across) - 1)))
     corners_s = np.stack([along[i], along[i + 1], along[i + 1], along[i]], -1)
     corners_d = np.stack([across[j], across[j], across[j + 1], across[j + 1]], -1)
@@ -281,7 +301,7 @@ def _add_face(builder: MeshBuilder, bend: Bend, s: NDArray[np.float64], d: NDArr
 
 
 def _add_paint(builder: MeshBuilder, plan: Plan, bend: Bend, table: MaterialTable) -> None:
-    """Lane lines, edge lines, stop lines and zebra crossings, a hair above the asphalt."""
+    """Lane lines, edge lines, stop lines and zebra crossings, a finger above the asphalt."""
     rng = table.rng
     white = table.add(linear(np.full(3, rng.uniform(0.6, 0.9))), PLAIN)
     yellow = table.add(linear_hsv(0.12, 0.7, 0.8), PLAIN)
@@ -348,10 +368,12 @@ def _stripe(
 def _patch(builder: MeshBuilder, bend: Bend, s: ArrayLike, d: ArrayLike, paint: int) -> None:
     (s0, s1), (d0, d1) = np.asarray(s), np.asarray(d)
     corners = np.array([[s0, d0], [s1, d0], [s1, d1], [s0, d1]])
-    builder.quads(bend.at(corners[:, 0], corners[:, 1], 0.008), paint, ROAD, corners)
+    builder.quads(bend.at(corners[:, 0], corners[:, 1], _PAINT_HEIGHT), paint, ROAD, corners)
 
 
 def _add_horizon(builder: MeshBuilder, bend: Bend, material: int) -> None:
-    centre = bend.at((bend.s[0] + bend.s[-1]) / 2, 0.0, -0.6)
+    centre = bend.at((bend.s[0] + bend.s[-1]) / 2, 0.0)
+    lowest = bend.at(bend.s[:, None], np.array([-DEPTH, 0.0, DEPTH]))[..., 2].min()
+    centre[2] = lowest - 0.6
     square = np.array([[-900, -900, 0], [900, -900, 0], [900, 900, 0], [-900, 900, 0]], np.float64)
     builder.quads(centre + square, material, TERRAIN, square[:, :2])

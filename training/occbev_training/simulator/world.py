@@ -19,6 +19,9 @@ from occbev_training.simulator.street import DEPTH, Bend, Plan, build_ground, dr
 TRACK_RATE = 50.0
 """Samples of every track per second."""
 
+WHEELBASE, WHEEL_TRACK = 2.8, 1.6
+"""Distance between the ego vehicle's axles and between its wheels of one axle."""
+
 
 @dataclass(frozen=True)
 class Track:
@@ -98,15 +101,17 @@ def build_world(seed: int, duration: float) -> World:
     parts = Parts.create(table)
     static = [build_ground(plan, bend, table), build_scenery(plan, bend, table)]
     times = np.arange(0.0, duration + 1e-9, 1 / TRACK_RATE)
-    ego = _ego_track(route, plan, bend, times)
+    line = _route_line(route, plan)
+    ego = _track_along(line, route.travelled, bend, times)
     cast = Cast(plan, bend, table, parts, times, ego)
     cast.fill(route)
     parked = tuple(a for a in cast.actors if not a.track.moving)
     static += [a.shape.mesh.moved(a.track.pose[0, :3], a.track.pose[0, 3]) for a in parked]
     moving = tuple(a for a in cast.actors if a.track.moving)
     return World(
-        join(static), table.build(), parked, moving, ego, _tilt(rng, ego, bend), draw_light(rng)
-    )
+        join(static), table.build(), parked, moving, ego,
+        _ground_tilt(line, route.travelled, bend) + _sway(rng, times), draw_light(rng),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,6 @@ def _draw_route(rng: np.random.Generator, duration: float) -> Route:
     return Route(path, float(path[-1]), turn_at, turn)
 
 
-def _ego_track(route: Route, plan: Plan, bend: Bend, times: NDArray[np.float64]) -> Track:
-    line = _route_line(route, plan)
-    return _track_along(line, route.travelled, bend, times)
-
-
 def _route_line(route: Route, plan: Plan) -> NDArray[np.float64]:
     """Plan polyline (L, 2) of the ego: its lane, and the arc into the crossing where it turns."""
     lane = -plan.lane / 2
@@ -172,27 +172,41 @@ def _track_along(
     times: NDArray[np.float64],
 ) -> Track:
     """Turn a plan polyline and the way travelled along it into a world track, heading along the path."""
-    pieces = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
-
-    def world(way: NDArray[np.float64]) -> NDArray[np.float64]:
-        return bend.at(np.interp(way, pieces, line[:, 0]), np.interp(way, pieces, line[:, 1]))
-
-    here, ahead, behind = (world(travelled + k) for k in (0.0, 0.4, -0.4))
+    here, ahead, behind = (bend.at(*_along(line, travelled + k).T) for k in (0.0, 0.4, -0.4))
     yaw = np.unwrap(np.arctan2((ahead - behind)[:, 1], (ahead - behind)[:, 0]))
     return Track(times, np.concatenate([here, yaw[:, None]], 1))
 
 
-def _tilt(rng: np.random.Generator, ego: Track, bend: Bend) -> NDArray[np.float64]:
-    """Roll and pitch (P, 2) of the ego body: the slope of the road plus slow suspension movement."""
-    step = np.gradient(ego.pose[:, :3], axis=0)
-    way = np.linalg.norm(step[:, :2], axis=1)
-    slope = np.where(way > 1e-3, np.arctan2(step[:, 2], np.maximum(way, 1e-3)), 0.0)
+def _along(line: NDArray[np.float64], way: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Plan points (P, 2) after `way` (P,) metres along a plan polyline (L, 2)."""
+    pieces = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
+    return np.stack([np.interp(way, pieces, line[:, k]) for k in range(2)], -1)
+
+
+def _ground_tilt(
+    line: NDArray[np.float64], travelled: NDArray[np.float64], bend: Bend
+) -> NDArray[np.float64]:
+    """Roll and pitch (P, 2) of a vehicle whose four wheels stand on the ground along its way."""
+    front, back = (_along(line, travelled + k * WHEELBASE / 2) for k in (1, -1))
+    apart = np.maximum(np.linalg.norm(front - back, axis=1), 1e-6)  # less where the way begins
+    forward = (front - back) / apart[:, None]
+    left = np.stack([-forward[:, 1], forward[:, 0]], -1) * WHEEL_TRACK / 2
+    middle = _along(line, travelled)
+
+    def height(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        return bend.at(*points.T)[:, 2]
+
+    # Turning about x by a positive angle lifts the left side, about y it lowers the front.
+    roll = np.arctan2(height(middle + left) - height(middle - left), WHEEL_TRACK)
+    return np.stack([roll, -np.arctan2(height(front) - height(back), apart)], -1)
+
+
+def _sway(rng: np.random.Generator, times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Roll and pitch (P, 2) of slow suspension movement."""
     phase, rate = rng.uniform(0, 2 * np.pi, 4), rng.uniform(0.3, 1.6, 4)
     size = np.deg2rad(rng.uniform(0.02, 0.2, 4))
-    sway = size * np.sin(2 * np.pi * rate * ego.times[:, None] + phase)
-    kernel = np.ones(25) / 25
-    slope = np.convolve(np.pad(slope, 12, mode="edge"), kernel, mode="valid")
-    return np.stack([sway[:, 0] + sway[:, 1], sway[:, 2] + sway[:, 3] - slope], -1)
+    sway = size * np.sin(2 * np.pi * rate * times[:, None] + phase)
+    return np.stack([sway[:, 0] + sway[:, 1], sway[:, 2] + sway[:, 3]], -1)
 
 
 class Cast:
