@@ -20,6 +20,7 @@ from occbev.grid import BevGrid, xyz_from_volume
 from occbev.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
+from occbev_training.metrics.calibration import FreeThreshold
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection
 from occbev_training.metrics.occupancy import (
     binary_counts,
@@ -142,8 +143,12 @@ class Scores:
 
 
 def evaluate(cache: SampleCache, predict: Callable[[int], Prediction], model: ModelConfig,
-             indices: Iterable[int] | None = None, progress: Callable[[int], None] = lambda done: None) -> Scores:  # fmt: skip
-    """Score a predictor on samples of a cache (all by default)."""
+             indices: Iterable[int] | None = None, progress: Callable[[int], None] = lambda done: None,
+             calibration: FreeThreshold | None = None) -> Scores:  # fmt: skip
+    """Score a predictor on samples of a cache (all by default).
+
+    calibration: also counts what other thresholds on free would answer.
+    """
     predicted, truths = [], []
     counts = np.zeros((len(model.occupancy_classes),) * 2, np.int64)
     for done, index in enumerate(range(len(cache)) if indices is None else indices):
@@ -158,6 +163,10 @@ def evaluate(cache: SampleCache, predict: Callable[[int], Prediction], model: Mo
         truths.append(annotations_of(sample))
         voxels = decode_occupancy(output.occupancy, model.grid, min_free=model.occupancy.min_free)
         counts += confusion(sample["semantics"], voxels.label, sample["mask_camera"])
+        if calibration is not None:
+            calibration.add(
+                sample["semantics"], output.occupancy, sample["mask_camera"], model.grid
+            )
         progress(done + 1)
     return Scores(*detection_scores(predicted, truths), counts)
 

@@ -2,6 +2,7 @@
 
     occbev-train evaluate config/models/occbev-tiny --data CACHE
     occbev-train evaluate PACKAGE --data CACHE --fit-priors TRAINING_CACHE --priors priors.npz
+    occbev-train evaluate PACKAGE --data VALIDATION_CACHE --calibrate --json report.json
 
 The headline is the AP of cars within 30 m that have at least 5 LiDAR returns, at 2 m.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from occbev.preprocess import Preprocessor
 from occbev.rig import Camera, CameraRig
 from occbev_training.data.cache import CachedSample, SampleCache, open_cache
 from occbev_training.evaluate import Prediction, Priors, evaluate, fit_priors, score_priors
+from occbev_training.metrics.calibration import FreeThreshold
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--priors", type=Path, help="where the fitted priors are written; by default nowhere"
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="find the occupancy.min_free with the best occupied IoU on these drives, which should be validation"
+        " drives; 'occbev-train export --calibration' takes the file of --json",
+    )
+    parser.add_argument(
+        "--min-free", type=float, help="score with this occupancy.min_free instead of the package's"
+    )
     parser.add_argument("--json", type=Path, help="write all scores to this file")
 
 
@@ -62,21 +74,27 @@ def run(args: argparse.Namespace) -> int:
         .round()
         .astype(int)
     )
+    model = _with_min_free(package.model, args.min_free)
+    calibration = FreeThreshold(len(model.occupancy_classes)) if args.calibrate else None
     predict = package_predictor(package, cache, args.backend, args.threads, args.precision)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(indices))
         scores = evaluate(
             cache,
             predict,
-            package.model,
+            model,
             indices.tolist(),
             lambda done: progress.update(task, completed=done),
+            calibration,
         )
     record: dict[str, Any] = {
         "samples": len(indices),
         "drives": len(cache.drives),
+        "min_free": model.occupancy.min_free,
         **scores.as_record(),
     }
+    if calibration is not None:
+        record["calibration"] = calibration.as_record()
     if priors is not None:
         record["priors"] = score_priors(cache, priors, package.model)
     if args.json:
@@ -109,6 +127,14 @@ def package_predictor(package: ModelPackage, cache: SampleCache, backend: str = 
     return predict
 
 
+def _with_min_free(model: ModelConfig, min_free: float | None) -> ModelConfig:
+    if min_free is None:
+        return model
+    if not 0 <= min_free <= 1:
+        raise ValueError(f"--min-free {min_free}: want a probability")
+    return replace(model, occupancy=replace(model.occupancy, min_free=min_free))
+
+
 def network_rig(sample: CachedSample, names: tuple[str, ...], model: ModelConfig) -> CameraRig:
     """Return the cameras of one cached sample."""
     return CameraRig(tuple(
@@ -138,3 +164,10 @@ def _print(console: Console, record: dict[str, Any]) -> None:
         prior = record.get("priors", {}).get(name)
         table.add_row(name, f"{value:.3f}", "" if prior is None else f"{prior:.3f}")
     console.print(table)
+    if "calibration" in record:
+        best = record["calibration"]
+        console.print(
+            f"best occupancy.min_free {best['min_free']:g}: occupancy_iou {best['occupancy_iou']:.4f}, occupancy_miou"
+            f" {best['occupancy_miou']:.4f}; scored with {record['min_free']:g}:"
+            f" {record['summary']['occupancy_iou']:.4f}, {record['summary']['occupancy_miou']:.4f}"
+        )

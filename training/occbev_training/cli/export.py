@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from occbev.config import ConfigError, ModelConfig, load_config
 from occbev_training.export import export_package
 from occbev_training.export_bevdet import export_bevdet_package
+from occbev_training.metrics.calibration import calibrated_min_free
 from occbev_training.models.bevdet import BevDetNetwork
 from occbev_training.models.build import build_network
 from occbev_training.models.checkpoints import load_strictly, read_weights
@@ -28,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provenance", type=Path, help="JSON: data, steps, seeds of the training")
     parser.add_argument("--metrics", type=Path, help="JSON: held-out scores")
     parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="JSON of 'occbev-train evaluate --calibrate': its occupancy.min_free goes into the package",
+    )
+    parser.add_argument(
         "--add", type=Path, nargs="*", default=[], help="files to ship along, such as priors.npz"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -35,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, check the graphs against torch, and print what was written."""
-    model = load_config(args.model, ModelConfig)
+    model = _calibrated(load_config(args.model, ModelConfig), args.calibration)
     network = build_network(model, "finetune")
     load_strictly(network, read_weights(args.weights)[0], str(args.weights))
     console = Console(stderr=args.json)
@@ -61,6 +68,13 @@ def run(args: argparse.Namespace) -> int:
             f"{runtime}: differs from torch by at most {worst:.1e} of an output's largest value"
         )
     return 0
+
+
+def _calibrated(model: ModelConfig, report: Path | None) -> ModelConfig:
+    if report is None:
+        return model
+    min_free = calibrated_min_free(_read(report), str(report))
+    return replace(model, occupancy=replace(model.occupancy, min_free=min_free))
 
 
 def _read(path: Path | None) -> dict[str, Any]:
