@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,7 @@ def _box_table(of: Boxes3D) -> BoxTable:
         of.box[:, 7:9].astype(float),
         np.zeros(count, np.int64),
         of.score.astype(float),
+        np.hypot(of.box[:, 0], of.box[:, 1]).astype(float),
         np.zeros(count, bool),
     )
 
@@ -288,15 +290,17 @@ def _matches(predicted: Boxes3D, truth: Annotations):
 def _random_table(
     generator: np.random.Generator, count: int, samples: int, *, truth: bool
 ) -> BoxTable:
+    xy = generator.integers(0, 14, (count, 2)) * 0.5  # a lattice, so that distances tie
     return BoxTable(
         generator.integers(0, samples, count),
         np.zeros(count, np.int64),
-        generator.integers(0, 14, (count, 2)) * 0.5,  # a lattice, so that distances tie
+        xy,
         np.ones((count, 3)),
         np.zeros(count),
         np.zeros((count, 2)),
         np.zeros(count, np.int64),
         generator.integers(0, 8, count) / 8,
+        np.hypot(*xy.T),
         generator.random(count) < (0.3 if truth else 0.0),
     )
 
@@ -325,11 +329,7 @@ def _match_by_loop(found: BoxTable, meant: BoxTable, threshold: float) -> list[i
 def test_scores_do_not_depend_on_the_order_of_samples() -> None:
     generator = np.random.default_rng(9)
     found = _random_table(generator, 200, 10, truth=False)
-    found = BoxTable(
-        *(getattr(found, n) for n in list(found.__dataclass_fields__)[:-2]),
-        generator.random(200),
-        found.ignored,
-    )
+    found = replace(found, score=generator.random(200))
     meant = _random_table(generator, 120, 10, truth=True)
     renumbered = generator.permutation(10)
     scores = score_boxes(found, meant, ("car",))

@@ -7,7 +7,7 @@ thresholds at once; numbers equal those of the official kit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,8 +63,9 @@ class BoxTable:
 
     sample: (M,) int64 number of the sample. label: (M,) int64 index into the scored classes.
     xy: (M, 2) centre. size: (M, 3) l, w, h. yaw: (M,). velocity: (M, 2), NaN unknown.
-    attribute: (M,) int64, -1 for none. score: (M,). Truth only: ignored (M,) bool, boxes whose
-    match is neither right nor wrong. Positions of one sample share a frame.
+    attribute: (M,) int64, -1 for none. score: (M,). distance: (M,) metres from the ego vehicle in the
+    plane. Truth only: ignored (M,) bool, boxes whose match is neither right nor wrong. Positions of
+    one sample share a frame.
     """
 
     sample: NDArray[np.int64]
@@ -75,6 +76,7 @@ class BoxTable:
     velocity: Array
     attribute: NDArray[np.int64]
     score: Array
+    distance: Array
     ignored: NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -97,6 +99,66 @@ class ClassMatches:
     truth: NDArray[np.int64]
     prediction: NDArray[np.int64]
     positives: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ClassOutcome:
+    """One class's matches and all that its scores need; parts and resamples of it can be scored as well.
+
+    errors: error -> (P,), of predictions matched within TP_THRESHOLD, NaN elsewhere. distance: (P,) of the
+    predictions. truth_distance, truth_sample: (G,) of the truths. truth_counted: (G,) False where ignored.
+    """
+
+    name: str
+    matches: ClassMatches
+    errors: Mapping[str, Array]
+    distance: Array
+    truth_distance: Array
+    truth_sample: NDArray[np.int64]
+    truth_counted: NDArray[np.bool_]
+
+    def within(self, lo: float, hi: float) -> ClassOutcome:
+        """Keep what is from `lo` to below `hi` metres away: truths, and predictions by the truth they match.
+
+        A prediction that matches no truth counts where it is itself, so that rings partition the whole.
+        """
+        truth = self.matches.truth
+        near = np.append(self.truth_distance, np.inf)
+        place = np.where(truth >= 0, near[truth], self.distance)
+        outside = (place < lo) | (place >= hi)
+        counted = self.truth_counted & (self.truth_distance >= lo) & (self.truth_distance < hi)
+        positives = np.bincount(self.truth_sample[counted], minlength=len(self.matches.positives))
+        matches = replace(self.matches, truth=np.where(outside, -2, truth), positives=positives)
+        return replace(self, matches=matches)
+
+    def resampled(self, times: NDArray[np.int64]) -> ClassOutcome:
+        """Take each sample as often as `times` (S,) says, as if it had been recorded so often."""
+        index = np.repeat(np.arange(len(self.matches.score)), times[self.matches.sample])
+        matches = self.matches
+        matches = ClassMatches(matches.score[index], matches.sample[index], matches.truth[:, index],
+                               matches.prediction[index], matches.positives * times[: len(matches.positives)])  # fmt: skip
+        errors = {name: values[index] for name, values in self.errors.items()}
+        return replace(self, matches=matches, errors=errors, distance=self.distance[index])
+
+
+@dataclass(frozen=True)
+class DetectionOutcome:
+    """What became of every prediction of a data set, before any score is taken of it."""
+
+    classes: Mapping[str, ClassOutcome]
+    samples: int
+
+    def scores(self) -> DetectionScores:
+        """Return the scores of all samples and ranges."""
+        return _scores_of(self.classes.values())
+
+    def scores_within(self, lo: float, hi: float) -> DetectionScores:
+        """Return the scores of boxes from `lo` to below `hi` metres away from the ego vehicle."""
+        return _scores_of([outcome.within(lo, hi) for outcome in self.classes.values()])
+
+    def scores_resampled(self, times: NDArray[np.int64]) -> DetectionScores:
+        """Return the scores of samples taken as often as `times` (S,) says."""
+        return _scores_of([outcome.resampled(times) for outcome in self.classes.values()])
 
 
 @dataclass(frozen=True)
@@ -179,6 +241,15 @@ def evaluate_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotati
     Raises:
         ValueError: the two lists differ in length, or a sample has over 500 predictions.
     """
+    return match_detection(
+        predictions, truths, classes, max_range, min_points, ignore_excluded
+    ).scores()
+
+
+def match_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotations],
+                    classes: Sequence[str] = DETECTION_CLASSES, max_range: float | None = None,
+                    min_points: int | None = None, ignore_excluded: bool = False) -> DetectionOutcome:  # fmt: skip
+    """Match boxes against annotations as `evaluate_detection` does, to be scored in parts or resampled."""
     if len(predictions) != len(truths):
         raise ValueError(f"{len(predictions)} samples predicted, {len(truths)} annotated")
     predicted = _velocity_known(_table(list(predictions)))
@@ -190,29 +261,36 @@ def evaluate_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotati
         points >= (1 if min_points is None else min_points)
     )
     wanted = replace(wanted, ignored=~scored)[known if ignore_excluded else scored]
-    return score_boxes(predicted, wanted, classes)
+    outcome = match_boxes(predicted, wanted, classes)
+    return replace(outcome, samples=len(truths))
 
 
 def score_boxes(
     predictions: BoxTable, truths: BoxTable, classes: Sequence[str] = DETECTION_CLASSES
 ) -> DetectionScores:
     """Score two tables whose filters were applied before; their labels index `classes`."""
+    return match_boxes(predictions, truths, classes).scores()
+
+
+def match_boxes(
+    predictions: BoxTable, truths: BoxTable, classes: Sequence[str] = DETECTION_CLASSES
+) -> DetectionOutcome:
+    """Match two tables whose filters were applied before; their labels index `classes`.
+
+    Raises:
+        ValueError: a sample has over 500 predictions.
+    """
     check_box_counts(predictions)
-    ap: dict[str, dict[float, float]] = {}
-    errors: dict[str, dict[str, float]] = {}
-    precision: dict[str, dict[float, Array]] = {}
-    counts: dict[str, int] = {}
-    guesses: dict[str, int] = {}
+    samples = max(int(boxes.sample.max(initial=-1)) for boxes in (predictions, truths)) + 1
+    outcomes = {}
     for label, name in enumerate(classes):
-        of_class, found = truths[truths.label == label], predictions[predictions.label == label]
-        matches = match_class(found, of_class)
-        curves = [_curve(matches, t) for t in range(len(THRESHOLDS))]
-        precision[name] = {t: curve for t, (curve, _) in zip(THRESHOLDS, curves, strict=True)}
-        ap[name] = {t: average_precision(curve) for t, curve in precision[name].items()}
-        at = THRESHOLDS.index(TP_THRESHOLD)
-        errors[name] = _tp_errors(name, found, of_class, matches, curves[at][1], at)
-        counts[name], guesses[name] = int(matches.positives.sum()), len(found)
-    return DetectionScores(ap, errors, counts, guesses, precision)
+        found, meant = predictions[predictions.label == label], truths[truths.label == label]
+        matches = match_class(found, meant, samples)
+        outcomes[name] = ClassOutcome(
+            name, matches, _errors_of_matches(name, found, meant, matches),
+            found.distance[matches.prediction], meant.distance, meant.sample, ~meant.ignored,
+        )  # fmt: skip
+    return DetectionOutcome(outcomes, samples)
 
 
 def check_box_counts(predictions: BoxTable) -> None:
@@ -224,12 +302,16 @@ def check_box_counts(predictions: BoxTable) -> None:
         )
 
 
-def match_class(predictions: BoxTable, truths: BoxTable) -> ClassMatches:
+def match_class(
+    predictions: BoxTable, truths: BoxTable, samples: int | None = None
+) -> ClassMatches:
     """Match one class greedily: by falling score (ties: later row first) each takes the nearest free truth.
 
     All samples advance together: round r handles the r-th best prediction of every sample.
+    samples: how many there are; as many as the rows name if None.
     """
-    samples = max(int(boxes.sample.max(initial=-1)) for boxes in (predictions, truths)) + 1
+    if samples is None:
+        samples = max(int(boxes.sample.max(initial=-1)) for boxes in (predictions, truths)) + 1
     order = np.lexsort((-np.arange(len(predictions)), -predictions.score))
     ranked = predictions.sample[order]
     truth = np.full((len(THRESHOLDS), len(order)), -1, np.int64)
@@ -287,7 +369,8 @@ def _table(samples: Sequence[Boxes3D]) -> BoxTable:
     score = np.concatenate([np.zeros(0), *(boxes.score for boxes in samples)])
     sample = np.repeat(np.arange(len(samples)), [len(boxes) for boxes in samples])
     return BoxTable(sample, label, box[:, :2], box[:, 3:6], box[:, 6], box[:, 7:9],
-                    usual_attributes(label, box[:, 7:9]), score, np.zeros(len(sample), bool))  # fmt: skip
+                    usual_attributes(label, box[:, 7:9]), score, np.hypot(box[:, 0], box[:, 1]),
+                    np.zeros(len(sample), bool))  # fmt: skip
 
 
 def _velocity_known(table: BoxTable) -> BoxTable:
@@ -299,8 +382,7 @@ def _in_range(
     table: BoxTable, classes: Sequence[str], max_range: float | None
 ) -> NDArray[np.bool_]:
     limit = np.array([min(CLASS_RANGE[name], max_range or np.inf) for name in classes] + [0.0])
-    distance = np.hypot(table.xy[:, 0], table.xy[:, 1])
-    return distance < limit[np.minimum(table.label, len(classes))]
+    return table.distance < limit[np.minimum(table.label, len(classes))]
 
 
 def _by_sample(
@@ -347,18 +429,48 @@ def _curve(matches: ClassMatches, threshold: int) -> tuple[Array, Array]:
     )
 
 
-def _tp_errors(name: str, predictions: BoxTable, truths: BoxTable, matches: ClassMatches,
-               score_at_recall: Array, threshold: int) -> dict[str, float]:  # fmt: skip
+def _scores_of(outcomes: Iterable[ClassOutcome]) -> DetectionScores:
+    ap: dict[str, dict[float, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    precision: dict[str, dict[float, Array]] = {}
+    truths: dict[str, int] = {}
+    predictions: dict[str, int] = {}
+    at = THRESHOLDS.index(TP_THRESHOLD)
+    for outcome in outcomes:
+        name, matches = outcome.name, outcome.matches
+        curves = [_curve(matches, t) for t in range(len(THRESHOLDS))]
+        precision[name] = {t: curve for t, (curve, _) in zip(THRESHOLDS, curves, strict=True)}
+        ap[name] = {t: average_precision(curve) for t, curve in precision[name].items()}
+        errors[name] = _tp_errors(outcome, curves[at][1])
+        truths[name] = int(matches.positives.sum())
+        predictions[name] = int(np.count_nonzero(matches.truth[at] != -2))
+    return DetectionScores(ap, errors, truths, predictions, precision)
+
+
+def _errors_of_matches(
+    name: str, predictions: BoxTable, truths: BoxTable, matches: ClassMatches
+) -> dict[str, Array]:
+    """Return the five errors (P,) of predictions matched within 2 m; NaN for the others."""
+    truth = matches.truth[THRESHOLDS.index(TP_THRESHOLD)]
+    hit = truth >= 0
+    found, meant = predictions[matches.prediction[hit]], truths[truth[hit]]
+    errors = {}
+    for error, values in match_errors(found, meant, half_turn=name == "barrier").items():
+        errors[error] = np.full(len(truth), np.nan)
+        errors[error][hit] = values
+    return errors
+
+
+def _tp_errors(outcome: ClassOutcome, score_at_recall: Array) -> dict[str, float]:
     """Return the five errors of the matches at 2 m, each averaged over recalls from 11 % on."""
-    hit = matches.truth[threshold] >= 0
-    found, meant = predictions[matches.prediction[hit]], truths[matches.truth[threshold][hit]]
-    errors = match_errors(found, meant, half_turn=name == "barrier")
+    matches = outcome.matches
+    hit = matches.truth[THRESHOLDS.index(TP_THRESHOLD)] >= 0
     reached = np.flatnonzero(score_at_recall)
     last = int(reached[-1]) if len(reached) else 0
-    undefined = UNDEFINED_ERRORS.get(name, ())
+    undefined = UNDEFINED_ERRORS.get(outcome.name, ())
     return {
         error: math.nan if error in undefined
-        else _mean_over_recalls(errors[error], matches.score[hit], score_at_recall, last)
+        else _mean_over_recalls(outcome.errors[error][hit], matches.score[hit], score_at_recall, last)
         for error in TP_ERRORS
     }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from occbev.results import Boxes3D
 from occbev_training.metrics.detection import (
     CLASS_RANGE,
     BoxTable,
+    DetectionOutcome,
     DetectionScores,
     check_box_counts,
-    score_boxes,
+    match_boxes,
 )
 from occbev_training.sources.nuscenes import CLASS_OF_CATEGORY, LIDAR_CHANNEL, NuscenesRoot, Row
 from occbev_training.sources.nuscenes_writer import ATTRIBUTES, usual_attribute
@@ -92,9 +94,16 @@ def result_boxes(sample: str, boxes: Boxes3D, ego2global: Array) -> list[Row]:
 def evaluate_results(
     results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None
 ) -> DetectionScores:
-    """Score results exactly as the official detection evaluation does.
+    """Score results exactly as the official detection evaluation does; see `match_results`."""
+    return match_results(results, root, samples).scores()
 
-    samples: tokens of the split; every sample of the root if None.
+
+def match_results(
+    results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None
+) -> DetectionOutcome:
+    """Filter and match results exactly as the official detection evaluation does.
+
+    samples: tokens of the split; every sample of the root if None. The outcome numbers them in this order.
 
     Raises:
         ResultsError: a sample of the split is missing, one is unknown, or a box is malformed.
@@ -108,15 +117,18 @@ def evaluate_results(
     ego = np.array([_ego_position(root, token) for token in samples]).reshape(-1, 3)
     racks = [_bike_racks(root, token) for token in samples]
     # The official kit breaks ties of equal scores by position in the file: keep its order.
-    predicted, heights = _result_table([row for rows in results.values() for row in rows], number)
+    rows = [row for rows in results.values() for row in rows]
+    predicted, heights = _result_table(rows, number, ego)
     check_box_counts(predicted)
-    predicted = predicted[_kept(predicted, heights, ego, racks)]
-    truth, heights, points = _truth_table(root, samples)
-    truth = truth[_kept(truth, heights, ego, racks) & (points > 0)]
-    return score_boxes(predicted, truth)
+    predicted = predicted[_kept(predicted, heights, racks)]
+    truth, heights, points = _truth_table(root, samples, ego)
+    truth = truth[_kept(truth, heights, racks) & (points > 0)]
+    return replace(match_boxes(predicted, truth), samples=len(samples))
 
 
-def _result_table(rows: Sequence[Row], number: Mapping[str, int]) -> tuple[BoxTable, Array]:
+def _result_table(
+    rows: Sequence[Row], number: Mapping[str, int], ego: Array
+) -> tuple[BoxTable, Array]:
     label_of = {name: i for i, name in enumerate(DETECTION_CLASSES)}
     try:
         sample = [number[row["sample_token"]] for row in rows]
@@ -124,13 +136,13 @@ def _result_table(rows: Sequence[Row], number: Mapping[str, int]) -> tuple[BoxTa
         attribute = [_attribute_number(row["attribute_name"]) for row in rows]
         score = np.array([row["detection_score"] for row in rows], np.float64)
         velocity = np.array([row["velocity"][:2] for row in rows], np.float64).reshape(-1, 2)
-        return _make_table(rows, sample, label, velocity, attribute, score)
+        return _make_table(rows, sample, label, velocity, attribute, score, ego)
     except KeyError as error:
         raise ResultsError(f"a result box lacks or does not know {error}") from error
 
 
 def _truth_table(
-    root: NuscenesRoot, samples: Sequence[str]
+    root: NuscenesRoot, samples: Sequence[str], ego: Array
 ) -> tuple[BoxTable, Array, NDArray[np.int64]]:
     """Return all annotated boxes of detection classes, their heights and LiDAR + radar returns."""
     label_of = {name: i for i, name in enumerate(DETECTION_CLASSES)}
@@ -146,19 +158,23 @@ def _truth_table(
                 label.append(label_of[name])
     velocity = np.array([root.velocity(row)[:2] for row in rows], np.float64).reshape(-1, 2)
     attribute = [_attribute_number(root.attribute(row)) for row in rows]
-    table, height = _make_table(rows, sample, label, velocity, attribute, -np.ones(len(rows)))
+    score = -np.ones(len(rows))
+    table, height = _make_table(rows, sample, label, velocity, attribute, score, ego)
     points = np.array([row["num_lidar_pts"] + row["num_radar_pts"] for row in rows], np.int64)
     return table, height, points
 
 
 def _make_table(rows: Sequence[Row], sample: Sequence[int], label: Sequence[int], velocity: Array,
-                attribute: Sequence[int], score: Array) -> tuple[BoxTable, Array]:  # fmt: skip
+                attribute: Sequence[int], score: Array, ego: Array) -> tuple[BoxTable, Array]:  # fmt: skip
+    """Return global boxes and the heights of their centres. ego: (S, 3) where the vehicle was in each sample."""
+    number = np.array(sample, np.int64)
     centre = np.array([row["translation"] for row in rows], np.float64).reshape(-1, 3)
     size = np.array([row["size"] for row in rows], np.float64).reshape(-1, 3)[:, [1, 0, 2]]
     rotation = rotation_from_wxyz(np.array([row["rotation"] for row in rows]).reshape(-1, 4))
     yaw = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
-    table = BoxTable(np.array(sample, np.int64), np.array(label, np.int64), centre[:, :2], size, yaw, velocity,
-                     np.array(attribute, np.int64), score, np.zeros(len(rows), bool))  # fmt: skip
+    distance = np.sqrt(np.sum((centre[:, :2] - ego[number, :2]) ** 2, axis=1))
+    table = BoxTable(number, np.array(label, np.int64), centre[:, :2], size, yaw, velocity,
+                     np.array(attribute, np.int64), score, distance, np.zeros(len(rows), bool))  # fmt: skip
     return table, centre[:, 2]
 
 
@@ -185,12 +201,11 @@ def _bike_racks(root: NuscenesRoot, sample: str) -> list[tuple[Array, Array]]:
 
 
 def _kept(
-    table: BoxTable, height: Array, ego: Array, racks: Sequence[Sequence[tuple[Array, Array]]]
+    table: BoxTable, height: Array, racks: Sequence[Sequence[tuple[Array, Array]]]
 ) -> NDArray[np.bool_]:
     """Apply the official filters: class range from the ego vehicle, cycles in bicycle racks."""
     limit = np.array([CLASS_RANGE[name] for name in DETECTION_CLASSES])
-    offset = table.xy - ego[table.sample, :2]
-    kept = np.sqrt(np.sum(offset**2, axis=1)) < limit[table.label]
+    kept = table.distance < limit[table.label]
     cycles = [DETECTION_CLASSES.index(name) for name in ("bicycle", "motorcycle")]
     for index in np.flatnonzero(kept & np.isin(table.label, cycles)):
         centre = np.array([*table.xy[index], height[index]])
