@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch")
 from occbev.config import BevFormerConfig, ModelConfig, QueryHeadConfig, ResNetConfig  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference import reference_points as geometry  # noqa: E402
+from occbev_training.losses import voxel_focal_loss  # noqa: E402
 from occbev_training.models import bevformer  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.deformable_attention import Levels  # noqa: E402
 from occbev_training.models.fpn import FeaturePyramid  # noqa: E402
 from occbev_training.models.query_networks import PastFrame, remember  # noqa: E402
 from occbev_training.models.voxel_decoder import VoxelDecoder  # noqa: E402
-from occbev_training.query_losses import voxel_focal_loss  # noqa: E402
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 BEV = BevGrid((-8.0, -6.0), (1.0, 1.0), (16, 12))

@@ -19,6 +19,7 @@ from occbev.postprocess import rotated_nms
 from occbev.results import Boxes3D
 from occbev_training.losses import draw_gaussians, gaussian_radius
 from occbev_training.models.centre_head import split_tasks
+from occbev_training.processes import mean_over_processes
 
 MAX_BOXES = 500
 BOX_PARTS: Mapping[str, slice] = {
@@ -120,7 +121,8 @@ def clamped_focal(logits: Tensor, target: Tensor) -> Tensor:
     centre = target == 1
     found = -((1 - p) ** 2) * (p + 1e-12).log()
     quiet = -((1 - target) ** 4) * p**2 * (1 - p + 1e-12).log()
-    count = centre.sum().clamp(min=1) + torch.finfo(torch.float32).eps
+    count = mean_over_processes(centre.sum().float()).clamp(min=1)
+    count = count + torch.finfo(torch.float32).eps
     return torch.where(centre, found, quiet).sum() / count
 
 
@@ -189,12 +191,15 @@ def _one_task(
 
 def _box_error(prediction: Tensor, target: TaskTargets) -> Tensor:
     """Return the mean absolute error of each channel (10,) at the centres; unknown values count 0."""
+    count = mean_over_processes(
+        prediction.new_tensor(float(len(target.place)), dtype=torch.float32)
+    )
     if len(target.place) == 0:
         return prediction.float().sum() * prediction.new_zeros(prediction.shape[1])
     at_centre = prediction.float().permute(0, 2, 3, 1).flatten(0, 2)[target.place]
     known = torch.isfinite(target.box)
     error = (at_centre - torch.where(known, target.box, at_centre.detach())).abs()
-    return error.sum(0) / (len(error) + 1e-4)
+    return error.sum(0) / (count + 1e-4)
 
 
 def _candidates(scores: Tensor, boxes: Tensor, bev: BevGrid, decoding: TaskDecoding) -> Boxes3D:

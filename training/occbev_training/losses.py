@@ -1,6 +1,7 @@
 """Losses of both stages: occupancy in three states, depth, box centres, boxes, semantic occupancy.
 
-Every one is a sum over what is labelled, divided by how much that is, and is 0 where nothing is.
+Every one is a sum over what is labelled, divided by how much that is, and is 0 where nothing is. How much
+it is counts in all processes, so that many of them learn what one would from the joined batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from occbev.classes import FREE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.grid import BevGrid
+from occbev_training.processes import mean_over_processes
 
 LIDAR_ONLY_WEIGHT = 0.25
 """Weight of voxels that no camera sees: without them surfaces grow thick behind their first hit."""
@@ -39,7 +41,7 @@ def three_state_loss(logits: Tensor, state: Tensor, visible: Tensor, evidence: T
     )
     score = (logits[:, 1] - logits[:, 0]).flatten()[observed].float()
     loss = functional.binary_cross_entropy_with_logits(score, occupied.float(), reduction="none")
-    return (weight * loss).sum() / weight.sum().clamp(min=1e-6)
+    return (weight * loss).sum() / mean_over_processes(weight.sum()).clamp(min=1e-6)
 
 
 def observation_weights(occupied: Tensor, visible: Tensor, evidence: Tensor) -> Tensor:
@@ -49,16 +51,28 @@ def observation_weights(occupied: Tensor, visible: Tensor, evidence: Tensor) -> 
     """
     confidence = 1 - torch.exp(-evidence.float() / 2)
     seen = torch.where(visible.bool(), 1.0, LIDAR_ONLY_WEIGHT)
-    share = occupied.float().mean() if len(occupied) else torch.tensor(0.5)
+    count = mean_over_processes(torch.stack([occupied.sum(), (~occupied).sum()]).float())
+    share = count[0] / count.sum().clamp(min=1)
     balance = torch.where(occupied, share, 1 - share).clamp(min=1e-4).rsqrt()
     return confidence * seen * balance
 
 
 def paper_loss(logits: Tensor, state: Tensor) -> Tensor:
     """Occ-BEV's published loss: focal over all voxels, what was not observed counting as free."""
-    occupied = state == OCCUPIED_STATE
-    target = torch.stack([~occupied, occupied], 1).to(logits.dtype)
-    return sigmoid_focal(logits, target).mean()
+    return voxel_focal_loss(logits, state == OCCUPIED_STATE)
+
+
+def voxel_focal_loss(logits: Tensor, occupied: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the focal loss over both channels, each a target of its own.
+
+    logits: (B, 2, Z, Y, X). occupied: (B, Z, Y, X) bool. mask: restrict to these voxels; the sum over both
+    channels is then divided by the voxels, as published, else by the entries.
+    """
+    wanted = torch.stack([~occupied, occupied], 1).to(logits.dtype)
+    loss = sigmoid_focal(logits, wanted)
+    if mask is None:
+        return loss.mean()
+    return (loss * mask[:, None]).sum() / mean_over_processes(mask.sum().float()).clamp(min=1)
 
 
 def sigmoid_focal(
@@ -80,13 +94,12 @@ def depth_loss(logits: Tensor, bins: Tensor, kind: str = "ce") -> Tensor:
     labelled = bins >= 0
     scores = logits.movedim(2, -1)[labelled].float()  # (M, D)
     target = bins[labelled]
-    if kind == "ce":
-        total = functional.cross_entropy(scores, target, reduction="sum")
-    elif kind == "bce":
+    if kind == "bce":
         return depth_bce(scores.softmax(1), target)
-    else:
+    if kind != "ce":
         raise ValueError(f"depth loss {kind!r}: must be ce or bce")
-    return total / max(1, len(target))
+    total = functional.cross_entropy(scores, target, reduction="sum")
+    return total / mean_over_processes(labelled.sum().float()).clamp(min=1)
 
 
 def depth_bce(probability: Tensor, bins: Tensor) -> Tensor:
@@ -100,7 +113,7 @@ def depth_bce(probability: Tensor, bins: Tensor) -> Tensor:
         total = functional.binary_cross_entropy(
             probability[labelled].float(), one_hot, reduction="sum"
         )
-    return total / labelled.sum().clamp(min=1)
+    return total / mean_over_processes(labelled.sum().float()).clamp(min=1)
 
 
 # --- stage 2: semantic occupancy -------------------------------------------------------------
@@ -122,7 +135,8 @@ def semantic_loss(
     total = functional.cross_entropy(
         logits.float().flatten(2), target.flatten(1), weight, ignore_index=_IGNORED, reduction="sum"
     )
-    return total / weight[semantics[mask].long()].sum().clamp(min=1e-6)
+    counted = weight[semantics[mask].long()].sum()
+    return total / mean_over_processes(counted).clamp(min=1e-6)
 
 
 _IGNORED = 255
@@ -145,6 +159,53 @@ def occupied_iou_loss(logits: Tensor, semantics: Tensor, mask: Tensor, free: int
     logits = logits.float()
     free_probability = (logits[:, free] - logits.logsumexp(1))[mask].exp()
     return lovasz(1 - free_probability, semantics[mask] != free)
+
+
+def lovasz_softmax(probability: Tensor, labels: Tensor) -> Tensor:
+    """Mean Lovasz surrogate over the classes that occur (Berman et al. 2018, eq. 9).
+
+    probability: (K, M). labels: (M,) class.
+    """
+    present = torch.unique(labels).tolist()
+    if not present:
+        return probability.sum() * 0
+    return torch.stack([lovasz(probability[c], labels == c) for c in present]).mean()
+
+
+def geometric_scale_loss(probability: Tensor, labels: Tensor, free: int = FREE) -> Tensor:
+    """Scene-class affinity of occupied against free (Cao & de Charette 2022, eq. 2).
+
+    Arguments as in `lovasz_softmax`. Returns 0 where no voxel is occupied.
+    """
+    return class_affinity(1 - probability[free], labels != free)
+
+
+def semantic_scale_loss(probability: Tensor, labels: Tensor) -> Tensor:
+    """Mean scene-class affinity over the classes that occur; arguments as in `lovasz_softmax`."""
+    present = torch.unique(labels).tolist()
+    if not present:
+        return probability.sum() * 0
+    return torch.stack([class_affinity(probability[c], labels == c) for c in present]).mean()
+
+
+def class_affinity(probability: Tensor, target: Tensor) -> Tensor:
+    """Return -log precision - log recall - log specificity of one class, each where it is defined.
+
+    probability: (M,). target: (M,) bool.
+    """
+    wanted = target.float()
+    if not bool(target.any()):
+        return probability.sum() * 0
+    hit = (probability * wanted).sum()
+    terms = [_minus_log(hit / probability.sum().clamp(min=1e-12)), _minus_log(hit / wanted.sum())]
+    others = 1 - wanted
+    if bool(others.any()):
+        terms.append(_minus_log(((1 - probability) * others).sum() / others.sum()))
+    return torch.stack(terms).sum()
+
+
+def _minus_log(value: Tensor) -> Tensor:
+    return -value.clamp(min=1e-12, max=1.0).log()
 
 
 def lovasz(probability: Tensor, target: Tensor) -> Tensor:
@@ -246,7 +307,8 @@ def heatmap_loss(logits: Tensor, target: Tensor) -> Tensor:
     found = -((1 - probability) ** 2) * functional.logsigmoid(logits)
     quiet = -((1 - target) ** 4) * probability**2 * functional.logsigmoid(-logits)
     centre = target == 1
-    return torch.where(centre, found, quiet).sum() / centre.sum().clamp(min=1)
+    count = mean_over_processes(centre.sum().float()).clamp(min=1)
+    return torch.where(centre, found, quiet).sum() / count
 
 
 def box_loss(prediction: Tensor, targets: CentreTargets, velocity: float = 0.2) -> Tensor:
@@ -254,6 +316,7 @@ def box_loss(prediction: Tensor, targets: CentreTargets, velocity: float = 0.2) 
 
     prediction: (B, 10, Y, X). velocity: weight of the two velocity channels; unknown ones count 0.
     """
+    count = mean_over_processes(prediction.new_tensor(float(len(targets.place))))
     if len(targets.place) == 0:
         return prediction.float().sum() * 0
     at_centre = prediction.float().permute(0, 2, 3, 1).flatten(0, 2)[targets.place]  # (M, 10)
@@ -261,4 +324,4 @@ def box_loss(prediction: Tensor, targets: CentreTargets, velocity: float = 0.2) 
     error = (at_centre - torch.where(known, targets.box, at_centre.detach())).abs()
     weight = error.new_ones(error.shape[1])
     weight[-2:] = velocity
-    return (error * weight).sum() / len(error)
+    return (error * weight).sum() / count

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, distributed
-from torch.nn import functional
+from torch import Tensor
 
 from occbev_training.losses import sigmoid_focal
 from occbev_training.models.query_head import encode_boxes
+from occbev_training.processes import mean_over_processes
 
 CLASS_WEIGHT = 2.0
 BOX_WEIGHT = 0.25
@@ -93,7 +93,7 @@ def layer_loss(
         wanted[sample, matches.query, label[matches.target]] = 1
         found.append(codes[sample, matches.query])
         truth.append(target[matches.target])
-    positives = _mean_over_processes(wanted.sum()).clamp(min=1)
+    positives = mean_over_processes(wanted.sum()).clamp(min=1)
     cls = sigmoid_focal(logits.float(), wanted.float()).sum() / positives
     box = box_code_loss(torch.cat(found), torch.cat(truth), code_weights) / positives
     return CLASS_WEIGHT * torch.nan_to_num(cls), BOX_WEIGHT * torch.nan_to_num(box)
@@ -107,26 +107,6 @@ def box_code_loss(codes: Tensor, targets: Tensor, code_weights: Tensor) -> Tenso
     return (error * code_weights * known).sum()
 
 
-def voxel_focal_loss(logits: Tensor, occupied: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return Occ-BEV's published loss: focal over both channels, each a target of its own.
-
-    logits: (B, 2, Z, Y, X). occupied: (B, Z, Y, X) bool. mask: restrict to these voxels; the sum over both
-    channels is then divided by the voxels, as published, else by the entries.
-    """
-    wanted = functional.one_hot(occupied.long(), 2).movedim(-1, 1).to(logits)
-    loss = sigmoid_focal(logits, wanted)
-    if mask is None:
-        return loss.mean()
-    return (loss * mask[:, None]).sum() / mask.sum().clamp(min=1)
-
-
 def total(terms: Mapping[str, Tensor]) -> Tensor:
     """Add up all terms."""
     return torch.stack(list(terms.values())).sum()
-
-
-def _mean_over_processes(count: Tensor) -> Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(count)
-        return count / distributed.get_world_size()
-    return count
