@@ -11,6 +11,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.config import ConfigError
+from occbev.geometry import rotation_from_yaw
+from occbev.grid import VoxelGrid
+from occbev_training.data import published_inputs as published
+
 Float = NDArray[np.float64]
 
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -54,12 +59,48 @@ class AugmentConfig:
     """Chance of a slightly blurred image."""
     camera_drop: float = 0.1
     """Chance that one camera of the sample is missing."""
+    bev_rotate: float = 0.0
+    """Largest turn of the whole scene about the vehicle in degrees; voxel labels take the nearest voxel."""
+    bev_scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the scale of the whole scene."""
+    image_recipe: str = "occbev"
+    """occbev (scale, shift, rotate and image_flip above), or bevdet: scale, crop, flip and rotation as published."""
+    source: tuple[int, int] = (1600, 900)
+    """Width and height of the recorded images, which the published draws are made for."""
+    photometric: bool = False
+    """Distort colours as BEVFormer's recipe does, camera by camera, besides the changes above."""
+    grid_mask: float = 0.0
+    """Chance of hiding a grid of squares in all images of a sample; the BEVFormer recipe has 0.7."""
+
+    def __post_init__(self) -> None:
+        if self.image_recipe not in ("occbev", "bevdet"):
+            raise ConfigError(
+                f"augment.image_recipe {self.image_recipe!r}: must be occbev or bevdet"
+            )
+        if self.bev_scale[0] <= 0 or self.bev_scale[0] > self.bev_scale[1]:
+            raise ConfigError(f"augment.bev_scale {self.bev_scale}: want 0 < low <= high")
 
 
 NO_AUGMENTATION = AugmentConfig(
     0.0, True, 0.0, (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
 )
 """Samples as they were recorded, for validation."""
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """One draw of the colour distortion that detectors are trained with (Liu et al. 2016, section 2.2).
+
+    brightness: added to 0..255. contrast, saturation: factors; contrast_first: before the others.
+    hue_deg: added. order: of the channels at the end.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 1.0
+    contrast_first: bool = True
+    saturation: float = 1.0
+    hue_deg: float = 0.0
+    order: tuple[int, int, int] = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -75,21 +116,39 @@ class ImageDraw:
     gamma: float
     noise: float
     blur: float
+    photometric: Photometric | None = None
+
+
+@dataclass(frozen=True)
+class GridMask:
+    """A grid of hidden squares (Chen et al. 2020): period and offsets (rows, columns) in pixels."""
+
+    period: int
+    offset: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample's augmentation: an image draw per camera, BEV signs, and which cameras are alive."""
+    """One sample's augmentation: an image draw per camera, what happens to the scene, which cameras are alive.
+
+    The scene is turned by bev_angle (radians, counter-clockwise), scaled, then mirrored by its signs.
+    """
 
     images: tuple[ImageDraw, ...]
     bev_sign: tuple[int, int]
     alive: NDArray[np.bool_]
     seed: int
+    bev_angle: float = 0.0
+    bev_scale: float = 1.0
+    grid_mask: GridMask | None = None
 
     @property
     def ego2ego(self) -> Float:
-        """The BEV flip as a (4, 4) matrix; its determinant is -1 when the scene is mirrored."""
-        return np.diag([float(self.bev_sign[0]), float(self.bev_sign[1]), 1.0, 1.0])
+        """The change of the scene as a (4, 4) matrix; its determinant is negative when it is mirrored."""
+        out = np.eye(4)
+        mirror = np.diag([float(self.bev_sign[0]), float(self.bev_sign[1]), 1.0])
+        out[:3, :3] = self.bev_scale * mirror @ rotation_from_yaw(self.bev_angle)
+        return out
 
 
 def draw_augmentation(
@@ -109,7 +168,60 @@ def draw_augmentation(
     alive = np.ones(cameras, bool)
     if cameras > 1 and rng.random() < config.camera_drop:
         alive[rng.integers(cameras)] = False
-    return Draw(images, sign, alive, seed)
+    angle = np.deg2rad(rng.uniform(-config.bev_rotate, config.bev_rotate))
+    scale = rng.uniform(*config.bev_scale)
+    mask = draw_grid_mask(rng, size[1]) if rng.random() < config.grid_mask else None
+    return Draw(images, sign, alive, seed, float(angle), float(scale), mask)
+
+
+def draw_grid_mask(rng: np.random.Generator, height: int) -> GridMask:
+    """Draw a grid for images of this height."""
+    period = int(rng.integers(2, height))
+    return GridMask(period, (int(rng.integers(period)), int(rng.integers(period))))
+
+
+def grid_mask_image(mask: GridMask, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which pixels (h, w) stay; the stripes of half a period do, the squares between do not.
+
+    size: (width, height).
+    """
+    width, height = size
+    stripe = min(max(int(mask.period * 0.5 + 0.5), 1), mask.period - 1)
+    kept = []
+    for extent, offset in zip((height, width), mask.offset, strict=True):
+        canvas = int(1.5 * extent)
+        place = np.arange(canvas) - offset
+        striped = (place >= 0) & (place % mask.period < stripe)
+        striped &= place < (canvas // mask.period) * mask.period  # whole periods only, as published
+        begin = (canvas - extent) // 2
+        kept.append(striped[begin : begin + extent])
+    return kept[0][:, None] | kept[1][None]
+
+
+def draw_photometric(rng: np.random.Generator) -> Photometric:
+    """Draw the published colour distortion of one image; each part has a chance of one half."""
+    brightness = rng.uniform(-32, 32) if rng.random() < 0.5 else 0.0
+    contrast_first = bool(rng.random() < 0.5)
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    hue = rng.uniform(-18, 18) if rng.random() < 0.5 else 0.0
+    order = rng.permutation(3) if rng.random() < 0.5 else np.arange(3)
+    return Photometric(brightness, contrast, contrast_first, saturation, hue, tuple(order.tolist()))
+
+
+def distort(image: NDArray[np.uint8], draw: Photometric) -> NDArray[np.uint8]:
+    """Apply a colour distortion to (H, W, 3) RGB; values are cut to 0..255 once, at the end."""
+    out = image.astype(np.float32) + np.float32(draw.brightness)
+    if draw.contrast_first:
+        out *= np.float32(draw.contrast)
+    if draw.saturation != 1.0 or draw.hue_deg != 0.0:
+        hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)
+        hsv[..., 1] *= draw.saturation
+        hsv[..., 0] = (hsv[..., 0] + draw.hue_deg) % 360
+        out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if not draw.contrast_first:
+        out = out * np.float32(draw.contrast)
+    return np.clip(out[..., list(draw.order)], 0, 255).astype(np.uint8)
 
 
 def augment_image(
@@ -134,6 +246,8 @@ def augment_image(
         out = cv2.LUT(out, (255.0 * (np.arange(256) / 255.0) ** draw.gamma).astype(np.uint8))
     if not np.array_equal(draw.colour, np.eye(3, 4)):
         out = cv2.transform(out, draw.colour * [1.0, 1.0, 1.0, 255.0])
+    if draw.photometric is not None:
+        out = distort(out, draw.photometric)
     if draw.noise > 0:
         noisy = out + draw.noise * rng.standard_normal(out.shape, np.float32)
         out = np.clip(noisy, 0, 255).astype(np.uint8)
@@ -156,25 +270,63 @@ def augment_intrinsic(intrinsic: Float, draw: Draw) -> Float:
 
 
 def augment_cam2ego(cam2ego: Float, draw: Draw) -> Float:
-    """Fold the BEV flip into (N, 4, 4) camera poses; a mirrored pose is no rotation any more, which the lift allows."""
+    """Fold the change of the scene into (N, 4, 4) camera poses.
+
+    A mirrored or scaled pose is no rigid motion any more, which every view transform allows.
+    """
     return draw.ego2ego @ cam2ego
 
 
+def augment_ego2global(ego2global: Float, draw: Draw) -> Float:
+    """Carry a vehicle pose (4, 4) along: the world changes with the scene, so that motion stays rigid."""
+    return draw.ego2ego @ ego2global @ np.linalg.inv(draw.ego2ego)
+
+
 def augment_boxes(boxes: NDArray[np.floating], draw: Draw) -> NDArray[np.floating]:
-    """Flip (M, 9) boxes x, y, z, l, w, h, yaw, vx, vy with the scene; the yaw stays in (-pi, pi]."""
+    """Move (M, 9) boxes x, y, z, l, w, h, yaw, vx, vy with the scene; the yaw stays in (-pi, pi]."""
     sign_x, sign_y = draw.bev_sign
+    linear = draw.ego2ego[:3, :3]
     out = boxes.copy()
-    out[:, 0] *= sign_x
-    out[:, 1] *= sign_y
-    out[:, 6] = np.arctan2(sign_y * np.sin(boxes[:, 6]), sign_x * np.cos(boxes[:, 6]))
-    out[:, 7] *= sign_x
-    out[:, 8] *= sign_y
+    out[:, :3] = boxes[:, :3] @ linear.T
+    out[:, 3:6] *= draw.bev_scale
+    yaw = boxes[:, 6] + draw.bev_angle
+    out[:, 6] = np.arctan2(sign_y * np.sin(yaw), sign_x * np.cos(yaw))
+    out[:, 7:9] = boxes[:, 7:9] @ linear[:2, :2].T
     return out
 
 
-def augment_voxels(volume: NDArray[np.generic], draw: Draw) -> NDArray[np.generic]:
-    """Flip an (X, Y, Z) volume of a grid that is centred on the ego; a view."""
-    return volume[:: draw.bev_sign[0], :: draw.bev_sign[1]]
+def augment_voxels(
+    volume: NDArray[np.generic], draw: Draw, grid: VoxelGrid | None = None, fill: int = 0
+) -> NDArray[np.generic]:
+    """Move an (X, Y, Z) volume with the scene.
+
+    Flips of a grid that is centred on the vehicle are exact views. A turn or scale needs `grid`: every voxel
+    takes the value of the voxel in which its centre lay before, `fill` where that is outside.
+    """
+    if draw.bev_angle == 0 and draw.bev_scale == 1:
+        return volume[:: draw.bev_sign[0], :: draw.bev_sign[1]]
+    if grid is None:
+        raise ValueError("a turned or scaled volume needs its grid")
+    plane, height, inside = _voxel_sources(draw, grid)
+    moved = volume.reshape(-1, volume.shape[2])[plane][..., height]
+    return np.where(inside, moved, np.asarray(fill, volume.dtype))
+
+
+def _voxel_sources(
+    draw: Draw, grid: VoxelGrid
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Return where voxels come from: flat index over (X, Y), (X, Y); index along z, (Z,); (X, Y, Z) inside."""
+    lo, pitch = np.array(grid.lo), np.array(grid.pitch)
+    axes = [lo[i] + (np.arange(grid.shape[i]) + 0.5) * pitch[i] for i in range(3)]
+    linear = np.linalg.inv(draw.ego2ego[:2, :2])
+    centres = np.stack(np.meshgrid(axes[0], axes[1], indexing="ij"), -1) @ linear.T  # (X, Y, 2)
+    cell = np.floor((centres - lo[:2]) / pitch[:2]).astype(np.int64)
+    level = np.floor((axes[2] / draw.bev_scale - lo[2]) / pitch[2]).astype(np.int64)
+    flat = np.all((cell >= 0) & (cell < grid.shape[:2]), axis=-1)
+    upright = (level >= 0) & (level < grid.shape[2])
+    cell = np.clip(cell, 0, np.array(grid.shape[:2]) - 1)
+    inside = flat[..., None] & upright
+    return cell[..., 0] * grid.shape[1] + cell[..., 1], np.clip(level, 0, grid.shape[2] - 1), inside
 
 
 def augment_pixels(camera: NDArray[np.integer], pixels: NDArray[np.floating], draw: Draw) -> Float:
@@ -192,11 +344,28 @@ def _draw_image(
     rng: np.random.Generator, size: tuple[int, int], mirrored: bool, config: AugmentConfig
 ) -> ImageDraw:
     flip = mirrored != (rng.random() < config.image_flip)
-    matrix = _image_matrix(rng, size, flip, config)
+    if config.image_recipe == "bevdet":
+        matrix = _published_matrix(rng, size, config.source)
+    else:
+        matrix = _image_matrix(rng, size, flip, config)
     noise = rng.uniform(0, config.noise) if config.noise and rng.random() < 0.5 else 0.0
     blur = rng.uniform(0.3, 1.0) if rng.random() < config.blur else 0.0
     gamma = float(np.exp(rng.uniform(-config.gamma, config.gamma))) if config.gamma else 1.0
-    return ImageDraw(matrix, _colour_matrix(rng, config), gamma, noise, blur)
+    colour = _colour_matrix(rng, config)
+    photometric = draw_photometric(rng) if config.photometric else None
+    return ImageDraw(matrix, colour, gamma, noise, blur, photometric)
+
+
+def _published_matrix(
+    rng: np.random.Generator, size: tuple[int, int], source: tuple[int, int]
+) -> Float:
+    """Return the published augmentation of the recorded image, seen from the image at network size.
+
+    Samples are stored as the fixed transform of testing left them, so that is undone first.
+    """
+    drawn = published.image_matrix(published.draw_image(source, size, rng))
+    stored = published.image_matrix(published.draw_image(source, size))
+    return drawn @ np.linalg.inv(stored)
 
 
 def _image_matrix(
