@@ -26,7 +26,7 @@ from occbev_training.models.lift_splat import BatchedPoints, batch_geometry  # n
 from occbev_training.models.resnet import ResNet  # noqa: E402
 from occbev_training.models.temporal import TemporalFusion, warp_bev, warp_grid  # noqa: E402
 from occbev_training.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
-from occbev_training.trainer import LossConfig  # noqa: E402
+from occbev_training.train_config import LossConfig  # noqa: E402
 
 CAMERAS = 2
 FAMILIES = (

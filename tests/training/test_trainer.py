@@ -37,24 +37,17 @@ from occbev.config import (
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid
-from occbev_training.cli.pretrain import overridden
+from occbev_training.cli.pretrain import assigned, overridden
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, PrepareConfig, open_cache, prepare
 from occbev_training.evaluate import evaluate
 from occbev_training.models.build import build_network
 from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.sources.recording import OccupancyTruth
 from occbev_training.stages import StageInputs, predictor, train_stage
-from occbev_training.trainer import (
-    OptimConfig,
-    Pace,
-    Trainer,
-    TrainingConfig,
-    TrainingError,
-    WeightAverage,
-    build_optimizer,
-    learning_rate_factor,
-)
+from occbev_training.train_config import OptimConfig, TrainingConfig
+from occbev_training.trainer import Trainer, TrainingError
 
 MODEL = ModelConfig(
     image=ImageConfig(width=64, height=32),
@@ -217,7 +210,7 @@ def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
 
 def test_the_average_begins_quickly_and_skips_counters() -> None:
     network = Toy()
-    average = WeightAverage(network, 0.9)
+    average = WeightAverage(network, OptimConfig(ema=0.9))
     start = network.head.bias.detach().clone()
     with torch.no_grad():
         network.head.bias += 1.0
@@ -234,7 +227,7 @@ def test_the_pace_shortens_the_plan_and_gives_back_what_it_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("occbev_training.trainer.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("occbev_training.optim.time.monotonic", lambda: clock[0])
     pace = Pace(100.0, lines=3)
     plans = []
     for step, now in ((0, 0.0), (10, 20.0), (20, 40.0), (60, 50.0), (100, 60.0)):
@@ -249,10 +242,13 @@ def test_configs_are_checked_and_overridden_by_name() -> None:
     for changes in ({"stage": "both"}, {"precision": "int8"}, {"batch": 0}):
         with pytest.raises(ConfigError):
             TrainingConfig(**changes)  # type: ignore[arg-type]
-    config = overridden(TrainingConfig(), ["optim.lr=2e-4", "augment.blur=0"], steps=7)
+    arguments = ["--optim.lr", "2e-4", *assigned(["augment.blur=0", "steps=7"])]
+    config = overridden(TrainingConfig(), arguments)
     assert (config.optim.lr, config.augment.blur, config.steps) == (2e-4, 0.0, 7)
     with pytest.raises(ConfigError, match="KEY=VALUE"):
-        overridden(config, ["optim.lr"], None)
+        assigned(["optim.lr"])
+    with pytest.raises(SystemExit):
+        overridden(config, ["--optim.rate", "1"])
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -388,7 +384,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from accelerate import PartialState
-from occbev_training.trainer import OptimConfig, Trainer, TrainingConfig
+from occbev_training.train_config import OptimConfig, TrainingConfig
+from occbev_training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Points:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from occbev.classes import FREE
 from occbev.config import ImageConfig, ModelConfig
 from occbev_training import losses
 from occbev_training.centre_tasks import LossWeights, centre_losses, task_targets
 from occbev_training.data.datasets import TrainingBatch
 from occbev_training.models.network import NetworkOutput
-from occbev_training.trainer import LossConfig
+from occbev_training.train_config import LossConfig
 
 
 @dataclass(frozen=True)
 class PretrainObjective:
-    """Stage 1: reconstruct three-state occupancy, with depth along the image rays."""
+    """Stage 1: reconstruct occupancy, with depth along the image rays where the network predicts it."""
 
     model: ModelConfig
     weights: LossConfig
@@ -26,14 +27,15 @@ class PretrainObjective:
     def __call__(self, network: nn.Module, batch: TrainingBatch) -> Mapping[str, Tensor]:
         """Return the weighted terms `reconstruction` and `depth`."""
         output = run_network(network, batch, self.model.image)
-        assert output.reconstruction_logits is not None, "stage 1 needs the occupancy decoder"
-        reconstruction = losses.three_state_loss(
-            output.reconstruction_logits, batch.state, batch.visible, batch.evidence
+        logits = output.reconstruction_logits
+        assert logits is not None, "stage 1 needs the occupancy decoder"
+        if self.weights.occupancy == "occbev_paper":
+            loss = losses.paper_loss(logits, batch.state)
+        else:
+            loss = losses.three_state_loss(logits, batch.state, batch.visible, batch.evidence)
+        return {"reconstruction": self.weights.reconstruction * loss} | depth_term(
+            output, batch, self.weights
         )
-        return {
-            "reconstruction": self.weights.reconstruction * reconstruction,
-            "depth": self.weights.depth * losses.depth_loss(output.depth_logits, batch.depth_bin),
-        }
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class FinetuneObjective:
             terms |= self._detection(output.heatmap, output.box, batch)
         if output.occupancy_logits is not None:
             terms |= self._occupancy(output.occupancy_logits, batch)
-        depth = losses.depth_loss(output.depth_logits, batch.depth_bin)
-        return terms | {"depth": self.weights.depth * depth}
+        return terms | depth_term(output, batch, self.weights)
 
     def _detection(self, heatmap: Tensor, box: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
         weights, bev = self.weights, self.model.bev
@@ -76,14 +77,41 @@ class FinetuneObjective:
         }
 
     def _occupancy(self, logits: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
-        weights = self.weights
+        weights, counts = self.weights, batch.semantics_mask.flatten(1).sum(1).tolist()
         logits, semantics = at_voxels(logits, batch.semantics, batch.semantics_mask)
         mask = torch.ones_like(semantics, dtype=torch.bool)
         loss = losses.semantic_loss(logits, semantics, mask, self.class_weight)
         terms = {"semantics": weights.semantics * loss}
-        if weights.occupied:
-            terms["occupied"] = weights.occupied * losses.occupied_iou_loss(logits, semantics, mask)
+        # Losses of whole regions: of each sample, so that it does not matter which samples share a batch.
+        probability = (
+            logits.float().softmax(1)[0, :, 0, 0].split(counts, 1)
+        )  # (K, M) of each sample
+        labels = semantics.flatten().long().split(counts)
+        for name, weight, region in (
+            ("occupied", weights.occupied, occupied_iou),
+            ("lovasz", weights.lovasz, losses.lovasz_softmax),
+            ("geometric_scale", weights.geometric_scale, losses.geometric_scale_loss),
+            ("semantic_scale", weights.semantic_scale, losses.semantic_scale_loss),
+        ):
+            if weight:
+                each = [region(p, label) for p, label in zip(probability, labels, strict=True)]
+                terms[name] = weight * torch.stack(each).mean()
         return terms
+
+
+def occupied_iou(probability: Tensor, labels: Tensor) -> Tensor:
+    """Lovasz surrogate of the occupied IoU; probability (K, M), labels (M,), both of one sample."""
+    return losses.lovasz(1 - probability[FREE], labels != FREE)
+
+
+def depth_term(
+    output: NetworkOutput, batch: TrainingBatch, weights: LossConfig
+) -> dict[str, Tensor]:
+    """Return the weighted depth loss of networks that predict depth."""
+    if output.depth_logits is None or not weights.depth:
+        return {}
+    loss = losses.depth_loss(output.depth_logits, batch.depth_bin, weights.depth_kind)
+    return {"depth": weights.depth * loss}
 
 
 def by_head(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,6 +135,8 @@ def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, 
 def run_network(network: nn.Module, batch: TrainingBatch, image: ImageConfig) -> NetworkOutput:
     """Normalise the images of a batch and run the network."""
     images = normalised(batch.images, image) * batch.camera_valid[:, :, None, None, None]
+    if batch.shown is not None:
+        images = images * batch.shown[:, None, None]
     output: NetworkOutput = network(images, batch.camera_valid, batch.points)
     return output
 

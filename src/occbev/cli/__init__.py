@@ -33,6 +33,7 @@ def dispatch(
 
     A module has `add_arguments(parser)` and `run(args) -> exit status`, and may raise
     ValueError, LookupError or OSError for bad input: its text is printed, status 2.
+    One that declares the default `more` gets the arguments that the parser does not know.
     """
     chosen = arguments[0] if arguments and arguments[0] in commands else None
     parser = argparse.ArgumentParser(
@@ -46,7 +47,11 @@ def dispatch(
             subparser.description = module.__doc__
             subparser.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(subparser)
-    args = parser.parse_args(arguments)
+    args, more = parser.parse_known_args(arguments)
+    if hasattr(args, "more"):
+        args.more = more
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         return int(module.run(args))
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
     occbev-train finetune config/training/finetune_tiny.yaml --data CACHE --out runs/stage2 \\
         --from runs/stage1/weights.safetensors
 
-What was carried over from stage 1 is written to run.json. Resuming and several processes as for pretrain.
+What was carried over from stage 1 is written to run.json. Resuming, repeating a run, options for every key of
+the config, and several processes as for pretrain.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ STAGE = "finetune"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_stage_arguments(parser)
-    parser.add_argument("--from", dest="start", type=Path, required=True,
+    parser.add_argument("--from", dest="start", type=Path,
                         help="weights.safetensors of stage 1, or ImageNet weights (.pth) to train without it")  # fmt: skip
 
 

