@@ -32,7 +32,6 @@ from occbev_training.data.cache import (
     write_sample,
 )
 from occbev_training.data.shards import INDEX_NAME, PairSample, ShardError, ShardReader
-from occbev_training.occupancy.pictures import grid_of
 
 KEPT_BYTES = 4_000_000
 """Decoded images of a sample are kept up to this size; above it decoding again costs less than the disk."""
@@ -135,7 +134,7 @@ def open_pairs(
             "'occbev-train pairs OUT --join --validation SHARE' splits them anew"
         )
     first = reader.sample(rows[0]["key"])
-    found = grid_of(first)
+    found = VoxelGrid.from_record(dict(first.meta["grid"]))
     if found != grid:
         raise CacheError(
             f"{root}: labels are on grid {found.as_record()}, the model predicts {grid.as_record()}; "
