@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-seed", type=int, default=0, help="seed of the first simulated drive"
     )
     parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
+    parser.add_argument(
+        "--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive"
+    )
     parser.add_argument("--model", type=Path, default=Path("config/models/occbev-tiny.yaml"), help="model config: input size and voxel grid")  # fmt: skip
     parser.add_argument(
         "--label-window",
@@ -110,7 +113,10 @@ def _simulated_jobs(
     args: argparse.Namespace, model: ModelConfig
 ) -> dict[str, Callable[[], Recording]]:
     config = DriveConfig(
-        keys=args.keys, image=(model.image.width, model.image.height), grid=model.grid
+        keys=args.keys,
+        key_rate=args.key_rate,
+        image=(model.image.width, model.image.height),
+        grid=model.grid,
     )
     seeds = range(args.first_seed, args.first_seed + args.simulate)
     return {f"sim-{seed:06d}": Simulate(seed, config) for seed in seeds}
