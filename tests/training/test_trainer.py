@@ -199,6 +199,14 @@ def test_parts_get_their_own_learning_rate_and_norms_no_decay() -> None:
         build_optimizer(network, OptimConfig(scales={"hed": 0.1}))
 
 
+def test_a_part_whose_learning_rate_is_0_is_frozen() -> None:
+    network = Toy()
+    groups = build_optimizer(network, OptimConfig(scales={"body": 0.0})).param_groups
+    learning = {id(weight) for group in groups for weight in group["params"]}
+    assert learning == {id(weight) for weight in network.head.parameters()}
+    assert not any(weight.requires_grad for weight in network.body.parameters())
+
+
 def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
     config = OptimConfig(warmup=0.1, floor=0.05)
     factors = [learning_rate_factor(step, 100, config) for step in range(101)]

@@ -15,7 +15,7 @@ from occbev_training.train_config import OptimConfig
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Group the trainable weights by prefix (learning rate) and by shape (decay or none).
+    """Group the trainable weights by prefix (learning rate) and by shape (decay or none); freeze those of factor 0.
 
     Raises:
         ConfigError: `scales` names a prefix that no weight has.
@@ -33,9 +33,12 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Adam
         )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, weight in network.named_parameters():
+        scale = _scale_of(name, config.scales)
+        if scale == 0:
+            weight.requires_grad_(False)  # nothing is computed for a part that stays as it is
         if weight.requires_grad:
             decay = config.weight_decay if weight.ndim > 1 or config.decay_all else 0.0
-            groups.setdefault((_scale_of(name, config.scales), decay), []).append(weight)
+            groups.setdefault((scale, decay), []).append(weight)
     return torch.optim.AdamW([{"params": weights, "lr": config.lr * scale, "weight_decay": decay}
                               for (scale, decay), weights in sorted(groups.items(), key=lambda g: g[0])])  # fmt: skip
 

@@ -19,7 +19,7 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate of the parts that start from random weights."""
     scales: Mapping[str, float] = field(default_factory=lambda: {"image_encoder.trunk": 0.3})
-    """Factor on the learning rate by prefix of the weights' names; the longest prefix counts."""
+    """Factor on the learning rate by prefix of the weights' names; the longest prefix counts, and 0 freezes."""
     weight_decay: float = 0.01
     """Decay of weights with two or more axes."""
     decay_all: bool = False
