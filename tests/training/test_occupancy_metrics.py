@@ -19,11 +19,14 @@ from occbev_training.metrics.occupancy import (
     cast_rays,
     class_ious,
     confusion,
+    grouped_counts,
     mean_iou,
     occupancy_scores,
     occupied_iou,
+    range_rings,
     ray_directions,
     ray_origins,
+    ring_names,
 )
 
 GOLDEN = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "golden"
@@ -38,7 +41,7 @@ SMALL = VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 0.5), (16, 16, 8))
 def either_walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test with the compiled walk and with the one that needs numpy alone."""
     if request.param == "arrays":
-        monkeypatch.setattr(occupancy, "_walker", lambda: occupancy._walk_arrays)
+        monkeypatch.setattr(occupancy, "_caster", lambda: occupancy._cast_arrays)
     else:
         pytest.importorskip("numba")
 
@@ -221,3 +224,49 @@ def test_rays_of_the_preset() -> None:
     assert elevation[0] == pytest.approx(-45, abs=1e-4)
     assert elevation[-1] == pytest.approx(12.5, abs=0.2)
     assert GRIDS["occ3d"].shape == (200, 200, 16)
+
+
+@needs_golden
+def test_golden_rays_of_all_directions() -> None:
+    """Every fourth ray, which is all that the golden file holds, out of a walk of all of them."""
+    pytest.importorskip("numba")
+    with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
+        for sample in range(2):
+            origins = golden[f"origins{sample}"][0]
+            for name, volume in (("pred", golden["pred"][sample]), ("gt", golden["gt"][sample])):
+                label, distance = (a[::4] for a in cast_rays(volume, origins, GRIDS["occ3d"]))
+                expected = golden[f"pcd_{name}{sample}"].reshape(-1, 2)
+                np.testing.assert_array_equal(label, expected[:, 0])
+                assert np.mean(np.abs(distance - expected[:, 1]) < 1e-3) >= 0.998
+
+
+def test_many_volumes_are_walked_as_each_alone() -> None:
+    """Codes hold seven volumes at a time."""
+    generator = np.random.default_rng(4)
+    labels = np.where(generator.random((9, *SMALL.shape)) < 0.05, 4, 17).astype(np.uint8)
+    rays, origins = ray_directions()[::97], [[0.1, 0.2, 0.3], [-9.0, 0.0, 0.5]]
+    label, distance = cast_rays(labels, origins, SMALL, rays=rays)
+    for number, volume in enumerate(labels):
+        alone = cast_rays(volume, origins, SMALL, rays=rays)
+        np.testing.assert_array_equal(label[number], alone[0])
+        np.testing.assert_array_equal(distance[number], alone[1])
+
+
+def test_rings_partition_the_visible_voxels() -> None:
+    generator = np.random.default_rng(7)
+    truth, guess = (generator.random(SMALL.shape) < 0.4 for _ in range(2))
+    mask = generator.random(SMALL.shape) < 0.7
+    rings = range_rings(SMALL)
+    counts = grouped_counts(truth, guess, rings, len(ring_names()), mask)
+    np.testing.assert_array_equal(counts.sum(0), binary_counts(truth, guess, mask))
+    assert counts[1:].sum() == 0  # a grid of +-4 m lies in the first ring
+    far = range_rings(GRIDS["occ3d"])
+    assert far[100, 100] == 0
+    assert far[0, 0] == 4
+    assert far[199, 100] == 3  # 39.8 m ahead
+    assert ring_names() == ("0-10 m", "10-20 m", "20-30 m", "30-40 m", "over 40 m")
+    by_layer = np.broadcast_to(np.arange(SMALL.shape[2], dtype=np.uint8), SMALL.shape)
+    layers = grouped_counts(truth, guess, by_layer, 5, mask)
+    for layer in range(5):
+        expected = binary_counts(truth[..., layer], guess[..., layer], mask[..., layer])
+        np.testing.assert_array_equal(layers[layer], expected)

@@ -211,7 +211,7 @@ class DetectionScores:
         return (5 * self.mean_ap + kept) / 10
 
     def as_record(self) -> dict[str, Any]:
-        """The scores as plain values; what is undefined is None."""
+        """The scores as plain values; what is undefined is None. precision: at recalls 0, 0.01, ..., 1."""
         return {
             "mAP": self.mean_ap,
             "NDS": self.nds,
@@ -220,6 +220,10 @@ class DetectionScores:
             "class_tp_errors": {
                 name: {e: None if math.isnan(v) else v for e, v in by.items()}
                 for name, by in self.tp_errors.items()
+            },
+            "precision": {
+                name: {str(t): [round(float(v), 6) for v in curve] for t, curve in by.items()}
+                for name, by in self.precision.items()
             },
             "truths": dict(self.truths),
             "predictions": dict(self.predictions),

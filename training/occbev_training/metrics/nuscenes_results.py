@@ -17,6 +17,7 @@ from occbev.geometry import (
     make_transform,
     rotation_from_wxyz,
     rotation_from_yaw,
+    transform_points,
     wxyz_from_rotation,
 )
 from occbev.results import Boxes3D
@@ -89,6 +90,28 @@ def result_boxes(sample: str, boxes: Boxes3D, ego2global: Array) -> list[Row]:
             "attribute_name": usual_attribute(name, float(np.hypot(*velocity[:2]))),
         })  # fmt: skip
     return rows
+
+
+def ego_boxes(rows: Sequence[Row], global2ego: Array) -> Boxes3D:
+    """Turn the result rows of one sample back into boxes of the ego frame, in the order of the rows.
+
+    Raises:
+        ResultsError: a row lacks a field, or its class is unknown.
+    """
+    try:
+        label = [DETECTION_CLASSES.index(row["detection_name"]) for row in rows]
+        centre = np.array([row["translation"] for row in rows], np.float64).reshape(-1, 3)
+        size = np.array([row["size"] for row in rows], np.float64).reshape(-1, 3)[:, [1, 0, 2]]
+        rotation = rotation_from_wxyz(np.array([row["rotation"] for row in rows]).reshape(-1, 4))
+        velocity = np.array([row["velocity"][:2] for row in rows], np.float64).reshape(-1, 2)
+        score = np.array([row["detection_score"] for row in rows], np.float32)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ResultsError(f"a result box lacks or does not know {error}") from error
+    turned = global2ego[:3, :3] @ rotation
+    yaw = np.arctan2(turned[:, 1, 0], turned[:, 0, 0])[:, None]
+    planar = np.concatenate([velocity, np.zeros((len(rows), 1))], 1) @ global2ego[:3, :3].T
+    box = np.concatenate([transform_points(global2ego, centre), size, yaw, planar[:, :2]], 1)
+    return Boxes3D(box.astype(np.float32), np.array(label, np.int64), score)
 
 
 def evaluate_results(

@@ -27,6 +27,9 @@ MAX_ORIGINS = 8
 ORIGIN_LIMIT = 39.0
 """LiDAR positions count as ray origins while |x| and |y| are below this many metres."""
 
+RING_EDGES = (0.0, 10.0, 20.0, 30.0, 40.0)
+"""Metres from the vehicle in the plane at which a ring of the IoU by range begins; the last one has no end."""
+
 MAX_ELEVATION = 0.21
 """Elevations in radians of the rays go on in steps until one reaches this."""
 
@@ -93,6 +96,40 @@ def binary_iou(counts: ArrayLike) -> float:
     return float(counts[0] / counts.sum()) if counts.sum() else math.nan
 
 
+@functools.lru_cache(maxsize=4)
+def range_rings(grid: VoxelGrid) -> NDArray[np.uint8]:
+    """Return (X, Y) the ring of RING_EDGES in which each column of voxels stands, by its centre."""
+    x, y = (
+        lo + (np.arange(n) + 0.5) * pitch
+        for lo, pitch, n in zip(grid.lo[:2], grid.pitch[:2], grid.shape[:2], strict=True)
+    )
+    distance = np.hypot(x[:, None], y[None])
+    return (np.searchsorted(RING_EDGES, distance, side="right") - 1).astype(np.uint8)
+
+
+def grouped_counts(truth: NDArray[np.bool_], predicted: NDArray[np.bool_], group: NDArray[np.uint8],
+                   groups: int, mask: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:  # fmt: skip
+    """Return `binary_counts` of each group, (groups, 3).
+
+    group: (X, Y, Z), or (X, Y) for whole columns; what is outside 0..groups-1 is not counted.
+    """
+    group = np.broadcast_to(group if group.ndim == truth.ndim else group[..., None], truth.shape)
+    counts = []
+    for chosen in (truth & predicted, truth & ~predicted, predicted & ~truth):
+        of = group[chosen if mask is None else chosen & mask]
+        counts.append(np.bincount(of, minlength=groups)[:groups])
+    return np.stack(counts, 1).astype(np.int64)
+
+
+def ring_names() -> tuple[str, ...]:
+    """Return what the rings of RING_EDGES are called, such as "0-10 m"."""
+    edges = [*RING_EDGES[1:], math.inf]
+    return tuple(
+        f"{lo:g}-{hi:g} m" if math.isfinite(hi) else f"over {lo:g} m"
+        for lo, hi in zip(RING_EDGES, edges, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class RayScores:
     """RayIoU. class_iou: (T, K - 1) by threshold and class without free, NaN where absent."""
@@ -101,9 +138,10 @@ class RayScores:
 
     @property
     def by_threshold(self) -> dict[float, float]:
-        """Threshold in metres -> mean over classes."""
+        """Threshold in metres -> mean over classes; NaN without a ray to score."""
         return {
-            t: float(np.nanmean(row)) for t, row in zip(RAY_THRESHOLDS, self.class_iou, strict=True)
+            t: float(np.nanmean(row)) if np.isfinite(row).any() else math.nan
+            for t, row in zip(RAY_THRESHOLDS, self.class_iou, strict=True)
         }
 
     @property
@@ -118,42 +156,50 @@ class RayScorer:
 
     grid: VoxelGrid = GRIDS["occ3d"]
     classes: int = len(OCCUPANCY_CLASSES)
-    _truths: NDArray[np.int64] = field(init=False, repr=False)
-    _guesses: NDArray[np.int64] = field(init=False, repr=False)
-    _right: NDArray[np.int64] = field(init=False, repr=False)
+    _counts: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._truths = np.zeros(self.classes, np.int64)
-        self._guesses = np.zeros(self.classes, np.int64)
-        self._right = np.zeros((len(RAY_THRESHOLDS), self.classes), np.int64)
+        self._counts = np.zeros((2 + len(RAY_THRESHOLDS), self.classes), np.int64)
 
     def add(
         self, truth: NDArray[np.uint8], predicted: NDArray[np.uint8], origins: ArrayLike
     ) -> None:
         """Cast all rays from (O, 3) origins in base_link through two label volumes (X, Y, Z)."""
-        free = self.classes - 1
-        volumes = np.stack([truth, predicted])
-        (true_label, label), (true_depth, depth) = cast_rays(volumes, origins, self.grid, free)
-        counted = true_label != free
-        true_label, label = true_label[counted], label[counted]
-        away = np.abs(true_depth[counted] - depth[counted])
-        self._truths += np.bincount(true_label, minlength=self.classes)
-        self._guesses += np.bincount(label, minlength=self.classes)
-        for row, threshold in zip(self._right, RAY_THRESHOLDS, strict=True):
-            right = (true_label == label) & (away < threshold)
-            row += np.bincount(true_label[right], minlength=self.classes)
+        self._counts += ray_counts(truth, predicted, origins, self.grid, self.classes)
 
     def merge(self, other: RayScorer) -> None:
         """Add another scorer's counts, such as another process's."""
-        self._truths += other._truths
-        self._guesses += other._guesses
-        self._right += other._right
+        self._counts += other._counts
 
     def scores(self) -> RayScores:
         """Return the scores of everything added so far."""
-        union = (self._truths + self._guesses - self._right)[:, :-1].astype(np.float64)
-        right = self._right[:, :-1].astype(np.float64)
-        return RayScores(np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0))
+        return ray_scores(self._counts)
+
+
+def ray_counts(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid,
+               classes: int = len(OCCUPANCY_CLASSES)) -> NDArray[np.int64]:  # fmt: skip
+    """Count the rays of one sample, by class: (2 + T, K) of true ones, predicted ones, right ones by threshold.
+
+    truth, predicted: (X, Y, Z), the last class free. origins: (O, 3) in base_link. Rays whose truth is free
+    do not count.
+    """
+    free = classes - 1
+    volumes = np.stack([truth, predicted])
+    (true_label, label), (true_depth, depth) = cast_rays(volumes, origins, grid, free)
+    counted = true_label != free
+    true_label, label = true_label[counted], label[counted]
+    away = np.abs(true_depth[counted] - depth[counted])
+    same = true_label == label
+    rows = [true_label, label, *(true_label[same & (away < limit)] for limit in RAY_THRESHOLDS)]
+    return np.stack([np.bincount(row, minlength=classes)[:classes] for row in rows])
+
+
+def ray_scores(counts: NDArray[np.int64]) -> RayScores:
+    """Return the scores of summed `ray_counts` (2 + T, K)."""
+    truths, guesses, right = counts[0], counts[1], counts[2:]
+    union = (truths + guesses - right)[:, :-1].astype(np.float64)
+    hits = right[:, :-1].astype(np.float64)
+    return RayScores(np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0))
 
 
 @functools.lru_cache(maxsize=1)
@@ -198,16 +244,157 @@ def cast_rays(labels: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid, fr
     if len(set(grid.pitch)) != 1:
         raise ValueError(f"rays need cubic voxels, the grid's pitch is {grid.pitch}")
     rays = ray_directions() if rays is None else rays
-    start, direction = _voxel_rays(np.asarray(origins, np.float32), rays, grid)
-    volumes = np.ascontiguousarray(np.moveaxis(labels.reshape(-1, *grid.shape), 0, -1))
-    label, length = _walker()(volumes, start, direction, free)
+    volumes = labels.reshape(-1, *grid.shape)
+    origins = np.asarray(origins, np.float32).reshape(-1, 3)
+    label, length = _caster()(volumes, origins, np.ascontiguousarray(rays, np.float32), grid, free)
     distance = (length * grid.pitch[0]).astype(np.float32)
     return (label[0], distance[0]) if labels.ndim == 3 else (label, distance)
 
 
-def _voxel_rays(
-    origins: NDArray[np.float32], rays: NDArray[np.float32], grid: VoxelGrid
-) -> tuple[Array, Array]:
+Floats = NDArray[np.float32]
+Cast = tuple[NDArray[np.uint8], Array]
+"""Label and distance in voxels of every ray, (V, O * R)."""
+
+_BORDER = 128
+"""Code of the cells around a grid; below it, bit v says that volume v is not free."""
+
+
+@functools.lru_cache(maxsize=1)
+def _caster() -> Callable[[NDArray[np.uint8], Floats, Floats, VoxelGrid, int], Cast]:
+    """Return the compiled walk where numba is installed, else the array form."""
+    try:
+        import numba
+    except ImportError:
+        return _cast_arrays
+    walk = numba.njit(cache=True, nogil=True)(_walk_rays)
+
+    def cast(
+        volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int
+    ) -> Cast:
+        lo, pitch = np.asarray(grid.lo, np.float32), np.asarray(grid.pitch, np.float32)
+        parts = [
+            walk(*_coded(volumes[first : first + 7], free), origins, rays, lo, pitch, free)
+            for first in range(0, len(volumes), 7)
+        ]
+        label, length = zip(*parts, strict=True)
+        return np.concatenate(label), np.concatenate(length)
+
+    return cast
+
+
+def _coded(volumes: NDArray[np.uint8], free: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return labels (V, X + 2, Y + 2, Z + 2) of at most 7 volumes and their codes (X + 2, Y + 2, Z + 2)."""
+    shape = tuple(n + 2 for n in volumes.shape[1:])
+    padded = np.full((len(volumes), *shape), free, np.uint8)
+    padded[:, 1:-1, 1:-1, 1:-1] = volumes
+    solid = (volumes != free).view(np.uint8)
+    inner = solid[0].copy()
+    for number in range(1, len(solid)):
+        inner |= solid[number] << np.uint8(number)
+    code = np.full(shape, _BORDER, np.uint8)
+    code[1:-1, 1:-1, 1:-1] = inner
+    return padded, code
+
+
+def _walk_rays(labels: NDArray[np.uint8], code: NDArray[np.uint8], origins: Floats, rays: Floats, lo: Floats,
+               pitch: Floats, free: int) -> Cast:  # fmt: skip
+    """Step each ray from voxel to voxel (Amanatides & Woo 1987) until every volume stopped it.
+
+    The form that numba compiles; labels and code of `_coded`. Starts and directions are rounded through
+    float32 as the reference does. Ties go to z, then y, then x, and an axis with a zero direction is never
+    stepped.
+    """
+    volumes, (nx, ny, nz) = labels.shape[0], code.shape
+    stride_x, stride_y = ny * nz, nz
+    cells, flat = code.reshape(-1), labels.reshape(volumes, -1)
+    label = np.full((volumes, len(origins) * len(rays)), np.uint8(free), np.uint8)
+    length = np.zeros((volumes, len(origins) * len(rays)))
+    n = -1
+    for o in range(len(origins)):
+        x = np.float64((origins[o, 0] - lo[0]) / pitch[0])
+        y = np.float64((origins[o, 1] - lo[1]) / pitch[1])
+        z = np.float64((origins[o, 2] - lo[2]) / pitch[2])
+        for r in range(len(rays)):
+            n += 1
+            dx = np.float64((rays[r, 0] + origins[o, 0] - lo[0]) / pitch[0]) - x
+            dy = np.float64((rays[r, 1] + origins[o, 1] - lo[1]) / pitch[1]) - y
+            dz = np.float64((rays[r, 2] + origins[o, 2] - lo[2]) / pitch[2]) - z
+            norm = np.sqrt(dx * dx + dy * dy + dz * dz)
+            dx, dy, dz = dx / norm, dy / norm, dz / norm
+            i, j, k = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+            si, sj, sk = (1 if dx > 0 else -1), (1 if dy > 0 else -1), (1 if dz > 0 else -1)
+            tx = ((i + (si > 0)) - x) / dx if dx != 0 else np.inf
+            ty = ((j + (sj > 0)) - y) / dy if dy != 0 else np.inf
+            tz = ((k + (sk > 0)) - z) / dz if dz != 0 else np.inf
+            wx = abs(1 / dx) if dx != 0 else np.inf
+            wy = abs(1 / dy) if dy != 0 else np.inf
+            wz = abs(1 / dz) if dz != 0 else np.inf
+            i, j, k = i + 1, j + 1, k + 1  # of the padded volumes
+            outside = not (0 < i < nx - 1 and 0 < j < ny - 1 and 0 < k < nz - 1)
+            while outside:
+                if (
+                    (i >= nx - 1 if si > 0 else i <= 0)
+                    or (j >= ny - 1 if sj > 0 else j <= 0)
+                    or (k >= nz - 1 if sk > 0 else k <= 0)
+                ):
+                    break  # beyond the grid and moving away
+                if tx < ty and tx < tz:
+                    i += si
+                    tx += wx
+                elif ty < tz:
+                    j += sj
+                    ty += wy
+                else:
+                    k += sk
+                    tz += wz
+                outside = not (0 < i < nx - 1 and 0 < j < ny - 1 and 0 < k < nz - 1)
+            if outside:
+                continue
+            cell = i * stride_x + j * stride_y + k
+            step_x, step_y = si * stride_x, sj * stride_y
+            wanted, leaves = _BORDER + (1 << volumes) - 1, 0.0
+            while True:
+                met = cells[cell] & wanted
+                if met != 0:
+                    if met == _BORDER:
+                        break
+                    leaves = min(tx, min(ty, tz))
+                    for v in range(volumes):
+                        if met & (1 << v):
+                            label[v, n], length[v, n] = flat[v, cell], leaves
+                    wanted &= ~met
+                    if wanted == _BORDER:
+                        break
+                leaves = min(tx, min(ty, tz))
+                if tx < ty:
+                    if tx < tz:
+                        cell += step_x
+                        tx += wx
+                    else:
+                        cell += sk
+                        tz += wz
+                elif ty < tz:
+                    cell += step_y
+                    ty += wy
+                else:
+                    cell += sk
+                    tz += wz
+            for v in range(volumes):
+                if wanted & (1 << v):
+                    length[v, n] = leaves
+    return label, length
+
+
+def _cast_arrays(
+    volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int
+) -> Cast:
+    """The same walk for all rays at once with numpy alone; slower, for machines without numba."""
+    starts, directions = _voxel_rays(origins, rays, grid)
+    results = [_walk_volume(volume, starts, directions, free) for volume in volumes]
+    return np.stack([label for label, _ in results]), np.stack([length for _, length in results])
+
+
+def _voxel_rays(origins: Floats, rays: Floats, grid: VoxelGrid) -> tuple[Array, Array]:
     """Return starts and unit directions (O * R, 3) in voxels, rounded through float32 as the reference does."""
     lo, pitch = np.asarray(grid.lo, np.float32), np.asarray(grid.pitch, np.float32)
     origins = origins.reshape(-1, 1, 3)
@@ -217,84 +404,6 @@ def _voxel_rays(
     direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
     start = np.broadcast_to(start, direction.shape)
     return start.reshape(-1, 3).astype(np.float64), np.ascontiguousarray(direction.reshape(-1, 3))
-
-
-Walker = Callable[[NDArray[np.uint8], Array, Array, int], tuple[NDArray[np.uint8], Array]]
-
-
-@functools.lru_cache(maxsize=1)
-def _walker() -> Walker:
-    """Return the compiled walk where numba is installed, else the array form."""
-    try:
-        import numba
-    except ImportError:
-        return _walk_arrays
-    walk: Any = numba.njit(cache=True, nogil=True)(_walk_rays)
-    return walk  # type: ignore[no-any-return]
-
-
-def _walk_rays(
-    labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
-) -> tuple[NDArray[np.uint8], Array]:
-    """Step each ray from voxel to voxel (Amanatides & Woo 1987) until every volume stopped it.
-
-    labels: (X, Y, Z, V). The form that numba compiles. Ties go to z, then y, then x, and an axis
-    with a zero direction is never stepped.
-    Returns: label and distance in voxels, (V, N).
-    """
-    nx, ny, nz, volumes = labels.shape
-    label = np.full((volumes, len(starts)), free, np.uint8)
-    length = np.zeros((volumes, len(starts)))
-    for r in range(len(starts)):
-        x, y, z = starts[r]
-        dx, dy, dz = directions[r]
-        i, j, k = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
-        si, sj, sk = (1 if dx > 0 else -1), (1 if dy > 0 else -1), (1 if dz > 0 else -1)
-        tx = ((i + (si > 0)) - x) / dx if dx != 0 else np.inf
-        ty = ((j + (sj > 0)) - y) / dy if dy != 0 else np.inf
-        tz = ((k + (sk > 0)) - z) / dz if dz != 0 else np.inf
-        wx = abs(1 / dx) if dx != 0 else np.inf
-        wy = abs(1 / dy) if dy != 0 else np.inf
-        wz = abs(1 / dz) if dz != 0 else np.inf
-        left, leaves = volumes, 0.0
-        while left > 0:
-            if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
-                leaves = min(tx, ty, tz)
-                for v in range(volumes):
-                    if labels[i, j, k, v] != free and label[v, r] == free:
-                        label[v, r], length[v, r] = labels[i, j, k, v], leaves
-                        left -= 1
-            elif (
-                (i >= nx if si > 0 else i < 0)
-                or (j >= ny if sj > 0 else j < 0)
-                or (k >= nz if sk > 0 else k < 0)
-            ):
-                break  # beyond the grid and moving away
-            if tx < ty and tx < tz:
-                i += si
-                tx += wx
-            elif ty < tz:
-                j += sj
-                ty += wy
-            elif tz < np.inf:
-                k += sk
-                tz += wz
-            else:
-                break
-        for v in range(volumes):
-            if label[v, r] == free:
-                length[v, r] = leaves
-    return label, length
-
-
-def _walk_arrays(
-    labels: NDArray[np.uint8], starts: Array, directions: Array, free: int
-) -> tuple[NDArray[np.uint8], Array]:
-    """The same walk for all rays at once with numpy alone; slower, for machines without numba."""
-    results = [
-        _walk_volume(labels[..., v], starts, directions, free) for v in range(labels.shape[3])
-    ]
-    return np.stack([label for label, _ in results]), np.stack([length for _, length in results])
 
 
 def _walk_volume(
