@@ -6,7 +6,7 @@ Needs neither torch nor numba: predictions come from a function, priors from a s
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,14 @@ from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
-from occbev.grid import BevGrid, xyz_from_volume
+from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
 from occbev.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
 from occbev_training.metrics.calibration import FreeThreshold
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection
-from occbev_training.metrics.occupancy import (
-    binary_counts,
-    binary_iou,
-    confusion,
-    mean_iou,
-    occupied_iou,
-)
+from occbev_training.metrics.occupancy import binary_counts, binary_iou
+from occbev_training.scores import FrameResult, OccupancyView, Scores, count_occupancy, match_near
 from occbev_training.sources.recording import Annotations
 
 Floats = NDArray[np.float32]
@@ -36,8 +31,8 @@ Floats = NDArray[np.float32]
 SCORING = BoxDecoding(threshold=0.02, max_boxes=300)
 """Decoding for scores: the ranking is judged, so weak boxes are kept. Priors are decoded by it as well."""
 
-NEAR_RANGE, NEAR_POINTS = 30.0, 5
-"""The headline AP: truths within this many metres and with this many LiDAR returns."""
+TRUTH = ("boxes", "labels", "lidar_points", "semantics", "mask_camera")
+"""Arrays of a cached sample that it is scored against."""
 
 _VELOCITY_CELLS = 2
 _LEAST_PEAK = 1e-6
@@ -48,12 +43,15 @@ class Prediction:
     """Network outputs for one sample; what the network does not have is None.
 
     heatmap: (C, Y, X) logits. box: (10, Y, X). occupancy: (K, Z, Y, X), reconstruction: (2, Z, Y, X) logits.
+    boxes, label: in base_link and (X, Y, Z) classes, of outputs that were decoded already.
     """
 
     heatmap: Floats | None = None
     box: Floats | None = None
     occupancy: Floats | None = None
     reconstruction: Floats | None = None
+    boxes: Boxes3D | None = None
+    label: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,35 +111,6 @@ class Priors:
             raise ValueError(f"{path}: not the priors of a training set: {error}") from error
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a set of samples scored.
-
-    full: over the classes' own ranges. near: within NEAR_RANGE and with NEAR_POINTS returns.
-    counts: (K, K) confusion over camera-visible voxels.
-    """
-
-    full: DetectionScores
-    near: DetectionScores
-    counts: NDArray[np.int64]
-
-    def summary(self) -> dict[str, float]:
-        """The headline numbers."""
-        return {
-            "car_AP_2m_30m": self.near.ap["car"][2.0], "car_AP_2m_50m": self.full.ap["car"][2.0],
-            "mAP": self.full.mean_ap, "mAP_30m": self.near.mean_ap, "NDS": self.full.nds,
-            "occupancy_iou": occupied_iou(self.counts), "occupancy_miou": mean_iou(self.counts),
-        }  # fmt: skip
-
-    def as_record(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        return {
-            "summary": self.summary(),
-            "detection": self.full.as_record(),
-            "detection_30m": self.near.as_record(),
-        }
-
-
 def evaluate(cache: SampleCache, predict: Callable[[int], Prediction], model: ModelConfig,
              indices: Iterable[int] | None = None, progress: Callable[[int], None] = lambda done: None,
              calibration: FreeThreshold | None = None) -> Scores:  # fmt: skip
@@ -149,40 +118,56 @@ def evaluate(cache: SampleCache, predict: Callable[[int], Prediction], model: Mo
 
     calibration: also counts what other thresholds on free would answer.
     """
-    predicted, truths = [], []
-    counts = np.zeros((len(model.occupancy_classes),) * 2, np.int64)
+    frames = []
     for done, index in enumerate(range(len(cache)) if indices is None else indices):
-        output, sample = (
-            predict(index),
-            cache.read(index, ("boxes", "labels", "lidar_points", "semantics", "mask_camera")),
-        )
-        assert output.heatmap is not None
-        assert output.box is not None
-        assert output.occupancy is not None
-        predicted.append(decode_boxes(output.heatmap, output.box, model.bev, SCORING))
-        truths.append(annotations_of(sample))
-        voxels = decode_occupancy(output.occupancy, model.grid, min_free=model.occupancy.min_free)
-        counts += confusion(sample["semantics"], voxels.label, sample["mask_camera"])
-        if calibration is not None:
-            calibration.add(
-                sample["semantics"], output.occupancy, sample["mask_camera"], model.grid
-            )
+        output, sample = predict(index), cache.read(index, TRUTH)
+        truth = dense_truth(sample, cache.info.grid)
+        if calibration is not None and truth is not None and output.occupancy is not None:
+            calibration.add(truth.semantics, output.occupancy, truth.mask_camera, model.grid)
+        name, drive = cache.name(index), cache.drive(index)
+        frames.append(score_frame(name, drive, output, model, annotations_of(sample), truth))
         progress(done + 1)
-    return Scores(*detection_scores(predicted, truths), counts)
+    return Scores.of(frames, model.occupancy_classes)
+
+
+def score_frame(name: str, drive: str, output: Prediction, model: ModelConfig, annotations: Annotations | None,
+                truth: OccupancyView | None) -> FrameResult:  # fmt: skip
+    """Decode what a network said of one frame and compare it with what is true."""
+    counts, label = None, labels_of(output, model)
+    if truth is not None and label is not None:
+        counts = count_occupancy(label, truth, len(model.occupancy_classes))
+    return FrameResult(name, drive, boxes_of(output, model), annotations, counts)
+
+
+def boxes_of(output: Prediction, model: ModelConfig) -> Boxes3D | None:
+    """Return the boxes of a prediction in base_link, None of a network that predicts none."""
+    if output.boxes is not None or output.heatmap is None or output.box is None:
+        return output.boxes
+    return decode_boxes(
+        output.heatmap, output.box, model.bev, SCORING, classes=model.detection_classes
+    )
+
+
+def labels_of(output: Prediction, model: ModelConfig) -> NDArray[np.uint8] | None:
+    """Return the voxel classes (X, Y, Z) of a prediction, None of a network that predicts none."""
+    if output.label is not None or output.occupancy is None:
+        return output.label
+    voxels = decode_occupancy(output.occupancy, model.grid, min_free=model.occupancy.min_free)
+    return voxels.label
+
+
+def dense_truth(sample: Mapping[str, NDArray[Any]], grid: VoxelGrid) -> OccupancyView | None:
+    """Return the dense labels of a cached sample, None where it has none."""
+    if not sample["mask_camera"].any():
+        return None
+    return OccupancyView(sample["semantics"], sample["mask_camera"], grid)
 
 
 def detection_scores(
     predicted: Sequence[Boxes3D], truths: Sequence[Annotations]
 ) -> tuple[DetectionScores, DetectionScores]:
-    """Return (full, near) scores.
-
-    The near ones ignore predictions that match a truth left out for its range or returns: finding a
-    hidden car is neither rewarded nor punished.
-    """
-    near = evaluate_detection(
-        predicted, truths, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True
-    )
-    return evaluate_detection(predicted, truths), near
+    """Return (full, near) scores; see `match_near`."""
+    return evaluate_detection(predicted, truths), match_near(predicted, truths).scores()
 
 
 def score_priors(cache: SampleCache, priors: Priors, model: ModelConfig) -> dict[str, float]:
@@ -190,7 +175,7 @@ def score_priors(cache: SampleCache, priors: Priors, model: ModelConfig) -> dict
     boxes, grid = priors.boxes(model.bev), priors.occupancy()
     truths, counts = [], np.zeros(3, np.int64)
     for index in range(len(cache)):
-        sample = cache.read(index, ("boxes", "labels", "lidar_points", "semantics", "mask_camera"))
+        sample = cache.read(index, TRUTH)
         truths.append(annotations_of(sample))
         counts += binary_counts(sample["semantics"] != FREE, grid, sample["mask_camera"])
     full, near = detection_scores([boxes] * len(truths), truths)
@@ -210,7 +195,7 @@ def fit_priors(
         np.zeros(cache.info.grid.shape, np.int32),
     )
     for index in range(len(cache)):
-        sample = cache.read(index, ("boxes", "labels", "lidar_points", "semantics", "mask_camera"))
+        sample = cache.read(index, TRUTH)
         found = sample["lidar_points"] > 0
         box, label = sample["boxes"][found], sample["labels"][found]
         for name, one in zip(label, box, strict=True):

@@ -1,48 +1,69 @@
-"""Score a model package on drives that it never saw, beside what its training set alone would answer.
+"""Score a model package on drives that it never saw, or result files by the official rules.
 
     occbev-train evaluate config/models/occbev-tiny --data CACHE
     occbev-train evaluate PACKAGE --data CACHE --fit-priors TRAINING_CACHE --priors priors.npz
     occbev-train evaluate PACKAGE --data VALIDATION_CACHE --calibrate --json report.json
+    occbev-train evaluate PACKAGE --data NUSCENES_ROOT --out out/evaluation --workers 2
+    occbev-train evaluate --results results.json --nuscenes NUSCENES_ROOT
+    occbev-train evaluate --voxels FOLDER_OF_NPZ --nuscenes NUSCENES_ROOT
 
-The headline is the AP of cars within 30 m that have at least 5 LiDAR returns, at 2 m.
+The headline is the AP of cars within 30 m that have at least 5 LiDAR returns, at 2 m. Packages of every family
+are accepted; what a network does not predict is not scored. Drives are scored in order, and a network that
+remembers begins each drive anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from occbev.config import ModelConfig
-from occbev.inference.backend import load_backend
-from occbev.inference.tables import TableCache
 from occbev.model_package import ModelPackage
-from occbev.preprocess import Preprocessor
-from occbev.rig import Camera, CameraRig
-from occbev_training.data.cache import CachedSample, SampleCache, open_cache
-from occbev_training.evaluate import Prediction, Priors, evaluate, fit_priors, score_priors
-from occbev_training.metrics.calibration import FreeThreshold
+from occbev_training.data.cache import open_cache
+from occbev_training.evaluate import Priors, fit_priors, score_priors
+from occbev_training.evaluation_report import draw_plots, draw_worst, write_json
+from occbev_training.held_out import CacheFrames, HeldOut, RootFrames, open_held_out
+from occbev_training.metrics.bootstrap import DRAWS
+from occbev_training.metrics.detection import THRESHOLDS, TP_ERRORS
+from occbev_training.metrics.nuscenes_results import read_results, write_results
+from occbev_training.package_scores import WORST, PackageRun, RunOptions, run_in_processes
+from occbev_training.result_files import official_scores, results_of, score_files
+from occbev_training.scores import Scores
+from occbev_training.sources.nuscenes import open_nuscenes
+
+Record = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("package", type=Path, help="model package")
-    parser.add_argument("--data", type=Path, required=True, help="sample cache of held-out drives")
-    parser.add_argument("--limit", type=int, help="score this many samples, evenly spaced")
+    parser.add_argument("package", type=Path, nargs="?", help="model package")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="held-out drives: a sample cache, a nuScenes root, or a folder of simulated bags and their truth",
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="JSON", help="score this nuScenes result file instead of a package"
+    )  # fmt: skip
+    parser.add_argument(
+        "--voxels", type=Path, metavar="FOLDER", help="score these Occ3D results, one <sample token>.npz a sample"
+    )  # fmt: skip
+    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")  # fmt: skip
+    parser.add_argument("--limit", type=int, help="score this many samples: evenly spaced, or the first of a network that remembers")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on it (default 1)")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="runtime, as for the node")
     parser.add_argument(
         "--precision", default="auto", help="auto, or f32 to forbid the hardware's fast type"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of the runtime")
+    parser.add_argument("--threads", type=int, help="CPU threads of the runtime, in each process")
     parser.add_argument(
         "--fit-priors",
         type=Path,
@@ -61,86 +82,123 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-free", type=float, help="score with this occupancy.min_free instead of the package's"
     )
+    parser.add_argument(
+        "--draws", type=int, default=DRAWS,
+        help=f"drives are drawn anew so often for the 95 %% intervals; 0 leaves them out (default {DRAWS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="write metrics.json, plots, the worst frames as pictures and, of a nuScenes root, results.json",
+    )  # fmt: skip
+    parser.add_argument("--save-voxels", action="store_true", help="also write FOLDER/voxels/<sample token>.npz in the form of Occ3D")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write all scores to this file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score and print; exits with 0 whatever the scores are."""
+    _check(args)
     console = Console()
-    package, cache = ModelPackage.load(args.package), open_cache(args.data)
-    priors = _priors(args, package, console)
-    indices = np.unique(
-        np.linspace(0, len(cache) - 1, min(args.limit or len(cache), len(cache)))
-        .round()
-        .astype(int)
-    )
-    model = _with_min_free(package.model, args.min_free)
-    calibration = FreeThreshold(len(model.occupancy_classes)) if args.calibrate else None
-    predict = package_predictor(package, cache, args.backend, args.threads, args.precision)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("scoring", total=len(indices))
-        scores = evaluate(
-            cache,
-            predict,
-            model,
-            indices.tolist(),
-            lambda done: progress.update(task, completed=done),
-            calibration,
-        )
-    record: dict[str, Any] = {
-        "samples": len(indices),
-        "drives": len(cache.drives),
-        "min_free": model.occupancy.min_free,
-        **scores.as_record(),
-    }
-    if calibration is not None:
-        record["calibration"] = calibration.as_record()
-    if priors is not None:
-        record["priors"] = score_priors(cache, priors, package.model)
+    record = _of_files(args, console) if args.package is None else _of_package(args, console)
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
+        write_json(args.json, record)
+    if args.out:
+        write_json(args.out / "metrics.json", record)
+        draw_plots(record, args.out)
     _print(console, record)
+    if args.out:
+        console.print(f"{args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}", highlight=False)  # fmt: skip
     return 0
 
 
-def package_predictor(package: ModelPackage, cache: SampleCache, backend: str = "auto", threads: int | None = None,
-                      precision: str = "auto") -> Callable[[int], Prediction]:  # fmt: skip
-    """Return a function that predicts one cached sample with a package's graph."""
-    runtime = load_backend(package, len(cache.info.cameras), backend, threads, precision)
-    preprocessor, tables = (
-        Preprocessor(package.model.image),
-        TableCache(package.model, runtime.form),
-    )
-
-    def predict(index: int) -> Prediction:
-        sample = cache[index]
-        images = np.stack([preprocessor.normalise(image) for image in sample.images])
-        valid = sample.camera_valid.astype(np.float32)
-        inputs: dict[str, NDArray[Any]] = {
-            "images": (images * valid[:, None, None, None])[None],
-            "camera_valid": valid[None],
-        }
-        rig = network_rig(sample, cache.info.cameras, package.model)
-        output = runtime.run({**inputs, **tables.tables(rig)})
-        return Prediction(output["heatmap"][0], output["box"][0], output["occupancy_logits"][0])
-
-    return predict
+def _check(args: argparse.Namespace) -> None:
+    if args.package is None and args.results is None and args.voxels is None:
+        raise ValueError("nothing to score: name a package, or --results or --voxels")
+    if args.package is not None and (args.results or args.voxels):
+        raise ValueError("a package or result files are scored, not both")
+    if args.package is not None and args.data is None:
+        raise ValueError("a package needs --data: drives that it never saw")
+    if args.package is None and args.nuscenes is None:
+        raise ValueError("result files need --nuscenes ROOT, the tables that they are of")
+    if args.min_free is not None and not 0 <= args.min_free <= 1:
+        raise ValueError(f"--min-free {args.min_free}: want a probability")
+    if args.save_voxels and not args.out:
+        raise ValueError("--save-voxels needs --out FOLDER")
+    if args.workers < 1 or args.draws < 0 or (args.limit is not None and args.limit < 1):
+        raise ValueError(f"--workers {args.workers} and --limit {args.limit} must be at least 1, --draws {args.draws} at least 0")  # fmt: skip
 
 
-def _with_min_free(model: ModelConfig, min_free: float | None) -> ModelConfig:
-    if min_free is None:
-        return model
-    if not 0 <= min_free <= 1:
-        raise ValueError(f"--min-free {min_free}: want a probability")
-    return replace(model, occupancy=replace(model.occupancy, min_free=min_free))
+def _of_files(args: argparse.Namespace, console: Console) -> Record:
+    """Score a result file, a folder of voxels, or both."""
+    root = RootFrames(open_nuscenes(args.nuscenes), with_images=False)
+    results = None if args.results is None else read_results(args.results)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("scoring", total=len(root))
+        scores, _ = score_files(root, results, args.voxels, lambda done: progress.update(task, completed=done))  # fmt: skip
+    scored = [str(path) for path in (args.results, args.voxels) if path is not None]
+    return {"scored": scored, **_base_record(args, root, scores)}
 
 
-def network_rig(sample: CachedSample, names: tuple[str, ...], model: ModelConfig) -> CameraRig:
-    """Return the cameras of one cached sample."""
-    return CameraRig(tuple(
-        Camera(name, model.image.width, model.image.height, intrinsic, cam2ego)
-        for name, intrinsic, cam2ego in zip(names, sample.intrinsic, sample.cam2ego, strict=True)
-    ))  # fmt: skip
+def _of_package(args: argparse.Namespace, console: Console) -> Record:
+    """Run a package on held-out frames and score what it says."""
+    package, held_out = ModelPackage.load(args.package), open_held_out(args.data)
+    priors = _priors(args, package, console)
+    indices = _chosen(len(held_out), args.limit, remembers(package.model))
+    voxels = args.out / "voxels" if args.save_voxels else None
+    options = RunOptions(args.backend, args.threads, args.precision, args.min_free, args.calibrate, voxels,
+                         WORST if args.out else 0)  # fmt: skip
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("scoring", total=len(indices))
+        done = run_in_processes(args.package, args.data, indices, options, args.workers,
+                                lambda done: progress.update(task, completed=done))  # fmt: skip
+    scores = Scores.of(done.results(), package.model.occupancy_classes)
+    if isinstance(held_out, RootFrames):
+        scores = official_scores(scores, done.results(), held_out, indices)
+    min_free = package.model.occupancy.min_free if args.min_free is None else args.min_free
+    record = {
+        "package": {"name": package.model.name, "family": package.model.family, "hash": package.hash,
+                    "trained_on": package.trained_on, "runtime": done.device, "outputs": list(done.outputs)},
+        "min_free": min_free, **_base_record(args, held_out, scores),
+    }  # fmt: skip
+    if done.calibration is not None:
+        record["calibration"] = done.calibration.as_record()
+    if priors is not None and isinstance(held_out, CacheFrames):
+        record["priors"] = score_priors(held_out.cache, priors, package.model)
+    if args.out:
+        _write_files(args, done, held_out, indices, scores, record)
+    return record
+
+
+def _write_files(args: argparse.Namespace, done: PackageRun, held_out: HeldOut, indices: list[int],
+                 scores: Scores, record: Record) -> None:  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    worst = [frame for frames in done.worst.values() for frame in frames]
+    by = sorted({frame.by for frame in worst})
+    record["worst"] = [
+        line for kind in by for line in draw_worst([f for f in worst if f.by == kind], held_out, args.out)
+    ]  # fmt: skip
+    if isinstance(held_out, RootFrames) and scores.boxes is not None:
+        write_results(args.out / "results.json", results_of(done.results(), held_out, indices))
+
+
+def _base_record(args: argparse.Namespace, held_out: HeldOut, scores: Scores) -> Record:
+    intervals = scores.intervals(args.draws) if args.draws else None
+    return {
+        "data": held_out.source, "samples": len(scores.names), "drives": len(set(scores.drives)),
+        **scores.as_record(), "intervals": None if intervals is None else intervals.as_record(),
+    }  # fmt: skip
+
+
+def remembers(model: ModelConfig) -> bool:
+    """Whether a network builds on the frame before, so that frames must follow each other."""
+    temporal = model.bevdet is not None and model.bevdet.frames > 1
+    return temporal or (model.bevformer is not None and model.family == "bevformer")
+
+
+def _chosen(count: int, limit: int | None, in_order: bool) -> list[int]:
+    most = min(limit or count, count)
+    if in_order:
+        return list(range(most))
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
 
 
 def _priors(args: argparse.Namespace, package: ModelPackage, console: Console) -> Priors | None:
@@ -153,21 +211,81 @@ def _priors(args: argparse.Namespace, package: ModelPackage, console: Console) -
     return priors
 
 
-def _print(console: Console, record: dict[str, Any]) -> None:
-    table = Table(
-        "score",
-        "network",
-        "training set's means",
-        title=f"{record['samples']} samples of {record['drives']} drives",
-    )
-    for name, value in record["summary"].items():
-        prior = record.get("priors", {}).get(name)
-        table.add_row(name, f"{value:.3f}", "" if prior is None else f"{prior:.3f}")
-    console.print(table)
+def _print(console: Console, record: Record) -> None:
+    console.print(_summary_table(record))
+    if "detection" in record:
+        console.print(_class_table(record["detection"]))
+        console.print(_range_table(record["detection_by_range"]))
+    if "occupancy" in record:
+        console.print(_voxel_table(record["occupancy"]))
+    measured = record["measured"]
+    absent = [name for name in ("boxes", "occupancy", "rays") if name not in measured]
+    console.print(f"measured: {', '.join(measured) or 'nothing'}" + (f"; not predicted or not known: {', '.join(absent)}" if absent else ""))  # fmt: skip
     if "calibration" in record:
-        best = record["calibration"]
+        best, now = record["calibration"], record["summary"]
         console.print(
             f"best occupancy.min_free {best['min_free']:g}: occupancy_iou {best['occupancy_iou']:.4f}, occupancy_miou"
             f" {best['occupancy_miou']:.4f}; scored with {record['min_free']:g}:"
-            f" {record['summary']['occupancy_iou']:.4f}, {record['summary']['occupancy_miou']:.4f}"
+            f" {now['occupancy_iou']:.4f}, {now['occupancy_miou']:.4f}"
         )
+
+
+def _summary_table(record: Record) -> Table:
+    priors, intervals = record.get("priors"), record.get("intervals")
+    columns = ["score", "measured"]
+    if intervals:
+        columns.append(f"95 % of draws of {intervals['units']} {intervals['drawn']}s")
+    if priors:
+        columns.append("training set's means")
+    table = Table(*columns, title=f"{record['samples']} samples of {record['drives']} drives, {record['data']}")  # fmt: skip
+    for name, value in record["summary"].items():
+        row = [name, _number(value)]
+        if intervals:
+            lo_hi = intervals.get(name)
+            row.append("" if lo_hi is None else f"{lo_hi[0]:.3f} to {lo_hi[1]:.3f}")
+        if priors:
+            row.append("" if name not in priors else _number(priors[name]))
+        table.add_row(*row)
+    return table
+
+
+def _class_table(detection: Mapping[str, Any]) -> Table:
+    """AP at each distance in metres, and the mean errors of boxes within 2 m of their truth."""
+    headers = ["AP", *(f"{t:g}" for t in THRESHOLDS), "ATE", "ASE", "AOE", "AVE", "AAE"]
+    title = "boxes by class: AP at distances in metres, and errors within 2 m"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("class", no_wrap=True)
+    for header in ("true", *headers):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, by in detection["AP"].items():
+        of_class = detection["class_tp_errors"][name]
+        cells = [float(np.mean(list(by.values()))), *by.values(), *(of_class[e] for e in TP_ERRORS)]
+        table.add_row(name, str(detection["truths"][name]), *(_number(cell, 2) for cell in cells))
+    means = [detection["mAP"], *[None] * len(THRESHOLDS), *(detection["tp_errors"][e] for e in TP_ERRORS)]  # fmt: skip
+    total = sum(detection["truths"].values())
+    table.add_row("mean", str(total), *(_number(cell, 2) for cell in means))
+    return table
+
+
+def _range_table(rings: Mapping[str, Any]) -> Table:
+    table = Table("distance", "true", "mAP", "car AP 2 m", "pedestrian AP 2 m", title="boxes by range")  # fmt: skip
+    for name, ring in rings.items():
+        ap = [ring["AP"][label]["2.0"] if ring["truths"][label] else None for label in ("car", "pedestrian")]  # fmt: skip
+        table.add_row(name, str(sum(ring["truths"].values())), *map(_number, [ring["mAP"], *ap]))
+    return table
+
+
+def _voxel_table(occupancy: Mapping[str, Any]) -> Table:
+    table = Table("voxels", "occupied", "IoU", title="occupied against free")
+    for part in ("iou_by_range", "iou_by_visibility"):
+        for name, group in occupancy[part].items():
+            table.add_row(name, f"{group['occupied_voxels']:,}", _number(group["iou"]))
+        table.add_section()
+    for name, iou in occupancy["class_iou"].items():
+        if iou is not None:
+            table.add_row(name, "", _number(iou))
+    return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
