@@ -19,6 +19,7 @@ BENCHES: Mapping[str, str] = {
     "labels": "occupancy labels: a full label, and its traversal against plain ray casting",
     "attention": "BEVFormer's spatial cross-attention against padded queries and grid samples",
     "pooling": "Lift-Splat pooling against the cumulative sum of Lift-Splat-Shoot",
+    "evaluation": "detection scores against nuscenes-devkit's own loop, and RayIoU of one sample",
     "encoder": "image encoders: eager, folded, compiled, ONNX Runtime, OpenVINO, fp32 and int8",
 }
 """Name -> one line of help. Each is `occbev_training.benchmarks.<name>` with `run(options) -> Report`."""
