@@ -40,8 +40,8 @@ OPSET = 18
 ONNX_TOLERANCE = 1e-4
 """Largest difference between ONNX Runtime and torch, relative to an output's largest value."""
 
-IR_TOLERANCE = 3e-2
-"""The same for OpenVINO, whose weights are rounded to fp16."""
+IR_TOLERANCE = 5e-2
+"""The same for OpenVINO, whose weights are rounded to fp16: on random images, where box maps are wildest."""
 
 FORBIDDEN_OPERATORS = frozenset(
     {"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "SequenceEmpty"}
