@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from occbev_training.sources.infos import InfoRecording, read_drives
 from occbev_training.sources.nuscenes import NuscenesRoot, open_nuscenes
 from occbev_training.sources.recording import Recording, RecordingError
+
+if TYPE_CHECKING:
+    from occbev_training.sources.bags import BagOptions, BagRecording
 
 BAG_SUFFIXES = (".mcap", ".db3")
 
@@ -31,27 +35,86 @@ class Opener(Protocol):
         ...
 
 
+def _bag_options() -> BagOptions:
+    from occbev_training.sources.bags import BagOptions
+
+    return BagOptions(key_interval=0.5)
+
+
 @dataclass(frozen=True)
 class OpenBag:
-    """Opens a ROS 2 bag."""
+    """Opens a part of a ROS 2 bag. check_clocks: refuse, fix or ignore clocks that are off."""
 
     path: Path
-    key_interval: float = 0.5
+    options: BagOptions = field(default_factory=_bag_options)
+    check_clocks: str = "refuse"
 
     @property
     def name(self) -> str:
-        """The bag's name."""
-        return self.path.stem
+        """The bag's name, or its folder's where it is just "bag"; with its part where that is not the first."""
+        part, stem = self.options.part, self.path.stem
+        stem = self.path.absolute().parent.name if stem == "bag" else stem
+        return stem + (f"-part{part}" if part else "")
+
+    def parts(self) -> list[OpenBag]:
+        """Look at the bag's clocks and return an opener for each of its parts.
+
+        Raises RecordingError where the bag cannot be used.
+        """
+        from occbev_training.sources.bag_check import fixed_clocks, refuse_bad_clocks
+
+        options = self.options
+        if self.check_clocks == "refuse":
+            refuse_bad_clocks(self.path, options)
+        elif self.check_clocks == "fix":
+            options = fixed_clocks(self.path, options)
+        first = replace(self, options=options, check_clocks="ignore")
+        count = first().parts
+        return [first, *(replace(first, options=replace(options, part=i)) for i in range(1, count))]
 
     def keys(self) -> int:
         """Number of key frames; indexes the bag."""
         return len(self().key_stamp_ns)
 
-    def __call__(self) -> Recording:
-        """Index the bag."""
+    def __call__(self) -> BagRecording:
+        """Index the bag, which is kept open in this process for the next unit of work."""
         from occbev_training.sources.bags import BagRecording
 
-        return BagRecording(self.path, key_interval=self.key_interval)
+        for opener, recording in _KEPT_BAG:
+            if opener == self:
+                return recording
+        for _, recording in _KEPT_BAG:
+            recording.close()
+        recording = BagRecording(self.path, self.options)
+        recording.name = self.name
+        _KEPT_BAG[:] = [(self, recording)]
+        return recording
+
+
+_KEPT_BAG: list[tuple[OpenBag, BagRecording]] = []
+"""The bag that was opened last: indexing reads all of it."""
+
+
+@dataclass(frozen=True)
+class OpenInfos:
+    """Opens one drive of a converted info file of mmdet3d; root is the data root of its files."""
+
+    infos: Path
+    root: Path
+    drive: str
+
+    @property
+    def name(self) -> str:
+        """The drive's name."""
+        return self.drive
+
+    def keys(self) -> int:
+        """Number of key frames of which an image is there."""
+        return len(self().key_stamp_ns)
+
+    def __call__(self) -> Recording:
+        """Open the drive."""
+        return InfoRecording(self.drive, read_drives(self.infos)[self.drive], self.root)
 
 
 @dataclass(frozen=True)
@@ -103,18 +166,28 @@ def _root(root: Path) -> NuscenesRoot:
     return open_nuscenes(root)
 
 
-def find_recordings(path: Path, key_interval: float = 0.5) -> list[Opener]:
-    """List the recordings of a nuScenes root, of a bag, or of a folder of bags, by name.
+def find_recordings(
+    path: Path,
+    options: BagOptions | None = None,
+    check_clocks: str = "refuse",
+    data_root: Path | None = None,
+) -> list[Opener]:
+    """List the recordings of a nuScenes root, of a converted info file, of a bag, or of a folder of bags, by name.
+
+    options: how bags are read. data_root: where the files of an info file are; its folder if None.
 
     Raises:
         RecordingError: there is none, or two have the same name.
     """
     if path.is_dir() and any(path.glob("v*/scene.json")):
         return [OpenScene(path, scene) for scene in _root(path).scenes]
-    found: list[Opener] = [OpenBag(bag, key_interval) for bag in _bags(path)]
+    if path.is_file() and path.suffix == ".json":
+        return [OpenInfos(path, data_root or path.parent, drive) for drive in read_drives(path)]
+    options = options or _bag_options()
+    found: list[Opener] = [OpenBag(bag, options, check_clocks) for bag in _bags(path)]
     if not found:
         raise RecordingError(
-            f"{path}: neither a nuScenes root (a folder with v*/scene.json) nor a bag "
+            f"{path}: neither a nuScenes root (a folder with v*/scene.json), nor an info file, nor a bag "
             f"(a folder with metadata.yaml, or a file ending in {' or '.join(BAG_SUFFIXES)})"
         )
     names = [opener.name for opener in found]
