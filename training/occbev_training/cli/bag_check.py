@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from occbev_training.sources.bag_check import check_bag, propose_ego_box
+from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
+from occbev_training.sources.bag_check import check_bag, fixed_clocks, propose_ego_box
 from occbev_training.sources.bags import BagRecording
 
 
@@ -24,14 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ego-box", action="store_true", help="propose the box of the vehicle's own returns"
     )
+    parser.add_argument("--no-turns", action="store_true", help="skip the comparison of clocks by turns, which takes longest")  # fmt: skip
+    add_bag_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the verdicts."""
-    verdicts = check_bag(args.bag)
+    options = bag_options(args)
+    if args.clock_fix:
+        options = fixed_clocks(args.bag, options)
+    verdicts = check_bag(args.bag, options, not args.no_turns)
     failed = [verdict for verdict in verdicts if verdict.must and not verdict.ok]
-    box = propose_ego_box(BagRecording(args.bag)) if args.ego_box and not failed else None
+    box = propose_ego_box(BagRecording(args.bag, options)) if args.ego_box and not failed else None
     if args.json:
         record = {"bag": str(args.bag), "ok": not failed, "verdicts": [asdict(v) for v in verdicts]}
         print(json.dumps(record | ({"ego_box": asdict(box)} if box else {})))
@@ -45,5 +51,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     if box is not None:
-        console.print(f"ego box: lo {box.lo}, hi {box.hi}", highlight=False)
+        corners = " ".join(f"{v:g}" for v in (*box.lo, *box.hi))
+        console.print(
+            f"ego box: lo {box.lo}, hi {box.hi}; pairs --ego-box {corners}", highlight=False
+        )
     return 1 if failed else 0

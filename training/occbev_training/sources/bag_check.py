@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from occbev.trajectory import PoseError
 from occbev_training.sources.bags import (
-    Bag,
+    AnyBag,
+    BagOptions,
     BagRecording,
-    BagTopics,
+    check_counts,
     detect_topics,
-    header_stamp,
+    open_bag,
+    usable_stamps,
+)
+from occbev_training.sources.clocks import (
+    CLOCK_OFFSET,
+    LARGEST,
+    ClockCorrection,
+    ClockOffset,
+    TopicTimes,
+    by_log_times,
+    camera_turns,
+    joined,
+    lidar_turns,
+    measure_offset,
+    stretches_in_turns,
 )
 from occbev_training.sources.deskew import EgoBox
+from occbev_training.sources.point_times import SPAN
 from occbev_training.sources.recording import Recording, RecordingError
+from occbev_training.sources.topics import ODOMETRY, POSE, BagTopics
 
 CAMERA_RATE, ODOMETRY_RATE = 5.0, 20.0
 """Lowest accepted message rates in Hz."""
-CLOCK_OFFSET, CLOCK_DRIFT = 1.0, 50e-6
-"""Largest accepted median of log time minus stamp in seconds, and slope of it in s/s."""
 
-_SHOULD = {"sensor_msgs/msg/Imu": "IMU", "sensor_msgs/msg/NavSatFix": "GNSS"}
+NOTICEABLE = 0.01
+"""Seconds of clock offset from which on a fix is recommended."""
+
+_SHOULD = {
+    "IMU": ("sensor_msgs/msg/Imu",),
+    "GNSS": ("sensor_msgs/msg/NavSatFix",),
+    "vehicle speed": ("geometry_msgs/msg/TwistStamped", "geometry_msgs/msg/TwistWithCovarianceStamped",
+                      "autoware_vehicle_msgs/msg/VelocityReport",
+                      "autoware_auto_vehicle_msgs/msg/VelocityReport"),
+    "diagnostics": ("diagnostic_msgs/msg/DiagnosticArray",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,80 +64,64 @@ class Verdict:
     must: bool = True
 
 
-@dataclass(frozen=True)
-class TopicTimes:
-    """Stamps of a topic's messages in bag order: header's and log's (M,) int64 in ns."""
+def check_bag(
+    path: Path, options: BagOptions | None = None, measure_turns: bool = True
+) -> list[Verdict]:
+    """Judge a bag; problems become verdicts, only a bag that cannot be opened raises RecordingError.
 
-    stamp_ns: NDArray[np.int64]
-    log_ns: NDArray[np.int64]
-
-    @property
-    def rate(self) -> float:
-        """Messages per second by their stamps."""
-        span = (self.stamp_ns.max() - self.stamp_ns.min()) / 1e9 if len(self.stamp_ns) > 1 else 0.0
-        return float((len(self.stamp_ns) - 1) / span) if span > 0 else 0.0
-
-    @property
-    def lag(self) -> NDArray[np.float64]:
-        """Log time minus stamp, in seconds."""
-        return (self.log_ns - self.stamp_ns) / 1e9
-
-    @property
-    def drift(self) -> float:
-        """How fast the lag grows, by a robust line through its ends' medians."""
-        third = len(self.stamp_ns) // 3
-        if third < 3:
-            return 0.0
-        order = np.argsort(self.stamp_ns, kind="stable")
-        lag, time = self.lag[order], self.stamp_ns[order] / 1e9
-        step = np.median(time[-third:]) - np.median(time[:third])
-        return float((np.median(lag[-third:]) - np.median(lag[:third])) / step) if step > 0 else 0.0
-
-
-def check_bag(path: Path, topics: BagTopics | None = None) -> list[Verdict]:
-    """Judge a bag; problems become verdicts, only a bag that cannot be opened raises RecordingError."""
-    with Bag(path) as bag:
+    measure_turns: also compare clocks by how LiDAR and cameras see the vehicle turn; takes seconds.
+    """
+    options = options or BagOptions()
+    bag = open_bag(path)
+    try:
         verdicts: list[Verdict] = []
         try:
-            topics = topics or detect_topics(bag.topics)
+            topics = options.topics or detect_topics(bag.topics, options.profile)
+            verdicts.append(
+                Verdict("topics", True, f"{len(topics.images)} cameras, profile {topics.profile}")
+            )
         except RecordingError as error:
             return [Verdict("topics", False, str(error))]
-        named = [*topics.images.values(), *topics.infos.values(), topics.lidar, topics.odometry]
-        times = _times(bag, [name for name in named if name is not None])
+        try:
+            times = read_times(bag, topics.all, options.clock)
+        except RecordingError as error:
+            return [*verdicts, Verdict("messages", False, str(error))]
         verdicts += _presence(bag, topics, times)
-        for topic in [*topics.images.values(), topics.lidar, topics.odometry]:
+        for topic in dict.fromkeys([*topics.images.values(), topics.lidar, topics.odometry]):
             if topic is not None and len(times[topic].stamp_ns):
-                verdicts += _clock(topic, times[topic])
-        verdicts += [
-            Verdict(name, kind in bag.topics.values(), "present" if kind in bag.topics.values() else "absent", must=False)
-            for kind, name in _SHOULD.items()
-        ]  # fmt: skip
+                verdicts += [_stamps(topic, times[topic]), _clock(topic, times[topic])]
+        for name, kinds in _SHOULD.items():
+            there = any(kind in bag.topics.values() for kind in kinds)
+            verdicts.append(Verdict(name, there, "present" if there else "absent", must=False))
         verdicts.append(_counts(bag, times))
-    return verdicts + _as_recording(path, topics)
+    finally:
+        bag.close()
+    return verdicts + _as_recording(path, replace(options, topics=topics), measure_turns)
 
 
-def _times(bag: Bag, topics: Sequence[str]) -> dict[str, TopicTimes]:
-    """Read header stamps and log times of stamped topics."""
-    found: dict[str, list[tuple[int, int]]] = {topic: [] for topic in topics}
-    for topic, log_ns, data in bag.messages(list(topics)):
-        found[topic].append((header_stamp(data), log_ns))
+def read_times(
+    bag: AnyBag, topics: Sequence[str], clock: Mapping[str, ClockCorrection] | None = None
+) -> dict[str, TopicTimes]:
+    """Read stamps, corrected by `clock`, and log times; raises RecordingError where the bag breaks off."""
+    clock = clock or {}
+    found: dict[str, list[tuple[int, int]]] = {t: [] for t in topics if t in bag.topics}
+    for topic, log_ns, data in bag.messages(list(found)):
+        stamp = bag.stamp(topic, data)
+        found[topic].append((clock[topic].apply(stamp) if topic in clock else stamp, log_ns))
+    empty: dict[str, list[tuple[int, int]]] = {topic: [] for topic in topics}
     return {
         topic: TopicTimes(*np.array(pairs, np.int64).reshape(-1, 2).T)
-        for topic, pairs in found.items()
+        for topic, pairs in (empty | found).items()
     }
 
 
-def _presence(bag: Bag, topics: BagTopics, times: Mapping[str, TopicTimes]) -> list[Verdict]:
+def _presence(bag: AnyBag, topics: BagTopics, times: Mapping[str, TopicTimes]) -> list[Verdict]:
     """Cameras, their calibration topics, LiDAR and odometry: there, and often enough."""
     verdicts = []
     for name, topic in topics.images.items():
         rate = times[topic].rate
         verdicts.append(Verdict(f"camera {name}", rate >= CAMERA_RATE,
                                 f"{topic}: {rate:.1f} Hz, at least {CAMERA_RATE:g} wanted"))  # fmt: skip
-        count = len(times[topics.infos[name]].stamp_ns)
-        verdicts.append(
-            Verdict(f"camera_info {name}", count > 0, f"{topics.infos[name]}: {count} messages")
-        )
     if topics.lidar is None:
         verdicts.append(
             Verdict("lidar", False, "no sensor_msgs/PointCloud2 topic; vendor packets are not read")
@@ -119,67 +129,93 @@ def _presence(bag: Bag, topics: BagTopics, times: Mapping[str, TopicTimes]) -> l
     else:
         rate = times[topics.lidar].rate
         verdicts.append(Verdict("lidar", rate > 0, f"{topics.lidar}: {rate:.1f} Hz"))
-    if topics.odometry is None:
-        has_tf = "/tf" in bag.topics
-        verdicts.append(
-            Verdict(
-                "odometry", has_tf, "poses from /tf" if has_tf else "no Odometry topic and no /tf"
-            )
-        )
+    if topics.odometry is not None:
+        rate, where = times[topics.odometry].rate, topics.odometry
     else:
-        rate = times[topics.odometry].rate
-        verdicts.append(Verdict("odometry", rate >= ODOMETRY_RATE,
-                                f"{topics.odometry}: {rate:.1f} Hz, at least {ODOMETRY_RATE:g} wanted, 50 advised"))  # fmt: skip
+        where = "/tf"
+        rate = read_times(bag, ["/tf"])["/tf"].rate if "/tf" in bag.topics else 0.0
+    kinds = (
+        f"no topic of {ODOMETRY} or {POSE}, and no /tf"
+        if rate == 0.0
+        else f"{where}: {rate:.1f} Hz"
+    )
+    verdicts.append(Verdict("odometry", rate >= ODOMETRY_RATE,
+                            f"{kinds}, at least {ODOMETRY_RATE:g} wanted, 50 advised"))  # fmt: skip
     return verdicts
 
 
-def _clock(topic: str, times: TopicTimes) -> list[Verdict]:
-    """Stamps that are set, that do not jump back or repeat, and a clock that runs with the recorder's."""
-    zero = int(np.count_nonzero(times.stamp_ns == 0))
-    back = int(np.count_nonzero(np.diff(times.stamp_ns) < 0))
-    twice = len(times.stamp_ns) - len(np.unique(times.stamp_ns))
+def _stamps(topic: str, times: TopicTimes) -> Verdict:
+    """Stamps that are set, do not jump back and do not repeat. What is left out is counted, a jump divides the bag."""
+    _, jumps, reasons = usable_stamps(times.stamp_ns.tolist())
+    counts = ", ".join(f"{n} {reason}s" for reason, n in reasons.items())
+    return Verdict(f"stamps of {topic}", not jumps and not sum(reasons.values()),
+                   f"{counts}, {len(jumps)} jumps back, of {len(times.stamp_ns)}; they are left out, "
+                   "a jump back begins another drive", must=reasons["zero stamp"] > 0.1 * len(times.stamp_ns))  # fmt: skip
+
+
+def _clock(topic: str, times: TopicTimes) -> Verdict:
+    """A clock that runs with the recorder's."""
     lag, drift = times.lag, times.drift
     median, jitter = float(np.median(lag)), float(np.percentile(np.abs(lag - np.median(lag)), 99))
-    return [
-        Verdict(f"stamps of {topic}", zero == back == twice == 0,
-                f"{zero} zero, {back} backward jumps, {twice} repeated, of {len(times.stamp_ns)}"),
-        Verdict(f"clock of {topic}", abs(median) <= CLOCK_OFFSET and abs(drift) <= CLOCK_DRIFT,
-                f"log - stamp: median {median * 1e3:.1f} ms, 99 % within {jitter * 1e3:.1f} ms, drift {drift * 1e6:.0f} ppm"),
-    ]  # fmt: skip
+    error = f" +- {times.drift_error * 1e6:.0f}" if np.isfinite(times.drift_error) else ""
+    return Verdict(f"clock of {topic}", clock_fault(times) is None,
+                   f"log - stamp: median {median * 1e3:.1f} ms, 99 % within {jitter * 1e3:.1f} ms, "
+                   f"drift {drift * 1e6:.0f}{error} ppm, largest step {times.largest_step * 1e3:.1f} ms")  # fmt: skip
 
 
-def _counts(bag: Bag, times: Mapping[str, TopicTimes]) -> Verdict:
+def clock_fault(times: TopicTimes) -> str | None:
+    """Return why a topic's clock cannot be the recorder's, or None."""
+    usable, _, _ = usable_stamps(times.stamp_ns.tolist())
+    times = TopicTimes(times.stamp_ns[usable], times.log_ns[usable])
+    if not len(times.stamp_ns):
+        return None
+    median = float(np.median(times.lag))
+    if abs(median) > CLOCK_OFFSET:
+        return f"stamps are {median:.3f} s behind the log"
+    if times.drifts:
+        return f"stamps drift by {times.drift * 1e6:.0f} ppm against the log"
+    if times.largest_step > CLOCK_OFFSET:
+        return f"stamps jump by {times.largest_step:.3f} s against the log"
+    return None
+
+
+def _counts(bag: AnyBag, times: Mapping[str, TopicTimes]) -> Verdict:
     """What was read against what the bag promises."""
     try:
-        bag.check_counts({topic: len(t.stamp_ns) for topic, t in times.items()})
+        check_counts(bag, {t: len(own.stamp_ns) for t, own in times.items() if t in bag.topics})
     except RecordingError as error:
         return Verdict("message counts", False, str(error))
     known = bag.expected is not None
     return Verdict(
-        "message counts",
-        True,
-        "as metadata.yaml promises" if known else "no metadata.yaml to compare with",
+        "message counts", True, "as promised" if known else "no metadata.yaml to compare with"
     )
 
 
-def _as_recording(path: Path, topics: BagTopics) -> list[Verdict]:
-    """Transforms, calibration, poses and the first sweep, as the reader itself sees them."""
+def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[Verdict]:
+    """Transforms, calibration, poses, point times and clocks, as the reader itself sees them."""
     try:
-        recording = BagRecording(path, topics)
+        recording = BagRecording(path, options)
     except (RecordingError, ValueError) as error:
-        return [Verdict("readable as a recording", False, str(error))]
+        return [Verdict("transforms and calibration", False, str(error))]
     try:
-        cameras = ", ".join(recording.rig.names)
         verdicts = [
-            Verdict(
-                "readable as a recording",
-                True,
-                f"{len(recording.key_stamp_ns)} key frames of {cameras}",
-            )
-        ]
+            Verdict(f"camera_info and transform of {camera.name}", True,
+                    f"{camera.width}x{camera.height}, {camera.distortion_model}, in base_link at "
+                    f"{np.round(camera.cam2ego[:3, 3], 2).tolist()}")
+            for camera in recording.rig.cameras
+        ]  # fmt: skip
+        if len(recording.sweep_stamp_ns):
+            verdicts.append(Verdict("transform of the LiDAR", True,
+                                    f"in base_link at {np.round(recording.lidar2ego[:3, 3], 2).tolist()}"))  # fmt: skip
+        parts = "" if recording.parts == 1 else f" in the first of {recording.parts} parts"
+        verdicts.append(
+            Verdict("key frames", True, f"{len(recording.key_stamp_ns)} of {len(recording.rig)} cameras{parts}")
+        )  # fmt: skip
         verdicts.append(_poses(recording))
         if len(recording.sweep_stamp_ns):
             verdicts.append(_point_times(recording))
+            if measure_turns:
+                verdicts += _turn_verdicts(recording)
     finally:
         recording.close()
     return verdicts
@@ -200,16 +236,117 @@ def _poses(recording: Recording) -> Verdict:
                    f"{missing} of {len(stamps)} sweeps and key frames without one; {metres:.0f} m driven")  # fmt: skip
 
 
-def _point_times(recording: Recording) -> Verdict:
+def _point_times(recording: BagRecording) -> Verdict:
     """The per-point time convention that was found in the middle sweep, and whether its span is plausible."""
-    sweep = recording.sweep(len(recording.sweep_stamp_ns) // 2)
-    if sweep.time_offset is None:
-        return Verdict("per-point time", False,
-                       "no time field: fine only if the driver compensates motion itself", must=False)  # fmt: skip
-    low, high = float(np.min(sweep.time_offset)), float(np.max(sweep.time_offset))
-    plausible = 0.02 <= high - low <= 0.25
-    return Verdict("per-point time", plausible,
-                   f"{low * 1e3:.1f} to {high * 1e3:.1f} ms from the stamp; a rotation lasts 20 to 250 ms")  # fmt: skip
+    try:
+        found = recording.point_times
+    except RecordingError as error:
+        return Verdict("per-point time", False, str(error))
+    assert found is not None
+    if found.kind != "point_times":
+        hint = (
+            "fine only if the driver compensates motion itself"
+            if found.kind == "compensated"
+            else "less exact"
+        )
+        return Verdict("per-point time", False, f"{found.text}; {hint}", must=False)
+    offset = recording.probed_offsets()
+    low, high = float(np.nanmin(offset)), float(np.nanmax(offset))
+    return Verdict("per-point time", SPAN[0] <= high - low <= SPAN[1],
+                   f"{found.text}: {low * 1e3:.1f} to {high * 1e3:.1f} ms; a rotation lasts 20 to 250 ms")  # fmt: skip
+
+
+def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
+    """Compare LiDAR and cameras with the odometry by how they see the vehicle turn; topic -> offset."""
+    found: dict[str, ClockOffset] = {}
+    trajectory = recording.trajectory
+    if recording.topics.lidar is not None:
+        runs = stretches_in_turns(recording.sweep_stamp_ns, trajectory)
+        turns = joined([lidar_turns([recording.sweep(int(i)) for i in run]) for run in runs])
+        found[recording.topics.lidar] = measure_offset(turns, trajectory)
+    for camera in recording.rig.cameras:
+        stamps = recording.exposures(camera.name)
+        scale = min(1.0, 800 / camera.width)
+        size = round(camera.width * scale), round(camera.height * scale)
+        small = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
+        parts = []
+        for run in stretches_in_turns(stamps, trajectory):
+            images = [_grey(recording.exposure(camera.name, int(i)), size) for i in run]
+            parts.append(camera_turns(stamps[run].tolist(), images, small))
+        found[recording.topics.images[camera.name]] = measure_offset(joined(parts), trajectory)
+    return found
+
+
+def _grey(image: NDArray[np.uint8] | bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return a grey image of a size; an undecodable one is black, so that no corner is found in it."""
+    if isinstance(image, bytes):
+        grey = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_GRAYSCALE)
+    else:
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if grey is None:
+        return np.zeros(size[::-1], np.uint8)
+    return cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+
+
+def _turn_verdicts(recording: BagRecording) -> list[Verdict]:
+    """Offsets of LiDAR and cameras against the odometry."""
+    verdicts = []
+    for topic, offset in measure_clocks(recording).items():
+        far = abs(offset.seconds) > LARGEST
+        small = not offset.fault and abs(offset.seconds) <= NOTICEABLE
+        advice = "" if offset.fault or small else "; --clock-fix corrects it"
+        verdicts.append(Verdict(f"turns seen on {topic}", small, offset.text + advice, must=far))
+    return verdicts
+
+
+def fixed_clocks(path: Path, options: BagOptions) -> BagOptions:
+    """Return options that correct the clocks of a bag: by log times where they are far off, then by turns.
+
+    Raises:
+        RecordingError: naming the topic whose offset cannot be told with confidence.
+    """
+    bag = open_bag(path)
+    try:
+        topics = options.topics or detect_topics(bag.topics, options.profile)
+        if topics.odometry is None:
+            raise RecordingError(
+                f"{path}: clocks are compared with an odometry topic, and there is none"
+            )
+        sensors = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
+        rough = by_log_times(read_times(bag, [*sensors, topics.odometry]), topics.odometry)
+    finally:
+        bag.close()
+    options = replace(options, topics=topics, clock=rough)
+    recording = BagRecording(path, options)
+    try:
+        measured = measure_clocks(recording)
+    finally:
+        recording.close()
+    doubtful = [f"{topic}: {offset.text}" for topic, offset in measured.items() if offset.fault]
+    if doubtful:
+        raise RecordingError(f"{path}: clocks cannot be corrected: {'; '.join(doubtful)}")
+    clock = {
+        topic: rough.get(topic, ClockCorrection(0)).plus(offset.seconds)
+        for topic, offset in measured.items()
+    }
+    return replace(options, clock=clock)
+
+
+def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
+    """Raise RecordingError naming the topic whose clock is surely not the recorder's."""
+    bag = open_bag(path)
+    try:
+        topics = options.topics or detect_topics(bag.topics, options.profile)
+        times = read_times(bag, topics.all)
+    finally:
+        bag.close()
+    infos = set(topics.infos.values())
+    faults = [f"{topic}: {fault}" for topic, own in times.items()
+              if topic not in infos and (fault := clock_fault(own)) is not None]  # fmt: skip
+    if faults:
+        raise RecordingError(
+            f"{path}: {'; '.join(faults)}. Give --clock-fix to measure and correct it"
+        )
 
 
 def propose_ego_box(recording: Recording, sweeps: int = 40, share: float = 0.9) -> EgoBox | None:

@@ -6,13 +6,15 @@ promises, since a bag that silently yields less than it holds would make silent 
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.errors import ReaderError
 
-from occbev.geometry import Array, make_transform, rotation_from_xyzw
+from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
@@ -32,31 +34,92 @@ from occbev_training.sources.bag_writer import (
     BagSummary,
     write_bag,
 )
+from occbev_training.sources.clocks import ClockCorrection
+from occbev_training.sources.foxglove import FoxgloveBag, is_foxglove
+from occbev_training.sources.images import image_fault
 from occbev_training.sources.nuscenes import CAMERA_ORDER
+from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
+from occbev_training.sources.topics import BagTopics, detect_topics, is_compensated, listed
 from occbev_training.sources.truth import Truth, read_truth, write_truth
 
 __all__ = [
-    "Bag", "BagRecording", "BagSummary", "BagTopics", "Truth", "detect_topics", "read_truth",
-    "write_bag", "write_truth",
+    "Bag", "BagOptions", "BagRecording", "BagSummary", "BagTopics", "Truth", "detect_topics", "open_bag",
+    "read_truth", "write_bag", "write_truth",
 ]  # fmt: skip
 
-IMAGE_TYPES = ("sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Image")
+log = logging.getLogger(__name__)
+
 KEY_TOLERANCE = 0.06
 """Seconds that a frame may lie from the anchor camera's, and a sweep from the frames, to be of one key."""
+
+STATIC_TOLERANCE = 0.01, np.deg2rad(0.1)
+"""Metres and radians by which publishers of one static transform may differ."""
+
+JUMP_NS = 2_000_000_000
+"""Clock jumps that the bag logged within this time of each other are one."""
 
 FIELD_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
 """numpy type of each sensor_msgs/PointField datatype."""
 
 
-@dataclass(frozen=True)
-class BagTopics:
-    """Which topics of a bag hold what. images, infos: camera -> topic."""
+TF_TYPE = "tf2_msgs/msg/TFMessage"
 
-    images: Mapping[str, str]
-    infos: Mapping[str, str]
-    lidar: str | None = None
-    odometry: str | None = None
+_BROKEN = (
+    ReaderError,
+    OSError,
+    ValueError,
+    AssertionError,
+    KeyError,
+    IndexError,
+    TypeError,
+    struct.error,
+)
+"""What rosbags raises at damaged bytes, beside its own errors."""
+
+
+class AnyBag(Protocol):
+    """An open recording of messages, whatever its container."""
+
+    path: Path
+    topics: Mapping[str, str]
+    expected: Mapping[str, int] | None
+
+    def messages(
+        self, topics: Sequence[str] | None = None, start: int | None = None, stop: int | None = None
+    ) -> Iterator[tuple[str, int, bytes]]:
+        """Yield (topic, log time in ns, encoded message)."""
+        ...
+
+    def parse(self, topic: str, data: bytes) -> Any:
+        """Turn an encoded message into an object with the fields of the ROS message."""
+        ...
+
+    def stamp(self, topic: str, data: bytes) -> int:
+        """Return the stamp of an encoded message in ns."""
+        ...
+
+    def close(self) -> None:
+        """Close all files."""
+        ...
+
+
+def open_bag(path: Path | str) -> AnyBag:
+    """Open a bag of ROS 2 or an MCAP file of foxglove; raises RecordingError."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.mcap")) if path.is_dir() else []
+    if len(files) == 1 and is_foxglove(files[0]):
+        return FoxgloveBag(files[0])
+    return Bag(path)
+
+
+def check_counts(bag: AnyBag, read: Mapping[str, int]) -> None:
+    """Raise RecordingError where fewer or more messages were read than the bag promises."""
+    for topic, count in read.items():
+        promised = bag.expected.get(topic) if bag.expected is not None else None
+        if promised is not None and promised != count:
+            raise RecordingError(f"{bag.path}: {topic}: metadata promises {promised} messages, "
+                                 f"{count} were read; the bag is damaged or was cut")  # fmt: skip
 
 
 class Bag:
@@ -77,10 +140,14 @@ class Bag:
         try:
             for file in files:
                 self._readers.append(self._stack.enter_context(Reader(file)))
-        except (ReaderError, OSError, ValueError) as error:
+        except _BROKEN as error:
             self.close()
-            raise RecordingError(f"{file}: no readable ROS 2 bag: {error}") from error
-        self.topics = {c.topic: c.msgtype for reader in self._readers for c in reader.connections}
+            raise RecordingError(
+                f"{file}: no readable ROS 2 bag: {str(error) or type(error).__name__}"
+            ) from error
+        self.topics: Mapping[str, str] = {
+            c.topic: c.msgtype for reader in self._readers for c in reader.connections
+        }
 
     def __enter__(self) -> Bag:
         return self
@@ -100,20 +167,23 @@ class Bag:
             wanted = [c for c in reader.connections if topics is None or c.topic in topics]
             if not wanted or _outside(reader, start, stop):
                 continue
-            for connection, log_ns, data in reader.messages(wanted, start, stop):
-                yield connection.topic, log_ns, bytes(data)
+            try:
+                for connection, log_ns, data in reader.messages(wanted, start, stop):
+                    yield connection.topic, log_ns, bytes(data)
+            except _BROKEN as error:
+                raise RecordingError(
+                    f"{self.path}: breaks off while it is read: {type(error).__name__}: {error}"
+                ) from error
 
     def parse(self, topic: str, data: bytes) -> Any:
         """Turn CDR bytes into a message object."""
         return TYPESTORE.deserialize_cdr(data, self.topics[topic])
 
-    def check_counts(self, read: Mapping[str, int]) -> None:
-        """Raise RecordingError where fewer or more messages were read than the bag promises."""
-        for topic, count in read.items():
-            promised = self.expected.get(topic) if self.expected is not None else None
-            if promised is not None and promised != count:
-                raise RecordingError(f"{self.path}: {topic}: metadata.yaml promises {promised} messages, "
-                                     f"{count} were read; the bag is damaged or was cut")  # fmt: skip
+    def stamp(self, topic: str, data: bytes) -> int:
+        """Read header.stamp in ns, or that of the first transform."""
+        if self.topics[topic] == TF_TYPE:
+            return header_stamp(data, 8)  # after the number of transforms
+        return header_stamp(data)
 
     def _files(self) -> list[Path]:
         if not self.path.exists():
@@ -155,118 +225,144 @@ def _outside(reader: Reader, start: int | None, stop: int | None) -> bool:
     )
 
 
-def detect_topics(topics: Mapping[str, str]) -> BagTopics:
-    """Find cameras, LiDAR and odometry among topics (name -> type) by type and by name.
+@dataclass(frozen=True)
+class BagOptions:
+    """How a bag is read; everything has a default that suits most bags."""
 
-    A camera is an image topic with a `camera_info` beside it; it is named after that folder, in
-    upper case where it begins with "cam_". Compressed images are taken before raw ones.
-
-    Raises:
-        RecordingError: no camera is found, or several topics could be the LiDAR or the odometry.
-    """
-    images: dict[str, str] = {}
-    infos: dict[str, str] = {}
-    for topic in sorted(
-        topics, key=lambda name: topics[name] == IMAGE_TYPES[0]
-    ):  # raw, then compressed
-        folder = topic.removesuffix("/compressed").rpartition("/")[0]
-        if topics[topic] not in IMAGE_TYPES or f"{folder}/camera_info" not in topics:
-            continue
-        name = folder.rpartition("/")[2]
-        name = name.upper() if name.lower().startswith("cam_") else name
-        images[name], infos[name] = topic, f"{folder}/camera_info"
-    if not images:
-        raise RecordingError(
-            f"no image topic with a camera_info beside it; topics are {_listed(topics)}"
-        )
-    lidar = _only(topics, "sensor_msgs/msg/PointCloud2", "lidar")
-    odometry = _only(topics, "nav_msgs/msg/Odometry", "odom")
-    return BagTopics(images, infos, lidar, odometry)
-
-
-def _only(topics: Mapping[str, str], msgtype: str, hint: str) -> str | None:
-    """Return the topic of a type; among several, the one whose name holds the hint."""
-    found = [name for name, kind in topics.items() if kind == msgtype]
-    hinted = [name for name in found if hint in name.lower()]
-    choice = found if len(found) < 2 else hinted
-    if len(found) > 1 and len(hinted) != 1:
-        raise RecordingError(f"several topics of type {msgtype}: {sorted(found)}; name one")
-    return choice[0] if choice else None
-
-
-def _listed(topics: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} [{kind}]" for name, kind in sorted(topics.items())) or "none"
+    topics: BagTopics | None = None
+    """Which topic is what; found by name and type if None."""
+    profile: str = "auto"
+    """Naming scheme to look for."""
+    anchor: str | None = None
+    """The camera whose exposures make key frames; CAM_FRONT or else the first."""
+    key_interval: float = 0.0
+    """Least seconds between key frames."""
+    base_frame: str = BASE_FRAME
+    """The vehicle's frame: x forward, y left, z up."""
+    rig: CameraRig | None = None
+    """Calibration of the cameras in place of the bag's own."""
+    point_times: str = "auto"
+    """How points know their time; see `point_times.MODES`."""
+    clock: Mapping[str, ClockCorrection] = field(default_factory=dict)
+    """Topic -> correction of its stamps."""
+    part: int = 0
+    """Which part of a bag that a clock jump or a new calibration divides."""
 
 
 @dataclass
 class _Index:
-    """Where the messages of a topic are: header stamps and log times (M,) in ns."""
+    """Where the messages of a topic are, in bag order: stamps as written, stamps that count, log times; in ns."""
 
+    raw_ns: list[int] = field(default_factory=list)
     stamp_ns: list[int] = field(default_factory=list)
     log_ns: list[int] = field(default_factory=list)
+
+    def only(self, keep: Sequence[int]) -> _Index:
+        """Return some of the messages."""
+        parts = (self.raw_ns, self.stamp_ns, self.log_ns)
+        return _Index(*([part[i] for i in keep] for part in parts))
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A bag read once: an index of the large topics, the bytes of the small ones with their log times.
+
+    Of calibrations, only the first message of each new content is kept. cuts: log times at which a
+    clock jumped back or a calibration changed. skipped: what was left out and why -> how often.
+    """
+
+    index: Mapping[str, _Index]
+    kept: Mapping[str, Sequence[tuple[int, bytes]]]
+    cuts: Sequence[int]
+    skipped: Mapping[str, int]
 
 
 class BagRecording:
     """A bag as a `Recording`. It holds no labels: `annotations` and `occupancy_truth` return None.
 
-    A key frame is one exposure of the anchor camera with the nearest exposure of every other;
-    its stamp is the nearest sweep's, or the last exposure's where no sweep is near.
+    A key frame is one exposure of the anchor camera with the nearest exposure of every other; its
+    stamp is the middle of the nearest sweep, or the last exposure where no sweep is near. parts: how
+    many stretches the bag falls into, of which this is one. skipped: messages left out, by reason.
     """
 
-    def __init__(self, path: Path | str, topics: BagTopics | None = None, *, anchor: str | None = None,
-                 key_interval: float = 0.0, base_frame: str = BASE_FRAME) -> None:  # fmt: skip
-        """Index a bag.
-
-        topics: which topic is what; detected by `detect_topics` if None.
-        anchor: the camera whose exposures make key frames; CAM_FRONT or else the first.
-        key_interval: least seconds between key frames.
-
-        Raises:
-            RecordingError: saying which topic, frame or count is wrong.
-        """
-        self._bag = Bag(path)
+    def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
+        """Index a bag; raises RecordingError saying which topic, frame or count is wrong."""
+        self.options = options or BagOptions()
+        self._bag = open_bag(path)
         self.name = self._bag.path.stem
-        self._base_frame = base_frame
-        self.topics = self._checked(topics) if topics else self._detected()
-        self._index, kept = self._scan()
-        self._static = self._static_transforms(kept[TF_STATIC_TOPIC])
-        self.rig = self._rig(kept)
+        self._base_frame = self.options.base_frame
+        self.topics = self._found_topics()
+        scan = self._part_of(self._scan())
+        self._index, kept, self.skipped = scan.index, scan.kept, dict(scan.skipped)
+        self._static = self._static_transforms(kept)
+        self.rig = self.options.rig or self._rig(kept)
         self.lidar2ego = self._lidar2ego()
         self.trajectory = self._read_trajectory(kept)
         sweeps = self._index[self.topics.lidar] if self.topics.lidar else _Index()
         order = np.argsort(sweeps.stamp_ns, kind="stable")
         self.sweep_stamp_ns = np.array(sweeps.stamp_ns, np.int64)[order]
-        self._sweep_log = np.array(sweeps.log_ns, np.int64)[order]
-        self._keys = self._find_keys(anchor, key_interval)
+        self._sweep_order = order
+        self._keys = self._find_keys()
         self.key_stamp_ns = np.array([stamp for stamp, _ in self._keys], np.int64)
 
     def close(self) -> None:
         """Close the bag."""
         self._bag.close()
 
+    @property
+    def deskew(self) -> str:
+        """How the motion within a sweep is known: point_times, azimuth or compensated."""
+        return self.point_times.kind if self.point_times else "compensated"
+
     def sweep(self, index: int) -> Sweep:
-        """Read one LiDAR rotation; a field of per-point times is kept as offsets from the stamp."""
+        """Read one LiDAR rotation, points without a finite place included, with times from its stamp."""
         topic = self.topics.lidar
         assert topic is not None, "a bag without LiDAR has no sweep to read"
-        message = self._message(topic, int(self._sweep_log[index]), int(self.sweep_stamp_ns[index]))
-        return _sweep(message, topic, self.lidar2ego)
+        number = int(self._sweep_order[index])
+        raw_ns = self._index[topic].raw_ns[number]
+        message = self._message(topic, self._index[topic].log_ns[number], raw_ns)
+        cloud = _structured(message, topic)
+        points, offsets = _points(cloud), None
+        if self.point_times is not None:
+            offsets = self.point_times.offsets(cloud, points, raw_ns)
+        names = cloud.dtype.names or ()
+        intensity = cloud["intensity"].astype(np.float32) if "intensity" in names else None
+        return Sweep(points, int(self.sweep_stamp_ns[index]), self.lidar2ego, intensity, offsets)
 
     def frame_set(self, key: int) -> FrameSet:
-        """Read the images of one key frame, encoded ones as their bytes."""
+        """Read the images of one key frame, encoded ones as their bytes; a broken image is a missing camera."""
         stamp, chosen = self._keys[key]
         frames: dict[str, CameraFrame | None] = {}
         missing: dict[str, str] = {}
-        for name in self.rig.names:
+        for camera in self.rig.cameras:
+            name, topic = camera.name, self.topics.images[camera.name]
             frames[name] = None
             if name not in chosen:
-                missing[name] = f"no message on {self.topics.images[name]} within {KEY_TOLERANCE} s"
+                missing[name] = f"no message on {topic} within {KEY_TOLERANCE} s or half its period"
                 continue
-            index = self._index[self.topics.images[name]]
-            exposure = index.stamp_ns[chosen[name]]
-            message = self._message(self.topics.images[name], index.log_ns[chosen[name]], exposure)
-            frames[name] = CameraFrame(name, exposure, _image(message, self.topics.images[name]),
-                                       self._pose_or_none(exposure))  # fmt: skip
+            index, number = self._index[topic], chosen[name]
+            exposure = index.stamp_ns[number]
+            message = self._message(topic, index.log_ns[number], index.raw_ns[number])
+            image = _image(message, topic)
+            size = (camera.width, camera.height)
+            fault = (
+                image_fault(image, size) if isinstance(image, bytes) else _size_fault(image, size)
+            )
+            if fault is not None:
+                missing[name] = f"broken image: {fault}"
+                continue
+            frames[name] = CameraFrame(name, exposure, image, self._pose_or_none(exposure))
         return FrameSet(stamp, frames, missing)
+
+    def exposures(self, camera: str) -> NDArray[np.int64]:
+        """Return the stamps (E,) of every image of a camera, in bag order."""
+        return np.array(self._index[self.topics.images[camera]].stamp_ns, np.int64)
+
+    def exposure(self, camera: str, number: int) -> NDArray[np.uint8] | bytes:
+        """Read one image of a camera by its place in `exposures`."""
+        topic = self.topics.images[camera]
+        index = self._index[topic]
+        return _image(self._message(topic, index.log_ns[number], index.raw_ns[number]), topic)
 
     def annotations(self, key: int) -> None:
         """Bags hold no boxes."""
@@ -274,140 +370,291 @@ class BagRecording:
     def occupancy_truth(self, key: int) -> None:
         """Bags hold no dense labels."""
 
-    def _detected(self) -> BagTopics:
+    @cached_property
+    def point_times(self) -> PointTimes | None:
+        """How points know their time, told by a sweep in the middle; None without LiDAR.
+
+        Raises RecordingError where it cannot be told, or where no sweep can be read.
+        """
+        if self._probe is None:
+            return None
+        (raw_ns, cloud), topic = self._probe, self.topics.lidar
+        stamps = np.sort(self._index[str(topic)].stamp_ns)
+        period = float(np.median(np.diff(stamps)) / 1e9) if len(stamps) > 1 else 0.1
         try:
-            return detect_topics(self._bag.topics)
+            return find_point_times(cloud, _points(cloud), raw_ns, period, self.options.point_times,
+                                    is_compensated(self.topics.profile))  # fmt: skip
+        except RecordingError as error:
+            raise RecordingError(f"{self._bag.path}: {topic}: {error}") from error
+
+    def probed_offsets(self) -> NDArray[np.float32]:
+        """Return the seconds (M,) from the stamp of the points of a cloud in the middle; empty without times."""
+        offsets = None
+        if self.point_times is not None and self._probe is not None:
+            raw_ns, cloud = self._probe
+            offsets = self.point_times.offsets(cloud, _points(cloud), raw_ns)
+        return np.zeros(0, np.float32) if offsets is None else offsets
+
+    @cached_property
+    def _probe(self) -> tuple[int, NDArray[np.void]] | None:
+        """A cloud from the middle of the recording with its stamp as written, None without LiDAR.
+
+        Raises RecordingError where none of a few clouds can be read.
+        """
+        topic = self.topics.lidar
+        if topic is None or not self._index[topic].stamp_ns:
+            return None
+        index, problem = self._index[topic], RecordingError(f"{topic}: every cloud is empty")
+        middle = len(index.stamp_ns) // 2
+        for number in dict.fromkeys([middle, 0, len(index.stamp_ns) - 1, middle // 2]):
+            raw_ns = index.raw_ns[number]
+            try:
+                cloud = _structured(self._message(topic, index.log_ns[number], raw_ns), topic)
+            except RecordingError as error:
+                problem = error
+                continue
+            if len(cloud):
+                return raw_ns, cloud
+        raise RecordingError(f"{self._bag.path}: {problem}")
+
+    def _found_topics(self) -> BagTopics:
+        """Return the topics that were given, after a look whether they are there, or find them."""
+        given = self.options.topics
+        try:
+            topics = given or detect_topics(self._bag.topics, self.options.profile)
         except RecordingError as error:
             raise RecordingError(f"{self._bag.path}: {error}") from error
-
-    def _checked(self, topics: BagTopics) -> BagTopics:
-        wanted = [*topics.images.values(), *topics.infos.values()]
-        wanted += [topic for topic in (topics.lidar, topics.odometry) if topic]
-        absent = [topic for topic in wanted if topic not in self._bag.topics]
+        absent = [topic for topic in topics.all if topic not in self._bag.topics]
         if absent:
             raise RecordingError(
-                f"{self._bag.path}: no topic {absent}; topics are {_listed(self._bag.topics)}"
+                f"{self._bag.path}: no topic {absent}; topics are {listed(self._bag.topics)}"
             )
-        if set(topics.images) != set(topics.infos):
-            raise RecordingError(f"cameras with images {sorted(topics.images)} and with camera_info "
-                                 f"{sorted(topics.infos)} differ")  # fmt: skip
+        rig = self.options.rig
+        if rig is not None and set(rig.names) != set(topics.images):
+            raise RecordingError(f"{self._bag.path}: the rig has cameras {list(rig.names)}, the bag "
+                                 f"{sorted(topics.images)}")  # fmt: skip
+        bare = sorted(set(topics.images) - set(topics.infos))
+        if rig is None and bare:
+            raise RecordingError(f"{self._bag.path}: no camera_info of {bare} (profile {topics.profile}); "
+                                 "give their calibration as a rig file")  # fmt: skip
         return topics
 
-    def _scan(self) -> tuple[dict[str, _Index], dict[str, list[bytes]]]:
-        """Read every message once: an index of the large topics, the bytes of the small ones."""
-        large = [*self.topics.images.values(), *([self.topics.lidar] if self.topics.lidar else [])]
-        small = [*self.topics.infos.values(), TF_STATIC_TOPIC]
-        small += [self.topics.odometry] if self.topics.odometry else [TF_TOPIC]
+    def _scan(self) -> _Scan:
+        """Read every message once."""
+        topics = self.topics
+        large = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
+        infos = set(topics.infos.values())
+        small = [*infos, TF_STATIC_TOPIC]
+        # Without a topic of its own for them, fixed transforms are repeated among the moving ones.
+        if topics.odometry is None or TF_STATIC_TOPIC not in self._bag.topics:
+            small.append(TF_TOPIC)
+        small += [topics.odometry] if topics.odometry else []
         index = {topic: _Index() for topic in large}
-        kept: dict[str, list[bytes]] = {topic: [] for topic in small}
+        kept: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in small}
         counts = Counter(dict.fromkeys([t for t in (*large, *small) if t in self._bag.topics], 0))
         for topic, log_ns, data in self._bag.messages([*large, *small]):
             counts[topic] += 1
             if topic in index:
-                index[topic].stamp_ns.append(header_stamp(data))
+                raw = self._bag.stamp(topic, data)
+                index[topic].raw_ns.append(raw)
                 index[topic].log_ns.append(log_ns)
-            else:
-                kept[topic].append(data)
-        self._bag.check_counts(counts)
-        return index, kept
+            elif topic not in infos or not kept[topic] or kept[topic][-1][1][12:] != data[12:]:
+                kept[topic].append((log_ns, data))
+        check_counts(self._bag, counts)
+        skipped: Counter[str] = Counter()
+        cuts = [log_ns for topic in infos for log_ns in self._changes(topic, kept[topic])]
+        for topic, entries in index.items():
+            correction = self.options.clock.get(topic)
+            entries.stamp_ns = (entries.raw_ns if correction is None
+                                else [correction.apply(raw) for raw in entries.raw_ns])  # fmt: skip
+            keep, jumps, reasons = usable_stamps(entries.raw_ns)
+            cuts += [entries.log_ns[i] for i in jumps]
+            index[topic] = entries.only(keep)
+            skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
+        if topics.odometry:
+            raw_ns = [self._bag.stamp(topics.odometry, data) for _, data in kept[topics.odometry]]
+            keep, jumps, reasons = usable_stamps(raw_ns)
+            cuts += [kept[topics.odometry][i][0] for i in jumps]
+            kept[topics.odometry] = [kept[topics.odometry][i] for i in keep]
+            skipped.update({f"{topics.odometry}: {reason}": n for reason, n in reasons.items()})
+        return _Scan(index, kept, sorted(cuts), {k: n for k, n in sorted(skipped.items()) if n})
 
-    def _static_transforms(self, messages: Sequence[bytes]) -> dict[str, tuple[str, Array]]:
-        """Child frame -> (parent frame, child2parent)."""
-        parsed = [self._bag.parse(TF_STATIC_TOPIC, data) for data in messages]
-        return {t.child_frame_id: (t.header.frame_id, _transform(t.transform.translation, t.transform.rotation))
-                for message in parsed for t in message.transforms}  # fmt: skip
+    def _changes(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> list[int]:
+        """Return the log times at which the calibration on a topic becomes another."""
+        found: list[int] = []
+        before: Any = None
+        for log_ns, data in messages:
+            info = self._bag.parse(topic, data)
+            if before is not None and not _same_calibration(info, before):
+                found.append(log_ns)
+            before = info
+        return found
+
+    def _part_of(self, scan: _Scan) -> _Scan:
+        """Return the chosen part of a bag that clock jumps or new calibrations divide."""
+        starts, ends = [-(2**62)], []
+        for cut in scan.cuts:
+            if ends and cut - starts[-1] <= JUMP_NS:
+                starts[-1] = cut  # the topics of one jump follow each other
+            else:
+                ends.append(cut)
+                starts.append(cut)
+        ends.append(2**62)
+        self.parts = len(starts)
+        if not 0 <= self.options.part < self.parts:
+            raise RecordingError(
+                f"{self._bag.path}: no part {self.options.part}, it has {self.parts}"
+            )
+        first, last = starts[self.options.part], ends[self.options.part]
+        index = {
+            topic: entries.only([i for i, at in enumerate(entries.log_ns) if first <= at < last])
+            for topic, entries in scan.index.items()
+        }
+        kept: dict[str, Sequence[tuple[int, bytes]]] = {}
+        for topic, messages in scan.kept.items():
+            inside = [m for m in messages if first <= m[0] < last]
+            if topic in self.topics.infos.values():
+                inside = inside or [m for m in messages if m[0] < last][-1:]
+            kept[topic] = messages if topic == TF_STATIC_TOPIC else inside
+        return _Scan(index, kept, scan.cuts, scan.skipped)
+
+    def _static_transforms(
+        self, kept: Mapping[str, Sequence[tuple[int, bytes]]]
+    ) -> dict[str, list[tuple[str, Array]]]:
+        """Child frame -> (parent frame, child2parent) of every message that tells it."""
+        topic = TF_STATIC_TOPIC if TF_STATIC_TOPIC in self._bag.topics else TF_TOPIC
+        found: dict[str, list[tuple[str, Array]]] = {}
+        if topic not in self._bag.topics:
+            return found
+        for _, data in kept.get(topic, ()):
+            for t in self._bag.parse(topic, data).transforms:
+                matrix = _transform(t.transform.translation, t.transform.rotation)
+                known = found.setdefault(_frame(t.child_frame_id), [])
+                parent = _frame(t.header.frame_id)
+                if not any(p == parent and np.array_equal(m, matrix) for p, m in known):
+                    known.append((parent, matrix))
+        return found
 
     def _sensor2base(self, frame: str, topic: str) -> Array:
-        sensor2base, at = np.eye(4), frame
+        """Follow the fixed transforms from a sensor's frame to the vehicle's."""
+        sensor2base, at = np.eye(4), _frame(frame)
         while at != self._base_frame:
             if at not in self._static:
                 raise RecordingError(f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} "
                                      f"on {TF_STATIC_TOPIC}, which knows {sorted(self._static)}")  # fmt: skip
-            at, step = self._static[at]
+            at, step = self._agreed(at, topic)
             sensor2base = step @ sensor2base
         return sensor2base
 
-    def _rig(self, kept: Mapping[str, Sequence[bytes]]) -> CameraRig:
+    def _agreed(self, child: str, topic: str) -> tuple[str, Array]:
+        """Return the parent and transform of a frame; raises RecordingError where publishers differ."""
+        (parent, first), *others = self._static[child]
+        for other_parent, other in others:
+            apart, turned = _difference(first, other)
+            if (
+                other_parent != parent
+                or apart > STATIC_TOLERANCE[0]
+                or turned > STATIC_TOLERANCE[1]
+            ):
+                raise RecordingError(
+                    f"{self._bag.path}: {topic}: transforms of {child!r} conflict: to {parent!r} and to "
+                    f"{other_parent!r}, {apart * 100:.1f} cm and {np.rad2deg(turned):.2f} degrees apart"
+                )
+        return parent, first
+
+    def _rig(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> CameraRig:
         order = {name: i for i, name in enumerate(CAMERA_ORDER)}
         names = sorted(self.topics.images, key=lambda name: (order.get(name, len(order)), name))
         return CameraRig(tuple(self._camera(name, kept[self.topics.infos[name]]) for name in names))
 
-    def _camera(self, name: str, messages: Sequence[bytes]) -> Camera:
+    def _camera(self, name: str, messages: Sequence[tuple[int, bytes]]) -> Camera:
         topic = self.topics.infos[name]
         if not messages:
             raise RecordingError(f"{self._bag.path}: {topic}: no CameraInfo")
-        infos = [self._bag.parse(topic, data) for data in messages]
-        first = infos[0]
-        for info in infos[1:]:
-            if not (np.array_equal(info.k, first.k) and np.array_equal(info.d, first.d)):
-                raise RecordingError(f"{self._bag.path}: {topic}: the calibration changes on the way, "
-                                     "one rig per recording is supported")  # fmt: skip
-        if not np.any(first.k):
+        info = self._bag.parse(topic, messages[0][1])
+        if not np.any(info.k):
             raise RecordingError(
                 f"{self._bag.path}: {topic}: K is all zero, the camera is uncalibrated"
             )
-        cam2ego = self._sensor2base(first.header.frame_id, topic)
-        size = (int(first.width), int(first.height))
-        if "rect" in self.topics.images[name] or not np.any(first.d):
-            intrinsic = first.p.reshape(3, 4)[:, :3] if np.any(first.p) else first.k.reshape(3, 3)
+        cam2ego = self._sensor2base(info.header.frame_id, topic)
+        size = (int(info.width), int(info.height))
+        if "rect" in self.topics.images[name] or not np.any(info.d):
+            intrinsic = info.p.reshape(3, 4)[:, :3] if np.any(info.p) else info.k.reshape(3, 3)
             return Camera(name, *size, np.array(intrinsic), cam2ego)
-        return Camera(name, *size, np.array(first.k).reshape(3, 3), cam2ego, first.distortion_model,
-                      tuple(first.d.tolist()))  # fmt: skip
+        return Camera(name, *size, np.array(info.k).reshape(3, 3), cam2ego, info.distortion_model,
+                      tuple(info.d.tolist()))  # fmt: skip
 
     def _lidar2ego(self) -> Array:
         topic = self.topics.lidar
         if topic is None or not self._index[topic].stamp_ns:
             return np.eye(4)  # without a sweep nothing can be moved by it
         index = self._index[topic]
-        message = self._message(topic, index.log_ns[0], index.stamp_ns[0])
+        message = self._message(topic, index.log_ns[0], index.raw_ns[0])
         return self._sensor2base(message.header.frame_id, topic)
 
-    def _read_trajectory(self, kept: Mapping[str, Sequence[bytes]]) -> Trajectory:
+    def _read_trajectory(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> Trajectory:
         topic = self.topics.odometry or TF_TOPIC
         poses: dict[int, Array] = {}
-        for data in kept[topic]:
+        for _, data in kept.get(topic, ()):
             message = self._bag.parse(topic, data)
             if self.topics.odometry:
-                pose = message.pose.pose
-                poses[_stamp_ns(message.header)] = _transform(pose.position, pose.orientation)
+                poses[_stamp_ns(message.header)] = self._base_pose(message)
                 continue
             for t in message.transforms:
-                if t.child_frame_id == self._base_frame:
+                if _frame(t.child_frame_id) == self._base_frame:
                     poses[_stamp_ns(t.header)] = _transform(
                         t.transform.translation, t.transform.rotation
                     )
+        poses.pop(0, None)
         if not poses:
             raise RecordingError(f"{self._bag.path}: no poses: neither an odometry topic nor a transform "
                                  f"to {self._base_frame!r} on {TF_TOPIC}")  # fmt: skip
         stamps = np.array(sorted(poses), np.int64)
         return Trajectory(stamps, np.stack([poses[int(stamp)] for stamp in stamps]))
 
-    def _find_keys(
-        self, anchor: str | None, key_interval: float
-    ) -> list[tuple[int, dict[str, int]]]:
+    def _base_pose(self, message: Any) -> Array:
+        """Return base2global of an Odometry or PoseStamped, which may tell of another frame of the vehicle."""
+        pose = getattr(message.pose, "pose", message.pose)
+        child2global = _transform(pose.position, pose.orientation)
+        child = _frame(getattr(message, "child_frame_id", "") or self._base_frame)
+        if child == self._base_frame:
+            return child2global
+        return child2global @ invert_transform(self._sensor2base(child, str(self.topics.odometry)))
+
+    def _find_keys(self) -> list[tuple[int, dict[str, int]]]:
         """Return (key stamp, camera -> message number) of each key frame, in time order."""
         default = "CAM_FRONT" if "CAM_FRONT" in self.rig.names else self.rig.names[0]
-        anchor = anchor or default
-        anchor_topic = self.topics.images[self.rig[anchor].name]
+        anchor = self.rig[self.options.anchor or default].name
         stamps = {
             name: np.array(self._index[topic].stamp_ns, np.int64)
             for name, topic in self.topics.images.items()
         }
+        reach = {name: _half_period(of) for name, of in stamps.items()}
+        middle = self._sweep_middle_ns()
         keys: dict[int, dict[str, int]] = {}
-        for stamp in sorted(self._index[anchor_topic].stamp_ns):
+        for stamp in sorted(stamps[anchor].tolist()):
             chosen = {name: near for name, of in stamps.items()
-                      if (near := _nearest(of, stamp, KEY_TOLERANCE)) is not None}  # fmt: skip
+                      if (near := _nearest(of, stamp, reach[name])) is not None}  # fmt: skip
             latest = max(int(stamps[name][i]) for name, i in chosen.items())
-            sweep = _nearest(self.sweep_stamp_ns, latest, KEY_TOLERANCE)
-            key = latest if sweep is None else int(self.sweep_stamp_ns[sweep])
+            sweep = _nearest(self.sweep_stamp_ns + middle, latest, KEY_TOLERANCE)
+            key = latest if sweep is None else int(self.sweep_stamp_ns[sweep]) + middle
             last = next(reversed(keys), None)
-            if last is None or key - last >= max(key_interval * 1e9, 1):
+            if last is None or key - last >= max(self.options.key_interval * 1e9, 1):
                 keys[key] = chosen
         if not keys:
             raise RecordingError(
-                f"{self._bag.path}: {anchor_topic}: no image, so there is no key frame"
+                f"{self._bag.path}: {self.topics.images[anchor]}: no image, so there is no key frame"
             )
         return list(keys.items())
+
+    def _sweep_middle_ns(self) -> int:
+        """Return how long after its stamp the middle of a sweep is, 0 where the stamp is near the middle."""
+        if self.point_times is None or self.point_times.kind == "compensated":
+            return 0
+        offset = self.probed_offsets()
+        low, high = float(np.nanmin(offset)), float(np.nanmax(offset))
+        middle = (low + high) / 2
+        return round(middle * 1e3) * 1_000_000 if abs(middle) > 0.2 * (high - low) else 0
 
     def _pose_or_none(self, stamp_ns: int) -> Array | None:
         try:
@@ -417,9 +664,66 @@ class BagRecording:
 
     def _message(self, topic: str, log_ns: int, stamp_ns: int) -> Any:
         for _, _, data in self._bag.messages([topic], log_ns, log_ns + 1):
-            if header_stamp(data) == stamp_ns:
+            if self._bag.stamp(topic, data) == stamp_ns:
                 return self._bag.parse(topic, data)
         raise RecordingError(f"{self._bag.path}: {topic}: the message of {stamp_ns} ns is gone")
+
+
+def usable_stamps(stamp_ns: Sequence[int]) -> tuple[list[int], list[int], dict[str, int]]:
+    """Sort out the stamps of one topic in bag order.
+
+    Returns: the messages to use, those of them at which the clock jumped back for good, and how many
+    were left out by reason: zero stamps, repeated ones, single ones that come late.
+    """
+    keep: list[int] = []
+    jumps: list[int] = []
+    reasons = {"zero stamp": 0, "repeated stamp": 0, "late stamp": 0}
+    for i, stamp in enumerate(stamp_ns):
+        last = stamp_ns[keep[-1]] if keep else 0
+        if stamp <= 0:
+            reasons["zero stamp"] += 1
+        elif stamp == last:
+            reasons["repeated stamp"] += 1
+        elif stamp > last:
+            keep.append(i)
+        elif next((later for later in stamp_ns[i + 1 :] if later > 0), 0) > last:
+            reasons["late stamp"] += 1
+        else:
+            jumps.append(i)
+            keep.append(i)
+    return keep, jumps, reasons
+
+
+def _half_period(stamp_ns: NDArray[np.int64]) -> float:
+    """Return how far from a key time an image may be: half its camera's period, at most `KEY_TOLERANCE`."""
+    if len(stamp_ns) < 2:
+        return KEY_TOLERANCE
+    return min(KEY_TOLERANCE, float(np.median(np.diff(np.sort(stamp_ns)))) / 2e9)
+
+
+def _same_calibration(one: Any, other: Any) -> bool:
+    sizes = (one.width, one.height) == (other.width, other.height)
+    return sizes and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("k", "d", "p")
+    )
+
+
+def _difference(one: Array, other: Array) -> tuple[float, float]:
+    """Return how far two transforms are apart, in metres and radians."""
+    step = invert_transform(one) @ other
+    cosine = np.clip((np.trace(step[:3, :3]) - 1) / 2, -1, 1)
+    return float(np.linalg.norm(step[:3, 3])), float(np.arccos(cosine))
+
+
+def _frame(name: str) -> str:
+    """Frames are named without the leading slash of ROS 1."""
+    return name.lstrip("/")
+
+
+def _size_fault(image: NDArray[np.uint8], size: tuple[int, int]) -> str | None:
+    found = image.shape[1], image.shape[0]
+    wanted = f"the calibration is for {size[0]}x{size[1]}"
+    return None if found == size else f"{found[0]}x{found[1]} pixels, {wanted}"
 
 
 def _nearest(stamps: NDArray[np.int64], wanted: int, tolerance: float) -> int | None:
@@ -430,9 +734,9 @@ def _nearest(stamps: NDArray[np.int64], wanted: int, tolerance: float) -> int | 
     return index if away[index] <= tolerance * 1e9 else None
 
 
-def header_stamp(data: bytes) -> int:
+def header_stamp(data: bytes, at: int = 4) -> int:
     """Read header.stamp, the first field of every stamped message, from its CDR bytes."""
-    seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, 4)
+    seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, at)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
@@ -468,17 +772,8 @@ def _image(message: Any, topic: str) -> NDArray[np.uint8] | bytes:
     return np.ascontiguousarray(image[..., ::-1] if message.encoding == "bgr8" else image)
 
 
-def _sweep(message: Any, topic: str, lidar2ego: Array) -> Sweep:
-    stamp = _stamp_ns(message.header)
-    cloud = _structured(message, topic)
-    names = cloud.dtype.names or ()
-    points = np.stack([cloud[axis] for axis in "xyz"], 1).astype(np.float32)
-    finite = np.isfinite(points).all(axis=1)
-    intensity = cloud["intensity"].astype(np.float32)[finite] if "intensity" in names else None
-    offset = _time_offset(cloud, names, stamp)
-    return Sweep(
-        points[finite], stamp, lidar2ego, intensity, None if offset is None else offset[finite]
-    )
+def _points(cloud: NDArray[np.void]) -> NDArray[np.float32]:
+    return np.stack([cloud[axis] for axis in "xyz"], 1).astype(np.float32)
 
 
 def _structured(message: Any, topic: str) -> NDArray[Any]:
@@ -502,19 +797,3 @@ def _structured(message: Any, topic: str) -> NDArray[Any]:
     if len(data) < wanted:
         raise RecordingError(f"{topic}: {len(data)} bytes, a cloud of its size needs {wanted}")
     return data[:wanted].view(dtype)
-
-
-def _time_offset(
-    cloud: NDArray[Any], names: Sequence[str], stamp_ns: int
-) -> NDArray[np.float32] | None:
-    """Seconds from the stamp, from the time fields that drivers use: relative s, relative ns or absolute s."""
-    for name in ("time", "time_offset", "t", "timestamp"):
-        if name not in names:
-            continue
-        values = cloud[name]
-        if values.dtype.kind in "ui":  # Ouster: nanoseconds from the stamp
-            return (values.astype(np.int64) / 1e9).astype(np.float32)
-        seconds = values.astype(np.float64)
-        absolute = len(seconds) > 0 and np.abs(seconds).max() > 1e6
-        return (seconds - stamp_ns / 1e9 if absolute else seconds).astype(np.float32)
-    return None

@@ -1,0 +1,302 @@
+"""Faults of bags: clocks that jump, stamps that repeat, broken points and images, transforms that conflict.
+
+Each is refused, or left out with its reason and count; none passes silently.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rosbags", reason="bags are read with rosbags")
+
+from tests.training.test_bags import rewrite
+
+from occbev.geometry import make_transform, rotation_from_rpy
+from occbev_training.sources.bag_writer import TYPESTORE
+from occbev_training.sources.bags import BagOptions, BagRecording, usable_stamps, write_bag
+from occbev_training.sources.clocks import ClockCorrection
+from occbev_training.sources.discovery import OpenBag
+from occbev_training.sources.recording import RecordingError
+
+LIDAR = "/lidar_top/points"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    from tests.training.conftest import TinyRecording
+
+    path = tmp_path_factory.mktemp("good") / "drive"
+    write_bag(TinyRecording(keys=6), path)
+    return path
+
+
+def stamp_of(message) -> int:
+    return message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+
+
+def restamp(message, stamp_ns: int):
+    message.header.stamp.sec, message.header.stamp.nanosec = divmod(int(stamp_ns), 10**9)
+    return message
+
+
+def headed(message) -> list:
+    """Every header of a message."""
+    return message.transforms if hasattr(message, "transforms") else [message]
+
+
+def test_stamps_are_sorted_out() -> None:
+    keep, jumps, reasons = usable_stamps([5, 6, 6, 0, 8, 7, 9, 10, 3, 4, 5])
+    assert keep == [0, 1, 4, 6, 7, 8, 9, 10]
+    assert jumps == [8]
+    assert reasons == {"zero stamp": 1, "repeated stamp": 1, "late stamp": 1}
+    assert usable_stamps([]) == ([], [], {"zero stamp": 0, "repeated stamp": 0, "late stamp": 0})
+
+
+def test_repeated_and_zero_stamps_are_left_out_and_counted(good: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def repeat(topic: str, message):
+        if topic == LIDAR:
+            seen.append(stamp_of(message))
+            if len(seen) in (5, 9):
+                restamp(message, seen[-2] if len(seen) == 5 else 0)
+        return message
+
+    read = BagRecording(rewrite(good, tmp_path / "drive", repeat))
+    assert read.skipped == {f"{LIDAR}: repeated stamp": 1, f"{LIDAR}: zero stamp": 1}
+    assert len(read.sweep_stamp_ns) == len(seen) - 2
+    assert np.all(np.diff(read.sweep_stamp_ns) > 0)
+    assert read.parts == 1
+
+
+def test_a_clock_that_jumps_back_begins_another_drive(good: Path, tmp_path: Path) -> None:
+    whole = BagRecording(good)
+    cut = int(whole.key_stamp_ns[3]) - 100_000_000
+
+    def jump(topic: str, message):
+        for part in headed(message):
+            if stamp_of(part) > cut:
+                restamp(part, stamp_of(part) - 1_300_000_000)
+        return message
+
+    path = rewrite(good, tmp_path / "drive", jump)
+    parts = [BagRecording(path, BagOptions(part=i)) for i in range(2)]
+    assert [part.parts for part in parts] == [2, 2]
+    counts = [len(part.key_stamp_ns) for part in parts]
+    assert counts == [3, 2], "the key frame at the jump belongs to neither"
+    for part in parts:
+        assert np.all(np.diff(part.sweep_stamp_ns) > 0)
+    apart = parts[1].trajectory.at(int(parts[1].key_stamp_ns[0]))[:3, 3]
+    wanted = whole.trajectory.at(int(whole.key_stamp_ns[4]))[:3, 3]
+    np.testing.assert_allclose(apart, wanted, atol=1e-6)
+    names = [opener.name for opener in OpenBag(path, check_clocks="ignore").parts()]
+    assert names == ["drive", "drive-part1"]
+    with pytest.raises(RecordingError, match="lag|behind|jump"):
+        OpenBag(path).parts()
+    with pytest.raises(RecordingError, match="no part 2, it has 2"):
+        BagRecording(path, BagOptions(part=2))
+
+
+def test_a_new_calibration_begins_another_drive(good: Path, tmp_path: Path) -> None:
+    middle = int(BagRecording(good).key_stamp_ns[3]) - 200_000_000
+
+    def recalibrate(topic: str, message):
+        if topic == "/cam_front/camera_info" and stamp_of(message) > middle:
+            message.k, message.p = message.k.copy(), message.p.copy()
+            message.k[0] = message.p[0] = 66.0
+        return message
+
+    path = rewrite(good, tmp_path / "drive", recalibrate)
+    focal = []
+    for part in range(2):
+        read = BagRecording(path, BagOptions(part=part))
+        focal.append([camera.intrinsic[0, 0] for camera in read.rig.cameras])
+        assert len(read.key_stamp_ns) == 3
+    assert focal[0] == [60.0, 60.0, 60.0]
+    assert focal[1] == [60.0, 66.0, 60.0]
+
+
+def test_points_that_are_not_finite_are_counted(good: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+    from occbev_training.occupancy.labels import LabelBuilder
+
+    def spoil(topic: str, message):
+        if topic == LIDAR:
+            values = np.array(message.data).view("<f4").reshape(-1, 5)
+            values[:7, 0] = np.nan
+            values[7:10, 2] = np.inf
+            values[10:12, 4] = np.nan
+            message.data = values.view(np.uint8).reshape(-1)
+        return message
+
+    read = BagRecording(rewrite(good, tmp_path / "drive", spoil))
+    stats = LabelBuilder(read).build(2).stats
+    assert stats["points_not_finite"] == 12 * stats["sweeps"]
+
+
+def test_sweeps_that_cannot_be_read_are_counted(good: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+    from occbev_training.occupancy.labels import LabelBuilder
+
+    number = iter(range(1000))
+
+    def cut(topic: str, message):
+        if topic == LIDAR and next(number) % 4 == 1:
+            message.data = message.data[:-7]
+        return message
+
+    read = BagRecording(rewrite(good, tmp_path / "drive", cut))
+    stats = LabelBuilder(read).build(2).stats
+    assert stats["sweeps_unreadable"] == 5
+    assert stats["sweeps"] == 16
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(lambda data: data[: len(data) // 2], "cut off after"), (lambda data: np.append(data[:2], data[50:]), "no|pixels|neither"),
+     (lambda data: data[:0], "neither a JPEG nor a PNG")],
+)  # fmt: skip
+def test_a_broken_image_is_a_missing_camera(good: Path, tmp_path: Path, spoil, reason: str) -> None:
+    def broken(topic: str, message):
+        if topic == "/cam_back/image/compressed":
+            message.data = spoil(message.data)
+        return message
+
+    frames = BagRecording(rewrite(good, tmp_path / "drive", broken)).frame_set(1)
+    assert frames.cameras == ("CAM_FRONT_LEFT", "CAM_FRONT")
+    import re
+
+    assert re.search(rf"broken image: .*({reason})", frames.missing["CAM_BACK"])
+
+
+def test_an_image_of_another_size_than_its_calibration_is_missing(
+    good: Path, tmp_path: Path
+) -> None:
+    def resize(topic: str, message):
+        if topic == "/cam_back/camera_info":
+            message.width = 128
+        return message
+
+    frames = BagRecording(rewrite(good, tmp_path / "drive", resize)).frame_set(1)
+    assert frames.missing["CAM_BACK"] == "broken image: 64x40 pixels, the calibration is for 128x40"
+
+
+def test_publishers_of_a_transform_must_agree(good: Path, tmp_path: Path) -> None:
+    def twice(shift: float):
+        def change(topic: str, message):
+            if topic == "/tf_static":
+                other = copy.deepcopy(message.transforms[0])
+                other.transform.translation.x += shift
+                message.transforms.append(other)
+            return message
+
+        return change
+
+    near = BagRecording(rewrite(good, tmp_path / "near", twice(0.005)))
+    assert near.rig.names == ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_BACK")
+    with pytest.raises(RecordingError, match=r"conflict: .* 2\.0 cm and 0\.00 degrees apart"):
+        BagRecording(rewrite(good, tmp_path / "far", twice(0.02)))
+
+
+def test_odometry_may_be_a_pose_or_of_another_frame(good: Path, tmp_path: Path) -> None:
+    whole = BagRecording(good)
+    imu2base = make_transform(rotation_from_rpy(0, 0, 0.3), [1.0, 0.2, 0.5])
+
+    def as_pose(topic: str, message):
+        if topic != "/odometry":
+            return message
+        return TYPESTORE.types["geometry_msgs/msg/PoseStamped"](message.header, message.pose.pose)
+
+    def as_imu(topic: str, message):
+        from occbev_training.sources.bag_writer import _odometry, _transform
+
+        if topic == "/tf_static":
+            message.transforms.append(_transform(1, "base_link", "imu", imu2base))
+        if topic == "/odometry":
+            stamp = stamp_of(message)
+            message = _odometry(stamp, whole.trajectory.at(stamp) @ imu2base, np.zeros(6))
+            message.child_frame_id = "imu"
+        return message
+
+    for name, change in (("pose", as_pose), ("imu", as_imu)):
+        read = BagRecording(rewrite(good, tmp_path / name, change))
+        np.testing.assert_allclose(
+            read.trajectory.ego2global, whole.trajectory.ego2global, atol=1e-9
+        )
+
+    def untied(topic: str, message):
+        if topic == "/odometry":
+            message.child_frame_id = "imu"
+        return message
+
+    with pytest.raises(RecordingError, match="no transform from 'imu'"):
+        BagRecording(rewrite(good, tmp_path / "untied", untied))
+
+
+def test_a_rig_file_stands_in_for_camera_info(good: Path, tmp_path: Path) -> None:
+    whole = BagRecording(good)
+    bare = rewrite(good, tmp_path / "drive", lambda t, m: None if "camera_info" in t else m)
+    from occbev_training.sources.topics import BagTopics
+
+    images = {name: f"/{name.lower()}/image/compressed" for name in whole.rig.names}
+    topics = BagTopics(images, {}, LIDAR, "/odometry")
+    with pytest.raises(RecordingError, match="no camera_info of .*rig file"):
+        BagRecording(bare, BagOptions(topics))
+    read = BagRecording(bare, BagOptions(topics, rig=whole.rig))
+    assert read.rig is whole.rig
+    assert read.frame_set(0).cameras == whole.rig.names
+
+
+def test_corrections_move_a_topic(good: Path) -> None:
+    whole = BagRecording(good)
+    moved = BagRecording(good, BagOptions(clock={LIDAR: ClockCorrection(7_000_000)}))
+    np.testing.assert_array_equal(moved.sweep_stamp_ns, whole.sweep_stamp_ns + 7_000_000)
+    sweep, expected = moved.sweep(3), whole.sweep(3)
+    assert sweep.stamp_ns == expected.stamp_ns + 7_000_000
+    np.testing.assert_array_equal(sweep.time_offset, expected.time_offset)
+    np.testing.assert_array_equal(moved.trajectory.stamp_ns, whole.trajectory.stamp_ns)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.98])
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_cut_bag_is_refused_or_read_as_promised(
+    tmp_path: Path, tiny_recording, storage: str, share: float
+) -> None:
+    write_bag(tiny_recording, tmp_path / "drive", storage)
+    (file,) = [*(tmp_path / "drive").glob("*.mcap"), *(tmp_path / "drive").glob("*.db3")]
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    with pytest.raises(RecordingError, match="drive"):
+        BagRecording(tmp_path / "drive")
+
+
+def test_one_bad_bag_does_not_stop_the_others(good: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+    from occbev_training.cli import main
+
+    bags = tmp_path / "bags"
+    bags.mkdir()
+    rewrite(good, bags / "fine", lambda topic, message: message)
+    broken = rewrite(good, bags / "broken", lambda topic, message: message)
+    (file,) = broken.glob("*.db3")
+    file.write_bytes(file.read_bytes()[:4000])
+    arguments = [
+        "pairs",
+        str(tmp_path / "out"),
+        str(bags),
+        "--grid",
+        "tiny",
+        "--window",
+        "0.3",
+        "--min-support",
+        "0.2",
+    ]
+    assert main([*arguments, "--no-gate", "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["samples"] >= 4
+    assert list(record["problems"]) == ["broken"]
+    assert json.loads((tmp_path / "out" / "quality.json").read_text()) == record
