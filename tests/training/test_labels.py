@@ -379,3 +379,47 @@ def test_the_published_recipe_is_reproduced_with_its_defects(street) -> None:
     assert not occupied[-1, 105].any(), "beyond 60 m nothing is kept"
     assert at(10.1, 0.2, 1.2)
     assert ours.state[cell(-6.2, -4.2, 1.0)] != OCCUPIED
+
+
+def test_no_camera_ray_goes_through_the_vehicle_itself(street, tmp_path) -> None:
+    import cv2
+
+    drive, label = street
+    mask = np.zeros((90, 160), np.uint8)
+    mask[:, :80] = 255
+    cv2.imwrite(str(tmp_path / "FRONT.png"), mask)
+    masked = label_of(drive, ego_masks=str(tmp_path))
+    y = GRID.centres()[..., 1]
+    left, right = (
+        (y > 0.8) & (label.camera_visible & 1 > 0),
+        (y < -0.8) & (label.camera_visible & 1 > 0),
+    )
+    assert left.sum() > 100
+    assert not (masked.camera_visible[left] & 1).any(), (
+        "the left half of the image shows the vehicle"
+    )
+    assert (masked.camera_visible[right] & 1).mean() > 0.99
+    assert np.array_equal(masked.camera_visible & 2, label.camera_visible & 2), (
+        "the other camera has no mask"
+    )
+    before = LabelConfig(ego_masks=str(tmp_path)).hash
+    cv2.imwrite(str(tmp_path / "FRONT.png"), mask[:, :40])
+    assert LabelConfig(ego_masks=str(tmp_path)).hash != before, (
+        "what the masks hold is part of the hash"
+    )
+    with pytest.raises(ValueError, match=r"FRONT.png: 40x90 pixels; FRONT has 160x90"):
+        LabelBuilder(drive, LabelConfig(ego_masks=str(tmp_path)), GRID).build(0)
+
+
+def test_threads_beside_each_other_make_the_same_labels(street) -> None:
+    """Q9: kernels release the interpreter's lock and share nothing."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    drive, label = street
+    with ThreadPoolExecutor(4) as pool:
+        others = list(
+            pool.map(lambda _: LabelBuilder(drive, LabelConfig(), GRID).build(0), range(4))
+        )
+    for other in others:
+        for name in ("state", "camera_visible", "hit_sweeps", "pass_sweeps"):
+            assert np.array_equal(getattr(label, name), getattr(other, name)), name

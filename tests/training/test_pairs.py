@@ -227,3 +227,68 @@ def test_drives_that_share_a_place_share_a_split() -> None:
         assert 0.55 < train < 0.85
     again = assign_splits((same_cell_elsewhere + apart + chain)[::-1], shares)
     assert again == splits
+
+
+def test_the_webdataset_library_reads_the_shards(folder) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    reader = ShardReader(folder)
+    assert [sample["__key__"] for sample in samples] == [row["key"] for row in reader.rows]
+    first = reader.sample(reader.rows[0]["key"])
+    assert samples[0]["cam0.jpg"] == first.images["FRONT"]
+    volumes = decode_label(samples[0]["occ.bin"])
+    assert np.array_equal(volumes.state, first.label.state)
+
+
+def test_a_sample_tells_how_it_was_made(folder) -> None:
+    reader, recording = ShardReader(folder), drive()
+    meta = reader.sample(reader.rows[2]["key"]).meta
+    assert meta["variant"] == reader.rows[2]["variant"] == "occbev"
+    assert meta["label_free"] is True
+    assert meta["window"] == 0.3
+    assert meta["deskew"] == "compensated"
+    assert meta["camera_dt"] == {"FRONT": 0.007, "BACK": 0.0}
+    key = int(recording.key_stamp_ns[2])
+    wanted = [int(s) for s in recording.sweep_stamp_ns if abs(int(s) - key) <= 300_000_000]
+    assert meta["sweep_stamp_ns"] == wanted
+    assert meta["grid"]["hash"] == GRID.hash
+    assert meta["rig"] == recording.rig.hash
+
+
+def test_a_folder_of_two_configurations_is_refused(tmp_path) -> None:
+    recording = drive()
+    make_unit(recording, Unit("traced", 0, 1), tmp_path, CONFIG)
+    make_unit(recording, Unit("traced", 4, 5), tmp_path, dataclasses.replace(CONFIG, lidar=True))
+    with pytest.raises(ShardError, match="2 configurations"):
+        join_units(tmp_path, {"train": 1.0})
+
+
+def test_the_published_recipe_can_be_stored_for_comparison(tmp_path) -> None:
+    paper = dataclasses.replace(CONFIG, variant="occbev_paper")
+    report = make_unit(drive(), Unit("traced", 0, 5), tmp_path, paper)
+    assert report.samples == 5
+    join_units(tmp_path, {"train": 1.0})
+    reader = ShardReader(tmp_path)
+    sample = reader.sample(reader.rows[0]["key"])
+    assert sample.meta["variant"] == "occbev_paper"
+    assert sample.meta["grid"]["frame"] == "lidar_forward"
+    assert set(np.unique(sample.label.state)) == {1, 2}, "nothing is unobserved"
+
+
+def test_an_image_that_is_cut_is_a_missing_camera(tmp_path) -> None:
+    class Cut(PicturedDrive):
+        def frame_set(self, key: int) -> FrameSet:
+            frames = super().frame_set(key)
+            whole = frames.frames["FRONT"]
+            cut = dataclasses.replace(whole, image=whole.image[: len(whole.image) // 2])
+            return FrameSet(frames.stamp_ns, {**frames.frames, "FRONT": cut})
+
+    recording = Cut([Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))], rings=24, columns=180)
+    recording.key_stamp_ns = KEY_NS + np.arange(-2, 3) * 300_000_000
+    make_unit(recording, Unit("traced", 1, 2), tmp_path, CONFIG)
+    join_units(tmp_path, {"train": 1.0})
+    reader = ShardReader(tmp_path)
+    sample = reader.sample(reader.rows[0]["key"])
+    assert set(sample.images) == {"BACK"}
+    assert sample.meta["missing"]["FRONT"].startswith("broken image: cut off after")

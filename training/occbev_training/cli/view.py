@@ -18,7 +18,7 @@ from occbev_training.occupancy.pictures import interactive_page, pair_picture
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("shards", type=Path, help="folder of shards")
+    parser.add_argument("shards", type=Path, help="folder of shards, or one of them")
     parser.add_argument(
         "key", nargs="?", help="DRIVE/STAMP of a pair, or its number; none lists them"
     )
@@ -29,9 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the picture and the page."""
     console = Console()
-    reader = ShardReader(args.shards)
+    one = args.shards.name if args.shards.is_file() else None
+    reader = ShardReader(args.shards.parent if one else args.shards)
     if args.key is None:
         for number, row in enumerate(reader.rows):
+            if one not in (None, row["shard"]):
+                continue
             console.print(
                 f"{number:5d}  {row['key']}  {row['split']}  {row['flags']}", highlight=False
             )

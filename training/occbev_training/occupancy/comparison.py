@@ -20,7 +20,7 @@ from occbev.geometry import (
 from occbev.grid import VoxelGrid
 from occbev.results import FrameSet
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig, OccupancyLabel
-from occbev_training.occupancy.paper import paper_label
+from occbev_training.occupancy.paper import FORWARD2LIDAR, paper_label
 from occbev_training.occupancy.quality import TruthScores, compare_with_truth
 from occbev_training.sources.deskew import EgoBox, compensated
 from occbev_training.sources.recording import OccupancyTruth, Recording
@@ -206,6 +206,5 @@ def _place_in(
     paper: OccupancyLabel, grid: VoxelGrid, recording: Recording
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return the truth cell (V, 3) of each of the recipe's voxels, and which lie in the truth's grid."""
-    forward2lidar = np.array([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     centres = paper.grid.centres().reshape(-1, 3)
-    return grid.indices(transform_points(recording.lidar2ego @ forward2lidar, centres))
+    return grid.indices(transform_points(recording.lidar2ego @ FORWARD2LIDAR, centres))

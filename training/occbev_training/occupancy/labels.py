@@ -9,20 +9,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from occbev.classes import FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
-from occbev.geometry import invert_transform
+from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import FrameSet, Sweep
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
+from occbev_training.occupancy.boxes import BoxReturns, read_tracks, returns_in_boxes
 from occbev_training.occupancy.rays import (
     MAX_SWEEPS,
     CameraRays,
@@ -33,10 +37,13 @@ from occbev_training.occupancy.rays import (
     bundle_slots,
     cast,
     gather_hits,
+    joined,
     mark_visible,
 )
 from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskewed_rays
-from occbev_training.sources.recording import Recording
+from occbev_training.sources.recording import Recording, RecordingError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,12 @@ class LabelConfig:
     """Length of camera rays."""
     unobserved_path: float = 5.0
     """A camera ray ends after this long in unobserved cells: what hides there is not known."""
+    ego_masks: str = ""
+    """Folder of <camera>.png whose white pixels show the vehicle itself; no camera ray goes through them."""
+    objects: str = "evidence"
+    """What moves is found by "evidence", or by "boxes": then labels are not free of annotations."""
+    box_growth: float = 1.1
+    """Factor on the size of boxes, for the boxes variant."""
 
     def __post_init__(self) -> None:
         if not self.window > 0 or not 1 <= self.max_sweeps <= MAX_SWEEPS:
@@ -107,12 +120,18 @@ class LabelConfig:
                 f"camera_spacing and camera_levels must be positive; "
                 f"got {self.camera_spacing} and {self.camera_levels}"
             )
+        if self.objects not in ("evidence", "boxes"):
+            raise ValueError(f"objects must be evidence or boxes; got {self.objects!r}")
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits over every parameter."""
-        record = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(record.encode()).hexdigest()[:12]
+        """Twelve hex digits over every parameter, and over the masks that one of them names."""
+        digest = hashlib.sha256(
+            json.dumps(dataclasses.asdict(self) | {"ego_masks": ""}, sort_keys=True).encode()
+        )
+        for path in sorted(Path(self.ego_masks).glob("*.png")) if self.ego_masks else []:
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -165,13 +184,15 @@ class Window:
     """The sweeps that make one label, in time order.
 
     bundles: their rays in ego at the key time. reference: which were measured at the key time.
-    without_pose: number of sweeps that could not be used.
+    lost: reason -> number of sweeps that could not be used. objects: flat cells in which each sweep's
+    returns from boxes lie, carried to the key time; empty without boxes.
     """
 
     sweeps: tuple[SweepRays, ...]
     bundles: tuple[RayBundle, ...]
     reference: tuple[bool, ...]
-    without_pose: int = 0
+    lost: Mapping[str, int] = field(default_factory=dict)
+    objects: tuple[NDArray[np.int64], ...] = ()
 
     @property
     def reference_bits(self) -> int:
@@ -182,7 +203,8 @@ class Window:
         """Return the window of some of its sweeps."""
         parts = (self.sweeps, self.bundles, self.reference)
         sweeps, bundles, reference = (tuple(part[i] for i in keep) for part in parts)
-        return Window(sweeps, bundles, reference, self.without_pose)
+        objects = tuple(self.objects[i] for i in keep) if self.objects else ()
+        return Window(sweeps, bundles, reference, self.lost, objects)
 
 
 @dataclass(frozen=True)
@@ -204,7 +226,8 @@ class LabelBuilder:
         self.recording = recording
         self.config = config or LabelConfig()
         self.grid = grid or GRIDS["occ3d"]
-        self._rays: dict[int, SweepRays | None] = {}
+        self._rays: dict[int, SweepRays | str] = {}
+        self._tracks = read_tracks(recording) if self.config.objects == "boxes" else {}
         self._slots = bundle_slots(self.grid)
         self._camera_rays: dict[str, tuple[Camera, CameraRays]] = {}
 
@@ -225,11 +248,16 @@ class LabelBuilder:
     def window(self, key: int) -> Window:
         """Collect the sweeps around one key frame in its ego frame."""
         stamp_ns = int(self.recording.key_stamp_ns[key])
-        sweeps, without_pose = self._sweeps_around(stamp_ns)
-        bundles = tuple(self._bundle(sweep, stamp_ns) for sweep in sweeps)
+        sweeps, lost = self._sweeps_around(stamp_ns)
+        bundles = [self._bundle(sweep, stamp_ns) for sweep in sweeps]
         half = self._period_ns / 2
         reference = tuple(abs(sweep.middle_ns - stamp_ns) <= half for sweep in sweeps)
-        return Window(tuple(sweeps), bundles, reference, without_pose)
+        if self.config.objects != "boxes":
+            return Window(tuple(sweeps), tuple(bundles), reference, lost)
+        carried = [self._carried(sweep, stamp_ns) for sweep in sweeps]
+        bundles = [joined(bundle, moved) for bundle, moved in zip(bundles, carried, strict=True)]
+        objects = tuple(np.unique(moved.end_cell[moved.hit]) for moved in carried)
+        return Window(tuple(sweeps), tuple(bundles), reference, lost, objects)
 
     def judge(self, window: Window) -> Decision:
         """Turn the rays of a window into states."""
@@ -238,8 +266,21 @@ class LabelBuilder:
         ground = ground_cells(hits, grid, config.ground_height, config.ground_columns)
         skimmed = ground if config.ground_grazing else None
         evidence = cast(window.bundles, hits, grid, config.conflict_distance, skimmed)
-        return decide(
+        decision = decide(
             evidence, ground, self._far, grid, config, len(window.sweeps), window.reference_bits
+        )
+        if window.objects:
+            decision.state[self._boxed_cells(window)] = OCCUPIED_STATE
+        return decision
+
+    def _boxed_cells(self, window: Window) -> NDArray[np.int64]:
+        """Return the cells in which returns carried with their boxes make an occupied cell."""
+        cells, count = np.unique(np.concatenate(window.objects), return_counts=True)
+        now = [
+            cells for cells, at_key in zip(window.objects, window.reference, strict=True) if at_key
+        ]
+        return np.union1d(cells[count >= self.config.near_hits], np.concatenate([[], *now])).astype(
+            np.int64
         )
 
     @cached_property
@@ -265,8 +306,8 @@ class LabelBuilder:
         counts = hit_sweeps.reshape(shape), decision.pass_sweeps.reshape(shape)
         return OccupancyLabel(state, visible, *counts, stats, self.grid)
 
-    def _sweeps_around(self, stamp_ns: int) -> tuple[list[SweepRays], int]:
-        """Return the usable sweeps around a stamp in time order, and how many had no pose."""
+    def _sweeps_around(self, stamp_ns: int) -> tuple[list[SweepRays], dict[str, int]]:
+        """Return the usable sweeps around a stamp in time order, and how many were not usable by reason."""
         stamps = self.recording.sweep_stamp_ns
         gap = np.abs(stamps - stamp_ns)
         near = np.flatnonzero(gap <= self.config.window * 1e9)
@@ -274,20 +315,23 @@ class LabelBuilder:
         wanted = set(chosen.tolist())
         self._rays = {index: rays for index, rays in self._rays.items() if index in wanted}
         found = [self._sweep(int(index)) for index in chosen]
-        usable = [sweep for sweep in found if sweep is not None]
-        return usable, len(found) - len(usable)
+        usable = [sweep for sweep in found if not isinstance(sweep, str)]
+        return usable, dict(Counter(reason for reason in found if isinstance(reason, str)))
 
-    def _sweep(self, index: int) -> SweepRays | None:
-        """Return the rays of one sweep in ego at its own stamp, or None where it has no pose."""
+    def _sweep(self, index: int) -> SweepRays | str:
+        """Return the rays of one sweep in ego at its own stamp, or why it cannot be used."""
         if index not in self._rays:
-            sweep = self.recording.sweep(index)
             trajectory, config = self.recording.trajectory, self.config
             try:
+                sweep = self.recording.sweep(index)
                 rays = deskewed_rays(
                     sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits
                 )
             except PoseError:
-                self._rays[index] = None
+                self._rays[index] = "without_pose"
+            except RecordingError as error:
+                logger.warning("%s sweep %d: %s", self.recording.name, index, error)
+                self._rays[index] = "unreadable"
             else:
                 self._rays[index] = SweepRays(
                     sweep.stamp_ns, _middle_ns(sweep), rays, sweep.time_offset is not None
@@ -297,7 +341,35 @@ class LabelBuilder:
     def _bundle(self, sweep: SweepRays, stamp_ns: int) -> RayBundle:
         ego2reference = self.recording.trajectory.relative(sweep.stamp_ns, stamp_ns)
         margin, collapse = self.config.conflict_margin, self.config.collapse
-        return bundle_rays(sweep.rays, ego2reference, self.grid, margin, collapse, self._slots)
+        rays = sweep.rays
+        if self._tracks:
+            rays = replace(rays, hit=rays.hit & ~self._in_boxes(sweep)[0])
+        return bundle_rays(rays, ego2reference, self.grid, margin, collapse, self._slots)
+
+    def _in_boxes(self, sweep: SweepRays) -> tuple[NDArray[np.bool_], list[BoxReturns]]:
+        """Return which rays of a sweep end in a box, and each box's share of them."""
+        global2ego = invert_transform(self.recording.trajectory.at(sweep.stamp_ns))
+        found = returns_in_boxes(
+            sweep.rays, sweep.stamp_ns, global2ego, self._tracks, self.config.box_growth
+        )
+        inside = np.zeros(len(sweep.rays), np.bool_)
+        for part in found:
+            inside[part.rays] = True
+        return inside, found
+
+    def _carried(self, sweep: SweepRays, stamp_ns: int) -> RayBundle:
+        """Return a sweep's returns from boxes where their boxes are at the key time; they carve nothing."""
+        global2ego = invert_transform(self.recording.trajectory.at(stamp_ns))
+        ego2global = self.recording.trajectory.at(sweep.stamp_ns)
+        places = [np.zeros((0, 3))]
+        for part in self._in_boxes(sweep)[1]:
+            box = self._tracks[part.instance].at(stamp_ns)
+            if box is not None:  # else it is not there at the key time, so it belongs nowhere
+                move = global2ego @ box @ invert_transform(part.box2global) @ ego2global
+                places.append(transform_points(move, sweep.rays.end[part.rays]))
+        ends = np.concatenate(places)
+        rays = Rays(ends, ends, np.ones(len(ends), np.bool_))
+        return bundle_rays(rays, np.eye(4), self.grid, 0.0, True, self._slots)
 
     @cached_property
     def _period_ns(self) -> float:
@@ -310,7 +382,8 @@ class LabelBuilder:
         stats = {
             "sweeps": len(window.sweeps),
             "sweeps_expected": round(expected),
-            "sweeps_without_pose": window.without_pose,
+            "sweeps_without_pose": window.lost.get("without_pose", 0),
+            "sweeps_unreadable": window.lost.get("unreadable", 0),
             "reference_sweeps": sum(window.reference),
             "low_support": int(len(window.sweeps) < expected / 2),
             "rays": sum(len(sweep.rays) for sweep in window.sweeps),
@@ -346,7 +419,11 @@ class LabelBuilder:
     def _rays_of(self, camera: Camera) -> CameraRays:
         known = self._camera_rays.get(camera.name)
         if known is None or known[0] is not camera:
-            self._camera_rays[camera.name] = known = (camera, camera_rays(camera, self.config))
+            mask = read_ego_mask(camera, self.config.ego_masks)
+            self._camera_rays[camera.name] = known = (
+                camera,
+                camera_rays(camera, self.config, mask),
+            )
         return known[1]
 
 
@@ -378,8 +455,30 @@ def build_label(
     return _RECENT[0].build(key, frames)
 
 
-def camera_rays(camera: Camera, config: LabelConfig) -> CameraRays:
-    """Build a camera's rasters of rays: coarse ones for near cells, the finest for the far ones."""
+def read_ego_mask(camera: Camera, folder: str) -> NDArray[np.bool_] | None:
+    """Read a camera's mask (H, W) of the vehicle itself; None without a folder or a file in it.
+
+    Raises ValueError where the mask has another size than the camera's images.
+    """
+    import cv2
+
+    path = Path(folder) / f"{camera.name}.png"
+    if not folder or not path.is_file():
+        return None
+    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if mask is None or mask.shape != (camera.height, camera.width):
+        found = "no image" if mask is None else f"{mask.shape[1]}x{mask.shape[0]} pixels"
+        raise ValueError(f"{path}: {found}; {camera.name} has {camera.width}x{camera.height}")
+    return mask > 127
+
+
+def camera_rays(
+    camera: Camera, config: LabelConfig, ego_mask: NDArray[np.bool_] | None = None
+) -> CameraRays:
+    """Build a camera's rasters of rays: coarse ones for near cells, the finest for the far ones.
+
+    ego_mask: (H, W) pixels that show the vehicle; their rays are NaN and see nothing.
+    """
     finer = range(config.camera_levels)
     step = 2 ** (config.camera_levels - 1)
     columns, rows = (
@@ -389,10 +488,21 @@ def camera_rays(camera: Camera, config: LabelConfig) -> CameraRays:
         )
     )
     rasters = [
-        pixel_rays(camera, rows * 2**level // step, columns * 2**level // step) for level in finer
+        _unmasked(pixel_rays(camera, rows * 2**level // step, columns * 2**level // step), ego_mask)
+        for level in finer
     ]
     until = [min(config.camera_near * 2**level, config.camera_range) for level in finer]
     return CameraRays(tuple(rasters), (*until[:-1], config.camera_range))
+
+
+def _unmasked(rays: NDArray[np.float64], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """Make rays (V, U, 3) through masked pixels NaN."""
+    if mask is not None:
+        rows, columns = rays.shape[:2]
+        v = ((np.arange(rows) + 0.5) * mask.shape[0] / rows).astype(np.int64)
+        u = ((np.arange(columns) + 0.5) * mask.shape[1] / columns).astype(np.int64)
+        rays[mask[v[:, None], u]] = np.nan
+    return rays
 
 
 def pixel_rays(camera: Camera, rows: int, columns: int) -> NDArray[np.float64]:

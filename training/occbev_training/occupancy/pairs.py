@@ -24,25 +24,39 @@ from occbev import __version__
 from occbev.geometry import invert_transform
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import CameraFrame, FrameSet
+from occbev.rig import CameraRig
 from occbev.trajectory import PoseError
 from occbev_training.data.shards import (
     SHARD_BYTES,
     LabelVolumes,
     PairSample,
+    ShardError,
     ShardWriter,
     file_hash,
     write_index,
 )
-from occbev_training.occupancy.labels import Examined, LabelBuilder, LabelConfig
-from occbev_training.occupancy.quality import LIMITS, broken_limits, measure_key, observed_drop
+from occbev_training.occupancy.labels import Decision, Examined, LabelBuilder, LabelConfig
+from occbev_training.occupancy.paper import paper_label
+from occbev_training.occupancy.quality import (
+    LIMITS,
+    border_ratio,
+    broken_limits,
+    measure_key,
+    observed_drop,
+)
 from occbev_training.sources.deskew import deskewed_rays
-from occbev_training.sources.recording import Recording
+from occbev_training.sources.images import image_fault
+from occbev_training.sources.recording import Recording, RecordingError
 
 logger = logging.getLogger(__name__)
 
 FLAG_ONLY = frozenset({"q3_observed_drop", "q6_camera_alignment", "q8_border_ratio"})
 """Limits that mark a sample but do not refuse it: a blocked view, small pictures, or a wall that
 happens to stand along the border break them, too. Over a whole drive they tell a fault."""
+
+
+VARIANTS = ("occbev", "boxes", "occbev_paper")
+"""How labels can be made; a folder holds one variant."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,18 @@ class PairConfig:
     """Store the key sweep's returns, too."""
     shard_bytes: int = SHARD_BYTES
     """Size at which a shard is closed."""
+    variant: str = "occbev"
+    """How labels are made: occbev is free of annotations, boxes uses them, occbev_paper is the published
+    recipe with its defects."""
 
     def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"pair variant {self.variant!r}; known are {', '.join(VARIANTS)}")
+        if (self.variant == "boxes") != (self.label.objects == "boxes"):
+            label = dataclasses.replace(
+                self.label, objects="boxes" if self.variant == "boxes" else "evidence"
+            )
+            object.__setattr__(self, "label", label)
         if self.segment < 1 or self.max_camera_dt <= 0 or self.max_standing < 0:
             raise ValueError(
                 f"pair config needs segment >= 1, max_camera_dt > 0 and max_standing >= 0; "
@@ -84,7 +108,7 @@ class PairConfig:
     @property
     def hash(self) -> str:
         """Twelve hex digits over every parameter that a sample depends on."""
-        record = dataclasses.asdict(self) | {"grid": self.grid.hash}
+        record = dataclasses.asdict(self) | {"grid": self.grid.hash, "label": self.label.hash}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -112,6 +136,14 @@ class UnitReport:
     shards: Mapping[str, str]
     config_hash: str
     rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class UnitFailure:
+    """A unit that could not be made, and why; what it had written is gone."""
+
+    unit: Unit
+    reason: str
 
 
 def units_of(drive: str, keys: int, segment: int) -> list[Unit]:
@@ -167,7 +199,7 @@ def _samples(
     progress: Callable[[], None],
 ) -> Iterator[tuple[PairSample, dict[str, float], list[str]]]:
     """Yield the unit's samples with their measures and the limits they break."""
-    builder = LabelBuilder(recording, config.label, config.grid)
+    builder = _builder(recording, config)
     chosen, standing = _moving_keys(recording, config)
     refused["standing"] += sum(unit.first <= key < unit.last for key in standing)
     at_least = config.min_cameras if config.min_cameras is not None else len(recording.rig) - 1
@@ -175,7 +207,11 @@ def _samples(
     for key in range(unit.first, unit.last):
         if key in chosen:
             examined, frames = _examined(builder, key, config, at_least, refused)
-            if examined is not None:
+            if examined is not None and config.variant == "occbev_paper":
+                values = {"q8_border_ratio": border_ratio(examined.label)}
+                sample = _sample(recording, examined, frames, config, values)
+                yield sample, values, broken_limits(values)
+            elif examined is not None:
                 thorough = config.thorough_every > 0 and key % config.thorough_every == 0
                 values = measure_key(builder, examined, frames, previous, thorough)
                 previous, broken = examined, broken_limits(values)
@@ -187,11 +223,35 @@ def _samples(
         progress()
 
 
+class _PaperBuilder(LabelBuilder):
+    """Makes the labels of the published recipe in place of ours; nothing but the border is measured of them."""
+
+    def examine(self, key: int, frames: FrameSet | None = None) -> Examined:
+        """Label one key frame by the recipe; the window is ours and only tells which sweeps there are."""
+        window = self.window(key)
+        label = paper_label(self.recording, key)
+        stats = self._stats(window) | dict(label.stats)
+        decision = Decision(*(np.zeros(0) for _ in range(4)), evidence=None)  # type: ignore[arg-type]
+        return Examined(key, dataclasses.replace(label, stats=stats), window, decision)
+
+
+def _builder(recording: Recording, config: PairConfig) -> LabelBuilder:
+    kind = _PaperBuilder if config.variant == "occbev_paper" else LabelBuilder
+    return kind(recording, config.label, config.grid)
+
+
 def _examined(
     builder: LabelBuilder, key: int, config: PairConfig, min_cameras: int, refused: Counter[str]
 ) -> tuple[Examined | None, FrameSet]:
     """Label one key frame, or count why it cannot be labelled."""
-    frames = _near_frames(builder.recording.frame_set(key), config.max_camera_dt)
+    stamp_ns = int(builder.recording.key_stamp_ns[key])
+    try:
+        whole = _whole_images(builder.recording.frame_set(key), builder.recording.rig)
+        frames = _near_frames(whole, config.max_camera_dt)
+    except RecordingError as error:
+        logger.warning("%s key %d: %s", builder.recording.name, key, error)
+        refused["unreadable"] += 1
+        return None, FrameSet(stamp_ns, {})
     if len(frames.cameras) < min_cameras:
         refused["too_few_cameras"] += 1
         return None, frames
@@ -207,6 +267,20 @@ def _examined(
         refused["low_support"] += 1
         return None, frames
     return examined, frames
+
+
+def _whole_images(frames: FrameSet, rig: CameraRig) -> FrameSet:
+    """Drop encoded images that are cut, or of another size than their calibration."""
+    kept: dict[str, CameraFrame | None] = {}
+    missing = dict(frames.missing)
+    for name, frame in frames.frames.items():
+        fault = None
+        if frame is not None and isinstance(frame.image, bytes):
+            fault = image_fault(frame.image, (rig[name].width, rig[name].height))
+        kept[name] = frame if fault is None else None
+        if fault is not None:
+            missing[name] = f"broken image: {fault}"
+    return FrameSet(frames.stamp_ns, kept, missing)
 
 
 def _near_frames(frames: FrameSet, max_dt: float) -> FrameSet:
@@ -260,10 +334,19 @@ def _sample(
     meta = {
         "drive": recording.name,
         "stamp_ns": stamp_ns,
+        "variant": config.variant,
+        "label_free": config.variant != "boxes",
+        "window": config.label.window,
+        "sweep_stamp_ns": [sweep.stamp_ns for sweep in window.sweeps],
+        "camera_dt": {
+            name: round((frame.stamp_ns - stamp_ns) / 1e9, 6)
+            for name, frame in frames.frames.items()
+            if frame is not None
+        },
         "grid": label.grid.as_record() | {"hash": label.grid.hash},
         "sweep_age": [round((sweep.stamp_ns - stamp_ns) / 1e9, 6) for sweep in window.sweeps],
         "pose_source": "odom",
-        "deskew": "point_times" if window.sweeps and window.sweeps[0].timed else "compensated",
+        "deskew": _deskew(recording, examined),
         "label_config": config.label.hash,
         "pair_config": config.hash,
         "rig": recording.rig.hash,
@@ -275,6 +358,13 @@ def _sample(
     key_name = f"{recording.name}/{stamp_ns}"
     return PairSample(key_name, images, _calibration(recording, stamp_ns, frames), meta, volumes,
                       _returns(recording, stamp_ns) if config.lidar else None)  # fmt: skip
+
+
+def _deskew(recording: Recording, examined: Examined) -> str:
+    """Return how the motion within sweeps was known."""
+    sweeps = examined.window.sweeps
+    known = "point_times" if sweeps and sweeps[0].timed else "compensated"
+    return str(getattr(recording, "deskew", known))
 
 
 def _calibration(recording: Recording, stamp_ns: int, frames: FrameSet) -> dict[str, Any]:
@@ -318,6 +408,7 @@ def _row(
         "stamp_ns": sample.meta["stamp_ns"],
         "split": "",
         "cameras": len(sample.images),
+        "variant": sample.meta["variant"],
         "location": str(getattr(recording, "location", recording.name)),
         "cell_x": int(np.floor(place[0] / 100)),
         "cell_y": int(np.floor(place[1] / 100)),
@@ -369,16 +460,32 @@ def read_manifest(path: Path, config: PairConfig | None = None) -> UnitReport | 
     return report
 
 
+def read_reports(folder: Path) -> list[UnitReport]:
+    """Return the finished units of a folder, by name.
+
+    Raises:
+        ShardError: they were made with more than one configuration.
+    """
+    reports = [read_manifest(path) for path in sorted(folder.glob("*.json"))]
+    found = [report for report in reports if report is not None]
+    configs = Counter(report.config_hash for report in found)
+    if len(configs) > 1:
+        raise ShardError(
+            f"{folder}: its units were made with {len(configs)} configurations "
+            f"({', '.join(f'{name}: {n} units' for name, n in configs.items())}); use one folder for each"
+        )
+    return found
+
+
 def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
     """Index every finished unit of a folder and split it; returns the number of samples per split.
 
-    Without any sample no index is written.
+    Without any sample no index is written. Raises ShardError as `read_reports`.
 
     shares: split -> share, by drive and by place: drives that met within 100 m of each other in one
     location share a split, and no drive is ever divided.
     """
-    reports = [read_manifest(path) for path in sorted(folder.glob("*.json"))]
-    rows = [dict(row) for report in reports if report is not None for row in report.rows]
+    rows = [dict(row) for report in read_reports(folder) for row in report.rows]
     if not rows:
         return {}
     split = assign_splits(rows, shares)

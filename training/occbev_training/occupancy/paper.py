@@ -28,6 +28,9 @@ PAPER_GRID = VoxelGrid(
 _LIDAR2FORWARD = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 """nuScenes LiDAR axes (x right, y forward) to x forward, y left; the origin stays at the sensor."""
 
+FORWARD2LIDAR = _LIDAR2FORWARD.T
+"""The way back: from the recipe's grid to the LiDAR."""
+
 
 def paper_label(recording: Recording, key: int, keyframes: int = 2) -> OccupancyLabel:
     """Label one key frame as the reference script does, from all sweeps of `keyframes` keys either way.

@@ -11,10 +11,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
 from occbev.rendering import Picture, beside, camera_mosaic, draw_points, stacked
 from occbev.rig import Camera
 from occbev_training.data.shards import PairSample
+from occbev_training.occupancy.paper import FORWARD2LIDAR, PAPER_GRID
 
 _UNOBSERVED, _FREE, _HIDDEN, _SEEN = (28, 28, 32), (232, 236, 240), (196, 140, 70), (30, 100, 200)
 
@@ -65,9 +67,12 @@ def _cameras(sample: PairSample, width: int) -> Picture:
     grid = grid_of(sample)
     points = sample.lidar
     if points is None:
-        points = grid.centres(
-            np.argwhere((sample.label.state == 2) & (sample.label.hit_sweeps > 0))
-        )
+        cells = np.argwhere((sample.label.state == 2) & (sample.label.hit_sweeps > 0))
+        points = grid.centres(cells)
+        if grid.frame == PAPER_GRID.frame:  # the published recipe's grid stands on the LiDAR
+            cells = np.argwhere(sample.label.state == 2)
+            lidar2ego = np.array(sample.calibration["lidar2ego"])
+            points = transform_points(lidar2ego @ FORWARD2LIDAR, grid.centres(cells))
     for name in sample.calibration["order"]:
         if name in sample.images:
             data = np.frombuffer(sample.images[name], np.uint8)

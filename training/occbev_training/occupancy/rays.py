@@ -7,7 +7,7 @@ Every count is an integer and every mean a quotient of integer sums, so order ch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numba import njit
@@ -99,6 +99,12 @@ def bundle_rays(
         collapse,
     )
     return RayBundle(*parts)
+
+
+def joined(one: RayBundle, other: RayBundle) -> RayBundle:
+    """Put two bundles of one sweep together; cells of both stay apart, their counts add up."""
+    parts = (field.name for field in fields(RayBundle))
+    return RayBundle(*(np.concatenate([getattr(one, p), getattr(other, p)]) for p in parts))
 
 
 def bundle_slots(grid: VoxelGrid) -> NDArray[np.int32]:
@@ -448,7 +454,7 @@ def _see(direction, cam2grid, start, stop, begun, unknown, state, lo, pitch, sha
     for v in range(rows):
         for u in range(columns):
             parent = begun[v // 2, u // 2]
-            if parent == _ENDED:
+            if parent == _ENDED or np.isnan(direction[v, u, 0]):  # or it shows the vehicle itself
                 continue
             for a in range(3):
                 along = (cam2grid[a, 0] * direction[v, u, 0] + cam2grid[a, 1] * direction[v, u, 1]
