@@ -82,7 +82,7 @@ def test_bag_check_ends_with_one_where_a_must_fails(bags, capsys) -> None:
 
 
 def test_recordings_are_found_by_what_a_path_holds(bags, tmp_path, make_recording) -> None:
-    assert find_recordings(bags) == [OpenBag(bags / "first", 0.5)]
+    assert find_recordings(bags) == [OpenBag(bags / "first")]
     assert find_recordings(bags / "first")[0].name == "first"
     write_nuscenes([make_recording(keys=2)], tmp_path / "tables")
     (scene,) = find_recordings(tmp_path / "tables")

@@ -1,24 +1,25 @@
 """Turn unlabelled drives into pre-training pairs: three-state labels, measured, gated, in shards.
 
-    occbev-train pairs OUT BAG_OR_FOLDER_OR_NUSCENES_ROOT ... --workers 2
+    occbev-train pairs OUT BAG_OR_FOLDER_OR_NUSCENES_ROOT_OR_INFOS.pkl ... --workers 2
     occbev-train pairs OUT --simulate 4 --first-seed 0
     occbev-train pairs OUT ROOT --task-index 3 --num-tasks 16    # one task of an array job
     occbev-train pairs OUT --join                                # index what the tasks made
+    occbev-train pairs OUT BAGS --executor ray --ray-address auto
 
 Finished stretches are kept when the command is given again; the same input gives the same bytes.
+An input that cannot be read is named and left out; the status is then 1, also where no pair was made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
-from multiprocessing import get_context
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,32 +27,47 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from occbev.grid import GRIDS
-from occbev_training.data.shards import ShardReader
+from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
+from occbev_training.data.shards import ShardReader, file_hash
+from occbev_training.occupancy.executors import EXECUTORS, Job, run_jobs
 from occbev_training.occupancy.labels import LabelConfig
 from occbev_training.occupancy.pairs import (
+    VARIANTS,
     PairConfig,
-    Unit,
+    UnitFailure,
     UnitReport,
     join_units,
-    make_unit,
     my_share,
+    read_reports,
     units_of,
 )
 from occbev_training.occupancy.quality import LIMITS
-from occbev_training.sources.discovery import Opener, Simulate, find_recordings
+from occbev_training.sources.deskew import EgoBox, RayLimits
+from occbev_training.sources.discovery import OpenBag, Opener, Simulate, find_recordings
+from occbev_training.sources.infos import convert_infos
+from occbev_training.sources.recording import RecordingError
+
+SUMMARY = "quality.json"
+"""The quality table and what was refused, kept beside the shards."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("out", type=Path, help="folder of the shards")
     parser.add_argument(
-        "inputs", type=Path, nargs="*", help="bags, folders of bags, nuScenes roots"
+        "inputs",
+        type=Path,
+        nargs="*",
+        help="bags, folders of bags, nuScenes roots, info .pkl files",
     )
+    parser.add_argument("--labels", choices=VARIANTS, default="occbev", help="how labels are made (default: occbev, free of boxes)")  # fmt: skip
     parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
     parser.add_argument(
         "--first-seed", type=int, default=0, help="seed of the first simulated drive"
     )
     parser.add_argument("--keys", type=int, default=20, help="key frames of a simulated drive")
+    add_bag_arguments(parser)
+    parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")  # fmt: skip
     parser.add_argument("--grid", default="occ3d", choices=sorted(GRIDS), help="voxel grid")
     parser.add_argument(
         "--window", type=float, default=1.0, help="seconds of sweeps on either side"
@@ -59,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-interval", type=float, default=0.5, help="seconds between key frames of a bag"
     )
+    parser.add_argument("--ego-box", type=float, nargs=6, metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+                        help="the vehicle's body in base_link; bag-check --ego-box proposes one")  # fmt: skip
+    parser.add_argument("--ego-masks", type=Path, default="", help="folder of CAMERA.png, white where the vehicle itself is seen")  # fmt: skip
+    parser.add_argument("--max-range", type=float, default=60.0, help="metres up to which beams count")  # fmt: skip
     parser.add_argument("--min-cameras", type=int, help="fewest cameras; default all but one")
     parser.add_argument(
         "--min-support",
@@ -72,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lidar", action="store_true", help="store the key sweep, too")
     parser.add_argument("--segment", type=int, default=200, help="key frames of one unit of work")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--executor", choices=EXECUTORS, default="local", help="who does the work (default: local)"
+    )
+    parser.add_argument("--ray-address", help="running Ray cluster, such as auto; else one is started here")  # fmt: skip
     parser.add_argument("--task-index", type=int, default=0, help="this task of an array job")
     parser.add_argument("--num-tasks", type=int, default=1, help="tasks of the array job")
     parser.add_argument("--join", action="store_true", help="only index what is finished")
@@ -83,124 +107,144 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass
+class _Inputs:
+    """What the inputs hold: jobs, and inputs or units that cannot be used -> why."""
+
+    jobs: list[Job] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Make the pairs, index them, print the quality table; 1 if no sample was kept."""
+    """Make the pairs, index them, print the quality table; 1 if no sample was kept or an input failed."""
     console = Console(stderr=args.json)
-    config = PairConfig(
-        LabelConfig(window=args.window), GRIDS[args.grid], args.segment, args.min_cameras,
-        min_support=args.min_support,
-        gate=not args.no_gate, lidar=args.lidar,
-    )  # fmt: skip
-    refused: Counter[str] = Counter()
+    if not console.is_terminal:
+        logging.getLogger("occbev_training").setLevel(
+            logging.ERROR
+        )  # the end names each problem once
+    config = _config(args)
+    inputs = _Inputs()
     if not args.join:
-        openers = [
-            opener for path in args.inputs for opener in find_recordings(path, args.key_interval)
-        ]
-        openers += [Simulate(args.first_seed + i, args.keys) for i in range(args.simulate)]
-        if not openers:
-            raise ValueError("no input: name bags or nuScenes roots, or give --simulate")
-        jobs = _jobs(openers, config, args.task_index, args.num_tasks)
-        for report in _with_progress(jobs, args.out, config, args.workers, console):
-            refused.update(report.refused)
+        inputs = _find_inputs(args, config)
+        for result in _with_progress(inputs.jobs, args, config, console):
+            if isinstance(result, UnitFailure):
+                inputs.problems[result.unit.name] = result.reason
+    if not args.join and args.num_tasks > 1:
+        _print_problems(inputs.problems, console)
+        return 1 if inputs.problems else 0
     splits = {"train": 0, "validation": 0}
-    if args.join or args.num_tasks == 1:
-        splits |= join_units(
-            args.out, {"train": 1 - args.validation, "validation": args.validation}
-        )
-        _print(args, console, splits, refused)
-        return 0 if sum(splits.values()) else 1
-    return 0
+    splits |= join_units(args.out, {"train": 1 - args.validation, "validation": args.validation})
+    _report(args, console, splits, inputs.problems)
+    return 1 if inputs.problems or not sum(splits.values()) else 0
 
 
-def _jobs(
-    openers: Sequence[Opener], config: PairConfig, task_index: int, num_tasks: int
-) -> list[tuple[Opener, Unit]]:
-    """List this task's units with the way to their recording."""
-    by_name = {opener.name: opener for opener in openers}
-    if len(by_name) != len(openers):
-        raise ValueError("two inputs have the same name; a name is the key of its samples")
-    units = [
-        unit for opener in openers for unit in units_of(opener.name, opener.keys(), config.segment)
-    ]
-    return [(by_name[unit.drive], unit) for unit in my_share(units, task_index, num_tasks)]
-
-
-def _work(opener: Opener, unit: Unit, out: Path, config: PairConfig) -> UnitReport:
-    """Make one unit in this process."""
-    recording = opener()
-    return make_unit(
-        recording, replace(unit, last=min(unit.last, len(recording.key_stamp_ns))), out, config
+def _config(args: argparse.Namespace) -> PairConfig:
+    body = (
+        EgoBox()
+        if args.ego_box is None
+        else EgoBox(tuple(args.ego_box[:3]), tuple(args.ego_box[3:]))
     )
+    label = LabelConfig(args.window, limits=RayLimits(max_range=args.max_range), ego_box=body,
+                        ego_masks=str(args.ego_masks) if args.ego_masks else "")  # fmt: skip
+    return PairConfig(label, GRIDS[args.grid], args.segment, args.min_cameras, args.min_support,
+                      gate=not args.no_gate, lidar=args.lidar, variant=args.labels)  # fmt: skip
 
 
-def _one_thread() -> None:
-    """Processes are the unit of parallel work: keep libraries from adding threads of their own."""
-    import cv2
+def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
+    """Open every input once and cut it into this task's jobs; what cannot be opened is a problem, not the end."""
+    clocks = "fix" if args.clock_fix else "ignore" if args.ignore_clocks else "refuse"
+    options = bag_options(args, args.key_interval)
+    openers: list[Opener] = [Simulate(args.first_seed + i, args.keys) for i in range(args.simulate)]
+    inputs = _Inputs()
+    for path in args.inputs:
+        try:
+            root = args.data_root
+            if path.suffix == ".pkl":
+                path, root = _converted(path, args.out), root or path.parent
+            openers += find_recordings(path, options, clocks, root)
+        except RecordingError as error:
+            inputs.problems[str(path)] = str(error)
+    if not openers and not inputs.problems:
+        raise ValueError("no input: name bags or nuScenes roots, or give --simulate")
+    known: set[str] = set()
+    units = []
+    for opener in openers:
+        try:
+            parts: Sequence[Opener] = opener.parts() if isinstance(opener, OpenBag) else [opener]
+            for part in parts:
+                if part.name in known:
+                    raise ValueError(
+                        f"two inputs are named {part.name!r}; a name is the key of its samples"
+                    )
+                known.add(part.name)
+                units += [(part, unit) for unit in units_of(part.name, part.keys(), config.segment)]
+        except RecordingError as error:
+            inputs.problems[opener.name] = str(error)
+    chosen = my_share([unit for _, unit in units], args.task_index, args.num_tasks)
+    by_unit = {unit: opener for opener, unit in units}
+    inputs.jobs = [(by_unit[unit], unit) for unit in chosen]
+    return inputs
 
-    cv2.setNumThreads(1)
-    os.environ["NUMBA_NUM_THREADS"] = "1"
 
-
-def _reports(
-    jobs: Sequence[tuple[Opener, Unit]], out: Path, config: PairConfig, workers: int
-) -> Iterator[UnitReport]:
-    """Run the jobs here or in worker processes, in the order in which they end."""
-    if workers <= 1:
-        yield from (_work(opener, unit, out, config) for opener, unit in jobs)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-        futures = [pool.submit(_work, opener, unit, out, config) for opener, unit in jobs]
-        for future in as_completed(futures):
-            yield future.result()
+def _converted(path: Path, out: Path) -> Path:
+    """Turn an info .pkl into JSON beside the shards, once for each content."""
+    if not path.is_file():
+        raise RecordingError(f"{path}: no such file")
+    converted = out / "infos" / f"{path.stem}-{file_hash(path)[:12]}.json"
+    if not converted.is_file():
+        convert_infos(path, converted)
+    return converted
 
 
 def _with_progress(
-    jobs: Sequence[tuple[Opener, Unit]],
-    out: Path,
-    config: PairConfig,
-    workers: int,
-    console: Console,
-) -> Iterator[UnitReport]:
-    """Show key frames done, rate, time left and what was refused."""
+    jobs: Sequence[Job], args: argparse.Namespace, config: PairConfig, console: Console
+) -> Iterator[UnitReport | UnitFailure]:
+    """Show key frames done, rate, time left and what was refused; without a terminal, a line for each unit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[refused]}"))  # fmt: skip
     refused: Counter[str] = Counter()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         total = sum(unit.last - unit.first for _, unit in jobs)
         task = progress.add_task("key frames", total=total, rate="", refused="")
-        for report in _reports(jobs, out, config, workers):
-            refused.update(report.refused)
-            done = report.unit.last - report.unit.first
+
+        def advance() -> None:
             speed = progress.tasks[0].finished_speed or progress.tasks[0].speed or 0.0
-            text = " ".join(f"{name} {count}" for name, count in refused.most_common() if count)
-            progress.update(task, advance=done, rate=f"{speed:.1f}/s", refused=text)
-            yield report
+            progress.update(task, advance=1, rate=f"{speed:.1f}/s")
+
+        for result in run_jobs(jobs, args.out, config, args.workers, args.executor, args.ray_address, advance):  # fmt: skip
+            if isinstance(result, UnitReport):
+                refused.update(result.refused)
+                progress.update(task, refused=_counts(refused))
+                if not console.is_terminal:
+                    counts = _counts(Counter(result.refused))
+                    console.print(f"{result.unit.name}: {result.samples} pairs"
+                                  f"{f'; refused: {counts}' if counts else ''}", highlight=False)  # fmt: skip
+            yield result
 
 
-def _print(
-    args: argparse.Namespace, console: Console, splits: dict[str, int], refused: Counter[str]
+def _counts(refused: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in refused.most_common() if count)
+
+
+def _report(
+    args: argparse.Namespace,
+    console: Console,
+    splits: Mapping[str, int],
+    problems: Mapping[str, str],
 ) -> None:
     """Print how many samples there are, the quality table, and the reasons of what was refused."""
+    refused: Counter[str] = Counter()
+    for report in read_reports(args.out):
+        refused.update(report.refused)
     rows = ShardReader(args.out).rows if sum(splits.values()) else []
-    quality = {}
-    for limit in LIMITS:
-        values = np.array([row[limit.name] for row in rows if row.get(limit.name) is not None])
-        broken = sum(limit.name in row["flags"].split(",") for row in rows)
-        if len(values):
-            quality[limit.name] = {
-                "median": float(np.median(values)), "worst": float(values.min() if limit.at_least > -np.inf else values.max()),
-                "measured": len(values), "flagged": broken + refused[limit.name],
-            }  # fmt: skip
+    quality = _quality(rows, refused)
+    record = {"samples": len(rows), "splits": dict(splits), "refused": dict(refused), "problems": dict(problems), "quality": quality}  # fmt: skip
+    if args.out.is_dir():
+        (args.out / SUMMARY).write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
     if args.json:
-        record = {
-            "samples": len(rows),
-            "splits": splits,
-            "refused": dict(refused),
-            "quality": quality,
-        }
         print(json.dumps(record, sort_keys=True))
         return
-    table = Table("measure", "bound", "median", "worst", "measured", "out of bounds", title=f"{len(rows)} pairs in {args.out}: {splits}")  # fmt: skip
+    table = Table("measure", "bound", "median", "worst", "measured", "out of bounds", title=f"{len(rows)} pairs in {args.out}: {dict(splits)}")  # fmt: skip
     for limit in LIMITS:
         if limit.name in quality:
             q = quality[limit.name]
@@ -211,4 +255,32 @@ def _print(
     console.print(table)
     for name, count in refused.most_common():
         if count:
-            console.print(f"refused: {name} {count}", highlight=False)
+            console.print(f"refused: {name} {count}{_REMEDY.get(name, '')}", highlight=False)
+    _print_problems(problems, console)
+
+
+_REMEDY = {
+    "low_support": ": too few of the expected sweeps are there; --min-support 0 keeps such frames",
+    "too_few_cameras": ": --min-cameras says how many must be there",
+}
+
+
+def _print_problems(problems: Mapping[str, str], console: Console) -> None:
+    for name, reason in problems.items():
+        console.print(f"left out: {name}: {reason}", highlight=False, markup=False)
+
+
+def _quality(
+    rows: Sequence[Mapping[str, Any]], refused: Counter[str]
+) -> dict[str, dict[str, float]]:
+    """Return median, worst and counts of every measure."""
+    quality = {}
+    for limit in LIMITS:
+        values = np.array([row[limit.name] for row in rows if row.get(limit.name) is not None])
+        broken = sum(limit.name in row["flags"].split(",") for row in rows)
+        if len(values):
+            quality[limit.name] = {
+                "median": float(np.median(values)), "worst": float(values.min() if limit.at_least > -np.inf else values.max()),
+                "measured": len(values), "flagged": broken + refused[limit.name],
+            }  # fmt: skip
+    return quality
