@@ -102,7 +102,7 @@ def tiny_recording() -> TinyRecording:
     return TinyRecording()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recording() -> type[TinyRecording]:
     """The class of the tiny drive, for tests that want several or longer ones."""
     return TinyRecording
