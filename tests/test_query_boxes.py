@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from occbev.inference.reference_points import frame2ego
+from occbev.geometry import frame2ego
 from occbev.postprocess import OutputError
 from occbev.query_boxes import QueryDecoding, decode_queries
 

@@ -193,6 +193,8 @@ class BevDetConfig:
     """Semantic head: none, plane (channels to height) or volume (3D)."""
     occupancy_hidden: int = 512
     """Width of the semantic head's hidden layer."""
+    first_boxes: bool = False
+    """The head speaks of boxes as BEVDet's first release did: width before length, angles of its own."""
     published_buffers: str = "none"
     """Geometry constants kept for exact round trips of checkpoints: none, lift or voxel."""
 
@@ -308,6 +310,8 @@ class ModelConfig:
     """Image encoder."""
     lift: LiftConfig = field(default_factory=LiftConfig)
     """View transform."""
+    memory: int = 0
+    """Past frames whose BEV features our own Lift-Splat networks remember; 0 = none."""
     bevdet: BevDetConfig | None = None
     """Set for networks of the BEVDet family, whose parts it names; they have no use for `encoder`."""
     resnet: ResNetConfig | None = None
@@ -330,6 +334,17 @@ class ModelConfig:
     """Names of the heat map's channels."""
     occupancy_classes: tuple[str, ...] = OCCUPANCY_CLASSES
     """Names of the occupancy logits' channels; the last is free."""
+
+    def __post_init__(self) -> None:
+        if self.memory < 0:
+            raise ConfigError(f"memory {self.memory}: must be 0 or the number of past frames")
+
+    @property
+    def past_frames(self) -> int:
+        """Frames before this one that the network builds on; a BEVFormer's one holds all before it."""
+        if self.family == "lss":
+            return self.bevdet.frames - 1 if self.bevdet is not None else self.memory
+        return int(self.family == "bevformer")
 
 
 def load_config(path: Path, schema: type[T]) -> T:

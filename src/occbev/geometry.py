@@ -107,6 +107,15 @@ def wrap_angle(angle: ArrayLike) -> Array:
     return np.pi - np.mod(np.pi - np.asarray(angle, np.float64), 2 * np.pi)
 
 
+def frame2ego(frame: str) -> Array:
+    """Return where a grid's frame is on the vehicle: `base_link`, or `lidar` for published weights."""
+    if frame == "base_link":
+        return np.eye(4)
+    if frame == "lidar":
+        return NUSCENES_LIDAR.copy()
+    raise ValueError(f"grid frame {frame!r}: must be base_link or lidar")
+
+
 def project_points(points_cam: ArrayLike, intrinsic: ArrayLike) -> tuple[Array, Array]:
     """Project (..., 3) points of a camera frame through a pinhole.
 
@@ -141,3 +150,7 @@ def points_in_box(points: ArrayLike, box: ArrayLike) -> NDArray[np.bool_]:
     box = np.asarray(box, np.float64)
     local = (np.asarray(points, np.float64) - box[:3]) @ rotation_from_yaw(box[6])
     return np.all(np.abs(local) <= box[3:6] / 2, axis=-1)
+
+
+NUSCENES_LIDAR = make_transform(rotation_from_yaw(-np.pi / 2), (0.94, 0.0, 1.84))
+"""lidar2ego of the vehicle that the published weights know: x right, y forward, on the roof."""

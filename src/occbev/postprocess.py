@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
-from occbev.geometry import box_corners
+from occbev.geometry import box_corners, wrap_angle, yaw_from_rotation
 from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import CameraRig
@@ -79,6 +79,17 @@ def decode_boxes(heatmap: Floats, box: Floats, bev: BevGrid, decoding: BoxDecodi
     if decoding.nms == "circle":
         return boxes[circle_nms(boxes, np.array([NMS_RADIUS[name] for name in classes]))]
     return boxes[rotated_nms(boxes, decoding.max_overlap)] if decoding.nms == "rotated" else boxes
+
+
+def in_base_link(boxes: Boxes3D, frame2ego: NDArray[np.float64]) -> Boxes3D:
+    """Move boxes from an upright frame of the vehicle into base_link; frame2ego: (4, 4)."""
+    if np.array_equal(frame2ego, np.eye(4)):
+        return boxes
+    rotation, box = frame2ego[:3, :3], boxes.box.astype(np.float64)
+    box[:, :3] = box[:, :3] @ rotation.T + frame2ego[:3, 3]
+    box[:, 6] = wrap_angle(box[:, 6] + yaw_from_rotation(rotation))
+    box[:, 7:9] = box[:, 7:9] @ rotation[:2, :2].T
+    return replace(boxes, box=box.astype(np.float32))
 
 
 def circle_nms(boxes: Boxes3D, radius: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import wrap_angle, yaw_from_rotation
-from occbev.postprocess import LARGEST_SIZE, OutputError
+from occbev.geometry import wrap_angle
+from occbev.postprocess import LARGEST_SIZE, OutputError, in_base_link
 from occbev.results import Boxes3D
 
 CODE_VALUES = 10
@@ -42,7 +42,7 @@ def decode_queries(
     """Turn the answers of the last decoder layer into boxes in base_link, best first.
 
     class_logits: (Q, K). box_codes: (Q, 10). frame2ego: (4, 4), where the BEV's frame is on the vehicle;
-        upright, as `occbev.inference.reference_points.frame2ego` gives it.
+        upright, as `occbev.geometry.frame2ego` gives it.
     Raises:
         OutputError: shapes do not fit each other, or a value is not finite.
     """
@@ -56,20 +56,16 @@ def decode_queries(
     centre = codes[:, [0, 1, 4]]
     kept = np.all((centre >= decoding.lo) & (centre <= decoding.hi), 1)
     kept &= score >= decoding.threshold
-    box = _to_base_link(codes[kept], np.asarray(frame2ego, np.float64))
     label = (best % classes)[kept].astype(np.int64)
-    return Boxes3D(box, label, score[kept].astype(np.float32), cameras)
+    boxes = Boxes3D(_to_boxes(codes[kept]), label, score[kept].astype(np.float32), cameras)
+    return in_base_link(boxes, np.asarray(frame2ego, np.float64))
 
 
-def _to_base_link(
-    codes: NDArray[np.float64], frame2ego: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    rotation, translation = frame2ego[:3, :3], frame2ego[:3, 3]
-    centre = codes[:, [0, 1, 4]] @ rotation.T + translation
+def _to_boxes(codes: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Turn (M, 10) codes into (M, 9) boxes of the same frame."""
     size = np.exp(np.clip(codes[:, [3, 2, 5]], None, np.log(LARGEST_SIZE)))
-    yaw = -np.arctan2(codes[:, 6], codes[:, 7]) - np.pi / 2 + yaw_from_rotation(rotation)
-    velocity = codes[:, 8:] @ rotation[:2, :2].T
-    box = np.concatenate([centre, size, np.asarray(wrap_angle(yaw))[:, None], velocity], 1)
+    yaw = wrap_angle(-np.arctan2(codes[:, 6], codes[:, 7]) - np.pi / 2)
+    box = np.concatenate([codes[:, [0, 1, 4]], size, np.asarray(yaw)[:, None], codes[:, 8:]], 1)
     return box.astype(np.float32)
 
 

@@ -31,6 +31,7 @@ from occbev.rig import Camera, CameraRig  # noqa: E402
 from occbev_training.export import write_ir, write_onnx  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
+from occbev_training.models.graphs import make_graph  # noqa: E402
 
 MODEL = replace(
     ModelConfig(),
@@ -62,7 +63,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
     network, folder = build_network(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
     save_weights(folder / "weights.safetensors", network.state_dict(), {})
-    write_onnx(network, MODEL, folder / "model.onnx")
+    write_onnx(make_graph(network), MODEL, folder / "model.onnx")
     write_ir(network, MODEL, folder / "model.xml", compress=True)
     return write_package(folder, MODEL, {"data": "nothing"}, {})
 

@@ -18,11 +18,12 @@ from occbev.config import (  # noqa: E402
 )
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev_training.data.datasets import TrainingBatch  # noqa: E402
-from occbev_training.models.bevdet import Frame, build_bevdet  # noqa: E402
+from occbev_training.models.bevdet import build_bevdet  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
 from occbev_training.models.depth_net import matching_cost  # noqa: E402
 from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder  # noqa: E402
 from occbev_training.models.lift_splat import BatchedPoints, batch_geometry  # noqa: E402
+from occbev_training.models.network import Frame  # noqa: E402
 from occbev_training.models.resnet import ResNet  # noqa: E402
 from occbev_training.models.temporal import TemporalFusion, warp_bev, warp_grid  # noqa: E402
 from occbev_training.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
@@ -101,8 +102,8 @@ def test_a_missing_camera_says_nothing(bevdet4d) -> None:
     other = images.clone()
     other[:, 1] = 7.0
     with torch.no_grad():
-        a, b = (network.refined_bev(i, one, points)[0] for i in (images, other))
-        c = network.refined_bev(other, VALID, points)[0]
+        a, b = (network.frame_bev(Frame(i, one, points))[0] for i in (images, other))
+        c = network.frame_bev(Frame(other, VALID, points))[0]
     torch.testing.assert_close(a, b)
     assert not torch.allclose(b, c)
 
@@ -115,7 +116,8 @@ def test_the_past_is_seen_but_takes_no_gradient(bevdet4d) -> None:
     output = network(random_images(), VALID, points, [Frame(past, VALID, points)])
     hook.remove()
     with torch.no_grad():
-        each = [network.refined_bev(random_images(seed), VALID, points)[0] for seed in (0, 1)]
+        frames = [Frame(random_images(seed), VALID, points) for seed in (0, 1)]
+        each = [network.frame_bev(frame)[0] for frame in frames]
     torch.testing.assert_close(joined[0], torch.cat(each, 1))
     assert not torch.equal(*each)
     output.heatmap.sum().backward()

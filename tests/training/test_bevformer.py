@@ -229,10 +229,17 @@ def rig(cameras: int = 2, height: float = 1.6) -> tuple[torch.Tensor, torch.Tens
     return torch.from_numpy(points)[None], torch.from_numpy(visible)[None]
 
 
+def views(points, visible, valid=None, can_bus=None, motion=None) -> bevformer.BevFormerViews:
+    """What the network takes as geometry."""
+    count = points.shape[:2]
+    hits = bevformer.pair_cameras(points, visible, torch.ones(count) if valid is None else valid)
+    still = torch.zeros(count[0], 18) if can_bus is None else can_bus
+    return bevformer.BevFormerViews(hits, still, motion)
+
+
 def test_every_output_has_its_shape_and_takes_gradients() -> None:
     model = network().train()
-    hits = bevformer.pair_cameras(*rig(), torch.ones(1, 2))
-    output = model(torch.randn(1, 2, 3, 64, 64), hits, torch.zeros(1, 18))
+    output = model(torch.randn(1, 2, 3, 64, 64), torch.ones(1, 2), views(*rig()))
     assert output.bev.shape == (1, 32, 12, 16)
     assert output.occupancy_logits.shape == (1, 18, 4, 12, 16)
     assert output.class_logits.shape == (2, 1, 7, 10)
@@ -253,13 +260,13 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     shift, known = torch.tensor([[0.02, 0.01], [0.05, 0.0]]), torch.tensor([1.0, 0.0])
     motion = bevformer.Motion(previous, known, align, shift)
     with torch.no_grad():
-        hits = bevformer.pair_cameras(points, visible, torch.ones(2, 2))
-        both = model(images, hits, can_bus, motion).bev
-        hits = bevformer.pair_cameras(points[:1], visible[:1], torch.ones(1, 2))
+        valid = torch.ones(2, 2)
+        both = model(images, valid, views(points, visible, None, can_bus, motion)).bev
         alone = bevformer.Motion(previous[:1], known[:1], align[:1], shift[:1])
-        first = model(images[:1], hits, can_bus[:1], alone).bev
-        hits = bevformer.pair_cameras(points[1:], visible[1:], torch.ones(1, 2))
-        second = model(images[1:], hits, can_bus[1:]).bev  # its past is unknown: the same as none
+        seen_ = views(points[:1], visible[:1], None, can_bus[:1], alone)
+        first = model(images[:1], valid[:1], seen_).bev
+        seen_ = views(points[1:], visible[1:], None, can_bus[1:])
+        second = model(images[1:], valid[1:], seen_).bev  # its past is unknown: the same as none
     torch.testing.assert_close(both[:1], first, **CLOSE)
     torch.testing.assert_close(both[1:], second, **CLOSE)
 
@@ -270,23 +277,23 @@ def test_a_missing_camera_is_as_if_it_saw_nothing() -> None:
     dark = visible.clone()
     dark[:, 1] = False
     with torch.no_grad():
-        missing = bevformer.pair_cameras(points, visible, torch.tensor([[1.0, 0.0]]))
-        blind = bevformer.pair_cameras(points, dark, torch.ones(1, 2))
-        got, want = (model(images, h, torch.zeros(1, 18)).bev for h in (missing, blind))
-        seeing = bevformer.pair_cameras(points, visible, torch.ones(1, 2))
-        other = model(images, seeing, torch.zeros(1, 18)).bev
+        gone, all_there = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2)
+        got = model(images, gone, views(points, visible, gone)).bev
+        want = model(images, all_there, views(points, dark)).bev
+        other = model(images, all_there, views(points, visible)).bev
     torch.testing.assert_close(got, want)
     assert (got - other).abs().max() > 1e-3
 
 
 def test_the_past_is_remembered_frame_by_frame_and_teaches_nothing() -> None:
     model = network().train()
-    hits, still = bevformer.pair_cameras(*rig(), torch.ones(1, 2)), torch.arange(BEV.size)[None]
+    points, visible = rig()
+    still, valid = torch.arange(BEV.size)[None], torch.ones(1, 2)
     images, can_bus, known, shift = (
         torch.randn(3, 1, 2, 3, 64, 64), torch.randn(3, 1, 18), torch.ones(1), torch.full((1, 2), 0.02)
     )  # fmt: skip
     frames = [
-        PastFrame(image, hits, bus, known, still, shift)
+        PastFrame(image, views(points, visible, None, bus), known, still, shift)
         for image, bus in zip(images[:2], can_bus[:2], strict=True)
     ]
     past = remember(model, frames)
@@ -295,10 +302,9 @@ def test_the_past_is_remembered_frame_by_frame_and_teaches_nothing() -> None:
     assert remember(model, []) is None
     model.eval()
     with torch.no_grad():
-        first = model(images[0], hits, can_bus[0]).bev
-        second = model(
-            images[1], hits, can_bus[1], bevformer.Motion(first, known, still, shift)
-        ).bev
+        first = model(images[0], valid, views(points, visible, None, can_bus[0])).bev
+        motion = bevformer.Motion(first, known, still, shift)
+        second = model(images[1], valid, views(points, visible, None, can_bus[1], motion)).bev
     torch.testing.assert_close(past, second)
 
 

@@ -25,7 +25,7 @@ from occbev.config import (  # noqa: E402
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
 from occbev.inference.tables import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
-from occbev_training.export import GatherGraph, ring_rig  # noqa: E402
+from occbev_training.export import ring_rig  # noqa: E402
 from occbev_training.models.bev_encoder import BevEncoder  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import (  # noqa: E402
@@ -35,6 +35,7 @@ from occbev_training.models.checkpoints import (  # noqa: E402
     save_weights,
     transfer,
 )
+from occbev_training.models.graphs import GatherGraph  # noqa: E402
 from occbev_training.models.image_encoder import ImageEncoder  # noqa: E402
 from occbev_training.models.lift_splat import (  # noqa: E402
     BatchedPoints,

@@ -1,6 +1,7 @@
-"""A trained network as a model package: weights, ONNX and OpenVINO graphs, each checked against torch.
+"""A trained network of any family as a model package: weights and graphs, each checked against torch.
 
-Geometry stays outside the graphs: they take the tables of `occbev.inference.tables` as inputs.
+Geometry and state stay outside the graphs: they take the tables of `occbev.inference.tables` and what
+`occbev.inference.memory` carries from frame to frame as inputs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,247 +21,232 @@ import onnxruntime
 import openvino
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from occbev.config import ModelConfig, to_record
-from occbev.inference.tables import GATHER_STAGES, TableCache, Tables
+from occbev.geometry import make_transform, rotation_from_yaw
+from occbev.inference.backend import PER_CAMERA
+from occbev.inference.memory import first_state, motion_inputs
+from occbev.inference.tables import TableCache
 from occbev.model_package import ModelPackage, write_package
 from occbev.rig import Camera, CameraRig
 from occbev_training.models.checkpoints import save_weights
-from occbev_training.models.lift_splat import BatchedPoints, splat_by_gather
-from occbev_training.models.network import OccBevNetwork
+from occbev_training.models.deformable_conv import plain_operators
+from occbev_training.models.graphs import Graph, GraphError, make_graph
 
 logger = logging.getLogger(__name__)
-
-OUTPUTS = ("occupancy_logits", "heatmap", "box")
-"""Outputs of an exported graph, in order."""
 
 OPSET = 18
 """ONNX operator set; every runtime's parser of the last years knows it."""
 
 ONNX_TOLERANCE = 1e-4
-"""Largest difference between ONNX Runtime and torch, relative to an output's largest value."""
+"""Largest difference between a runtime and torch, relative to an output's largest value."""
 
 IR_TOLERANCE = 5e-2
 """The same for OpenVINO, whose weights are rounded to fp16: on random images, where box maps are wildest."""
 
 FORBIDDEN_OPERATORS = frozenset(
-    {"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "SequenceEmpty"}
+    {"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "CumSum"}
 )
-"""Operators that some runtime lacks or runs slowly; a graph that holds one is not written."""
+"""Operators that some runtime lacks or computes badly; a graph that holds one, or a Sequence*, is refused."""
 
-_BAG = ("table_pixel", "table_depth", "table_weight", "table_offset", "table_ray")
-_GATHER = (
-    "table_pixel", "table_depth", "table_weight",
-    *(f"table_stage{stage}" for stage in range(2, GATHER_STAGES + 1)), "table_cell", "table_ray",
-)  # fmt: skip
+MOST_CAMERAS = 32
+"""Cameras that a graph takes at most; families with an embedding for each camera take as many as they have."""
+
+Arrays = dict[str, NDArray[Any]]
+Differences = dict[str, float]
 
 
 class ExportError(RuntimeError):
     """A graph that does not do what the network does, or uses an operator that it must not."""
 
 
-class BagGraph(nn.Module):
-    """The network with its tables as separate inputs, splatting by an embedding bag."""
-
-    tables = _BAG
-
-    def __init__(self, network: OccBevNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(
-        self,
-        images: Tensor,
-        camera_valid: Tensor,
-        table_pixel: Tensor,
-        table_depth: Tensor,
-        table_weight: Tensor,
-        table_offset: Tensor,
-        table_ray: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Return `OUTPUTS`."""
-        points = BatchedPoints(table_pixel, table_depth, table_weight, table_offset, table_ray)
-        output = self.network(images, camera_valid, points)
-        return tuple(getattr(output, name) for name in OUTPUTS)
-
-
-class GatherGraph(nn.Module):
-    """The network with its tables as separate inputs, splatting by staged gathers."""
-
-    tables = _GATHER
-
-    def __init__(self, network: OccBevNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(
-        self,
-        images: Tensor,
-        camera_valid: Tensor,
-        table_pixel: Tensor,
-        table_depth: Tensor,
-        table_weight: Tensor,
-        table_stage2: Tensor,
-        table_stage3: Tensor,
-        table_stage4: Tensor,
-        table_cell: Tensor,
-        table_ray: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Return `OUTPUTS`."""
-        network, lift = self.network, self.network.view_transform
-        features = network.image_encoder(images.flatten(0, 1))
-        logits, context = lift.predict_depth(features, table_ray.flatten(0, 1))
-        rows, depth = lift.rows(logits, context, camera_valid.flatten())
-        stages = (table_stage2, table_stage3, table_stage4)
-        tables = (table_pixel, table_depth, table_weight, *stages, table_cell)
-        heads = network.heads(lift.to_bev(splat_by_gather(rows, depth, tables)))
-        return tuple(heads[name] for name in OUTPUTS)
-
-
 @dataclass(frozen=True)
 class Parity:
-    """Largest difference of each output from torch's, relative to its largest value."""
+    """Largest difference of each output from torch's, relative to its largest value, by runtime.
+
+    The OpenVINO graph is written for our own Lift-Splat networks; other packages are read from ONNX.
+    """
 
     onnxruntime: Mapping[str, float]
-    openvino: Mapping[str, float]
-    openvino_before_rounding: Mapping[str, float]
+    openvino: Mapping[str, float] | None = None
+    openvino_before_rounding: Mapping[str, float] | None = None
+
+    def as_record(self) -> dict[str, dict[str, float]]:
+        """The measured differences with two digits."""
+        return {
+            runtime: {name: float(f"{value:.2g}") for name, value in values.items()}
+            for runtime, values in vars(self).items()
+            if values is not None
+        }
 
 
 def export_package(
-    network: OccBevNetwork,
+    network: nn.Module,
     model: ModelConfig,
     folder: Path,
     provenance: Mapping[str, Any],
     metrics: Mapping[str, Any],
     extra_files: Sequence[Path] = (),
+    cameras: Sequence[int] | None = None,
 ) -> ModelPackage:
     """Write a model package and prove its graphs against the network.
 
     network: of the fine-tuning stage; it is put in eval mode. extra_files: copied in (priors.npz).
+    cameras: sizes of the rigs that the graphs are checked on.
     Raises: ExportError if a graph differs from torch by more than its tolerance.
     """
-    if network.occupancy_head is None or network.detection_head is None:
-        raise ExportError("a model package needs both heads: build the network for stage finetune")
     network.eval().float().cpu()
+    graph = _graph(network, "gather")
+    if "reconstruction_logits" in graph.outputs:
+        raise ExportError(
+            "a model package needs a detection or an occupancy head: build the network for stage finetune"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
     for path in extra_files:
         shutil.copyfile(path, folder / path.name)
-    write_onnx(network, model, folder / "model.onnx")
-    unrounded = write_ir(network, model, folder / "model.xml", compress=True)
-    parity = check_graphs(network, model, folder, unrounded)
-    metrics = {**metrics, "export_difference": _rounded(to_record(parity))}
-    provenance = {**provenance, "exported_with": _versions()}
+    operators = write_onnx(graph, model, folder / "model.onnx")
+    unrounded = None
+    if is_own(model):
+        unrounded = write_ir(network, model, folder / "model.xml", compress=True)
+    parity = check_graphs(network, model, folder, unrounded, cameras)
+    metrics = {**metrics, "export_difference": parity.as_record()}
+    provenance = {
+        **provenance,
+        "exported_with": _versions(),
+        "operators": " ".join(f"{name}:{count}" for name, count in sorted(operators.items())),
+    }
     (folder / "README.md").write_text(model_card(network, model, provenance, metrics))
     return write_package(folder, model, provenance, metrics)
 
 
-def write_onnx(network: OccBevNetwork, model: ModelConfig, path: Path) -> None:
-    """Write the gather form as ONNX with a free number of cameras.
+def is_own(model: ModelConfig) -> bool:
+    """Whether a network is one of our own Lift-Splat networks, which get an OpenVINO graph as well."""
+    return model.family == "lss" and model.bevdet is None
+
+
+def most_cameras(model: ModelConfig) -> int:
+    """Return how many cameras a graph of the model can take."""
+    if model.family == "lss":
+        return MOST_CAMERAS
+    return model.bevformer.cameras if model.bevformer else 6
+
+
+def write_onnx(graph: Graph, model: ModelConfig, path: Path) -> Mapping[str, int]:
+    """Write a graph as ONNX with a free number of cameras and return how often it uses each operator.
 
     Raises: ExportError naming operators that a graph must not hold.
     """
-    inputs = {n: torch.from_numpy(a) for n, a in example_inputs(model, 6, "gather").items()}
-    cameras = torch.export.Dim("cameras", min=1, max=32)
-    free = {"images", "camera_valid", "table_ray"}
-    shapes = {name: {1: cameras} if name in free else None for name in inputs}
-    with warnings.catch_warnings(), torch.no_grad():
+    inputs = example_inputs(model, graph, min(6, most_cameras(model)), seed=1)
+    count = torch.export.Dim("cameras", min=1, max=most_cameras(model))
+    shapes = {n: {PER_CAMERA[n]: count} if n in PER_CAMERA else None for n in inputs}
+    with warnings.catch_warnings(), torch.no_grad(), plain_operators(graph):
         warnings.simplefilter("ignore")  # the exporter's notes on its own deprecations
         program = torch.onnx.export(
-            GatherGraph(network), kwargs=inputs, dynamo=True, opset_version=OPSET,
-            dynamic_shapes=shapes, input_names=list(inputs), output_names=list(OUTPUTS),
-            external_data=False, verbose=False, optimize=True,
+            graph, kwargs={name: torch.from_numpy(array) for name, array in inputs.items()},
+            dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, input_names=list(inputs),
+            output_names=list(graph.outputs), external_data=False, verbose=False, optimize=True,
         )  # fmt: skip
     assert program is not None
     program.save(str(path), external_data=False)
-    require_plain_operators(path)
+    return require_plain_operators(path)
 
 
-def require_plain_operators(path: Path) -> frozenset[str]:
-    """Check an ONNX file and return the operators that it uses.
+def require_plain_operators(path: Path) -> Mapping[str, int]:
+    """Check an ONNX file and return how often it uses each operator.
 
     Raises: ExportError naming operators that a graph must not hold.
     """
     graph = onnx.load(path)
     onnx.checker.check_model(graph, full_check=True)
-    used = frozenset(node.op_type for node in graph.graph.node)
-    found = used & FORBIDDEN_OPERATORS
+    used = Counter(node.op_type for node in graph.graph.node)
+    found = sorted(n for n in used if n in FORBIDDEN_OPERATORS or n.startswith("Sequence"))
     if found or len(graph.functions) or {d.domain for d in graph.opset_import} - {"", "ai.onnx"}:
-        raise ExportError(f"{path}: holds {sorted(found) or 'functions or custom operators'}")
+        raise ExportError(f"{path}: holds {found or 'functions or custom operators'}")
     return used
 
 
-def write_ir(
-    network: OccBevNetwork, model: ModelConfig, path: Path, compress: bool
-) -> openvino.Model:
+def write_ir(network: nn.Module, model: ModelConfig, path: Path, compress: bool) -> openvino.Model:
     """Write the bag form as OpenVINO IR with a free number of cameras.
 
     compress: store weights as fp16 (computing stays in the runtime's precision).
     Returns: the graph with its weights still in fp32.
     """
-    graph = _convert(network, model)
+    bag = _graph(network, "bag")
+    inputs = example_inputs(model, bag, 6, seed=1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        graph = openvino.convert_model(
+            bag, example_input={n: torch.from_numpy(a) for n, a in inputs.items()}
+        )
+    shapes: dict[str, list[int]] = {name: list(value.shape) for name, value in inputs.items()}
+    for name, axis in PER_CAMERA.items():
+        if name in shapes:
+            shapes[name][axis] = -1
+    graph.reshape(shapes)
+    for port, name in zip(graph.outputs, bag.outputs, strict=True):
+        port.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=compress)
     return graph
 
 
-def _convert(network: OccBevNetwork, model: ModelConfig) -> openvino.Model:
-    inputs = {n: torch.from_numpy(a) for n, a in example_inputs(model, 6, "bag").items()}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        graph = openvino.convert_model(BagGraph(network), example_input=inputs)
-    shapes: dict[str, list[int]] = {name: list(value.shape) for name, value in inputs.items()}
-    for name in ("images", "camera_valid", "table_ray"):
-        shapes[name][1] = -1
-    graph.reshape(shapes)
-    for port, name in zip(graph.outputs, OUTPUTS, strict=True):
-        port.get_tensor().set_names({name})
-    return graph
-
-
 def check_graphs(
-    network: OccBevNetwork,
+    network: nn.Module,
     model: ModelConfig,
     folder: Path,
-    unrounded: openvino.Model,
-    cameras: Sequence[int] = (6, 5, 7),
+    unrounded: openvino.Model | None = None,
+    cameras: Sequence[int] | None = None,
 ) -> Parity:
-    """Run every graph of a package on random images of rigs of several sizes, beside torch.
+    """Run every graph of a package on two frames of rigs of several sizes, beside torch.
 
     unrounded: the OpenVINO graph before its weights were stored as fp16, run on the first rig.
     Raises: ExportError naming the output that differs.
     """
-    onnx_worst, ir_worst, plain_worst = (dict.fromkeys(OUTPUTS, 0.0) for _ in range(3))
-    for index, count in enumerate(cameras):
-        bag, gather = (example_inputs(model, count, form) for form in ("bag", "gather"))
-        want = _run_torch(BagGraph(network), bag)
-        _worse(onnx_worst, want, _run_onnx(folder / "model.onnx", gather))
-        ir = openvino.Core().read_model(folder / "model.xml")
-        _worse(ir_worst, want, _run_openvino(ir, bag))
-        if index == 0:
-            _worse(plain_worst, want, _run_openvino(unrounded.clone(), bag))
-    _require(onnx_worst, ONNX_TOLERANCE, "ONNX Runtime")
-    _require(plain_worst, ONNX_TOLERANCE, "OpenVINO before rounding its weights")
-    _require(ir_worst, IR_TOLERANCE, "OpenVINO with fp16 weights")
-    return Parity(onnx_worst, ir_worst, plain_worst)
+    sizes = cameras or [n for n in (6, 5, 7) if n <= most_cameras(model)]
+    gather, bag = _graph(network, "gather"), _graph(network, "bag")
+    worst: dict[str, Differences] = {"onnxruntime": {}, "openvino": {}, "plain": {}}
+    for count in sizes:
+        for seed in (0, 1) if model.past_frames else (0,):
+            inputs, bags = (example_inputs(model, g, count, seed) for g in (gather, bag))
+            want = run_torch(bag, bags)
+            _worse(worst["onnxruntime"], want, run_onnx(folder / "model.onnx", inputs))
+            if unrounded is None:
+                continue
+            ir = openvino.Core().read_model(folder / "model.xml")
+            _worse(worst["openvino"], want, run_openvino(ir, bags))
+            if count == sizes[0]:
+                _worse(worst["plain"], want, run_openvino(unrounded.clone(), bags))
+    _require(worst["onnxruntime"], ONNX_TOLERANCE, "ONNX Runtime")
+    _require(worst["plain"], ONNX_TOLERANCE, "OpenVINO before rounding its weights")
+    _require(worst["openvino"], IR_TOLERANCE, "OpenVINO with fp16 weights")
+    if unrounded is None:
+        return Parity(worst["onnxruntime"])
+    return Parity(worst["onnxruntime"], worst["openvino"], worst["plain"])
 
 
 def example_inputs(
-    model: ModelConfig, cameras: int, form: str, seed: int = 0
-) -> dict[str, NDArray[Any]]:
-    """Return the inputs of a graph for a ring of cameras, with random images.
+    model: ModelConfig, graph: Graph, cameras: int, seed: int = 0, rig: CameraRig | None = None
+) -> Arrays:
+    """Return a graph's inputs for a rig (by default a ring of cameras) with random images, all valid.
 
-    form: "bag" or "gather". Every camera is valid.
+    seed: 0 is a first frame; in any other a network with a memory finds a random state and a motion.
     """
-    image = model.image
-    pixels = np.random.default_rng(seed).standard_normal((1, cameras, 3, image.height, image.width))
-    tables: Tables = TableCache(model, form).tables(ring_rig(model, cameras))
-    names = {"bag": _BAG, "gather": _GATHER}[form]
-    return {
+    generator, image = np.random.default_rng(seed), model.image
+    rig = rig or ring_rig(model, cameras)
+    pixels = generator.standard_normal((1, len(rig), 3, image.height, image.width))
+    arrays: Arrays = {
         "images": pixels.astype(np.float32),
-        "camera_valid": np.ones((1, cameras), np.float32),
-        **{name: tables[name] for name in names},
+        "camera_valid": np.ones((1, len(rig)), np.float32),
+        **TableCache(model, graph.form).tables(rig),
     }
+    if model.past_frames:
+        before = make_transform(rotation_from_yaw(0.3), (100.0, 50.0, 0.0))
+        now = make_transform(rotation_from_yaw(0.4), (101.5, 50.4, 0.0))
+        state = generator.standard_normal(first_state(model).shape).astype(np.float32)
+        motion = motion_inputs(model, now, (before, now) if seed else None)
+        arrays |= {"state_in_bev": state, **motion}
+    return {name: arrays[name] for name in graph.inputs}
 
 
 def ring_rig(model: ModelConfig, cameras: int) -> CameraRig:
@@ -278,34 +265,84 @@ def ring_rig(model: ModelConfig, cameras: int) -> CameraRig:
     return CameraRig(tuple(ring))
 
 
+def run_torch(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Run a graph in torch; returns its outputs by name."""
+    with torch.no_grad():
+        outputs = graph(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    return {n: output.numpy() for n, output in zip(graph.outputs, outputs, strict=True)}
+
+
+def run_onnx(path: Path, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Run a file in ONNX Runtime on the CPU; inputs that nothing in it reads are left out."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    taken = {entry.name for entry in session.get_inputs()}
+    names = [entry.name for entry in session.get_outputs()]
+    feed = {name: array for name, array in inputs.items() if name in taken}
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+def run_openvino(graph: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Run an OpenVINO graph on the CPU in fp32."""
+    taken = {port.get_any_name() for port in graph.inputs}
+    feed = {name: array for name, array in inputs.items() if name in taken}
+    graph.reshape({name: list(array.shape) for name, array in feed.items()})
+    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    result = compiled(feed)
+    return {port.get_any_name(): result[port.get_any_name()] for port in graph.outputs}
+
+
+def relative_differences(
+    want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]
+) -> Differences:
+    """Return max |a - b| / max |a| of every output; raises ExportError where outputs lack."""
+    absent = sorted(set(want) - set(got))
+    if absent:
+        raise ExportError(f"the graph lacks the outputs {absent}; it has {sorted(got)}")
+    return {
+        name: float(np.abs(got[name] - expected).max() / max(np.abs(expected).max(), 1e-30))
+        for name, expected in want.items()
+    }
+
+
 def model_card(
-    network: OccBevNetwork,
+    network: nn.Module,
     model: ModelConfig,
     provenance: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> str:
     """Return the package's README: what the network is, where it comes from, how good it is."""
     parameters = sum(p.numel() for p in network.parameters())
-    image, grid, depth = model.image, model.grid, model.lift.depth
+    image, grid = model.image, model.grid
+    has_boxes = getattr(network, "detection_head", None) is not None
+    has_voxels = getattr(network, "occupancy_head", None) is not None
+    outputs = [f"3D boxes of {len(model.detection_classes)} classes"] * has_boxes
+    outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_voxels
+    cameras = "any number of" if model.family == "lss" else f"up to {most_cameras(model)}"
+    rows = {
+        "parameters": f"{parameters / 1e6:.2f} million",
+        "input": f"{cameras} cameras, {image.width}x{image.height} pixels each",
+        "image encoder": _encoder(model),
+        "view transform": _view_transform(model),
+        "memory": _memory(model),
+        "BEV": f"{_extent(model.bev.lo, model.bev.hi)}, cells of {model.bev.pitch[0]:.4g} m, frame {model.bev.frame}",
+    }
+    if has_voxels:
+        rows["occupancy"] = (
+            f"{_extent(grid.lo, grid.hi)}, voxels of {grid.pitch[0]:.4g} m, frame {grid.frame}"
+        )
     return "\n".join(
         [
             f"# {model.name}",
             "",
-            f"Camera-BEV perception: 3D boxes of {len(model.detection_classes)} classes and semantic",
-            f"occupancy of {len(model.occupancy_classes)} classes from surround cameras.",
+            f"Camera-BEV perception: {' and '.join(outputs)} from surround cameras.",
             "",
             "| | |",
             "|---|---|",
-            f"| parameters | {parameters / 1e6:.2f} million |",
-            f"| input | any number of cameras, {image.width}x{image.height} pixels each |",
-            f"| image encoder | {model.encoder.backbone}, {model.encoder.stages} stages |",
-            f"| view transform | Lift-Splat, {depth.bins} depth bins from {depth.lo} to {depth.hi} m |",
-            f"| BEV | {_extent(model.bev.lo, model.bev.hi)}, cells of {model.bev.pitch[0]} m |",
-            f"| occupancy | {_extent(grid.lo, grid.hi)}, voxels of {grid.pitch[0]} m, frame {grid.frame} |",
+            *(f"| {name} | {text} |" for name, text in rows.items()),
             "",
-            "`config.yaml` fixes the model and holds the SHA-256 of every file. `model.xml` is the",
-            "graph for OpenVINO (weights stored as fp16), `model.onnx` for ONNX Runtime and TensorRT,",
-            "`weights.safetensors` for torch. Calibration is an input of the graphs.",
+            "`config.yaml` fixes the model and holds the SHA-256 of every file. `model.onnx` is the graph for ONNX",
+            "Runtime and TensorRT, `weights.safetensors` is for torch; `model.xml`, where it is there, is the graph",
+            "for OpenVINO (weights stored as fp16). Calibration and state are inputs of the graphs.",
             "",
             "## Where it comes from",
             "",
@@ -317,6 +354,37 @@ def model_card(
             "",
         ]
     )
+
+
+def _encoder(model: ModelConfig) -> str:
+    if model.resnet is not None and model.family != "lss":
+        deformable = ", deformable convolutions" if model.resnet.deformable_stages else ""
+        return f"ResNet-{model.resnet.depth}{deformable}, {model.resnet.levels} levels"
+    if model.bevdet is not None:
+        return f"ResNet-{model.bevdet.depth}"
+    return f"{model.encoder.backbone}, {model.encoder.stages} stages"
+
+
+def _view_transform(model: ModelConfig) -> str:
+    depth = model.lift.depth
+    if model.family == "bevformer":
+        return f"BEVFormer, {model.bevformer.layers if model.bevformer else 0} layers"
+    if model.family == "detr3d":
+        return "none: object queries read the images (DETR3D)"
+    return f"Lift-Splat, {depth.bins} depth bins from {depth.lo} to {depth.hi} m"
+
+
+def _memory(model: ModelConfig) -> str:
+    if model.family == "bevformer":
+        return "the BEV of the frame before"
+    return f"{model.past_frames} past frames" if model.past_frames else "none"
+
+
+def _graph(network: nn.Module, form: str) -> Graph:
+    try:
+        return make_graph(network, form)
+    except GraphError as error:
+        raise ExportError(f"it is not exported: {error}") from error
 
 
 def _extent(lo: Sequence[float], hi: Sequence[float]) -> str:
@@ -334,32 +402,11 @@ def _bullets(record: Mapping[str, Any], depth: int = 0) -> list[str]:
     return lines
 
 
-def _run_torch(graph: nn.Module, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    with torch.no_grad():
-        outputs = graph(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-    return {name: output.numpy() for name, output in zip(OUTPUTS, outputs, strict=True)}
-
-
-def _run_onnx(path: Path, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return dict(zip(OUTPUTS, session.run(list(OUTPUTS), dict(inputs)), strict=True))
-
-
-def _run_openvino(
-    graph: openvino.Model, inputs: Mapping[str, NDArray[Any]]
-) -> dict[str, NDArray[Any]]:
-    graph.reshape({name: list(array.shape) for name, array in inputs.items()})
-    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    result = compiled(dict(inputs))
-    return {name: result[name] for name in OUTPUTS}
-
-
 def _worse(
-    worst: dict[str, float], want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]
+    worst: Differences, want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]
 ) -> None:
-    for name, expected in want.items():
-        difference = np.abs(got[name] - expected).max() / np.abs(expected).max()
-        worst[name] = max(worst[name], float(difference))
+    for name, difference in relative_differences(want, got).items():
+        worst[name] = max(worst.get(name, 0.0), difference)
 
 
 def _require(worst: Mapping[str, float], tolerance: float, runtime: str) -> None:
@@ -370,12 +417,6 @@ def _require(worst: Mapping[str, float], tolerance: float, runtime: str) -> None
         if not difference <= tolerance:
             raise ExportError(f"{runtime}: {name} differs from torch by {difference:.1e} of its largest"
                               f" value, tolerance {tolerance:.0e}")  # fmt: skip
-
-
-def _rounded(record: Any) -> Any:
-    if isinstance(record, Mapping):
-        return {key: _rounded(value) for key, value in record.items()}
-    return float(f"{record:.2g}")
 
 
 def _versions() -> dict[str, str]:

@@ -18,8 +18,15 @@ from occbev.model_package import ModelPackage
 Arrays = Mapping[str, NDArray[Any]]
 
 
-PER_CAMERA = ("images", "camera_valid", "table_ray")
-"""Inputs (1, N, ...) whose second axis is the number of cameras."""
+PER_CAMERA = {
+    "images": 1, "camera_valid": 1, "table_ray": 1, "table_projection": 1, "table_query": 0, "table_points": 0,
+}  # fmt: skip
+"""Input of a graph -> which of its axes is the number of cameras."""
+
+MARKERS = {
+    "table_offset": "bag", "table_cell": "gather", "table_slot": "slots", "table_projection": "projection",
+}  # fmt: skip
+"""Input of a graph -> the form of geometry tables that it tells of."""
 
 
 class BackendError(ValueError):
@@ -29,7 +36,7 @@ class BackendError(ValueError):
 class Backend(Protocol):
     """A loaded network.
 
-    name: the runtime's name. form: "bag" or "gather", the kind of geometry tables its graph takes.
+    name: the runtime's name. form: the kind of geometry tables its graph takes, see `MARKERS`.
     device: what it runs on, in words, for reports.
     """
 
@@ -38,7 +45,9 @@ class Backend(Protocol):
     device: str
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once on `images (1, N, 3, h, w)`, `camera_valid (1, N)`, `table_*`.
+        """Run once on `images (1, N, 3, h, w)`, `camera_valid (1, N)`, `table_*` and, with a memory, `state_*`.
+
+        Inputs that the graph does not take are left out.
 
         Returns: the graph's outputs by name. They may be views of the runtime's own buffers, overwritten by the next run.
         """
@@ -131,14 +140,14 @@ def table_form(input_names: Iterable[str]) -> str:
     """Tell from a graph's inputs which form of geometry tables it takes.
 
     Raises:
-        BackendError: the graph takes neither.
+        BackendError: the graph takes none.
     """
     names = set(input_names)
-    for marker, form in (("table_offset", "bag"), ("table_cell", "gather")):
+    for marker, form in MARKERS.items():
         if marker in names:
             return form
     raise BackendError(
-        f"the graph's inputs {sorted(names)} hold neither table_offset nor table_cell: not a graph of this package format"
+        f"the graph's inputs {sorted(names)} hold none of {', '.join(MARKERS)}: not a graph of this package format"
     )
 
 

@@ -19,14 +19,16 @@ class OpenVinoBackend:
     def __init__(self, compiled: openvino.CompiledModel) -> None:
         self._request = compiled.create_infer_request()
         self._outputs = [port.get_any_name() for port in compiled.outputs]
-        self.form = table_form(port.get_any_name() for port in compiled.inputs)
+        self._inputs = {port.get_any_name() for port in compiled.inputs}
+        self.form = table_form(self._inputs)
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.device = f"CPU, {threads} threads, {precision}"
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; the outputs are views that the next run overwrites."""
-        result = self._request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+        feed = {name: array for name, array in inputs.items() if name in self._inputs}
+        result = self._request.infer(feed, share_inputs=True, share_outputs=True)
         return {name: result[index] for index, name in enumerate(self._outputs)}
 
 
@@ -52,9 +54,9 @@ def load(
 
 
 def _shapes(graph: openvino.Model, cameras: int) -> dict[str, openvino.PartialShape]:
-    """The inputs' shapes with the second axis of every per-camera input set to the rig's size."""
+    """The inputs' shapes with the camera axis of every per-camera input set to the rig's size."""
     shapes = {port.get_any_name(): port.get_partial_shape() for port in graph.inputs}
-    for name in PER_CAMERA:
+    for name, axis in PER_CAMERA.items():
         if name in shapes:
-            shapes[name][0], shapes[name][1] = 1, cameras
+            shapes[name][axis] = cameras
     return shapes

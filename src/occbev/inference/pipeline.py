@@ -1,6 +1,7 @@
 """The straight line without ROS: one frame set in, boxes and voxels out.
 
 The node, bag replay, evaluation and the benchmark all call this, so that live and offline results are equal.
+Networks of every family run here; what one remembers of the frame before is kept here as well.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occbev.geometry import invert_transform
+from occbev.config import ModelConfig
+from occbev.geometry import frame2ego, invert_transform
 from occbev.inference.backend import Arrays, Backend, load_backend
+from occbev.inference.memory import Memory
 from occbev.inference.tables import TableCache
 from occbev.model_package import ModelPackage, find_package
 from occbev.postprocess import (
@@ -23,17 +26,20 @@ from occbev.postprocess import (
     OutputError,
     decode_boxes,
     decode_occupancy,
+    in_base_link,
     unobserved,
     voxels_in_view,
 )
 from occbev.preprocess import PreparedImages, Preprocessor
+from occbev.query_boxes import QueryDecoding, decode_queries
 from occbev.results import Boxes3D, FrameSet, Occupancy, Perception, Timings
 from occbev.rig import CameraRig
 
 STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
 """Names of the timed stages, in order."""
 
-OUTPUTS = ("occupancy_logits", "heatmap", "box")
+OUTPUTS = ("occupancy_logits", "heatmap", "box", "class_logits", "box_codes")
+"""Outputs of a graph that are decoded: voxels, and boxes as centre maps or as answers of queries."""
 
 Motion = Mapping[str, ArrayLike]
 """Camera name -> (4, 4): ego at that camera's exposure -> ego at the key time."""
@@ -58,6 +64,7 @@ class Pipeline:
         self._wanted, self._threads, self._precision = backend, threads, precision
         self._preprocessor = Preprocessor(self.package.model.image)
         self._pool = ThreadPoolExecutor(min(4, threads or os.cpu_count() or 1), "decode")
+        self._memory = Memory(self.package.model)
         self._loaded_for = 0
         self.set_rig(rig)
 
@@ -75,10 +82,21 @@ class Pipeline:
             self._loaded_for = len(rig)
         self._view: tuple[str, NDArray[np.bool_]] | None = None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the next frame set will build on the one before."""
+        return self._memory.filled
+
+    def forget(self) -> None:
+        """Begin anew: the next frame set builds on none before it."""
+        self._memory.forget()
+
     def run(self, frame_set: FrameSet, motion: Motion | None = None) -> Perception:
         """Perceive one frame set; frames may be encoded or arrays.
 
         motion: how far ego moved from each exposure to the key time; None treats all as taken at the key time.
+        A network with a memory builds on the set before, if frames hold their ego poses and no more than
+        `occbev.inference.memory.MAX_GAP_S` lies between; a step back in time or a jump begins anew.
         Raises:
             ImageError: an image cannot be used. LookupError: `motion` lacks a camera. OutputError: not finite.
         """
@@ -91,11 +109,14 @@ class Pipeline:
         clock.append(time.perf_counter_ns())
         prepared = self._preprocessor.prepare(decoded, self.rig)
         clock.append(time.perf_counter_ns())
-        tables = self._tables.tables(self._moved(prepared, frame_set, motion))
+        moved = self._moved(prepared, frame_set, motion)
+        tables = self._tables.tables(moved, prepared.camera_valid)
+        pose = key_pose(frame_set, motion) if self._memory.active else None
+        past = self._memory.inputs(frame_set.stamp_ns, pose)
         clock.append(time.perf_counter_ns())
-        outputs = self.backend.run(
-            {"images": prepared.images[None], "camera_valid": prepared.camera_valid[None], **tables}
-        )
+        images, valid = prepared.images[None], prepared.camera_valid[None]
+        outputs = self.backend.run({"images": images, "camera_valid": valid, **tables, **past})
+        self._memory.keep(outputs, frame_set.stamp_ns, pose)
         clock.append(time.perf_counter_ns())
         boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
         clock.append(time.perf_counter_ns())
@@ -108,12 +129,13 @@ class Pipeline:
         black = np.zeros(shape, np.uint8)
         prepared = self._preprocessor.prepare(FrameSet(0, {}), self.rig)
         images = np.stack([self._preprocessor.normalise(image) for image in black])
-        tables = self._tables.tables(prepared.rig)
+        tables = self._tables.tables(prepared.rig, prepared.camera_valid)
         self.backend.run(
             {
                 "images": images[None],
                 "camera_valid": np.ones((1, len(self.rig)), np.float32),
                 **tables,
+                **Memory(self.package.model).inputs(0, None),
             }
         )
         self._in_view(prepared.rig)
@@ -143,32 +165,65 @@ class Pipeline:
         self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]
     ) -> tuple[Boxes3D, Occupancy]:
         """Decode what the network says; boxes that it does not predict are none, voxels are unobserved."""
-        detects, occupies = {"heatmap", "box"} <= set(outputs), "occupancy_logits" in outputs
-        if not detects and not occupies:
-            absent = [name for name in OUTPUTS if name not in outputs]
-            raise OutputError(
-                f"the graph of {self.package.model.name} lacks the outputs {absent}; it has {sorted(outputs)}"
-            )
-        model = self.package.model
-        boxes = Boxes3D.empty(cameras)
-        if detects:
-            heatmap, box = outputs["heatmap"][0], outputs["box"][0]
-            boxes = decode_boxes(
-                heatmap, box, model.bev, self.decoding, cameras, model.detection_classes
-            )
-        if not occupies:
+        model, boxes = self.package.model, self._boxes(outputs, cameras)
+        if "occupancy_logits" not in outputs:
+            if boxes is None:
+                absent = [name for name in OUTPUTS if name not in outputs]
+                raise OutputError(
+                    f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}"
+                )
             return boxes, unobserved(model.grid, cameras)
         observed = np.any(self._in_view(prepared.rig)[prepared.camera_valid > 0], axis=0)
         logits = outputs["occupancy_logits"][0]
-        return boxes, decode_occupancy(
+        occupancy = decode_occupancy(
             logits, model.grid, cameras, observed, model.occupancy.min_free
         )
+        return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
+
+    def _boxes(self, outputs: Arrays, cameras: tuple[str, ...]) -> Boxes3D | None:
+        """Return boxes in base_link, best first, or None if the network predicts none."""
+        return boxes_of(outputs, self.package.model, self.decoding, cameras)
 
     def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:
         """The voxels each camera sees, kept for the last rig: projecting a whole grid takes longer than the network."""
         if self._view is None or self._view[0] != rig.hash:
             self._view = (rig.hash, voxels_in_view(rig, self.package.model.grid))
         return self._view[1]
+
+
+def boxes_of(
+    outputs: Arrays, model: ModelConfig, decoding: BoxDecoding, cameras: tuple[str, ...] = ()
+) -> Boxes3D | None:
+    """Decode boxes of a network of any family into base_link, best first; None if it predicts none.
+
+    outputs: a graph's, for one frame: `heatmap` and `box`, or `class_logits` and `box_codes`.
+    """
+    frame = frame2ego(model.bev.frame)
+    if {"heatmap", "box"} <= set(outputs):
+        maps = outputs["heatmap"][0], outputs["box"][0]
+        boxes = decode_boxes(*maps, model.bev, decoding, cameras, model.detection_classes)
+        return in_base_link(boxes, frame)
+    if {"class_logits", "box_codes"} <= set(outputs):
+        answers = outputs["class_logits"][0], outputs["box_codes"][0]
+        queries = QueryDecoding(decoding.threshold, decoding.max_boxes)
+        return decode_queries(*answers, frame, queries, cameras)
+    return None
+
+
+def key_pose(frame_set: FrameSet, motion: Motion | None) -> NDArray[np.float64] | None:
+    """Return ego2global (4, 4) at the key time from a frame's pose and its motion since; None if no pose is known.
+
+    motion: as of `Pipeline.run`; None takes the first frame's pose for that at the key time.
+    """
+    for name in frame_set.cameras:
+        frame = frame_set.frames[name]
+        if frame is None or frame.ego2global is None:
+            continue
+        if motion is None:
+            return np.asarray(frame.ego2global, np.float64)
+        if name in motion:
+            return np.asarray(frame.ego2global, np.float64) @ invert_transform(motion[name])
+    return None
 
 
 def motion_to_key(frame_set: FrameSet, ego2global: ArrayLike) -> dict[str, NDArray[np.float64]]:

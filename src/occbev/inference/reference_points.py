@@ -12,33 +12,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from occbev.config import ModelConfig
-from occbev.geometry import (
-    make_transform,
-    rotation_from_yaw,
-    wrap_angle,
-    wxyz_from_rotation,
-    yaw_from_rotation,
-)
+from occbev.geometry import frame2ego, wrap_angle, wxyz_from_rotation, yaw_from_rotation
 from occbev.grid import BevGrid
-from occbev.inference.tables import TableCapacityError, Tables
+from occbev.inference.capacity import Tables, check_capacity
 
 NEAREST = 1e-5
 """Depth in metres from which a point counts as before a camera."""
 
 FAR_AWAY = 10.0
 """Table entries are kept within this many image sizes; what lies beyond samples nothing either way."""
-
-NUSCENES_LIDAR = make_transform(rotation_from_yaw(-math.pi / 2), (0.94, 0.0, 1.84))
-"""lidar2ego of the vehicle that the published weights know: x right, y forward, on the roof."""
-
-
-def frame2ego(frame: str) -> NDArray[np.float64]:
-    """Return where a grid's frame is on the vehicle: `base_link`, or `lidar` for published weights."""
-    if frame == "base_link":
-        return np.eye(4)
-    if frame == "lidar":
-        return NUSCENES_LIDAR.copy()
-    raise ValueError(f"grid frame {frame!r}: must be base_link or lidar")
 
 
 def pillar_points(bev: BevGrid, z_range: tuple[float, float], heights: int) -> NDArray[np.float64]:
@@ -93,8 +75,9 @@ def reference_tables(
     """
     hit = visible.any(-1)  # (N, Q)
     cameras, queries = hit.shape
-    _check("queries that one camera sees", int(hit.sum(1).max(initial=0)), max_rows)
-    _check("cameras that see one query", int(hit.sum(0).max(initial=0)), max_slots)
+    most_rows, most_slots = int(hit.sum(1).max(initial=0)), int(hit.sum(0).max(initial=0))
+    check_capacity("queries that one camera sees", most_rows, max_rows, "bevformer.max_rows")
+    check_capacity("cameras that see one query", most_slots, max_slots, "bevformer.max_slots")
     query = np.zeros((cameras, max_rows), np.int32)
     places = np.full((cameras, max_rows, *points.shape[2:]), -FAR_AWAY, np.float32)
     slot = np.full((queries, max_slots), cameras * max_rows, np.int32)
@@ -206,10 +189,40 @@ def motion_tables(
     }
 
 
-def camera_tables(model: ModelConfig, intrinsic: ArrayLike, cam2ego: ArrayLike) -> Tables:
+def warp_table(
+    key2past: ArrayLike, bev: BevGrid, reference_quirks: bool = False
+) -> NDArray[np.float32]:
+    """Return where each cell of the key frame was in the past one, (Y, X, 2) as grid sampling takes it.
+
+    key2past: (4, 4), the BEV's frame at the key time -> that of the past frame, BEV augmentation folded in;
+        only its planar part is used. reference_quirks: cells stand for their lower corner, not their centre.
+    """
+    columns, rows = bev.shape
+    planar = np.asarray(key2past, np.float64)[[[0], [1], [3]], [0, 1, 3]]
+    shift = 0.0 if reference_quirks else 0.5
+    cell2frame = np.array(
+        [
+            [bev.pitch[0], 0, bev.lo[0] + shift * bev.pitch[0]],
+            [0, bev.pitch[1], bev.lo[1] + shift * bev.pitch[1]],
+            [0, 0, 1],
+        ]
+    )
+    key2past_cells = np.linalg.inv(cell2frame) @ planar @ cell2frame
+    x, y = np.meshgrid(np.arange(columns), np.arange(rows))
+    cells = np.stack([x, y, np.ones_like(x)], -1)  # (Y, X, 3)
+    place = cells @ key2past_cells[:2].T
+    return (place / (columns - 1, rows - 1) * 2 - 1).astype(np.float32)
+
+
+def camera_tables(
+    model: ModelConfig,
+    intrinsic: ArrayLike,
+    cam2ego: ArrayLike,
+    alive: NDArray[np.bool_] | None = None,
+) -> Tables:
     """Return the tables of an exported graph of the families bevformer and detr3d that depend on the rig.
 
-    intrinsic: (N, 3, 3) of network-size images. cam2ego: (N, 4, 4).
+    intrinsic: (N, 3, 3) of network-size images. cam2ego: (N, 4, 4). alive: (N,), cameras that see queries at all.
     Returns: those of `reference_tables`, or for detr3d table_projection (1, N, 4, 4): points of the BEV's
     frame to x and y in 0..1 of the image times depth, depth, 1.
     """
@@ -222,12 +235,7 @@ def camera_tables(model: ModelConfig, intrinsic: ArrayLike, cam2ego: ArrayLike) 
     if former is None:
         raise ValueError(f"{model.name}: family {model.family!r} has no reference points")
     pillars = pillar_points(model.bev, former.z_range, former.heights)
-    places = project(pillars, frame2img, size)
-    return reference_tables(*places, former.max_rows, former.max_slots)
-
-
-def _check(what: str, needed: int, available: int) -> None:
-    if needed > available:
-        raise TableCapacityError(
-            f"{what}: the rig needs {needed}, the exported graph has {available}"
-        )
+    places, visible = project(pillars, frame2img, size)
+    if alive is not None:
+        visible &= alive[:, None, None]
+    return reference_tables(places, visible, former.max_rows, former.max_slots)

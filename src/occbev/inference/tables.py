@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from occbev.config import LiftConfig, ModelConfig
+from occbev.geometry import frame2ego, invert_transform
 from occbev.grid import BevGrid
+from occbev.inference.capacity import TableCapacityError, Tables, check_capacity
+from occbev.inference.reference_points import camera_tables
 from occbev.rig import CameraRig
 
 GATHER_WIDTH = 8
@@ -22,14 +25,14 @@ GATHER_WIDTH = 8
 GATHER_STAGES = 4
 """Stages of the gather form: a cell holds at most GATHER_WIDTH ** GATHER_STAGES points."""
 
+CAPACITY = "lift.max_points"
+"""Configuration key of the room for frustum points."""
+
 RAY_CHANNELS = 4
 """Channels of `ray_table`."""
 
-Tables = dict[str, NDArray[np.int32] | NDArray[np.float32]]
-
-
-class TableCapacityError(ValueError):
-    """A rig needs more table entries than the exported graph has; the message names both numbers."""
+FORMS = ("bag", "gather", "slots", "projection")
+"""Kinds of tables: two of Lift-Splat, that of BEVFormer and that of DETR3D."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int, height_bins: i
     table_pixel, table_depth (max_points,) int32; table_weight (max_points,) float32;
     table_offset (cells,) int32: where each cell's entries begin, always below max_points.
     """
-    _check_capacity("frustum points", len(points) + 1, max_points)
+    check_capacity("frustum points", len(points) + 1, max_points, CAPACITY)
     offset = np.searchsorted(points.cell, np.arange(bev.size * height_bins)).astype(np.int32)
     return {
         "table_pixel": _padded(points.pixel, max_points),
@@ -160,7 +163,7 @@ def gather_tables(
     """
     capacities = gather_capacities(bev, max_points, height_bins)
     slots, row_cell = _group(points.cell)
-    _check_capacity("rows of gather stage 1", len(slots) + 1, capacities[0])
+    check_capacity("rows of gather stage 1", len(slots) + 1, capacities[0], CAPACITY)
     used = slots >= 0
     tables: Tables = {
         "table_pixel": _padded(
@@ -174,7 +177,9 @@ def gather_tables(
     for stage in range(2, GATHER_STAGES + 1):
         zero_row = capacities[stage - 2] - 1
         slots, row_cell = _group(row_cell)
-        _check_capacity(f"rows of gather stage {stage}", len(slots) + 1, capacities[stage - 1])
+        check_capacity(
+            f"rows of gather stage {stage}", len(slots) + 1, capacities[stage - 1], CAPACITY
+        )
         tables[f"table_stage{stage}"] = _padded(
             np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row
         )
@@ -250,22 +255,31 @@ class TableCache:
     """The tables of the rigs seen last, keyed by calibration hash."""
 
     def __init__(self, model: ModelConfig, form: str, size: int = 4) -> None:
-        """form: "bag" or "gather", as the loaded graph wants it."""
+        """form: one of `FORMS`, as the loaded graph wants it."""
+        if form not in FORMS:
+            raise ValueError(f"table form {form!r}: must be one of {FORMS}")
         self._model, self._form, self._size = model, form, size
         self._tables: dict[str, Tables] = {}
 
-    def tables(self, rig: CameraRig) -> Tables:
+    def tables(self, rig: CameraRig, camera_valid: ArrayLike | None = None) -> Tables:
         """Return the tables of a rig whose cameras have the network's input size.
 
-        They are `bag_tables` or `gather_tables`, and table_ray (1, N, 4, h, w) of `ray_table`.
+        camera_valid: (N,); tables of the form "slots" leave missing cameras out, which take up room otherwise.
+
+        They are `bag_tables` or `gather_tables` with table_ray (1, N, K, h, w) of `calibration_table`, or
+        those of `occbev.inference.reference_points.camera_tables`.
         """
-        if rig.hash not in self._tables:
+        alive = np.ones(len(rig), bool)
+        if camera_valid is not None and self._form == "slots":
+            alive = np.asarray(camera_valid) > 0
+        key = rig.hash + alive.tobytes().hex()
+        if key not in self._tables:
             while len(self._tables) >= self._size:
                 self._tables.pop(next(iter(self._tables)))
-            self._tables[rig.hash] = self._build(rig)
-        return self._tables[rig.hash]
+            self._tables[key] = self._build(rig, alive)
+        return self._tables[key]
 
-    def _build(self, rig: CameraRig) -> Tables:
+    def _build(self, rig: CameraRig, alive: NDArray[np.bool_]) -> Tables:
         model = self._model
         size = (model.image.width, model.image.height)
         for camera in rig.cameras:
@@ -275,10 +289,22 @@ class TableCache:
                 )
         intrinsic = np.stack([c.intrinsic for c in rig.cameras])
         cam2ego = np.stack([c.cam2ego for c in rig.cameras])
-        points = lift_points(intrinsic, cam2ego, size, model.lift, model.bev)
+        if self._form in ("slots", "projection"):
+            return camera_tables(model, intrinsic, cam2ego, alive)
+        cam2frame = to_bev_frame(cam2ego, model.bev)
+        points = lift_points(intrinsic, cam2frame, size, model.lift, model.bev)
         build = {"bag": bag_tables, "gather": gather_tables}[self._form]
         tables = build(points, model.bev, model.lift.max_points, model.lift.height_bins)
-        return tables | {"table_ray": calibration_table(intrinsic, cam2ego, model)[None]}
+        return tables | {"table_ray": calibration_table(intrinsic, cam2frame, model)[None]}
+
+
+def to_bev_frame(cam2ego: ArrayLike, bev: BevGrid) -> NDArray[np.float64]:
+    """Return cam2frame (..., 4, 4): where cameras are in the frame of a BEV, `base_link` or `lidar`."""
+    cam2ego = np.asarray(cam2ego, np.float64)
+    if bev.frame == "base_link":
+        return cam2ego
+    ego2frame: NDArray[np.float64] = invert_transform(frame2ego(bev.frame))
+    return ego2frame @ cam2ego
 
 
 def feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.float64]:
@@ -313,10 +339,3 @@ def _padded(rows: NDArray[np.generic], length: int, fill: int = 0) -> NDArray[np
     )
     out[: len(rows)] = rows
     return out
-
-
-def _check_capacity(what: str, needed: int, capacity: int) -> None:
-    if needed > capacity:
-        raise TableCapacityError(
-            f"this rig needs {needed} {what}, the exported graph holds {capacity}; export with a larger lift.max_points"
-        )

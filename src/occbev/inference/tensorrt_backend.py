@@ -104,10 +104,10 @@ def _build(path: Path, cameras: int, precision: str) -> bytes:
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for index in range(network.num_inputs):
         entry = network.get_input(index)
-        shape = tuple(entry.shape)
+        shape = list(entry.shape)
         if entry.name in PER_CAMERA:
-            shape = (1, cameras, *shape[2:])
-        profile.set_shape(entry.name, shape, shape, shape)
+            shape[PER_CAMERA[entry.name]] = cameras
+        profile.set_shape(entry.name, tuple(shape), tuple(shape), tuple(shape))
     config.add_optimization_profile(profile)
     if precision == "auto":
         config.set_flag(tensorrt.BuilderFlag.FP16)

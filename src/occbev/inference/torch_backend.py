@@ -10,43 +10,33 @@ from numpy.typing import NDArray
 
 from occbev.inference.backend import Arrays, BackendError
 from occbev.model_package import ModelPackage
-from occbev_training.models.build import build_network
+from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
-from occbev_training.models.lift_splat import BatchedPoints
-from occbev_training.models.network import OccBevNetwork
-
-OUTPUTS = ("occupancy_logits", "heatmap", "box")
+from occbev_training.models.graphs import Graph, GraphError, make_graph
 
 
 class TorchBackend:
     """The network in eval mode on one device."""
 
-    name, form = "torch", "bag"
+    name = "torch"
 
-    def __init__(self, network: OccBevNetwork, device: torch.device, low_precision: bool) -> None:
-        self._network = network.eval().to(device)
-        self._network.image_encoder.to(memory_format=torch.channels_last)
+    def __init__(self, graph: Graph, device: torch.device, low_precision: bool) -> None:
+        self._graph, self.form = graph.eval().to(device), graph.form
+        graph.network.image_encoder.to(memory_format=torch.channels_last)
         self._device, self._low_precision = device, low_precision
         self.device = f"{device}, {'bf16' if low_precision else 'f32'}"
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; the outputs are fresh arrays."""
         tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-            for name, array in inputs.items()
+            name: torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device)
+            for name in self._graph.inputs
         }
-        tables = (
-            tensors[f"table_{name}"] for name in ("pixel", "depth", "weight", "offset", "ray")
-        )
         low = torch.autocast(self._device.type, torch.bfloat16, enabled=self._low_precision)
         with torch.inference_mode(), low:
-            output = self._network(
-                tensors["images"], tensors["camera_valid"], BatchedPoints(*tables)
-            )
-        heads = {name: getattr(output, name) for name in OUTPUTS}
-        return {
-            name: head.float().cpu().numpy() for name, head in heads.items() if head is not None
-        }
+            outputs = self._graph(**tensors)
+        arrays = (output.float().cpu().numpy() for output in outputs)
+        return dict(zip(self._graph.outputs, arrays, strict=True))
 
 
 def load(package: ModelPackage, cameras: int, threads: int | None, precision: str) -> TorchBackend:
@@ -54,12 +44,15 @@ def load(package: ModelPackage, cameras: int, threads: int | None, precision: st
     if threads is not None:
         torch.set_num_threads(threads)
     path = package.path("weights.safetensors")
-    network = build_network(package.model, "finetune")
+    network = build_model(package.model, "finetune")
     try:
         load_strictly(network, read_weights(path)[0], str(path))
+        graph = make_graph(network, "bag")
+    except GraphError as error:
+        raise BackendError(f"{path}: {error}") from error
     except CheckpointError as error:
         raise BackendError(
             f"{error}; was it exported by another version of occbev_training?"
         ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TorchBackend(network, device, precision == "auto" and device.type == "cuda")
+    return TorchBackend(graph, device, precision == "auto" and device.type == "cuda")

@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "score a model package on held-out drives",
     "export": "turn a training checkpoint into a model package",
     "convert": "turn a published checkpoint into a model package",
+    "families": "every network: parameters, published keys, parity of its exported graph",
     "bench": "parts of networks, side by side with plain baselines",
 }
 """Sub-command -> one line of help. Each is `occbev_training.cli.<name>` with `add_arguments` and `run`."""

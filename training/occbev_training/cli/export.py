@@ -1,6 +1,11 @@
-"""Turn the weights of a fine-tuning run into a model package.
+"""Turn the weights of a fine-tuning run, or a converted checkpoint, into a model package with graphs.
 
-occbev-train export out/finetune/weights.safetensors config/models/occbev-tiny --model config/models/occbev-tiny.yaml
+    occbev-train export out/finetune/weights.safetensors out/my-model --model config/models/occbev-tiny.yaml
+    occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/converted
+    occbev-train export out/converted out/bevformer_tiny
+
+Every graph is run beside torch before the package is sealed. Networks of every family are exported but those whose
+cost volume or depth aggregation has no form in standard operators, which are refused by name.
 """
 
 from __future__ import annotations
@@ -14,19 +19,24 @@ from typing import Any
 from rich.console import Console
 
 from occbev.config import ConfigError, ModelConfig, load_config
-from occbev_training.export import export_package
-from occbev_training.export_bevdet import export_bevdet_package
+from occbev.model_package import ModelPackage
+from occbev_training.export import ExportError, export_package
 from occbev_training.metrics.calibration import calibrated_min_free
-from occbev_training.models.bevdet import BevDetNetwork
-from occbev_training.models.build import build_network
+from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("weights", type=Path, help="weights.safetensors of a fine-tuning run")
+    parser.add_argument(
+        "weights",
+        type=Path,
+        help="weights.safetensors of a fine-tuning run, or a package of weights",
+    )
     parser.add_argument("folder", type=Path, help="where the package is written")
-    parser.add_argument("--model", type=Path, required=True, help="model configuration (YAML)")
+    parser.add_argument(
+        "--model", type=Path, help="model configuration (YAML); a package has its own"
+    )
     parser.add_argument("--provenance", type=Path, help="JSON: data, steps, seeds of the training")
     parser.add_argument("--metrics", type=Path, help="JSON: held-out scores")
     parser.add_argument(
@@ -37,37 +47,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--add", type=Path, nargs="*", default=[], help="files to ship along, such as priors.npz"
     )
+    parser.add_argument(
+        "--cameras", type=int, nargs="*", help="sizes of the rigs that graphs are checked on"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, check the graphs against torch, and print what was written."""
-    model = _calibrated(load_config(args.model, ModelConfig), args.calibration)
-    network = build_network(model, "finetune")
-    load_strictly(network, read_weights(args.weights)[0], str(args.weights))
+    """Export, check the graphs against torch, and print what was written; 1 if a graph is refused."""
+    model, weights, provenance = _source(args.weights, args.model)
+    model = _calibrated(model, args.calibration)
+    network = build_model(model, "finetune")
+    load_strictly(network, read_weights(weights)[0], str(weights))
     console = Console(stderr=args.json)
-    with console.status("exporting and checking the graphs on rigs of 5, 6 and 7 cameras"):
-        records = _read(args.provenance), _read(args.metrics)
-        if isinstance(network, BevDetNetwork):
-            if args.add:
-                raise ConfigError(
-                    f"--add {args.add[0]}: packages of {model.name} hold no such files"
-                )
-            package = export_bevdet_package(network, model, args.folder, *records)
-        else:
-            package = export_package(network, model, args.folder, *records, args.add)
+    records = {**provenance, **_read(args.provenance)}, _read(args.metrics)
+    try:
+        with console.status("exporting and checking the graphs on several rigs"):
+            package = export_package(
+                network, model, args.folder, *records, args.add, args.cameras or None
+            )
+    except ExportError as error:
+        Console(stderr=True).print(f"{model.name}: {error}", highlight=False)
+        return 1
     sizes = {name: (args.folder / name).stat().st_size for name in package.files}
+    operators = package.provenance["operators"]
     if args.json:
-        print(json.dumps({"folder": str(args.folder), "bytes": sizes, "metrics": package.metrics}))
+        record = {"bytes": sizes, "metrics": package.metrics, "operators": operators.split()}
+        print(json.dumps({"folder": str(args.folder), **record}))
         return 0
     for name, size in sizes.items():
         console.print(f"{size / 1e6:8.2f} MB  {name}")
+    console.print(f"operators: {operators}", highlight=False)
     for runtime, outputs in package.metrics["export_difference"].items():
         worst = max(outputs.values())
         console.print(
             f"{runtime}: differs from torch by at most {worst:.1e} of an output's largest value"
         )
     return 0
+
+
+def _source(weights: Path, model: Path | None) -> tuple[ModelConfig, Path, dict[str, Any]]:
+    """Return the model, its weights file, and what a package among the arguments knows of their origin."""
+    if weights.is_dir():
+        package = ModelPackage.load(weights)
+        config = package.model if model is None else load_config(model, ModelConfig)
+        return config, package.path("weights.safetensors"), dict(package.provenance)
+    if model is None:
+        raise ConfigError(f"{weights}: is no package, so that --model must name its configuration")
+    return load_config(model, ModelConfig), weights, {}
 
 
 def _calibrated(model: ModelConfig, report: Path | None) -> ModelConfig:

@@ -5,8 +5,7 @@ The same line as our own networks, `OccBevNetwork`, with past frames and the par
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -23,9 +22,10 @@ from occbev_training.models.depth_net import (
     PlainDepth,
     matching_cost,
 )
+from occbev_training.models.detection_head import BOX_CHANNELS
 from occbev_training.models.image_necks import DeconvolutionNeck, PyramidNeck, ResNetImageEncoder
 from occbev_training.models.lift_splat import BatchedPoints, Splatter
-from occbev_training.models.network import NetworkOutput, OccBevNetwork
+from occbev_training.models.network import Frame, OccBevNetwork
 from occbev_training.models.occupancy_head import OccupancyDecoder
 from occbev_training.models.plane_encoder import (
     PlaneBlock,
@@ -39,30 +39,13 @@ from occbev_training.models.published_bevdet import rules_for
 from occbev_training.models.published_occupancy import PlaneOccupancy, VolumeOccupancy
 from occbev_training.models.renaming import Rules
 from occbev_training.models.resnet import ResNet
-from occbev_training.models.temporal import TemporalFusion, warp_bev
+from occbev_training.models.temporal import TemporalFusion
 
 MATCHING_STAGE = 1
 """ResNet stage whose stride-4 map the cost volume matches."""
 
 DECONVOLUTION_SCALES = (0.25, 0.5, 1, 2)
 """From strides 4, 8, 16 and 32 to stride 16."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One instant of a batch.
-
-    images: (B, N, 3, H, W) normalised. camera_valid: (B, N).
-    points: where its frusta fall; of a past frame in the key ego frame, or in its own if `warp` is given.
-    warp: (B, Y, X, 2) of `warp_grid`. matching: (B * N, D, H / 4, W / 4, 2), where each depth hypothesis
-        falls in the next older frame. points None: the frame serves only as the older one of a pair.
-    """
-
-    images: Tensor
-    camera_valid: Tensor
-    points: BatchedPoints | None
-    warp: Tensor | None = None
-    matching: Tensor | None = None
 
 
 class PublishedLift(Splatter):
@@ -104,56 +87,23 @@ class PublishedLift(Splatter):
 
 
 class BevDetNetwork(OccBevNetwork):
-    """`OccBevNetwork` with past frames."""
+    """`OccBevNetwork` with stereo matching and published names and conventions."""
 
     published_names: Rules = ()
     """Rules that turn our weight names into those of published checkpoints."""
+    first_boxes = False
+    """Whether the head speaks of boxes as BEVDet's first release did."""
 
-    def __init__(
-        self,
-        image_encoder: ResNetImageEncoder,
-        view_transform: PublishedLift,
-        bev_encoder: nn.Module,
-        temporal: TemporalFusion | None = None,
-        **heads: nn.Module | None,
-    ) -> None:
-        """heads: those of `OccBevNetwork`."""
-        super().__init__(image_encoder, view_transform, bev_encoder, **heads)
-        self.temporal = temporal
+    def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
+        """Run the heads, see `OccBevNetwork.heads`; boxes are l, w, h and yaw whatever the head was trained for."""
+        outputs = super().heads(bev)
+        if self.first_boxes and outputs["box"] is not None:
+            outputs["box"] = from_first_boxes(outputs["box"])
+        return outputs
 
-    def forward(
-        self,
-        images: Tensor,
-        camera_valid: Tensor,
-        points: BatchedPoints,
-        past: Sequence[Frame] = (),
-        matching: Tensor | None = None,
-    ) -> NetworkOutput:
-        """Run every part that is there.
-
-        images, camera_valid, points, matching: the key frame, see `Frame`. past: newest first; they take
-        no gradient. With stereo the last one may serve for matching alone.
-        """
-        key = Frame(images, camera_valid, points, matching=matching)
-        frames = [key, *past]
-        older = [self._matching_map(frame) for frame in past] + [None]
-        bev, logits = self._frame_bev(key, older[0])
-        history = []
-        with torch.no_grad():
-            for frame, match in zip(frames[1:], older[1:], strict=True):
-                if frame.points is not None:
-                    history.append(self._aligned(frame, match))
-        if self.temporal is not None:
-            bev = self.temporal(bev, history)
-        return NetworkOutput(logits.unflatten(0, images.shape[:2]), **self.heads(bev))
-
-    def refined_bev(
-        self, images: Tensor, camera_valid: Tensor, points: BatchedPoints
-    ) -> tuple[Tensor, Tensor]:
-        """Return one frame's refined BEV, what streaming keeps, and its depth logits."""
-        return self._frame_bev(Frame(images, camera_valid, points), None)
-
-    def _frame_bev(self, frame: Frame, older: Tensor | None) -> tuple[Tensor, Tensor]:
+    def frame_bev(self, frame: Frame, older: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return one frame's refined BEV and its depth logits; older: the next older frame's matching map."""
+        assert frame.points is not None
         features, match = self.image_encoder.with_matching(frame.images.flatten(0, 1))
         cost = None
         if match is not None and older is not None and frame.matching is not None:
@@ -163,15 +113,22 @@ class BevDetNetwork(OccBevNetwork):
         bev = self.view_transform.pool(logits, context, frame.camera_valid, frame.points)
         return (bev if self.temporal is None else self.temporal.refine(bev)), logits
 
-    def _aligned(self, frame: Frame, older: Tensor | None) -> Tensor:
-        bev, _ = self._frame_bev(frame, older)
-        return bev if frame.warp is None else warp_bev(bev, frame.warp)
-
     @torch.no_grad()
-    def _matching_map(self, frame: Frame) -> Tensor | None:
+    def matching_map(self, frame: Frame) -> Tensor | None:
+        """Return the stride-4 map of a network with stereo, else None."""
         if self.image_encoder.matching_stage is None:
             return None
         return self.image_encoder.matching(frame.images.flatten(0, 1))
+
+
+def from_first_boxes(box: Tensor) -> Tensor:
+    """Turn boxes (B, tasks * 10, Y, X) of BEVDet's first release into ours: w, l, h and r = -yaw - pi / 2 become
+    l, w, h and yaw."""
+    x, y, z, width, length, height, sin, cos, vx, vy = box.unflatten(1, (-1, BOX_CHANNELS)).unbind(
+        2
+    )
+    # yaw = -r - pi / 2: sin yaw = -cos r and cos yaw = -sin r.
+    return torch.stack([x, y, z, length, width, height, -cos, -sin, vx, vy], 2).flatten(1, 2)
 
 
 def build_bevdet(config: ModelConfig, stage: str) -> BevDetNetwork:
@@ -182,10 +139,11 @@ def build_bevdet(config: ModelConfig, stage: str) -> BevDetNetwork:
         _image_encoder(parts),
         _view_transform(config, parts),
         _bev_encoder(config, parts),
-        _temporal(config, parts),
+        temporal=_temporal(config, parts),
         **_heads(config, parts, stage),
     )
     network.published_names = rules_for(config)
+    network.first_boxes = parts.first_boxes
     return network
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -78,6 +79,32 @@ class Motion:
     known: Tensor
     align: Tensor
     shift: Tensor
+
+
+_Record = TypeVar("_Record", CameraPairs, CameraSlots, Motion)
+
+
+@dataclass(frozen=True)
+class BevFormerViews:
+    """What calibration and ego motion say to a BEVFormer.
+
+    hits: which cameras see which query. can_bus: (B, 18). motion: None where no sample has a frame before.
+    """
+
+    hits: CameraPairs | CameraSlots
+    can_bus: Tensor
+    motion: Motion | None = None
+
+    def to(self, device: torch.device | str) -> BevFormerViews:
+        """Move every tensor."""
+        motion = None if self.motion is None else _moved(self.motion, device)
+        return BevFormerViews(_moved(self.hits, device), self.can_bus.to(device), motion)
+
+
+def _moved(record: _Record, device: torch.device | str) -> _Record:
+    """Return a dataclass whose tensors are on a device."""
+    values = (getattr(record, f.name) for f in fields(record))
+    return type(record)(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
 
 
 def pair_cameras(

@@ -1,4 +1,12 @@
-"""Make a network from its configuration."""
+"""Make a network from its configuration: one entry for every family and stage.
+
+    network = build_model(load_config(path, ModelConfig), "pretrain")
+
+has the parts `image_encoder`, `view_transform`, `bev_encoder` and `temporal` as far as the family has them, and the
+`occupancy_decoder` that Occ-BEV pre-trains with; "finetune" has `detection_head` and `occupancy_head` instead.
+`occbev_training.models.checkpoints.transfer` begins one from the other by these names and reports every weight.
+How a network is called is said in `occbev_training.models.geometry`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +21,7 @@ from occbev_training.models.lift_splat import LiftSplat
 from occbev_training.models.network import OccBevNetwork
 from occbev_training.models.occupancy_head import OccupancyDecoder
 from occbev_training.models.query_networks import build_query_network
+from occbev_training.models.temporal import TemporalFusion
 
 STAGES = ("pretrain", "finetune")
 QUERY_FAMILIES = ("bevformer", "detr3d")
@@ -40,17 +49,22 @@ def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
         return build_bevdet(config, stage)
     if config.lift.stride != 16:
         raise ConfigError(f"lift.stride {config.lift.stride}: the image encoder's stride is 16")
+    frames = 1 + config.past_frames
+    temporal = TemporalFusion(None, frames, newest_first=True) if frames > 1 else None
     parts = (
         ImageEncoder(config.encoder),
         LiftSplat(config.encoder.channels, config.lift, config.bev.shape),
-        BevEncoder(config.lift.channels, config.bev_encoder),
+        BevEncoder(config.lift.channels * frames, config.bev_encoder),
     )
     if stage == "pretrain":
-        return OccBevNetwork(*parts, occupancy_decoder=_occupancy(config, 2))
+        decoder = _occupancy(config, 2)
+        return OccBevNetwork(*parts, occupancy_decoder=decoder, temporal=temporal)
     width = config.bev_encoder.out_channels
     detection = DetectionHead(width, config.detection, len(config.detection_classes))
     occupancy = _occupancy(config, len(config.occupancy_classes))
-    return OccBevNetwork(*parts, occupancy_head=occupancy, detection_head=detection)
+    return OccBevNetwork(
+        *parts, occupancy_head=occupancy, detection_head=detection, temporal=temporal
+    )
 
 
 def _occupancy(config: ModelConfig, classes: int) -> OccupancyDecoder:

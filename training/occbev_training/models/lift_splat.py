@@ -22,6 +22,7 @@ from occbev.inference.tables import (
     LiftPoints,
     calibration_table,
     lift_points,
+    to_bev_frame,
 )
 from occbev_training.models.layers import conv_bn_relu
 
@@ -74,7 +75,8 @@ def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: ModelConfig
     intrinsic: (B, N, 3, 3) of network-size images. cam2ego: (B, N, 4, 4). Augmentation folded in.
     """
     size = (config.image.width, config.image.height)
-    samples = list(zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True))
+    cam2frame = to_bev_frame(cam2ego, config.bev)
+    samples = list(zip(np.asarray(intrinsic), cam2frame, strict=True))
     points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
     rays = np.stack([calibration_table(k, pose, config) for k, pose in samples])
     return batch_points(points, rays, config)
@@ -177,6 +179,11 @@ class Splatter(nn.Module):
         super().__init__()
         self.bins, self.channels = lift.depth.bins, lift.channels
         self._bev_shape, self._heights = bev_shape, lift.height_bins
+
+    @property
+    def makes_volume(self) -> bool:
+        """Whether cells lie above each other."""
+        return self._heights > 1
 
     def predict_depth(self, features: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
         """Return depth logits (M, D, h, w) and context (M, C, h, w) of M = B * N images.

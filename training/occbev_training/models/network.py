@@ -1,12 +1,16 @@
 """The network as one line: images, view transform, BEV encoder, and the heads of the stage.
 
-Pre-training and fine-tuning differ in which heads are present and in nothing else.
+Pre-training and fine-tuning differ in which heads are present and in nothing else. Networks of every family
+are called as `network(images, camera_valid, geometry)` and answer with a `NetworkOutput`; what calibration
+has to say to each is made by `occbev_training.models.geometry`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from occbev_training.models.bev_encoder import BevEncoder
@@ -14,21 +18,45 @@ from occbev_training.models.detection_head import DetectionHead
 from occbev_training.models.image_encoder import ImageEncoder
 from occbev_training.models.lift_splat import BatchedPoints, LiftSplat
 from occbev_training.models.occupancy_head import OccupancyDecoder
+from occbev_training.models.temporal import TemporalFusion, warp_bev
 
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """What the network says; a head that is not there leaves None.
+    """What a network of any family says; a head that is not there leaves None.
 
-    depth_logits: (B, N, D, h, w). reconstruction_logits: (B, 2, Z, Y, X), free and occupied.
+    depth_logits: (B, N, D, h, w), of Lift-Splat. reconstruction_logits: (B, 2, Z, Y, X), free and occupied.
     occupancy_logits: (B, K, Z, Y, X). heatmap: (B, K, Y, X) logits. box: (B, 10, Y, X).
+    class_logits: (L, B, Q, K) and box_codes: (L, B, Q, 10) of every layer of a decoder of object queries, see
+    `occbev_training.models.query_head`. bev: (B, C, Y, X), what the next frame may remember.
     """
 
-    depth_logits: Tensor
-    reconstruction_logits: Tensor | None
-    occupancy_logits: Tensor | None
-    heatmap: Tensor | None
-    box: Tensor | None
+    depth_logits: Tensor | None = None
+    reconstruction_logits: Tensor | None = None
+    occupancy_logits: Tensor | None = None
+    heatmap: Tensor | None = None
+    box: Tensor | None = None
+    class_logits: Tensor | None = None
+    box_codes: Tensor | None = None
+    bev: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One past instant of a batch, as Lift-Splat networks with a memory see it.
+
+    images: (B, N, 3, H, W) normalised. camera_valid: (B, N).
+    points: where its frusta fall; in the key frame's BEV, or in its own if `warp` is given.
+    warp: (B, Y, X, 2) of `occbev_training.models.temporal.warp_grid`.
+    matching: (B * N, D, H / 4, W / 4, 2), where each depth hypothesis falls in the next older frame, of networks
+        with stereo. points None: the frame serves only as the older one of a pair.
+    """
+
+    images: Tensor
+    camera_valid: Tensor
+    points: BatchedPoints | None
+    warp: Tensor | None = None
+    matching: Tensor | None = None
 
 
 class OccBevNetwork(nn.Module):
@@ -42,7 +70,9 @@ class OccBevNetwork(nn.Module):
         occupancy_decoder: OccupancyDecoder | None = None,
         occupancy_head: OccupancyDecoder | None = None,
         detection_head: DetectionHead | None = None,
+        temporal: TemporalFusion | None = None,
     ) -> None:
+        """temporal: joins the BEV of past frames to that of the key frame; None without a memory."""
         super().__init__()
         self.image_encoder = image_encoder
         self.view_transform = view_transform
@@ -50,15 +80,48 @@ class OccBevNetwork(nn.Module):
         self.occupancy_decoder = occupancy_decoder
         self.occupancy_head = occupancy_head
         self.detection_head = detection_head
+        self.temporal = temporal
 
-    def forward(self, images: Tensor, camera_valid: Tensor, points: BatchedPoints) -> NetworkOutput:
+    def forward(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        points: BatchedPoints,
+        past: Sequence[Frame] = (),
+        matching: Tensor | None = None,
+    ) -> NetworkOutput:
         """Run every part that is there.
 
         images: (B, N, 3, H, W) normalised. camera_valid: (B, N), 0 where a camera is missing.
+        past: newest first; they take no gradient, and the key frame stands in for those that lack.
+        matching: of the key frame, see `Frame`. With stereo the last past frame may serve for matching alone.
         """
-        features = self.image_encoder(images.flatten(0, 1))
-        bev, depth_logits = self.view_transform(features, camera_valid, points)
-        return NetworkOutput(depth_logits.unflatten(0, images.shape[:2]), **self.heads(bev))
+        key = Frame(images, camera_valid, points, matching=matching)
+        older = [self.matching_map(frame) for frame in past] + [None]
+        bev, logits = self.frame_bev(key, older[0])
+        if self.temporal is not None:
+            bev = self.temporal(bev, self._history(past, older[1:]))
+        return NetworkOutput(logits.unflatten(0, images.shape[:2]), **self.heads(bev))
+
+    @torch.no_grad()
+    def _history(self, past: Sequence[Frame], older: Sequence[Tensor | None]) -> list[Tensor]:
+        history = []
+        for frame, match in zip(past, older, strict=True):
+            if frame.points is not None:
+                bev, _ = self.frame_bev(frame, match)
+                history.append(bev if frame.warp is None else warp_bev(bev, frame.warp))
+        return history
+
+    def frame_bev(self, frame: Frame, older: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return one frame's BEV, refined as a memory keeps it, and its depth logits (B * N, D, h, w)."""
+        assert frame.points is not None
+        features = self.image_encoder(frame.images.flatten(0, 1))
+        bev, logits = self.view_transform(features, frame.camera_valid, frame.points)
+        return (bev if self.temporal is None else self.temporal.refine(bev)), logits
+
+    def matching_map(self, frame: Frame) -> Tensor | None:
+        """Return what a stereo network matches the next newer frame with; None here."""
+        return None
 
     def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         """Encode the splatted BEV (B, C, Y, X) and run the heads; the fields of `NetworkOutput`."""

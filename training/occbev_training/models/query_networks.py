@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from occbev.config import BevFormerConfig, ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
-from occbev_training.models.bevformer import BevFormer, CameraPairs, CameraSlots, Motion
+from occbev_training.models.bevformer import BevFormer, BevFormerViews, Motion
 from occbev_training.models.deformable_attention import DeformableAttention, Levels
-from occbev_training.models.detr3d import CameraSampling, CameraScene
+from occbev_training.models.detr3d import CameraSampling, CameraScene, CameraViews, PillarSampling
 from occbev_training.models.fpn import FeaturePyramid
+from occbev_training.models.network import NetworkOutput
 from occbev_training.models.query_head import QueryHead
 from occbev_training.models.resnet import ResNet
 from occbev_training.models.voxel_decoder import VoxelDecoder
@@ -50,22 +51,6 @@ PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"\.ffn\.3\.", r"\1.ffns.0.layers.1."),
 )
 """Rules from our weight names to those of the published checkpoints of both families."""
-
-
-@dataclass(frozen=True)
-class QueryOutput:
-    """What a network of these families says; a head that is not there leaves None.
-
-    bev: (B, C, Y, X), the state for the next frame. reconstruction_logits: (B, 2, Z, Y, X).
-    occupancy_logits: (B, K, Z, Y, X). class_logits: (L, B, Q, K) and box_codes: (L, B, Q, 10) of every
-    decoder layer, see `occbev_training.models.query_head`.
-    """
-
-    bev: Tensor | None = None
-    reconstruction_logits: Tensor | None = None
-    occupancy_logits: Tensor | None = None
-    class_logits: Tensor | None = None
-    box_codes: Tensor | None = None
 
 
 class PyramidEncoder(nn.Module):
@@ -126,27 +111,26 @@ class BevFormerNetwork(nn.Module):
     def forward(
         self,
         images: Tensor,
-        hits: CameraPairs | CameraSlots,
-        can_bus: Tensor,
-        motion: Motion | None = None,
-    ) -> QueryOutput:
+        camera_valid: Tensor,
+        geometry: BevFormerViews,
+    ) -> NetworkOutput:
         """Run every part that is there.
 
-        images: (B, N, 3, H, W) normalised. can_bus: (B, 18). motion: None in a first frame.
+        images: (B, N, 3, H, W) normalised. camera_valid: (B, N), which `geometry` was made with.
         """
         maps = self.image_encoder(images.flatten(0, 1))
-        bev = self.view_transform(maps, hits, can_bus, motion)
+        bev = self.view_transform(maps, geometry.hits, geometry.can_bus, geometry.motion)
         logits, codes = None, None
         if self.detection_head:
             shape = (int(bev.shape[2]), int(bev.shape[3]))
             scene = BevScene(bev.flatten(2).transpose(1, 2), Levels((shape,)))
             logits, codes = self.detection_head(scene, len(bev))
-        return QueryOutput(
-            bev,
-            self.occupancy_decoder(bev) if self.occupancy_decoder else None,
-            self.occupancy_head(bev) if self.occupancy_head else None,
-            logits,
-            codes,
+        return NetworkOutput(
+            reconstruction_logits=self.occupancy_decoder(bev) if self.occupancy_decoder else None,
+            occupancy_logits=self.occupancy_head(bev) if self.occupancy_head else None,
+            class_logits=logits,
+            box_codes=codes,
+            bev=bev,
         )
 
 
@@ -154,12 +138,11 @@ class BevFormerNetwork(nn.Module):
 class PastFrame:
     """One frame of the history of a training sample.
 
-    images: (B, N, 3, H, W). can_bus: (B, 18). known, align, shift: as in `Motion`, from the frame before.
+    images: (B, N, 3, H, W). views: as of a first frame. known, align, shift: as in `Motion`, from the frame before.
     """
 
     images: Tensor
-    hits: CameraPairs
-    can_bus: Tensor
+    views: BevFormerViews
     known: Tensor
     align: Tensor
     shift: Tensor
@@ -176,25 +159,40 @@ def remember(network: BevFormerNetwork, frames: Sequence[PastFrame]) -> Tensor |
         for frame in frames:
             motion = bev if bev is None else Motion(bev, frame.known, frame.align, frame.shift)
             maps = network.image_encoder(frame.images.flatten(0, 1))
-            bev = network.view_transform(maps, frame.hits, frame.can_bus, motion)
+            bev = network.view_transform(maps, frame.views.hits, frame.views.can_bus, motion)
     network.train(was_training)
     return bev
 
 
 class Detr3dNetwork(nn.Module):
-    """Images and projection matrices to boxes."""
+    """Images and projection matrices to boxes; in pre-training to occupancy."""
 
     published_names = PUBLISHED_NAMES
 
-    def __init__(self, image_encoder: PyramidEncoder, detection_head: QueryHead) -> None:
+    def __init__(
+        self,
+        image_encoder: PyramidEncoder,
+        detection_head: QueryHead | None = None,
+        view_transform: PillarSampling | None = None,
+        occupancy_decoder: VoxelDecoder | None = None,
+    ) -> None:
+        """view_transform, occupancy_decoder: of pre-training, whose image encoder detection begins from."""
         super().__init__()
         self.image_encoder, self.detection_head = image_encoder, detection_head
+        self.view_transform, self.occupancy_decoder = view_transform, occupancy_decoder
 
-    def forward(self, images: Tensor, frame2img: Tensor, camera_valid: Tensor) -> QueryOutput:
-        """images: (B, N, 3, H, W) normalised. frame2img and camera_valid as in `CameraScene`."""
+    def forward(self, images: Tensor, camera_valid: Tensor, geometry: CameraViews) -> NetworkOutput:
+        """images: (B, N, 3, H, W) normalised. camera_valid: (B, N)."""
         maps = self.image_encoder(images.flatten(0, 1))
-        logits, codes = self.detection_head(CameraScene(maps, frame2img, camera_valid), len(images))
-        return QueryOutput(class_logits=logits, box_codes=codes)
+        scene = CameraScene(maps, geometry.frame2img, camera_valid)
+        logits, codes, reconstruction = None, None, None
+        if self.detection_head is not None:
+            logits, codes = self.detection_head(scene, len(images))
+        if self.view_transform is not None and self.occupancy_decoder is not None:
+            reconstruction = self.occupancy_decoder(self.view_transform(scene))
+        return NetworkOutput(
+            reconstruction_logits=reconstruction, class_logits=logits, box_codes=codes
+        )
 
 
 def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | Detr3dNetwork:
@@ -208,8 +206,12 @@ def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | D
     former = _required(config.bevformer, "bevformer", config)
     view = BevFormer(former, config.bev, len(encoder.neck.output))
     if stage == "pretrain":
-        return BevFormerNetwork(encoder, view, occupancy_decoder=_voxels(config, former, 2))
-    occupancy = _voxels(config, former, len(config.occupancy_classes)) if former.occupancy else None
+        return BevFormerNetwork(
+            encoder, view, occupancy_decoder=_voxels(config, former.channels, 2)
+        )
+    occupancy = None
+    if former.occupancy:
+        occupancy = _voxels(config, former.channels, len(config.occupancy_classes))
     detection = None
     if config.query_head:
         head = config.query_head
@@ -223,13 +225,12 @@ def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | D
 
 
 def _build_detr3d(config: ModelConfig, stage: str, encoder: PyramidEncoder) -> Detr3dNetwork:
-    if stage == "pretrain":
-        raise ConfigError(
-            f"{config.name}: a network without a BEV has nothing to reconstruct; pre-train a bevformer"
-            " with the same resnet, whose image encoder it takes"
-        )
     head = _required(config.query_head, "query_head", config)
     resnet = _required(config.resnet, "resnet", config)
+    if stage == "pretrain":
+        view = PillarSampling(resnet.channels, config.bev, head.z_range)
+        decoder = _voxels(config, resnet.channels, 2)
+        return Detr3dNetwork(encoder, view_transform=view, occupancy_decoder=decoder)
     cameras = config.bevformer.cameras if config.bevformer else BevFormerConfig.cameras
     extent = _extent(config, head)
     detection = _query_head(config, head, resnet.channels, lambda: CameraSampling(
@@ -248,13 +249,13 @@ def _extent(config: ModelConfig, head: QueryHeadConfig) -> tuple[Sequence[float]
     return (*config.bev.lo, head.z_range[0]), (*config.bev.hi, head.z_range[1])
 
 
-def _voxels(config: ModelConfig, former: BevFormerConfig, classes: int) -> VoxelDecoder:
+def _voxels(config: ModelConfig, channels: int, classes: int) -> VoxelDecoder:
     if config.grid.bev != config.bev:
         raise ConfigError(
             f"{config.name}: the voxel decoder gives one column per BEV cell, but grid is"
             f" {config.grid.bev} and bev {config.bev}"
         )
-    return VoxelDecoder(former.channels, config.grid.shape[2], classes)
+    return VoxelDecoder(channels, config.grid.shape[2], classes)
 
 
 def _required(value: _Part | None, key: str, config: ModelConfig) -> _Part:

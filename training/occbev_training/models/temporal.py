@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from occbev.grid import BevGrid
+from occbev.inference.reference_points import warp_table
 
 
 class TemporalFusion(nn.Module):
@@ -41,27 +43,9 @@ class TemporalFusion(nn.Module):
 
 
 def warp_grid(key2past: Tensor, bev: BevGrid, reference_quirks: bool = False) -> Tensor:
-    """Return where each cell of the key frame was in the past one, (B, Y, X, 2) for `grid_sample`.
-
-    key2past: (B, 4, 4), ego at the key time -> ego of the past frame, BEV augmentation folded in; only
-        its planar part is used. reference_quirks: cells stand for their lower corner, not their centre.
-    """
-    columns, rows = bev.shape
-    planar = key2past[:, [[0], [1], [3]], [0, 1, 3]].double()
-    shift = 0.0 if reference_quirks else 0.5
-    cell2ego = planar.new_tensor(
-        [
-            [bev.pitch[0], 0, bev.lo[0] + shift * bev.pitch[0]],
-            [0, bev.pitch[1], bev.lo[1] + shift * bev.pitch[1]],
-            [0, 0, 1],
-        ]
-    )
-    key2past_cells = torch.linalg.inv(cell2ego) @ planar @ cell2ego
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    cells = torch.stack([x, y, torch.ones_like(x)], -1).to(planar)  # (Y, X, 3)
-    place = torch.einsum("bij,yxj->byxi", key2past_cells, cells)[..., :2]
-    last = planar.new_tensor([columns - 1, rows - 1])
-    return (place / last * 2 - 1).float()
+    """Return `warp_table` of every sample, (B, Y, X, 2); key2past: (B, 4, 4)."""
+    tables = [warp_table(one, bev, reference_quirks) for one in key2past.cpu().numpy()]
+    return torch.from_numpy(np.stack(tables))
 
 
 def warp_bev(past: Tensor, grid: Tensor) -> Tensor:

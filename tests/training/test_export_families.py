@@ -1,0 +1,232 @@
+"""Every family as an exported graph: equal to torch, plain operators, any rig, explicit state, run by the pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+from occbev.config import ModelConfig, load_config, save_config  # noqa: E402
+from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
+from occbev.inference.memory import motion_inputs  # noqa: E402
+from occbev.model_package import ModelPackage  # noqa: E402
+from occbev.rig import Camera, CameraRig  # noqa: E402
+from occbev_training.cli import main  # noqa: E402
+from occbev_training.export import (  # noqa: E402
+    ExportError,
+    check_graphs,
+    example_inputs,
+    export_package,
+    relative_differences,
+    ring_rig,
+    run_onnx,
+    run_torch,
+    write_onnx,
+)
+from occbev_training.families import reduced, wake  # noqa: E402
+from occbev_training.models.bevformer import Motion  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
+from occbev_training.models.checkpoints import save_weights  # noqa: E402
+from occbev_training.models.geometry import make_geometry  # noqa: E402
+from occbev_training.models.graphs import GraphError, make_graph  # noqa: E402
+from occbev_training.models.network import Frame, NetworkOutput  # noqa: E402
+from occbev_training.models.temporal import warp_grid  # noqa: E402
+
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}
+BOXES, ANSWERS, VOXELS, STATE = (
+    {"heatmap", "box"}, {"class_logits", "box_codes"}, {"occupancy_logits"}, {"state_out_bev"},
+)  # fmt: skip
+EXPORTED = {
+    "occbev-small": BOXES | VOXELS | STATE,
+    "bevdepth4d_r50": BOXES | STATE,
+    "bevdepth_r50_first": BOXES,
+    "bevdepth_r50_megvii": BOXES,
+    "bevdet_occ_r50": VOXELS,
+    "flashocc_r50_m0": VOXELS,
+    "bevformer_tiny": ANSWERS | STATE,
+    "bevformer_small_occ": VOXELS | STATE,
+    "detr3d_r101": ANSWERS,
+}
+
+
+def model_of(repository: Path, name: str) -> ModelConfig:
+    return reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
+
+
+def network_of(model: ModelConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return wake(build_model(model, "finetune")).eval()
+
+
+def other_rig(model: ModelConfig, cameras: int) -> CameraRig:
+    """Cameras with other lenses, places and directions than those of `ring_rig`."""
+    changed = []
+    for index, camera in enumerate(ring_rig(model, cameras).cameras):
+        intrinsic = camera.intrinsic * np.array([[1.3], [1.1], [1]])
+        move = make_transform(rotation_from_yaw(0.3 + 0.1 * index), (0.4, -0.2, 0.3))
+        changed.append(
+            Camera(camera.name, camera.width, camera.height, intrinsic, move @ camera.cam2ego)
+        )
+    return CameraRig(tuple(changed))
+
+
+@pytest.fixture(scope="module", params=EXPORTED)
+def exported(
+    request, repository: Path, tmp_path_factory
+) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
+    model = model_of(repository, request.param)
+    network, path = network_of(model), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    write_onnx(make_graph(network), model, path)
+    return request.param, model, network, path
+
+
+def test_graphs_equal_torch_on_rigs_of_any_size(exported) -> None:
+    name, model, network, path = exported
+    differences = check_graphs(network, model, path.parent, cameras=(3, 2)).onnxruntime
+    assert set(differences) == EXPORTED[name]
+    assert max(differences.values()) <= 1e-4
+
+
+def test_a_second_rig_needs_no_other_graph(exported) -> None:
+    """The graph that was exported with one rig says of another what the trained network says of it."""
+    _, model, network, path = exported
+    graph, outputs = make_graph(network), []
+    for rig in (ring_rig(model, 3), other_rig(model, 3)):
+        inputs = example_inputs(model, graph, 3, seed=0, rig=rig)
+        got = run_onnx(path, inputs)
+        want = trained(network, model, rig, inputs)
+        for key, value in want.items():
+            assert relative_differences({key: value}, got)[key] <= 1e-4, key
+        outputs.append(got)
+    first, second = outputs
+    assert all(np.abs(first[k] - second[k]).max() > 1e-3 * np.abs(first[k]).max() for k in want)
+
+
+def trained(
+    network: torch.nn.Module, model: ModelConfig, rig: CameraRig, inputs: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Outputs of the network as training runs it, with the geometry of training."""
+    valid = torch.from_numpy(inputs["camera_valid"])
+    geometry = make_geometry(
+        model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid
+    )
+    with torch.no_grad():
+        output: NetworkOutput = network(torch.from_numpy(inputs["images"]), valid, geometry)
+    fields = {"occupancy_logits": output.occupancy_logits, "heatmap": output.heatmap}
+    if output.class_logits is not None:
+        fields |= {"class_logits": output.class_logits[-1], "box_codes": output.box_codes[-1]}
+    if model.bevdet is None or len(model.bevdet.tasks) == 1:
+        fields["box"] = output.box
+    return {name: value.numpy() for name, value in fields.items() if value is not None}
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+def poses() -> tuple[np.ndarray, np.ndarray]:
+    before = make_transform(rotation_from_yaw(0.3), (100.0, 50.0, 0.0))
+    return before, before @ make_transform(rotation_from_yaw(0.1), (1.5, -0.2, 0.0))
+
+
+@pytest.mark.parametrize("name", ["occbev-small", "bevdet4d_r50", "bevformer_tiny"])
+def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, name: str) -> None:
+    model = model_of(repository, name)
+    network = network_of(model)
+    graph, rig = make_graph(network), ring_rig(model, 2)
+    before, now = poses()
+    first, second = (example_inputs(model, graph, 2, seed) for seed in (0, 1))
+    first |= motion_inputs(model, before, None)
+    second |= motion_inputs(model, now, (before, now))
+    state = run_torch(graph, first)["state_out_bev"]
+    got = run_torch(graph, {**second, "state_in_bev": state})
+    valid = torch.ones(1, 2)
+    geometry = make_geometry(
+        model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid
+    )
+    images = [torch.from_numpy(f["images"]) for f in (first, second)]
+    with torch.no_grad():
+        if model.family == "bevformer":
+            bev = network(images[0], valid, replace(geometry, can_bus=tensor(first, "can_bus"))).bev
+            motion = Motion(
+                bev, *(tensor(second, n) for n in ("state_known", "table_align", "table_shift"))
+            )
+            views = replace(geometry, can_bus=tensor(second, "can_bus"), motion=motion)
+            want = network(images[1], valid, views)
+            pairs = {"class_logits": want.class_logits[-1], "box_codes": want.box_codes[-1]}
+        else:
+            key2past = torch.from_numpy(np.linalg.inv(before) @ now)[None]
+            warp = warp_grid(key2past, model.bev, model.lift.reference_quirks)
+            past = Frame(images[0], valid, geometry, warp=warp)
+            want = network(images[1], valid, geometry, [past])
+            pairs = {"heatmap": want.heatmap, "box": want.box}
+            alone = network(images[1], valid, geometry)
+            assert (alone.heatmap - want.heatmap).abs().max() > 1e-4  # the past matters
+    for key, value in pairs.items():
+        torch.testing.assert_close(torch.from_numpy(got[key]), value, **CLOSE)
+
+
+def tensor(inputs: dict[str, np.ndarray], name: str) -> torch.Tensor:
+    return torch.from_numpy(inputs[name])
+
+
+def test_a_first_frame_ignores_whatever_the_state_holds(repository: Path) -> None:
+    for name in ("occbev-small", "bevformer_tiny"):
+        model = model_of(repository, name)
+        graph = make_graph(network_of(model))
+        inputs = example_inputs(model, graph, 2, seed=0)
+        other = {**inputs, "state_in_bev": inputs["state_in_bev"] + 3}
+        first, second = (run_torch(graph, i) for i in (inputs, other))
+        for key in first:
+            np.testing.assert_allclose(first[key], second[key], rtol=1e-4, atol=1e-5)
+
+
+# --- packages --------------------------------------------------------------------------------
+
+
+def test_the_command_makes_a_package_of_weights(repository: Path, tmp_path: Path) -> None:
+    model = model_of(repository, "bevdet_r50")
+    save_config(tmp_path / "model.yaml", model)
+    save_weights(tmp_path / "weights.safetensors", network_of(model).state_dict(), {})
+    arguments = [str(tmp_path / n) for n in ("weights.safetensors", "package")]
+    model_file = ["--model", str(tmp_path / "model.yaml")]
+    assert main(["export", *arguments, *model_file, "--cameras", "2"]) == 0
+    package = ModelPackage.load(tmp_path / "package")
+    assert set(package.files) == {"weights.safetensors", "model.onnx", "README.md"}
+    assert {"Conv", "Gather"} <= {o.split(":")[0] for o in package.provenance["operators"].split()}
+    assert set(package.metrics["export_difference"]["onnxruntime"]) == BOXES
+    again = [str(tmp_path / "package"), str(tmp_path / "again"), "--cameras", "2"]
+    assert main(["export", *again]) == 0  # a package has its own configuration and origin
+    assert ModelPackage.load(tmp_path / "again").model == model
+
+
+@pytest.mark.parametrize("name", ["bevdepth4d_r50_megvii", "bevdet_occ_r50_4d_stereo"])
+def test_what_has_no_plain_form_is_refused_by_name(
+    repository: Path, tmp_path: Path, name: str
+) -> None:
+    model = model_of(repository, name)
+    with pytest.raises(ExportError, match="not exported: .*(volume|images)"):
+        export_package(build_model(model, "finetune"), model, tmp_path, {}, {})
+    with pytest.raises(GraphError, match="Linear"):
+        make_graph(torch.nn.Linear(1, 1))
+
+
+def test_a_graph_with_a_loop_is_refused(tmp_path: Path) -> None:
+    from occbev_training.export import require_plain_operators
+
+    class Uneven(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cumsum(0) + math.pi
+
+    program = torch.onnx.export(
+        Uneven(), (torch.ones(3),), dynamo=True, opset_version=18, verbose=False
+    )
+    program.save(str(tmp_path / "m.onnx"))
+    with pytest.raises(ExportError, match=r"m\.onnx: holds \['CumSum'\]"):
+        require_plain_operators(tmp_path / "m.onnx")

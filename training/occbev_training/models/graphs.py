@@ -1,0 +1,255 @@
+"""Networks as graphs: images, validity, geometry tables and state in, named outputs out, one frame at a time.
+
+Exported graphs are these modules written down, and the torch runtime runs them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from occbev.inference.tables import GATHER_STAGES
+from occbev_training.models.bevdet import BevDetNetwork
+from occbev_training.models.bevformer import BevFormerViews, CameraSlots, Motion
+from occbev_training.models.centre_head import merge_tasks
+from occbev_training.models.detr3d import CameraViews
+from occbev_training.models.lift_splat import BatchedPoints, splat_by_gather
+from occbev_training.models.network import NetworkOutput, OccBevNetwork
+from occbev_training.models.query_networks import BevFormerNetwork, Detr3dNetwork
+from occbev_training.models.temporal import warp_bev
+
+HEADS: Mapping[str, str] = {
+    "reconstruction_logits": "occupancy_decoder", "occupancy_logits": "occupancy_head",
+    "heatmap": "detection_head", "box": "detection_head",
+}  # fmt: skip
+"""Output of a Lift-Splat graph -> the part of the network that makes it, in the graph's order."""
+
+QUERY_HEADS: Mapping[str, str] = {
+    "reconstruction_logits": "occupancy_decoder", "occupancy_logits": "occupancy_head",
+    "class_logits": "detection_head", "box_codes": "detection_head",
+}  # fmt: skip
+"""The same of the families bevformer and detr3d."""
+
+SOURCES = ("images", "camera_valid")
+BAG_TABLES = ("table_pixel", "table_depth", "table_weight", "table_offset", "table_ray")
+GATHER_TABLES = (
+    "table_pixel", "table_depth", "table_weight",
+    *(f"table_stage{stage}" for stage in range(2, GATHER_STAGES + 1)), "table_cell", "table_ray",
+)  # fmt: skip
+LIFT_STATE = ("state_in_bev", "state_known", "table_warp")
+BEVFORMER_STATE = ("can_bus", "state_in_bev", "state_known", "table_align", "table_shift")
+
+
+class GraphError(ValueError):
+    """A network that cannot be run as a graph, saying which part of it is in the way."""
+
+
+class Graph(nn.Module):
+    """A network in evaluation mode with every input and output named.
+
+    form: the kind of geometry tables it takes, see `occbev.inference.tables.FORMS`.
+    inputs, outputs: names, in order.
+    """
+
+    form: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.eval()
+
+
+class LiftGraph(Graph):
+    """What both forms of a Lift-Splat graph share: state and heads."""
+
+    def __init__(self, network: OccBevNetwork) -> None:
+        """Raises: GraphError for parts that have no such form."""
+        super().__init__(network)
+        if isinstance(network, BevDetNetwork) and network.image_encoder.matching_stage is not None:
+            raise GraphError(
+                "the stereo cost volume needs two frames' images: this network runs in training code alone"
+            )
+        self.temporal = network.temporal is not None
+        if self.temporal and network.view_transform.makes_volume:
+            raise GraphError("a volume of past frames cannot be warped in the plane")
+        self.tasks = getattr(network.detection_head, "classes", ())
+        self.outputs = tuple(n for n, part in HEADS.items() if getattr(network, part) is not None)
+        self.outputs += ("state_out_bev",) if self.temporal else ()
+
+    def answer(
+        self,
+        bev: Tensor,
+        state_in_bev: Tensor | None,
+        state_known: Tensor | None,
+        table_warp: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Return `outputs` of a splatted BEV.
+
+        state_in_bev: (1, past frames * C, Y, X), newest first, in the frame of the BEV before.
+        state_known: (1,), 0 where there was none. table_warp: (1, Y, X, 2) of `warp_table`.
+        """
+        network = self.network
+        if not self.temporal:
+            return self._selected(network.heads(bev))
+        assert state_in_bev is not None
+        assert state_known is not None
+        assert table_warp is not None
+        bev = network.temporal.refine(bev)
+        stand_in = bev.repeat(1, network.temporal.frames - 1, 1, 1)
+        past = stand_in + state_known * (warp_bev(state_in_bev, table_warp) - stand_in)
+        history = past.split(bev.shape[1], 1)
+        state = torch.cat([bev, *history[:-1]], 1)
+        heads = network.heads(network.temporal(bev, history))
+        return self._selected({**heads, "state_out_bev": state})
+
+    def _selected(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+        if "box" in self.outputs and self.tasks:
+            box = merge_tasks(results["heatmap"], results["box"], self.tasks)
+            results = {**results, "box": box}
+        return tuple(results[name] for name in self.outputs)
+
+
+class BagGraph(LiftGraph):
+    """A Lift-Splat network that splats by an embedding bag."""
+
+    form = "bag"
+
+    def __init__(self, network: OccBevNetwork) -> None:
+        super().__init__(network)
+        self.inputs = (*SOURCES, *BAG_TABLES, *(LIFT_STATE if self.temporal else ()))
+
+    def forward(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        table_pixel: Tensor,
+        table_depth: Tensor,
+        table_weight: Tensor,
+        table_offset: Tensor,
+        table_ray: Tensor,
+        state_in_bev: Tensor | None = None,
+        state_known: Tensor | None = None,
+        table_warp: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return `outputs`."""
+        points = BatchedPoints(table_pixel, table_depth, table_weight, table_offset, table_ray)
+        lift = self.network.view_transform
+        features = self.network.image_encoder(images.flatten(0, 1))
+        logits, context = lift.predict_depth(features, table_ray.flatten(0, 1))
+        bev = lift.pool(logits, context, camera_valid, points)
+        return self.answer(bev, state_in_bev, state_known, table_warp)
+
+
+class GatherGraph(LiftGraph):
+    """A Lift-Splat network that splats by staged gathers, for ONNX."""
+
+    form = "gather"
+
+    def __init__(self, network: OccBevNetwork) -> None:
+        super().__init__(network)
+        if getattr(network.view_transform, "aggregate", None) is not None:
+            raise GraphError(
+                "depth aggregation needs the whole lifted volume: it has no form by gathers; run it in torch"
+            )
+        self.inputs = (*SOURCES, *GATHER_TABLES, *(LIFT_STATE if self.temporal else ()))
+
+    def forward(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        table_pixel: Tensor,
+        table_depth: Tensor,
+        table_weight: Tensor,
+        table_stage2: Tensor,
+        table_stage3: Tensor,
+        table_stage4: Tensor,
+        table_cell: Tensor,
+        table_ray: Tensor,
+        state_in_bev: Tensor | None = None,
+        state_known: Tensor | None = None,
+        table_warp: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return `outputs`."""
+        lift = self.network.view_transform
+        features = self.network.image_encoder(images.flatten(0, 1))
+        logits, context = lift.predict_depth(features, table_ray.flatten(0, 1))
+        rows, depth = lift.rows(logits, context, camera_valid.flatten())
+        stages = (table_stage2, table_stage3, table_stage4)
+        tables = (table_pixel, table_depth, table_weight, *stages, table_cell)
+        bev = lift.to_bev(splat_by_gather(rows, depth, tables))
+        return self.answer(bev, state_in_bev, state_known, table_warp)
+
+
+class BevFormerGraph(Graph):
+    """A BEVFormer with its tables and the BEV of the frame before."""
+
+    form = "slots"
+    inputs = (*SOURCES, "table_query", "table_points", "table_slot", *BEVFORMER_STATE)
+
+    def __init__(self, network: BevFormerNetwork) -> None:
+        super().__init__(network)
+        self.outputs = (*_query_outputs(network), "state_out_bev")
+
+    def forward(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        table_query: Tensor,
+        table_points: Tensor,
+        table_slot: Tensor,
+        can_bus: Tensor,
+        state_in_bev: Tensor,
+        state_known: Tensor,
+        table_align: Tensor,
+        table_shift: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return `outputs`."""
+        hits = CameraSlots(table_query, table_points, camera_valid[0], table_slot)
+        motion = Motion(state_in_bev, state_known, table_align, table_shift)
+        output = self.network(images, camera_valid, BevFormerViews(hits, can_bus, motion))
+        return (*_answers(output, self.outputs[:-1]), output.bev)
+
+
+class Detr3dGraph(Graph):
+    """A DETR3D with its projection matrices."""
+
+    form = "projection"
+    inputs = (*SOURCES, "table_projection")
+
+    def __init__(self, network: Detr3dNetwork) -> None:
+        super().__init__(network)
+        self.outputs = _query_outputs(network)
+
+    def forward(
+        self, images: Tensor, camera_valid: Tensor, table_projection: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return `outputs`."""
+        output = self.network(images, camera_valid, CameraViews(table_projection))
+        return _answers(output, self.outputs)
+
+
+def make_graph(network: nn.Module, lift_form: str = "gather") -> Graph:
+    """Make the graph of a network of any family; lift_form: "gather" or "bag", for Lift-Splat.
+
+    Raises: GraphError if it has none.
+    """
+    if isinstance(network, OccBevNetwork):
+        return GatherGraph(network) if lift_form == "gather" else BagGraph(network)
+    if isinstance(network, BevFormerNetwork):
+        return BevFormerGraph(network)
+    if isinstance(network, Detr3dNetwork):
+        return Detr3dGraph(network)
+    raise GraphError(f"a {type(network).__name__} is no network of a known family")
+
+
+def _query_outputs(network: BevFormerNetwork | Detr3dNetwork) -> tuple[str, ...]:
+    return tuple(n for n, part in QUERY_HEADS.items() if getattr(network, part, None) is not None)
+
+
+def _answers(output: NetworkOutput, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Return outputs by name; of decoder layers only the last answers, the others are there for training."""
+    last = ("class_logits", "box_codes")
+    return tuple(getattr(output, n)[-1] if n in last else getattr(output, n) for n in names)
