@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 
-from occbev.config import ImageConfig
+from occbev.config import ConfigError, ImageConfig
 from occbev.geometry import make_transform
 from occbev.preprocess import (
     Fit,
@@ -78,6 +79,22 @@ def test_a_point_stays_on_its_pixel(width: int, height: int) -> None:
 
 def test_a_flat_image_covers_the_height_and_keeps_its_middle_columns() -> None:
     assert Fit.cover(400, 100, SMALL) == Fit((128, 32), (32, 0))
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr_swapped"])
+def test_a_flat_image_can_be_padded_below_and_keeps_all_columns(order: str) -> None:
+    config = replace(SMALL, fit="pad", channel_order=order, mean=(10.0, 20.0, 30.0))
+    assert Fit.cover(400, 100, config) == Fit((64, 16), (0, 0))
+    assert Fit.cover(64, 64, config) == Fit.cover(64, 64, SMALL)  # nothing to pad
+    source = camera(width=400, height=100)
+    point = np.array([[9.0, -0.4, 1.1]])
+    image = blob_at(400, 100, *source.project(point)[0][0], sigma=8)
+    pixels, fitted = Preprocessor(config).network_image(image, source)
+    np.testing.assert_allclose(centroid(pixels[:16]), fitted.project(point)[0][0], atol=0.12)
+    normalised = Preprocessor(config).normalise(pixels)
+    assert not normalised[:, 16:].any()  # the mean colour says nothing
+    with pytest.raises(ConfigError, match=r"image\.fit 'stretch'"):
+        replace(SMALL, fit="stretch")
 
 
 @pytest.mark.parametrize(

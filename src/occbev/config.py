@@ -33,15 +33,19 @@ class ImageConfig:
     width: int = 352
     """Input width in pixels."""
     height: int = 128
-    """Input height in pixels; the source is scaled to the width and cropped to its lower rows."""
+    """Input height in pixels; the source is scaled to the width and fitted to the height as `fit` says."""
     mean: tuple[float, float, float] = (127.0, 127.0, 127.0)
     """Subtracted from RGB values 0..255; the default is what EfficientNet-Lite was trained with."""
     std: tuple[float, float, float] = (128.0, 128.0, 128.0)
     """Divides RGB values after the mean was subtracted."""
     channel_order: str = "rgb"
     """Order of the channels that the network was trained on: rgb, or bgr_swapped for BEVDet checkpoints."""
+    fit: str = "cover"
+    """cover (the height is cut to the lower rows) or pad (rows of the mean colour below, as BEVFormer has it)."""
 
     def __post_init__(self) -> None:
+        if self.fit not in ("cover", "pad"):
+            raise ConfigError(f"image.fit {self.fit!r}: must be cover or pad")
         if self.width % 32 or self.height % 32 or min(self.width, self.height) <= 0:
             raise ConfigError(
                 f"image size {self.width}x{self.height}: both must be positive multiples of 32"
@@ -158,7 +162,7 @@ class BevDetConfig:
     source_height: int = 900
     """Height of these images."""
     depth: int = 50
-    """Depth of the ResNet: 18, 50 or 101."""
+    """Depth of the ResNet: 14, 18, 50 or 101."""
     stages: tuple[int, ...] = (3, 4)
     """ResNet stages that the neck takes."""
     frozen_stages: int = 0
@@ -216,7 +220,7 @@ class ResNetConfig:
     """Image encoder of published networks: a residual network and a feature pyramid."""
 
     depth: int = 50
-    """18, 50 or 101."""
+    """14, 18, 50 or 101."""
     stages: tuple[int, ...] = (2, 3, 4)
     """Stages that the pyramid takes."""
     levels: int = 4

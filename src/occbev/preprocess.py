@@ -50,8 +50,13 @@ class Fit:
 
     @classmethod
     def cover(cls, width: int, height: int, config: ImageConfig) -> Fit:
-        """Scale to the network's width and keep the lower rows; a flatter image keeps its middle columns."""
+        """Scale to the network's width and keep the lower rows.
+
+        A flatter image keeps its middle columns, or with `config.fit` "pad" all of them and leaves rows below empty.
+        """
         scaled_height = round(height * config.width / width)
+        if scaled_height < config.height and config.fit == "pad":
+            return cls((config.width, scaled_height), (0, 0))
         if scaled_height >= config.height:
             return cls((config.width, scaled_height), (0, scaled_height - config.height))
         scaled_width = max(config.width, round(width * config.height / height))
@@ -119,9 +124,20 @@ class Preprocessor:
             image = np.asarray(cv2.resize(image, fit.scaled, interpolation=method), np.uint8)
         fitted = network_camera(camera, self.config)
         if camera.distortion:
-            return self._rectified(image, camera, fitted), fitted
+            image = self._rectified(image, camera, fitted)[: fit.scaled[1]]
+            return self._filled(image), fitted
         (x, y), (width, height) = fit.crop, (self.config.width, self.config.height)
-        return np.ascontiguousarray(image[y : y + height, x : x + width]), fitted
+        return self._filled(image[y : y + height, x : x + width]), fitted
+
+    def _filled(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Fill rows that are empty below with the colour that normalises to zero, but for rounding."""
+        if len(image) == self.config.height:
+            return np.ascontiguousarray(image)
+        mean = self.config.mean if self.config.channel_order == "rgb" else self.config.mean[::-1]
+        whole = np.empty((self.config.height, self.config.width, 3), np.uint8)
+        whole[:] = np.round(mean)
+        whole[: len(image)] = image
+        return whole
 
     def prepare(self, frame_set: FrameSet, rig: CameraRig) -> PreparedImages:
         """Make the network input of one frame set, in the order of `rig`.
