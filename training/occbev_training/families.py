@@ -45,7 +45,7 @@ def reduced(model: ModelConfig) -> ModelConfig:
     return replace(
         model,
         image=replace(model.image, width=96, height=64),
-        encoder=replace(model.encoder, channels=16),
+        encoder=replace(model.encoder, backbone="tf_efficientnet_lite0", channels=16),
         lift=lift,
         bev=replace(model.bev, lo=(-16.0, -16.0), pitch=(2.0, 2.0), shape=side),
         bev_encoder=BevEncoderConfig((8, 16, 32), model.bev_encoder.blocks, 16),
@@ -60,11 +60,11 @@ def _reduced_parts(model: ModelConfig) -> dict[str, object]:
     parts: dict[str, object] = {}
     if model.bevdet is not None:
         parts["bevdet"] = replace(
-            model.bevdet, depth=18, neck_channels=32, pyramid_channels=8, bev_hidden=16,
+            model.bevdet, depth=14, neck_channels=32, pyramid_channels=8, bev_hidden=16,
             occupancy_hidden=16, source_width=192, source_height=144,
         )  # fmt: skip
     if model.resnet is not None:
-        parts["resnet"] = replace(model.resnet, depth=50, channels=32)
+        parts["resnet"] = replace(model.resnet, depth=14, channels=32)
     if model.bevformer is not None:
         centre = None if model.bevformer.turn_centre is None else (8.0, 8.0)
         parts["bevformer"] = replace(

@@ -61,21 +61,8 @@ class ResNetImageEncoder(nn.Module):
         return self.with_matching(images)[0]
 
     def load_imagenet(self, path: Path) -> tuple[str, ...]:
-        """Load ResNet weights under torchvision's names, as torchvision publishes them.
-
-        Returns: the names in the file that the backbone has no use for.
-        Raises: ValueError naming the first weight that is missing or has another shape.
-        """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        own = self.backbone.state_dict()
-        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
-        if wrong:
-            raise ValueError(
-                f"{path}: not the weights of this ResNet: {len(wrong)} of {len(own)} are missing or of"
-                f" another shape; first {wrong[0]}"
-            )
-        self.backbone.load_state_dict({name: state[name] for name in own})
-        return tuple(sorted(set(state) - set(own)))
+        """Load the backbone's weights, see `ResNet.load_imagenet`."""
+        return self.backbone.load_imagenet(path)
 
     def with_matching(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the features and the map of the matching stage (M, 256, H / 4, W / 4), if there is one."""

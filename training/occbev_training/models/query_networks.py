@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -63,6 +64,10 @@ class PyramidEncoder(nn.Module):
             config.frozen_stages, frozen_norms=True,
         )  # fmt: skip
         self.neck = FeaturePyramid(self.backbone.widths, config.channels, config.levels)
+
+    def load_imagenet(self, path: Path) -> tuple[str, ...]:
+        """Load the backbone's weights, see `ResNet.load_imagenet`."""
+        return self.backbone.load_imagenet(path)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Turn (M, 3, H, W) into maps (M, C, H_l, W_l), finest first."""

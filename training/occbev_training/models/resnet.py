@@ -5,14 +5,22 @@ The blocks are torchvision's; the caffe style and deformable stages are small ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, resnet18, resnet50, resnet101
+from torchvision.models import resnet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from occbev_training.models.deformable_conv import DeformableConv2d
 
-_MAKERS = {18: resnet18, 50: resnet50, 101: resnet101}
+_BLOCKS: Mapping[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    14: (Bottleneck, [1, 1, 1, 1]), 18: (BasicBlock, [2, 2, 2, 2]), 50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+}  # fmt: skip
+"""Depth -> kind of block, blocks of each stage; the shallowest is for checks."""
+
 STAGES = 4
 
 
@@ -30,16 +38,16 @@ class ResNet(nn.Module):
     ) -> None:
         """Build with random weights.
 
-        depth: 18, 50 or 101. outputs: stages (1..4) whose maps are returned, at strides 4 to 32.
+        depth: 14, 18, 50 or 101. outputs: stages (1..4) whose maps are returned, at strides 4 to 32.
         caffe_style: a stage's stride is on its first 1x1 convolution, not on the 3x3.
         deformable_stages: stages whose 3x3 convolutions are modulated deformable ones.
         frozen_stages: 0 = all is trained, 1 = not the stem, n = not the stem and n - 1 stages.
         frozen_norms: no batch norm is trained or gathers statistics.
         """
         super().__init__()
-        if depth not in _MAKERS:
-            raise ValueError(f"ResNet depth {depth}: must be one of {sorted(_MAKERS)}")
-        model = _MAKERS[depth](weights=None)
+        if depth not in _BLOCKS:
+            raise ValueError(f"ResNet depth {depth}: must be one of {sorted(_BLOCKS)}")
+        model = resnet.ResNet(*_BLOCKS[depth])
         self.conv1, self.bn1, self.relu, self.maxpool = (
             model.conv1,
             model.bn1,
@@ -76,6 +84,23 @@ class ResNet(nn.Module):
                 maps.append(x)
         return maps
 
+    def load_imagenet(self, path: Path) -> tuple[str, ...]:
+        """Load weights under torchvision's names, as torchvision publishes them; offsets begin at zero.
+
+        Returns: the names in the file that the network has no use for.
+        Raises: ValueError naming the first weight that is missing or has another shape.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        own = {n: v for n, v in self.state_dict().items() if "conv_offset" not in n}
+        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
+        if wrong:
+            raise ValueError(
+                f"{path}: not the weights of this ResNet: {len(wrong)} of {len(own)} are missing or of"
+                f" another shape; first {wrong[0]}"
+            )
+        self.load_state_dict({name: state[name] for name in own}, strict=False)
+        return tuple(sorted(set(state) - set(own)))
+
 
 def basic_stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
     """Return a stage of basic blocks; the first has a 1x1 skip where the shape changes."""
@@ -93,7 +118,7 @@ def _alter(block: nn.Module, caffe_style: bool, deformable: bool) -> None:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     if deformable:
         if not isinstance(block, Bottleneck):
-            raise ValueError("deformable stages need bottleneck blocks: depth 50 or 101")
+            raise ValueError("deformable stages need bottleneck blocks: depth 14, 50 or 101")
         plain = block.conv2
         block.conv2 = DeformableConv2d(plain.in_channels, plain.out_channels, plain.stride[0])
 
