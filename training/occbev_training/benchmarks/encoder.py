@@ -1,6 +1,6 @@
 """Image encoders in every runtime: six images through `occbev-tiny`'s encoder and through ResNet-50.
 
-int8 graphs are quantised from random images: their speed is meant here, not their accuracy.
+With a GPU, torch and ONNX Runtime (if it is its GPU build) run there, OpenVINO stays on the CPU. int8 graphs are quantised from random images: their speed is meant here, not their accuracy.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from occbev.benchmarks import Options, Report, interleaved
 from occbev.config import ModelConfig
-from occbev_training.benchmarks.measure import speedup
+from occbev_training.benchmarks.measure import bench_device, speedup, waiting
 from occbev_training.models.image_encoder import ImageEncoder, fold_block
 from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder
 from occbev_training.models.resnet import ResNet
 
 CAMERAS = 6
 CALIBRATION_SETS = 2
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 Method = Callable[[], object]
 
@@ -51,23 +52,31 @@ def encoders() -> dict[str, tuple[nn.Module, tuple[int, int]]]:
 
 
 def methods_of(
-    encoder: nn.Module, images: Tensor, folder: Path, threads: int, compiled: bool = True
+    encoder: nn.Module,
+    images: Tensor,
+    folder: Path,
+    threads: int,
+    compiled: bool = True,
+    device: str = "cpu",
 ) -> tuple[dict[str, Method], dict[str, float]]:
     """Return every runtime's call on the same images, and its mean difference from eager, relative to the
     mean value.
 
     folder: where graphs are written. compiled: torch.compile too, which takes minutes to get ready.
+    device: where torch runs.
     """
+    floats, integers = write_graphs(encoder, images, folder)
+    encoder, pictures = encoder.to(device), images.to(device)
     folded = fold_norms(encoder).to(memory_format=torch.channels_last)
-    last = images.contiguous(memory_format=torch.channels_last)
+    last = pictures.contiguous(memory_format=torch.channels_last)
     methods: dict[str, Method] = {
-        "eager": lambda: encoder(images),
+        "eager": lambda: encoder(pictures),
         "folded_channels_last": lambda: folded(last),
     }
     if compiled:
         graph = torch.compile(folded)
         methods["torch_compile"] = lambda: graph(last)
-    floats, integers = write_graphs(encoder, images, folder)
+    methods = waiting(methods, device)
     array = images.numpy()
     methods["onnxruntime_f32"] = _onnxruntime(floats, array, threads)
     methods["openvino_f32"] = _openvino(floats, array, threads)
@@ -117,7 +126,8 @@ class _RandomImages(CalibrationDataReader):
 def _onnxruntime(path: Path, images: NDArray[np.float32], threads: int) -> Method:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     return lambda: session.run(None, {"images": images})[0]
 
 
@@ -130,7 +140,7 @@ def _openvino(path: Path, images: NDArray[np.float32], threads: int) -> Method:
 
 def _differences(methods: dict[str, Method]) -> dict[str, float]:
     with torch.no_grad():
-        results = {name: np.asarray(method()) for name, method in methods.items()}
+        results = {name: _as_array(method()) for name, method in methods.items()}
     want = results.pop("eager")
     return {
         name: float(np.abs(got - want).mean() / np.abs(want).mean())
@@ -138,20 +148,27 @@ def _differences(methods: dict[str, Method]) -> dict[str, float]:
     }
 
 
+def _as_array(result: Any) -> NDArray[np.float32]:
+    return np.asarray(result.cpu() if isinstance(result, Tensor) else result)
+
+
 def run(options: Options) -> Report:
     """Measure every encoder in every runtime; torch.compile takes minutes to get ready."""
     threads = options.threads or 1
     torch.set_num_threads(threads)
-    values: dict[str, Any] = {"rounds": options.rounds, "threads": threads, "cameras": CAMERAS}
+    device = bench_device()
+    values: dict[str, Any] = {
+        "device": device, "rounds": options.rounds, "threads": threads, "cameras": CAMERAS,
+    }  # fmt: skip
     ratios: dict[str, float] = {}
     for name, (encoder, size) in encoders().items():
         images = torch.randn(CAMERAS, 3, *size)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            methods, differences = methods_of(encoder, images, Path(folder), threads)
+            methods, differences = methods_of(encoder, images, Path(folder), threads, device=device)
             timings = interleaved(methods, options.rounds)
         for method, timing in timings.items():
             values[f"{name}_{method}"] = dict(vars(timing))
             if method != "eager":
                 values[f"{name}_{method}"] |= {"relative_difference": differences[method]}
-                ratios[f"{name}_{method}_vs_eager"] = speedup(timings["eager"], timing)
+                ratios[f"{name}_{method}_vs_eager"] = speedup(timings["eager"], timing, device)
     return Report("encoder", values, ratios)
