@@ -28,9 +28,7 @@ LIFT = replace(
     grid=VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 1.0), (16, 16, 2)),
     memory=2,
 )
-FORMER = replace(
-    LIFT, memory=0, family="bevformer", bevformer=BevFormerConfig(channels=8, heads=2)
-)
+FORMER = replace(LIFT, memory=0, family="bevformer", bevformer=BevFormerConfig(channels=8, heads=2))
 SECOND = 1_000_000_000
 
 
@@ -111,7 +109,9 @@ def test_a_landmark_is_read_where_it_was(frame: str) -> None:
     share = cell_now - (column, row)
     corners = place[row : row + 2, column : column + 2]
     across = corners[:, 0] * (1 - share[0]) + corners[:, 1] * share[0]
-    np.testing.assert_allclose(across[0] * (1 - share[1]) + across[1] * share[1], cell_before, atol=1e-4)
+    np.testing.assert_allclose(
+        across[0] * (1 - share[1]) + across[1] * share[1], cell_before, atol=1e-4
+    )
 
 
 def test_standing_still_moves_nothing() -> None:
@@ -135,7 +135,10 @@ class Counter:
         self.inputs = {name: array.copy() for name, array in inputs.items()}
         logits = np.zeros((1, 18, 2, 16, 16), np.float32)
         known = inputs["state_known"][0] * inputs["state_in_bev"].max()
-        return {"occupancy_logits": logits, "state_out_bev": np.full((1, 6, 16, 16), known + 1, np.float32)}
+        return {
+            "occupancy_logits": logits,
+            "state_out_bev": np.full((1, 6, 16, 16), known + 1, np.float32),
+        }
 
 
 def camera(name: str) -> Camera:
