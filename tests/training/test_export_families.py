@@ -117,6 +117,8 @@ def trained(
     geometry = make_geometry(
         model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid
     )
+    if model.family == "bevformer":  # a vehicle that stands where the example does
+        geometry = replace(geometry, can_bus=tensor(inputs, "can_bus"))
     with torch.no_grad():
         output: NetworkOutput = network(torch.from_numpy(inputs["images"]), valid, geometry)
     fields = {"occupancy_logits": output.occupancy_logits, "heatmap": output.heatmap}

@@ -164,7 +164,7 @@ class FamilyRow:
             f"`{self.name}`",
             self.family,
             f"{self.parameters:.2f}",
-            "own" if self.keys is None else f"{self.keys[0]} of {self.keys[1]}",
+            "-" if self.keys is None else f"{self.keys[0]} of {self.keys[1]}",
             " ".join(published.fixtures) or "-",
             f"{self.parity:.0e}" if self.parity is not None else "not exported",
             published.score or "-",

@@ -1,0 +1,75 @@
+"""The report on every network: complete, equal to the README's table, and its reduced forms keep every part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from occbev.config import ModelConfig, load_config  # noqa: E402
+from occbev_training.cli import main  # noqa: E402
+from occbev_training.cli.families import known  # noqa: E402
+from occbev_training.families import PUBLISHED, FamilyRow, reduced  # noqa: E402
+
+
+def rows(repository: Path) -> dict[str, list[str]]:
+    """The README's table: name -> cells."""
+    section = (repository / "README.md").read_text().split("## Models", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `") and line.count("|") == 9]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row for row in cells}
+
+
+def test_every_configuration_has_its_row(repository: Path) -> None:
+    configured = {path.stem for path in (repository / "config/models").glob("*.yaml")}
+    assert set(PUBLISHED) == configured == set(known())
+    assert set(rows(repository)) == configured
+
+
+def test_the_readme_says_what_the_code_knows(repository: Path) -> None:
+    for name, row in rows(repository).items():
+        published = PUBLISHED[name]
+        config = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
+        assert row[1] == config.family
+        assert row[4] == (" ".join(published.fixtures) or "-")
+        assert row[6] == (published.score or "-")
+        assert (row[3] == "-") == (not published.table)
+        if row[5] not in ("not exported", "not measured"):
+            assert float(row[5]) <= 1e-4
+
+
+def test_every_fixture_is_read_by_a_test(repository: Path, shared: Path) -> None:
+    sources = "\n".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
+    for name, published in PUBLISHED.items():
+        for fixture in published.fixtures:
+            assert (shared / "golden" / f"{fixture}.npz").is_file(), name
+            assert fixture in sources, f"{fixture} of {name} is held by no test"
+    tables = {path.name for path in (shared / "golden").glob("*_state_dict.json")}
+    assert {f"{p.table}_state_dict.json" for p in PUBLISHED.values() if p.table} == tables
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_reduced_forms_keep_every_part(repository: Path, name: str) -> None:
+    model = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
+    small = reduced(model)
+    assert (small.family, small.past_frames, small.bev.frame) == (
+        model.family, model.past_frames, model.bev.frame,
+    )  # fmt: skip
+    assert (small.lift.height_bins > 1) == (model.lift.height_bins > 1)
+    for part in ("bevdet", "resnet", "bevformer", "query_head"):
+        assert (getattr(small, part) is None) == (getattr(model, part) is None)
+    assert small.image.width * small.image.height <= 96 * 64
+
+
+def test_the_report_counts_parameters_and_keys(shared: Path, capsys) -> None:
+    golden = str(shared / "golden")
+    assert main(["families", "bevformer_tiny", "--golden", golden, "--no-export", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["keys"] == [643, 643]
+    assert record["parameters"] == pytest.approx(33.52, abs=0.01)
+    row = FamilyRow("bevformer_tiny", "bevformer", 33.52, (643, 643), 2e-6, "", ("Conv",))
+    assert row.cells()[3] == "643 of 643"
+    assert row.cells()[5] == "2e-06"
