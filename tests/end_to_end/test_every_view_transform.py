@@ -50,6 +50,19 @@ def package(repository: Path, folder: Path, name: str, backend: str) -> Path:
     return folder
 
 
+def parameters(repository: Path, folder: Path) -> Path:
+    """The shipped parameters, but for boxes that are as weak as those of random weights."""
+    text = (repository / "config/perception.yaml").read_text()
+    for old, new in (
+        ("score_threshold: 0.1", "score_threshold: 0.0001"),
+        ("threads: 0", "threads: 1"),
+    ):
+        assert old in text
+        text = text.replace(old, new, 1)
+    (folder / "perception.yaml").write_text(text)
+    return folder / "perception.yaml"
+
+
 @pytest.mark.parametrize(
     ("name", "backend", "voxels"),
     [
@@ -65,7 +78,7 @@ def test_a_drive_goes_through_the_network(
     folder = package(repository, tmp_path / "package", name, backend)
     out = {n: tmp_path / n for n in ("summary.json", "boxes.jsonl")}
     arguments = ["replay", str(bag), "--offline", "--model", str(folder), "--backend", backend]
-    arguments += ["--set", "detection.score_threshold:=0.0001", "--set", "threads:=1"]
+    arguments += ["--params-file", str(parameters(repository, tmp_path))]
     assert (
         main([*arguments, "--json", str(out["summary.json"]), "--boxes", str(out["boxes.jsonl"])])
         == 0
@@ -84,4 +97,4 @@ def test_a_drive_goes_through_the_network(
         assert len(boxes) > 0
         assert np.isfinite(boxes).all()
         assert np.abs(boxes[:, :2]).max() < 62  # metres in base_link
-    assert lines[0]["score"] != lines[1]["score"] or lines[0]["occupied"] != lines[1]["occupied"]
+        assert lines[0]["score"] != lines[1]["score"]  # it looks at the images

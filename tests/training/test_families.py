@@ -18,7 +18,9 @@ from occbev_training.families import PUBLISHED, FamilyRow, reduced  # noqa: E402
 def rows(repository: Path) -> dict[str, list[str]]:
     """The README's table: name -> cells."""
     section = (repository / "README.md").read_text().split("## Models", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in section.splitlines() if line.startswith("| `") and line.count("|") == 9]
+    lines = [
+        line for line in section.splitlines() if line.startswith("| `") and line.count("|") == 9
+    ]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0].strip("`"): row for row in cells}
 
