@@ -143,7 +143,9 @@ class RecordingFrames:
         truth = recording.occupancy_truth(key)
         if truth is None:
             return None
-        origins = ray_origins(self._lidar2global(recording), key, key_pose(recording, key))
+        origins = None
+        if len(set(truth.grid.pitch)) == 1:  # RayIoU is defined on cubes
+            origins = ray_origins(self._lidar2global(recording), key, key_pose(recording, key))
         views = self._in_images(recording.rig, truth)
         return OccupancyView(
             truth.semantics, truth.mask_camera, truth.grid, truth.mask_lidar, views, origins

@@ -49,8 +49,15 @@ BOX_RINGS = ((0.0, 10.0), (10.0, 20.0), (20.0, 30.0), (30.0, 40.0), (40.0, 50.0)
 SURE = 0.3
 """Score from which on a box counts where single frames are judged."""
 
-VISIBILITY = ("one camera", "several cameras", "LiDAR alone", "no sensor", "no camera")
-"""Who saw a voxel: the last where it is not known what the LiDAR saw."""
+VISIBILITY = (
+    "one camera",
+    "several cameras",
+    "LiDAR alone",
+    "no sensor",
+    "any camera",
+    "no camera",
+)
+"""Who saw a voxel: the last two where it is not known how many cameras or what the LiDAR saw."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,9 @@ class OccupancyView:
     @property
     def seen_by(self) -> NDArray[np.uint8]:
         """Index into VISIBILITY of every voxel, (X, Y, Z)."""
-        several = np.zeros(self.grid.shape, bool) if self.views is None else self.views > 1
-        unseen: Any = 4 if self.mask_lidar is None else np.where(self.mask_lidar, 2, 3)
-        return np.where(self.mask_camera, several, unseen).astype(np.uint8)
+        seen: Any = 4 if self.views is None else self.views > 1
+        unseen: Any = 5 if self.mask_lidar is None else np.where(self.mask_lidar, 2, 3)
+        return np.where(self.mask_camera, seen, unseen).astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from occbev.config import ModelConfig
 from occbev.model_package import ModelPackage
 from occbev_training.data.cache import open_cache
 from occbev_training.evaluate import Priors, fit_priors, score_priors
@@ -142,7 +141,7 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
     """Run a package on held-out frames and score what it says."""
     package, held_out = ModelPackage.load(args.package), open_held_out(args.data)
     priors = _priors(args, package, console)
-    indices = _chosen(len(held_out), args.limit, remembers(package.model))
+    indices = _chosen(len(held_out), args.limit, package.model.past_frames > 0)
     voxels = args.out / "voxels" if args.save_voxels else None
     options = RunOptions(args.backend, args.threads, args.precision, args.min_free, args.calibrate, voxels,
                          WORST if args.out else 0)  # fmt: skip
@@ -186,12 +185,6 @@ def _base_record(args: argparse.Namespace, held_out: HeldOut, scores: Scores) ->
         "data": held_out.source, "samples": len(scores.names), "drives": len(set(scores.drives)),
         **scores.as_record(), "intervals": None if intervals is None else intervals.as_record(),
     }  # fmt: skip
-
-
-def remembers(model: ModelConfig) -> bool:
-    """Whether a network builds on the frame before, so that frames must follow each other."""
-    temporal = model.bevdet is not None and model.bevdet.frames > 1
-    return temporal or (model.bevformer is not None and model.family == "bevformer")
 
 
 def _chosen(count: int, limit: int | None, in_order: bool) -> list[int]:
