@@ -1,0 +1,117 @@
+"""The images cannot be built where the tests run: what they copy must be there, what they install must be declared."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TOOLS = {"gcc", "g++", "make", "python3-dev", "python3-venv", "python3-pip"}
+"""What the README says a machine needs, and pip for an image."""
+
+
+@pytest.fixture
+def instructions(repository: Path) -> list[tuple[str, str]]:
+    """Instruction and arguments, with continued lines joined."""
+    text = re.sub(r"\\\n", " ", (repository / "docker/Dockerfile").read_text())
+    lines = [line.split("#")[0].strip() for line in text.splitlines() if not line.startswith("#")]
+    return [tuple(line.split(None, 1)) for line in lines if line]  # type: ignore[misc]
+
+
+def words(instructions: list[tuple[str, str]], command: str) -> Iterator[str]:
+    """The packages that a command of the RUN lines names."""
+    for name, text in instructions:
+        for part in re.split(r"&&", text) if name == "RUN" else ():
+            if command in part:
+                named = part.split(command, 1)[1].split()
+                yield from (w.strip("'\"") for w in named if not w.startswith("-"))
+
+
+def test_every_copied_path_is_there_and_sent(
+    repository: Path, instructions: list[tuple[str, str]]
+) -> None:
+    copied = [path for name, text in instructions if name == "COPY" for path in text.split()[:-1]]
+    assert len(copied) > 8
+    kept = {
+        line[1:]
+        for line in (repository / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    for path in copied:
+        assert (repository / path).exists(), path
+        assert path in kept, f".dockerignore leaves {path} out"
+
+
+def test_the_targets_are_those_that_compose_builds(
+    repository: Path, instructions: list[tuple[str, str]]
+) -> None:
+    targets = {text.split()[-1] for name, text in instructions if name == "FROM"}
+    assert targets == {"runtime-cpu", "runtime-cuda", "training"}
+    compose = yaml.safe_load((repository / "docker/compose.yaml").read_text())
+    assert {s["build"]["target"] for s in compose["services"].values()} == targets
+    for service in compose["services"].values():
+        assert (repository / "docker" / service["build"]["context"]).resolve() == repository
+        assert service["ipc"] == "host"
+    for name in ("perception", "perception-cuda"):
+        assert compose["services"][name]["network_mode"] == "host"
+
+
+def test_every_apt_package_is_declared(
+    repository: Path, instructions: list[tuple[str, str]]
+) -> None:
+    manifest = ET.parse(repository / "package.xml").getroot()
+    declared = {entry.text.replace("_", "-") for entry in manifest.iter("exec_depend") if entry.text}  # fmt: skip
+    installed = set(words(instructions, "apt-get install"))
+    assert installed >= {"ros-${ROS_DISTRO}-vision-msgs", "python3-venv"}
+    for package in installed - TOOLS:
+        assert package.removeprefix("ros-${ROS_DISTRO}-") in declared, package
+
+
+def test_every_pip_requirement_is_declared(
+    repository: Path, instructions: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setuptools, handed = pytest.importorskip("setuptools"), dict[str, Any]()
+    monkeypatch.setattr(setuptools, "setup", handed.update)
+    monkeypatch.chdir(repository)
+    runpy.run_path(str(repository / "setup.py"))
+    names = {re.split(r"[<>=]", text)[0] for text in handed["install_requires"]}
+    wanted = list(words(instructions, "pip install"))
+    assert ".[robot]" in wanted
+    for requirement in wanted:
+        extras = re.fullmatch(r"[\w./]*\[([\w,]+)\]", requirement)
+        if extras:
+            assert set(extras[1].split(",")) <= set(handed["extras_require"])
+        else:
+            assert requirement == "training" or re.split(r"[<>=]", requirement)[0] in names
+
+
+def test_compose_names_arguments_that_run_knows(repository: Path) -> None:
+    from occbev.cli import COMMANDS
+    from occbev.graph import ARGUMENTS
+
+    compose = yaml.safe_load((repository / "docker/compose.yaml").read_text())
+    for service in compose["services"].values():
+        program, command, *assignments = service.get("command", ["occbev", "run"])
+        assert program == "occbev"
+        assert command in COMMANDS
+        assert {a.split(":=")[0] for a in assignments} <= {a.name for a in ARGUMENTS}
+
+
+def test_the_entry_point_is_a_script_that_becomes_its_command(
+    repository: Path, tmp_path: Path
+) -> None:
+    script = repository / "docker/entrypoint.sh"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().rstrip().endswith('exec "$@"')
+    bash = shutil.which("bash")
+    if bash:
+        assert subprocess.run([bash, "-n", str(script)], check=False).returncode == 0
