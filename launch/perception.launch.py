@@ -44,5 +44,7 @@ def start(context):
         ros_arguments=["--log-level", values["log_level"]],
         output="screen",
     )
-    player = ExecuteProcess(cmd=graph.player_command(values), output="screen")
-    return [node, player] if values["bag"] else [node]
+    if not values["bag"]:
+        return [node]
+    player = ExecuteProcess(cmd=graph.player_command(values), name="bag_player", output="screen")
+    return [node, player]

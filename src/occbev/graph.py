@@ -70,7 +70,7 @@ OUTPUTS: dict[str, Topic] = {
 """What the perception node publishes where someone listens."""
 
 DIAGNOSTICS = Topic("/diagnostics", "diagnostic_msgs/msg/DiagnosticArray", Quality("reliable", depth=10),
-                    "once a second: cameras, synchroniser, ego motion, latency")  # fmt: skip
+                    "once a second: cameras, synchroniser, transforms, ego motion, model, latency")  # fmt: skip
 
 STAGES = (
     "sync",
@@ -86,6 +86,13 @@ STAGES = (
 """Stages, from the anchor's arrival on, with a latency topic each under `~/debug/processing_time/<stage>_ms`."""
 
 DEBUG_TYPE = "std_msgs/msg/Float32"
+
+LATENCIES = {
+    **{f"processing_time/{stage}_ms": stage for stage in STAGES},
+    "pipeline_latency_ms": "pipeline_latency",
+    "cyclic_time_ms": "cyclic_time",
+}
+"""Topic under `~/debug` -> what it carries: stages, the age of the key time at its result, time between results."""
 
 FRAME_INPUTS = (
     Topic("/tf", "tf2_msgs/msg/TFMessage", TF, "moving frames; ego motion where no odometry comes"),
@@ -170,6 +177,11 @@ def parameters(values: Mapping[str, str]) -> dict[str, str | bool]:
 def rviz_file() -> str:
     """Return the shipped RViz view."""
     return str(share_path("config/rviz/occbev.rviz"))
+
+
+def rviz_command() -> list[str]:
+    """Return the command that shows the results in RViz."""
+    return ["rviz2", "-d", rviz_file()]
 
 
 def player_command(values: Mapping[str, str]) -> list[str]:

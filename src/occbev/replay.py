@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,42 +13,78 @@ PROCESSED = "processed"
 LOST = "lost_before_the_node"
 """Outcome of an anchor image that the node has no record of."""
 
+PASS_GAP_NS = 2_000_000_000
+"""Sendings of one stamp that are further apart belong to different passes of a looped bag."""
+
 Frames = list[dict[str, Any]]
 
 
 def frames_of(
-    anchors: Sequence[int], sent: Mapping[str, Mapping[int, int]], node: Iterable[Mapping[str, Any]]
+    anchors: Sequence[int],
+    sent: Mapping[str, Mapping[int, Sequence[int]]],
+    node: Iterable[Mapping[str, Any]],
+    anchor: str,
 ) -> Frames:
     """Give every anchor image its outcome.
 
-    anchors: stamps in the order they were sent. sent: camera -> stamp -> steady ns of sending.
-    node: the node's ledger lines.
+    anchors: stamps in the order they were sent; a looped bag sends each once for every pass.
+    sent: camera -> stamp -> steady ns of each sending. node: the node's ledger lines. anchor: its camera.
     Returns: one record per anchor: stamp_ns, outcome and, if processed, stages_ms with `total` from the sending
         of the set's last image to the publishing of the result, on one steady clock.
     """
-    lines: dict[int, Mapping[str, Any]] = {}
-    for line in node:
-        known = lines.get(line["stamp_ns"])
-        if (
-            known is None or known["outcome"] != PROCESSED
-        ):  # a duplicate's drop does not hide its twin
-            lines[line["stamp_ns"]] = line
+    outcomes = _outcomes(sent.get(anchor, {}), node)
     frames: Frames = []
     for stamp in anchors:
-        entry = lines.get(stamp)
+        entry = next(outcomes[stamp], None)
         frame: dict[str, Any] = {
             "stamp_ns": stamp,
             "outcome": LOST if entry is None else entry["outcome"],
         }
         if entry is not None and entry["outcome"] == PROCESSED:
-            last_ns = max(sent[camera].get(image, 0) for camera, image in entry["images"].items())
-            total = (entry["published_ns"] - last_ns) / 1e6
+            total = (entry["published_ns"] - _last_sent(entry, sent)) / 1e6
             frame |= {
                 "cameras": entry["cameras"], "missing": entry["missing"], "boxes": entry["boxes"],
                 "stages_ms": {**entry["stages_ms"], "total": total}, "published_ns": entry["published_ns"],
             }  # fmt: skip
         frames.append(frame)
     return frames
+
+
+def _outcomes(
+    sent: Mapping[int, Sequence[int]], node: Iterable[Mapping[str, Any]]
+) -> dict[int, Iterator[Mapping[str, Any] | None]]:
+    """Return stamp -> what became of it, once for each sending, None where the node has no record of it."""
+    lines: dict[int, list[Mapping[str, Any]]] = {}
+    for line in node:
+        lines.setdefault(line["stamp_ns"], []).append(line)
+    return {
+        stamp: iter([o for group in _passes(times) for o in _paired(group, lines.get(stamp, []))])
+        for stamp, times in sent.items()
+    }
+
+
+def _passes(times: Sequence[int]) -> list[tuple[int, float, float]]:
+    """Split the sendings of one stamp into passes of the bag: how many, from when, until when."""
+    starts = [t for before, t in zip((None, *times), times, strict=False)
+              if before is None or t - before > PASS_GAP_NS]  # fmt: skip
+    ends: list[float] = [*starts[1:], math.inf]
+    return [(sum(a <= t < b for t in times), a, b) for a, b in zip(starts, ends, strict=True)]
+
+
+def _paired(
+    group: tuple[int, float, float], lines: list[Mapping[str, Any]]
+) -> list[Mapping[str, Any] | None]:
+    """Return the outcomes of one pass; a duplicate's drop does not hide its twin, which was processed."""
+    count, begin, end = group
+    own = [line for line in lines if begin <= line["at_ns"] < end]
+    own.sort(key=lambda line: line["outcome"] != PROCESSED)
+    return [*own[:count], *[None] * (count - len(own))]
+
+
+def _last_sent(entry: Mapping[str, Any], sent: Mapping[str, Mapping[int, Sequence[int]]]) -> int:
+    """When the last image of a processed set was sent, in the pass that it was published in."""
+    times = [t for camera, stamp in entry["images"].items() for t in sent[camera].get(stamp, ())]
+    return max((t for t in times if t <= entry["published_ns"]), default=0)
 
 
 def summarise(frames: Frames, published: Mapping[str, int], stand_ins: int = 0) -> dict[str, Any]:

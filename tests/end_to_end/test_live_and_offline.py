@@ -8,115 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("vision_msgs", reason="built by occbev.nodes.build_interfaces")
 
-from occbev.bags import BagMessage, BagReader, BagWriter, type_store
+from occbev.bags import BagReader, type_store
 from occbev.cli import main
-from occbev.geometry import make_transform, rotation_from_rpy, xyzw_from_rotation
-from occbev.graph import CAMERAS
-from occbev.model_package import find_package
+from occbev.nodes.ledger import read_ledger
 
 pytestmark = [pytest.mark.ros, pytest.mark.slow]
-
-START, PERIOD = 1_700_000_000_000_000_000, 400_000_000
-WIDTH, HEIGHT = 176, 99
-TYPES = type_store().types
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    """The shipped package, or the one that OCCBEV_TEST_MODEL names."""
-    name = os.environ.get("OCCBEV_TEST_MODEL", "occbev-tiny")
-    try:
-        return str(find_package(name))
-    except (ValueError, LookupError, OSError) as error:
-        pytest.skip(f"no model package: {error}")
-
-
-@pytest.fixture(scope="module")
-def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six cameras all around, 5 sets, odometry at 8 m/s."""
-    path = tmp_path_factory.mktemp("drive") / "bag"
-    messages = [static_transforms(), *odometry()]
-    for number in range(5):
-        for index, camera in enumerate(CAMERAS):
-            messages += exposure(
-                camera, START + number * PERIOD + index * 5_000_000, number * 6 + index
-            )
-    with BagWriter(path) as writer:
-        for message in sorted(messages, key=lambda m: m.log_ns):
-            writer.write(message)
-    return path
-
-
-def recorded(log_ns: int, topic: str, kind: str, *fields: Any) -> BagMessage:
-    return BagMessage(
-        topic, kind, log_ns, bytes(type_store().serialize_cdr(TYPES[kind](*fields), kind))
-    )
-
-
-def header(stamp: int, frame: str) -> Any:
-    return TYPES["std_msgs/msg/Header"](
-        TYPES["builtin_interfaces/msg/Time"](*divmod(stamp, 10**9)), frame
-    )
-
-
-def exposure(camera: str, stamp: int, seed: int) -> list[BagMessage]:
-    frame = camera.lower()
-    blocks = np.random.default_rng(seed).integers(0, 255, (9, 16, 3), np.uint8)
-    image = cv2.resize(blocks, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    jpeg = np.frombuffer(cv2.imencode(".jpg", image)[1].tobytes(), np.uint8)
-    k = np.array([139.0, 0, WIDTH / 2, 0, 139, HEIGHT / 2, 0, 0, 1])
-    p = np.array([*k[:3], 0, *k[3:6], 0, *k[6:], 0])
-    region = TYPES["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
-    return [
-        recorded(stamp, f"/{frame}/camera_info", "sensor_msgs/msg/CameraInfo", header(stamp, frame), HEIGHT,
-                 WIDTH, "plumb_bob", np.zeros(0), k, np.eye(3).reshape(-1), p, 0, 0, region),
-        recorded(stamp + 1, f"/{frame}/image/compressed", "sensor_msgs/msg/CompressedImage",
-                 header(stamp, frame), "jpeg", jpeg),
-    ]  # fmt: skip
-
-
-def static_transforms() -> BagMessage:
-    transforms = []
-    for camera, yaw in zip(CAMERAS, np.radians([55, 0, -55, 110, 180, -110]), strict=True):
-        cam2ego = make_transform(
-            rotation_from_rpy(-np.pi / 2, 0, yaw - np.pi / 2), (np.cos(yaw), np.sin(yaw), 1.5)
-        )
-        place = TYPES["geometry_msgs/msg/Vector3"](*map(float, cam2ego[:3, 3]))
-        turn = TYPES["geometry_msgs/msg/Quaternion"](
-            *map(float, xyzw_from_rotation(cam2ego[:3, :3]))
-        )
-        transform = TYPES["geometry_msgs/msg/Transform"](place, turn)
-        transforms.append(
-            TYPES["geometry_msgs/msg/TransformStamped"](
-                header(START, "base_link"), camera.lower(), transform
-            )
-        )
-    return recorded(START - PERIOD, "/tf_static", "tf2_msgs/msg/TFMessage", transforms)
-
-
-def odometry() -> list[BagMessage]:
-    g, messages = "geometry_msgs/msg/", []
-    zero = TYPES[g + "Vector3"](0.0, 0.0, 0.0)
-    twist = TYPES[g + "TwistWithCovariance"](TYPES[g + "Twist"](zero, zero), np.zeros(36))
-    turn = TYPES[g + "Quaternion"](0.0, 0.0, 0.0, 1.0)
-    for i in range(-10, 120):
-        stamp = START + i * 20_000_000
-        pose = TYPES[g + "Pose"](TYPES[g + "Point"](0.16 * i, 0.0, 0.0), turn)
-        messages.append(
-            recorded(stamp, "/odometry", "nav_msgs/msg/Odometry", header(stamp, "odom"), "base_link",
-                     TYPES[g + "PoseWithCovariance"](pose, np.zeros(36)), twist)
-        )  # fmt: skip
-    return messages
 
 
 def published_boxes(folder: Path) -> dict[int, np.ndarray]:
@@ -192,14 +97,73 @@ def test_the_node_ends_cleanly_on_a_signal(model: str, number: signal.Signals) -
     process = start_node(f"model:={model}")
     wait_for_line(process, "listening to")
     process.send_signal(number)
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert process.stdout is not None
     assert "Traceback" not in process.stdout.read()
 
 
+@pytest.mark.parametrize("after_s", [0.4, 1.0, 1.6, 2.4])
+def test_a_signal_at_any_moment_of_the_start_ends_the_node(model: str, after_s: float) -> None:
+    process = start_node(f"model:={model}")
+    time.sleep(after_s)
+    process.terminate()
+    text, _ = process.communicate(timeout=120)
+    assert "Traceback" not in text
+    # Before there is a node there is nothing to close, and the signal ends Python as it does any program.
+    assert process.returncode == 0 or (process.returncode == -signal.SIGTERM and "[perception]" not in text)  # fmt: skip
+
+
+def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_ledger(
+    make_bag: Callable[..., Path], model: str, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    path = make_bag(tmp_path / "long", sets=100, period_ns=200_000_000)
+    process = start_node(f"model:={model}", f"ledger_path:={ledger}", "use_sim_time:=true")
+    wait_for_line(process, "listening to")
+    command = [sys.executable, "-m", "occbev", "replay", str(path), "--no-node"]
+    player = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while sum(line["outcome"] == "processed" for line in read_ledger(ledger)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(120) == 0
+    finally:
+        player.terminate()
+        player.wait()
+    assert ledger.read_text().endswith("\n")
+    stamps = [line["stamp_ns"] for line in read_ledger(ledger)]
+    assert len(stamps) == len(set(stamps))
+
+
+def test_build_only_loads_the_model_and_ends(model: str) -> None:
+    process = start_node(f"model:={model}", "build_only:=true")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "is loaded after" in text
+    assert "listening to" not in text
+
+
+@pytest.mark.parametrize(
+    ("assignment", "text"),
+    [
+        ("threads:=-1", "threads is -1: must be between 0 and 256"),
+        ("sync.timeout_s:=soon", "sync.timeout_s is 'soon': want a number"),
+        ("rviz:=true", "there is no rviz2 here"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(model: str, assignment: str, text: str) -> None:
+    process = start_node(f"model:={model}", assignment)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert text in said
+    assert "Traceback" not in said
+
+
 def test_a_node_with_a_wrong_parameter_says_which(model: str) -> None:
     process = start_node(f"model:={model}", "occupancy.publish:=everything")
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "publish 'everything': must be occupied or observed" in text
 
@@ -208,27 +172,27 @@ def test_an_unknown_parameter_is_reported_with_the_nearest_name(model: str) -> N
     process = start_node(f"model:={model}", "detection.score_treshold:=0.4")
     wait_for_line(process, "did you mean detection.score_threshold?")
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
 
 
 def start_node(*assignments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "occbev", "run", *assignments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": source_path()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
 
 
-def source_path() -> str:
+def environment() -> dict[str, str]:
+    """The environment of a process that imports these very sources."""
     import occbev
 
-    return os.pathsep.join(
-        [str(Path(occbev.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
+    source = str(Path(occbev.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
     assert process.stdout is not None
-    deadline, seen = time.monotonic() + 60, []
+    deadline, seen = time.monotonic() + 240, []
     for line in process.stdout:
         seen.append(line)
         if text in line:
@@ -251,10 +215,8 @@ def test_the_node_does_not_outlive_a_killed_player(bag: Path, model: str, tmp_pa
         "--node-log",
         str(log),
     ]
-    player = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": source_path()}, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
+    player = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
     while "listening to" not in (log.read_text() if log.exists() else ""):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -11,6 +11,7 @@ COMMANDS: Mapping[str, str] = {
     "demo": "simulate a drive, run the real nodes on it, score them, write a report",
     "run": "start the perception node with a parameter file",
     "replay": "publish a recorded bag through the node, or through the pipeline with --offline",
+    "soak": "run the node for long on a looped bag and hold that nothing grows",
     "bench": "latency by stage, side by side with named baselines",
     "overlay": "draw LiDAR, boxes and voxels over the images to prove a calibration",
     "monitor": "a terminal dashboard of the running node",

@@ -10,13 +10,15 @@ import argparse
 import contextlib
 import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +28,13 @@ from rich.table import Table
 
 from occbev import graph
 from occbev.bags import BagReader
+from occbev.cli.run import end_group
 from occbev.nodes.ledger import read_ledger
 from occbev.nodes.parameters import PerceptionParameters, read_parameters
 from occbev.replay import frames_of, summarise
 
 if TYPE_CHECKING:
     from occbev.nodes.player_node import PlayerNode
-
-GRACE_S = 8.0
-"""How long a node may take to end before it is killed."""
 
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
     parser.add_argument("--rate", type=float, default=1.0, help="speed against the bag's own")
+    parser.add_argument(
+        "--loop", type=int, default=1, metavar="N", help="play the bag N times (default: once)"
+    )
     parser.add_argument("--record", type=Path, help="new bag folder for what the node puts out")
     parser.add_argument(
         "--params-file", "--params", type=Path, help="ROS parameter file of the node"
@@ -81,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     """Replay and print the summary; 1 if nothing was processed or a frame is unaccounted for."""
     if args.rate <= 0:
         raise ValueError(f"--rate {args.rate} must be positive")
+    if args.loop < 1 or (args.loop > 1 and (args.offline or args.record)):
+        raise ValueError(
+            f"--loop {args.loop}: must be at least 1, and 1 with --offline or --record, whose stamps must be unique"
+        )
     path = args.params_file or Path(graph.params_file({}))
     parameters = read_parameters(path)
     if args.offline:
@@ -88,7 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
         result = replay_offline(args.bag, _with_choices(parameters, args), args.record, args.boxes)
     else:
-        result = _replay_live(args, path, parameters)
+        try:
+            result = _replay_live(args, path, parameters)
+        except KeyboardInterrupt:
+            if args.node:
+                raise
+            return 0  # a bare player is a node like others: a signal is how it ends
     summary = result["summary"]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +133,7 @@ def _replay_live(
         keep_large_blocks()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="occbev_replay_")))
         ledger = folder / "node.jsonl"
-        node = stack.enter_context(_node(args, path, ledger)) if args.node else None
+        node = stack.enter_context(perception_process(args, path, ledger)) if args.node else None
         writer = player_node.open_writer(args.record)
         context = player_node.start_context()
         stack.callback(context.try_shutdown)
@@ -140,8 +152,8 @@ def _replay_live(
         with player_node.Spinner(player):
             _drive(player, args, node, ledger)
         if node is not None:
-            _end(node)
-        return _account(args, player, ledger)
+            end_group(node)
+        return _account(args, parameters, player, ledger)
 
 
 def _drive(
@@ -162,28 +174,34 @@ def _drive(
         task = progress.add_task("waiting for the node", total=1.0)
         player.wait_for_perception(args.wait, alive)
         progress.update(task, description=f"playing {args.bag.name}")
-        player.play(lambda share: progress.update(task, completed=share), alive)
+        player.play(lambda share: progress.update(task, completed=share), alive, args.loop)
         progress.update(task, description="waiting for the last results", completed=1.0)
-        _drain(player, ledger if node is not None else None)
+        drain(player, ledger if node is not None else None)
 
 
-def _drain(player: PlayerNode, ledger: Path | None) -> None:
+def drain(player: PlayerNode, ledger: Path | None) -> None:
     """Return when every anchor image has its outcome, or nothing has come for a while."""
     quiet_since, seen = time.monotonic(), -1
-    wanted = set(player.ledger.anchors)
+    wanted = Counter(player.ledger.anchors)
     while time.monotonic() - quiet_since < IDLE_S:
-        came = {stamp for messages in player.ledger.received.values() for stamp, _ in messages}
-        done = {line["stamp_ns"] for line in read_ledger(ledger)} if ledger is not None else came
-        if wanted <= done:
+        came = [Counter(s for s, _ in messages) for messages in player.ledger.received.values()]
+        if ledger is not None:
+            done = Counter(line["stamp_ns"] for line in read_ledger(ledger))
+        else:
+            done = reduce(or_, came, Counter())
+        if not wanted - done:
             time.sleep(0.2)  # the last result is on its way
             return
-        if len(came) + len(done) != seen:
-            quiet_since, seen = time.monotonic(), len(came) + len(done)
+        count = done.total() + sum(counter.total() for counter in came)
+        if count != seen:
+            quiet_since, seen = time.monotonic(), count
         time.sleep(0.05)
 
 
 @contextlib.contextmanager
-def _node(args: argparse.Namespace, path: Path, ledger: Path) -> Iterator[subprocess.Popen[bytes]]:
+def perception_process(
+    args: argparse.Namespace, path: Path, ledger: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run the perception node as a child in a process group of its own; whatever happens, it ends with us."""
     values = {
         "params_file": path,
@@ -203,7 +221,7 @@ def _node(args: argparse.Namespace, path: Path, ledger: Path) -> Iterator[subpro
         try:
             yield process
         finally:
-            _end(process)
+            end_group(process)
 
 
 def _end_with_parent() -> Callable[[], object] | None:
@@ -215,22 +233,13 @@ def _end_with_parent() -> Callable[[], object] | None:
     return lambda: prctl(PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the node; kill its group if it does not end in time."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _account(args: argparse.Namespace, player: PlayerNode, ledger: Path) -> dict[str, Any]:
+def _account(
+    args: argparse.Namespace, parameters: PerceptionParameters, player: PlayerNode, ledger: Path
+) -> dict[str, Any]:
     """Join the player's ledger and the node's."""
     book = player.ledger
     lines = read_ledger(ledger) if args.node else _lines_from_results(player)
-    frames = frames_of(book.anchors, book.sent, lines)
+    frames = frames_of(book.anchors, book.sent, lines, parameters.anchor_camera)
     published = {topic: len(messages) for topic, messages in book.received.items()}
     stand_ins = len({line["stamp_ns"] for line in lines} - set(book.anchors))
     summary = summarise(frames, published, stand_ins)
@@ -242,22 +251,25 @@ def _account(args: argparse.Namespace, player: PlayerNode, ledger: Path) -> dict
 
 def _lines_from_results(player: PlayerNode) -> list[dict[str, Any]]:
     """Stand in for the ledger of a node that was started elsewhere: what came back was processed."""
-    arrived: dict[int, int] = {}
+    arrived: dict[tuple[int, int], int] = {}
     for messages in player.ledger.received.values():
+        passes: Counter[int] = Counter()
         for stamp, steady in messages:
-            arrived[stamp] = max(steady, arrived.get(stamp, 0))
+            key = (stamp, passes[stamp])
+            passes[stamp] += 1
+            arrived[key] = max(steady, arrived.get(key, 0))
     nearest = {
         stamp: {
             c: min(sent, key=lambda s: abs(s - stamp))
             for c, sent in player.ledger.sent.items()
             if sent
         }
-        for stamp in arrived
+        for stamp, _ in arrived
     }
     return [
-        {"stamp_ns": stamp, "outcome": "processed", "images": nearest[stamp], "cameras": sorted(nearest[stamp]),
-         "missing": {}, "boxes": None, "stages_ms": {}, "published_ns": steady}
-        for stamp, steady in sorted(arrived.items())
+        {"stamp_ns": stamp, "outcome": "processed", "at_ns": steady, "images": nearest[stamp],
+         "cameras": sorted(nearest[stamp]), "missing": {}, "boxes": None, "stages_ms": {}, "published_ns": steady}
+        for (stamp, _), steady in sorted(arrived.items(), key=lambda item: item[1])
     ]  # fmt: skip
 
 

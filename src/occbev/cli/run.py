@@ -8,11 +8,18 @@ Arguments are those of perception.launch.py, given as name:=value; any other nam
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from occbev import graph
+
+GRACE_S = 8.0
+"""How long a child may take to end before it is killed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +36,41 @@ def run(args: argparse.Namespace) -> int:
     check_file(graph.params_file(values))
     from occbev.nodes.perception_node import main
 
-    player = _start_player(values) if values["bag"] else None
-    try:
+    with contextlib.ExitStack() as stack:
+        if values["bag"]:
+            stack.enter_context(child(graph.player_command(values)))
+        if graph.is_true(values["rviz"]):
+            stack.enter_context(child(_existing(graph.rviz_command())))
         return main(graph.node_arguments(values, extra))
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process beside the node, in a group of its own, that ends with it: asked first, then killed."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        yield process
     finally:
-        if player is not None and player.poll() is None:
-            player.terminate()
+        end_group(process)
+
+
+def _existing(command: list[str]) -> list[str]:
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(
+            f"there is no {command[0]} here; it comes with a ROS 2 distribution: apt install ros-$ROS_DISTRO-{command[0]}"
+        )
+    return command
+
+
+def end_group(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
+    """Interrupt a process; kill its group if it does not end in time."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -65,7 +101,3 @@ def check_file(path: str) -> None:
 def argument_help() -> str:
     """Describe the launch arguments in one line."""
     return "; ".join(f"{argument.name}: {argument.text}" for argument in graph.ARGUMENTS)
-
-
-def _start_player(values: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(graph.player_command(values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,11 +24,12 @@ class Ledger:
             self._file = Path(path).open("w", buffering=1)  # noqa: SIM115 - it lives as long as the node
 
     def record(self, stamp_ns: int, outcome: str, **details: Any) -> None:
-        """Enter what became of one key time."""
+        """Enter what became of one key time; `at_ns`, on the steady clock, tells the passes of a looped bag apart."""
         with self._lock:
             self.outcomes[outcome] += 1
             if self._file is not None:
-                line = {"stamp_ns": stamp_ns, "outcome": outcome, **details}
+                now_ns = time.monotonic_ns()
+                line = {"stamp_ns": stamp_ns, "outcome": outcome, "at_ns": now_ns, **details}
                 self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     @property

@@ -33,7 +33,7 @@ class OfflineReplay:
         self.parameters = parameters
         self.intake = Intake(parameters, pipeline.decode)
         self.anchors: list[int] = []
-        self.sent: dict[str, dict[int, int]] = {name: {} for name in parameters.names}
+        self.sent: dict[str, dict[int, list[int]]] = {name: {} for name in parameters.names}
         self.lines: list[dict[str, Any]] = []
         self._pipeline = pipeline
         self._waiting: list[Job] = []
@@ -80,10 +80,11 @@ class OfflineReplay:
             except MessageError as error:
                 self._complain("odometry", f"odometry on {message.topic} is not used: {error}")
         else:
-            self.intake.add_transforms(record, static=role == "tf_static")
+            for problem in self.intake.add_transforms(record, role == "tf_static", message.log_ns):
+                self._complain(problem[:60], problem)
 
     def _book(self, camera: str, stamp_ns: int) -> None:
-        self.sent[camera][stamp_ns] = time.monotonic_ns()
+        self.sent[camera].setdefault(stamp_ns, []).append(time.monotonic_ns())
         if camera == self.parameters.anchor_camera:
             self.anchors.append(stamp_ns)
 
@@ -107,22 +108,25 @@ class OfflineReplay:
             self._pipeline, work, self.parameters.sync.min_cameras, self._complain
         )
         if perception is None:
-            self.lines.append({"stamp_ns": job.stamp_ns, "outcome": "too_few_cameras"})
+            self._enter(job.stamp_ns, "too_few_cameras")
             return None
         stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
         end_ns = time.monotonic_ns()
-        self.lines.append({
-            "stamp_ns": job.stamp_ns, "outcome": PROCESSED, "cameras": list(perception.boxes.cameras),
-            "images": {name: image.stamp_ns for name, image in job.images.items()},
-            "missing": dict(perception.missing), "boxes": len(perception.boxes),
-            "stages_ms": {**stages, "set": (end_ns - begin_ns) / 1e6}, "published_ns": end_ns,
-        })  # fmt: skip
+        self._enter(
+            job.stamp_ns, PROCESSED, cameras=list(perception.boxes.cameras),
+            images={name: image.stamp_ns for name, image in job.images.items()},
+            missing=dict(perception.missing), boxes=len(perception.boxes),
+            stages_ms={**stages, "set": (end_ns - begin_ns) / 1e6}, published_ns=end_ns,
+        )  # fmt: skip
         return perception
 
+    def _enter(self, stamp_ns: int, outcome: str, **details: Any) -> None:
+        at_ns = time.monotonic_ns()
+        self.lines.append({"stamp_ns": stamp_ns, "outcome": outcome, "at_ns": at_ns, **details})
+
     def _note_drops(self) -> None:
-        self.lines += [
-            {"stamp_ns": s, "outcome": reason} for s, reason in self.intake.take_key_drops()
-        ]
+        for stamp_ns, reason in self.intake.take_key_drops():
+            self._enter(stamp_ns, reason)
 
     def _complain(self, about: str, text: str) -> None:
         if about not in self._said:
@@ -161,7 +165,7 @@ def replay_offline(
                 put(perception)
             if lines is not None:
                 _write_boxes(lines, perception)
-        frames = frames_of(replay.anchors, replay.sent, replay.lines)
+        frames = frames_of(replay.anchors, replay.sent, replay.lines, parameters.anchor_camera)
         published = dict(writer.counts) if writer else {}
         stand_ins = len({line["stamp_ns"] for line in replay.lines} - set(replay.anchors))
         summary = summarise(frames, published, stand_ins)

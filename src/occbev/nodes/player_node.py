@@ -36,11 +36,12 @@ PLAYED = Quality("reliable", depth=20)
 class PlayerLedger:
     """What left and what came back, on the steady clock.
 
-    sent: camera -> image stamp -> when it was published. anchors: stamps of the anchor's images, in order.
+    sent: camera -> image stamp -> when it was published, once for each pass. anchors: stamps of the anchor's
+    images, in order.
     received: topic -> (stamp, when it arrived). lag_ns: furthest that playing fell behind the bag.
     """
 
-    sent: dict[str, dict[int, int]] = field(default_factory=dict)
+    sent: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     anchors: list[int] = field(default_factory=list)
     received: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     lag_ns: int = 0
@@ -160,13 +161,24 @@ class PlayerNode(Node):
             time.sleep(0.02)
 
     def play(
-        self, progress: Callable[[float], None], alive: Callable[[], bool] = lambda: True
+        self,
+        progress: Callable[[float], None],
+        alive: Callable[[], bool] = lambda: True,
+        passes: int = 1,
     ) -> None:
         """Publish all messages at the bag's pace; `progress` gets the share that is done.
 
+        passes: how often the bag is played, its stamps and /clock going back each time.
         Raises:
             BagError: the bag is damaged. ChildProcessError: the perception node died.
         """
+        for number in range(passes):
+            if not self._play_once(lambda share, n=number: progress((n + share) / passes), alive):
+                return
+        progress(1.0)
+
+    def _play_once(self, progress: Callable[[float], None], alive: Callable[[], bool]) -> bool:
+        """Play one pass; False when stopped."""
         first_ns, last_ns = self._bag.span_ns
         start_ns, clock_ns = time.monotonic_ns(), -1
         for message in self._bag.messages(self._plan.topics):
@@ -176,11 +188,11 @@ class PlayerNode(Node):
                     raise ChildProcessError("the perception node died while the bag played")
                 progress((clock_ns - first_ns) / max(1, last_ns - first_ns))
             if not self._wait_until(start_ns, first_ns, message.log_ns):
-                return
+                return False
             if message.log_ns == clock_ns:
                 self._clock_publisher.publish(Clock(clock=time_from_ns(clock_ns)))
             self._send(message)
-        progress(1.0)
+        return True
 
     def stop(self) -> None:
         """Make `play` return."""
@@ -205,7 +217,7 @@ class PlayerNode(Node):
             stamp_ns = header_stamp(message.data)
             if camera == self._anchor:
                 self.ledger.anchors.append(stamp_ns)
-            self.ledger.sent[camera][stamp_ns] = time.monotonic_ns()
+            self.ledger.sent[camera].setdefault(stamp_ns, []).append(time.monotonic_ns())
         self._publishers_of[message.topic].publish(message.data)
         self.ledger.published[message.topic] = self.ledger.published.get(message.topic, 0) + 1
 
@@ -231,6 +243,7 @@ class Spinner:
     def __init__(self, node: Node) -> None:
         self._executor = SingleThreadedExecutor(context=node.context)
         self._executor.add_node(node)
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._spin, name="player", daemon=True)
 
     def __enter__(self) -> Spinner:
@@ -238,12 +251,15 @@ class Spinner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(timeout_sec=2)
-        self._thread.join(2)
+        self._done.set()
+        self._thread.join()
+        self._executor.shutdown()
 
     def _spin(self) -> None:
+        # Not executor.spin(): what it waits for may be destroyed under it while it is being shut down.
         with contextlib.suppress(KeyboardInterrupt, ExternalShutdownException):
-            self._executor.spin()
+            while not self._done.is_set():
+                self._executor.spin_once(timeout_sec=0.1)
 
 
 def header_stamp(data: bytes) -> int:
