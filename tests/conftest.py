@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -12,11 +14,33 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("OCCBEV_SHARED", ROOT.parent / "shared"))
 
 
+DOMAINS = range(1, 96)
+"""ROS domains that test processes share out among themselves."""
+
+
+def claimed_domain() -> int:
+    """Return a ROS domain that no other test process of this machine has; it is ours while this process lives."""
+    for attempt in range(len(DOMAINS)):
+        domain = DOMAINS[(os.getpid() + attempt) % len(DOMAINS)]
+        file = open(Path(tempfile.gettempdir()) / f"occbev_test_domain_{domain}", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            continue
+        CLAIMS.append(file)
+        return domain
+    raise RuntimeError(f"all ROS domains of {DOMAINS} are in use by test processes")
+
+
+CLAIMS: list[TextIO] = []
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep nodes of this process apart from every other graph on the machine, and logs out of the home."""
     # Test tensors are tiny: threads that wait for each other cost more than they bring.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
+    os.environ["ROS_DOMAIN_ID"] = str(claimed_domain())
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     os.environ["ROS_LOG_DIR"] = tempfile.mkdtemp(prefix="occbev_ros_log_")
 

@@ -26,6 +26,11 @@ class ConfigError(ValueError):
     """A configuration value that cannot be used, named by its dotted path."""
 
 
+def bounded(default: Any, low: float, high: float, live: bool = False) -> Any:
+    """Make a field with a range for the node's parameters; `live` ones may be set while it runs."""
+    return field(default=default, metadata={"range": (low, high), "live": live})
+
+
 @dataclass(frozen=True)
 class ImageConfig:
     """Network input."""

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
+from occbev.config import bounded
+
 T = TypeVar("T")
 
 LEARNED_MATCHES = 15
@@ -37,17 +39,17 @@ REMEMBERED_STAMPS = 16
 class SyncConfig:
     """How images of different cameras are joined."""
 
-    tolerance_s: float = 0.05
+    tolerance_s: float = bounded(0.05, 0.001, 1.0, live=True)
     """Furthest that an image may be from its camera's expected time; half a period is never exceeded."""
-    timeout_s: float = 0.2
+    timeout_s: float = bounded(0.2, 0.01, 10.0, live=True)
     """How long after the anchor's arrival a set waits for the other cameras."""
-    min_cameras: int = 1
+    min_cameras: int = bounded(1, 1, 64, live=True)
     """Fewest cameras of a set; with fewer nothing is put out."""
-    acquire_s: float = 0.05
+    acquire_s: float = bounded(0.05, 0.001, 1.0, live=True)
     """Furthest that an image may be from the anchor while neither its offset nor the period is known."""
-    reset_s: float = 1.0
+    reset_s: float = bounded(1.0, 0.1, 3600.0)
     """Step back of a camera's stamps that counts as a clock jump or a looped bag."""
-    queue: int = 30
+    queue: int = bounded(30, 1, 1000, live=True)
     """Images of one camera that wait for an anchor."""
 
     def __post_init__(self) -> None:
@@ -173,10 +175,7 @@ class FrameSynchronizer(Generic[T]):
             raise ValueError(
                 f"anchor {self.anchor!r} must be one of the cameras, each named once: {self.cameras}"
             )
-        if self.config.min_cameras > len(self.cameras):
-            raise ValueError(
-                f"sync.min_cameras {self.config.min_cameras} exceeds the {len(self.cameras)} cameras"
-            )
+        self.retune(self.config)
         self.statistics = SyncStatistics(dropped={name: Counter() for name in self.cameras})
         self.epoch = 0
         self.period_ns: int | None = None
@@ -190,10 +189,18 @@ class FrameSynchronizer(Generic[T]):
         self._earlier_pass: tuple[int, int] | None = None
         self._number = 0
         self._key_drops: deque[tuple[int, str]] = deque(maxlen=1000)
-        self._timeout_ns = int(self.config.timeout_s * 1e9)
-        self._tolerance_ns = int(self.config.tolerance_s * 1e9)
-        self._acquire_ns = int(self.config.acquire_s * 1e9)
-        self._reset_ns = int(self.config.reset_s * 1e9)
+
+    def retune(self, config: SyncConfig) -> None:
+        """Go on with other settings; raises ValueError if they ask for more cameras than there are."""
+        if config.min_cameras > len(self.cameras):
+            raise ValueError(
+                f"sync.min_cameras {config.min_cameras} exceeds the {len(self.cameras)} cameras"
+            )
+        self.config = config
+        self._timeout_ns = int(config.timeout_s * 1e9)
+        self._tolerance_ns = int(config.tolerance_s * 1e9)
+        self._acquire_ns = int(config.acquire_s * 1e9)
+        self._reset_ns = int(config.reset_s * 1e9)
 
     def take_key_drops(self) -> list[tuple[int, str]]:
         """Return (stamp_ns, reason) of the key times that were dropped since the last call."""

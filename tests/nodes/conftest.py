@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ import pytest
 
 from occbev.geometry import make_transform, rotation_from_rpy, xyzw_from_rotation
 from occbev.grid import GRIDS
+from occbev.preprocess import match_size
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Occupancy, Perception, Timings
 from occbev.rig import Camera, CameraRig
 
@@ -33,6 +37,7 @@ class StubPipeline:
         self.rigs: list[CameraRig] = []
         self.seen: list[FrameSet] = []
         self.motions: list[Any] = []
+        self.forgotten: list[int] = []
         self.delay_s, self.closed = delay_s, False
 
     def decode(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
@@ -48,6 +53,9 @@ class StubPipeline:
 
     def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
         time.sleep(self.delay_s)
+        for frame in frame_set.frames.values():
+            if frame is not None and not isinstance(frame.image, bytes):
+                match_size(self.rig[frame.camera], frame.image)
         self.seen.append(frame_set)
         self.motions.append(motion)
         grid = self.grid
@@ -62,6 +70,15 @@ class StubPipeline:
         timings = Timings({"inference": 1_000_000})
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
 
+    def forget(self) -> None:
+        self.forgotten.append(len(self.seen))
+
+    def retune(self, parameters: Any) -> None:
+        self.retuned = parameters
+
+    def about(self) -> dict[str, str]:
+        return {"model": "stub"}
+
     def close(self) -> None:
         self.closed = True
 
@@ -74,12 +91,14 @@ class Bench:
     vehicle: Vehicle
     received: dict[str, list[Any]] = field(default_factory=dict)
     logged: list[str] = field(default_factory=list)
+    stop: Callable[[], None] = lambda: None
+    """Ends the node, as when its process dies; the vehicle drives on."""
 
     @property
     def pipeline(self) -> Any:
         return self.node._pipeline
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    def wait(self, condition: Callable[[], Any], seconds: float = 120.0) -> None:
         """Wait until a condition holds; fails with the ledger's state otherwise."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -114,7 +133,7 @@ class Vehicle:
         from occbev.graph import TF, TF_STATIC
         from occbev.nodes.perception_node import qos_profile
 
-        self.raw = raw
+        self.node, self.raw = node, raw
         kind, suffix = (Image, "image") if raw else (CompressedImage, "image/compressed")
         self.publishers = {
             c: [
@@ -131,6 +150,23 @@ class Vehicle:
         pixels = np.random.default_rng(1).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
         self.jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
         self.rgb = pixels
+
+    def kill(self, camera: str) -> None:
+        """End a camera's driver: its publishers go away, in the thread that waits for their events."""
+        for publisher in self.publishers.pop(camera):
+            ended = self.node.executor.create_task(self.node.destroy_publisher, publisher)
+            while not ended.done():
+                time.sleep(0.01)
+
+    def revive(self, camera: str) -> None:
+        """Start a killed camera's driver again."""
+        from sensor_msgs.msg import CameraInfo, CompressedImage
+
+        base = f"/perception/input/{camera.lower()}"
+        self.publishers[camera] = [
+            self.node.create_publisher(CompressedImage, f"{base}/image/compressed", 10),
+            self.node.create_publisher(CameraInfo, f"{base}/camera_info", 10),
+        ]
 
     def calibrate(self, cameras: tuple[str, ...] = CAMERAS, stamp_ns: int = 1) -> None:
         """Publish CameraInfo and static transforms."""
@@ -182,6 +218,13 @@ class Vehicle:
         message.pose.pose.orientation.w = 1.0
         self.publishers["vehicle"][2].publish(_stamped(message, stamp_ns))
 
+    def play(self, images: list[Shot]) -> None:
+        """Publish images when they are due."""
+        begin = time.monotonic()
+        for shot in sorted(images, key=lambda s: s.at_s):
+            time.sleep(max(0.0, begin + shot.at_s - time.monotonic()))
+            self.image(shot.camera, shot.stamp_ns, shot.data)
+
     def drive(
         self, sets: int, start_ns: int = 10**9, period_s: float = 0.05, cameras: tuple[str, ...] = CAMERAS,
         spread_ns: int = 0,
@@ -195,9 +238,58 @@ class Vehicle:
         return stamps
 
 
+@dataclass(frozen=True)
+class Shot:
+    """One image of a simulated drive: published `at_s` after the start."""
+
+    at_s: float
+    camera: str
+    stamp_ns: int
+    data: bytes | None = None
+
+
+def shots(
+    sets: int, start_ns: int = 10**9, at_s: float = 0.0, period_s: float = 0.05, spread_s: float = 0.005
+) -> list[Shot]:  # fmt: skip
+    """Every camera once per period, one after the other."""
+    return [
+        Shot(at_s + i * period_s + index * spread_s, camera, start_ns + round((i * period_s + index * spread_s) * 1e9))
+        for i in range(sets)
+        for index, camera in enumerate(CAMERAS)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def drive_of() -> Callable[..., list[Shot]]:
+    """Return the function that lists the images of a faultless drive."""
+    return shots
+
+
 def _stamped(message: Any, stamp_ns: int) -> Any:
     message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
     return message
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """Fail a test that leaves a thread or a part of DDS behind: a later fork in this process would trip over it."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 10
+    while left := _threads_beside(before):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.02)
+
+
+def _threads_beside(before: set[threading.Thread]) -> list[str]:
+    """Python's threads that are new, and Fast DDS's, but for the one watchdog that it keeps."""
+    names = [thread.name for thread in threading.enumerate() if thread not in before]
+    for task in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has just ended
+            name = task.read_text().strip()
+            if name.startswith("dds.") and name != "dds.shm.wdog":
+                names.append(name)
+    return names
 
 
 @pytest.fixture
@@ -207,21 +299,35 @@ def stub_pipeline() -> type[StubPipeline]:
 
 
 @pytest.fixture
-def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
     """Return a function that starts a node with given parameters; everything ends with the test."""
     rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
     pytest.importorskip("tf2_msgs", reason="built by occbev.nodes.build_interfaces")
     from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
     from rclpy.parameter import Parameter
 
+    from occbev.nodes import intake
     from occbev.nodes.perception_node import PerceptionNode
 
-    context, stops = rclpy.Context(), []
+    monkeypatch.setattr(intake, "WAITING_DECODES", 100)
+    context, stops, benches = rclpy.Context(), [], []
     rclpy.init(context=context)
 
-    def spin(executor: Any) -> None:
-        with __import__("contextlib").suppress(ExternalShutdownException):
-            executor.spin()
+    def spin(executor: Any, done: threading.Event) -> None:
+        # Not executor.spin(): what it waits for may be destroyed under it while it is being shut down.
+        with contextlib.suppress(ExternalShutdownException):
+            while not done.is_set():
+                executor.spin_once(timeout_sec=0.1)
+
+    def end(entry: Any) -> None:
+        executor, thread, done, member = entry
+        stops.remove(entry)
+        done.set()
+        thread.join(60)
+        executor.shutdown()
+        if hasattr(member, "close"):
+            member.close()
+        member.destroy_node()
 
     def start(
         raw: bool = False,
@@ -233,25 +339,30 @@ def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         values = {
             "cameras.names": list(CAMERAS),
             "waiting_sets": 50,
+            # A busy machine must not lose what a test has sent, nor take an image that is late for one that is lost.
+            "queue_depth": 100,
+            "sync.timeout_s": 2.0,
             "frozen_after": 0,  # the vehicle always sends the same picture
             "ledger_path": str(tmp_path / "ledger.jsonl"),
-            **values,
+            **{name.replace("__", "."): value for name, value in values.items()},
         }
-        overrides = [
-            Parameter(name.replace("__", "."), value=value) for name, value in values.items()
-        ]
+        overrides = [Parameter(name, value=value) for name, value in values.items()]
         node = PerceptionNode(
             lambda p: StubPipeline(p, delay_s), context=context, parameter_overrides=overrides
         )
         driver = rclpy.create_node("vehicle", context=context)
         bench = Bench(node, Vehicle(driver, raw))
+        benches.append(bench)
         complain = node._complain
         node._complain = lambda about, text: (bench.logged.append(text), complain(about, text))
         for member in (node, driver):
             executor = SingleThreadedExecutor(context=context)
             executor.add_node(member)
-            thread = threading.Thread(target=spin, args=(executor,), daemon=True)
-            stops.append((executor, thread, member))
+            done = threading.Event()
+            thread = threading.Thread(target=spin, args=(executor, done), daemon=True)
+            stops.append((executor, thread, done, member))
+            if member is node:
+                bench.stop = partial(end, stops[-1])
             if member is driver:
                 _subscribe(driver, bench.received)
                 thread.start()
@@ -263,13 +374,12 @@ def make_bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         return bench
 
     yield start
-    for executor, thread, member in stops:
-        executor.shutdown(timeout_sec=5)
-        thread.join(5)
-        if hasattr(member, "close"):
-            member.close()
-        member.destroy_node()
+    while stops:
+        end(stops[0])
     rclpy.shutdown(context=context)
+    for bench in benches:  # a lifecycle node keeps its part of DDS until nobody refers to it
+        bench.node = bench.vehicle = bench.stop = None
+    gc.collect()
 
 
 def _subscribe(node: Any, received: dict[str, list[Any]]) -> None:

@@ -134,7 +134,7 @@ def test_any_message_is_taken_or_refused(tmp_path: Any, with_rig: bool) -> None:
         jobs = intake.add_image(camera, compressed(rng, pictures), True, now_ns)
         jobs += intake.add_image(camera, raw(rng), False, now_ns)
         intake.add_info(camera, info(rng))
-        intake.add_transforms(transforms(rng), static=rng.random() < 0.3)
+        intake.add_transforms(transforms(rng), rng.random() < 0.3, now_ns)
         with contextlib.suppress(MessageError):
             intake.add_odometry(odometry(rng))
         for job in jobs + intake.poll(now_ns):

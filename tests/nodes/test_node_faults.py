@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
@@ -69,6 +71,27 @@ def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     finished(bench, 8)
     assert bench.node.ledger.outcomes["processed"] == 8
     assert bench.node._intake.sync.epoch == 1
+    assert bench.pipeline.forgotten == [0, 4]
+
+
+def test_a_forward_clock_jump_changes_nothing(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from rosgraph_msgs.msg import Clock
+
+    from occbev.nodes.outputs import time_from_ns
+
+    bench = ready(make_bench(use_sim_time=True))
+    clock = other(bench).create_publisher(Clock, "/clock", 10)
+    bench.wait(lambda: clock.get_subscription_count() > 0)
+    for number, seconds in enumerate((100, 5000)):
+        clock.publish(Clock(clock=time_from_ns(seconds * 10**9)))
+        bench.wait(lambda s=seconds: bench.node.get_clock().now().nanoseconds == s * 10**9)
+        bench.vehicle.drive(4, start_ns=seconds * 10**9)
+        finished(bench, 4 * (number + 1))
+    assert bench.node.ledger.outcomes == {"processed": 8}
+    assert (bench.node._intake.sync.epoch, bench.node._intake.sync.statistics.resets) == (0, {})
+    assert not bench.pipeline.seen[-1].missing
 
 
 def test_a_publisher_that_cannot_match_is_named_with_what_it_offers(
@@ -85,6 +108,45 @@ def test_a_publisher_that_cannot_match_is_named_with_what_it_offers(
     line = next(line for line in bench.logged if "quality of service" in line)
     assert "/tf_static" in line
     assert "RELIABLE/VOLATILE" in line
+
+
+def test_a_camera_that_offers_less_than_an_override_asks_for_is_named(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from sensor_msgs.msg import CompressedImage
+
+    topic = "/perception/input/cam_left/image/compressed"
+    bench = make_bench(
+        **{f"qos_overrides.{topic}.subscription.reliability": "reliable"}, wait=False
+    )
+    effort = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+    other(bench).create_publisher(CompressedImage, topic, effort)
+    bench.wait(lambda: any("quality of service does not match" in line for line in bench.logged))
+    line = next(line for line in bench.logged if "quality of service" in line)
+    assert "input/cam_left/image/compressed" in line
+    assert "BEST_EFFORT/VOLATILE" in line
+
+
+def test_a_subscriber_that_cannot_match_is_named_with_what_it_wants(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from sensor_msgs.msg import PointCloud2
+
+    bench = make_bench()
+    lasting = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    other(bench).create_subscription(PointCloud2, "/perception/output/occupancy/points", print, lasting)  # fmt: skip
+    bench.wait(lambda: any("a subscriber's quality of service" in line for line in bench.logged))
+    line = next(line for line in bench.logged if "a subscriber's" in line)
+    assert "occupancy/points" in line
+    assert "RELIABLE/TRANSIENT_LOCAL" in line
+
+
+def test_overrides_of_topics_that_do_not_exist_are_reported(make_bench: Callable[..., Any]) -> None:
+    from occbev.nodes.parameters import QOS_PREFIX, unknown_overrides
+
+    right = "qos_overrides./perception/output/objects.publisher.depth"
+    bench = make_bench(**{right: 3, right.replace("objects", "object"): 3})
+    assert unknown_overrides(bench.node, QOS_PREFIX) == {right.replace("objects", "object"): right}
 
 
 def test_a_best_effort_camera_is_heard(
@@ -154,9 +216,85 @@ def test_a_bad_transform_shows_in_diagnostics(make_bench: Callable[..., Any]) ->
     broken.transform.rotation.w = 5.0
     bench.vehicle.publishers["vehicle"][0].publish(TFMessage(transforms=[broken]))
     bench.wait(
-        lambda: bench.statuses().get("ego motion") and bench.statuses()["ego motion"].level > 0
+        lambda: bench.statuses().get("transforms") and bench.statuses()["transforms"].level > 0
     )
-    assert "norm 5.0" in bench.statuses()["ego motion"].text
+    assert "norm 5.0" in bench.statuses()["transforms"].text
+    assert any("norm 5.0" in line for line in bench.logged)
+
+
+def test_a_frame_that_two_publishers_place_is_named_and_the_newest_holds(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from geometry_msgs.msg import TransformStamped
+    from tf2_msgs.msg import TFMessage
+
+    from occbev.graph import TF_STATIC
+    from occbev.nodes.perception_node import qos_profile
+
+    bench = ready(make_bench())
+    second = other(bench).create_publisher(TFMessage, "/tf_static", qos_profile(TF_STATIC))
+    moved = TransformStamped(child_frame_id="cam_left")
+    moved.header.frame_id = "base_link"
+    moved.transform.translation.x, moved.transform.rotation.w = 7.0, 1.0
+    second.publish(TFMessage(transforms=[moved]))
+    bench.wait(lambda: any("frame 'cam_left' was static at" in line for line in bench.logged))
+    line = next(line for line in bench.logged if "'cam_left' was static" in line)
+    assert "do two publishers send it? the newest holds" in line
+    assert "(7.000, 0.000, 0.000)" in line
+    assert bench.node._intake.calibrated().rig["CAM_LEFT"].cam2ego[0, 3] == 7.0
+    bench.wait(lambda: "transforms" in bench.statuses() and bench.statuses()["transforms"].level == 1)  # fmt: skip
+    bench.vehicle.drive(3)
+    finished(bench, 3)
+    assert bench.node.ledger.outcomes == {"processed": 3}
+
+
+def test_a_transform_that_comes_late_is_waited_for(make_bench: Callable[..., Any]) -> None:
+    from geometry_msgs.msg import TransformStamped
+    from tf2_msgs.msg import TFMessage
+
+    bench = ready(make_bench(ego_motion__source="tf", ego_motion__wait_s=1.0))
+
+    def at(stamp_ns: int, x: float) -> None:
+        message = TransformStamped(child_frame_id="base_link")
+        message.header.frame_id = "odom"
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
+        message.transform.translation.x, message.transform.rotation.w = x, 1.0
+        bench.vehicle.publishers["vehicle"][0].publish(TFMessage(transforms=[message]))
+
+    for i in range(20):
+        at(10**9 + i * 10_000_000, x=0.1 * i)  # 10 m/s, until 10 ms before the last exposure
+    bench.wait(lambda: bench.node._intake.buffer.newest_ns("base_link") == 1_190_000_000)
+    bench.vehicle.drive(4, period_s=0.06, spread_ns=10_000_000)
+    bench.wait(lambda: len(bench.pipeline.seen) == 3)
+    at(1_250_000_000, x=2.5)
+    finished(bench, 4)
+    assert [m["CAM_RIGHT"][0, 3] for m in bench.pipeline.motions] == pytest.approx([0.2] * 4)
+
+
+def test_latencies_are_published_where_debug_topics_ask_for_it(
+    make_bench: Callable[..., Any], other: Callable[[Any], Node]
+) -> None:
+    from std_msgs.msg import Float32
+
+    from occbev.graph import LATENCIES
+
+    bench = ready(make_bench(debug_topics=True))
+    names = ("processing_time/inference_ms", "processing_time/total_ms", "pipeline_latency_ms", "cyclic_time_ms")  # fmt: skip
+    assert set(names) <= set(LATENCIES)
+    listener, heard = other(bench), {name: [] for name in names}
+    executor = SingleThreadedExecutor(context=bench.node.context)
+    executor.add_node(listener)
+    for name in names:
+        listener.create_subscription(
+            Float32, f"/perception/debug/{name}", lambda m, n=name: heard[n].append(m.data), 10
+        )
+    bench.wait(lambda: all(p.get_subscription_count() for k, p in bench.node._debug.items()
+                           if k in {LATENCIES[n] for n in names}))  # fmt: skip
+    bench.vehicle.drive(3)
+    bench.wait(lambda: executor.spin_once(timeout_sec=0.05) or [len(v) for v in heard.values()] == [3, 3, 3, 2])  # fmt: skip
+    assert heard[names[0]] == [1.0] * 3
+    assert all(value > 0 for value in heard["cyclic_time_ms"])
+    executor.shutdown()
 
 
 def test_a_frozen_camera_is_left_out_until_it_moves_again(make_bench: Callable[..., Any]) -> None:
@@ -209,7 +347,8 @@ def test_a_rig_file_replaces_camera_info_and_tf(
     from occbev.rig import CameraRig
 
     names = ("CAM_RIGHT", "CAM_FRONT", "CAM_LEFT")
-    CameraRig(tuple(placeholder(name) for name in names)).save(tmp_path / "rig.yaml")
+    cameras = (replace(placeholder(name), width=64, height=48) for name in names)
+    CameraRig(tuple(cameras)).save(tmp_path / "rig.yaml")
     bench = make_bench(rig=str(tmp_path / "rig.yaml"))
     bench.vehicle.drive(3)
     finished(bench, 3)

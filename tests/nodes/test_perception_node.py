@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
+from occbev.config import ConfigError
 from occbev.nodes.ledger import read_ledger
 
 pytestmark = pytest.mark.ros
@@ -272,6 +274,58 @@ def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -
     finished(bench, 2)
     bench.wait(lambda: len(bench.received["points"]) == 2)
     assert bench.received["points"][-1].width == 40 * 40 * 8
+
+
+def test_thresholds_change_while_the_node_runs(make_bench: Callable[..., Any]) -> None:
+    from rclpy.parameter import Parameter
+
+    bench = ready(make_bench(sync__timeout_s=1))  # a whole number where a double is wanted
+    assert bench.node.parameters.sync.timeout_s == 1.0
+    values = {"detection.score_threshold": 0.6, "sync.min_cameras": 3, "black_below": 0}
+    for result in bench.node.set_parameters([Parameter(n, value=v) for n, v in values.items()]):
+        assert result.successful, result.reason
+    assert bench.pipeline.retuned.detection.score_threshold == 0.6
+    assert bench.node._intake.sync.config.min_cameras == 3
+    (refused,) = bench.node.set_parameters([Parameter("sync.min_cameras", value=4)])
+    assert "exceeds the 3 cameras" in refused.reason
+    bench.vehicle.drive(3, cameras=("CAM_FRONT", "CAM_LEFT"))
+    finished(bench, 3)
+    assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"threads": -1}, "threads is -1: must be between 0 and 256"),
+        ({"sync__timeout_s": "soon"}, "sync.timeout_s is 'soon': want a number"),
+        ({"decode_threads": 2.5}, "decode_threads is 2.5: want a whole number"),
+    ],
+)
+def test_values_that_cannot_be_are_named(
+    make_bench: Callable[..., Any], values: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_bench(active=False, **values)
+
+
+def test_a_signal_before_the_node_exists_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rclpy
+
+    from occbev.nodes import perception_node
+
+    def interrupted() -> None:
+        rclpy.shutdown()
+        raise RuntimeError("the given context is not valid")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(perception_node, "PerceptionNode", interrupted)
+    try:
+        assert perception_node.main([]) == 0
+        monkeypatch.setattr(perception_node, "PerceptionNode", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            perception_node.main([])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) -> None:

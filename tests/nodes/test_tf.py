@@ -129,6 +129,37 @@ def test_static_beats_dynamic_and_counts_its_changes(drive: tf.Buffer) -> None:
     assert drive.lookup_matrix("base_link", "cam_front")[0, 3] == 2
 
 
+def test_frames_that_are_at_two_places_are_named(drive: tf.Buffer) -> None:
+    assert drive.take_conflicts() == []
+    drive.set_transform_static(stamped("base_link", "cam_front", pose(1.5, z=1.6, yaw=0.3)))
+    drive.set_transform(stamped("odom", "base_link", pose(9), 6_000_000_000))
+    assert drive.take_conflicts() == []
+    drive.set_transform_static(stamped("base_link", "cam_front", pose(2)))
+    drive.set_transform(stamped("map", "base_link", pose(9), 7_000_000_000))
+    drive.set_transform(stamped("map", "cam_front", pose(9), 7_000_000_000))
+    one, two = sorted(drive.take_conflicts())
+    assert "frame 'base_link' was a child of 'odom', then of 'map'" in one
+    assert "frame 'cam_front' was a child of 'base_link', then of 'map'" in two
+    assert "the static one holds" in two
+    assert drive.take_conflicts() == []
+
+
+def test_static_chains_are_told_from_moving_ones(drive: tf.Buffer) -> None:
+    assert drive.is_static("base_link", "cam_front")
+    assert not drive.is_static("odom", "cam_front")
+    assert not drive.is_static("base_link", "nowhere")
+
+
+def test_names_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tf, "MAX_FRAMES", 3)
+    buffer = tf.Buffer()
+    for name in "abc":
+        buffer.set_transform(stamped("odom", name, pose(), 5))
+    with pytest.raises(tf.InvalidArgumentException, match="3 frames are known already"):
+        buffer.set_transform(stamped("odom", "d", pose(), 5))
+    buffer.set_transform(stamped("odom", "a", pose(), 6))
+
+
 def test_history_is_bounded_and_cleared_without_statics(drive: tf.Buffer) -> None:
     buffer = tf.Buffer(cache_s=1.0)
     for i in range(31):

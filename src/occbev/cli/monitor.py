@@ -20,7 +20,8 @@ COLOURS = {0: "green", 1: "yellow", 2: "red"}
 STALE_S = 3.0
 """A node that was not heard for this long is shown as stale."""
 
-WHOLE, LATENCY, EGO = "perception", "latency", "ego motion"
+WHOLE, LATENCY = "perception", "latency"
+REMARKS = ("transforms", "ego motion", "model")
 CAMERA_COLUMNS = ("rate_hz", "age_s", "offset_ms", "received", "used")
 
 
@@ -68,7 +69,8 @@ def dashboard(parts: Mapping[str, Part]) -> Group:
     age_s = time.monotonic() - whole.heard_s
     stale = f"  (not heard for {age_s:.0f} s)" if age_s > STALE_S else ""
     title = Text(whole.text + stale, style="red" if stale else COLOURS.get(whole.level, "red"))
-    return Group(title, _sets(whole), _cameras(parts), _latencies(parts), _ego(parts))
+    remarks = [_remark(parts[name]) for name in REMARKS if name in parts]
+    return Group(title, _sets(whole), _cameras(parts), _latencies(parts), *remarks)
 
 
 def _sets(whole: Part) -> Table:
@@ -81,7 +83,7 @@ def _sets(whole: Part) -> Table:
 def _cameras(parts: Mapping[str, Part]) -> Table:
     table = Table("camera", *CAMERA_COLUMNS, "dropped", "state", box=None)
     for part in parts.values():
-        if part.name in (WHOLE, LATENCY, EGO):
+        if part.name in (WHOLE, LATENCY, *REMARKS):
             continue
         losses = {
             k.split(".", 1)[1]: v
@@ -104,9 +106,6 @@ def _latencies(parts: Mapping[str, Part]) -> Table:
     return table
 
 
-def _ego(parts: Mapping[str, Part]) -> Text:
-    part = parts.get(EGO)
-    return Text(
-        f"ego motion: {part.text}" if part else "",
-        style=COLOURS.get(part.level, "red") if part else "",
-    )
+def _remark(part: Part) -> Text:
+    values = ", ".join(f"{key} {value}" for key, value in part.values.items())
+    return Text(f"{part.name}: {part.text} ({values})", style=COLOURS.get(part.level, "red"))

@@ -28,8 +28,8 @@ class TensorRtBackend:
 
     name = "tensorrt"
 
-    def __init__(self, engine: Any, device: str) -> None:
-        self._engine, self.device = engine, device
+    def __init__(self, engine: Any, device: str, path: Path) -> None:
+        self._engine, self.device, self._path = engine, device, path
         self._context = engine.create_execution_context()
         self._stream = _checked(cuda.cudaStreamCreate())
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -69,6 +69,12 @@ class TensorRtBackend:
         _checked(cuda.cudaStreamSynchronize(self._stream))
         return outputs
 
+    def about(self) -> dict[str, str]:
+        """Return the engine's file and the memory of the device, for diagnostics."""
+        error, free, total = cuda.cudaMemGetInfo()
+        used = f"{(total - free) >> 20} of {total >> 20}" if error == cuda.cudaError_t.cudaSuccess else "unknown"  # fmt: skip
+        return {"engine": str(self._path), "gpu_memory_mb": used}
+
     def _copy(self, name: str, target: int, source: int, kind: Any) -> None:
         _checked(cuda.cudaMemcpyAsync(target, source, self._host[name].nbytes, kind, self._stream))
 
@@ -91,7 +97,7 @@ def load(
         raise BackendError(
             f"{path}: TensorRT {tensorrt.__version__} cannot read this engine; delete it to build another"
         )
-    return TensorRtBackend(engine, f"{device}, {'fp16' if precision == 'auto' else 'f32'}")
+    return TensorRtBackend(engine, f"{device}, {'fp16' if precision == 'auto' else 'f32'}", path)
 
 
 def _build(path: Path, cameras: int, precision: str) -> bytes:

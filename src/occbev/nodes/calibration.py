@@ -38,6 +38,7 @@ class Calibration:
         self._image_frames: dict[str, str] = {}
         self._built: dict[str, tuple[Any, ...]] = {}
         self._cameras: dict[str, Camera] = {}
+        self._placed: dict[str, tuple[str, int, NDArray[np.float64]]] = {}
         self._fixed = self._load_rig(parameters.rig) if parameters.rig else None
         self._last: Calibrated | None = None
 
@@ -99,8 +100,15 @@ class Calibration:
             raise MessageError(
                 f"its messages name the frame {frame!r}, not an optical frame: set cameras.{name}.frame_id or .extrinsic"
             )
+        known = self._placed.get(name)
+        if known is not None and known[:2] == (frame, self._buffer.static_version):
+            return known[2]
         try:
-            return self._buffer.lookup_matrix(base, frame, 0)
+            version = self._buffer.static_version
+            cam2ego = self._buffer.lookup_matrix(base, frame, 0)
+            if self._buffer.is_static(base, frame):
+                self._placed[name] = (frame, version, cam2ego)
+            return cam2ego
         except TransformException as error:
             if own.extrinsic:
                 return make_transform(rotation_from_xyzw(own.extrinsic[3:]), own.extrinsic[:3])

@@ -65,6 +65,14 @@ def require(name: str) -> ModuleType:
 
 def subscription_events() -> Any:
     """Return rclpy's SubscriptionEventCallbacks, which Humble keeps in another module."""
+    return _events().SubscriptionEventCallbacks
+
+
+def publisher_events() -> Any:
+    """Return rclpy's PublisherEventCallbacks."""
+    return _events().PublisherEventCallbacks
+
+
+def _events() -> ModuleType:
     newer = importlib.util.find_spec("rclpy.event_handler") is not None
-    module = importlib.import_module("rclpy.event_handler" if newer else "rclpy.qos_event")
-    return module.SubscriptionEventCallbacks
+    return importlib.import_module("rclpy.event_handler" if newer else "rclpy.qos_event")

@@ -20,15 +20,21 @@ MARGIN_NS = 300_000_000
 class EgoMotion:
     """Buffers ego poses and answers with those at given stamps; safe to use from several threads."""
 
-    def __init__(self, parameters: EgoMotionParameters, buffer: Buffer, base_frame: str) -> None:
+    def __init__(
+        self, parameters: EgoMotionParameters, buffer: Buffer, base_frame: str, reset_s: float = 1.0
+    ) -> None:
+        """reset_s: step back of odometry's stamps that counts as a clock jump or a looped bag."""
         self._parameters, self._buffer, self._base = parameters, buffer, base_frame
+        self._reset_ns = int(reset_s * 1e9)
         self._stamps: list[int] = []
         self._poses: list[NDArray[np.float64]] = []
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
 
     def add(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> None:
-        """Take one odometry pose; one that is not newer than the last is ignored."""
+        """Take one odometry pose; one that is not newer than the last is ignored, a long step back starts again."""
         with self._changed:
+            if self._stamps and stamp_ns < self._stamps[-1] - self._reset_ns:
+                self.clear()
             if self._stamps and stamp_ns <= self._stamps[-1]:
                 return
             self._stamps.append(stamp_ns)
@@ -56,12 +62,16 @@ class EgoMotion:
         return "tf" if known else "none"
 
     def wait_until(self, stamp_ns: int, timeout_s: float) -> None:
-        """Wait until odometry has passed a stamp, at most `timeout_s`; TF and no source do not wait."""
-        with self._changed:
-            if self._stamps:
+        """Wait until odometry or TF has reached a stamp, at most `timeout_s`; without a source do not wait."""
+        source = self.source
+        if source == "odometry":
+            with self._changed:
                 self._changed.wait_for(
                     lambda: bool(self._stamps) and self._stamps[-1] >= stamp_ns, timeout_s
                 )
+        elif source == "tf":
+            fixed, timeout_ns = self._parameters.fixed_frame, int(timeout_s * 1e9)
+            self._buffer.can_transform(fixed, self._base, stamp_ns, timeout_ns)
 
     def poses(self, stamps_ns: list[int]) -> list[NDArray[np.float64]] | None:
         """Return ego2global (4, 4) at each stamp, or None where ego motion is switched off or absent.

@@ -16,12 +16,21 @@ SILENT_S = 1.0
 """A camera without an image for this long is silent."""
 
 
+REMEMBERED_NS = 10_000_000_000
+"""How long a complaint about a transform is shown."""
+
+
 def health(
-    intake: Intake, ledger: Ledger, latencies: Mapping[str, Iterable[float]], now_ns: int
-) -> list[Status]:
-    """Return all statuses of the node."""
+    intake: Intake, ledger: Ledger, latencies: Mapping[str, Iterable[float]], about: Mapping[str, str],
+    now_ns: int,
+) -> list[Status]:  # fmt: skip
+    """Return all statuses of the node. about: what runs, from the pipeline. now_ns: steady clock."""
     cameras = [_camera(intake, name, watch, now_ns) for name, watch in intake.watch.items()]
-    return [_whole(intake, ledger, cameras), *cameras, _ego(intake), _latency(latencies)]
+    model = Status("occbev: model", OK, about.get("model", ""), about)
+    return [
+        _whole(intake, ledger, cameras), *cameras, _transforms(intake, now_ns), _ego(intake), model,
+        _latency(latencies),
+    ]  # fmt: skip
 
 
 def _whole(intake: Intake, ledger: Ledger, cameras: list[Status]) -> Status:
@@ -58,12 +67,23 @@ def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
     return Status(f"occbev: {name}", WARN if problem else OK, problem or "good", values)
 
 
+def _transforms(intake: Intake, now_ns: int) -> Status:
+    """How old /tf is, and the newest complaint about a transform while it is new."""
+    watch = intake.transforms
+    recent = bool(watch.problem) and now_ns - watch.problem_ns < REMEMBERED_NS
+    age = "never" if watch.arrival_ns is None else f"{(now_ns - watch.arrival_ns) / 1e9:.3f}"
+    values = {
+        "tf_age_s": age, "static_messages": watch.static_messages, "frames": len(intake.buffer.frames()),
+        "problems": watch.problems,
+    }  # fmt: skip
+    text = watch.problem if recent else "good"
+    return Status("occbev: transforms", WARN if recent else OK, text, values)
+
+
 def _ego(intake: Intake) -> Status:
-    source = intake.ego.source
-    text = intake.transform_problem or f"poses come from {source}"
-    return Status(
-        "occbev: ego motion", WARN if intake.transform_problem else OK, text, {"source": source}
-    )
+    source, problem = intake.ego.source, intake.motion_problem
+    text = f"not compensated: {problem}" if problem else f"poses come from {source}"
+    return Status("occbev: ego motion", WARN if problem else OK, text, {"source": source})
 
 
 def _latency(latencies: Mapping[str, Iterable[float]]) -> Status:

@@ -64,6 +64,7 @@ class Work:
     """Input of the pipeline. motion: camera -> ego at its exposure to ego at the key time, None if unknown.
 
     decode_ns: of the slowest image. motion_problem: why there is no motion, "" if there is or it is switched off.
+    fresh: the first set since the start, a clock jump or a looped bag: what was before it must be forgotten.
     """
 
     frame_set: FrameSet
@@ -71,6 +72,7 @@ class Work:
     motion: dict[str, NDArray[np.float64]] | None
     decode_ns: int
     motion_problem: str = ""
+    fresh: bool = False
 
 
 @dataclass
@@ -96,6 +98,27 @@ class Watch:
         return (len(self.arrivals) - 1) * 1e9 / max(1, self.arrivals[-1] - self.arrivals[0])
 
 
+@dataclass
+class TransformWatch:
+    """What an operator wants to know of /tf and /tf_static. arrival_ns: of the newest moving transforms."""
+
+    arrival_ns: int | None = None
+    static_messages: int = 0
+    problem: str = ""
+    problem_ns: int = 0
+    problems: int = 0
+
+    def note(self, static: bool, now_ns: int, problems: list[str]) -> None:
+        """Book one message and what was wrong with it."""
+        if static:
+            self.static_messages += 1
+        else:
+            self.arrival_ns = now_ns
+        if problems:
+            self.problem, self.problem_ns = problems[-1], now_ns
+            self.problems += len(problems)
+
+
 class Intake:
     """Takes messages, gives jobs; `resolve` turns a job into the pipeline's input and may run in another thread."""
 
@@ -103,12 +126,16 @@ class Intake:
         self.parameters = parameters
         self.buffer = Buffer()
         self.calibration = Calibration(parameters, self.buffer)
-        self.ego = EgoMotion(parameters.ego_motion, self.buffer, parameters.base_frame)
+        self.ego = EgoMotion(
+            parameters.ego_motion, self.buffer, parameters.base_frame, parameters.sync.reset_s
+        )
         self.sync: FrameSynchronizer[Future[DecodedImage]] = FrameSynchronizer(
             parameters.names, parameters.anchor_camera, parameters.sync
         )
         self.watch = {name: Watch() for name in parameters.names}
-        self.transform_problem = ""
+        self.transforms = TransformWatch()
+        self.motion_problem = ""
+        self._resolved_epoch: int | None = None
         self._decode = decode
         self._pool = ThreadPoolExecutor(parameters.decode_threads, "decode")
         self._waiting: Counter[str] = Counter()
@@ -143,8 +170,9 @@ class Intake:
             )
         self.ego.add(stamp_to_ns(message.header.stamp), pose_from_odometry(message))
 
-    def add_transforms(self, message: Any, static: bool) -> None:
-        """Take a TFMessage; a bad transform is remembered as a problem and the others are kept."""
+    def add_transforms(self, message: Any, static: bool, now_ns: int) -> list[str]:
+        """Take a TFMessage; the good transforms of it are kept, what is wrong with the others is returned."""
+        problems = []
         for transform in message.transforms:
             try:
                 if static:
@@ -156,7 +184,10 @@ class Intake:
                     self.buffer.clear()
                 self.buffer.set_transform(transform)
             except InvalidArgumentException as error:
-                self.transform_problem = str(error)
+                problems.append(str(error))
+        problems += self.buffer.take_conflicts()
+        self.transforms.note(static, now_ns, problems)
+        return problems
 
     def poll(self, now_ns: int) -> list[Job]:
         """Return the sets whose time is up."""
@@ -205,7 +236,16 @@ class Intake:
             frames[name], slowest = decoded.frame, max(slowest, decoded.decode_ns)
         frame_set = FrameSet(job.stamp_ns, frames, missing)
         self._note_problems(job, missing)
-        return self._with_motion(frame_set, calibrated.rig, slowest)
+        work = self._with_motion(frame_set, calibrated.rig, slowest)
+        self.motion_problem = work.motion_problem
+        fresh, self._resolved_epoch = job.epoch != self._resolved_epoch, job.epoch
+        return replace(work, fresh=fresh)
+
+    def retune(self, parameters: PerceptionParameters) -> None:
+        """Take parameters of which only those have changed that may while the node runs."""
+        with self._lock:
+            self.parameters = parameters
+            self.sync.retune(parameters.sync)
 
     def close(self) -> None:
         """End the decoding threads."""

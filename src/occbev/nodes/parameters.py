@@ -13,20 +13,20 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from occbev.config import ConfigError, from_record
+from occbev.config import ConfigError, bounded, from_record
 from occbev.graph import CAMERAS, COMPRESSED, IMAGE, ODOMETRY, camera_topics
 from occbev.nodes.messages import MAX_IMAGE_PIXELS
 from occbev.sync import SyncConfig
 
-
-def bounded(default: Any, low: float, high: float, live: bool = False) -> Any:
-    """Make a field whose parameter has a range; `live` ones may be set while the node runs."""
-    return field(default=default, metadata={"range": (low, high), "live": live})
+QOS_PREFIX = "qos_overrides."
+"""How ROS 2 names the quality of service of a node's topics: qos_overrides.<topic>.<publisher|subscription>.<policy>."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class EgoMotionParameters:
 class DetectionParameters:
     """Boxes that are put out."""
 
-    score_threshold: float = bounded(0.1, 0.0001, 0.9999)
+    score_threshold: float = bounded(0.1, 0.0001, 0.9999, live=True)
     """Least score of a box."""
-    max_boxes: int = bounded(100, 0, 500)
+    max_boxes: int = bounded(100, 0, 500, live=True)
     """Most boxes of one result, the best first."""
     marker_threshold: float = bounded(0.3, 0.0, 1.0, live=True)
     """Least score of a box that is drawn as a marker."""
@@ -135,11 +135,11 @@ class PerceptionParameters:
     """Images of one camera that the middleware may queue."""
     waiting_sets: int = bounded(1, 1, 100)
     """Sets that may wait while the network runs; the oldest is dropped for a newer one."""
-    frozen_after: int = bounded(10, 0, 1000)
+    frozen_after: int = bounded(10, 0, 1000, live=True)
     """A camera that sent the same pixels this often in a row is left out; 0 trusts it."""
-    black_below: int = bounded(4, 0, 255)
+    black_below: int = bounded(4, 0, 255, live=True)
     """An image whose brightest value lies below this is left out as black; 0 trusts it."""
-    max_image_pixels: int = bounded(MAX_IMAGE_PIXELS, 1, 10**9)
+    max_image_pixels: int = bounded(MAX_IMAGE_PIXELS, 1, 10**9, live=True)
     """Larger images are refused before anything is allocated."""
     debug_topics: bool = False
     """Publish the latency of every stage under ~/debug."""
@@ -147,6 +147,8 @@ class PerceptionParameters:
     """File that gets one JSON line for every key time: processed, or dropped and why; empty for none."""
     autostart: bool = True
     """Configure and activate at start, without a lifecycle manager."""
+    build_only: bool = False
+    """Load the model, which builds and keeps a TensorRT engine, and end; for the command line."""
     cameras: Mapping[str, CameraParameters] = field(
         default_factory=lambda: {name: CameraParameters() for name in CAMERAS}
     )
@@ -158,6 +160,10 @@ class PerceptionParameters:
         if self.anchor and self.anchor not in self.cameras:
             raise ConfigError(
                 f"anchor {self.anchor!r} is not one of cameras.names {list(self.cameras)}"
+            )
+        if self.sync.min_cameras > len(self.cameras):
+            raise ConfigError(
+                f"sync.min_cameras {self.sync.min_cameras} exceeds the {len(self.cameras)} cameras"
             )
 
     @property
@@ -220,7 +226,10 @@ def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
     if len(set(names)) != len(names):
         raise ConfigError(f"cameras.names holds a camera twice: {names}")
     record["cameras"] = {name: cameras.get(name, {}) for name in names}
-    return from_record(PerceptionParameters, record)
+    parameters = from_record(PerceptionParameters, record)
+    for leaf in leaves(PerceptionParameters):
+        _check_range(leaf, attrgetter(leaf.name)(parameters))
+    return parameters
 
 
 @dataclass(frozen=True)
@@ -234,8 +243,13 @@ class Leaf:
     live: bool = False
 
 
-def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
+@cache
+def leaves(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
     """List the parameters of a dataclass, nested ones with dotted names; mappings are left out."""
+    return tuple(_leaves(schema, prefix))
+
+
+def _leaves(schema: type, prefix: str) -> Iterator[Leaf]:
     texts, hints = field_texts(schema), typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         if dataclasses.is_dataclass(hints[entry.name]):
@@ -267,35 +281,72 @@ def declare(node: Any) -> PerceptionParameters:
         ConfigError: a value cannot be used.
     """
     for leaf in leaves(PerceptionParameters):
-        node.declare_parameter(leaf.name, _plain(leaf.default), _descriptor(leaf))
+        _declare(node, leaf)
     names = Leaf(
         "cameras.names",
         list(CAMERAS),
         "Cameras in order; each has its own cameras.<name>.* parameters.",
     )
-    node.declare_parameter(names.name, names.default, _descriptor(names))
+    _declare(node, names)
     for camera in node.get_parameter("cameras.names").value:
         for leaf in leaves(CameraParameters, f"cameras.{camera}."):
-            node.declare_parameter(leaf.name, _plain(leaf.default), _descriptor(leaf))
+            _declare(node, leaf)
     return current(node)
+
+
+def _declare(node: Any, leaf: Leaf) -> None:
+    """Declare one parameter; a given value of a wrong type or out of range is named before rclpy sees it."""
+    given = node._parameter_overrides.get(leaf.name)
+    if given is not None:
+        node._parameter_overrides[leaf.name] = type(given)(
+            leaf.name, value=_fitting(leaf, given.value)
+        )
+    node.declare_parameter(leaf.name, _plain(leaf.default), _descriptor(leaf))
+
+
+def _fitting(leaf: Leaf, value: Any) -> Any:
+    """Return a value in the type of its parameter: 5 is a double where one is wanted."""
+    wanted = type(leaf.default)
+    if wanted in (tuple, list):
+        return value
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{leaf.name} is {value!r}: want a {_TYPE_NAMES[wanted]}")
+    _check_range(leaf, value)
+    return value
+
+
+def _check_range(leaf: Leaf, value: Any) -> None:
+    if leaf.range is not None and not leaf.range[0] <= value <= leaf.range[1]:
+        low, high = leaf.range
+        raise ConfigError(f"{leaf.name} is {value}: must be between {low} and {high}")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 
 
 def current(node: Any, changed: Sequence[Any] = ()) -> PerceptionParameters:
     """Return the declared parameters' values, with `changed` rclpy parameters laid over them."""
     values = {name: parameter.value for name, parameter in node._parameters.items()}
     values.update({parameter.name: parameter.value for parameter in changed})
-    return parameters_from_record(_nested({n: v for n, v in values.items() if _is_ours(n)}))
+    return parameters_from_record(_nested({n: v for n, v in values.items() if is_ours(n)}))
 
 
-def unknown_overrides(node: Any) -> dict[str, str]:
-    """Return given but undeclared parameters -> the nearest declared name, "" where none is near."""
+def unknown_overrides(node: Any, prefix: str = "") -> dict[str, str]:
+    """Return given but undeclared parameters -> the nearest declared name, "" where none is near.
+
+    prefix: QOS_PREFIX for those of the topics, which are declared as topics are made; else all of ours.
+    """
     declared = list(node._parameters)
-    given = [name for name in node._parameter_overrides if name not in declared and _is_ours(name)]
+    chosen = is_ours if not prefix else lambda name: name.startswith(prefix)
+    given = [name for name in node._parameter_overrides if name not in declared and chosen(name)]
     return {name: next(iter(difflib.get_close_matches(name, declared, 1)), "") for name in given}
 
 
-def _is_ours(name: str) -> bool:
-    return not name.startswith(("use_sim_time", "start_type_description", "qos_overrides"))
+def is_ours(name: str) -> bool:
+    """Whether a parameter is of this node's schema, not one that rclpy declares."""
+    return not name.startswith(("use_sim_time", "start_type_description", QOS_PREFIX))
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,16 @@ class PipelineLike(Protocol):
         """Perceive one frame set."""
         ...
 
+    def forget(self) -> None:
+        """Build the next result on no frame before it."""
+
+    def retune(self, parameters: PerceptionParameters) -> None:
+        """Take parameters of which only those have changed that may while the node runs."""
+
+    def about(self) -> dict[str, str]:
+        """Return what runs, for operators: model, runtime, device."""
+        ...
+
     def close(self) -> None:
         """Free what it holds."""
 
@@ -56,17 +66,17 @@ class LoadedPipeline:
 
     def __init__(self, parameters: PerceptionParameters) -> None:
         """Load what the parameters name; calibration comes later by `set_rig`."""
-        detection = parameters.detection
         rig = CameraRig(tuple(placeholder(name) for name in parameters.names))
-        decoding = BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
         self._pipeline = Pipeline(
-            parameters.model, rig, parameters.backend, parameters.threads or None, decoding
-        )
+            parameters.model, rig, parameters.backend, parameters.threads or None,
+            _decoding(parameters),
+        )  # fmt: skip
         self._pipeline.warm_up()
         self.grid = self._pipeline.package.model.grid
         self.decode: Decode = self._pipeline.preprocessor.decode
         self.set_rig = self._pipeline.set_rig
         self.run = self._pipeline.run
+        self.forget = getattr(self._pipeline, "forget", _nothing)
         self.close = self._pipeline.close
 
     @property
@@ -74,11 +84,34 @@ class LoadedPipeline:
         """The rig it looks through."""
         return self._pipeline.rig
 
+    def retune(self, parameters: PerceptionParameters) -> None:
+        """Put out boxes by other thresholds from now on."""
+        self._pipeline.decoding = _decoding(parameters)
+
+    def about(self) -> dict[str, str]:
+        """Return what runs: the package and its hash, the runtime and its device."""
+        package, backend = self._pipeline.package, self._pipeline.backend
+        return {
+            "model": package.model.name, "package": str(package.folder), "hash": package.hash,
+            "runtime": backend.name, "device": backend.device, **getattr(backend, "about", dict)(),
+        }  # fmt: skip
+
+
+def _nothing() -> None:
+    pass
+
+
+def _decoding(parameters: PerceptionParameters) -> BoxDecoding:
+    detection = parameters.detection
+    return BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
+
 
 def perceive(
     pipeline: PipelineLike, work: Work, fewest: int, complain: Complain
 ) -> Perception | None:
     """Run the pipeline, leaving out cameras whose image turns out to be unusable; None if under `fewest` are left."""
+    if work.fresh:
+        pipeline.forget()
     if pipeline.rig is not work.rig:
         pipeline.set_rig(work.rig)
     frame_set = work.frame_set

@@ -6,6 +6,7 @@ Callbacks only hand messages to the intake; one worker thread runs the pipeline 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from occbev.graph import (
     COMPRESSED,
     DIAGNOSTICS,
     FRAME_INPUTS,
+    LATENCIES,
     NODE_NAME,
     ODOMETRY,
     OUTPUTS,
@@ -38,12 +40,19 @@ from occbev.graph import (
     Topic,
 )
 from occbev.nodes import outputs
-from occbev.nodes.compat import require, subscription_events
+from occbev.nodes.compat import publisher_events, require, subscription_events
 from occbev.nodes.health import health
 from occbev.nodes.intake import Intake, Job, Work
 from occbev.nodes.ledger import PROCESSED, Ledger
 from occbev.nodes.messages import MessageError
-from occbev.nodes.parameters import PerceptionParameters, current, declare, unknown_overrides
+from occbev.nodes.parameters import (
+    QOS_PREFIX,
+    PerceptionParameters,
+    current,
+    declare,
+    is_ours,
+    unknown_overrides,
+)
 from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive
 from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
 from occbev.nodes.worker import Worker
@@ -82,12 +91,10 @@ class PerceptionNode(LifecycleNode):
         self._debug: dict[str, Any] = {}
         self._writer = outputs.ResultWriter()
         self._said: dict[str, float] = {}
-        self._epoch = 0
+        self._last_end_ns: int | None = None
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.add_on_set_parameters_callback(self._on_parameters)
-        for name, near in unknown_overrides(self).items():
-            hint = f"; did you mean {near}?" if near else ""
-            self.get_logger().warning(f"parameter {name} is unknown and has no effect{hint}")
+        self._report_unknown("")
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model and create the publishers."""
@@ -120,6 +127,7 @@ class PerceptionNode(LifecycleNode):
             self.create_timer(POLL_S, self._on_poll, clock=self._steady),
             self.create_timer(1.0, self._on_second, clock=self._steady),
         ]
+        self._report_unknown(QOS_PREFIX)  # they are known only once the topics are
         self.get_logger().info(f"listening to {', '.join(self.parameters.names)}")
         return super().on_activate(state)
 
@@ -149,6 +157,10 @@ class PerceptionNode(LifecycleNode):
         success = TransitionCallbackReturn.SUCCESS
         return self.trigger_configure() == success and self.trigger_activate() == success
 
+    def build(self) -> bool:
+        """Load the model, as `build_only` asks, so that what its runtime builds is kept; False where that failed."""
+        return self.trigger_configure() == TransitionCallbackReturn.SUCCESS
+
     def _advertise(self) -> None:
         for key, topic in OUTPUTS.items():
             try:
@@ -157,19 +169,17 @@ class PerceptionNode(LifecycleNode):
                 self._complain(key, f"{topic.name} is not published: {error}")
         self._diagnostics = self._publisher(DIAGNOSTICS)
         if self.parameters.debug_topics:
-            for stage in STAGES:
-                self._debug[stage] = self.create_publisher(
-                    Float32, f"~/debug/processing_time/{stage}_ms", 5
-                )
+            for name, what in LATENCIES.items():
+                self._debug[what] = self.create_publisher(Float32, f"~/debug/{name}", 5)
 
     def _publisher(self, topic: Topic) -> Any:
-        options = QoSOverridingOptions.with_default_policies()
-        return self.create_publisher(
-            message_class(topic.type),
-            topic.name,
-            qos_profile(topic.quality),
-            qos_overriding_options=options,
+        events = publisher_events()(
+            incompatible_qos=partial(self._on_incompatible_reader, topic.name)
         )
+        return self.create_publisher(
+            message_class(topic.type), topic.name, qos_profile(topic.quality), event_callbacks=events,
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+        )  # fmt: skip
 
     def _subscribe(self, intake: Intake) -> None:
         images = Quality(SENSOR.reliability, depth=self.parameters.queue_depth)
@@ -184,7 +194,7 @@ class PerceptionNode(LifecycleNode):
         for topic in FRAME_INPUTS:
             static = topic.name.endswith("static")
             try:
-                self._listen(topic, partial(intake.add_transforms, static=static))
+                self._listen(topic, partial(self._on_transforms, static))
             except ImportError as error:
                 self._complain("tf", f"{topic.name} is not read: {error}")
         # A step back by less than a second is left to the synchroniser, which drops what is late.
@@ -226,9 +236,20 @@ class PerceptionNode(LifecycleNode):
             self.destroy_publisher(publisher)
         self._out, self._debug = {}, {}
 
+    def _report_unknown(self, prefix: str) -> None:
+        for name, near in unknown_overrides(self, prefix).items():
+            hint = f"; did you mean {near}?" if near else ""
+            self.get_logger().warning(f"parameter {name} is unknown and has no effect{hint}")
+
     def _on_image(self, camera: str, compressed: bool, message: Any) -> None:
         if self._intake is not None:
             self._dispatch(self._intake.add_image(camera, message, compressed, time.monotonic_ns()))
+
+    def _on_transforms(self, static: bool, message: Any) -> None:
+        if self._intake is not None:
+            now_ns = time.monotonic_ns()
+            for problem in self._intake.add_transforms(message, static, now_ns):
+                self._complain("transforms", problem)
 
     def _on_odometry(self, message: Any) -> None:
         try:
@@ -252,6 +273,13 @@ class PerceptionNode(LifecycleNode):
         self._complain(
             f"qos {topic}",
             f"{topic}: a publisher's quality of service does not match ours; offered: {offered}",
+        )
+
+    def _on_incompatible_reader(self, topic: str, event: Any) -> None:
+        wanted = ", ".join(_qualities(self.get_subscriptions_info_by_topic, self, topic))
+        self._complain(
+            f"qos {topic}",
+            f"{topic}: a subscriber's quality of service does not match ours and gets nothing; wanted: {wanted or 'unknown'}",
         )
 
     def _on_poll(self) -> None:
@@ -326,7 +354,11 @@ class PerceptionNode(LifecycleNode):
         stages["queue"] = (begin_ns - job.emitted_ns) / 1e6
         stages["publish"] = (end_ns - run_ns) / 1e6
         stages["total"] = (end_ns - job.arrival_ns) / 1e6
-        for name, value in stages.items():
+        rhythm = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}
+        if self._last_end_ns is not None:
+            rhythm["cyclic_time"] = (end_ns - self._last_end_ns) / 1e6
+        self._last_end_ns = end_ns
+        for name, value in {**stages, **rhythm}.items():
             self.latencies.setdefault(name, deque(maxlen=KEPT_LATENCIES)).append(value)
             if name in self._debug:
                 self._debug[name].publish(Float32(data=value))
@@ -349,7 +381,8 @@ class PerceptionNode(LifecycleNode):
         if self._intake is None:
             return
         now_ns = time.monotonic_ns()
-        statuses = health(self._intake, self.ledger, self.latencies, now_ns)
+        about = self._pipeline.about() if self._pipeline is not None else {}
+        statuses = health(self._intake, self.ledger, self.latencies, about, now_ns)
         silent = [camera for camera, watch in self._intake.watch.items() if not watch.arrivals]
         if silent:
             texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
@@ -372,10 +405,16 @@ class PerceptionNode(LifecycleNode):
     def _on_parameters(self, changed: Sequence[Any]) -> Any:
         from rcl_interfaces.msg import SetParametersResult
 
+        if not any(is_ours(parameter.name) for parameter in changed):
+            return SetParametersResult(successful=True)
         try:
             self.parameters = current(self, changed)
         except ConfigError as error:
             return SetParametersResult(successful=False, reason=str(error))
+        if self._intake is not None:
+            self._intake.retune(self.parameters)
+        if self._pipeline is not None:
+            self._pipeline.retune(self.parameters)
         return SetParametersResult(successful=True)
 
     def _complain(self, about: str, text: str) -> None:
@@ -406,8 +445,12 @@ def qos_profile(quality: Quality) -> QoSProfile:
 
 def _offers(node: Any, topic: str) -> list[str]:
     """Return the quality of service of each publisher of a topic, in words."""
-    infos = node.get_publishers_info_by_topic(node.resolve_topic_name(topic))
-    return [f"{i.qos_profile.reliability.name}/{i.qos_profile.durability.name}" for i in infos]
+    return _qualities(node.get_publishers_info_by_topic, node, topic)
+
+
+def _qualities(ask: Callable[[str], Any], node: Any, topic: str) -> list[str]:
+    profiles = [info.qos_profile for info in ask(node.resolve_topic_name(topic))]
+    return [f"{p.reliability.name}/{p.durability.name}" for p in profiles]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -416,26 +459,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = keep_large_blocks()
     rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))
     try:
-        node = PerceptionNode()
+        return _run(f"Fast DDS profile {profile}; allocator tuned: {kept}")
     except ConfigError as error:
         print(f"perception: {error}", file=sys.stderr)
-        rclpy.try_shutdown()
         return 2
-    node.get_logger().debug(f"Fast DDS profile {profile}; allocator tuned: {kept}")
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 0
+    except Exception:
+        if rclpy.ok():
+            raise
+        return 0  # a signal took the context away while something was being made in it
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+        rclpy.try_shutdown()
+
+
+def _run(settings: str) -> int:
+    """Make the node, start it as its parameters ask and spin; whatever happens, it is closed."""
+    node = PerceptionNode()
+    node.get_logger().debug(settings)
     try:
+        if node.parameters.build_only:
+            return 0 if node.build() or not rclpy.ok() else 1
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
         # A signal during the transitions makes them fail, but it is no failure.
         if node.parameters.autostart and not node.start() and rclpy.ok():
             return 1
         executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+        return 0
     finally:
         node.close()
         node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
 
 
 if __name__ == "__main__":

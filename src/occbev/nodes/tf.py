@@ -23,6 +23,9 @@ Quaternion = tuple[float, float, float, float]
 UNIT_TOLERANCE = 1e-2
 """Furthest that a quaternion's norm may be from 1."""
 
+MAX_FRAMES = 10_000
+"""Most frames that are kept; a publisher that invents names without end cannot fill the memory."""
+
 MAX_DEPTH = 100
 """Longest chain of frames; a longer one is a loop."""
 
@@ -58,6 +61,13 @@ class _Sample:
     def matrix(self) -> NDArray[np.float64]:
         return make_transform(rotation_from_xyzw(self.rotation), self.translation)
 
+    def described(self) -> str:
+        """In words, to a millimetre."""
+        place, turn = (
+            ", ".join(f"{v:.3f}" for v in values) for values in (self.translation, self.rotation)
+        )
+        return f"({place}) turned by ({turn}) in {self.parent!r}"
+
 
 @dataclass
 class _Frame:
@@ -92,7 +102,8 @@ class Buffer:
         self._parents: set[str] = set()
         self._changed = threading.Condition(threading.RLock())
         self.static_version = 0
-        """Counts changes of static transforms: cached extrinsics are good for one value of it."""
+        """Counts changes of static transforms: what was composed of them is good for one value of it."""
+        self._conflicts: dict[str, str] = {}
 
     def set_transform(self, transform: Any, authority: str = "") -> None:
         """Store a geometry_msgs/TransformStamped; raises InvalidArgumentException for a bad one."""
@@ -112,6 +123,13 @@ class Buffer:
         """All frame names known."""
         with self._changed:
             return tuple(sorted(self._parents | set(self._frames)))
+
+    def take_conflicts(self) -> list[str]:
+        """Return what frames were said to be at two places since the last call; the newest statement holds."""
+        with self._changed:
+            conflicts = list(self._conflicts.values())
+            self._conflicts.clear()
+            return conflicts
 
     def newest_ns(self, child: str) -> int | None:
         """Stamp of the newest dynamic transform of a child frame."""
@@ -168,16 +186,43 @@ class Buffer:
             return False
         return True
 
+    def is_static(self, target_frame: str, source_frame: str) -> bool:
+        """Whether only static transforms lead from one frame to the other: they hold for one `static_version`."""
+        with self._changed:
+            between = self._between_frames(clean_frame(target_frame), clean_frame(source_frame))
+            return bool(between) and all(frame.static for frame in between)
+
     def _store(self, transform: Any, authority: str, static: bool) -> None:
         parent, child, sample = _checked(transform, authority)
         with self._changed:
-            frame = self._frames.setdefault(child, _Frame(static))
+            frame = self._frames.get(child)
+            if frame is None:
+                if len(self._frames) >= MAX_FRAMES:
+                    raise InvalidArgumentException(
+                        f"transform {parent!r} -> {child!r}: {MAX_FRAMES} frames are known already"
+                    )
+                frame = self._frames[child] = _Frame(static)
+            self._note_conflict(child, frame, sample, static)
             if static:
                 self._store_static(frame, sample)
             elif not frame.static:
                 self._store_dynamic(frame, to_nanoseconds(transform.header.stamp), sample)
             self._parents.add(parent)
             self._changed.notify_all()
+
+    def _note_conflict(self, child: str, frame: _Frame, sample: _Sample, static: bool) -> None:
+        """Remember a frame that two publishers place differently; a moving frame may move, but not change parents."""
+        before = frame.samples[-1] if frame.samples else None
+        if before is None or (frame.static != static and before.parent == sample.parent):
+            return
+        if frame.static and static and before != sample:
+            how = f"static at {before.described()}, then at {sample.described()}"
+        elif before.parent != sample.parent:
+            how = f"a child of {before.parent!r}, then of {sample.parent!r}"
+        else:
+            return
+        kept = "the static one holds" if frame.static and not static else "the newest holds"
+        self._conflicts[child] = f"frame {child!r} was {how}: do two publishers send it? {kept}"
 
     def _store_static(self, frame: _Frame, sample: _Sample) -> None:
         if frame.static and frame.samples == [sample]:
@@ -242,15 +287,15 @@ class Buffer:
 
     def _latest_common(self, target: str, source: str) -> int:
         """Return the newest stamp that every dynamic frame of both chains has reached, 0 if none is dynamic."""
+        newest = [f.stamps[-1] for f in self._between_frames(target, source) if f.stamps]
+        return min(newest, default=0)
+
+    def _between_frames(self, target: str, source: str) -> list[_Frame]:
+        """Return the frames whose transforms lead from one to the other, as they hang now."""
         up, down = self._chain(source, None), self._chain(target, None)
         shared = set(up) & set(down)
-        edges = [n for chain in (up, down) for n in chain if n not in shared]
-        newest = [
-            self._frames[n].stamps[-1]
-            for n in edges
-            if n in self._frames and self._frames[n].stamps
-        ]
-        return min(newest, default=0)
+        names = [n for chain in (up, down) for n in chain if n not in shared]
+        return [self._frames[n] for n in names if n in self._frames]
 
     def _chain(self, name: str, stamp_ns: int | None, stop: str | None = None) -> list[str]:
         """Return the frames from `name` upwards to the root or to `stop`, at one time (None: newest)."""
