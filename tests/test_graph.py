@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from occbev import graph
-from occbev.cli.run import split_assignments
+from occbev.cli.run import split_assignments, typed
 from occbev.config import ConfigError
 from occbev.nodes.parameters import (
     CameraParameters,
@@ -178,6 +178,13 @@ def test_run_splits_launch_arguments_from_parameters() -> None:
     assert "__ns:=/car" in arguments
     with pytest.raises(ValueError, match="'model=m' is not name:=value"):
         split_assignments(["model=m"])
+
+
+def test_run_writes_numbers_as_their_parameters_are_typed() -> None:
+    given = {"sync.timeout_s": "1", "threads": "1", "model": "5"}
+    assert typed(given) == {"sync.timeout_s": "1.0", "threads": "1", "model": "5"}
+    with pytest.raises(ValueError, match="sync.timeout_s:=soon: want a number"):
+        typed({"sync.timeout_s": "soon"})
 
 
 def test_a_bag_or_sim_time_sets_the_clock() -> None:

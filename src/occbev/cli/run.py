@@ -13,10 +13,11 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from occbev import graph
+from occbev.nodes.parameters import PerceptionParameters, leaves
 
 GRACE_S = 8.0
 """How long a child may take to end before it is killed."""
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(child(graph.player_command(values)))
         if graph.is_true(values["rviz"]):
             stack.enter_context(child(_existing(graph.rviz_command())))
-        return main(graph.node_arguments(values, extra))
+        return main(graph.node_arguments(values, typed(extra)))
 
 
 @contextlib.contextmanager
@@ -90,6 +91,25 @@ def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, str], dict[
         else:
             extra[name] = value
     return values, extra
+
+
+def typed(extra: Mapping[str, str]) -> dict[str, str]:
+    """Write numbers as their parameters are typed: rcl ignores `1` over a double that the parameter file gives.
+
+    Raises:
+        ValueError: a number is wanted and something else was given.
+    """
+    numbers = {
+        leaf.name for leaf in leaves(PerceptionParameters) if isinstance(leaf.default, float)
+    }
+    return {name: _number(name, text) if name in numbers else text for name, text in extra.items()}
+
+
+def _number(name: str, text: str) -> str:
+    try:
+        return repr(float(text))
+    except ValueError as error:
+        raise ValueError(f"{name}:={text}: want a number") from error
 
 
 def check_file(path: str) -> None:
