@@ -76,7 +76,7 @@ class LoadedPipeline:
         self.decode: Decode = self._pipeline.preprocessor.decode
         self.set_rig = self._pipeline.set_rig
         self.run = self._pipeline.run
-        self.forget = getattr(self._pipeline, "forget", _nothing)
+        self.forget = self._pipeline.forget
         self.close = self._pipeline.close
 
     @property
@@ -95,10 +95,6 @@ class LoadedPipeline:
             "model": package.model.name, "package": str(package.folder), "hash": package.hash,
             "runtime": backend.name, "device": backend.device, **getattr(backend, "about", dict)(),
         }  # fmt: skip
-
-
-def _nothing() -> None:
-    pass
 
 
 def _decoding(parameters: PerceptionParameters) -> BoxDecoding:
