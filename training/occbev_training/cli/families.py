@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per network; 1 if one of its keys has no place."""
     console, complete = Console(stderr=True), True
     if not args.json:
-        print("|".join(["", *(f" {h} " for h in HEADER), ""]))
+        print("| " + " | ".join(HEADER) + " |")
         print("|" + "---|" * len(HEADER))
     for name in args.names or known():
         with console.status(name):
