@@ -171,6 +171,16 @@ def test_the_ego_body_is_no_obstacle() -> None:
     )
 
 
+def test_what_drives_where_the_vehicle_is_at_another_time_is_no_obstacle() -> None:
+    """Under itself a LiDAR sees no ground, so that such a trail would be the lowest there is, and stay."""
+    ahead = Block((8.0, 0.0, 0.8), (4.0, 1.8, 1.6), velocity=(8.0, 0.0))
+    label = label_of(TracedDrive([ahead], speed=8.0))
+    centres = GRID.centres()
+    own = np.all((centres > (-1.3, -1.05, 0.1)) & (centres < (4.0, 1.05, 2.2)), axis=-1)
+    assert (label.hit_sweeps[own] > 0).sum() > 5, "it was there before"
+    assert not (label.state[own] == OCCUPIED).any()
+
+
 def test_states_are_the_three_that_losses_and_metrics_know(street) -> None:
     """W7: labels and what they are compared with have one encoding and one grid."""
     _, label = street

@@ -271,7 +271,15 @@ class LabelBuilder:
         )
         if window.objects:
             decision.state[self._boxed_cells(window)] = OCCUPIED_STATE
+        # At the key time the vehicle itself is there: what was hit was there before or after it.
+        own = self._own_cells
+        decision.state[own[decision.state[own] == OCCUPIED_STATE]] = UNOBSERVED_STATE
         return decision
+
+    @cached_property
+    def _own_cells(self) -> NDArray[np.int64]:
+        """Flat cells whose centre lies in the vehicle."""
+        return np.flatnonzero(self.config.ego_box.contains(self.grid.centres().reshape(-1, 3)))
 
     def _boxed_cells(self, window: Window) -> NDArray[np.int64]:
         """Return the cells in which returns carried with their boxes make an occupied cell."""
