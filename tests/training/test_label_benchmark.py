@@ -14,6 +14,7 @@ from occbev_training.benchmarks.labels import (
     _copies,
     _plain,
     _plain_steps,
+    _python,
     _python_ms,
     _rays,
     _states,
@@ -53,4 +54,10 @@ def test_the_baseline_marks_the_same_cells(recording) -> None:
     assert (plain == 1).sum() > 2000
     assert np.mean(ours != plain) < 1e-3, "it adds up its steps, so a corner may fall the other way"
     assert _plain_steps(rays, motions, GRID) > (plain == 1).sum()
-    assert _python_ms(rays[0], motions[0], GRID) > 0
+    slow, fast = np.zeros(GRID.size, np.uint8), np.zeros(GRID.size, np.uint8)
+    parts = (np.array(GRID.lo), np.array(GRID.pitch), np.array(GRID.shape))
+    for cast, state in ((_python, slow), (_plain, fast)):
+        cast(rays[0].end[:300], rays[0].origin[:300], motions[0], *parts, state)
+    assert (slow == 1).sum() > 100
+    assert np.array_equal(slow, fast)
+    assert _python_ms(_python, rays[0], motions[0], GRID) > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -149,7 +149,8 @@ def run(options: Options) -> Report:
     ours, theirs = collapsed(), plain()
     free = theirs == 1
     steps = _plain_steps(rays, motions, grid)
-    python_ms = _python_ms(rays[0], motions[0], grid)
+    arrays_ms = _python_ms(_python, rays[0], motions[0], grid)
+    scalars_ms = _python_ms(_plain.py_func, rays[0], motions[0], grid)
     one, rss = _throughput(1)
     two, _ = _throughput(2)
     values: dict[str, Any] = {
@@ -164,7 +165,8 @@ def run(options: Options) -> Report:
     }
     ratios = {
         "traversal_vs_plain": timing["plain"].cpu_ms / timing["collapsed"].cpu_ms,
-        "vs_python": python_ms / (timing["collapsed"].cpu_ms / COPIES),
+        "vs_python": arrays_ms / (timing["collapsed"].cpu_ms / COPIES),
+        "vs_python_scalars": scalars_ms / (timing["collapsed"].cpu_ms / COPIES),
         "two_workers_vs_one": two / one,
     }
     return Report("labels", values, ratios)
@@ -245,22 +247,44 @@ def _plain_steps(
     )
 
 
-def _python_ms(rays: Rays, motion: NDArray[np.float64], grid: VoxelGrid) -> float:
-    """Processor time in ms of one sweep cast in pure Python, extrapolated from some of its beams."""
+def _python_ms(
+    cast: Callable[..., None], rays: Rays, motion: NDArray[np.float64], grid: VoxelGrid
+) -> float:
+    """Processor time in ms of one sweep cast in Python, extrapolated from some of its beams."""
     chosen = np.linspace(0, len(rays) - 1, PYTHON_RAYS).astype(int)
-    part = Rays(rays.end[chosen], rays.origin[chosen], rays.hit[chosen])
     state = np.zeros(grid.size, np.uint8)
+    parts = (np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape))
     start = time.process_time()
-    _plain.py_func(
-        part.end,
-        part.origin,
-        motion,
-        np.array(grid.lo),
-        np.array(grid.pitch),
-        np.array(grid.shape),
-        state,
-    )
+    cast(rays.end[chosen], rays.origin[chosen], motion, *parts, state)
     return (time.process_time() - start) * 1e3 * len(rays) / PYTHON_RAYS
+
+
+def _python(
+    end: NDArray[np.float64], origin: NDArray[np.float64], motion: NDArray[np.float64],
+    lo: NDArray[np.float64], pitch: NDArray[np.float64], shape: NDArray[np.int64], state: NDArray[np.uint8],
+) -> None:  # fmt: skip
+    """Cast rays as label scripts write it: one small array for each of cell, step and crossing."""
+    cells = state.reshape(shape)
+    for point, start in zip(end, origin, strict=True):
+        o = (motion[:3, :3] @ start + motion[:3, 3] - lo) / pitch
+        e = (motion[:3, :3] @ point + motion[:3, 3] - lo) / pitch
+        direction = e - o
+        step = np.where(direction > 0, 1, -1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            width = np.abs(1.0 / direction)
+            crossing = np.where(direction != 0, (np.floor(o) + (step > 0) - o) / direction, np.inf)
+        cell, last = np.floor(o).astype(int), np.floor(e).astype(int)
+        while np.all(cell >= 0) and np.all(cell < shape):
+            if np.array_equal(cell, last):
+                cells[tuple(cell)] = 2
+                break
+            if cells[tuple(cell)] == 0:
+                cells[tuple(cell)] = 1
+            axis = int(np.argmin(crossing))
+            if crossing[axis] >= 1.0:
+                break
+            cell[axis] += step[axis]
+            crossing[axis] += width[axis]
 
 
 def _throughput(workers: int, frames: int = 12) -> tuple[float, float]:
