@@ -25,6 +25,7 @@ from occbev_training.data.cache import (
     open_cache,
     prepare,
     read_sample,
+    resampled_truth,
     write_sample,
 )
 from occbev_training.data.datasets import (
@@ -211,7 +212,7 @@ def test_batches_are_the_same_from_workers_and_from_the_process_itself(cache: Sa
             "semantics_mask",
         ):
             assert (getattr(mine, name) == getattr(other, name)).all(), name
-        assert (mine.points.pixel == other.points.pixel).all()
+        assert (mine.geometry.pixel == other.geometry.pixel).all()
     assert here[0].images.shape == (2, 3, 3, 32, 64)
     assert here[0].state.shape == (2, 8, 40, 40)
     assert here[0].images.flatten(0, 1).is_contiguous(memory_format=_channels_last())
@@ -281,6 +282,27 @@ def test_boxes_without_a_return_are_not_asked_for(cache: SampleCache) -> None:
                   lidar_points=np.array([0, 3]))  # fmt: skip
     sample = augmented("x", raw, draw_augmentation(0, 3, (64, 32), NO_AUGMENTATION), MODEL)
     np.testing.assert_allclose(sample.boxes, raw.boxes[1:])
+
+
+def test_dense_truth_comes_onto_another_grid() -> None:
+    """Half the pitch repeats voxels; double the pitch keeps what is occupied and seen; outside nothing is known."""
+    source = VoxelGrid((-2.0, -2.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 2))
+    semantics = np.full(source.shape, 17, np.uint8)
+    semantics[1, 2, 0], semantics[0, 0, 1] = 4, 11
+    mask = np.ones(source.shape, bool)
+    mask[0, 0, 1] = mask[3] = False
+    fine = VoxelGrid((-2.0, -2.0, 0.0), (0.5, 0.5, 0.5), (8, 8, 4))
+    got, seen = resampled_truth(semantics, mask, source, fine)
+    wanted = np.where(mask, semantics, 17)
+    np.testing.assert_array_equal(got, wanted.repeat(2, 0).repeat(2, 1).repeat(2, 2))
+    np.testing.assert_array_equal(seen, mask.repeat(2, 0).repeat(2, 1).repeat(2, 2))
+    coarse = VoxelGrid((-4.0, -4.0, 0.0), (2.0, 2.0, 2.0), (4, 4, 1))
+    got, seen = resampled_truth(semantics, mask, source, coarse)
+    assert got[1, 2, 0] == 4
+    assert (np.delete(got.ravel(), 6) == 17).all()  # the unseen road stays unknown
+    assert seen[1:3, 1:3].all()
+    assert not seen[[0, 3]].any()
+    assert not seen[:, [0, 3]].any()
 
 
 def test_thinning_keeps_about_as_many_as_asked_and_only_what_was_set() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,15 @@ from occbev_training.losses import (  # noqa: E402
     centre_targets,
     depth_loss,
     gaussian_radius,
+    geometric_scale_loss,
     heatmap_loss,
     lovasz,
+    lovasz_softmax,
     observation_weights,
     occupied_iou_loss,
     paper_loss,
     semantic_loss,
+    semantic_scale_loss,
     sigmoid_focal,
     three_state_loss,
 )
@@ -263,3 +267,47 @@ def test_every_class_has_its_own_map() -> None:
     boxes = torch.tensor([car(0.5, 1), car(0.5, 1)])
     heatmap = centre_targets([boxes], [torch.tensor([0, 3])], GRID, 4).heatmap
     assert [float(m.max()) for m in heatmap[0]] == [1, 0, 0, 1]
+
+
+def test_lovasz_over_classes_is_one_minus_mean_iou_of_certain_answers() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    answer = torch.tensor([0, 1, 1, 1, 2])
+    probability = torch.nn.functional.one_hot(answer, 4).T.float()
+    ious = [1 / 2, 2 / 3, 1.0]  # the class that does not occur does not count
+    assert float(lovasz_softmax(probability, labels)) == pytest.approx(1 - sum(ious) / 3)
+    assert float(lovasz_softmax(probability[:, :0], labels[:0])) == 0
+
+
+def test_scale_losses_by_hand() -> None:
+    """Precision, recall and specificity of occupied against free, and of each class that occurs."""
+    labels = torch.tensor([0, 0, 1, 1])  # 1 is free
+    occupied = torch.tensor([0.9, 0.6, 0.2, 0.1])
+    probability = torch.stack([occupied, 1 - occupied])
+    precision, recall, specificity = 1.5 / 1.8, 1.5 / 2, 1.7 / 2
+    wanted = -sum(math.log(v) for v in (precision, recall, specificity))
+    assert float(geometric_scale_loss(probability, labels, free=1)) == pytest.approx(
+        wanted, rel=1e-5
+    )
+    other = -sum(math.log(v) for v in (1.7 / 2.2, 1.7 / 2, 1.5 / 2))
+    got = float(semantic_scale_loss(probability, labels))
+    assert got == pytest.approx((wanted + other) / 2, rel=1e-5)
+    nothing = torch.ones(4, dtype=torch.long)
+    assert float(geometric_scale_loss(probability, nothing, free=1)) == 0
+    assert float(semantic_scale_loss(probability[:, :0], labels[:0])) == 0
+
+
+def test_scale_losses_pull_towards_the_truth() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 3, (200,))
+    logits = torch.zeros(3, 200, requires_grad=True)
+    losses = []
+    for _ in range(60):
+        probability = logits.softmax(0)
+        loss = geometric_scale_loss(probability, labels, 2) + semantic_scale_loss(
+            probability, labels
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+        logits = (logits - 40 * gradient).detach().requires_grad_()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.2 * losses[0]
+    assert (logits.argmax(0) == labels).float().mean() > 0.98

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -41,7 +42,8 @@ from occbev_training.cli.pretrain import assigned, overridden
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, PrepareConfig, open_cache, prepare
 from occbev_training.evaluate import evaluate
-from occbev_training.models.build import build_network
+from occbev_training.families import reduced
+from occbev_training.models.build import build_model, build_network
 from occbev_training.models.checkpoints import load_strictly, read_weights
 from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.sources.recording import OccupancyTruth
@@ -251,7 +253,8 @@ def test_configs_are_checked_and_overridden_by_name() -> None:
         with pytest.raises(ConfigError):
             TrainingConfig(**changes)  # type: ignore[arg-type]
     arguments = ["--optim.lr", "2e-4", *assigned(["augment.blur=0", "steps=7"])]
-    config = overridden(TrainingConfig(), arguments)
+    config = overridden(TrainingConfig(), [*arguments, "--freeze_norms", "true"])
+    assert config.freeze_norms
     assert (config.optim.lr, config.augment.blur, config.steps) == (2e-4, 0.0, 7)
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         assigned(["optim.lr"])
@@ -267,6 +270,101 @@ def test_shipped_configs_are_valid(stage: str) -> None:
     network = build_network(MODEL, stage)
     rates = {group["lr"] for group in build_optimizer(network, config.optim).param_groups}
     assert {0.3 * config.optim.lr, config.optim.lr} < rates | {0.0}
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "config" / "training").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if "model" not in p.stem], ids=lambda p: p.stem
+)
+def test_every_shipped_config_names_a_model_and_parts_that_it_has(path: Path) -> None:
+    config = load_config(path, TrainingConfig)
+    model = load_config(Path(__file__).parents[2] / config.model, ModelConfig)
+    with torch.device("meta"):
+        network = build_model(reduced(model), config.stage)
+    build_optimizer(network, config.optim)
+    if config.stage == "finetune":
+        assert config.loss.queries or network.detection_head is None
+
+
+def test_schedules_count_steps_or_epochs() -> None:
+    step = OptimConfig(schedule="step", milestones=(19, 23), warmup_steps=1)
+    factors = [learning_rate_factor(s, 240, step, epoch_steps=10) for s in (5, 189, 190, 229, 230)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    constant = OptimConfig(schedule="constant", warmup_steps=200, warmup_from=1e-3)
+    assert learning_rate_factor(0, 1000, constant) == pytest.approx(1e-3)
+    assert learning_rate_factor(100, 1000, constant) == pytest.approx(1e-3 + 0.999 * 0.5)
+    assert learning_rate_factor(999, 1000, constant) == 1
+    epochs = OptimConfig(by_epoch=True, floor=1e-3, warmup_steps=50, warmup_from=1 / 3)
+    held = [learning_rate_factor(s, 2400, epochs, epoch_steps=100) for s in (1200, 1250, 1299)]
+    assert held[0] == held[1] == held[2] == pytest.approx(1e-3 + 0.999 * 0.5)
+    assert learning_rate_factor(25, 2400, epochs, 100) == pytest.approx(1 / 3 + 2 / 3 * 0.5)
+    with pytest.raises(ConfigError, match="count epochs"):
+        learning_rate_factor(5, 10, step)
+    with pytest.raises(ConfigError, match="schedule 'poly'"):
+        OptimConfig(schedule="poly")
+
+
+def test_the_published_average_ramps_as_published() -> None:
+    average = WeightAverage(Toy(), OptimConfig(ema=0.999, ema_ramp=2000, ema_begin=10560))
+    assert average.decay() == pytest.approx(0.999 * (1 - math.exp(-10560 / 2000)))
+    network = Toy()
+    plain = WeightAverage(network, OptimConfig(ema=0.0))
+    with torch.no_grad():
+        network.head.bias += 1.0
+    plain.update(network)
+    assert torch.equal(plain.state["head.bias"], network.head.bias)
+
+
+def test_epochs_set_the_steps(tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=1.5, accumulate=2, optim=OptimConfig(scales={}))
+    trainer = Trainer(config, Toy(), _objective, _loader, tmp_path, epoch_passes=39.5)
+    assert (trainer.epoch_steps, trainer.progress.planned) == (20, 30)
+
+
+def test_half_precision_scales_the_loss_and_resumes(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path, steps=12, precision="fp16")
+    assert trainer.run()
+    assert trainer.scaler.get_scale() > 1
+    assert all(math.isfinite(line["total"]) for line in _lines(tmp_path))
+    again = _toy(tmp_path, steps=12, precision="fp16")
+    again._resume()
+    assert again.scaler.get_scale() == trainer.scaler.get_scale()
+
+
+def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path, steps=2)
+    trainer.run()
+    drawn = torch.rand(3), np.random.random(3), random.random()  # noqa: NPY002
+    torch.rand(9), np.random.random(9), random.random()  # noqa: NPY002
+    _toy(tmp_path, steps=2)._resume()
+    assert torch.equal(torch.rand(3), drawn[0])
+    np.testing.assert_array_equal(np.random.random(3), drawn[1])  # noqa: NPY002
+    assert random.random() == drawn[2]
+
+
+def test_a_checkpoint_of_another_order_is_refused(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=2).run()
+    with pytest.raises(TrainingError, match="'batch': 4.*'batch': 3"):
+        _toy(tmp_path, steps=4, batch=3).run()
+
+
+def test_held_norms_stay_whatever_the_mode(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path, steps=3, freeze_norms=True)
+    trainer.run()
+    norm = trainer.network.body[1]
+    assert not norm.training
+    assert norm.num_batches_tracked == 0
+    trainer.network.train()
+    assert not norm.training
+
+
+def test_the_time_of_a_step_is_told_apart(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path, steps=5)
+    trainer.run()
+    assert set(trainer.seconds) == {"data", "forward", "backward", "optimiser", "step"}
+    assert sum(trainer.seconds[k] for k in ("data", "forward", "backward", "optimiser")) <= trainer.seconds["step"]  # fmt: skip
 
 
 # --- both stages, end to end --------------------------------------------------------------------

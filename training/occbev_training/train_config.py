@@ -128,8 +128,10 @@ class TrainingConfig:
     """Compute threads; 0 leaves torch's choice."""
     workers: int = 1
     """Processes that prepare batches; 0 prepares them in the training process."""
+    frame: str = "base_link"
+    """base_link for the grids of every network and stage, or published to keep LiDAR axes and quirks of published weights."""
     history: int = -1
-    """Past key frames shown to networks with a memory; -1 takes what the network joins."""
+    """Past key frames shown to networks with a memory; -1 takes what the network joins, 2 of a BEVFormer."""
     balance: str = "none"
     """none, or cbgs: samples of rare classes are shown more often, drawn once."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -152,6 +154,8 @@ class TrainingConfig:
             raise ConfigError(f"stage {self.stage!r}: must be pretrain or finetune")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r}: must be one of {PRECISIONS}")
+        if self.frame not in ("base_link", "published"):
+            raise ConfigError(f"frame {self.frame!r}: must be base_link or published")
         if self.balance not in ("none", "cbgs"):
             raise ConfigError(f"balance {self.balance!r}: must be none or cbgs")
         if min(self.steps, self.batch, self.accumulate, self.log_every) < 1:

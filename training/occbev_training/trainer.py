@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +94,8 @@ class Trainer:
         # A part that sees nothing in one batch (a camera without queries) gets no gradient in it.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+        if config.freeze_norms:
+            hold_norms(network)
         optimizer = build_optimizer(network, config.optim)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.scaler = torch.amp.GradScaler(
@@ -184,7 +187,7 @@ class Trainer:
         batches = iter(self.loader(progress.step * config.accumulate))
         pace = None if minutes is None else Pace(minutes * 60)
         alone = self.accelerator.num_processes == 1
-        self._train_mode()
+        self.network.train()
         while progress.step < progress.planned:
             if self.stop_requested and alone:
                 return False
@@ -298,15 +301,8 @@ class Trainer:
                 with torch.no_grad(), self._autocast():
                     scores = self.validate(bare)
         self.accelerator.wait_for_everyone()
-        self._train_mode()
-        return scores
-
-    def _train_mode(self) -> None:
         self.network.train()
-        if self.config.freeze_norms:
-            for module in self.network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        return scores
 
     def _resume(self) -> None:
         folder = self.folder / "checkpoint"
@@ -424,6 +420,18 @@ class MetricsLog:
     def _clear(self) -> None:
         self._sums: dict[str, float] = {}
         self._steps, self._since = 0, time.monotonic()
+
+
+def hold_norms(network: nn.Module) -> None:
+    """Keep batch normalisation at its present statistics, whatever mode the network is put in."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.train = partial(_stay, module)  # type: ignore[method-assign]
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def tune_process(threads: int = 0) -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev.config import ModelConfig, load_config
 from occbev_training.data.cache import PrepareConfig, prepare
+from occbev_training.data.frames import in_base_link
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.sources.nuscenes import NuscenesRoot, open_nuscenes
 from occbev_training.sources.recording import Recording
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the cache; prints each drive as it is finished."""
-    model = load_config(args.model, ModelConfig)
+    model = in_base_link(load_config(args.model, ModelConfig))  # as training will ask for it
     config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window)
     jobs = _nuscenes_jobs(args.nuscenes) if args.nuscenes else _simulated_jobs(args, model)
     console = Console()

@@ -15,7 +15,8 @@ import argparse
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,7 @@ from occbev_training.train_config import TrainingConfig
 from occbev_training.trainer import Trainer
 
 STAGE = "pretrain"
+_YES_NO = {"true": "True", "false": "False"}
 RUN_CONFIG, RUN_MODEL, RUN_INPUTS = "config.yaml", "model.yaml", "inputs.yaml"
 
 
@@ -93,8 +95,8 @@ def run_stage(args: argparse.Namespace, stage: str, start: Path | None) -> int:
         raise ConfigError(f"{args.config}: stage is {config.stage}, the command is {stage}")
     if start is not None:
         inputs = replace(inputs, start=start)
-    with Display(console) as display:
-        finished = train_stage(config, inputs, args.out, display.show, _stop_on_signals)
+    with Display(console) as display, _signals() as prepared:
+        finished = train_stage(config, inputs, args.out, display.show, prepared)
     return 0 if finished else 130
 
 
@@ -118,8 +120,9 @@ def _asked_for(args: argparse.Namespace) -> tuple[TrainingConfig, StageInputs]:
 def overridden(config: TrainingConfig, arguments: Sequence[str]) -> TrainingConfig:
     """Lay options such as `--optim.lr 1e-4` over a config; tyro ends the process on unknown ones."""
     changed: TrainingConfig = tyro.cli(
-        TrainingConfig, args=list(arguments), default=config, prog="occbev-train ... CONFIG"
-    )
+        TrainingConfig, args=[_YES_NO.get(a, a) for a in arguments], default=config, prog="occbev-train ... CONFIG",
+        config=(tyro.conf.FlagConversionOff,),  # --freeze_norms true, as in YAML and as --set writes it
+    )  # fmt: skip
     return changed
 
 
@@ -172,9 +175,20 @@ class Display:
                             highlight=False, soft_wrap=True)  # fmt: skip
 
 
-def _stop_on_signals(trainer: Trainer) -> None:
-    def stop(_: int, __: FrameType | None) -> None:
-        trainer.stop_requested = True
+@contextmanager
+def _signals() -> Iterator[Callable[[Trainer], None]]:
+    """Turn SIGINT and SIGTERM into a request to stop, for a trainer that is handed over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    def prepared(trainer: Trainer) -> None:
+        def stop(_: int, __: FrameType | None) -> None:
+            trainer.stop_requested = True
+
+        for number in before:
+            signal.signal(number, stop)
+
+    try:
+        yield prepared
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

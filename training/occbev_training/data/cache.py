@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.classes import FREE
 from occbev.config import ImageConfig, from_record, to_record
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, VoxelGrid
@@ -387,16 +388,42 @@ def _boxes(
 def _truth(
     recording: Recording, key: int, grid: VoxelGrid
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    from occbev.classes import FREE
-
     truth = recording.occupancy_truth(key)
     if truth is None:
         return np.full(grid.shape, FREE, np.uint8), np.zeros(grid.shape, bool)
-    if truth.grid != grid:
-        raise CacheError(
-            f"{recording.name}: dense truth is on grid {truth.grid.hash}, the cache on {grid.hash}"
-        )
-    return truth.semantics, truth.mask_camera
+    if truth.grid == grid:
+        return truth.semantics, truth.mask_camera
+    return resampled_truth(truth.semantics, truth.mask_camera, truth.grid, grid)
+
+
+def resampled_truth(
+    semantics: NDArray[np.uint8], mask: NDArray[np.bool_], source: VoxelGrid, target: VoxelGrid
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Bring dense labels onto another grid: class and mask, both in the target's shape.
+
+    A voxel is looked up at as many points as source voxels fit into it. It takes the first occupied class that
+    a camera sees there, else free; it is masked in where a camera sees any of the points.
+    """
+    finer = np.maximum(1, np.ceil(np.array(target.pitch) / np.array(source.pitch) - 1e-6)).astype(
+        int
+    )
+    out, seen = np.full(target.shape, FREE, np.uint8), np.zeros(target.shape, bool)
+    for step in np.ndindex(*finer):
+        inside, flat = np.ones((1, 1, 1), bool), np.zeros((1, 1, 1), np.int64)
+        for axis, part in enumerate(step):
+            place = target.lo[axis] + target.pitch[axis] * (
+                np.arange(target.shape[axis]) + (part + 0.5) / finer[axis]
+            )
+            cell = np.floor((place - source.lo[axis]) / source.pitch[axis]).astype(np.int64)
+            shape = [1, 1, 1]
+            shape[axis] = -1
+            inside = inside & ((cell >= 0) & (cell < source.shape[axis])).reshape(shape)
+            flat = flat * source.shape[axis] + cell.clip(0, source.shape[axis] - 1).reshape(shape)
+        visible = mask.reshape(-1)[flat] & inside
+        label = semantics.reshape(-1)[flat]
+        out = np.where(visible & (out == FREE), label, out)
+        seen |= visible
+    return out, seen
 
 
 @dataclass(frozen=True)

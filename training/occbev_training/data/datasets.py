@@ -6,7 +6,7 @@ The order and every augmentation follow from (seed, position) alone, so a positi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from occbev.classes import FREE, UNOBSERVED_STATE
 from occbev.config import DepthConfig, ModelConfig
-from occbev.geometry import box_corners, project_points, transform_points
+from occbev.geometry import (
+    box_corners,
+    project_points,
+    transform_points,
+)
 from occbev_training.data.augment import (
     AugmentConfig,
     Draw,
     augment_boxes,
     augment_cam2ego,
+    augment_ego2global,
     augment_images,
     augment_intrinsic,
     augment_pixels,
@@ -32,8 +37,19 @@ from occbev_training.data.augment import (
     live_bits,
 )
 from occbev_training.data.cache import CachedSample, CacheError
+from occbev_training.data.frames import boxes_in_frame, in_base_link
 from occbev_training.data.samples import Samples
-from occbev_training.models.lift_splat import BatchedPoints, batch_geometry
+from occbev_training.data.windows import (
+    MotionTables,
+    PastFrames,
+    View,
+    bevformer_history,
+    history_length,
+    lift_history,
+    past_indices,
+)
+from occbev_training.models.bevformer import BevFormerViews
+from occbev_training.models.geometry import Geometry, make_geometry
 
 SEMANTIC_VOXELS = 60_000
 """Voxels per sample whose semantics are supervised, drawn from those that the cameras see."""
@@ -50,6 +66,8 @@ class TrainingSample:
     visible: (X, Y, Z) bool, seen by a living camera. boxes, labels: those that are to be found.
     semantics_mask: (X, Y, Z) bool, voxels whose semantics are supervised.
     shown: (h, w) bool, pixels that a grid mask leaves, or None without one.
+    ego2global: (4, 4), changed with the scene; None where no past is asked for. past: newest first, None
+        before the drive begins.
     """
 
     name: str
@@ -66,19 +84,28 @@ class TrainingSample:
     semantics: NDArray[np.uint8]
     semantics_mask: NDArray[np.bool_]
     shown: NDArray[np.bool_] | None = None
+    ego2global: NDArray[np.float64] | None = None
+    past: tuple[View | None, ...] = ()
+
+    @property
+    def view(self) -> View:
+        """What the cameras saw of it."""
+        return View(self.images, self.camera_valid, self.intrinsic, self.cam2ego, self.ego2global)
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
     """B samples as tensors; volumes are (B, Z, Y, X), images (B, N, 3, h, w) uint8.
 
-    boxes, labels: one (M, 9) and (M,) tensor per sample. shown: (B, h, w) bool, or None where all pixels are.
+    geometry: what the network's view transform takes. boxes, labels: one (M, 9) and (M,) tensor per sample.
+    shown: (B, h, w) bool, or None where all pixels are. past, motion: what a network with a memory is shown
+    first; Lift-Splat newest first, a BEVFormer oldest first, with how it came from frame to frame.
     """
 
     names: tuple[str, ...]
     images: Tensor
     camera_valid: Tensor
-    points: BatchedPoints
+    geometry: Geometry
     depth_bin: Tensor
     state: Tensor
     visible: Tensor
@@ -88,6 +115,8 @@ class TrainingBatch:
     semantics: Tensor
     semantics_mask: Tensor
     shown: Tensor | None = None
+    past: tuple[PastFrames, ...] = ()
+    motion: MotionTables | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Move every tensor."""
@@ -114,8 +143,11 @@ class SampleDataset(Dataset[TrainingSample]):
         augment: AugmentConfig,
         seed: int,
         order: Sequence[int] | None = None,
+        history: int = -1,
     ) -> None:
         """order: samples of one epoch before they are shuffled; by default every sample once.
+
+        history: as `TrainingConfig.history`.
 
         Raises CacheError if the cache was made for another input size or voxel grid.
         """
@@ -123,9 +155,10 @@ class SampleDataset(Dataset[TrainingSample]):
         if (info.image.width, info.image.height) != (model.image.width, model.image.height):
             raise CacheError(f"{cache.root}: images are {info.image.width}x{info.image.height}, "
                              f"{model.name} takes {model.image.width}x{model.image.height}")  # fmt: skip
-        if info.grid != model.grid:
+        wanted = in_base_link(model).grid  # labels always are
+        if info.grid != wanted:
             raise CacheError(
-                f"{cache.root}: labels are on grid {info.grid.hash}, {model.name} predicts {model.grid.hash}"
+                f"{cache.root}: labels are on grid {info.grid.hash}, {model.name} predicts {wanted.hash}"
             )
         if any(
             abs(lo + hi) > 1e-6 for lo, hi in zip(info.grid.lo[:2], info.grid.hi[:2], strict=True)
@@ -135,6 +168,7 @@ class SampleDataset(Dataset[TrainingSample]):
             )
         self.cache, self.model, self.augment, self.seed = cache, model, augment, seed
         self.order = None if order is None else np.asarray(order)
+        self.history = history_length(model, history)
 
     def __len__(self) -> int:
         """Return the samples of an epoch."""
@@ -148,8 +182,10 @@ class SampleDataset(Dataset[TrainingSample]):
         seed = int(
             np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] >> 1
         )
-        draw = draw_augmentation(seed, len(self.cache.info.cameras), size, self.augment)
-        return augmented(self.cache.name(index), self.cache[index], draw, self.model)
+        cached = self.cache[index]
+        draw = draw_augmentation(seed, len(cached.images), size, self.augment)
+        sample = augmented(self.cache.name(index), cached, draw, self.model)
+        return with_past(sample, self.cache, index, draw, self.model, self.history)
 
 
 class PositionBatches(Sampler[list[int]]):
@@ -188,15 +224,26 @@ class Collate:
     model: ModelConfig
 
     def __call__(self, samples: Sequence[TrainingSample]) -> TrainingBatch:
-        """Stack; volumes go from [x, y, z] to (Z, Y, X)."""
-        points = batch_geometry(
-            [s.intrinsic for s in samples], [s.cam2ego for s in samples], self.model
+        """Stack; volumes go from [x, y, z] to (Z, Y, X). A rig with fewer cameras than others gets black ones."""
+        samples = _same_cameras(samples)
+        valid = np.stack([s.camera_valid for s in samples])
+        geometry = make_geometry(
+            self.model, [s.intrinsic for s in samples], [s.cam2ego for s in samples], valid
         )
+        past: tuple[PastFrames, ...] = ()
+        motion: MotionTables | None = None
+        windows, keys = [s.past for s in samples], [s.view for s in samples]
+        if windows[0] and self.model.family == "bevformer":
+            past, motion, signals = bevformer_history(windows, keys, self.model)
+            assert isinstance(geometry, BevFormerViews)
+            geometry = BevFormerViews(geometry.hits, signals)
+        elif windows[0]:
+            past = lift_history(windows, keys, self.model)
         return TrainingBatch(
             names=tuple(s.name for s in samples),
             images=torch.from_numpy(np.stack([s.images for s in samples])).permute(0, 1, 4, 2, 3),
-            camera_valid=torch.from_numpy(np.stack([s.camera_valid for s in samples])).float(),
-            points=points,
+            camera_valid=torch.from_numpy(valid).float(),
+            geometry=geometry,
             depth_bin=torch.from_numpy(np.stack([s.depth_bin for s in samples])),
             state=_volumes([s.state for s in samples]),
             visible=_volumes([s.visible for s in samples]),
@@ -206,6 +253,8 @@ class Collate:
             semantics=_volumes([s.semantics for s in samples]),
             semantics_mask=_volumes([s.semantics_mask for s in samples]),
             shown=_shown(samples),
+            past=past,
+            motion=motion,
         )
 
 
@@ -226,9 +275,34 @@ def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -
         name, augment_images(sample.images, draw), alive, intrinsic, cam2ego,
         depth_labels(sample, draw, alive, model),
         augment_voxels(sample.state, draw, model.grid, UNOBSERVED_STATE), visible,
-        augment_voxels(evidence.astype(np.uint8), draw, model.grid), boxes[wanted], sample.labels[wanted],
+        augment_voxels(evidence.astype(np.uint8), draw, model.grid),
+        boxes_in_frame(boxes[wanted], model.bev.frame), sample.labels[wanted],
         augment_voxels(sample.semantics, draw, model.grid, FREE), thinned(mask, SEMANTIC_VOXELS, draw.seed),
         None if draw.grid_mask is None else grid_mask_image(draw.grid_mask, size),
+    )  # fmt: skip
+
+
+def with_past(sample: TrainingSample, samples: Samples, index: int, draw: Draw, model: ModelConfig,
+              length: int) -> TrainingSample:  # fmt: skip
+    """Add the past frames of a sample, which share its draw."""
+    if length == 0:
+        return sample
+    chosen = past_indices(
+        samples, index, length, model.family, np.random.default_rng(draw.seed + 2)
+    )
+    past = tuple(
+        None if i is None else _past_view(samples[i], draw, samples.moment(i).ego2global)
+        for i in chosen
+    )
+    pose = augment_ego2global(samples.moment(index).ego2global, draw)
+    return replace(sample, ego2global=pose, past=past)
+
+
+def _past_view(sample: CachedSample, draw: Draw, ego2global: NDArray[np.float64]) -> View:
+    return View(
+        augment_images(sample.images, draw), draw.alive & sample.camera_valid,
+        augment_intrinsic(sample.intrinsic, draw), augment_cam2ego(sample.cam2ego, draw),
+        augment_ego2global(ego2global, draw),
     )  # fmt: skip
 
 
@@ -280,6 +354,35 @@ def in_any_image(boxes: NDArray[np.float32], intrinsic: NDArray[np.float64], cam
         inside = np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
         seen |= np.any(inside & (depth > 0.1), axis=1)
     return seen
+
+
+def _same_cameras(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    most = max(len(s.images) for s in samples)
+    return [s if len(s.images) == most else _padded(s, most) for s in samples]
+
+
+def _padded(sample: TrainingSample, cameras: int) -> TrainingSample:
+    """Add cameras that see nothing; what they would be calibrated to does not matter."""
+    names = ("images", "camera_valid", "intrinsic", "cam2ego")
+    past = tuple(view and replace(view, **_grown(view, names, cameras)) for view in sample.past)
+    depth = np.pad(
+        sample.depth_bin,
+        ((0, cameras - len(sample.images)), (0, 0), (0, 0)),
+        constant_values=NO_DEPTH,
+    )
+    return replace(sample, **_grown(sample, names, cameras), depth_bin=depth, past=past)
+
+
+def _grown(record: Any, names: Sequence[str], cameras: int) -> dict[str, Any]:
+    """Repeat the first camera's calibration, with a black image that is not valid."""
+    out = {}
+    for name in names:
+        value = getattr(record, name)
+        missing = np.repeat(value[:1], cameras - len(value), 0)
+        if name in ("images", "camera_valid"):
+            missing = np.zeros_like(missing)
+        out[name] = np.concatenate([value, missing])
+    return out
 
 
 def _shown(samples: Sequence[TrainingSample]) -> Tensor | None:
