@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, str] = {
     "label-truth": "compare labels with the simulator's truth and with the published recipe",
     "prepare": "decode and label key frames once, into a sample cache",
     "pretrain": "stage 1: learn to reconstruct occupancy from image-LiDAR pairs",
+    "reconstruct": "what a pre-training run says of samples: scores and a picture",
     "finetune": "stage 2: learn boxes and semantic occupancy",
     "evaluate": "score a model package on held-out drives",
     "export": "turn a training checkpoint into a model package",

@@ -1,0 +1,65 @@
+"""Show what a pre-training run reconstructs of samples, and score it on voxels that a camera sees.
+
+    occbev-train reconstruct runs/stage1 --data PAIRS_OR_CACHE --out reconstruction.png
+
+Scores on the run's own training samples tell whether it can learn them, nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from occbev.config import ConfigError, ModelConfig, load_config
+from occbev.rendering import stacked
+from occbev_training.data.samples import open_samples
+from occbev_training.models.build import build_model
+from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.reconstruction import reconstruct, reconstruction_picture
+from occbev_training.stages import predictor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run", type=Path, help="folder of a finished pre-training run")
+    parser.add_argument("--data", type=Path, required=True, help="pair shards or sample cache")
+    parser.add_argument(
+        "--split", default="train", choices=("train", "validation"), help="of pair shards"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="this many, evenly spaced")
+    parser.add_argument("--out", type=Path, help="picture (PNG); by default none is drawn")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the IoU of every sample and draw them."""
+    model = load_config(args.run / "model.yaml", ModelConfig)
+    network = build_model(model, "pretrain")
+    weights = args.run / "weights.safetensors"
+    load_strictly(network, read_weights(weights)[0], str(weights))
+    samples = open_samples(args.data, model, "pretrain", args.split)
+    predict = predictor(network.eval(), model, samples)
+    chosen = np.unique(np.linspace(0, len(samples) - 1, args.samples).round().astype(int))
+    scores, pictures = {}, []
+    for index in chosen.tolist():
+        sample = samples[index]
+        found = reconstruct(sample, predict(index))
+        scores[samples.name(index)] = found.iou
+        if args.out:
+            pictures.append(reconstruction_picture(samples.name(index), sample, found, model.grid))
+    if args.out and not cv2.imwrite(str(args.out), stacked(pictures)[..., ::-1]):
+        raise ConfigError(f"{args.out}: cannot be written; name a .png")
+    if args.json:
+        print(json.dumps({"iou": scores, "picture": str(args.out) if args.out else None}))
+        return 0
+    table = Table("sample", "IoU of occupied voxels that a camera sees")
+    for name, iou in scores.items():
+        table.add_row(name, f"{iou:.3f}")
+    Console().print(table)
+    return 0
