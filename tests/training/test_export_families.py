@@ -141,6 +141,10 @@ def poses() -> tuple[np.ndarray, np.ndarray]:
 def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, name: str) -> None:
     model = model_of(repository, name)
     network = network_of(model)
+    for head in (
+        m for m in network.detection_head.modules() if getattr(m, "out_channels", 0) == 10
+    ):
+        torch.nn.init.normal_(head.weight)  # random heads say nearly the same of any BEV
     graph, rig = make_graph(network), ring_rig(model, 2)
     before, now = poses()
     first, second = (example_inputs(model, graph, 2, seed) for seed in (0, 1))
@@ -168,8 +172,9 @@ def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, na
             past = Frame(images[0], valid, geometry, warp=warp)
             want = network(images[1], valid, geometry, [past])
             pairs = {"heatmap": want.heatmap, "box": want.box}
-            alone = network(images[1], valid, geometry)
-            assert (alone.heatmap - want.heatmap).abs().max() > 1e-4  # the past matters
+            alone = network(images[1], valid, geometry).heatmap
+            error = (torch.from_numpy(got["heatmap"]) - want.heatmap).abs().max()
+            assert error < 0.05 * (alone - want.heatmap).abs().max()  # it is the past that it shows
     for key, value in pairs.items():
         torch.testing.assert_close(torch.from_numpy(got[key]), value, **CLOSE)
 
