@@ -13,6 +13,7 @@ ARGUMENTS ?=
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
+ROS_TESTS := tests/nodes tests/end_to_end
 INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
 COMMA := ,
@@ -26,7 +27,13 @@ demo: .venv/robot
 	.venv/robot/bin/occbev demo $(ARGUMENTS)
 
 test: .venv/robot .venv/training
+ifeq ($(ARGUMENTS),)
+	@# Apart, since a process that has run ROS nodes may crash when it starts another.
+	.venv/training/bin/python -m pytest $(ROS_TESTS)
+	.venv/training/bin/python -m pytest tests $(ROS_TESTS:%=--ignore=%)
+else
 	.venv/training/bin/python -m pytest $(ARGUMENTS)
+endif
 
 check: .venv/training
 	.venv/training/bin/ruff format --check . && .venv/training/bin/ruff check . && .venv/training/bin/mypy
