@@ -198,7 +198,7 @@ def a_batch(config: ModelConfig, boxes: int) -> TrainingBatch:
         names=("a",),
         images=torch.randint(0, 255, (1, CAMERAS, 3, 32, 64), generator=rng).byte(),
         camera_valid=VALID,
-        points=geometry(config),
+        geometry=geometry(config),
         depth_bin=torch.randint(-1, 8, (1, CAMERAS, 2, 4), generator=rng),
         state=torch.randint(0, 3, volume, generator=rng),
         visible=torch.ones(volume, dtype=torch.bool),
