@@ -97,16 +97,20 @@ def test_graphs_equal_torch_on_rigs_of_any_size(exported) -> None:
 def test_a_second_rig_needs_no_other_graph(exported) -> None:
     """The graph that was exported with one rig says of another what the trained network says of it."""
     _, model, network, path = exported
-    graph, outputs = make_graph(network), []
+    graph, outputs, errors = make_graph(network), [], []
     for rig in (ring_rig(model, 3), other_rig(model, 3)):
         inputs = example_inputs(model, graph, 3, seed=0, rig=rig)
         got = run_onnx(path, inputs)
         want = trained(network, model, rig, inputs)
-        for key, value in want.items():
-            assert relative_differences({key: value}, got)[key] <= 1e-4, key
+        errors.append({k: relative_differences({k: v}, got)[k] for k, v in want.items()})
         outputs.append(got)
     first, second = outputs
-    assert all(np.abs(first[k] - second[k]).max() > 1e-3 * np.abs(first[k]).max() for k in want)
+    for key in want:
+        error = max(each[key] for each in errors)
+        assert error <= 1e-4, key
+        # Random weights hardly look at the scene, but always more than they err.
+        changed = np.abs(first[key] - second[key]).max() / np.abs(first[key]).max()
+        assert changed > 5 * error, (key, changed, error)
 
 
 def trained(
