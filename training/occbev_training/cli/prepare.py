@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds of sweeps on either side of a label",
     )
     parser.add_argument(
+        "--near-hits", type=int, default=2, help="sweeps that must hit a near voxel; 1 where there is hardly one"
+    )  # fmt: skip
+    parser.add_argument(
         "--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes")
@@ -56,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build the cache; prints each drive as it is finished."""
     model = in_base_link(load_config(args.model, ModelConfig))  # as training will ask for it
-    config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window)
+    config = PrepareConfig(
+        model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits
+    )
     jobs = _nuscenes_jobs(args.nuscenes) if args.nuscenes else _simulated_jobs(args, model)
     console = Console()
     columns = (

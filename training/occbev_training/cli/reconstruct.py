@@ -50,9 +50,13 @@ def run(args: argparse.Namespace) -> int:
     for index in chosen.tolist():
         sample = samples[index]
         found = reconstruct(sample, predict(index))
+        if not found.scored.any():
+            continue  # no sweep near it: nothing is known of this key frame
         scores[samples.name(index)] = found.iou
         if args.out:
             pictures.append(reconstruction_picture(samples.name(index), sample, found, model.grid))
+    if not scores:
+        raise ConfigError(f"{args.data}: no sample has a voxel that was observed and seen")
     if args.out and not cv2.imwrite(str(args.out), stacked(pictures)[..., ::-1]):
         raise ConfigError(f"{args.out}: cannot be written; name a .png")
     if args.json:

@@ -88,6 +88,8 @@ class PrepareConfig:
     """Grid of the labels."""
     label_window: float | None = 1.0
     """Sweeps at most this many seconds from the key time make its label; None makes none (fine-tuning needs none)."""
+    near_hits: int = 2
+    """Sweeps that must hit a near voxel for occupied; 1 for recordings with hardly a sweep for each key frame."""
 
 
 @dataclass(frozen=True)
@@ -444,7 +446,7 @@ def _labeller(recording: Recording, config: PrepareConfig
         return lambda key, frames: LabelVolumes(nothing, nothing, nothing, nothing), None
     from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 
-    label_config = LabelConfig(window=config.label_window)
+    label_config = LabelConfig(window=config.label_window, near_hits=config.near_hits)
     builder = LabelBuilder(recording, label_config, config.grid)
 
     def label(key: int, frames: FrameSet) -> LabelVolumes:
