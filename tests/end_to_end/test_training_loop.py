@@ -30,6 +30,10 @@ from torch import Tensor
 from occbev.model_package import ModelPackage
 from occbev_training.cli import main
 
+pytestmark = pytest.mark.skipif(
+    "OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; OCCBEV_LONG_TESTS=1 runs it"
+)
+
 MODEL = """
 name: loop
 family: lss
