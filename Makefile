@@ -1,5 +1,6 @@
 # make demo          the stack at work on a simulated drive: out/demo/report.html
 # make test          every test, on a CPU
+# make test-loop     the whole offline loop by its commands, some minutes: simulate ... kill, resume ... export
 # make check         format, lint, types
 # make .venv/robot   what runs on the vehicle: no torch
 # make .venv/training  what trains, and what the tests run in
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 ARGUMENTS ?=
 .DEFAULT_GOAL := demo
-.PHONY: demo test check clean devkit machine .venv/robot .venv/training .venv/devkit
+.PHONY: demo test test-loop check clean devkit machine .venv/robot .venv/training .venv/devkit
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
@@ -34,6 +35,9 @@ ifeq ($(ARGUMENTS),)
 else
 	.venv/training/bin/python -m pytest $(ARGUMENTS)
 endif
+
+test-loop: .venv/training
+	OCCBEV_LONG_TESTS=1 .venv/training/bin/python -m pytest tests/end_to_end/test_training_loop.py
 
 check: .venv/training
 	.venv/training/bin/ruff format --check . && .venv/training/bin/ruff check . && .venv/training/bin/mypy

@@ -31,7 +31,7 @@ from occbev.model_package import ModelPackage
 from occbev_training.cli import main
 
 pytestmark = pytest.mark.skipif(
-    "OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; OCCBEV_LONG_TESTS=1 runs it"
+    "OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; 'make test-loop' runs it"
 )
 
 MODEL = """
