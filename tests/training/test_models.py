@@ -43,7 +43,7 @@ from occbev_training.models.lift_splat import (  # noqa: E402
     splat,
 )
 from occbev_training.models.network import NetworkOutput, OccBevNetwork  # noqa: E402
-from occbev_training.models.occupancy_head import interleave, resampling  # noqa: E402
+from occbev_training.models.occupancy_head import VoxelTrunk, interleave, resampling  # noqa: E402
 
 MODEL = ModelConfig(
     image=ImageConfig(width=96, height=64),
@@ -360,6 +360,17 @@ def test_interleave_puts_sub_cells_where_they_belong() -> None:
     ].float()  # (1, 1, Z, Y, X)
     parts = torch.cat([whole[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)
     assert torch.equal(interleave(parts), whole)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_decoder_starts_with_equal_sub_cells_and_no_dead_feature(seed: int) -> None:
+    torch.manual_seed(seed)
+    trunk = VoxelTrunk(8, MODEL.occupancy, MODEL.grid).eval()
+    with torch.no_grad():
+        voxels = trunk(torch.randn(1, MODEL.occupancy.channels, 6, 5).relu())
+    cells = voxels.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, F, Z, Y, 2, X, 2)
+    assert torch.equal(cells, cells[..., :1, :, :1].expand_as(cells))
+    assert voxels.amax((0, 2, 3, 4)).min() > 0
 
 
 def test_bev_encoder_keeps_odd_sizes() -> None:

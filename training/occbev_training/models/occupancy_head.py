@@ -72,6 +72,7 @@ class VoxelTrunk(nn.Module):
         self.subpixel = nn.Sequential(
             nn.Conv2d(width, config.voxel_channels * SUBPIXEL**2, 1), nn.ReLU(inplace=True)
         )
+        start_alike(self.subpixel[0])
 
     def forward(self, plane: Tensor) -> Tensor:
         """Turn the plane (B, C, Y / 2, X / 2) into voxel features (B, F, Z, Y, X)."""
@@ -79,6 +80,20 @@ class VoxelTrunk(nn.Module):
         voxels = voxels.unflatten(1, (-1, self._heights))  # (B, F, Z, Y / 2 * X / 2)
         voxels = self.subpixel(voxels + self.refine(voxels))
         return interleave(voxels.unflatten(3, plane.shape[2:]))
+
+
+def start_alike(unfold: nn.Conv2d) -> None:
+    """Give all sub-cells of a cell one start, ICNR (Aitken et al. 2017), at which no feature is dead.
+
+    Weights of zero mean: the inputs are rectified, so that a mean alone could switch a feature off.
+    """
+    with torch.no_grad():
+        one = unfold.weight[: len(unfold.weight) // SUBPIXEL**2]
+        one = one - one.mean(1, keepdim=True)
+        unfold.weight.copy_(
+            one.repeat(SUBPIXEL**2, 1, 1, 1)
+        )  # sub-cells slowest, as in `interleave`
+        unfold.bias.fill_(0.1)
 
 
 def interleave(voxels: Tensor) -> Tensor:
