@@ -281,6 +281,7 @@ def test_latencies_are_published_where_debug_topics_ask_for_it(
     bench = ready(make_bench(debug_topics=True))
     names = ("processing_time/inference_ms", "processing_time/total_ms", "pipeline_latency_ms", "cyclic_time_ms")  # fmt: skip
     assert set(names) <= set(LATENCIES)
+    kinds = set(bench.node.latencies)
     listener, heard = other(bench), {name: [] for name in names}
     executor = SingleThreadedExecutor(context=bench.node.context)
     executor.add_node(listener)
@@ -294,6 +295,7 @@ def test_latencies_are_published_where_debug_topics_ask_for_it(
     bench.wait(lambda: executor.spin_once(timeout_sec=0.05) or [len(v) for v in heard.values()] == [3, 3, 3, 2])  # fmt: skip
     assert heard[names[0]] == [1.0] * 3
     assert all(value > 0 for value in heard["cyclic_time_ms"])
+    assert set(bench.node.latencies) == kinds, "diagnostics may have been going through them"
     executor.shutdown()
 
 

@@ -35,7 +35,6 @@ from occbev.graph import (
     ODOMETRY,
     OUTPUTS,
     SENSOR,
-    STAGES,
     Quality,
     Topic,
 )
@@ -80,7 +79,10 @@ class PerceptionNode(LifecycleNode):
         super().__init__(NODE_NAME, **options)
         self.parameters = declare(self)
         self.ledger = Ledger()
-        self.latencies: dict[str, deque[float]] = {s: deque(maxlen=KEPT_LATENCIES) for s in STAGES}
+        # Complete from the start: the worker writes while diagnostics go through it.
+        self.latencies: dict[str, deque[float]] = {
+            what: deque(maxlen=KEPT_LATENCIES) for what in LATENCIES.values()
+        }
         self._make_pipeline = make_pipeline
         self._pipeline: PipelineLike | None = None
         self._intake: Intake | None = None
@@ -359,7 +361,7 @@ class PerceptionNode(LifecycleNode):
             rhythm["cyclic_time"] = (end_ns - self._last_end_ns) / 1e6
         self._last_end_ns = end_ns
         for name, value in {**stages, **rhythm}.items():
-            self.latencies.setdefault(name, deque(maxlen=KEPT_LATENCIES)).append(value)
+            self.latencies[name].append(value)
             if name in self._debug:
                 self._debug[name].publish(Float32(data=value))
         self.ledger.record(
