@@ -158,6 +158,17 @@ def test_names_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(tf.InvalidArgumentException, match="3 frames are known already"):
         buffer.set_transform(stamped("odom", "d", pose(), 5))
     buffer.set_transform(stamped("odom", "a", pose(), 6))
+    for number, name in enumerate("pq"):
+        buffer.set_transform(stamped(name, "a", pose(), 7 + number))
+    with pytest.raises(tf.InvalidArgumentException, match="3 frames are known already"):
+        buffer.set_transform(stamped("r", "a", pose(), 9))
+    assert set(buffer.frames()) == {"odom", *"abcpq"}
+
+
+def test_a_transform_that_is_not_kept_adds_no_frame(drive: tf.Buffer) -> None:
+    before = drive.frames()
+    drive.set_transform(stamped("elsewhere", "cam_front", pose(), 5))
+    assert drive.frames() == before
 
 
 def test_history_is_bounded_and_cleared_without_statics(drive: tf.Buffer) -> None:

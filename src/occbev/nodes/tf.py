@@ -195,20 +195,27 @@ class Buffer:
     def _store(self, transform: Any, authority: str, static: bool) -> None:
         parent, child, sample = _checked(transform, authority)
         with self._changed:
-            frame = self._frames.get(child)
-            if frame is None:
-                if len(self._frames) >= MAX_FRAMES:
-                    raise InvalidArgumentException(
-                        f"transform {parent!r} -> {child!r}: {MAX_FRAMES} frames are known already"
-                    )
-                frame = self._frames[child] = _Frame(static)
+            frame = self._frames.get(child) or _Frame(static)
+            kept = static or not frame.static
+            if kept:
+                self._refuse_above_bound(parent, child)
             self._note_conflict(child, frame, sample, static)
+            if not kept:
+                return
             if static:
                 self._store_static(frame, sample)
-            elif not frame.static:
+            else:
                 self._store_dynamic(frame, to_nanoseconds(transform.header.stamp), sample)
+            self._frames[child] = frame
             self._parents.add(parent)
             self._changed.notify_all()
+
+    def _refuse_above_bound(self, parent: str, child: str) -> None:
+        for name, known in ((child, self._frames), (parent, self._parents)):
+            if name not in known and len(known) >= MAX_FRAMES:
+                raise InvalidArgumentException(
+                    f"transform {parent!r} -> {child!r}: {MAX_FRAMES} frames are known already"
+                )
 
     def _note_conflict(self, child: str, frame: _Frame, sample: _Sample, static: bool) -> None:
         """Remember a frame that two publishers place differently; a moving frame may move, but not change parents."""
