@@ -16,6 +16,9 @@ KEPT_NS = 10_000_000_000
 MARGIN_NS = 300_000_000
 """Poses this far around the wanted stamps are enough to interpolate between."""
 
+REACH_NS = 1_000_000_000
+"""Poses that end this long before a stamp have stopped: what comes next will not reach it in time."""
+
 
 class EgoMotion:
     """Buffers ego poses and answers with those at given stamps; safe to use from several threads."""
@@ -49,6 +52,7 @@ class EgoMotion:
         with self._changed:
             self._stamps.clear()
             self._poses.clear()
+            self._changed.notify_all()
 
     @property
     def source(self) -> str:
@@ -62,16 +66,19 @@ class EgoMotion:
         return "tf" if known else "none"
 
     def wait_until(self, stamp_ns: int, timeout_s: float) -> None:
-        """Wait until odometry or TF has reached a stamp, at most `timeout_s`; without a source do not wait."""
+        """Wait until odometry or TF has reached a stamp, at most `timeout_s`; only where poses are on their way to it."""
         source = self.source
         if source == "odometry":
             with self._changed:
-                self._changed.wait_for(
-                    lambda: bool(self._stamps) and self._stamps[-1] >= stamp_ns, timeout_s
-                )
+                if self._stamps and _is_near(self._stamps[-1], stamp_ns):
+                    self._changed.wait_for(
+                        lambda: not self._stamps or self._stamps[-1] >= stamp_ns, timeout_s
+                    )
         elif source == "tf":
             fixed, timeout_ns = self._parameters.fixed_frame, int(timeout_s * 1e9)
-            self._buffer.can_transform(fixed, self._base, stamp_ns, timeout_ns)
+            newest_ns = self._buffer.latest_ns(fixed, self._base)
+            if newest_ns is not None and _is_near(newest_ns, stamp_ns):
+                self._buffer.can_transform(fixed, self._base, stamp_ns, timeout_ns)
 
     def poses(self, stamps_ns: list[int]) -> list[NDArray[np.float64]] | None:
         """Return ego2global (4, 4) at each stamp, or None where ego motion is switched off or absent.
@@ -98,3 +105,8 @@ class EgoMotion:
         if not stamps:
             raise PoseError(f"no odometry was received around {min(stamps_ns)} ns")
         return Trajectory(np.array(stamps, np.int64), np.stack(poses))
+
+
+def _is_near(newest_ns: int, stamp_ns: int) -> bool:
+    """Whether poses up to `newest_ns` have not reached a stamp but may soon."""
+    return newest_ns < stamp_ns <= newest_ns + REACH_NS

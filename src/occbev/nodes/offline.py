@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,8 +31,10 @@ class OfflineReplay:
     """Feeds messages to an intake by their log times and runs the pipeline on every set."""
 
     def __init__(self, parameters: PerceptionParameters, pipeline: PipelineLike) -> None:
-        self.parameters = parameters
-        self.intake = Intake(parameters, pipeline.decode)
+        # Nothing comes while a set is resolved: what a bag has of its poses is in by then.
+        ego_motion = replace(parameters.ego_motion, wait_s=0.0)
+        self.parameters = replace(parameters, ego_motion=ego_motion)
+        self.intake = Intake(self.parameters, pipeline.decode)
         self.anchors: list[int] = []
         self.sent: dict[str, dict[int, list[int]]] = {name: {} for name in parameters.names}
         self.lines: list[dict[str, Any]] = []

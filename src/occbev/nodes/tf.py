@@ -186,6 +186,13 @@ class Buffer:
             return False
         return True
 
+    def latest_ns(self, target_frame: str, source_frame: str) -> int | None:
+        """Newest stamp that the whole chain has: 0 where it is static, None where there is none."""
+        try:
+            return self._lookup_stamped(target_frame, source_frame, 0, 0)[1]
+        except TransformException:
+            return None
+
     def is_static(self, target_frame: str, source_frame: str) -> bool:
         """Whether only static transforms lead from one frame to the other: they hold for one `static_version`."""
         with self._changed:
