@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
-import signal
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -28,16 +27,13 @@ from rich.table import Table
 
 from occbev import graph
 from occbev.bags import BagReader
-from occbev.cli.run import end_group
+from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.nodes.ledger import read_ledger
 from occbev.nodes.parameters import PerceptionParameters, read_parameters
 from occbev.replay import frames_of, summarise
 
 if TYPE_CHECKING:
     from occbev.nodes.player_node import PlayerNode
-
-PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
 
 IDLE_S = 10.0
 """Silence after the last message that ends the wait for results."""
@@ -216,21 +212,12 @@ def perception_process(
         log = stack.enter_context(args.node_log.open("wb")) if args.node_log else None
         process = subprocess.Popen(
             command, stdout=log or sys.stderr, stderr=log or None, start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
         )  # fmt: skip
         try:
             yield process
         finally:
             end_group(process)
-
-
-def _end_with_parent() -> Callable[[], object] | None:
-    """Return what a child runs first so that it is told to end when we die, however that happens; Linux only."""
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (OSError, AttributeError):
-        return None
-    return lambda: prctl(PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
 
 
 def _account(

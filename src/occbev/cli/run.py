@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -22,6 +23,12 @@ from occbev.nodes.parameters import PerceptionParameters, leaves
 GRACE_S = 8.0
 """How long a child may take to end before it is killed."""
 
+PARENT_VARIABLE = "OCCBEV_PARENT"
+"""Environment variable with the process that the node shall end with."""
+
+PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -31,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the node in this process, and a player beside it where a bag is given."""
+    parent = os.environ.pop(PARENT_VARIABLE, "")
+    if parent and not end_with(int(parent)):
+        return 0
     values, extra = split_assignments(args.assignments)
     if args.params_file:
         values["params_file"] = str(args.params_file)
@@ -43,6 +53,13 @@ def run(args: argparse.Namespace) -> int:
         if graph.is_true(values["rviz"]):
             stack.enter_context(child(_existing(graph.rviz_command())))
         return main(graph.node_arguments(values, typed(extra)))
+
+
+def end_with(parent: int) -> bool:
+    """Be told to end when the parent process dies, however that happens (Linux only); False where it has died already."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+    return os.getppid() == parent
 
 
 @contextlib.contextmanager
