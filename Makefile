@@ -1,5 +1,5 @@
 # make demo          the stack at work on a simulated drive: out/demo/report.html
-# make test          every test, on a CPU
+# make test          the tests, on a CPU; all but the next
 # make test-loop     the whole offline loop by its commands, some minutes: simulate ... kill, resume ... export
 # make check         format, lint, types
 # make .venv/robot   what runs on the vehicle: no torch
@@ -14,7 +14,7 @@ ARGUMENTS ?=
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
-ROS_TESTS := tests/nodes tests/end_to_end
+TEST_GROUPS := tests/nodes tests/end_to_end "tests --ignore=tests/nodes --ignore=tests/end_to_end"
 INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
 COMMA := ,
@@ -29,9 +29,10 @@ demo: .venv/robot
 
 test: .venv/robot .venv/training
 ifeq ($(ARGUMENTS),)
-	@# Apart, since a process that has run ROS nodes may crash when it starts another.
-	.venv/training/bin/python -m pytest $(ROS_TESTS)
-	.venv/training/bin/python -m pytest tests $(ROS_TESTS:%=--ignore=%)
+	@# Apart, since a process that has run ROS nodes may crash when it starts another; all run, whichever fails.
+	@failed=0; for group in $(TEST_GROUPS); do \
+	    (set -x; .venv/training/bin/python -m pytest $$group) || failed=1; \
+	done; exit $$failed
 else
 	.venv/training/bin/python -m pytest $(ARGUMENTS)
 endif
