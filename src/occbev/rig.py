@@ -127,8 +127,8 @@ class Camera:
 class CameraRig:
     """The cameras in the model's order."""
 
-    cameras: tuple[Camera, ...]
-    hash: str = field(init=False, compare=False)
+    cameras: tuple[Camera, ...] = field(compare=False)
+    hash: str = field(init=False)
     """Sixteen hex digits over every calibration value: the cache key of geometry tables."""
 
     def __post_init__(self) -> None:
