@@ -32,6 +32,7 @@ class OpenTraced:
     name: str
     slow: float = 0.0
     broken: bool = False
+    fingerprint: str = "traced"
 
     def keys(self) -> int:
         return 5

@@ -203,6 +203,19 @@ def test_another_configuration_makes_a_unit_anew(tmp_path) -> None:
     assert len(points) > 500
 
 
+def test_another_input_makes_a_unit_anew(tmp_path) -> None:
+    """The same name says nothing of what is in it: a longer drive, corrected clocks."""
+    short, longer = Unit("traced", 0, 1), Unit("traced", 0, 2)
+    make_unit(drive(), short, tmp_path, CONFIG, source="one")
+    assert make_unit(drive(), longer, tmp_path, CONFIG, source="one").samples == 2
+    recording = drive()
+    make_unit(recording, longer, tmp_path, CONFIG, source="other")
+    assert recording.reads
+    make_unit(drive(), Unit("traced", 4, 5), tmp_path, CONFIG, source="one")
+    with pytest.raises(ShardError, match="different inputs"):
+        join_units(tmp_path, {"train": 1.0})
+
+
 def test_units_cover_a_drive_once_over_all_tasks() -> None:
     units = units_of("d", 45, 10)
     assert [(u.first, u.last) for u in units] == [(0, 10), (10, 20), (20, 30), (30, 40), (40, 45)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,8 +13,10 @@ pytest.importorskip("numba", reason="the label kernels need numba: training envi
 pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment")
 pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
+from occbev.rig import CameraRig
 from occbev_training.cli import main
 from occbev_training.sources.bags import write_bag
+from occbev_training.sources.clocks import ClockCorrection
 from occbev_training.sources.discovery import OpenBag, Simulate, find_recordings
 from occbev_training.sources.nuscenes_writer import write_nuscenes
 from occbev_training.sources.recording import RecordingError
@@ -79,6 +82,31 @@ def test_bag_check_ends_with_one_where_a_must_fails(bags, capsys) -> None:
     failed = [v["requirement"] for v in record["verdicts"] if v["must"] and not v["ok"]]
     assert failed
     assert all(name.startswith("camera ") for name in failed), "2 Hz cameras"
+
+
+def test_what_is_opened_and_how_has_a_fingerprint(bags, tmp_path) -> None:
+    from tests.training.conftest import TinyRecording
+
+    bag, rig = OpenBag(bags / "first"), TinyRecording().rig
+    moved = CameraRig(tuple(replace(camera, width=camera.width + 2) for camera in rig.cameras))
+    others = [
+        replace(bag.options, clock={"/lidar_top/points": ClockCorrection(5)}),
+        replace(bag.options, rig=rig),
+        replace(bag.options, rig=moved),
+    ]
+    prints = [OpenBag(bag.path, options).fingerprint for options in (bag.options, *others)]
+    assert len(set(prints)) == 4
+    write_bag(TinyRecording(keys=2), tmp_path / "first")
+    assert OpenBag(tmp_path / "first").fingerprint != bag.fingerprint
+    assert Simulate(3, 20).fingerprint != Simulate(3, 3).fingerprint
+
+
+def test_a_bag_with_a_rig_is_opened_once(bags) -> None:
+    from tests.training.conftest import TinyRecording
+
+    options = replace(OpenBag(bags / "first").options, rig=TinyRecording().rig)
+    same = replace(options, rig=TinyRecording().rig)
+    assert OpenBag(bags / "first", options)() is OpenBag(bags / "first", same)()
 
 
 def test_recordings_are_found_by_what_a_path_holds(bags, tmp_path, make_recording) -> None:

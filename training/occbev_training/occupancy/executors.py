@@ -51,7 +51,7 @@ def make_job(
     try:
         recording = opener()
         unit = replace(unit, last=min(unit.last, len(recording.key_stamp_ns)))
-        return make_unit(recording, unit, out, config, on_key)
+        return make_unit(recording, unit, out, config, on_key, opener.fingerprint)
     except (RecordingError, PoseError, ShardError) as error:
         logger.warning("%s: %s", unit.name, error)
         return UnitFailure(unit, str(error))

@@ -136,6 +136,8 @@ class UnitReport:
     shards: Mapping[str, str]
     config_hash: str
     rows: Sequence[Mapping[str, Any]]
+    source: str = ""
+    """Fingerprint of what the recording was opened from and how."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +166,14 @@ def make_unit(
     folder: Path,
     config: PairConfig,
     progress: Callable[[], None] = lambda: None,
+    source: str = "",
 ) -> UnitReport:
     """Write the shards of one unit and then its manifest; a unit that is finished is left as it is.
 
-    progress: called after every key frame.
+    progress: called after every key frame. source: the opener's fingerprint of the recording.
     """
     done = read_manifest(folder / f"{unit.name}.json", config)
-    if done is not None:
+    if done is not None and (done.unit, done.source) == (unit, source):
         for _ in range(unit.first, unit.last):
             progress()
         return done
@@ -186,7 +189,7 @@ def make_unit(
         raise
     _flag_observed_drop(writer.rows)
     report = UnitReport(unit, len(writer.rows), dict(sorted(refused.items())), writer.shards,
-                        config.hash, writer.rows)  # fmt: skip
+                        config.hash, writer.rows, source)  # fmt: skip
     _write_manifest(folder / f"{unit.name}.json", report)
     return report
 
@@ -464,7 +467,8 @@ def read_reports(folder: Path) -> list[UnitReport]:
     """Return the finished units of a folder, by name.
 
     Raises:
-        ShardError: they were made with more than one configuration.
+        ShardError: they were made with more than one configuration, or those of a drive from more
+            than one input.
     """
     reports = [read_manifest(path) for path in sorted(folder.glob("*.json"))]
     found = [report for report in reports if report is not None]
@@ -473,6 +477,15 @@ def read_reports(folder: Path) -> list[UnitReport]:
         raise ShardError(
             f"{folder}: its units were made with {len(configs)} configurations "
             f"({', '.join(f'{name}: {n} units' for name, n in configs.items())}); use one folder for each"
+        )
+    sources: dict[str, set[str]] = {}
+    for report in found:
+        sources.setdefault(report.unit.drive, set()).add(report.source)
+    mixed = sorted(drive for drive, made_from in sources.items() if len(made_from) > 1)
+    if mixed:
+        raise ShardError(
+            f"{folder}: units of {mixed} were made from different inputs, or of one input read in "
+            "different ways; use one folder for each"
         )
     return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -26,6 +28,11 @@ class Opener(Protocol):
         """The recording's name."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits over what is opened and how, wherever it lies."""
+        ...
+
     def keys(self) -> int:
         """Number of key frames."""
         ...
@@ -33,6 +40,12 @@ class Opener(Protocol):
     def __call__(self) -> Recording:
         """Open the recording."""
         ...
+
+
+def _fingerprint(how: object, files: Iterable[Path] = ()) -> str:
+    """Hash how a recording is read, and its files by name and size."""
+    sizes = sorted((path.name, path.stat().st_size) for path in files if path.is_file())
+    return hashlib.sha256(json.dumps([how, sizes], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _bag_options() -> BagOptions:
@@ -55,6 +68,13 @@ class OpenBag:
         part, stem = self.options.part, self.path.stem
         stem = self.path.absolute().parent.name if stem == "bag" else stem
         return stem + (f"-part{part}" if part else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """Options, corrected clocks, calibration, and the bag's files."""
+        rig = self.options.rig
+        how = asdict(replace(self.options, rig=None)) | {"rig": rig.hash if rig else None}
+        return _fingerprint(how, [self.path] if self.path.is_file() else self.path.iterdir())
 
     def parts(self) -> list[OpenBag]:
         """Look at the bag's clocks and return an opener for each of its parts.
@@ -108,6 +128,11 @@ class OpenInfos:
         """The drive's name."""
         return self.drive
 
+    @property
+    def fingerprint(self) -> str:
+        """The info file."""
+        return _fingerprint("infos", [self.infos])
+
     def keys(self) -> int:
         """Number of key frames of which an image is there."""
         return len(self().key_stamp_ns)
@@ -129,6 +154,11 @@ class OpenScene:
         """The scene's name."""
         return self.scene
 
+    @property
+    def fingerprint(self) -> str:
+        """The tables."""
+        return _fingerprint("nuscenes", self.root.glob("v*/*.json"))
+
     def keys(self) -> int:
         """Number of key frames whose files are there."""
         return len(self().key_stamp_ns)
@@ -149,6 +179,11 @@ class Simulate:
     def name(self) -> str:
         """The drive's name."""
         return f"sim-{self.seed:06d}"
+
+    @property
+    def fingerprint(self) -> str:
+        """The seed and the length: a longer drive is another one."""
+        return _fingerprint([self.seed, self.frames])
 
     def keys(self) -> int:
         """Number of key frames."""
