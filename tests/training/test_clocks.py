@@ -119,6 +119,25 @@ def test_lidar_sweeps_show_how_the_vehicle_turns() -> None:
     assert found.seconds == pytest.approx(0.04, abs=0.004), found.text
 
 
+def test_a_sweep_stamped_at_its_start_is_not_late() -> None:
+    trajectory, world = drive(12.0), walls()
+    sweeps = []
+    for stamp in START + np.arange(10, 90) * 100_000_000:
+        offset = (np.arange(10) + 0.5) / 100
+        poses = trajectory.at_many(stamp + (offset * 1e9).astype(np.int64))
+        seen = [transform_points(invert_transform(pose), world) for pose in poses]
+        # Each tenth of the rotation sees its own sector, counterclockwise.
+        sector = [np.floor((np.arctan2(p[:, 1], p[:, 0]) / (2 * np.pi) % 1.0) * 10) for p in seen]
+        parts = [p[(s == i) & (np.linalg.norm(p[:, :2], axis=1) < 45)]
+                 for i, (p, s) in enumerate(zip(seen, sector, strict=True))]  # fmt: skip
+        times = np.repeat(offset, [len(part) for part in parts]).astype(np.float32)
+        points = np.concatenate(parts).astype(np.float32)
+        sweeps.append(Sweep(points, int(stamp), np.eye(4), time_offset=times))
+    found = measure_offset(lidar_turns(sweeps), trajectory)
+    assert not found.fault
+    assert found.seconds == pytest.approx(0.0, abs=0.01), found.text
+
+
 def test_images_show_how_the_vehicle_turns() -> None:
     """A textured wall all around, a cylinder around the camera, seen at each yaw."""
     rng = np.random.default_rng(3)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from occbev.classes import FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, VoxelGrid
-from occbev.results import FrameSet, Sweep
+from occbev.results import FrameSet
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
 from occbev_training.occupancy.boxes import BoxReturns, read_tracks, returns_in_boxes
@@ -40,7 +40,7 @@ from occbev_training.occupancy.rays import (
     joined,
     mark_visible,
 )
-from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskewed_rays
+from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskewed_rays, middle_ns
 from occbev_training.sources.recording import Recording, RecordingError
 
 logger = logging.getLogger(__name__)
@@ -342,7 +342,7 @@ class LabelBuilder:
                 self._rays[index] = "unreadable"
             else:
                 self._rays[index] = SweepRays(
-                    sweep.stamp_ns, _middle_ns(sweep), rays, sweep.time_offset is not None
+                    sweep.stamp_ns, middle_ns(sweep), rays, sweep.time_offset is not None
                 )
         return self._rays[index]
 
@@ -437,14 +437,6 @@ class LabelBuilder:
 
 _RECENT: list[LabelBuilder] = []
 """The builder of the last `build_label` call, kept for the next key of the same recording."""
-
-
-def _middle_ns(sweep: Sweep) -> int:
-    """Return the time half-way between the first and the last point of a sweep."""
-    offset = sweep.time_offset
-    if offset is None or not np.isfinite(offset).any():
-        return sweep.stamp_ns
-    return sweep.stamp_ns + round((float(np.nanmin(offset)) + float(np.nanmax(offset))) / 2 * 1e9)
 
 
 def build_label(

@@ -18,6 +18,7 @@ from occbev.geometry import transform_points, yaw_from_rotation
 from occbev.results import Sweep
 from occbev.rig import Camera
 from occbev.trajectory import Trajectory
+from occbev_training.sources.deskew import middle_ns
 
 CLOCK_OFFSET, CLOCK_DRIFT = 1.0, 50e-6
 """Largest accepted median of log time minus stamp in seconds, and slope of it in s/s."""
@@ -267,14 +268,17 @@ def stretches_in_turns(
 
 
 def lidar_turns(sweeps: Sequence[Sweep]) -> Turns:
-    """Return how the vehicle turned from each sweep to the next, by matching what stands around it."""
+    """Return how the vehicle turned from each sweep to the next, by matching what stands around it.
+
+    The match belongs to the middle of the points, wherever within the sweep its stamp lies.
+    """
     clouds = [_standing(sweep) for sweep in sweeps]
     motion = np.zeros(3)
     turns = []
     for before, after in zip(clouds[:-1], clouds[1:], strict=True):
         motion = _match(before, after, motion)
         turns.append(motion[2])
-    stamps = np.array([sweep.stamp_ns for sweep in sweeps], np.int64)
+    stamps = np.array([middle_ns(sweep) for sweep in sweeps], np.int64)
     return Turns(stamps[:-1], stamps[1:], np.array(turns, np.float64))
 
 

@@ -89,6 +89,14 @@ class Rays:
         )
 
 
+def middle_ns(sweep: Sweep) -> int:
+    """Return the time half-way between the first and the last point of a sweep."""
+    offset = sweep.time_offset
+    if offset is None or not np.isfinite(offset).any():
+        return sweep.stamp_ns
+    return sweep.stamp_ns + round((float(np.nanmin(offset)) + float(np.nanmax(offset))) / 2 * 1e9)
+
+
 def compensated(sweep: Sweep, trajectory: Trajectory) -> Sweep:
     """Move every point to the LiDAR frame at `sweep.stamp_ns`; the result has no time offsets.
 
