@@ -163,6 +163,20 @@ def test_a_path_in_an_info_file_cannot_leave_the_data_root(tmp_path: Path) -> No
         opener()
 
 
+@pytest.mark.parametrize("make", [old_infos, new_infos])
+def test_a_camera_name_cannot_leave_the_data_root(tmp_path: Path, make) -> None:
+    """A name is a folder's name, too."""
+    infos = make()
+    for info in infos.get("infos") or infos["data_list"]:
+        cameras = info.get("cams") or info["images"]
+        cameras["../../secret"] = cameras.pop("CAM_FRONT")
+    path = lay_out(tmp_path / "nuscenes", infos)
+    (tmp_path / "nuscenes" / "samples" / "CAM_FRONT").rename(tmp_path / "secret")
+    convert_infos(path, tmp_path / "infos.json")
+    with pytest.raises(RecordingError, match=r"sample 0: .*'\.\./\.\./secret'"):
+        find_recordings(tmp_path / "infos.json", data_root=path.parent)
+
+
 class Calls:
     """Pickles as a call of anything."""
 

@@ -7,6 +7,7 @@ BEVFormer and BEVDet. Only names of files are taken from them, never folders: fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -205,7 +206,7 @@ def _key_of_infos(sample: Mapping[str, Any]) -> _Key:
     lidar = _Data(LIDAR_CHANNEL, str(sample["lidar_path"]), _stamp_ns(sample["timestamp"]),
                   lidar2ego, ego2global)  # fmt: skip
     cameras = {
-        str(name): _old_data(str(name), cam, np.array(cam["cam_intrinsic"], np.float64))
+        _channel(name): _old_data(_channel(name), cam, np.array(cam["cam_intrinsic"], np.float64))
         for name, cam in sample["cams"].items()
     }
     sweeps = tuple(_old_data(LIDAR_CHANNEL, sweep) for sweep in sample.get("sweeps", ()))
@@ -224,7 +225,7 @@ def _key_of_data_list(sample: Mapping[str, Any]) -> _Key:
     lidar = _Data(LIDAR_CHANNEL, str(points["lidar_path"]), _stamp_ns(sample["timestamp"]),
                   _matrix(points["lidar2ego"]), _matrix(sample["ego2global"]))  # fmt: skip
     cameras = {
-        str(name): _Data(str(name), str(cam["img_path"]), _stamp_ns(cam["timestamp"]), _matrix(cam["cam2ego"]),
+        _channel(name): _Data(_channel(name), str(cam["img_path"]), _stamp_ns(cam["timestamp"]), _matrix(cam["cam2ego"]),
                          None, np.array(cam["cam2img"], np.float64)[:3, :3])
         for name, cam in sample["images"].items()
     }  # fmt: skip
@@ -234,6 +235,13 @@ def _key_of_data_list(sample: Mapping[str, Any]) -> _Key:
         for s in sample.get("lidar_sweeps", ())
     )  # fmt: skip
     return _Key(lidar, cameras, sweeps)
+
+
+def _channel(name: object) -> str:
+    """Return a camera's name, which is a folder's name, too."""
+    if re.fullmatch(r"[A-Za-z0-9_]+", str(name)) is None:
+        raise ValueError(f"a camera named {name!r}; letters, digits and _ are allowed")
+    return str(name)
 
 
 def _stamp_ns(value: float) -> int:
