@@ -238,6 +238,16 @@ def test_odometry_may_be_a_pose_or_of_another_frame(good: Path, tmp_path: Path) 
         BagRecording(rewrite(good, tmp_path / "untied", untied))
 
 
+def test_poses_in_the_frame_of_the_vehicle_itself_are_refused(good: Path, tmp_path: Path) -> None:
+    def own(topic: str, message):
+        if topic == "/odometry":
+            message.header.frame_id = "base_link"
+        return message
+
+    with pytest.raises(RecordingError, match="/odometry: poses in 'base_link' itself"):
+        BagRecording(rewrite(good, tmp_path / "own", own))
+
+
 def test_a_rig_file_stands_in_for_camera_info(good: Path, tmp_path: Path) -> None:
     whole = BagRecording(good)
     bare = rewrite(good, tmp_path / "drive", lambda t, m: None if "camera_info" in t else m)

@@ -109,6 +109,10 @@ def mcap(tmp_path: Path, tiny_recording) -> Path:
                 projection = np.column_stack([camera.intrinsic, np.zeros(3)])
                 info = types["CameraCalibration"](width=64, height=40, K=camera.intrinsic.ravel(), P=projection.ravel(), frame_id=low)  # fmt: skip
                 write(f"/{low}/camera_info", set_stamp(info, frame.stamp_ns), stamp)
+            # nuscenes2mcap's /pose says where base_link is in base_link, at key frames.
+            pose = types["PoseInFrame"](frame_id="base_link")
+            pose.pose.orientation.w = 1.0
+            write("/pose", set_stamp(pose, stamp), stamp)
             write("/markers/annotations", types["SceneUpdate"](note="boxes"), stamp)
         for index, stamp in enumerate(recording.sweep_stamp_ns):
             sweep = recording.sweep(index)

@@ -22,6 +22,7 @@ BAGS = {
         "/cam_front/image_rect_compressed": COMPRESSED, "/cam_front/camera_info": INFO,
         "/cam_back/image_rect_compressed": COMPRESSED, "/cam_back/camera_info": INFO,
         "/lidar_top": CLOUD, "/radar_front": CLOUD, "/tf": TF, "/semantic_map": CLOUD,
+        "/pose": POSE,
     },
     "nuscenes2bag": {
         "cam_front/raw": RAW, "cam_back/raw": RAW, "lidar_top": CLOUD, "/odom": ODOMETRY, "/tf": TF,

@@ -614,6 +614,9 @@ class BagRecording:
 
     def _base_pose(self, message: Any) -> Array:
         """Return base2global of an Odometry or PoseStamped, which may tell of another frame of the vehicle."""
+        if _frame(message.header.frame_id) == self._base_frame:
+            raise RecordingError(f"{self._bag.path}: {self.topics.odometry}: poses in {self._base_frame!r} itself do "
+                                 "not tell where the vehicle is; name another topic in a file for --topics")  # fmt: skip
         pose = getattr(message.pose, "pose", message.pose)
         child2global = _transform(pose.position, pose.orientation)
         child = _frame(getattr(message, "child_frame_id", "") or self._base_frame)

@@ -46,7 +46,8 @@ class Profile:
 
     info: topic of the calibration with the camera's text put in, None where the scheme has none.
     lidar, odometry: patterns in order of preference. compensated: whether clouds without per-point
-    time are already compensated to their stamp, as those of nuScenes are.
+    time are already compensated to their stamp, as those of nuScenes are. poses_in_tf: poses are those
+    of /tf, and a topic of poses holds something else.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Profile:
     lidar: Sequence[str]
     odometry: Sequence[str] = ()
     compensated: bool = False
+    poses_in_tf: bool = False
 
     def match(self, topics: Mapping[str, str]) -> BagTopics | None:
         """Return the topics (name -> type) of this scheme, or None where no camera follows it."""
@@ -83,7 +85,7 @@ PROFILES: tuple[Profile, ...] = (
     Profile("occbev", r"/(?P<camera>cam_\w+)/image(_raw)?(/compressed)?", "/{camera}/camera_info",
             ("/lidar_top/points",), ("/odometry",), compensated=True),
     Profile("nuscenes2mcap", r"/(?P<camera>cam_\w+)/image_rect_compressed", "/{camera}/camera_info",
-            ("/lidar_top",), (), compensated=True),
+            ("/lidar_top",), (), compensated=True, poses_in_tf=True),
     Profile("nuscenes2bag", r"/?(?P<camera>cam_\w+)/raw", None, ("/?lidar_top",), ("/?odom",),
             compensated=True),
     Profile("ros2_dataset_bridge", r"/nuscenes/(?P<camera>cam_\w+)/image", "/nuscenes/{camera}/camera_info",
@@ -130,7 +132,9 @@ def detect_topics(topics: Mapping[str, str], profile: str = "auto") -> BagTopics
     if best is None:
         return _by_neighbours(topics)
     lidar = best.lidar or _only(topics, CLOUD, "lidar")
-    odometry = best.odometry or _only(topics, ODOMETRY, "odom") or _only(topics, POSE, "pose")
+    odometry = best.odometry
+    if not any(known.name == best.profile and known.poses_in_tf for known in PROFILES):
+        odometry = odometry or _only(topics, ODOMETRY, "odom") or _only(topics, POSE, "pose")
     return BagTopics(best.images, best.infos, lidar, odometry, best.profile)
 
 
