@@ -24,6 +24,7 @@ from occbev.config import (  # noqa: E402
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
+from occbev.inference.openvino_backend import shared_core  # noqa: E402
 from occbev.model_package import ModelPackage  # noqa: E402
 from occbev_training import export  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
@@ -112,8 +113,7 @@ def test_onnx_graph_has_the_named_interface_and_plain_operators(folder: Path) ->
 
 
 def test_openvino_graph_has_the_named_interface(folder: Path) -> None:
-    openvino = pytest.importorskip("openvino")
-    graph = openvino.Core().read_model(folder / "model.xml")
+    graph = shared_core().read_model(folder / "model.xml")
     shapes = {p.get_any_name(): p.get_partial_shape() for p in graph.inputs}
     assert set(shapes) == {
         "images", "camera_valid", "table_pixel", "table_depth", "table_weight", "table_offset", "table_ray",
@@ -127,8 +127,7 @@ def test_openvino_graph_has_the_named_interface(folder: Path) -> None:
 
 
 def test_graph_that_differs_is_not_accepted(folder: Path) -> None:
-    openvino = pytest.importorskip("openvino")
-    other, graph = a_network(), openvino.Core().read_model(folder / "model.xml")
+    other, graph = a_network(), shared_core().read_model(folder / "model.xml")
     with torch.no_grad():
         other.detection_head.box[-1].bias += 1
     with pytest.raises(export.ExportError, match="ONNX Runtime: box differs"):

@@ -27,6 +27,7 @@ from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.backend import PER_CAMERA
 from occbev.inference.memory import first_state, motion_inputs
+from occbev.inference.openvino_backend import shared_core
 from occbev.inference.tables import TableCache
 from occbev.model_package import ModelPackage, write_package
 from occbev.rig import Camera, CameraRig
@@ -213,7 +214,7 @@ def check_graphs(
             _worse(worst["onnxruntime"], want, run_onnx(folder / "model.onnx", inputs))
             if unrounded is None:
                 continue
-            ir = openvino.Core().read_model(folder / "model.xml")
+            ir = shared_core().read_model(folder / "model.xml")
             _worse(worst["openvino"], want, run_openvino(ir, bags))
             if count == sizes[0]:
                 _worse(worst["plain"], want, run_openvino(unrounded.clone(), bags))
@@ -286,7 +287,7 @@ def run_openvino(graph: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> A
     taken = {port.get_any_name() for port in graph.inputs}
     feed = {name: array for name, array in inputs.items() if name in taken}
     graph.reshape({name: list(array.shape) for name, array in feed.items()})
-    compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     result = compiled(feed)
     return {port.get_any_name(): result[port.get_any_name()] for port in graph.outputs}
 

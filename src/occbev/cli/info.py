@@ -64,10 +64,10 @@ def _runtimes() -> dict[str, str]:
 
 def _openvino_devices() -> str:
     try:
-        from openvino import Core
+        from occbev.inference.openvino_backend import shared_core
     except ImportError:
         return "absent: pip install openvino"
-    return ", ".join(Core().available_devices)
+    return ", ".join(shared_core().available_devices)
 
 
 def _onnxruntime_providers() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import openvino
@@ -32,11 +33,21 @@ class OpenVinoBackend:
         return {name: result[index] for index, name in enumerate(self._outputs)}
 
 
+@cache
+def shared_core() -> openvino.Core:
+    """Return the one Core of this process, for every graph that is read or compiled in it.
+
+    Each Core gives its thread a stack for signals. When two overlap and the older ends first, that stack is the freed
+    one of the older, and the next signal with a handler (Ctrl-C, a child's end) ends the process by a fault.
+    """
+    return openvino.Core()
+
+
 def load(
     package: ModelPackage, cameras: int, threads: int | None, precision: str
 ) -> OpenVinoBackend:
     """Read, reshape to the rig and compile; see `load_backend`."""
-    core = openvino.Core()
+    core = shared_core()
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads

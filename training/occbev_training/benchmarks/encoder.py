@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import openvino
 import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import (
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from occbev.benchmarks import Options, Report, interleaved
 from occbev.config import ModelConfig
+from occbev.inference.openvino_backend import shared_core
 from occbev_training.benchmarks.measure import bench_device, speedup, waiting
 from occbev_training.models.image_encoder import ImageEncoder, fold_block
 from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder
@@ -133,7 +133,7 @@ def _onnxruntime(path: Path, images: NDArray[np.float32], threads: int) -> Metho
 
 def _openvino(path: Path, images: NDArray[np.float32], threads: int) -> Method:
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = shared_core().compile_model(path, "CPU", settings)
     request = compiled.create_infer_request()
     return lambda: request.infer([images])[compiled.output(0)]
 
