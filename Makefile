@@ -14,7 +14,6 @@ ARGUMENTS ?=
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
-TEST_GROUPS := tests/nodes tests/end_to_end "tests --ignore=tests/nodes --ignore=tests/end_to_end"
 INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
 COMMA := ,
@@ -28,14 +27,7 @@ demo: .venv/robot
 	.venv/robot/bin/occbev demo $(ARGUMENTS)
 
 test: .venv/robot .venv/training
-ifeq ($(ARGUMENTS),)
-	@# Apart, since a process that has run ROS nodes may crash when it starts another; all run, whichever fails.
-	@failed=0; for group in $(TEST_GROUPS); do \
-	    (set -x; .venv/training/bin/python -m pytest $$group) || failed=1; \
-	done; exit $$failed
-else
 	.venv/training/bin/python -m pytest $(ARGUMENTS)
-endif
 
 test-loop: .venv/training
 	OCCBEV_LONG_TESTS=1 .venv/training/bin/python -m pytest tests/end_to_end/test_training_loop.py
