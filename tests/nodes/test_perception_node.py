@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -308,24 +312,73 @@ def test_values_that_cannot_be_are_named(
         make_bench(active=False, **values)
 
 
-def test_a_signal_before_the_node_exists_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    import rclpy
+def run_main(lines: str) -> subprocess.Popen[str]:
+    """Run the node's main() in a process of its own, since it sets signal handlers; `lines` come before it."""
+    script = f"{textwrap.dedent(lines)}\nsys.exit(p.main([]))"
+    imports = "import sys, time, rclpy; from occbev.nodes import perception_node as p"
+    command = [sys.executable, "-c", f"{imports}\n{script}"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
-    from occbev.nodes import perception_node
 
-    def interrupted() -> None:
-        rclpy.shutdown()
-        raise RuntimeError("the given context is not valid")
+@pytest.mark.parametrize(("cause", "status"), [("rclpy.shutdown()", 0), ("pass", 1)])
+def test_a_signal_before_the_node_exists_is_no_failure(cause: str, status: int) -> None:
+    process = run_main(f"""
+        def interrupted():
+            {cause}
+            raise RuntimeError("the given context is not valid")
+        p.PerceptionNode = interrupted
+    """)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == status, text
 
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(perception_node, "PerceptionNode", interrupted)
-    try:
-        assert perception_node.main([]) == 0
-        monkeypatch.setattr(perception_node, "PerceptionNode", lambda: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            perception_node.main([])
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+def test_a_slow_network_does_not_hold_up_the_end_nor_fail_it() -> None:
+    process = run_main("""
+        from types import SimpleNamespace
+        from occbev.grid import GRIDS
+        from occbev.sync import MatchedSet
+        class Busy(p.PerceptionNode):
+            def __init__(self):
+                network = SimpleNamespace(grid=GRIDS["tiny"], decode=None, about=dict, close=lambda: print("closed"))
+                super().__init__(lambda parameters: network)
+            def start(self):
+                started = super().start()
+                self._worker.put(MatchedSet(1, {}, {}, 0, 0, 0))
+                return started
+        def network(*_):
+            print("at work", flush=True)
+            time.sleep(60)
+        p.PerceptionNode, p.perceive = Busy, network
+    """)
+    assert process.stdout is not None
+    assert any(line == "at work\n" for line in process.stdout)
+    process.terminate()
+    begin = time.monotonic()
+    text, _ = process.communicate(timeout=50)
+    assert process.returncode == 0, text
+    assert time.monotonic() - begin < 30
+    assert "closed" not in text
+
+
+def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alone(
+    make_bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    bench = ready(make_bench())
+    go, pipeline = threading.Event(), bench.pipeline
+    run = pipeline.run
+    pipeline.run = lambda *values: (go.wait(60), run(*values))[1]
+    bench.vehicle.drive(2)
+    bench.wait(lambda: bench.node._intake.sync.statistics.complete == 2)
+    node = bench.node
+    bench.stop()
+    outcomes = [line["outcome"] for line in read_ledger(tmp_path / "ledger.jsonl")]
+    assert outcomes == ["stopped", "stopped"]
+    assert (node.is_overrun, pipeline.closed) == (True, False)
+    go.set()
+    bench.wait(lambda: not node.is_overrun)
+    assert (node.ledger.outcomes, len(pipeline.seen)) == ({"stopped": 2}, 1)
 
 
 def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) -> None:

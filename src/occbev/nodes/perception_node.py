@@ -5,7 +5,9 @@ Callbacks only hand messages to the intake; one worker thread runs the pipeline 
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 import signal
 import sys
 import time
@@ -118,6 +120,9 @@ class PerceptionNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe and start to work."""
         assert self._pipeline is not None
+        if self.is_overrun:
+            self.get_logger().error("cannot activate: the network still runs on the last set")
+            return TransitionCallbackReturn.FAILURE
         try:
             self._intake = Intake(self.parameters, self._pipeline.decode)
         except (ValueError, OSError) as error:
@@ -153,6 +158,11 @@ class PerceptionNode(LifecycleNode):
         self._stop()
         self._unload()
         self.ledger.close()
+
+    @property
+    def is_overrun(self) -> bool:
+        """Whether the network still runs on a set that was given up when the node was stopped."""
+        return self._intake is None and self._worker is not None and not self._worker.ended
 
     def start(self) -> bool:
         """Configure and activate from inside, as `autostart` asks; False where that failed."""
@@ -223,15 +233,16 @@ class PerceptionNode(LifecycleNode):
         self._timers_running, self._inputs = [], []
         if self._worker is not None and self._intake is not None:
             self._jump.unregister()
-            waiting = self._worker.stop()
-            for job in waiting + self._intake.flush(time.monotonic_ns()):
+            for job in self._worker.stop() + self._intake.flush(time.monotonic_ns()):
                 self.ledger.record(job.stamp_ns, "stopped")
             self._account_for_drops()
             self._intake.close()
-        self._worker = self._intake = None
+        self._intake = None
 
     def _unload(self) -> None:
-        if self._pipeline is not None:
+        if self.is_overrun:
+            self.get_logger().warning("the network still runs: it is left to the process's end")
+        elif self._pipeline is not None:
             self._pipeline.close()
         self._pipeline = None
         for publisher in [*self._out.values(), *self._debug.values()]:
@@ -303,10 +314,10 @@ class PerceptionNode(LifecycleNode):
 
     def _process(self, job: Job) -> None:
         """Worker thread: one set through the pipeline and out."""
-        intake, pipeline = self._intake, self._pipeline
-        if intake is None or pipeline is None:
-            self.ledger.record(job.stamp_ns, "stopped")
-            return
+        intake, pipeline, worker = self._intake, self._pipeline, self._worker
+        assert intake is not None
+        assert pipeline is not None
+        assert worker is not None
         begin_ns = time.monotonic_ns()
         work = intake.resolve(job)
         for camera, reason in work.frame_set.missing.items():
@@ -319,6 +330,8 @@ class PerceptionNode(LifecycleNode):
                 "motion", f"ego motion between exposures is not compensated: {work.motion_problem}"
             )
         perception = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
+        if not worker.claim():
+            return
         if perception is None:
             self._complain(
                 "too few",
@@ -477,7 +490,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: str) -> int:
-    """Make the node, start it as its parameters ask and spin; whatever happens, it is closed."""
+    """Make the node, start it as its parameters ask and spin; whatever happens, it is closed.
+
+    A network that outlasts the node runs in a thread that nothing may be taken from: Python's end is skipped then.
+    """
     node = PerceptionNode()
     node.get_logger().debug(settings)
     try:
@@ -492,7 +508,15 @@ def _run(settings: str) -> int:
         return 0
     finally:
         node.close()
+        if node.is_overrun:
+            atexit.register(_leave)
         node.destroy_node()
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

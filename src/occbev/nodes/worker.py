@@ -11,7 +11,10 @@ T = TypeVar("T")
 
 
 class Worker(Generic[T]):
-    """Runs `handle(job)` in its own thread; `handle` must not raise, what it raises goes to `on_error`."""
+    """Runs `handle(job)` in its own thread; `handle` must not raise, what it raises goes to `on_error`.
+
+    `handle` calls `claim` before anyone else learns of its result: a job that outlasts `stop` is given up there.
+    """
 
     def __init__(
         self, handle: Callable[[T], None], on_error: Callable[[T, Exception], None], slots: int = 1
@@ -19,10 +22,17 @@ class Worker(Generic[T]):
         self._handle, self._on_error, self._slots = handle, on_error, slots
         self._changed = threading.Condition()
         self._jobs: deque[T] = deque()
+        self._running: list[T] = []
+        self._claimed = False
         self._stopping = False
-        self._busy = False
+        self._given_up = False
         self._thread = threading.Thread(target=self._run, name="perception", daemon=True)
         self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is over; after `stop` it is not where the running job takes too long."""
+        return not self._thread.is_alive()
 
     def put(self, job: T) -> T | None:
         """Hand in a job; return the oldest one if the mailbox was full, or this one after `stop`."""
@@ -34,19 +44,25 @@ class Worker(Generic[T]):
             self._changed.notify_all()
             return replaced
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing waits and nothing runs."""
+    def claim(self) -> bool:
+        """From within `handle`: whether the running job may still have results; from now on `stop` waits for it."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout_s)
+            self._claimed = not self._given_up
+            return self._claimed
 
     def stop(self, timeout_s: float = 1.5) -> list[T]:
-        """End the thread after the running job; return the jobs that were waiting."""
+        """End the thread after the running job; return what waited, and before it the running job if it was given up."""
         with self._changed:
             self._stopping = True
             left = list(self._jobs)
             self._jobs.clear()
             self._changed.notify_all()
         self._thread.join(timeout_s)
+        with self._changed:
+            self._given_up = not self._claimed
+            if self._given_up:
+                return self._running + left
+        self._thread.join()
         return left
 
     def _run(self) -> None:
@@ -56,12 +72,11 @@ class Worker(Generic[T]):
                 if self._stopping:
                     return
                 job = self._jobs.popleft()
-                self._busy = True
+                self._running, self._claimed = [job], False
             try:
                 self._handle(job)
             except Exception as error:  # the thread must outlive any one frame
-                self._on_error(job, error)
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
+                if self.claim():
+                    self._on_error(job, error)
+            with self._changed:
+                self._running, self._claimed = [], False

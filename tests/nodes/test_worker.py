@@ -1,0 +1,80 @@
+"""The worker's mailbox and its end; needs no ROS."""
+
+from __future__ import annotations
+
+import threading
+
+from occbev.nodes.worker import Worker
+
+SECONDS = 30.0
+
+
+def fail(job: int, error: Exception) -> None:
+    raise AssertionError(job) from error
+
+
+def test_the_newest_job_wins_and_the_oldest_is_handed_back() -> None:
+    started, go, done = threading.Event(), threading.Event(), []
+
+    def handle(job: int) -> None:
+        started.set()
+        go.wait(SECONDS)
+        done.append(job)
+
+    worker = Worker(handle, fail, slots=2)
+    assert worker.put(1) is None
+    assert started.wait(SECONDS)
+    assert [worker.put(job) for job in (2, 3, 4)] == [None, None, 2]
+    threading.Timer(0.05, go.set).start()
+    assert worker.stop(SECONDS) == [3, 4]
+    assert (done, worker.ended) == ([1], True)
+    assert worker.put(5) == 5
+
+
+def test_a_job_that_outlasts_the_end_is_given_up() -> None:
+    started, go, claims = threading.Event(), threading.Event(), []
+
+    def handle(job: int) -> None:
+        started.set()
+        go.wait(SECONDS)
+        claims.append(worker.claim())
+        raise ValueError("nobody is told of it")
+
+    worker = Worker(handle, fail)
+    worker.put(1)
+    assert started.wait(SECONDS)
+    worker.put(2)
+    assert worker.stop(0.05) == [1, 2]
+    assert not worker.ended
+    go.set()
+    worker._thread.join(SECONDS)
+    assert (worker.ended, claims) == (True, [False])
+
+
+def test_the_end_waits_for_results_that_are_on_their_way_out() -> None:
+    claimed, go, done = threading.Event(), threading.Event(), []
+
+    def handle(job: int) -> None:
+        assert worker.claim()
+        claimed.set()
+        go.wait(SECONDS)
+        done.append(job)
+
+    worker = Worker(handle, fail)
+    worker.put(1)
+    assert claimed.wait(SECONDS)
+    threading.Timer(0.2, go.set).start()
+    assert worker.stop(0.05) == []
+    assert (done, worker.ended) == ([1], True)
+
+
+def test_an_error_is_reported_and_the_next_job_is_done() -> None:
+    errors, done = [], threading.Event()
+    worker = Worker(lambda job: done.set() if job else 1 // job, lambda *e: errors.append(e))  # type: ignore[arg-type]
+    worker.put(0)
+    while not errors:
+        pass
+    worker.put(1)
+    assert done.wait(SECONDS)
+    worker.stop(SECONDS)
+    assert [(job, type(error)) for job, error in errors] == [(0, ZeroDivisionError)]
