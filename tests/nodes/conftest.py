@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import itertools
 import threading
 import time
 from array import array
@@ -104,6 +104,22 @@ class Bench:
         while not condition():
             assert time.monotonic() < deadline, f"outcomes {dict(self.node.ledger.outcomes)}"
             time.sleep(0.01)
+
+    def ready(self) -> Bench:
+        """Calibrate, and again every five seconds until the node has it all: what comes before a match is lost."""
+        attempts = itertools.count()
+
+        def calibrated() -> bool:
+            if next(attempts) % 500 == 0:
+                self.vehicle.calibrate()
+            return not self.node._intake.calibrated().problems
+
+        self.wait(calibrated)
+        return self
+
+    def finished(self, keys: int) -> None:
+        """Wait until this many key times have their outcome."""
+        self.wait(lambda: sum(self.node.ledger.outcomes.values()) >= keys)
 
     def connected(self) -> bool:
         publishers = [p for ps in self.vehicle.publishers.values() for p in ps]
@@ -275,6 +291,16 @@ def nothing_is_left_running() -> Iterator[None]:
     """Fail a test that leaves a thread or a part of DDS behind: a later fork in this process would trip over it."""
     before = set(threading.enumerate())
     yield
+    _assert_ended(before)
+
+
+@pytest.fixture
+def assert_nothing_runs() -> Callable[[], None]:
+    """Return a function that holds that threads and DDS are as they were before the test."""
+    return partial(_assert_ended, set(threading.enumerate()))
+
+
+def _assert_ended(before: set[threading.Thread]) -> None:
     deadline = time.monotonic() + 10
     while left := _threads_beside(before):
         assert time.monotonic() < deadline, f"still running: {left}"
@@ -324,6 +350,7 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         stops.remove(entry)
         done.set()
         thread.join(60)
+        assert not thread.is_alive(), "a node is still spinning: what it uses cannot be destroyed"
         executor.shutdown()
         if hasattr(member, "close"):
             member.close()
@@ -377,9 +404,6 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     while stops:
         end(stops[0])
     rclpy.shutdown(context=context)
-    for bench in benches:  # a lifecycle node keeps its part of DDS until nobody refers to it
-        bench.node = bench.vehicle = bench.stop = None
-    gc.collect()
 
 
 def _subscribe(node: Any, received: dict[str, list[Any]]) -> None:

@@ -21,16 +21,6 @@ PERIOD_NS = 50_000_000
 RIGHT = "CAM_RIGHT"
 
 
-def ready(bench: Any) -> Any:
-    bench.vehicle.calibrate()
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
-    return bench
-
-
-def finished(bench: Any, keys: int) -> None:
-    bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= keys)
-
-
 def published(bench: Any) -> list[int]:
     """Stamps of the published boxes; waits until every processed set has arrived."""
     bench.wait(lambda: len(bench.received["objects"]) >= bench.node.ledger.outcomes["processed"])
@@ -60,11 +50,11 @@ def said(bench: Any, *texts: str) -> None:
 def test_a_camera_that_is_killed_is_named_and_welcomed_back(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     first, without, back = (drive_of(n, start_ns=10**9 + PERIOD_NS * at)
                             for n, at in ((10, 0), (30, 10), (20, 40)))  # fmt: skip
     bench.vehicle.play(first)
-    finished(bench, 10)
+    bench.finished(10)
     bench.vehicle.kill(RIGHT)
     bench.vehicle.play([shot for shot in without if shot.camera != RIGHT])
     said(bench, f"camera {RIGHT} is missing", "0 publishers on ~/input/cam_right/image/compressed")
@@ -73,7 +63,7 @@ def test_a_camera_that_is_killed_is_named_and_welcomed_back(
     bench.vehicle.revive(RIGHT)
     bench.wait(lambda: bench.vehicle.publishers[RIGHT][0].get_subscription_count() > 0)
     bench.vehicle.play(back)
-    finished(bench, 60)
+    bench.finished(60)
     assert published(bench) == keys_of(first + without + back)
     assert bench.node.ledger.outcomes == {"processed": 60}
     assert [set(s.missing) for s in bench.pipeline.seen[10:40]] == [{RIGHT}] * 30
@@ -83,12 +73,12 @@ def test_a_camera_that_is_killed_is_named_and_welcomed_back(
 def test_a_camera_that_repeats_its_stamp_is_left_out(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     drive = drive_of(30)
     frozen_ns = next(s.stamp_ns for s in drive if s.camera == RIGHT and s.at_s > 0.5)
     stuck = [replace(s, stamp_ns=min(s.stamp_ns, frozen_ns)) if s.camera == RIGHT else s for s in drive]  # fmt: skip
     bench.vehicle.play(stuck)
-    finished(bench, 30)
+    bench.finished(30)
     assert published(bench) == keys_of(drive)
     repeats = sum(s.stamp_ns == frozen_ns for s in stuck) - 1
     assert statistics(bench).dropped[RIGHT]["duplicate"] == repeats
@@ -99,10 +89,10 @@ def test_a_camera_that_repeats_its_stamp_is_left_out(
 def test_a_camera_that_is_300_ms_late_does_not_hold_the_others_up(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench(sync__timeout_s=0.2))
+    bench = make_bench(sync__timeout_s=0.2).ready()
     drive = drive_of(40)
     bench.vehicle.play([replace(s, at_s=s.at_s + 0.3) if s.camera == RIGHT else s for s in drive])
-    finished(bench, 40)
+    bench.finished(40)
     bench.wait(lambda: statistics(bench).received[RIGHT] == 40)
     assert published(bench) == keys_of(drive)
     missing = Counter(name for s in bench.pipeline.seen for name in s.missing)
@@ -115,10 +105,10 @@ def test_a_camera_that_is_300_ms_late_does_not_hold_the_others_up(
 def test_forty_milliseconds_of_jitter_on_the_wire_lose_nothing(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench, rng = ready(make_bench()), random.Random(0)
+    bench, rng = make_bench().ready(), random.Random(0)
     drive = drive_of(40)
     bench.vehicle.play([replace(s, at_s=s.at_s + rng.uniform(0, 0.04)) for s in drive])
-    finished(bench, 40)
+    bench.finished(40)
     assert published(bench) == keys_of(drive)
     assert not any(s.missing for s in bench.pipeline.seen)
     assert statistics(bench).complete == 40
@@ -127,13 +117,13 @@ def test_forty_milliseconds_of_jitter_on_the_wire_lose_nothing(
 def test_lost_images_cost_only_themselves(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench, rng = ready(make_bench(sync__tolerance_s=0.1)), random.Random(3)
+    bench, rng = make_bench(sync__tolerance_s=0.1).ready(), random.Random(3)
     drive = drive_of(60)
     kept = [s for number, s in enumerate(drive) if number < 15 or rng.random() >= 0.05]
     lost = [s for s in drive if s not in kept]
     assert {s.camera for s in lost} == set(CAMERAS)
     bench.vehicle.play(kept)
-    finished(bench, len(keys_of(kept)))
+    bench.finished(len(keys_of(kept)))
     assert published(bench) == keys_of(kept)
     assert max(map(spread_of, bench.pipeline.seen)) < 0.02, "two periods were mixed"
     missing = sum(len(s.missing) for s in bench.pipeline.seen)
@@ -146,10 +136,10 @@ def test_lost_images_cost_only_themselves(
 def test_images_that_come_twice_are_used_once(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     drive = drive_of(20)
     bench.vehicle.play([s for shot in drive for s in (shot, shot)])
-    finished(bench, 40)
+    bench.finished(40)
     assert bench.node.ledger.outcomes == {"processed": 20, "duplicate": 20}
     assert published(bench) == keys_of(drive)
     for camera in CAMERAS:
@@ -161,11 +151,11 @@ def test_images_that_come_twice_are_used_once(
 def test_a_stamp_that_goes_back_is_dropped_and_counted(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     drive = drive_of(30)
     wrong = keys_of(drive)[15]
     bench.vehicle.play([replace(s, stamp_ns=s.stamp_ns - 310_000_000) if s.stamp_ns == wrong else s for s in drive])  # fmt: skip
-    finished(bench, 30)
+    bench.finished(30)
     assert bench.node.ledger.outcomes == {"processed": 29, "late": 1}
     stamps = published(bench)
     assert stamps == [key for key in keys_of(drive) if key != wrong]
@@ -176,11 +166,11 @@ def test_a_stamp_that_goes_back_is_dropped_and_counted(
 def test_stamps_that_jump_for_good_go_on_in_the_new_time(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]], step_s: int
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     before = drive_of(15, start_ns=10_000 * 10**9)
     after = drive_of(15, start_ns=(10_000 + step_s) * 10**9, at_s=0.75)
     bench.vehicle.play(before + after)
-    finished(bench, 30)
+    bench.finished(30)
     assert published(bench) == keys_of(before) + keys_of(after)
     assert bench.node._intake.sync.epoch == (1 if step_s < 0 else 0)
     assert statistics(bench).resets == ({"stamps_went_back": 1} if step_s < 0 else {})
@@ -195,11 +185,11 @@ def test_stamps_that_jump_for_good_go_on_in_the_new_time(
 def test_a_looped_drive_whose_camera_was_silent_at_the_end_recovers(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     first = [s for s in drive_of(60, start_ns=10**12) if s.camera != RIGHT or s.at_s < 1.5]
     second = drive_of(20, start_ns=10**12, at_s=3.0)
     bench.vehicle.play(first + second)
-    finished(bench, 80)
+    bench.finished(80)
     assert published(bench) == keys_of(first) + keys_of(second)
     assert bench.node._intake.sync.epoch == 1
     again = bench.pipeline.seen[60:]
@@ -210,15 +200,15 @@ def test_a_looped_drive_whose_camera_was_silent_at_the_end_recovers(
 def test_ego_motion_goes_on_in_the_next_pass_of_a_looped_drive(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench(ego_motion__wait_s=1.0))
+    bench = make_bench(ego_motion__wait_s=1.0).ready()
     for number, speed in enumerate((10.0, 20.0)):
-        finished(bench, 30 * number)
+        bench.finished(30 * number)
         for i in range(30):
             bench.vehicle.odometry(10**12 - 10**9 + i * 10**8, x=speed * i / 10)
         ego = bench.node._intake.ego
         bench.wait(lambda x=speed * 2.9, e=ego: e._poses and e._poses[-1][0, 3] == pytest.approx(x))
         bench.vehicle.play(drive_of(30, start_ns=10**12))
-    finished(bench, 60)
+    bench.finished(60)
     assert bench.node.ledger.outcomes == {"processed": 60}
     ways = [motion[RIGHT][0, 3] for motion in bench.pipeline.motions]
     assert ways == pytest.approx([0.1] * 30 + [0.2] * 30, abs=1e-6)  # in 10 ms
@@ -227,7 +217,7 @@ def test_ego_motion_goes_on_in_the_next_pass_of_a_looped_drive(
 def test_a_camera_that_changes_its_size_is_scaled_or_left_out(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]]
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     rng = np.random.default_rng(0)
     half, square = (
         cv2.imencode(".jpg", rng.integers(0, 255, (h, w, 3), np.uint8))[1].tobytes()
@@ -237,7 +227,7 @@ def test_a_camera_that_changes_its_size_is_scaled_or_left_out(
     shots = [replace(s, data=sizes[number // 3] if s.camera == RIGHT else None)
              for number, s in enumerate(drive_of(20))]  # fmt: skip
     bench.vehicle.play(shots)
-    finished(bench, 20)
+    bench.finished(20)
     assert published(bench) == keys_of(shots)
     assert bench.node.ledger.outcomes == {"processed": 20}
     assert [RIGHT in s.missing for s in bench.pipeline.seen] == [False] * 10 + [True] * 5 + [False] * 5  # fmt: skip
@@ -247,10 +237,10 @@ def test_a_camera_that_changes_its_size_is_scaled_or_left_out(
 def test_a_node_that_is_restarted_in_the_middle_of_a_drive_takes_up_the_rest(
     make_bench: Callable[..., Any], drive_of: Callable[..., list[Any]], tmp_path: Any
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     vehicle = bench.vehicle
     vehicle.play(drive_of(10))
-    finished(bench, 10)
+    bench.finished(10)
     bench.stop()
     vehicle.play(drive_of(10, start_ns=2 * 10**9))  # nobody listens
     again = make_bench(wait=False, ledger_path=str(tmp_path / "second.jsonl"))
@@ -262,6 +252,6 @@ def test_a_node_that_is_restarted_in_the_middle_of_a_drive_takes_up_the_rest(
     again.wait(lambda: not again.node._intake.calibrated().problems)
     rest = drive_of(10, start_ns=3 * 10**9)
     vehicle.play(rest)
-    finished(again, 10)
+    again.finished(10)
     assert again.node.ledger.outcomes == {"processed": 10}
     assert published(again) == keys_of(rest)

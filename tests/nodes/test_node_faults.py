@@ -33,16 +33,6 @@ def other(make_bench: Callable[..., Any]) -> Any:
         node.destroy_node()
 
 
-def ready(bench: Any) -> Any:
-    bench.vehicle.calibrate()
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
-    return bench
-
-
-def finished(bench: Any, keys: int) -> None:
-    bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= keys)
-
-
 def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     make_bench: Callable[..., Any], other: Callable[[Any], Node]
 ) -> None:
@@ -50,7 +40,7 @@ def test_a_backward_clock_jump_starts_again_and_keeps_statics(
 
     from occbev.nodes.outputs import time_from_ns
 
-    bench = ready(make_bench(use_sim_time=True))
+    bench = make_bench(use_sim_time=True).ready()
     clock = other(bench).create_publisher(Clock, "/clock", 10)
     bench.wait(lambda: clock.get_subscription_count() > 0)
 
@@ -62,13 +52,13 @@ def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     bench.vehicle.odometry(100 * 10**9, 0.0)
     bench.wait(lambda: bench.node._intake.ego.source == "odometry")
     bench.vehicle.drive(4, start_ns=100 * 10**9)
-    finished(bench, 4)
+    bench.finished(4)
     set_clock(50)
     bench.wait(lambda: bench.node._intake.sync.statistics.resets["clock_jump"] == 1)
     assert bench.node._intake.ego.source == "none"
     assert not bench.node._intake.calibrated().problems
     bench.vehicle.drive(4, start_ns=50 * 10**9)
-    finished(bench, 8)
+    bench.finished(8)
     assert bench.node.ledger.outcomes["processed"] == 8
     assert bench.node._intake.sync.epoch == 1
     assert bench.pipeline.forgotten == [0, 4]
@@ -81,14 +71,14 @@ def test_a_forward_clock_jump_changes_nothing(
 
     from occbev.nodes.outputs import time_from_ns
 
-    bench = ready(make_bench(use_sim_time=True))
+    bench = make_bench(use_sim_time=True).ready()
     clock = other(bench).create_publisher(Clock, "/clock", 10)
     bench.wait(lambda: clock.get_subscription_count() > 0)
     for number, seconds in enumerate((100, 5000)):
         clock.publish(Clock(clock=time_from_ns(seconds * 10**9)))
         bench.wait(lambda s=seconds: bench.node.get_clock().now().nanoseconds == s * 10**9)
         bench.vehicle.drive(4, start_ns=seconds * 10**9)
-        finished(bench, 4 * (number + 1))
+        bench.finished(4 * (number + 1))
     assert bench.node.ledger.outcomes == {"processed": 8}
     assert (bench.node._intake.sync.epoch, bench.node._intake.sync.statistics.resets) == (0, {})
     assert not bench.pipeline.seen[-1].missing
@@ -156,7 +146,7 @@ def test_a_best_effort_camera_is_heard(
 
     from sensor_msgs.msg import CompressedImage
 
-    bench = ready(make_bench(sync__timeout_s=0.05))
+    bench = make_bench(sync__timeout_s=0.05).ready()
     effort = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
     topic = "/perception/input/cam_front/image/compressed"
     publisher = other(bench).create_publisher(CompressedImage, topic, effort)
@@ -164,7 +154,7 @@ def test_a_best_effort_camera_is_heard(
     message = CompressedImage(format="jpeg", data=array("B", bench.vehicle.jpeg))
     message.header.stamp.sec = 7
     publisher.publish(message)
-    finished(bench, 1)
+    bench.finished(1)
     assert bench.pipeline.seen[0].cameras == ("CAM_FRONT",)
 
 
@@ -173,10 +163,10 @@ def test_a_subscriber_that_never_reads_does_not_hold_the_node_up(
 ) -> None:
     from sensor_msgs.msg import PointCloud2
 
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     other(bench).create_subscription(PointCloud2, "/perception/output/occupancy/points", print, 1)
     bench.vehicle.drive(15, period_s=0.02)
-    finished(bench, 15)
+    bench.finished(15)
     assert bench.node.ledger.outcomes == {"processed": 15}
     bench.wait(lambda: len(bench.received["points"]) == 15)
 
@@ -184,24 +174,24 @@ def test_a_subscriber_that_never_reads_does_not_hold_the_node_up(
 def test_calibration_that_comes_late_is_taken_when_it_comes(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(sync__min_cameras=2)
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
     assert any("nothing is published: fewer than 2 usable cameras" in line for line in bench.logged)
-    ready(bench)
+    bench.ready()
     bench.vehicle.drive(3, start_ns=2 * 10**9)
-    finished(bench, 6)
+    bench.finished(6)
     assert bench.node.ledger.outcomes["processed"] == 3
 
 
 def test_a_moved_camera_changes_the_rig(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     bench.vehicle.drive(2)
-    finished(bench, 2)
+    bench.finished(2)
     before = bench.pipeline.rigs[-1].hash
     bench.vehicle.info("CAM_FRONT", 5, focal=55.0)
     bench.wait(lambda: bench.node._intake.calibrated().rig["CAM_FRONT"].intrinsic[0, 0] == 55)
     bench.vehicle.drive(2, start_ns=2 * 10**9)
-    finished(bench, 4)
+    bench.finished(4)
     assert bench.pipeline.rigs[-1].hash != before
     assert len(bench.pipeline.rigs) == 2
 
@@ -231,7 +221,7 @@ def test_a_frame_that_two_publishers_place_is_named_and_the_newest_holds(
     from occbev.graph import TF_STATIC
     from occbev.nodes.perception_node import qos_profile
 
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     second = other(bench).create_publisher(TFMessage, "/tf_static", qos_profile(TF_STATIC))
     moved = TransformStamped(child_frame_id="cam_left")
     moved.header.frame_id = "base_link"
@@ -244,7 +234,7 @@ def test_a_frame_that_two_publishers_place_is_named_and_the_newest_holds(
     assert bench.node._intake.calibrated().rig["CAM_LEFT"].cam2ego[0, 3] == 7.0
     bench.wait(lambda: "transforms" in bench.statuses() and bench.statuses()["transforms"].level == 1)  # fmt: skip
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     assert bench.node.ledger.outcomes == {"processed": 3}
 
 
@@ -252,7 +242,7 @@ def test_a_transform_that_comes_late_is_waited_for(make_bench: Callable[..., Any
     from geometry_msgs.msg import TransformStamped
     from tf2_msgs.msg import TFMessage
 
-    bench = ready(make_bench(ego_motion__source="tf", ego_motion__wait_s=1.0))
+    bench = make_bench(ego_motion__source="tf", ego_motion__wait_s=1.0).ready()
 
     def at(stamp_ns: int, x: float) -> None:
         message = TransformStamped(child_frame_id="base_link")
@@ -267,7 +257,7 @@ def test_a_transform_that_comes_late_is_waited_for(make_bench: Callable[..., Any
     bench.vehicle.drive(4, period_s=0.06, spread_ns=10_000_000)
     bench.wait(lambda: len(bench.pipeline.seen) == 3)
     at(1_250_000_000, x=2.5)
-    finished(bench, 4)
+    bench.finished(4)
     assert [m["CAM_RIGHT"][0, 3] for m in bench.pipeline.motions] == pytest.approx([0.2] * 4)
 
 
@@ -278,7 +268,7 @@ def test_latencies_are_published_where_debug_topics_ask_for_it(
 
     from occbev.graph import LATENCIES
 
-    bench = ready(make_bench(debug_topics=True))
+    bench = make_bench(debug_topics=True).ready()
     names = ("processing_time/inference_ms", "processing_time/total_ms", "pipeline_latency_ms", "cyclic_time_ms")  # fmt: skip
     assert set(names) <= set(LATENCIES)
     kinds = set(bench.node.latencies)
@@ -300,7 +290,7 @@ def test_latencies_are_published_where_debug_topics_ask_for_it(
 
 
 def test_a_frozen_camera_is_left_out_until_it_moves_again(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench(frozen_after=3))
+    bench = make_bench(frozen_after=3).ready()
     pictures = [
         cv2.imencode(".jpg", np.full((48, 64, 3), 40 + i, np.uint8))[1].tobytes() for i in range(16)
     ]
@@ -309,7 +299,7 @@ def test_a_frozen_camera_is_left_out_until_it_moves_again(make_bench: Callable[.
             still = camera == "CAM_LEFT" and i < 6
             bench.vehicle.image(camera, 10**9 + i * 50_000_000, pictures[0 if still else i])
         bench.wait(lambda i=i: bench.node._intake.sync.statistics.received["CAM_RIGHT"] > i)
-    finished(bench, 8)
+    bench.finished(8)
     frozen = ["CAM_LEFT" in frame_set.missing for frame_set in bench.pipeline.seen]
     assert frozen == [False, False, True, True, True, True, False, False]
     assert any(
@@ -318,20 +308,20 @@ def test_a_frozen_camera_is_left_out_until_it_moves_again(make_bench: Callable[.
 
 
 def test_a_black_camera_is_left_out(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     black = cv2.imencode(".png", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
     for i in range(4):
         stamp = 10**9 + i * 50_000_000
         bench.vehicle.image("CAM_FRONT", stamp)
         bench.vehicle.image("CAM_LEFT", stamp, black)
         bench.vehicle.image("CAM_RIGHT", stamp)
-    finished(bench, 4)
+    bench.finished(4)
     assert all(set(s.missing) == {"CAM_LEFT"} for s in bench.pipeline.seen)
     assert "it is black" in bench.pipeline.seen[0].missing["CAM_LEFT"]
 
 
 def test_images_without_a_stamp_are_named(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     bench.vehicle.image("CAM_LEFT", 0)
     bench.wait(lambda: bench.node._intake.watch["CAM_LEFT"].refused["no_stamp"] == 1)
     bench.wait(
@@ -353,7 +343,7 @@ def test_a_rig_file_replaces_camera_info_and_tf(
     CameraRig(tuple(cameras)).save(tmp_path / "rig.yaml")
     bench = make_bench(rig=str(tmp_path / "rig.yaml"))
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     assert bench.pipeline.rigs[-1].names == ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT")
     assert bench.node.ledger.outcomes == {"processed": 3}
 

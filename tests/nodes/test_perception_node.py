@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -29,24 +30,13 @@ def stamps(messages: list[Any]) -> list[int]:
     return [m.header.stamp.sec * 10**9 + m.header.stamp.nanosec for m in messages]
 
 
-def ready(bench: Any) -> Any:
-    """Calibrate, and wait until the node has it all."""
-    bench.vehicle.calibrate()
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
-    return bench
-
-
-def finished(bench: Any, keys: int) -> None:
-    bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= keys)
-
-
 @pytest.mark.parametrize("raw", [False, True], ids=["jpeg", "raw"])
 def test_every_set_is_published_with_its_key_time(
     make_bench: Callable[..., Any], raw: bool
 ) -> None:
-    bench = ready(make_bench(raw))
+    bench = make_bench(raw).ready()
     keys = bench.vehicle.drive(8)
-    finished(bench, 8)
+    bench.finished(8)
     assert bench.node.ledger.outcomes == {"processed": 8}
     for key in ("objects", "points", "grid"):
         bench.wait(lambda key=key: len(bench.received[key]) == 8)
@@ -63,9 +53,9 @@ def test_every_set_is_published_with_its_key_time(
 
 
 def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_path: Path) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     keys = bench.vehicle.drive(5)
-    finished(bench, 5)
+    bench.finished(5)
     lines = read_ledger(tmp_path / "ledger.jsonl")
     assert [line["stamp_ns"] for line in lines] == keys
     first = lines[0]
@@ -75,9 +65,9 @@ def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_pat
 
 
 def test_a_slow_pipeline_drops_old_sets_and_counts_them(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench(delay_s=0.15, waiting_sets=1))
+    bench = make_bench(delay_s=0.15, waiting_sets=1).ready()
     keys = bench.vehicle.drive(20, period_s=0.04)
-    finished(bench, 20)
+    bench.finished(20)
     outcomes = bench.node.ledger.outcomes
     assert outcomes["processed"] + outcomes["replaced_by_newer"] == 20
     assert outcomes["replaced_by_newer"] >= 5
@@ -85,12 +75,12 @@ def test_a_slow_pipeline_drops_old_sets_and_counts_them(make_bench: Callable[...
 
 
 def test_ego_motion_comes_from_odometry(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     for i in range(40):
         bench.vehicle.odometry(900_000_000 + i * 20_000_000, x=0.2 * i)  # 10 m/s
     bench.wait(lambda: bench.node._intake.ego.source == "odometry")
     bench.vehicle.drive(4, spread_ns=10_000_000)
-    finished(bench, 4)
+    bench.finished(4)
     motion = bench.pipeline.motions[0]
     forward = {name: m[0, 3] for name, m in motion.items()}
     assert forward == pytest.approx({"CAM_FRONT": 0.0, "CAM_LEFT": 0.1, "CAM_RIGHT": 0.2}, abs=1e-6)
@@ -108,7 +98,7 @@ def test_ego_motion_comes_from_odometry(make_bench: Callable[..., Any]) -> None:
 def test_a_bad_image_costs_one_camera_not_the_node(
     make_bench: Callable[..., Any], fields: dict[str, Any], text: str
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     if fields["data"] == "half":
         fields = {"data": bench.vehicle.jpeg[: len(bench.vehicle.jpeg) // 2]}
     for i in range(5):
@@ -116,9 +106,9 @@ def test_a_bad_image_costs_one_camera_not_the_node(
         bench.vehicle.image("CAM_FRONT", stamp)
         bench.vehicle.image("CAM_RIGHT", stamp)
         bench.vehicle.image("CAM_LEFT", stamp, **fields)
-    finished(bench, 5)
+    bench.finished(5)
     bench.vehicle.drive(3, start_ns=2 * 10**9)
-    finished(bench, 8)
+    bench.finished(8)
     assert bench.node.ledger.outcomes["pipeline_error"] == 0
     reasons = {r for s in bench.pipeline.seen for r in s.missing.values()}
     assert any(text in reason for reason in reasons), reasons
@@ -128,12 +118,12 @@ def test_a_bad_image_costs_one_camera_not_the_node(
 
 
 def test_an_unknown_encoding_is_named_with_the_known_ones(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench(raw=True))
+    bench = make_bench(raw=True).ready()
     for i in range(4):
         for camera in NAMES:
             encoding = "mono16" if camera == "CAM_RIGHT" else "rgb8"
             bench.vehicle.image(camera, 10**9 + i * 50_000_000, encoding=encoding)
-    finished(bench, 4)
+    bench.finished(4)
     assert all("CAM_RIGHT" in s.missing for s in bench.pipeline.seen)
     assert any(
         "encoding 'mono16' is not understood; known are rgb8" in line for line in bench.logged
@@ -145,14 +135,14 @@ def test_an_unknown_encoding_is_named_with_the_known_ones(make_bench: Callable[.
 
 
 def test_an_image_header_that_claims_gigabytes_is_refused(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench(raw=True))
+    bench = make_bench(raw=True).ready()
     for i in range(4):
         for camera in NAMES:
             huge = (
                 {"height": 60_000, "width": 60_000, "step": 180_000} if camera == "CAM_LEFT" else {}
             )
             bench.vehicle.image(camera, 10**9 + i * 50_000_000, **huge)
-    finished(bench, 4)
+    bench.finished(4)
     assert any("exceeds max_image_pixels" in line for line in bench.logged)
     assert bench.node.ledger.outcomes == {"processed": 4}
 
@@ -166,7 +156,7 @@ def test_missing_camera_info_and_transform_are_named_with_a_remedy(
     bench.wait(lambda: set(bench.node._intake.calibrated().problems) == {"CAM_LEFT", "CAM_RIGHT"}
                and "transform" in bench.node._intake.calibrated().problems["CAM_RIGHT"])  # fmt: skip
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     assert all(s.cameras == ("CAM_FRONT",) for s in bench.pipeline.seen)
     missing = bench.pipeline.seen[0].missing
     assert "no CameraInfo on ~/input/cam_left/camera_info" in missing["CAM_LEFT"]
@@ -175,7 +165,7 @@ def test_missing_camera_info_and_transform_are_named_with_a_remedy(
     bench.vehicle.calibrate()
     bench.wait(lambda: not bench.node._intake.calibrated().problems)
     bench.vehicle.drive(2, start_ns=2 * 10**9)
-    finished(bench, 5)
+    bench.finished(5)
     assert set(bench.pipeline.seen[-1].cameras) == NAMES
 
 
@@ -191,14 +181,14 @@ def test_an_uncalibrated_camera_is_left_out_until_its_info_changes(
     bench.vehicle.info("CAM_LEFT", 3, focal=70.0)
     bench.wait(lambda: not bench.node._intake.calibrated().problems)
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     assert bench.pipeline.rigs[-1]["CAM_LEFT"].intrinsic[0, 0] == 70
 
 
 def test_a_silent_camera_is_named_with_topic_and_publishers(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     bench.vehicle.drive(12, cameras=("CAM_FRONT", "CAM_LEFT"))
-    finished(bench, 12)
+    bench.finished(12)
     assert bench.node.ledger.outcomes == {"processed": 12}
     bench.wait(lambda: "CAM_RIGHT" in bench.statuses())
     status = bench.statuses()["CAM_RIGHT"]
@@ -215,33 +205,33 @@ def test_a_silent_camera_is_named_with_topic_and_publishers(make_bench: Callable
 
 
 def test_too_few_cameras_publish_nothing_and_say_so(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench(sync__min_cameras=3, sync__timeout_s=0.05))
+    bench = make_bench(sync__min_cameras=3, sync__timeout_s=0.05).ready()
     bench.vehicle.drive(5, cameras=("CAM_FRONT", "CAM_LEFT"))
-    finished(bench, 5)
+    bench.finished(5)
     assert bench.node.ledger.outcomes == {"too_few_cameras": 5}
     assert bench.received["objects"] == []
 
 
 def test_a_pipeline_that_raises_is_counted_and_lives_on(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     run = bench.pipeline.run
     bench.pipeline.run = lambda *_: 1 / 0
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     bench.pipeline.run = run
     bench.vehicle.drive(3, start_ns=2 * 10**9)
-    finished(bench, 6)
+    bench.finished(6)
     assert bench.node.ledger.outcomes == {"pipeline_error": 3, "processed": 3}
     assert any("ZeroDivisionError" in line for line in bench.logged)
 
 
 def test_a_looped_recording_goes_on_in_the_next_pass(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     for second in range(3):
         bench.vehicle.odometry(10**9 * (second + 10), 0.0)
     first = bench.vehicle.drive(10, start_ns=10 * 10**9)
     second_pass = bench.vehicle.drive(10, start_ns=3 * 10**9)
-    finished(bench, 20)
+    bench.finished(20)
     assert bench.node.ledger.outcomes["processed"] >= 18
     seen = [s.stamp_ns for s in bench.pipeline.seen]
     assert set(seen) <= set(first) | set(second_pass)
@@ -250,24 +240,24 @@ def test_a_looped_recording_goes_on_in_the_next_pass(make_bench: Callable[..., A
 
 
 def test_restart_in_place_keeps_the_model(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     bench.vehicle.drive(3)
-    finished(bench, 3)
+    bench.finished(3)
     pipeline = bench.pipeline
     assert bench.node.trigger_deactivate().name == "SUCCESS"
     assert bench.node.trigger_activate().name == "SUCCESS"
     assert bench.pipeline is pipeline
     bench.wait(bench.connected)
-    ready(bench)
+    bench.ready()
     bench.vehicle.drive(3, start_ns=2 * 10**9)
-    finished(bench, 6)
+    bench.finished(6)
     assert bench.node.ledger.outcomes["processed"] == 6
 
 
 def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -> None:
     from rclpy.parameter import Parameter
 
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     (bad,) = bench.node.set_parameters([Parameter("occupancy.publish", value="everything")])
     assert (bad.successful, "must be occupied or observed" in bad.reason) == (False, True)
     (good,) = bench.node.set_parameters([Parameter("occupancy.publish", value="observed")])
@@ -275,7 +265,7 @@ def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -
     (fixed,) = bench.node.set_parameters([Parameter("model", value="other")])
     assert not fixed.successful
     bench.vehicle.drive(2)
-    finished(bench, 2)
+    bench.finished(2)
     bench.wait(lambda: len(bench.received["points"]) == 2)
     assert bench.received["points"][-1].width == 40 * 40 * 8
 
@@ -283,7 +273,7 @@ def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -
 def test_thresholds_change_while_the_node_runs(make_bench: Callable[..., Any]) -> None:
     from rclpy.parameter import Parameter
 
-    bench = ready(make_bench(sync__timeout_s=1))  # a whole number where a double is wanted
+    bench = make_bench(sync__timeout_s=1).ready()  # a whole number where a double is wanted
     assert bench.node.parameters.sync.timeout_s == 1.0
     values = {"detection.score_threshold": 0.6, "sync.min_cameras": 3, "black_below": 0}
     for result in bench.node.set_parameters([Parameter(n, value=v) for n, v in values.items()]):
@@ -293,7 +283,7 @@ def test_thresholds_change_while_the_node_runs(make_bench: Callable[..., Any]) -
     (refused,) = bench.node.set_parameters([Parameter("sync.min_cameras", value=4)])
     assert "exceeds the 3 cameras" in refused.reason
     bench.vehicle.drive(3, cameras=("CAM_FRONT", "CAM_LEFT"))
-    finished(bench, 3)
+    bench.finished(3)
     assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
 
 
@@ -310,6 +300,32 @@ def test_values_that_cannot_be_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=text):
         make_bench(active=False, **values)
+
+
+@pytest.mark.parametrize("values", [{}, {"threads": -1}], ids=["whole", "refused"])
+def test_a_node_that_is_gone_leaves_no_part_of_dds_to_garbage_collection(
+    values: dict[str, Any], stub_pipeline: Any, assert_nothing_runs: Callable[[], None]
+) -> None:
+    import rclpy
+    from rclpy.parameter import Parameter
+
+    from occbev.nodes.perception_node import PerceptionNode
+
+    context, kept = rclpy.Context(), []
+    rclpy.init(context=context)
+    overrides = [Parameter(name, value=value) for name, value in values.items()]
+    gc.disable()
+    try:
+        kept.append(PerceptionNode(stub_pipeline, context=context, parameter_overrides=overrides))
+        assert kept[0].start()
+        kept[0].close()
+        kept[0].destroy_node()
+    except ConfigError as error:
+        kept.append(error)
+    finally:
+        rclpy.shutdown(context=context)
+        assert_nothing_runs()
+        gc.enable()
 
 
 def run_main(lines: str) -> subprocess.Popen[str]:
@@ -365,7 +381,7 @@ def test_a_slow_network_does_not_hold_up_the_end_nor_fail_it() -> None:
 def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alone(
     make_bench: Callable[..., Any], tmp_path: Path
 ) -> None:
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     go, pipeline = threading.Event(), bench.pipeline
     run = pipeline.run
     pipeline.run = lambda *values: (go.wait(60), run(*values))[1]
@@ -384,7 +400,7 @@ def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alon
 def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) -> None:
     from nav_msgs.msg import Odometry
 
-    bench = ready(make_bench())
+    bench = make_bench().ready()
     message = Odometry(child_frame_id="gps")
     message.pose.pose.orientation.w = 1.0
     bench.vehicle.publishers["vehicle"][2].publish(message)
@@ -393,7 +409,7 @@ def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) ->
 
 
 def test_random_bytes_never_stop_the_node(make_bench: Callable[..., Any]) -> None:
-    bench = ready(make_bench(sync__timeout_s=0.05))
+    bench = make_bench(sync__timeout_s=0.05).ready()
     rng = np.random.default_rng(0)
     for i in range(40):
         data = bytearray(bench.vehicle.jpeg)
@@ -406,5 +422,5 @@ def test_random_bytes_never_stop_the_node(make_bench: Callable[..., Any]) -> Non
         bench.vehicle.image("CAM_FRONT", stamp)
         bench.vehicle.image("CAM_RIGHT", stamp)
         bench.wait(lambda i=i: sum(bench.node.ledger.outcomes.values()) >= i - 2)
-    finished(bench, 40)
+    bench.finished(40)
     assert set(bench.node.ledger.outcomes) <= {"processed", "replaced_by_newer"}

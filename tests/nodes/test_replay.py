@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -137,15 +138,21 @@ def play(
         bag, player_node.plan(bag, parameters), parameters, context=bench.node.context, **options
     )
     shares: list[float] = []
-    with player_node.Spinner(player):
-        player.wait_for_perception(60)
-        player.play(shares.append, passes=passes)
-        bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= len(player.ledger.anchors))
-        counts = player.ledger.received
-        bench.wait(
-            lambda: all(len(m) >= bench.node.ledger.outcomes["processed"] for m in counts.values())
-        )
-    player.destroy_node()
+    try:
+        with player_node.Spinner(player):
+            player.wait_for_perception(60)
+            player.play(shares.append, passes=passes)
+            bench.wait(
+                lambda: sum(bench.node.ledger.outcomes.values()) >= len(player.ledger.anchors)
+            )
+            counts = player.ledger.received
+            bench.wait(
+                lambda: all(
+                    len(m) >= bench.node.ledger.outcomes["processed"] for m in counts.values()
+                )
+            )
+    finally:
+        player.destroy_node()
     assert shares[-1] == 1.0
     return player.ledger
 
@@ -334,15 +341,15 @@ def test_waiting_for_a_node_that_never_comes_names_the_topics(
     from occbev.nodes import player_node
 
     context = player_node.start_context()
-    with BagReader(BagDrive(tmp_path / "bag").write(1)) as bag:
+    with BagReader(BagDrive(tmp_path / "bag").write(1)) as bag, contextlib.ExitStack() as stack:
+        stack.callback(context.try_shutdown)
         player = player_node.PlayerNode(
             bag, player_node.plan(bag, parameters), parameters, context=context
         )
+        stack.callback(player.destroy_node)
         with pytest.raises(TimeoutError, match="/cam_front/image/compressed"):
             player.wait_for_perception(0.2)
         stopper = threading.Timer(0.1, player.stop)
         stopper.start()
         player.play(lambda _: None)
         stopper.join()
-        player.destroy_node()
-    context.try_shutdown()

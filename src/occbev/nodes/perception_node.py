@@ -79,7 +79,11 @@ class PerceptionNode(LifecycleNode):
     ) -> None:
         """Declare parameters; nothing is loaded yet. `options` go to rclpy's Node."""
         super().__init__(NODE_NAME, **options)
-        self.parameters = declare(self)
+        try:
+            self.parameters = declare(self)
+        except ConfigError:
+            self.destroy_node()
+            raise
         self.ledger = Ledger()
         # Complete from the start: the worker writes while diagnostics go through it.
         self.latencies: dict[str, deque[float]] = {
@@ -158,6 +162,12 @@ class PerceptionNode(LifecycleNode):
         self._stop()
         self._unload()
         self.ledger.close()
+
+    def destroy_node(self) -> None:
+        """Destroy the node, and the lifecycle parts that rclpy leaves to garbage collection, perhaps after its context."""
+        super().destroy_node()
+        for name in [n for n in vars(self) if n.startswith(("_service_", "_state_machine"))]:
+            delattr(self, name)
 
     @property
     def is_overrun(self) -> bool:
