@@ -128,7 +128,8 @@ class _Stream(Generic[T]):
         self.newest_ns: int | None = None
         self.arrival_ns: int | None = None
         self.recent: deque[int] = deque(maxlen=REMEMBERED_STAMPS)
-        self.matches: deque[int] = deque(maxlen=LEARNED_MATCHES)
+        self.matches: deque[int] = deque()
+        self.ordered: list[int] = []
         self.offset_ns = 0
         self.misses = 0
         self.awaited = True
@@ -138,23 +139,29 @@ class _Stream(Generic[T]):
         return bool(self.matches)
 
     def learn(self, offset_ns: int) -> None:
+        ordered = self.ordered
+        if len(ordered) == LEARNED_MATCHES:
+            del ordered[bisect_left(ordered, self.matches.popleft())]
         self.matches.append(offset_ns)
-        self.offset_ns = sorted(self.matches)[len(self.matches) // 2]
+        insort(ordered, offset_ns)
+        self.offset_ns = ordered[len(ordered) // 2]
 
     def unlearn(self) -> None:
         self.matches.clear()
+        self.ordered.clear()
         self.offset_ns = 0
 
     def take_nearest(self, expected_ns: int, window_ns: int) -> StampedImage[T] | None:
         """Remove and return the waiting image nearest to `expected_ns`, if one is within the window."""
-        place = bisect_left(self.pool, (expected_ns,))
-        near = [i for i in (place - 1, place) if 0 <= i < len(self.pool)]
-        if not near:
+        pool = self.pool
+        best = bisect_left(pool, (expected_ns,))
+        if best == len(pool) or (
+            best and expected_ns - pool[best - 1].stamp_ns <= pool[best].stamp_ns - expected_ns
+        ):
+            best -= 1
+        if not pool or abs(pool[best].stamp_ns - expected_ns) > window_ns:
             return None
-        best = min(near, key=lambda i: abs(self.pool[i].stamp_ns - expected_ns))
-        if abs(self.pool[best].stamp_ns - expected_ns) > window_ns:
-            return None
-        return self.pool.pop(best)
+        return pool.pop(best)
 
 
 class FrameSynchronizer(Generic[T]):
@@ -175,10 +182,10 @@ class FrameSynchronizer(Generic[T]):
             raise ValueError(
                 f"anchor {self.anchor!r} must be one of the cameras, each named once: {self.cameras}"
             )
+        self.period_ns: int | None = None
         self.retune(self.config)
         self.statistics = SyncStatistics(dropped={name: Counter() for name in self.cameras})
         self.epoch = 0
-        self.period_ns: int | None = None
         self._streams: dict[str, _Stream[T]] = {name: _Stream(name) for name in self.cameras}
         self._pending: list[_Key[T]] = []
         self._anchor_gaps: deque[int] = deque(maxlen=LEARNED_MATCHES)
@@ -201,6 +208,7 @@ class FrameSynchronizer(Generic[T]):
         self._tolerance_ns = int(config.tolerance_s * 1e9)
         self._acquire_ns = int(config.acquire_s * 1e9)
         self._reset_ns = int(config.reset_s * 1e9)
+        self._set_period(self.period_ns)
 
     def take_key_drops(self) -> list[tuple[int, str]]:
         """Return (stamp_ns, reason) of the key times that were dropped since the last call."""
@@ -232,13 +240,13 @@ class FrameSynchronizer(Generic[T]):
 
         now_ns: a clock that only goes forward. Raises KeyError for an unknown camera.
         """
-        if camera not in self._streams:
+        stream = self._streams.get(camera)
+        if stream is None:
             raise KeyError(f"camera {camera!r} is not one of {self.cameras}")
-        stream = self._streams[camera]
         self.statistics.received[camera] += 1
         if self._started_ns is None:
             self._started_ns = now_ns
-        if self._is_straggler(stamp_ns):
+        if self._earlier_pass is not None and self._is_straggler(stamp_ns, *self._earlier_pass):
             self._drop_anchored(camera, stamp_ns, "previous_pass")
             return []
         finished = []
@@ -285,11 +293,8 @@ class FrameSynchronizer(Generic[T]):
         self._earlier_pass = (stamp_ns, end_ns)
         return finished
 
-    def _is_straggler(self, stamp_ns: int) -> bool:
+    def _is_straggler(self, stamp_ns: int, start_ns: int, end_ns: int) -> bool:
         """Whether an image belongs to the pass before the last reset: nearer to its end than to the new start."""
-        if self._earlier_pass is None:
-            return False
-        start_ns, end_ns = self._earlier_pass
         if (
             stamp_ns > end_ns + 2 * (self.period_ns or 0)
             or abs(stamp_ns - start_ns) < (end_ns - start_ns) // 2
@@ -310,12 +315,13 @@ class FrameSynchronizer(Generic[T]):
         stream.newest_ns = stamp_ns
         if gap == 0:
             return
+        gaps = self._anchor_gaps
         if stream.name == self.anchor:
-            self._anchor_gaps.append(gap)
-        if len(self._anchor_gaps) >= ANCHOR_GAPS:
-            # The lower quartile stays right while most of the gaps are widened by lost images.
-            self.period_ns = sorted(self._anchor_gaps)[len(self._anchor_gaps) // 4]
-        elif len(self._first_gaps) < LEARNED_MATCHES:
+            gaps.append(gap)
+            if len(gaps) >= ANCHOR_GAPS:
+                # The lower quartile stays right while most of the gaps are widened by lost images.
+                self._set_period(sorted(gaps)[len(gaps) // 4])
+        if len(gaps) < ANCHOR_GAPS and len(self._first_gaps) < LEARNED_MATCHES:
             self._first_gaps.append(gap)
             if len(self._first_gaps) >= WARM_UP_GAPS:
                 self._begin_with_period(min(self._first_gaps))
@@ -324,20 +330,29 @@ class FrameSynchronizer(Generic[T]):
         """Match everything again where the first guess of the period shrinks the windows."""
         if self.period_ns is not None and self.period_ns <= period_ns:
             return
-        self.period_ns = period_ns
+        self._set_period(period_ns)
         for key in self._pending:
             for name in [n for n in key.images if n != key.owner]:
                 insort(self._streams[name].pool, key.images.pop(name))
         for key in self._pending:
             self._collect(key)
 
+    def _set_period(self, period_ns: int | None) -> None:
+        """Take a period, and what follows from it and the settings."""
+        self.period_ns = period_ns
+        if period_ns is None:
+            self._locked_ns, self._unlocked_ns = self._tolerance_ns, self._acquire_ns
+            self._patience_ns = 10 * self._timeout_ns
+        else:
+            self._locked_ns = min(self._tolerance_ns, int(LOCKED_SHARE * period_ns))
+            self._unlocked_ns = int(ACQUIRE_SHARE * period_ns)
+            self._patience_ns = max(2 * self._timeout_ns, 3 * period_ns)
+
     def _window_ns(self, stream: _Stream[T]) -> int:
         """Furthest that an image of this camera may be from where it is expected."""
-        if stream.locked or stream.name == self.anchor:
-            if self.period_ns is None:
-                return self._tolerance_ns
-            return min(self._tolerance_ns, int(LOCKED_SHARE * self.period_ns))
-        return self._acquire_ns if self.period_ns is None else int(ACQUIRE_SHARE * self.period_ns)
+        return (
+            self._locked_ns if stream.matches or stream.name == self.anchor else self._unlocked_ns
+        )
 
     def _accept(self, stream: _Stream[T], image: StampedImage[T], now_ns: int) -> None:
         if stream.name == self.anchor:
@@ -351,11 +366,7 @@ class FrameSynchronizer(Generic[T]):
 
     def _substitute(self, now_ns: int) -> str | None:
         """The camera that stands in for the anchor: the first that delivers while the anchor does not."""
-        patience = (
-            max(2 * self._timeout_ns, 3 * self.period_ns)
-            if self.period_ns
-            else 10 * self._timeout_ns
-        )
+        patience = self._patience_ns
         if now_ns - self._last_arrival(self.anchor) <= patience:
             return None
         return next(
@@ -417,8 +428,11 @@ class FrameSynchronizer(Generic[T]):
         if not keys:
             return False
         expected = image.stamp_ns - stream.offset_ns
-        key = min(keys, key=lambda k: abs(k.stamp_ns - expected))
+        key = keys[0]
         distance = abs(key.stamp_ns - expected)
+        for other in keys[1:]:
+            if abs(other.stamp_ns - expected) < distance:
+                key, distance = other, abs(other.stamp_ns - expected)
         if distance > self._window_ns(stream):
             return False
         earlier = key.images.get(stream.name)
@@ -475,9 +489,12 @@ class FrameSynchronizer(Generic[T]):
             return False
         if len(key.images) == len(self.cameras):
             return True
-        if any(s.awaited and n not in key.images for n, s in self._streams.items()):
+        if len(key.images) < self.config.min_cameras:
             return False
-        return len(key.images) >= self.config.min_cameras
+        for name, stream in self._streams.items():  # not any(): this runs for every image
+            if stream.awaited and name not in key.images:
+                return False
+        return True
 
     def _finish(self, key: _Key[T], now_ns: int) -> list[MatchedSet[T]]:
         """Turn a key into a set, or into a counted drop where too few cameras came."""
