@@ -16,6 +16,7 @@ from occbev.inference.memory import MAX_GAP_S, Memory, motion_inputs
 from occbev.inference.pipeline import Pipeline, key_pose, motion_to_key
 from occbev.inference.reference_points import warp_table
 from occbev.model_package import ModelPackage
+from occbev.postprocess import OutputError
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 
@@ -177,6 +178,22 @@ def test_the_pipeline_carries_state_and_forgets_it() -> None:
     line.set_rig(CameraRig((camera("a"),)))  # another rig looks at the same world
     line.run(FrameSet(4 * SECOND, {"a": frame_set(4 * SECOND, pose(7)).frames["a"]}))
     assert backend.inputs["state_known"] == 1
+    line.close()
+
+
+def test_a_frame_that_cannot_be_decoded_leaves_nothing_behind() -> None:
+    """Values that are not finite would otherwise live on in the state, from frame to frame."""
+    backend = Counter()
+    line = Pipeline(ModelPackage(Path(), LIFT), CameraRig((camera("a"), camera("b"))), backend)
+    sound, broken = backend.run, np.full((1, 18, 2, 16, 16), np.nan, np.float32)
+    line.run(frame_set(0, pose(0)))
+    backend.run = lambda inputs: {**sound(inputs), "occupancy_logits": broken}  # type: ignore[method-assign]
+    with pytest.raises(OutputError, match="finite"):
+        line.run(frame_set(SECOND // 2, pose(1)))
+    assert not line.remembers
+    backend.run = sound  # type: ignore[method-assign]
+    line.run(frame_set(SECOND, pose(2)))
+    assert backend.inputs["state_known"] == 0
     line.close()
 
 

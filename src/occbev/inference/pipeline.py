@@ -116,9 +116,13 @@ class Pipeline:
         clock.append(time.perf_counter_ns())
         images, valid = prepared.images[None], prepared.camera_valid[None]
         outputs = self.backend.run({"images": images, "camera_valid": valid, **tables, **past})
-        self._memory.keep(outputs, frame_set.stamp_ns, pose)
         clock.append(time.perf_counter_ns())
-        boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
+        try:
+            boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
+        except OutputError:
+            self._memory.forget()  # what cannot be decoded is nothing to build on
+            raise
+        self._memory.keep(outputs, frame_set.stamp_ns, pose)
         clock.append(time.perf_counter_ns())
         timings = Timings(dict(zip(STAGES, np.diff(clock).tolist(), strict=True)))
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
