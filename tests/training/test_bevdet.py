@@ -238,6 +238,13 @@ def test_both_stages_train_the_family(repository: Path, name: str, want: set[str
         assert gradient.abs().sum() > 0
 
 
+def test_stereo_is_not_trained_on_an_empty_cost_volume(repository: Path) -> None:
+    config = reduced(repository, "bevdet_occ_r50_4d_stereo")
+    objective = FinetuneObjective(config, LossConfig(), torch.ones(18))
+    with pytest.raises(ConfigError, match=r"bevdet\.stereo is not trained"):
+        objective(build_bevdet(config, "finetune"), a_batch(config, 0))
+
+
 def test_imagenet_weights_are_torchvisions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = ResNet(50, (3, 4))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from occbev.classes import FREE
-from occbev.config import ImageConfig, ModelConfig
+from occbev.config import ConfigError, ImageConfig, ModelConfig
 from occbev.grid import BevGrid
 from occbev_training import losses
 from occbev_training.centre_tasks import LossWeights, centre_losses, task_targets
@@ -164,7 +164,14 @@ def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, 
 
 
 def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:
-    """Normalise the images of a batch and run the network, with what it is to remember."""
+    """Normalise the images of a batch and run the network, with what it is to remember.
+
+    Raises: ConfigError for a network with a cost volume, which would be trained on an empty one.
+    """
+    if model.bevdet is not None and model.bevdet.stereo:
+        raise ConfigError(
+            f"{model.name}: bevdet.stereo is not trained: batches do not say where a pixel was in the frame before"
+        )
     images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
     geometry: Geometry = batch.geometry
     if model.family == "bevformer" and batch.past:

@@ -70,7 +70,7 @@ class LiftGraph(Graph):
         super().__init__(network)
         if isinstance(network, BevDetNetwork) and network.image_encoder.matching_stage is not None:
             raise GraphError(
-                "the stereo cost volume needs two frames' images: this network runs in training code alone"
+                "the stereo cost volume needs two frames' images, which no graph is given: no runtime runs it"
             )
         self.temporal = network.temporal is not None
         if self.temporal and network.view_transform.makes_volume:
