@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from occbev.config import ModelConfig, load_config  # noqa: E402
-from occbev_training.cli import main  # noqa: E402
+from occbev_training.cli import families, main  # noqa: E402
 from occbev_training.cli.families import known  # noqa: E402
+from occbev_training.export import ExportError  # noqa: E402
 from occbev_training.families import PUBLISHED, FamilyRow, reduced  # noqa: E402
 
 
@@ -39,6 +40,8 @@ def test_the_readme_says_what_the_code_knows(repository: Path) -> None:
         assert row[4] == (" ".join(published.fixtures) or "-")
         assert row[6] == (published.score or "-")
         assert (row[3] == "-") == (not published.table)
+        if row[3] != "-":
+            assert len(set(row[3].split(" of "))) == 1
         if row[5] not in ("not exported", "not measured"):
             assert float(row[5]) <= 1e-4
 
@@ -75,3 +78,24 @@ def test_the_report_counts_parameters_and_keys(shared: Path, capsys) -> None:
     row = FamilyRow("bevformer_tiny", "bevformer", 33.52, (643, 643), 2e-6, "", ("Conv",))
     assert row.cells()[3] == "643 of 643"
     assert row.cells()[5] == "2e-06"
+
+
+def test_a_graph_that_fails_is_no_network_without_a_graph(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "bevdet_occ_r50_4d_stereo"
+    assert main(["families", name]) == 0
+    captured = capsys.readouterr()
+    assert "| not exported |" in captured.out
+    assert "cost volume" in captured.err
+    assert main(["families", name, "--no-export"]) == 0
+    assert "| not measured |" in capsys.readouterr().out
+
+    def differs(*_: object, **__: object) -> None:
+        raise ExportError("ONNX Runtime: box differs")
+
+    monkeypatch.setattr(families, "measure", differs)
+    assert main(["families", name]) == 1
+    captured = capsys.readouterr()
+    assert "not exported" not in captured.out
+    assert "box differs" in captured.err

@@ -19,7 +19,7 @@ from occbev.config import (
     OccupancyHeadConfig,
 )
 from occbev.grid import VoxelGrid
-from occbev_training.export import ExportError, check_graphs, write_onnx
+from occbev_training.export import check_graphs, write_onnx
 from occbev_training.models.build import build_model
 from occbev_training.models.graphs import GraphError, make_graph
 from occbev_training.models.renaming import load_published
@@ -145,8 +145,8 @@ class FamilyRow:
     """One network, as measured by `measure`.
 
     parameters: in millions. keys: weights of the published table that found their place, out of all, or None.
-    parity: largest difference of ONNX Runtime from torch relative to an output's largest value, None if the network
-        is not exported, with the reason in `refused`. operators: of the ONNX graph.
+    parity: largest difference of ONNX Runtime from torch relative to an output's largest value; None if the network
+        has no graph, for the reason in `refused`, or if none was asked for. operators: of the ONNX graph.
     """
 
     name: str
@@ -160,13 +160,14 @@ class FamilyRow:
     def cells(self) -> list[str]:
         """The row of the README's table; scores of our own weights stand in another table there."""
         published = PUBLISHED.get(self.name, Published())
+        parity = "not exported" if self.refused else "not measured"
         return [
             f"`{self.name}`",
             self.family,
             f"{self.parameters:.2f}",
             "-" if self.keys is None else f"{self.keys[0]} of {self.keys[1]}",
             " ".join(published.fixtures) or "-",
-            f"{self.parity:.0e}" if self.parity is not None else "not exported",
+            parity if self.parity is None else f"{self.parity:.0e}",
             published.score or "-",
             "see above" if self.name == SCORED else "-",
         ]
@@ -187,6 +188,7 @@ def measure(
     """Build a network, map its published keys and, with `export`, write and check its ONNX graph.
 
     golden: folder of the key tables. full_size: export as configured, not `reduced`, which takes minutes and memory.
+    Raises: ExportError if the graph differs from torch or holds an operator that it must not.
     """
     published = PUBLISHED.get(name, Published())
     with torch.device("meta"):
@@ -211,13 +213,14 @@ def converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
 
 
 def exported(model: ModelConfig, stage: str) -> tuple[float | None, str, tuple[str, ...]]:
-    """Export a network with random weights; returns its parity, why it was refused, and its operators."""
+    """Export a network with random weights; returns its parity, why it has no graph, and the graph's operators."""
     torch.manual_seed(0)
     network = wake(build_model(model, stage)).eval()
+    try:
+        graph = make_graph(network)
+    except GraphError as error:
+        return None, str(error), ()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            operators = write_onnx(make_graph(network), model, Path(folder) / "model.onnx")
-            parity = check_graphs(network, model, Path(folder), cameras=(6, 5))
-        except (ExportError, GraphError) as error:
-            return None, str(error), ()
+        operators = write_onnx(graph, model, Path(folder) / "model.onnx")
+        parity = check_graphs(network, model, Path(folder), cameras=(6, 5))
     return max(parity.onnxruntime.values()), "", tuple(sorted(operators))

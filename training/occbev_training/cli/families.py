@@ -16,6 +16,7 @@ from rich.console import Console
 
 from occbev.share import share_path
 from occbev_training.cli.convert import load_family
+from occbev_training.export import ExportError
 from occbev_training.families import HEADER, PUBLISHED, measure
 
 
@@ -33,14 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per network; 1 if one of its keys has no place."""
+    """Print one line per network; 1 if one of its keys has no place, or its graph does not do what it does."""
     console, complete = Console(stderr=True), True
     if not args.json:
         print("| " + " | ".join(HEADER) + " |")
         print("|" + "---|" * len(HEADER))
     for name in args.names or known():
-        with console.status(name):
-            row = measure(name, load_family(name), args.golden, args.full_size, args.export)
+        try:
+            with console.status(name):
+                row = measure(name, load_family(name), args.golden, args.full_size, args.export)
+        except ExportError as error:
+            console.print(f"{name}: {error}", highlight=False)
+            complete = False
+            continue
+        if row.refused:
+            console.print(f"{name} is not exported: {row.refused}", highlight=False)
         complete &= row.keys is None or row.keys[0] == row.keys[1]
         if args.json:
             print(json.dumps(vars(row)), flush=True)
