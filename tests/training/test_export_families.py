@@ -212,9 +212,14 @@ def test_the_command_makes_a_package_of_weights(repository: Path, tmp_path: Path
     assert set(package.files) == {"weights.safetensors", "model.onnx", "README.md"}
     assert {"Conv", "Gather"} <= {o.split(":")[0] for o in package.provenance["operators"].split()}
     assert set(package.metrics["export_difference"]["onnxruntime"]) == BOXES
+    (tmp_path / "again").mkdir()
+    for name in ("model.xml", "model.bin"):  # of another network, exported there before
+        (tmp_path / "again" / name).write_text("stale")
     again = [str(tmp_path / "package"), str(tmp_path / "again"), "--cameras", "2"]
     assert main(["export", *again]) == 0  # a package has its own configuration and origin
-    assert ModelPackage.load(tmp_path / "again").model == model
+    second = ModelPackage.load(tmp_path / "again")
+    assert second.model == model
+    assert set(second.files) == set(package.files)
 
 
 @pytest.mark.parametrize("name", ["bevdepth4d_r50_megvii", "bevdet_occ_r50_4d_stereo"])

@@ -54,6 +54,9 @@ FORBIDDEN_OPERATORS = frozenset(
 MOST_CAMERAS = 32
 """Cameras that a graph takes at most; families with an embedding for each camera take as many as they have."""
 
+GRAPH_SUFFIXES = (".onnx", ".xml", ".bin")
+"""Files of a package that hold its graphs."""
+
 Arrays = dict[str, NDArray[Any]]
 Differences = dict[str, float]
 
@@ -104,6 +107,8 @@ def export_package(
             "a model package needs a detection or an occupancy head: build the network for stage finetune"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES]:
+        stale.unlink()  # a graph that an earlier export left would be sealed, and preferred
     save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
     for path in extra_files:
         shutil.copyfile(path, folder / path.name)
