@@ -17,8 +17,10 @@ from occbev.inference.tables import (
     TableCapacityError,
     bag_tables,
     calibration_table,
+    frustum_points,
     gather_tables,
     lift_points,
+    ray_table,
 )
 from occbev.rig import Camera, CameraRig
 
@@ -151,6 +153,38 @@ def test_volumes_have_cells_along_z_in_both_forms() -> None:
     assert len(bag["table_offset"]) == len(gather["table_cell"]) == 4 * BEV.size
     counts = np.diff(np.append(bag["table_offset"], len(points)))
     np.testing.assert_array_equal(counts, np.bincount(points.cell, minlength=4 * BEV.size))
+
+
+def tilted_rig() -> tuple[np.ndarray, np.ndarray]:
+    """Cameras that look up and down, none along an axis."""
+    turns = [rotation_from_yaw(yaw) @ OPTICAL @ rotation_from_yaw(0.1) for yaw in (0.3, 2.0, -1.1)]
+    poses = [make_transform(turn, [1, 0.2, 1.2 + i / 5]) for i, turn in enumerate(turns)]
+    poses[1][:3, :3] @= np.array([[1, 0, 0], [0, 0.8, -0.6], [0, 0.6, 0.8]])
+    return np.stack([INTRINSIC] * 3), np.stack(poses)
+
+
+def test_rays_say_where_the_frustum_goes() -> None:
+    intrinsic, cam2ego = tilted_rig()
+    slope, climb, height, angle = np.moveaxis(ray_table(intrinsic, cam2ego, (96, 64), LIFT), 1, 0)
+    points = frustum_points(intrinsic, cam2ego, (96, 64), LIFT)  # (N, D, h, w, 3)
+    metres = LIFT.depth.lo + LIFT.depth.step / 2
+    rise = 2 * height + climb * metres
+    np.testing.assert_allclose(rise, points[:, 0, ..., 2], atol=1e-5)
+    np.testing.assert_allclose(2 * height, np.broadcast_to(cam2ego[:, 2, 3, None, None], height.shape), rtol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(slope[0, 0], (np.arange(6) * 16 + 8 - 48) / 60, rtol=1e-5)
+    np.testing.assert_allclose(angle, 10 / 60, rtol=1e-6)
+
+
+def test_a_mirrored_sample_reads_as_a_camera_of_the_mirrored_scene() -> None:
+    """Augmentation mirrors image and scene; the same rays have a rig whose cameras are right-handed."""
+    intrinsic, cam2ego = tilted_rig()
+    flip = np.array([[-1.0, 0, 96], [0, 1, 0], [0, 0, 1]])
+    mirrored = flip @ intrinsic, np.diag([1.0, -1, 1, 1]) @ cam2ego
+    across = np.diag([-1.0, 1, 1])
+    righted = mirrored[0] @ across, mirrored[1] @ np.diag([-1.0, 1, 1, 1])
+    assert (np.linalg.det(righted[1][:, :3, :3]) > 0).all()
+    np.testing.assert_allclose(*(frustum_points(*r, (96, 64), LIFT) for r in (mirrored, righted)))
+    np.testing.assert_allclose(*(ray_table(*r, (96, 64), LIFT) for r in (mirrored, righted)))
 
 
 def test_published_camera_parameters_are_of_the_source_image() -> None:

@@ -196,8 +196,9 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
               lift: LiftConfig) -> NDArray[np.float32]:  # fmt: skip
     """Return what calibration says of each feature cell: (N, 4, h, w), camera-aware depth's input.
 
-    Channels: slope of the ray across the camera's axis; metres that it climbs in ego per metre of
-    depth; height of the camera above ground in metres / 2; ten times the angle that a pixel spans.
+    Channels: slope of the ray across the camera's axis, which grows with the column; metres that it climbs
+    in ego per metre of depth; height of the camera above ground in metres / 2; ten times the angle that a
+    pixel spans. A mirrored image reads as that of the camera which would take it in the mirrored scene.
     """
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
@@ -205,9 +206,10 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
     rays = feature_pixels(image_size, lift) @ rays  # (N, h * w, 3) in cam, per metre of depth
     climb = rays @ cam2ego[:, 2, :3, None]
     height = np.broadcast_to(cam2ego[:, 2, 3, None, None] / 2, climb.shape)
-    focal = np.sqrt(np.abs(np.linalg.det(intrinsic[:, :2, :2])))
+    area = np.linalg.det(intrinsic[:, :2, :2])  # negative where augmentation mirrored the image
+    slope, focal = rays[..., :1] * np.sign(area)[:, None, None], np.sqrt(np.abs(area))
     pixel_angle = np.broadcast_to(10 / focal[:, None, None], climb.shape)
-    table = np.concatenate([rays[..., :1], climb, height, pixel_angle], -1)
+    table = np.concatenate([slope, climb, height, pixel_angle], -1)
     return np.ascontiguousarray(
         np.swapaxes(table, 1, 2).reshape(len(intrinsic), RAY_CHANNELS, rows, columns), np.float32
     )
