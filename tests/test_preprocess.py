@@ -132,6 +132,16 @@ def test_the_rectification_map_follows_a_new_calibration() -> None:
     assert np.abs(first.astype(int) - second).max() > 10
 
 
+@pytest.mark.parametrize("order", ["rgb", "bgr_swapped"])
+def test_what_rectification_does_not_see_says_nothing(order: str) -> None:
+    config = replace(SMALL, channel_order=order, mean=(10.0, 20.0, 200.0))
+    bent = camera(distortion_model="plumb_bob", distortion=(0.6, 0, 0, 0, 0))
+    preprocessor = Preprocessor(config)
+    pixels, _ = preprocessor.network_image(np.full((360, 640, 3), 90, np.uint8), bent)
+    assert not (pixels[0, 0] == 90).all(), "the corner lies outside the image"
+    assert not preprocessor.normalise(pixels)[:, 0, 0].any()
+
+
 def test_normalisation_and_channel_order() -> None:
     pixels = smooth_image(64, 32)
     plain = Preprocessor(SMALL).normalise(pixels)

@@ -130,14 +130,19 @@ class Preprocessor:
         return self._filled(image[y : y + height, x : x + width]), fitted
 
     def _filled(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Fill rows that are empty below with the colour that normalises to zero, but for rounding."""
+        """Fill rows that are empty below."""
         if len(image) == self.config.height:
             return np.ascontiguousarray(image)
-        mean = self.config.mean if self.config.channel_order == "rgb" else self.config.mean[::-1]
         whole = np.empty((self.config.height, self.config.width, 3), np.uint8)
-        whole[:] = np.round(mean)
+        whole[:] = self._fill_colour
         whole[: len(image)] = image
         return whole
+
+    @property
+    def _fill_colour(self) -> tuple[int, ...]:
+        """The RGB colour that normalises to zero, but for rounding."""
+        mean = self.config.mean if self.config.channel_order == "rgb" else self.config.mean[::-1]
+        return tuple(round(value) for value in mean)
 
     def prepare(self, frame_set: FrameSet, rig: CameraRig) -> PreparedImages:
         """Make the network input of one frame set, in the order of `rig`.
@@ -188,14 +193,13 @@ class Preprocessor:
                 ),
             )
             self._maps[camera.name] = known
-        fill = tuple(round(value) for value in self.config.mean)  # zero after normalisation
         return np.asarray(
             cv2.remap(
                 scaled,
                 *known[1:],
                 cv2.INTER_LINEAR,
                 borderMode=cv2.BORDER_CONSTANT,
-                borderValue=fill,
+                borderValue=self._fill_colour,
             ),
             np.uint8,
         )
