@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_a_named_runtime_is_used_or_refused_never_replaced() -> None:
 def test_precision_is_checked() -> None:
     with pytest.raises(BackendError, match="precision 'int4'"):
         load_backend(package("model.onnx"), 6, precision="int4")
+
+
+def test_more_cameras_than_a_network_has_weights_for_are_refused() -> None:
+    query = replace(ModelConfig(), name="queries", family="detr3d")
+    crowd = ModelPackage(Path("probe"), query, files={"model.onnx": "00"})
+    with pytest.raises(BackendError, match="queries takes at most 6 cameras, the rig has 7"):
+        load_backend(crowd, 7)
 
 
 def test_the_form_is_told_by_the_inputs() -> None:

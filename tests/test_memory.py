@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from occbev.config import BevFormerConfig, ConfigError, ImageConfig, LiftConfig, ModelConfig
+from occbev.config import (
+    BevDetConfig,
+    BevFormerConfig,
+    ConfigError,
+    ImageConfig,
+    LiftConfig,
+    ModelConfig,
+)
 from occbev.geometry import make_transform, rotation_from_yaw, transform_points
 from occbev.grid import BevGrid, VoxelGrid
 from occbev.inference.memory import MAX_GAP_S, Memory, motion_inputs
@@ -90,6 +97,13 @@ def test_networks_without_a_memory_get_no_state() -> None:
     assert memory.inputs(SECOND, pose(1)) == {}
     with pytest.raises(ConfigError, match="memory -1"):
         replace(LIFT, memory=-1)
+
+
+def test_a_memory_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory 2: .* bevdet\.frames"):
+        replace(LIFT, bevdet=BevDetConfig())
+    with pytest.raises(ConfigError, match="memory 2: .* 'bevformer'"):
+        replace(FORMER, memory=2)
 
 
 @pytest.mark.parametrize("frame", ["base_link", "lidar"])

@@ -22,6 +22,10 @@ from occbev.grid import GRIDS, BevGrid, VoxelGrid
 T = TypeVar("T")
 
 
+MOST_CAMERAS = 32
+"""Cameras that any graph takes at most."""
+
+
 class ConfigError(ValueError):
     """A configuration value that cannot be used, named by its dotted path."""
 
@@ -347,6 +351,21 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.memory < 0:
             raise ConfigError(f"memory {self.memory}: must be 0 or the number of past frames")
+        if self.memory and self.bevdet is not None:
+            raise ConfigError(
+                f"memory {self.memory}: a BEVDet network joins as many frames as bevdet.frames says"
+            )
+        if self.memory and self.family != "lss":
+            raise ConfigError(
+                f"memory {self.memory}: only Lift-Splat networks have it, this is a {self.family!r}"
+            )
+
+    @property
+    def max_cameras(self) -> int:
+        """Cameras that a graph of it takes at most; query networks have weights for each, Lift-Splat none."""
+        if self.family == "lss":
+            return MOST_CAMERAS
+        return (self.bevformer or BevFormerConfig()).cameras
 
     @property
     def past_frames(self) -> int:

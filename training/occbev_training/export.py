@@ -51,9 +51,6 @@ FORBIDDEN_OPERATORS = frozenset(
 )
 """Operators that some runtime lacks or computes badly; a graph that holds one, or a Sequence*, is refused."""
 
-MOST_CAMERAS = 32
-"""Cameras that a graph takes at most; families with an embedding for each camera take as many as they have."""
-
 GRAPH_SUFFIXES = (".onnx", ".xml", ".bin")
 """Files of a package that hold its graphs."""
 
@@ -132,20 +129,13 @@ def is_own(model: ModelConfig) -> bool:
     return model.family == "lss" and model.bevdet is None
 
 
-def most_cameras(model: ModelConfig) -> int:
-    """Return how many cameras a graph of the model can take."""
-    if model.family == "lss":
-        return MOST_CAMERAS
-    return model.bevformer.cameras if model.bevformer else 6
-
-
 def write_onnx(graph: Graph, model: ModelConfig, path: Path) -> Mapping[str, int]:
     """Write a graph as ONNX with a free number of cameras and return how often it uses each operator.
 
     Raises: ExportError naming operators that a graph must not hold.
     """
-    inputs = example_inputs(model, graph, min(6, most_cameras(model)), seed=1)
-    count = torch.export.Dim("cameras", min=1, max=most_cameras(model))
+    inputs = example_inputs(model, graph, min(6, model.max_cameras), seed=1)
+    count = torch.export.Dim("cameras", min=1, max=model.max_cameras)
     shapes = {n: {PER_CAMERA[n]: count} if n in PER_CAMERA else None for n in inputs}
     with warnings.catch_warnings(), torch.no_grad(), plain_operators(graph):
         warnings.simplefilter("ignore")  # the exporter's notes on its own deprecations
@@ -209,7 +199,7 @@ def check_graphs(
     unrounded: the OpenVINO graph before its weights were stored as fp16, run on the first rig.
     Raises: ExportError naming the output that differs.
     """
-    sizes = cameras or [n for n in (6, 5, 7) if n <= most_cameras(model)]
+    sizes = cameras or [n for n in (6, 5, 7) if n <= model.max_cameras]
     gather, bag = _graph(network, "gather"), _graph(network, "bag")
     worst: dict[str, Differences] = {"onnxruntime": {}, "openvino": {}, "plain": {}}
     for count in sizes:
@@ -323,7 +313,7 @@ def model_card(
     has_voxels = getattr(network, "occupancy_head", None) is not None
     outputs = [f"3D boxes of {len(model.detection_classes)} classes"] * has_boxes
     outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_voxels
-    cameras = "any number of" if model.family == "lss" else f"up to {most_cameras(model)}"
+    cameras = "any number of" if model.family == "lss" else f"up to {model.max_cameras}"
     rows = {
         "parameters": f"{parameters / 1e6:.2f} million",
         "input": f"{cameras} cameras, {image.width}x{image.height} pixels each",

@@ -126,8 +126,14 @@ def load_backend(package: ModelPackage, cameras: int, name: str = "auto", thread
     name: a key of RUNTIMES, or "auto". threads: CPU threads, None for the runtime's own choice.
     precision: "auto" lets the runtime use the hardware's fast type (bf16, fp16), "f32" forbids it.
     Raises:
-        BackendError: the runtime is unknown, absent, or cannot load this graph.
+        BackendError: the network cannot take so many cameras, or the runtime is unknown, absent, or cannot load
+            this graph.
     """
+    most = package.model.max_cameras
+    if cameras > most:
+        raise BackendError(
+            f"{package.model.name} takes at most {most} cameras, the rig has {cameras}"
+        )
     if precision not in ("auto", "f32"):
         raise BackendError(f"precision {precision!r}: must be auto or f32")
     chosen = choose_backend(name, package)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from occbev.config import BevFormerConfig, ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
+from occbev.config import ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
 from occbev_training.models.bevformer import BevFormer, BevFormerViews, Motion
 from occbev_training.models.deformable_attention import DeformableAttention, Levels
 from occbev_training.models.detr3d import CameraSampling, CameraScene, CameraViews, PillarSampling
@@ -236,10 +236,9 @@ def _build_detr3d(config: ModelConfig, stage: str, encoder: PyramidEncoder) -> D
         view = PillarSampling(resnet.channels, config.bev, head.z_range)
         decoder = _voxels(config, resnet.channels, 2)
         return Detr3dNetwork(encoder, view_transform=view, occupancy_decoder=decoder)
-    cameras = config.bevformer.cameras if config.bevformer else BevFormerConfig.cameras
     extent = _extent(config, head)
     detection = _query_head(config, head, resnet.channels, lambda: CameraSampling(
-        resnet.channels, cameras, resnet.levels, extent, head.dropout))  # fmt: skip
+        resnet.channels, config.max_cameras, resnet.levels, extent, head.dropout))  # fmt: skip
     return Detr3dNetwork(encoder, detection)
 
 
