@@ -1,4 +1,4 @@
-"""Every family as an exported graph: equal to torch, plain operators, any rig, explicit state, run by the pipeline."""
+"""Every family as an exported graph: equal to torch, plain operators, any rig, explicit state."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime")
 from occbev.config import ModelConfig, load_config, save_config  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.inference.memory import motion_inputs  # noqa: E402
+from occbev.inference.reference_points import warp_table  # noqa: E402
 from occbev.model_package import ModelPackage  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
@@ -37,7 +38,7 @@ from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.geometry import make_geometry  # noqa: E402
 from occbev_training.models.graphs import GraphError, make_graph  # noqa: E402
 from occbev_training.models.network import Frame, NetworkOutput  # noqa: E402
-from occbev_training.models.temporal import warp_grid  # noqa: E402
+from occbev_training.models.temporal import warp_bev  # noqa: E402
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 BOXES, ANSWERS, VOXELS, STATE = (
@@ -171,14 +172,14 @@ def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, na
             want = network(images[1], valid, views)
             pairs = {"class_logits": want.class_logits[-1], "box_codes": want.box_codes[-1]}
         else:
-            key2past = torch.from_numpy(np.linalg.inv(before) @ now)[None]
-            warp = warp_grid(key2past, model.bev, model.lift.reference_quirks)
-            past = Frame(images[0], valid, geometry, warp=warp)
-            want = network(images[1], valid, geometry, [past])
-            pairs = {"heatmap": want.heatmap, "box": want.box}
+            key2past = np.linalg.inv(before) @ now
+            warp = torch.from_numpy(warp_table(key2past, model.bev, model.lift.reference_quirks))
+            past, key = (network.frame_bev(Frame(i, valid, geometry))[0] for i in images)
+            want = network.heads(network.temporal(key, [warp_bev(past, warp[None])]))
+            pairs = {name: want[name] for name in ("heatmap", "box")}
             alone = network(images[1], valid, geometry).heatmap
-            error = (torch.from_numpy(got["heatmap"]) - want.heatmap).abs().max()
-            assert error < 0.05 * (alone - want.heatmap).abs().max()  # it is the past that it shows
+            error = (torch.from_numpy(got["heatmap"]) - want["heatmap"]).abs().max()
+            assert error < 0.05 * (alone - want["heatmap"]).abs().max()  # it is the past it shows
     for key, value in pairs.items():
         torch.testing.assert_close(torch.from_numpy(got[key]), value, **CLOSE)
 

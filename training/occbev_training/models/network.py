@@ -18,7 +18,7 @@ from occbev_training.models.detection_head import DetectionHead
 from occbev_training.models.image_encoder import ImageEncoder
 from occbev_training.models.lift_splat import BatchedPoints, LiftSplat
 from occbev_training.models.occupancy_head import OccupancyDecoder
-from occbev_training.models.temporal import TemporalFusion, warp_bev
+from occbev_training.models.temporal import TemporalFusion
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class Frame:
     """One past instant of a batch, as Lift-Splat networks with a memory see it.
 
     images: (B, N, 3, H, W) normalised. camera_valid: (B, N).
-    points: where its frusta fall; in the key frame's BEV, or in its own if `warp` is given.
-    warp: (B, Y, X, 2) of `occbev_training.models.temporal.warp_grid`.
+    points: where its frusta fall in the key frame's BEV.
     matching: (B * N, D, H / 4, W / 4, 2), where each depth hypothesis falls in the next older frame, of networks
         with stereo. points None: the frame serves only as the older one of a pair.
     """
@@ -55,7 +54,6 @@ class Frame:
     images: Tensor
     camera_valid: Tensor
     points: BatchedPoints | None
-    warp: Tensor | None = None
     matching: Tensor | None = None
 
 
@@ -108,8 +106,7 @@ class OccBevNetwork(nn.Module):
         history = []
         for frame, match in zip(past, older, strict=True):
             if frame.points is not None:
-                bev, _ = self.frame_bev(frame, match)
-                history.append(bev if frame.warp is None else warp_bev(bev, frame.warp))
+                history.append(self.frame_bev(frame, match)[0])
         return history
 
     def frame_bev(self, frame: Frame, older: Tensor | None = None) -> tuple[Tensor, Tensor]:
