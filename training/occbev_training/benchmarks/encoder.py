@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from occbev.benchmarks import Options, Report, interleaved
 from occbev.config import ModelConfig
+from occbev.inference.onnx_backend import PROVIDERS
 from occbev.inference.openvino_backend import shared_core
 from occbev_training.benchmarks.measure import bench_device, speedup, waiting
 from occbev_training.models.image_encoder import ImageEncoder, fold_block
@@ -35,7 +36,6 @@ from occbev_training.models.resnet import ResNet
 
 CAMERAS = 6
 CALIBRATION_SETS = 2
-PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 Method = Callable[[], object]
 
@@ -58,9 +58,9 @@ def methods_of(
     threads: int,
     compiled: bool = True,
     device: str = "cpu",
-) -> tuple[dict[str, Method], dict[str, float]]:
-    """Return every runtime's call on the same images, and its mean difference from eager, relative to the
-    mean value.
+) -> tuple[dict[str, Method], dict[str, float], str]:
+    """Return every runtime's call on the same images, its mean difference from eager, relative to the
+    mean value, and the provider that ONNX Runtime took.
 
     folder: where graphs are written. compiled: torch.compile too, which takes minutes to get ready.
     device: where torch runs.
@@ -78,11 +78,12 @@ def methods_of(
         methods["torch_compile"] = lambda: graph(last)
     methods = waiting(methods, device)
     array = images.numpy()
-    methods["onnxruntime_f32"] = _onnxruntime(floats, array, threads)
+    sessions = {n: _session(p, threads) for n, p in (("f32", floats), ("int8", integers))}
+    methods["onnxruntime_f32"] = lambda: sessions["f32"].run(None, {"images": array})[0]
     methods["openvino_f32"] = _openvino(floats, array, threads)
-    methods["onnxruntime_int8"] = _onnxruntime(integers, array, threads)
+    methods["onnxruntime_int8"] = lambda: sessions["int8"].run(None, {"images": array})[0]
     methods["openvino_int8"] = _openvino(integers, array, threads)
-    return methods, _differences(methods)
+    return methods, _differences(methods), sessions["f32"].get_providers()[0]
 
 
 def fold_norms(encoder: nn.Module) -> nn.Module:
@@ -123,12 +124,11 @@ class _RandomImages(CalibrationDataReader):
         return None if images is None else {"images": images}
 
 
-def _onnxruntime(path: Path, images: NDArray[np.float32], threads: int) -> Method:
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
-    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    return lambda: session.run(None, {"images": images})[0]
+    return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 def _openvino(path: Path, images: NDArray[np.float32], threads: int) -> Method:
@@ -164,7 +164,9 @@ def run(options: Options) -> Report:
     for name, (encoder, size) in encoders().items():
         images = torch.randn(CAMERAS, 3, *size)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            methods, differences = methods_of(encoder, images, Path(folder), threads, device=device)
+            methods, differences, values["onnxruntime_provider"] = methods_of(
+                encoder, images, Path(folder), threads, device=device
+            )
             timings = interleaved(methods, options.rounds)
         for method, timing in timings.items():
             values[f"{name}_{method}"] = dict(vars(timing))
