@@ -81,12 +81,12 @@ def decode_boxes(heatmap: Floats, box: Floats, bev: BevGrid, decoding: BoxDecodi
     return boxes[rotated_nms(boxes, decoding.max_overlap)] if decoding.nms == "rotated" else boxes
 
 
-def in_base_link(boxes: Boxes3D, frame2ego: NDArray[np.float64]) -> Boxes3D:
-    """Move boxes from an upright frame of the vehicle into base_link; frame2ego: (4, 4)."""
-    if np.array_equal(frame2ego, np.eye(4)):
+def move_boxes(boxes: Boxes3D, a2b: NDArray[np.float64]) -> Boxes3D:
+    """Move boxes from one upright frame of the vehicle into another; a2b: (4, 4)."""
+    if np.array_equal(a2b, np.eye(4)):
         return boxes
-    rotation, box = frame2ego[:3, :3], boxes.box.astype(np.float64)
-    box[:, :3] = box[:, :3] @ rotation.T + frame2ego[:3, 3]
+    rotation, box = a2b[:3, :3], boxes.box.astype(np.float64)
+    box[:, :3] = box[:, :3] @ rotation.T + a2b[:3, 3]
     box[:, 6] = wrap_angle(box[:, 6] + yaw_from_rotation(rotation))
     box[:, 7:9] = box[:, 7:9] @ rotation[:2, :2].T
     return replace(boxes, box=box.astype(np.float32))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import wrap_angle
-from occbev.postprocess import LARGEST_SIZE, OutputError, in_base_link
+from occbev.postprocess import LARGEST_SIZE, OutputError, move_boxes
 from occbev.results import Boxes3D
 
 CODE_VALUES = 10
@@ -58,7 +58,7 @@ def decode_queries(
     kept &= score >= decoding.threshold
     label = (best % classes)[kept].astype(np.int64)
     boxes = Boxes3D(_to_boxes(codes[kept]), label, score[kept].astype(np.float32), cameras)
-    return in_base_link(boxes, np.asarray(frame2ego, np.float64))
+    return move_boxes(boxes, np.asarray(frame2ego, np.float64))
 
 
 def _to_boxes(codes: NDArray[np.float64]) -> NDArray[np.float32]:

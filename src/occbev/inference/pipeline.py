@@ -26,7 +26,7 @@ from occbev.postprocess import (
     OutputError,
     decode_boxes,
     decode_occupancy,
-    in_base_link,
+    move_boxes,
     unobserved,
     voxels_in_view,
 )
@@ -206,7 +206,7 @@ def boxes_of(
     if {"heatmap", "box"} <= set(outputs):
         maps = outputs["heatmap"][0], outputs["box"][0]
         boxes = decode_boxes(*maps, model.bev, decoding, cameras, model.detection_classes)
-        return in_base_link(boxes, frame)
+        return move_boxes(boxes, frame)
     if {"class_logits", "box_codes"} <= set(outputs):
         answers = outputs["class_logits"][0], outputs["box_codes"][0]
         queries = QueryDecoding(decoding.threshold, decoding.max_boxes)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from occbev.config import ModelConfig
 from occbev.geometry import frame2ego, invert_transform
-from occbev.postprocess import in_base_link as to_base_link
+from occbev.postprocess import move_boxes
 from occbev.results import Boxes3D
 
 LIDAR_HEIGHT = 2.0
@@ -48,7 +48,7 @@ def _raised(heights: tuple[float, float]) -> tuple[float, float]:
 def boxes_in_frame(boxes: NDArray[np.float32], frame: str) -> NDArray[np.float32]:
     """Move boxes (M, 9) from base_link into the frame of a BEV."""
     scores = np.ones(len(boxes), np.float32)
-    moved = to_base_link(
+    moved = move_boxes(
         Boxes3D(boxes, np.zeros(len(boxes), np.int64), scores), invert_transform(frame2ego(frame))
     )
     return moved.box
