@@ -12,6 +12,7 @@ import pytest
 from occbev.config import ImageConfig, LiftConfig, ModelConfig
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import BevGrid, VoxelGrid
+from occbev.inference.backend import BackendError
 from occbev.inference.pipeline import STAGES, Pipeline, motion_to_key
 from occbev.inference.tables import bag_tables, lift_points
 from occbev.model_package import ModelPackage
@@ -166,6 +167,21 @@ def test_another_rig_replaces_tables_and_view(backend: KnownBackend) -> None:
     result = line.run(frame_set("front", "back"))
     assert backend.inputs["images"].shape[1] == 2
     assert result.occupancy.state[0, 8, 1] == 1, "now something looks back"
+
+
+def test_a_rig_that_cannot_be_loaded_leaves_the_one_before(
+    backend: KnownBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = pipeline(backend)
+    before = line.rig
+
+    def refuse(cameras: int) -> None:
+        raise BackendError(f"{cameras} cameras are too many")
+
+    monkeypatch.setattr(line, "_load", refuse)
+    with pytest.raises(BackendError, match="4 cameras"):
+        line.set_rig(rig(("left", "front", "right", "back")))
+    assert line.rig is before
 
 
 def test_failures_name_their_cause(backend: KnownBackend) -> None:

@@ -75,11 +75,11 @@ class Pipeline:
 
     def set_rig(self, rig: CameraRig) -> None:
         """Look through another rig from now on; the network is reloaded only if the number of cameras changes."""
-        self.rig = rig
         if len(rig) != self._loaded_for:
             self.backend = self._load(len(rig))
             self._tables = TableCache(self.package.model, self.backend.form)
             self._loaded_for = len(rig)
+        self.rig = rig
         self._view: tuple[str, NDArray[np.bool_]] | None = None
 
     @property
