@@ -16,7 +16,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from occbev.config import ModelConfig
-from occbev.inference.reference_points import can_bus, frame_to_images, pillar_points, project
+from occbev.inference.reference_points import (
+    camera_tables,
+    can_bus,
+    frame_to_images,
+    pillar_points,
+    project,
+)
 from occbev_training.models.bevformer import BevFormerViews, pair_cameras
 from occbev_training.models.detr3d import CameraViews
 from occbev_training.models.lift_splat import BatchedPoints, batch_geometry
@@ -34,15 +40,11 @@ def make_geometry(
     """
     if model.family == "lss":
         return batch_geometry(intrinsic, cam2ego, model)
-    frame2img = np.stack(
-        [
-            frame_to_images(k, pose, model.bev.frame)
-            for k, pose in zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True)
-        ]
-    )
+    samples = zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True)
     if model.family == "detr3d":
-        scale = np.diag([1 / model.image.width, 1 / model.image.height, 1.0, 1.0])
-        return CameraViews(torch.from_numpy(scale @ frame2img).float())
+        tables = [camera_tables(model, *rig)["table_projection"] for rig in samples]
+        return CameraViews(torch.from_numpy(np.concatenate(tables)))
+    frame2img = np.stack([frame_to_images(*rig, model.bev.frame) for rig in samples])
     return _bevformer_views(model, frame2img, camera_valid)
 
 

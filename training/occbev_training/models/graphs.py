@@ -136,10 +136,8 @@ class BagGraph(LiftGraph):
     ) -> tuple[Tensor, ...]:
         """Return `outputs`."""
         points = BatchedPoints(table_pixel, table_depth, table_weight, table_offset, table_ray)
-        lift = self.network.view_transform
         features = self.network.image_encoder(images.flatten(0, 1))
-        logits, context = lift.predict_depth(features, table_ray.flatten(0, 1))
-        bev = lift.pool(logits, context, camera_valid, points)
+        bev, _ = self.network.view_transform(features, camera_valid, points)
         return self.answer(bev, state_in_bev, state_known, table_warp)
 
 
