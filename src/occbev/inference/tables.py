@@ -86,19 +86,24 @@ def place_points(points: ArrayLike, lift: LiftConfig, bev: BevGrid) -> LiftPoint
     points = np.asarray(points)
     assert np.prod(points.shape[:4]) < 2**31, "frustum indices must fit int32"
     lo, hi = lift.z_range
-    level = (points[..., 2:] - lo) / (hi - lo) * lift.height_bins
-    place = np.concatenate([bev.map_coordinates(points[..., :2]), level], -1)
-    cells = (np.trunc if lift.reference_quirks else np.floor)(place).astype(np.int64)
-    inside = np.all((cells >= 0) & (cells < (*bev.shape, lift.height_bins)), axis=-1)
-    camera, _, row, column = np.nonzero(inside)
-    x, y, z = cells[inside].T
-    cell = (z * bev.shape[1] + y) * bev.shape[0] + x
-    pixel = (camera * points.shape[2] + row) * points.shape[3] + column
-    depth = np.flatnonzero(inside)
-    order = np.argsort(cell, kind="stable")
-    return LiftPoints(
-        pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order].astype(np.int32)
+    places = (
+        (points[..., 0] - bev.lo[0]) / bev.pitch[0],
+        (points[..., 1] - bev.lo[1]) / bev.pitch[1],
+        (points[..., 2] - lo) / (hi - lo) * lift.height_bins,
     )
+    inside, cells = np.ones(points.shape[:4], bool), []
+    for place, count in zip(places, (*bev.shape, lift.height_bins), strict=True):
+        cells.append((np.trunc if lift.reference_quirks else np.floor)(place))
+        inside &= (cells[-1] >= 0) & (cells[-1] < count)
+    depth = np.flatnonzero(inside)
+    x, y, z = (axis.reshape(-1)[depth].astype(np.int32) for axis in cells)
+    cell = (z * bev.shape[1] + y) * bev.shape[0] + x
+    bins, rows, columns = points.shape[1:4]
+    pixel = depth // (bins * rows * columns) * (rows * columns) + depth % (rows * columns)
+    # Sixteen bits are sorted by radix, ten times faster.
+    few = bev.size * lift.height_bins <= 2**16
+    order = np.argsort(cell.astype(np.uint16) if few else cell, kind="stable")
+    return LiftPoints(pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order])
 
 
 def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
