@@ -65,6 +65,23 @@ def test_markers_delete_the_last_ones_first_and_expire() -> None:
     assert len(keys) == 3
 
 
+def as_networks_give_it(occupancy: Occupancy) -> Occupancy:
+    """The same voxels with x fastest in memory."""
+    arrays = (occupancy.label, occupancy.confidence, occupancy.state)
+    return Occupancy(*(np.asfortranarray(array) for array in arrays), occupancy.grid)
+
+
+def test_clouds_and_planes_do_not_depend_on_the_memory_of_a_volume() -> None:
+    occupancy, writer = volume(), outputs.CloudWriter(True)
+    other = as_networks_give_it(occupancy)
+    assert (outputs.memory_order(occupancy), outputs.memory_order(other)) == ("C", "F")
+    clouds = [cloud_from_message(writer.message(o, HEADER)) for o in (occupancy, other, occupancy)]
+    np.testing.assert_array_equal(clouds[0], clouds[2])
+    np.testing.assert_array_equal(np.sort(clouds[0]), np.sort(clouds[1]))
+    planes = [outputs.plane_from_occupancy(o) for o in (occupancy, other)]
+    np.testing.assert_array_equal(*planes)
+
+
 @pytest.mark.parametrize("observed", [False, True])
 def test_clouds_read_back_what_the_volume_holds(observed: bool) -> None:
     writer = outputs.CloudWriter(observed)

@@ -9,7 +9,7 @@ import numpy as np
 
 from occbev.benchmarks import Options, Report, interleaved
 from occbev.classes import FREE, OCCUPANCY_COLOURS, OCCUPIED_STATE
-from occbev.grid import GRIDS
+from occbev.grid import GRIDS, xyz_from_volume
 from occbev.results import Occupancy
 
 VOXELS = 30_000
@@ -17,13 +17,15 @@ VOXELS = 30_000
 
 def run(options: Options) -> Report:
     """Time the cloud writers; needs ROS."""
-    from occbev.nodes.outputs import POINT_FIELDS, CloudWriter, header_at
+    from occbev.nodes.outputs import POINT_FIELDS, CloudWriter, header_at, memory_order
+    from occbev.nodes.transport import keep_large_blocks
 
+    keep_large_blocks()  # as the node does
     occupancy, header = labelled_volume(VOXELS), header_at(1, "base_link")
     writer = CloudWriter()
     dtype = np.dtype({"names": [name for name, _, _ in POINT_FIELDS], "formats": ["<f4", "<f4", "<f4", "<u4", "<f4", "u1"],
                       "offsets": [offset for _, offset, _ in POINT_FIELDS], "itemsize": 24})  # fmt: skip
-    chosen = np.flatnonzero(occupancy.state.reshape(-1) == OCCUPIED_STATE)
+    chosen = np.flatnonzero(occupancy.state.ravel(memory_order(occupancy)) == OCCUPIED_STATE)
     timings = interleaved(
         {
             "ours": lambda: writer.message(occupancy, header),
@@ -43,14 +45,16 @@ def run(options: Options) -> Report:
 
 
 def labelled_volume(count: int) -> Occupancy:
-    """Make an Occ3D volume with `count` occupied voxels."""
+    """Make an Occ3D volume with `count` occupied voxels, in memory as the pipeline gives it."""
     grid, rng = GRIDS["occ3d"], np.random.default_rng(0)
     state = np.ones(grid.size, np.uint8)
     state[rng.choice(grid.size, count, replace=False)] = 2
     label = np.where(state == 2, rng.integers(0, FREE, grid.size), FREE).astype(np.uint8)
     confidence = rng.random(grid.size, np.float32)
-    shape = grid.shape
-    return Occupancy(label.reshape(shape), confidence.reshape(shape), state.reshape(shape), grid)
+    shape = grid.shape[::-1]
+    return Occupancy(
+        *(xyz_from_volume(array.reshape(shape)) for array in (label, confidence, state)), grid
+    )
 
 
 def _structured(occupancy: Occupancy, dtype: np.dtype[Any], header: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
@@ -20,13 +20,12 @@ from visualization_msgs.msg import Marker, MarkerArray
 from occbev.classes import (
     DETECTION_CLASSES,
     DETECTION_COLOURS,
-    FREE_STATE,
     OCCUPANCY_CLASSES,
     OCCUPANCY_COLOURS,
     OCCUPIED_STATE,
     UNOBSERVED_STATE,
 )
-from occbev.grid import VoxelGrid
+from occbev.grid import VoxelGrid, volume_from_xyz
 from occbev.nodes.compat import require
 from occbev.nodes.parameters import PerceptionParameters
 from occbev.results import Boxes3D, Occupancy, Perception
@@ -37,11 +36,17 @@ POINT_FIELDS = (
 )  # fmt: skip
 """Name, offset and type of each field of a voxel."""
 
+POINT_FIELD_MESSAGES = [
+    PointField(name=n, offset=o, datatype=t, count=1) for n, o, t in POINT_FIELDS
+]
+
 POINT_STEP = 24
 """Bytes of a voxel; a multiple of four, so that whole columns are written at once."""
 
 GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
 """Occupied voxels of these classes do not block the plane."""
+
+MemoryOrder = Literal["C", "F"]
 
 OCCUPIED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
 
@@ -105,26 +110,22 @@ def markers_message(boxes: Boxes3D, header: Header, lifetime_s: float = 0.5) -> 
     return MarkerArray(markers=markers)
 
 
-@dataclass
 class CloudWriter:
     """Writes voxels as PointCloud2 through buffers that live as long as the grid stays the same.
 
     observed: also free voxels that were observed, not only occupied ones.
     """
 
-    observed: bool = False
-    _grid: VoxelGrid | None = None
-    _template: NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros((0, POINT_STEP // 4), np.float32)
-    )
-    _buffer: NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros((0, POINT_STEP // 4), np.float32)
-    )
-    _rgb: NDArray[np.uint32] = field(default_factory=lambda: _packed_colours())
+    def __init__(self, observed: bool = False) -> None:
+        self.observed = observed
+        self._for: tuple[VoxelGrid, MemoryOrder] | None = None
+        self._template = self._buffer = np.zeros((0, POINT_STEP // 4), np.float32)
+        self._rgb = _packed_colours()
 
     def message(self, occupancy: Occupancy, header: Header) -> PointCloud2:
         """Make the cloud of one volume; points are voxel centres in the grid's frame."""
-        state = occupancy.state.reshape(-1)
+        order = memory_order(occupancy)
+        state = occupancy.state.ravel(order)
         chosen = np.flatnonzero(
             state != UNOBSERVED_STATE if self.observed else state == OCCUPIED_STATE
         )
@@ -133,31 +134,39 @@ class CloudWriter:
     def message_of(
         self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header
     ) -> PointCloud2:
-        """Make the cloud of the voxels with the flat indices `chosen` (M,)."""
-        self.prepare(occupancy.grid)
-        return cloud_message(self._fill(occupancy, chosen), header)
+        """Make the cloud of the voxels with the flat indices `chosen` (M,), in the volume's `memory_order`."""
+        order = memory_order(occupancy)
+        self.prepare(occupancy.grid, order)
+        return cloud_message(self._fill(occupancy, chosen, order), header)
 
-    def prepare(self, grid: VoxelGrid) -> None:
+    def prepare(self, grid: VoxelGrid, order: MemoryOrder = "F") -> None:
         """Compute the centres of a grid's voxels, so that the first cloud does not pay for it."""
-        if self._grid != grid:
-            self._grid = grid
+        if self._for != (grid, order):
+            self._for = (grid, order)
             self._template = np.zeros((grid.size, POINT_STEP // 4), np.float32)
-            self._template[:, :3] = grid.centres().reshape(-1, 3)
+            for axis, centres in enumerate(np.moveaxis(grid.centres(), -1, 0)):
+                self._template[:, axis] = centres.ravel(order)
 
-    def _fill(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> NDArray[np.float32]:
+    def _fill(
+        self, occupancy: Occupancy, chosen: NDArray[np.intp], order: MemoryOrder
+    ) -> NDArray[np.float32]:
         count = len(chosen)
         if len(self._buffer) < count:
             self._buffer = np.zeros((2 * count, POINT_STEP // 4), np.float32)
         points = self._buffer[:count]
+        words = points.view(np.uint32)
         # Whole rows with their centres in place: one gather costs a third of writing three columns.
         np.take(self._template, chosen, axis=0, out=points, mode="clip")
-        labels = occupancy.label.reshape(-1)[chosen]
-        points.view(np.uint32)[:, 3] = self._rgb[labels]
-        points[:, 4] = occupancy.confidence.reshape(-1)[chosen]
-        points.view(np.uint32)[:, 5] = (
-            labels  # little-endian: the label byte comes first, padding follows
-        )
+        labels = occupancy.label.ravel(order).take(chosen, mode="clip")
+        words[:, 3] = self._rgb.take(labels, mode="clip")
+        points[:, 4] = occupancy.confidence.ravel(order).take(chosen, mode="clip")
+        words[:, 5] = labels  # little-endian: the label byte comes first, padding follows
         return points
+
+
+def memory_order(occupancy: Occupancy) -> MemoryOrder:
+    """Return the order in which a volume's voxels are flattened without a copy: "F" as networks give them, x fastest."""
+    return "F" if occupancy.state.flags.f_contiguous else "C"
 
 
 def cloud_message(points: NDArray[np.float32], header: Header) -> PointCloud2:
@@ -165,7 +174,7 @@ def cloud_message(points: NDArray[np.float32], header: Header) -> PointCloud2:
     cloud = PointCloud2(
         header=header, height=1, width=len(points), is_bigendian=False, is_dense=True
     )
-    cloud.fields = [PointField(name=n, offset=o, datatype=t, count=1) for n, o, t in POINT_FIELDS]
+    cloud.fields = POINT_FIELD_MESSAGES
     cloud.point_step, cloud.row_step = POINT_STEP, POINT_STEP * len(points)
     data = array("B")
     if len(points):
@@ -178,11 +187,11 @@ def plane_from_occupancy(occupancy: Occupancy) -> NDArray[np.int8]:
     """Project voxels onto the ground as (Y, X): 100 blocked, 0 free or ground, -1 not observed."""
     blocks = np.ones(len(OCCUPANCY_CLASSES), bool)
     blocks[[OCCUPANCY_CLASSES.index(name) for name in GROUND_CLASSES]] = False
-    occupied = occupancy.state == OCCUPIED_STATE
-    blocked = (occupied & blocks[occupancy.label]).any(axis=2)
-    seen = (occupied | (occupancy.state == FREE_STATE)).any(axis=2)
-    plane = np.where(blocked, OCCUPIED_CELL, np.where(seen, FREE_CELL, UNKNOWN_CELL))
-    return np.ascontiguousarray(plane.T.astype(np.int8))
+    label, state = volume_from_xyz(occupancy.label), volume_from_xyz(occupancy.state)
+    occupied = state == OCCUPIED_STATE
+    blocked = (occupied & blocks.take(label, mode="clip")).any(axis=0)
+    seen = (state != UNOBSERVED_STATE).any(axis=0)
+    return np.where(blocked, OCCUPIED_CELL, np.where(seen, FREE_CELL, UNKNOWN_CELL)).astype(np.int8)
 
 
 def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
