@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -152,7 +154,8 @@ def test_occupancy_is_arg_max_and_softmax(chunk: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(postprocess, "CHUNK", chunk)
     logits = occupancy_logits()
     probability = np.exp(logits) / np.exp(logits).sum(0)
-    occupancy = decode_occupancy(logits, GRID, ("front",))
+    with ThreadPoolExecutor(2) as pool:
+        occupancy = decode_occupancy(logits, GRID, ("front",), pool=pool)
     np.testing.assert_array_equal(volume_from_xyz(occupancy.label), logits.argmax(0))
     np.testing.assert_allclose(volume_from_xyz(occupancy.confidence), probability.max(0), rtol=1e-5)
     np.testing.assert_array_equal(occupancy.state, np.where(occupancy.label == FREE, 1, 2))

@@ -77,6 +77,17 @@ def test_a_point_stays_on_its_pixel(width: int, height: int) -> None:
     np.testing.assert_allclose(centroid(pixels), fitted.project(point)[0][0], atol=0.12)
 
 
+@pytest.mark.parametrize("size", [(800, 450), (640, 480), (817, 461)])
+def test_rows_that_are_cut_away_need_not_be_scaled(size: tuple[int, int]) -> None:
+    config = ImageConfig(width=352, height=128)
+    image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    camera = Camera("c", *size, [[300, 0, 200], [0, 300, 120], [0, 0, 1]], np.eye(4))
+    fit = Fit.cover(*size, config)
+    whole = cv2.resize(image, fit.scaled, interpolation=cv2.INTER_AREA)
+    pixels, _ = Preprocessor(config).network_image(image, camera)
+    np.testing.assert_array_equal(pixels, whole[fit.crop[1] : fit.crop[1] + 128])
+
+
 def test_a_flat_image_covers_the_height_and_keeps_its_middle_columns() -> None:
     assert Fit.cover(400, 100, SMALL) == Fit((128, 32), (32, 0))
 

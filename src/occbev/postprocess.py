@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import cv2
@@ -123,11 +124,13 @@ def bev_overlap(a: Floats, b: Floats) -> float:
 
 
 def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] = (),
-                     observed: NDArray[np.bool_] | None = None, min_free: float = 0.0) -> Occupancy:  # fmt: skip
+                     observed: NDArray[np.bool_] | None = None, min_free: float = 0.0,
+                     pool: Executor | None = None) -> Occupancy:  # fmt: skip
     """Turn occupancy logits (K, Z, Y, X), the last class free, into labels with their softmax confidence.
 
     observed: (X, Y, Z); where it is False the state is unobserved and the confidence 0. None: all observed.
     min_free: least probability of free for a voxel to be free; below it the likeliest other class is the label.
+    pool: threads that share the work.
     Raises:
         OutputError: the volume does not fit the grid, or is not finite.
     """
@@ -136,13 +139,16 @@ def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] =
         raise OutputError(
             f"occupancy logits {logits.shape} do not fit a grid of {grid.shape} [x, y, z]"
         )
-    label, confidence = np.zeros(grid.size, np.uint8), np.empty(grid.size, np.float32)
+    label, confidence = np.empty(grid.size, np.uint8), np.empty(grid.size, np.float32)
     flat = logits.reshape(len(logits), -1)
-    for start in range(0, grid.size, CHUNK):
+
+    def decide(start: int) -> None:
         part = slice(start, start + CHUNK)
         with np.errstate(invalid="ignore", over="ignore"):
-            _label_chunk(flat[:, part], label[part], confidence[part])
-            _fill_doubtful(flat[:, part], label[part], confidence[part], min_free)
+            _decide(flat[:, part], label[part], confidence[part], min_free)
+
+    for _ in (pool.map if pool else map)(decide, range(0, grid.size, CHUNK)):
+        pass
     if not np.isfinite(confidence).all():
         raise OutputError("occupancy logits hold values that are not finite")
     label, confidence = (
@@ -234,29 +240,19 @@ def _greedy(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return keep
 
 
-def _label_chunk(logits: Floats, label: NDArray[np.uint8], confidence: Floats) -> None:
-    """Write arg-max and its softmax of (K, M) logits; the planes stay in cache between both passes."""
-    best, above = logits[0].astype(np.float32), np.empty(len(label), bool)
-    for index in range(1, len(logits)):
-        np.greater(logits[index], best, out=above)
-        np.maximum(best, logits[index], out=best)
-        # A later winner has the larger index, so that a maximum replaces the slower masked store.
-        np.maximum(label, above.view(np.uint8) * np.uint8(index), out=label)
-    total, term = np.zeros(len(label), np.float32), np.empty(len(label), np.float32)
+def _decide(logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float) -> None:
+    """Write labels of (K, M) logits, the last class free, and their softmax; the planes stay in cache between passes.
+
+    Most voxels are free, so that the likeliest other class is looked for where one is not.
+    """
+    free = logits[-1]
+    best = np.maximum.reduce(logits[:-1], axis=0, dtype=np.float32)
+    top, total, term = np.maximum(best, free), np.zeros_like(best), np.empty_like(best)
     for plane in logits:
-        np.subtract(plane, best, out=term)
+        np.subtract(plane, top, out=term)
         total += np.exp(term, out=term)
-    np.reciprocal(total, out=confidence)
-
-
-def _fill_doubtful(
-    logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float
-) -> None:
-    """Give (M,) voxels that are free with less than `min_free` their likeliest other class."""
-    free = len(logits) - 1
-    doubtful = np.flatnonzero((label == free) & (confidence < min_free))
-    if len(doubtful) == 0:
-        return
-    others = logits[:free, doubtful].astype(np.float32)
-    label[doubtful] = others.argmax(0)
-    confidence[doubtful] *= np.exp(others.max(0) - logits[free, doubtful])
+    np.divide(np.exp(np.subtract(free, top, out=term), out=term), total, out=confidence)
+    label[:] = len(logits) - 1
+    occupied = np.flatnonzero(~((free > best) & (confidence >= min_free)))
+    label[occupied] = logits[:-1, occupied].argmax(0)
+    confidence[occupied] = np.exp(best[occupied] - top[occupied]) / total[occupied]

@@ -6,6 +6,7 @@ a guessed image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -118,16 +119,13 @@ class Preprocessor:
         """
         camera = match_size(camera, image)
         fit = Fit.cover(camera.width, camera.height, self.config)
-        if fit.scaled != (camera.width, camera.height):
-            shrinks = fit.scaled[0] <= camera.width
-            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            image = np.asarray(cv2.resize(image, fit.scaled, interpolation=method), np.uint8)
         fitted = network_camera(camera, self.config)
         if camera.distortion:
-            image = self._rectified(image, camera, fitted)[: fit.scaled[1]]
+            image = self._rectified(_scaled(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
             return self._filled(image), fitted
         (x, y), (width, height) = fit.crop, (self.config.width, self.config.height)
-        return self._filled(image[y : y + height, x : x + width]), fitted
+        image, skipped = _scaled_below(image, fit.scaled, y)
+        return self._filled(image[y - skipped : y - skipped + height, x : x + width]), fitted
 
     def _filled(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Fill rows that are empty below."""
@@ -144,26 +142,31 @@ class Preprocessor:
         mean = self.config.mean if self.config.channel_order == "rgb" else self.config.mean[::-1]
         return tuple(round(value) for value in mean)
 
-    def prepare(self, frame_set: FrameSet, rig: CameraRig) -> PreparedImages:
-        """Make the network input of one frame set, in the order of `rig`.
+    def prepare(
+        self, frame_set: FrameSet, rig: CameraRig, pool: Executor | None = None
+    ) -> PreparedImages:
+        """Make the network input of one frame set, in the order of `rig`, side by side in `pool` if there is one.
 
         Raises:
             ImageError: naming the camera whose image cannot be used.
         """
         shape = (len(rig), 3, self.config.height, self.config.width)
-        images, valid, cameras = np.zeros(shape, np.float32), np.zeros(len(rig), np.float32), []
-        for index, camera in enumerate(rig.cameras):
+        images, valid = np.zeros(shape, np.float32), np.zeros(len(rig), np.float32)
+
+        def place(index: int) -> Camera:
+            camera = rig.cameras[index]
             frame = frame_set.frames.get(camera.name)
             if frame is None:
-                cameras.append(network_camera(camera, self.config))
-                continue
+                return network_camera(camera, self.config)
             array = self.decode(frame, camera).image
             assert isinstance(array, np.ndarray)
             pixels, fitted = self.network_image(array, camera)
             self.normalise(pixels, images[index])
             valid[index] = 1.0
-            cameras.append(fitted)
-        return PreparedImages(images, valid, CameraRig(tuple(cameras)))
+            return fitted
+
+        cameras = tuple((pool.map if pool else map)(place, range(len(rig))))
+        return PreparedImages(images, valid, CameraRig(cameras))
 
     def normalise(
         self, pixels: NDArray[np.uint8], out: NDArray[np.float32] | None = None
@@ -275,6 +278,30 @@ def network_camera(camera: Camera, config: ImageConfig) -> Camera:
     scale_x, scale_y = fit.scaled[0] / camera.width, fit.scaled[1] / camera.height
     fitted = camera.resized(scale_x, scale_y, fit.crop, (config.width, config.height))
     return replace(fitted, distortion_model="none", distortion=())
+
+
+def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Scale to (width, height): averaging areas where that is smaller."""
+    if size == (image.shape[1], image.shape[0]):
+        return image
+    method = cv2.INTER_AREA if size[0] <= image.shape[1] else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, size, interpolation=method), np.uint8)
+
+
+def _scaled_below(
+    image: NDArray[np.uint8], size: tuple[int, int], first: int
+) -> tuple[NDArray[np.uint8], int]:
+    """Scale to (width, height), leaving out rows above the scaled row `first` where averages do not reach over.
+
+    Returns: the scaled image below, and how many scaled rows were left out.
+    """
+    rows = len(image)
+    if size[1] > rows:
+        return _scaled(image, size), 0
+    common = math.gcd(rows, size[1])  # so many times whole rows meet whole rows
+    skipped = first // (size[1] // common) * (size[1] // common)
+    above = skipped * rows // size[1]
+    return _scaled(image[above:], (size[0], size[1] - skipped)), skipped
 
 
 def _normalisation(config: ImageConfig) -> NDArray[np.float32]:

@@ -107,7 +107,7 @@ class Pipeline:
         clock = [time.perf_counter_ns()]
         decoded = self._preprocessor.decode_all(frame_set, self.rig, self._pool)
         clock.append(time.perf_counter_ns())
-        prepared = self._preprocessor.prepare(decoded, self.rig)
+        prepared = self._preprocessor.prepare(decoded, self.rig, self._pool)
         clock.append(time.perf_counter_ns())
         moved = self._moved(prepared, frame_set, motion)
         tables = self._tables.tables(moved, prepared.camera_valid)
@@ -180,7 +180,7 @@ class Pipeline:
         observed = np.any(self._in_view(prepared.rig)[prepared.camera_valid > 0], axis=0)
         logits = outputs["occupancy_logits"][0]
         occupancy = decode_occupancy(
-            logits, model.grid, cameras, observed, model.occupancy.min_free
+            logits, model.grid, cameras, observed, model.occupancy.min_free, self._pool
         )
         return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
 
