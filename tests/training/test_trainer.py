@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -155,6 +156,58 @@ def test_a_run_that_died_between_renames_resumes_from_the_older_checkpoint(tmp_p
     trainer = _toy(tmp_path, steps=10)
     trainer._resume()
     assert trainer.progress.step == 10
+
+
+def test_a_run_that_died_before_the_older_checkpoint_was_removed_goes_on(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=10).run()
+    shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.old")
+    assert _toy(tmp_path, steps=20).run()
+    assert json.loads((tmp_path / "checkpoint" / "progress.json").read_text())["step"] == 20
+    assert not (tmp_path / "checkpoint.old").exists()
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_wanted(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=10).run()
+    assert _toy(tmp_path, steps=10).run()
+    assert [line["step"] for line in _lines(tmp_path)] == [5, 10]
+    assert _toy(tmp_path, steps=20).run()
+    assert [line["step"] for line in _lines(tmp_path)] == [5, 10, 15, 20]
+
+
+def test_a_plan_that_was_shortened_is_whole_again_after_a_stop(tmp_path: Path) -> None:
+    stopped = _toy(tmp_path, steps=40)
+
+    def stop(line: Any) -> None:
+        stopped.progress.planned, stopped.stop_requested = 25, True
+
+    assert not stopped.run(minutes=10, report=stop)
+    resumed = _toy(tmp_path, steps=40)
+    assert resumed.run()
+    assert resumed.progress.step == 40
+
+
+def test_a_plan_that_was_finished_in_time_stays_finished(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=40).run(minutes=1e-6)
+    again = _toy(tmp_path, steps=40)
+    assert again.run(minutes=1e-6)
+    assert again.progress.step < 40
+    assert again.progress.step == _lines(tmp_path)[-1]["step"]
+
+
+def test_a_step_that_failed_after_a_stop_was_asked_for_is_not_kept(tmp_path: Path) -> None:
+    trainer = _toy(tmp_path)
+    trainer.save_checkpoint()
+
+    def poisoned(first: int) -> Iterator[Points]:
+        for batch in _loader(first):
+            trainer.stop_requested = True
+            yield replace(batch, x=batch.x * math.nan)
+
+    trainer.loader = poisoned
+    before = (tmp_path / "checkpoint" / "weights.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="not finite"):
+        trainer.run()
+    assert (tmp_path / "checkpoint" / "weights.safetensors").read_bytes() == before
 
 
 def test_accumulated_passes_count_as_one_step(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,9 +70,10 @@ Loader = Callable[[int], Iterable[Any]]
 
 @dataclass
 class Progress:
-    """Where a run stands. planned: steps after which it ends, at most the config's."""
+    """Where a run stands. wanted: the config's steps. planned: those after which it ends, fewer if time is short."""
 
     step: int = 0
+    wanted: int = 0
     planned: int = 0
     seconds: float = 0.0
 
@@ -103,7 +104,7 @@ class Trainer:
         )
         self.ema = WeightAverage(self._bare(), config.optim)
         self.epoch_steps = None if epoch_passes is None else max(1, math.ceil(epoch_passes / config.accumulate))  # fmt: skip
-        self.progress = Progress(planned=self.wanted_steps)
+        self.progress = Progress(wanted=self.wanted_steps, planned=self.wanted_steps)
         self.stop_requested = False
         self.seconds: Counter[str] = Counter()
         """Where the time of all steps went: data, forward, backward, optimiser and, around them, step."""
@@ -134,14 +135,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             save_config(self.folder / "config.yaml", self.config)
         log = MetricsLog(self.folder, report, self.accelerator.is_main_process)
-        finished = False
         try:
             finished = self._steps(log, minutes)
+            # Not after an error: a step that failed has left its traces in the network.
+            self.save_checkpoint()
         finally:
             log.close()
-            # A step that failed has left its traces in the network: keep the checkpoint before it.
-            if finished or self.stop_requested:
-                self.save_checkpoint()
         if finished:
             self._save_weights()
         return finished
@@ -171,6 +170,9 @@ class Trainer:
         (temporary / "progress.json").write_text(json.dumps(record))
         old = self.folder / "checkpoint.old"
         if final.exists():
+            shutil.rmtree(
+                old, ignore_errors=True
+            )  # the process may have died before it was removed
             final.rename(old)
         temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
@@ -186,10 +188,9 @@ class Trainer:
         begun, seconds_before, saved = time.monotonic(), progress.seconds, time.monotonic()
         batches = iter(self.loader(progress.step * config.accumulate))
         pace = None if minutes is None else Pace(minutes * 60)
-        alone = self.accelerator.num_processes == 1
         self.network.train()
         while progress.step < progress.planned:
-            if self.stop_requested and alone:
+            if self._stop_asked():
                 return False
             with self._timed("step"):
                 log.add(self._step(batches))
@@ -201,11 +202,7 @@ class Trainer:
                     progress.planned = pace.planned(progress.step, self.wanted_steps)
                 due = time.monotonic() - saved > config.checkpoint_minutes * 60
                 # All processes follow the first one: they must take the same steps and save together.
-                progress.planned, self.stop_requested, due = agreed(
-                    [progress.planned, self.stop_requested, due]
-                )
-                if self.stop_requested:
-                    return False
+                progress.planned, due = agreed([progress.planned, due])
                 log.write(progress, {"lr": self.optimizer.param_groups[0]["lr"]})
             last = progress.step >= progress.planned
             if self.validate and (
@@ -217,6 +214,13 @@ class Trainer:
                 self.save_checkpoint()
                 saved = time.monotonic()
         return True
+
+    def _stop_asked(self) -> bool:
+        """Tell whether any process was asked to stop: after a signal there are seconds, not log lines."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_requested
+        flag = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, "sum")) > 0
 
     def _step(self, batches: Iterator[Any]) -> dict[str, float]:
         """Do one optimiser step; returns the loss terms, gradient norm, samples, and seconds waited for data."""
@@ -321,7 +325,7 @@ class Trainer:
         if order != self._order():
             raise TrainingError(f"{folder}: made with {order}, this run has {self._order()}; go on with the same, "
                                 "or begin a new run from its weights with --from")  # fmt: skip
-        self.progress = Progress(**record)
+        self.progress = self._gone_on(Progress(**record))
         self._bare().load_state_dict(load_file(folder / "weights.safetensors"))
         self.ema.state = {
             name: value.to(self.accelerator.device)
@@ -332,6 +336,13 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"][rank])
         logger.info("resumed at step %d of %d", self.progress.step, self.progress.planned)
+
+    def _gone_on(self, before: Progress) -> Progress:
+        """Return the plan of a run that goes on: what the config wants now, unless that was finished in time."""
+        finished = before.step >= before.planned
+        if finished and before.wanted in (0, self.wanted_steps):  # 0: written before it was kept
+            return before
+        return replace(before, wanted=self.wanted_steps, planned=self.wanted_steps)
 
     def _save_weights(self) -> None:
         if self.accelerator.is_main_process:
