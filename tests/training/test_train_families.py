@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ pytest.importorskip("numba")
 
 from occbev.config import ConfigError, ModelConfig, load_config, save_config
 from occbev.grid import GRIDS
+from occbev_training.data import datasets
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import PrepareConfig, prepare
+from occbev_training.data.datasets import TrainingSample, with_past
 from occbev_training.data.frames import LIDAR_HEIGHT, boxes_in_frame, in_base_link
 from occbev_training.families import reduced
 from occbev_training.sources.recording import OccupancyTruth
@@ -89,6 +92,25 @@ def test_both_stages(
     carried = {n.split(".")[0] for n in record["begun_from"]["transfer"]["carried"]}
     assert "image_encoder" in carried
     assert "view_transform" in carried or name == "detr3d_r101"
+
+
+def test_the_past_is_as_long_as_the_config_says(
+    repository: Path, caches: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training leaves frames out at random, validation sees consecutive ones."""
+    asked = set()
+
+    def spied(*arguments: Any, vary: bool = True) -> TrainingSample:
+        asked.add((arguments[-1], vary))
+        return with_past(*arguments, vary=vary)
+
+    monkeypatch.setattr(datasets, "with_past", spied)
+    save_config(tmp_path / "model.yaml", _model(repository, "bevformer_tiny"))
+    config = TrainingConfig(
+        model=str(tmp_path / "model.yaml"), steps=1, batch=1, workers=0, history=1, optim=OptimConfig(scales={})
+    )  # fmt: skip
+    assert train_stage(config, StageInputs(*caches), tmp_path / "run")
+    assert asked == {(1, True), (1, False)}
 
 
 def test_published_grids_in_lidar_axes_become_the_preset_of_detection(repository: Path) -> None:

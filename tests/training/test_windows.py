@@ -57,6 +57,7 @@ def test_past_frames_are_of_the_same_drive_and_a_bevformer_leaves_one_out(
     assert past_indices(cache, 4, 2, "lss", rng) == [None, None]  # the second drive begins
     drawn = {tuple(past_indices(cache, 3, 2, "bevformer", rng)) for _ in range(60)}
     assert drawn == {(2, 1), (2, 0), (1, 0)}
+    assert past_indices(cache, 3, 2, "bevformer") == [2, 1]  # in use no frame is left out
     assert [history_length(m) for m in (MODEL, LIFT, FORMER)] == [0, 2, 2]
     assert (history_length(FORMER, 3), history_length(MODEL, 3), history_length(LIFT, 0)) == (
         3,

@@ -86,7 +86,12 @@ def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
     if config.precision == "bf16" and not torch.cuda.is_available():
         objectives.keep_large_depthwise_in_float32(network)
     dataset = SampleDataset(
-        samples, model, config.augment, config.seed, _order(config, model, samples)
+        samples,
+        model,
+        config.augment,
+        config.seed,
+        _order(config, model, samples),
+        config.history,
     )
     validate = _validation(model, config, samples, inputs.validation)
     trainer = Trainer(
@@ -184,21 +189,25 @@ NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def predictor(
-    network: nn.Module, model: ModelConfig, samples: Samples
+    network: nn.Module, model: ModelConfig, samples: Samples, history: int = -1
 ) -> Callable[[int], Prediction]:
-    """Return a function that predicts one sample with a network in evaluation mode."""
+    """Return a function that predicts one sample with a network in evaluation mode.
+
+    history: as `TrainingConfig.history`; the past is of consecutive frames.
+    """
     from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation
     from occbev_training.data.datasets import Collate, augmented, with_past
 
     size = (model.image.width, model.image.height)
-    collate, history = Collate(model), history_length(model)
+    collate, length = Collate(model), history_length(model, history)
     device = next(network.parameters()).device
 
     def predict(index: int) -> Prediction:
         cached = samples[index]
         still = draw_augmentation(0, len(cached.images), size, NO_AUGMENTATION)
         sample = augmented(samples.name(index), cached, still, model)
-        batch = collate([with_past(sample, samples, index, still, model, history)]).to(device)
+        sample = with_past(sample, samples, index, still, model, length, vary=False)
+        batch = collate([sample]).to(device)
         with torch.no_grad():
             output = objectives.run_network(network, batch, model)
         return _prediction(output, model)
@@ -289,7 +298,7 @@ def _validation(model: ModelConfig, config: TrainingConfig, samples: Samples, ro
     )
 
     def validate(network: nn.Module) -> Mapping[str, float]:
-        predict = predictor(network, model, held_out)
+        predict = predictor(network, model, held_out, config.history)
         if config.stage == "pretrain":
             return {"iou": reconstruction_iou(held_out, predict, indices)}
         scores: Scores = evaluate(held_out, predict, model, indices=indices)

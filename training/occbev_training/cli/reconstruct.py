@@ -23,6 +23,7 @@ from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
 from occbev_training.reconstruction import reconstruct, reconstruction_picture
 from occbev_training.stages import predictor
+from occbev_training.train_config import TrainingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     weights = args.run / "weights.safetensors"
     load_strictly(network, read_weights(weights)[0], str(weights))
     samples = open_samples(args.data, model, "pretrain", args.split)
-    predict = predictor(network.eval(), model, samples)
+    config = load_config(args.run / "config.yaml", TrainingConfig)
+    predict = predictor(network.eval(), model, samples, config.history)
     chosen = np.unique(np.linspace(0, len(samples) - 1, args.samples).round().astype(int))
     scores, pictures = {}, []
     for index in chosen.tolist():

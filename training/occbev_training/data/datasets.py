@@ -5,6 +5,7 @@ The order and every augmentation follow from (seed, position) alone, so a positi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -214,7 +215,7 @@ def batches(dataset: SampleDataset, batch: int, workers: int, first: int = 0, ra
     # Workers start afresh: a fork of a process in which runtimes hold threads and locks can crash.
     return DataLoader(dataset, batch_sampler=PositionBatches(batch, first, rank, world), num_workers=workers,
                       collate_fn=Collate(dataset.model), prefetch_factor=3 if workers else None,
-                      worker_init_fn=_one_thread, multiprocessing_context="spawn" if workers else None)  # fmt: skip
+                      worker_init_fn=_begin_worker, multiprocessing_context="spawn" if workers else None)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -283,13 +284,12 @@ def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -
 
 
 def with_past(sample: TrainingSample, samples: Samples, index: int, draw: Draw, model: ModelConfig,
-              length: int) -> TrainingSample:  # fmt: skip
-    """Add the past frames of a sample, which share its draw."""
+              length: int, vary: bool = True) -> TrainingSample:  # fmt: skip
+    """Add the past frames of a sample, which share its draw; vary: as in `past_indices`, by the draw's seed."""
     if length == 0:
         return sample
-    chosen = past_indices(
-        samples, index, length, model.family, np.random.default_rng(draw.seed + 2)
-    )
+    rng = np.random.default_rng(draw.seed + 2) if vary else None
+    chosen = past_indices(samples, index, length, model.family, rng)
     past = tuple(
         None if i is None else _past_view(samples[i], draw, samples.moment(i).ego2global)
         for i in chosen
@@ -397,8 +397,10 @@ def _volumes(arrays: Sequence[NDArray[np.generic]]) -> Tensor:
     return torch.from_numpy(np.stack([np.ascontiguousarray(np.swapaxes(a, 0, 2)) for a in arrays]))
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
+    """Compute in one thread, and leave Ctrl-C to the trainer, which then asks for no more batches."""
     import cv2
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

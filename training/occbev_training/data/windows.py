@@ -73,16 +73,16 @@ def history_length(model: ModelConfig, asked: int = -1) -> int:
 
 
 def past_indices(
-    samples: Samples, index: int, length: int, family: str, rng: np.random.Generator
+    samples: Samples, index: int, length: int, family: str, rng: np.random.Generator | None = None
 ) -> list[int | None]:
     """Choose the past frames of a sample, newest first; None before its drive begins.
 
-    A BEVFormer leaves one of the `length` + 1 frames before out at random, so that it learns unequal steps
-    (Li et al. 2022, section 3.6).
+    rng: lets a BEVFormer in training leave one of the `length` + 1 frames before out, so that it learns unequal
+        steps (Li et al. 2022, section 3.6); None takes consecutive frames.
     """
     drive = samples.drive(index)
     steps = list(range(1, length + 1))
-    if family == "bevformer" and length:
+    if family == "bevformer" and length and rng is not None:
         steps = list(range(1, length + 2))
         steps.pop(int(rng.integers(len(steps))))
     places = [index - step for step in steps]
