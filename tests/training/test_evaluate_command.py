@@ -145,6 +145,28 @@ def test_the_files_of_a_run_score_as_the_run_did(scored: Path, root: Path, tmp_p
     assert again["detection"]["AP"] == first["detection"]["AP"]
 
 
+def test_only_the_scenes_asked_for_are_scored(
+    scored: Path, package: Path, root: Path, tmp_path: Path
+) -> None:
+    scenes = tmp_path / "val.txt"
+    scenes.write_text("# one of two\ntiny-1\n")
+    run(package, "--data", root, "--backend", "torch", "--scenes", scenes, "--draws", 0, "--workers", 2,
+        "--out", tmp_path / "val")  # fmt: skip
+    record = json.loads((tmp_path / "val" / "metrics.json").read_text())
+    assert (record["samples"], record["drives"]) == (2, 1)
+    run("--results", tmp_path / "val" / "results.json", "--nuscenes", root, "--draws", 0,
+        "--json", tmp_path / "files.json")  # fmt: skip
+    files = json.loads((tmp_path / "files.json").read_text())
+    assert (files["samples"], files["summary"]["NDS"]) == (2, record["summary"]["NDS"])
+    run("--voxels", scored / "voxels", "--scenes", scenes, "--nuscenes", root, "--draws", 0)
+    rows = json.loads((tmp_path / "val" / "results.json").read_text())
+    rows["results"].popitem()
+    (tmp_path / "part.json").write_text(json.dumps(rows))
+    assert (
+        main(["evaluate", "--results", str(tmp_path / "part.json"), "--nuscenes", str(root)]) != 0
+    )
+
+
 def test_scores_do_not_depend_on_the_number_of_processes(
     package: Path, root: Path, scored: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +227,8 @@ def test_wrong_asks_are_answered(
     assert "not both" in refused(package, "--data", root, "--results", "r.json")
     assert "neither a sample cache" in refused(package, "--data", tmp_path)
     assert "probability" in refused(package, "--data", root, "--min-free", 2)
+    (tmp_path / "names.txt").write_text("tiny-0\nelsewhere\n")
+    assert "elsewhere" in refused(package, "--data", root, "--scenes", tmp_path / "names.txt")
 
 
 def test_voxels_that_are_missing_or_wrong_are_named(

@@ -15,6 +15,7 @@ pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
 from occbev.rig import CameraRig
 from occbev_training.cli import main
+from occbev_training.data.shards import ShardReader
 from occbev_training.sources.bags import write_bag
 from occbev_training.sources.clocks import ClockCorrection
 from occbev_training.sources.discovery import OpenBag, Simulate, find_recordings
@@ -55,6 +56,25 @@ def test_a_folder_of_bags_becomes_pairs_and_a_picture(bags, tmp_path, capsys) ->
     assert cv2.imread(str(tmp_path / "pair.png")).shape[1] > 500
     assert "occupied cells" in (tmp_path / "pair.html").read_text()
     assert main(["view", str(out), "nothing/1", "--out", str(tmp_path / "x.png")]) == 2
+
+
+def test_only_the_drives_asked_for_become_pairs_and_samples(
+    tmp_path, make_recording, capsys
+) -> None:
+    root, scenes = tmp_path / "root", tmp_path / "train.txt"
+    write_nuscenes([make_recording("tiny-0", 1), make_recording("tiny-1", 1)], root)
+    scenes.write_text("tiny-1\n")
+    pairs = ["pairs", str(tmp_path / "pairs"), str(root), "--scenes", str(scenes), "--window", "0.3", "--json"]  # fmt: skip
+    main([*pairs, "--min-support", "0.2", "--no-gate"])
+    assert {row["drive"] for row in ShardReader(tmp_path / "pairs").rows} == {"tiny-1"}
+    cache = ["prepare", str(tmp_path / "cache"), "--nuscenes", str(root), "--scenes", str(scenes)]
+    assert main([*cache, "--no-labels"]) == 0
+    assert [path.parent.name for path in (tmp_path / "cache").glob("*/drive.json")] == ["tiny-1"]
+    scenes.write_text("tiny-2\n")
+    capsys.readouterr()
+    assert main(cache) != 0
+    assert "tiny-2" in capsys.readouterr().err
+    assert main(pairs) != 0
 
 
 def test_gated_noise_is_refused_with_reasons(bags, tmp_path, capsys) -> None:

@@ -21,6 +21,7 @@ from occbev_training.data.cache import CachedSample, SampleCache, open_cache
 from occbev_training.evaluate import TRUTH, annotations_of, dense_truth
 from occbev_training.metrics.occupancy import ray_origins
 from occbev_training.scores import OccupancyView
+from occbev_training.sources.discovery import chosen_names
 from occbev_training.sources.nuscenes import NuscenesRecording, NuscenesRoot, open_nuscenes
 from occbev_training.sources.recording import Annotations, OccupancyTruth, Recording
 from occbev_training.sources.truth import read_truth
@@ -67,18 +68,21 @@ class HeldOut(Protocol):
         ...
 
 
-def open_held_out(path: Path) -> HeldOut:
+def open_held_out(path: Path, drives: Sequence[str] | None = None) -> HeldOut:
     """Open a sample cache, a nuScenes root, or a folder of `occbev-train simulate --format bag`.
+
+    drives: only these; all by default.
 
     Raises:
         HeldOutError: the folder is none of these.
+        ValueError: it lacks one of the drives.
     """
     if any(path.glob("*/drive.json")):
-        return CacheFrames(open_cache(path))
+        return CacheFrames(open_cache(path, drives))
     if any(path.glob("*/sample_data.json")):
-        return RootFrames(open_nuscenes(path))
+        return RootFrames(open_nuscenes(path), drives)
     if (path / "truth").is_dir() and (path / "bags").is_dir():
-        return BagFrames(path)
+        return BagFrames(path, drives)
     raise HeldOutError(f"{path}: neither a sample cache (*/drive.json), nor a nuScenes root (*/sample_data.json),"
                        " nor simulated bags (bags/ and truth/)")  # fmt: skip
 
@@ -171,12 +175,14 @@ class RootFrames(RecordingFrames):
 
     source = "nuScenes root"
 
-    def __init__(self, root: NuscenesRoot, with_images: bool = True) -> None:
-        """with_images: leave out key frames of which no image is there."""
+    def __init__(
+        self, root: NuscenesRoot, scenes: Sequence[str] | None = None, with_images: bool = True
+    ) -> None:
+        """scenes: only these. with_images: leave out key frames of which no image is there."""
         self.root = root
         keys = [
             (recording, key)
-            for recording in root.recordings()
+            for recording in root.recordings(chosen_names(root.scenes, scenes, root.path))
             for key in range(len(recording.key_stamp_ns))
             if not with_images or recording.available(key)
         ]
@@ -191,8 +197,9 @@ class BagFrames(RecordingFrames):
 
     source = "bags"
 
-    def __init__(self, folder: Path) -> None:
-        drives = [TruthfulBag(folder, path.name) for path in sorted((folder / "truth").iterdir())]
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        found = chosen_names([path.name for path in sorted((folder / "truth").iterdir())], names, folder)  # fmt: skip
+        drives = [TruthfulBag(folder, name) for name in found]
         super().__init__([(drive, key) for drive in drives for key in range(len(drive.key_stamp_ns))])  # fmt: skip
 
 

@@ -46,6 +46,8 @@ class RunOptions:
     """Folder for the predicted voxels of every frame; None keeps none."""
     worst: int = 0
     """Worst frames that are kept, by boxes and by voxels each."""
+    drives: tuple[str, ...] | None = None
+    """Only these of the data; None takes all."""
 
 
 @dataclass(frozen=True, order=True)
@@ -184,7 +186,7 @@ def run_in_processes(folder: Path, data: Path, indices: Sequence[int], options: 
 
     Results are those of one process, since they are put in order before anything is scored.
     """
-    held_out = open_held_out(data)
+    held_out = open_held_out(data, options.drives)
     if workers <= 1:
         return run_package(ModelPackage.load(folder), held_out, indices, options, progress)
     run, done = PackageRun(), 0
@@ -211,7 +213,8 @@ def shares(drives: Sequence[str], indices: Sequence[int], workers: int) -> Itera
 
 
 def _run_share(folder: Path, data: Path, indices: Sequence[int], options: RunOptions) -> PackageRun:
-    return run_package(ModelPackage.load(folder), open_held_out(data), indices, options)
+    held_out = open_held_out(data, options.drives)
+    return run_package(ModelPackage.load(folder), held_out, indices, options)
 
 
 def _one_thread() -> None:

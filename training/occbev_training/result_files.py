@@ -5,7 +5,7 @@ A result file is scored as the nuScenes server scores it; a folder of voxels as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from occbev_training.metrics.nuscenes_results import (
 )
 from occbev_training.metrics.occ3d_results import read_occupancy
 from occbev_training.scores import FrameResult, Scores, count_occupancy, match_near
+from occbev_training.sources.nuscenes import NuscenesRoot
 
 
 def results_of(frames: Sequence[FrameResult], root: RootFrames, indices: Sequence[int]) -> Results:
@@ -47,9 +48,24 @@ def official_scores(
     )
 
 
+def scenes_of(root: NuscenesRoot, tokens: Iterable[str]) -> list[str]:
+    """Return the scenes that samples are of, so that all samples of these can be asked for.
+
+    Raises:
+        ResultsError: a sample is of another root, or there is none.
+    """
+    tokens, samples = set(tokens), root.tables["sample"]
+    unknown = sorted(tokens - set(samples))
+    if unknown or not tokens:
+        what = f"{len(unknown)} samples that are not" if unknown else "no sample that is"
+        raise ResultsError(f"the results hold {what} in {root.path}: {unknown[:3]}")
+    scenes = {samples[token]["scene_token"] for token in tokens}
+    return [row["name"] for token, row in root.tables["scene"].items() if token in scenes]
+
+
 def score_files(root: RootFrames, results: Results | None, voxels: Path | None,
                 progress: Callable[[int], None] = lambda done: None) -> tuple[Scores, list[FrameResult]]:  # fmt: skip
-    """Score a result file, a folder of voxels, or both, over every sample of a root.
+    """Score a result file, a folder of voxels, or both, over every sample of a root's scenes.
 
     root: with frames that have no image.
     Raises:
@@ -58,7 +74,7 @@ def score_files(root: RootFrames, results: Results | None, voxels: Path | None,
     """
     unknown = sorted(set(results or ()) - set(root.tokens))
     if unknown:
-        raise ResultsError(f"the results hold {len(unknown)} samples that are not in {root.root.path}: {unknown[:3]}")  # fmt: skip
+        raise ResultsError(f"the results hold {len(unknown)} samples that are not in the scenes of {root.root.path}: {unknown[:3]}")  # fmt: skip
     frames = []
     for index in range(len(root)):
         frames.append(_frame(root, index, results, voxels))

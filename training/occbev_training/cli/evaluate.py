@@ -3,7 +3,7 @@
     occbev-train evaluate config/models/occbev-tiny --data CACHE
     occbev-train evaluate PACKAGE --data CACHE --fit-priors TRAINING_CACHE --priors priors.npz
     occbev-train evaluate PACKAGE --data VALIDATION_CACHE --calibrate --json report.json
-    occbev-train evaluate PACKAGE --data NUSCENES_ROOT --out out/evaluation --workers 2
+    occbev-train evaluate PACKAGE --data NUSCENES_ROOT --scenes val.txt --out out/evaluation --workers 2
     occbev-train evaluate --results results.json --nuscenes NUSCENES_ROOT
     occbev-train evaluate --voxels FOLDER_OF_NPZ --nuscenes NUSCENES_ROOT
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from occbev_training.held_out import CacheFrames, HeldOut, RootFrames, open_held
 from occbev_training.metrics.bootstrap import DRAWS
 from occbev_training.metrics.detection import THRESHOLDS, TP_ERRORS
 from occbev_training.metrics.nuscenes_results import read_results, write_results
+from occbev_training.metrics.occ3d_results import result_tokens
 from occbev_training.package_scores import WORST, PackageRun, RunOptions, run_in_processes
-from occbev_training.result_files import official_scores, results_of, score_files
+from occbev_training.result_files import official_scores, results_of, scenes_of, score_files
 from occbev_training.scores import Scores
+from occbev_training.sources.discovery import read_names
 from occbev_training.sources.nuscenes import open_nuscenes
 
 Record = dict[str, Any]
@@ -56,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--voxels", type=Path, metavar="FOLDER", help="score these Occ3D results, one <sample token>.npz a sample"
     )  # fmt: skip
     parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")  # fmt: skip
+    parser.add_argument(
+        "--scenes", type=Path, metavar="FILE",
+        help="only these drives, one name a line; of result files by default those that they name",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="score this many samples: evenly spaced, or the first of a network that remembers")  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on it (default 1)")  # fmt: skip
     parser.add_argument("--backend", default="auto", help="runtime, as for the node")
@@ -128,8 +134,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def _of_files(args: argparse.Namespace, console: Console) -> Record:
     """Score a result file, a folder of voxels, or both."""
-    root = RootFrames(open_nuscenes(args.nuscenes), with_images=False)
+    tables, drives = open_nuscenes(args.nuscenes), _drives(args)
     results = None if args.results is None else read_results(args.results)
+    scenes: Sequence[str] | None = drives
+    if scenes is None:
+        named = (
+            result_tokens(args.voxels) & set(tables.tables["sample"])
+            if results is None
+            else results
+        )
+        scenes = scenes_of(tables, named)
+    root = RootFrames(tables, scenes, with_images=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(root))
         scores, _ = score_files(root, results, args.voxels, lambda done: progress.update(task, completed=done))  # fmt: skip
@@ -139,12 +154,13 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
 
 def _of_package(args: argparse.Namespace, console: Console) -> Record:
     """Run a package on held-out frames and score what it says."""
-    package, held_out = ModelPackage.load(args.package), open_held_out(args.data)
+    drives = _drives(args)
+    package, held_out = ModelPackage.load(args.package), open_held_out(args.data, drives)
     priors = _priors(args, package, console)
     indices = _chosen(len(held_out), args.limit, package.model.past_frames > 0)
     voxels = args.out / "voxels" if args.save_voxels else None
     options = RunOptions(args.backend, args.threads, args.precision, args.min_free, args.calibrate, voxels,
-                         WORST if args.out else 0)  # fmt: skip
+                         WORST if args.out else 0, drives)  # fmt: skip
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(indices))
         done = run_in_processes(args.package, args.data, indices, options, args.workers,
@@ -185,6 +201,10 @@ def _base_record(args: argparse.Namespace, held_out: HeldOut, scores: Scores) ->
         "data": held_out.source, "samples": len(scores.names), "drives": len(set(scores.drives)),
         **scores.as_record(), "intervals": None if intervals is None else intervals.as_record(),
     }  # fmt: skip
+
+
+def _drives(args: argparse.Namespace) -> tuple[str, ...] | None:
+    return None if args.scenes is None else read_names(args.scenes)
 
 
 def _chosen(count: int, limit: int | None, in_order: bool) -> list[int]:

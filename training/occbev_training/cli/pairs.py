@@ -43,7 +43,14 @@ from occbev_training.occupancy.pairs import (
 )
 from occbev_training.occupancy.quality import LIMITS
 from occbev_training.sources.deskew import EgoBox, RayLimits
-from occbev_training.sources.discovery import OpenBag, Opener, Simulate, find_recordings
+from occbev_training.sources.discovery import (
+    OpenBag,
+    Opener,
+    Simulate,
+    chosen_names,
+    find_recordings,
+    read_names,
+)
 from occbev_training.sources.infos import convert_infos
 from occbev_training.sources.recording import RecordingError
 
@@ -60,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="bags, folders of bags, nuScenes roots, info .pkl files",
     )
+    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")  # fmt: skip
     parser.add_argument("--labels", choices=VARIANTS, default="occbev", help="how labels are made (default: occbev, free of boxes)")  # fmt: skip
     parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
     parser.add_argument(
@@ -164,6 +172,9 @@ def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
             openers += find_recordings(path, options, clocks, root)
         except RecordingError as error:
             inputs.problems[str(path)] = str(error)
+    if args.scenes:
+        names = chosen_names([o.name for o in openers], read_names(args.scenes), args.scenes)
+        openers = [opener for opener in openers if opener.name in set(names)]
     if not openers and not inputs.problems:
         raise ValueError("no input: name bags or nuScenes roots, or give --simulate")
     known: set[str] = set()

@@ -1,6 +1,6 @@
 """Decode and label every key frame once, into a sample cache that training reads.
 
-    occbev-train prepare CACHE --nuscenes ROOT
+    occbev-train prepare CACHE --nuscenes ROOT --scenes train.txt
     occbev-train prepare CACHE --simulate 120 --first-seed 0 --keys 16
 
 Finished drives are kept when the command is given again; a drive that was cut off is made anew.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +20,8 @@ from occbev.config import ModelConfig, load_config
 from occbev_training.data.cache import PrepareConfig, prepare
 from occbev_training.data.frames import in_base_link
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
-from occbev_training.sources.nuscenes import NuscenesRoot, open_nuscenes
+from occbev_training.sources.discovery import OpenScene, chosen_names, read_names
+from occbev_training.sources.nuscenes import open_nuscenes
 from occbev_training.sources.recording import Recording
 
 
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--nuscenes", type=Path, metavar="ROOT", help="data root in the nuScenes schema"
     )
+    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these scenes of ROOT, one name a line")  # fmt: skip
     source.add_argument("--simulate", type=int, metavar="DRIVES", help="simulate this many drives")
     parser.add_argument(
         "--first-seed", type=int, default=0, help="seed of the first simulated drive"
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     config = PrepareConfig(
         model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits
     )
-    jobs = _nuscenes_jobs(args.nuscenes) if args.nuscenes else _simulated_jobs(args, model)
+    if args.scenes and not args.nuscenes:
+        raise ValueError("--scenes names scenes of --nuscenes ROOT")
+    jobs = _nuscenes_jobs(args) if args.nuscenes else _simulated_jobs(args, model)
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -83,18 +86,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class OpenScene:
-    """Opens one scene of a nuScenes root; picklable."""
-
-    root: Path
-    scene: str
-
-    def __call__(self) -> Recording:
-        """Open the recording."""
-        return _root(self.root).recording(self.scene, available_only=True)
-
-
-@dataclass(frozen=True)
 class Simulate:
     """Makes one simulated drive; picklable."""
 
@@ -106,13 +97,10 @@ class Simulate:
         return SimulatedDrive(self.seed, self.config)
 
 
-@lru_cache(maxsize=1)
-def _root(root: Path) -> NuscenesRoot:
-    return open_nuscenes(root)
-
-
-def _nuscenes_jobs(root: Path) -> dict[str, Callable[[], Recording]]:
-    return {scene: OpenScene(root, scene) for scene in _root(root).scenes}
+def _nuscenes_jobs(args: argparse.Namespace) -> dict[str, Callable[[], Recording]]:
+    names = read_names(args.scenes) if args.scenes else None
+    scenes = chosen_names(open_nuscenes(args.nuscenes).scenes, names, args.nuscenes)
+    return {scene: OpenScene(args.nuscenes, scene) for scene in scenes}
 
 
 def _simulated_jobs(

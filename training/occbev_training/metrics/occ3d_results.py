@@ -25,6 +25,12 @@ def write_occupancy(folder: Path, token: str, label: NDArray[np.uint8]) -> Path:
     return path
 
 
+def result_tokens(folder: Path) -> set[str]:
+    """Return the samples that `read_occupancy` would find in a folder."""
+    nested = {path.parent.name for path in folder.glob("*/*/*.npz")}
+    return nested | {path.stem for path in folder.glob("*.npz")}
+
+
 def read_occupancy(folder: Path, token: str, shape: tuple[int, ...],
                    classes: int = len(OCCUPANCY_CLASSES)) -> NDArray[np.uint8]:  # fmt: skip
     """Read what `write_occupancy` or another code's export of the challenge wrote.

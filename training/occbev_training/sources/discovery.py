@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -232,6 +232,36 @@ def find_recordings(
             f"{path}: two bags are named {twice!r}; a name is the key of its samples"
         )
     return found
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Read names of drives, one a line; empty lines and those that begin with # are left out.
+
+    Raises:
+        RecordingError: no such file, or no name in it.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordingError(f"{path}: no list of drives: {error}") from error
+    names = tuple(line for line in lines if line and not line.startswith("#"))
+    if not names:
+        raise RecordingError(f"{path}: names no drive; want one name a line")
+    return names
+
+
+def chosen_names(found: Sequence[str], wanted: Sequence[str] | None, where: Path) -> list[str]:
+    """Return the names that are wanted, in the order found; all by default.
+
+    Raises:
+        RecordingError: a wanted one is not there.
+    """
+    missing = sorted(set(wanted or ()) - set(found))
+    if missing:
+        raise RecordingError(
+            f"{where}: {len(missing)} of the drives asked for are not among its {len(found)}: {missing[:3]}"
+        )
+    return [name for name in found if wanted is None or name in set(wanted)]
 
 
 def _bags(path: Path) -> Iterator[Path]:
