@@ -10,6 +10,7 @@ import pytest
 
 from occbev.classes import DETECTION_CLASSES, FREE
 from occbev.config import ImageConfig, ModelConfig
+from occbev.geometry import frame2ego
 from occbev.grid import GRIDS, BevGrid
 from occbev.results import Boxes3D
 from occbev_training.data.cache import CachedSample, CacheInfo, SampleCache, write_sample
@@ -19,6 +20,7 @@ from occbev_training.evaluate import (
     best_boxes,
     best_threshold,
     box_channels,
+    boxes_of,
     detection_scores,
     evaluate,
     fit_priors,
@@ -95,6 +97,15 @@ def test_a_perfect_prediction_scores_one(tmp_path: Path) -> None:
     assert scores.full.tp_errors["car"]["orient_err"] == pytest.approx(0.0, abs=1e-5)
     assert summary["occupancy_iou"] == pytest.approx(1.0)
     assert summary["occupancy_miou"] == pytest.approx(1.0)
+
+
+def test_boxes_of_published_axes_are_scored_in_base_link() -> None:
+    maps = _maps([[3.0, 2.0, 0.0, 4.0, 2.0, 1.5, 0.3, 1.0, 0.0]], [CAR])
+    lidar = replace(MODEL, bev=replace(MODEL.bev, frame="lidar"))
+    here, there = (boxes_of(Prediction(*maps), model) for model in (MODEL, lidar))
+    assert len(here) == len(there) > 0
+    wanted = frame2ego("lidar") @ [*here.box[0, :3], 1.0]
+    np.testing.assert_allclose(there.box[0, :3], wanted[:3], atol=1e-4)
 
 
 def test_occupancy_axes_are_not_swapped(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
 from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
+from occbev.inference.pipeline import boxes_of as decoded_boxes
 from occbev.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
@@ -143,9 +144,7 @@ def boxes_of(output: Prediction, model: ModelConfig) -> Boxes3D | None:
     """Return the boxes of a prediction in base_link, None of a network that predicts none."""
     if output.boxes is not None or output.heatmap is None or output.box is None:
         return output.boxes
-    return decode_boxes(
-        output.heatmap, output.box, model.bev, SCORING, classes=model.detection_classes
-    )
+    return decoded_boxes({"heatmap": output.heatmap[None], "box": output.box[None]}, model, SCORING)
 
 
 def labels_of(output: Prediction, model: ModelConfig) -> NDArray[np.uint8] | None:
