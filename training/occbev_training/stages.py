@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from occbev.config import ConfigError, ModelConfig, load_config, save_config, to_record
+from occbev.config import (
+    ConfigError,
+    EncoderConfig,
+    ModelConfig,
+    load_config,
+    save_config,
+    to_record,
+)
 from occbev.geometry import frame2ego
 from occbev.query_boxes import decode_queries
 from occbev_training import losses, objectives
@@ -135,12 +142,13 @@ def world_size() -> int:
 
 
 def default_start(model: ModelConfig) -> Path | None:
-    """Return the ImageNet weights that are installed as a package, for models that take them.
+    """Return the ImageNet weights of EfficientNet-Lite0 that are installed as a package, for models that take them.
 
     Raises:
         ConfigError: the model takes them and the package is missing.
     """
-    if model.family != "lss" or model.bevdet is not None:
+    own = model.family == "lss" and model.bevdet is None
+    if not own or model.encoder.backbone != EncoderConfig().backbone:
         logger.warning("%s begins from random weights; give --imagenet or --from", model.name)
         return None
     try:
