@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 from occbev.config import (  # noqa: E402
     BevDetConfig,
     ConfigError,
-    DepthConfig,
     ModelConfig,
     load_config,
 )
-from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
+from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
 from occbev_training.data.datasets import TrainingBatch  # noqa: E402
+from occbev_training.families import reduced  # noqa: E402
 from occbev_training.models.bevdet import build_bevdet  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
 from occbev_training.models.depth_net import matching_cost  # noqa: E402
@@ -31,24 +31,16 @@ from occbev_training.objectives import FinetuneObjective, PretrainObjective  # n
 from occbev_training.train_config import LossConfig  # noqa: E402
 
 CAMERAS = 2
+SIZE, BINS = (64, 96), 6
+"""Height and width of the images of reduced networks, and their depth bins."""
 FAMILIES = (
     "bevdet_r50", "bevdet4d_r50", "bevdepth4d_r50", "bevdepth_r50_first", "bevdepth_r50_megvii",
     "bevdepth4d_r50_megvii", "bevdet_occ_r50", "bevdet_occ_r50_4d_stereo", "flashocc_r50_m0",
 )  # fmt: skip
 
 
-def reduced(repository: Path, name: str) -> ModelConfig:
-    """The named network with small images, few bins and a small BEV."""
-    config = load_config(repository / "config" / "models" / f"{name}.yaml", ModelConfig)
-    depth = DepthConfig(1.0, 33.0, 4.0)
-    bev = BevGrid((-16.0, -16.0), (2.0, 2.0), (16, 16))
-    grid = VoxelGrid((-16.0, -16.0, -1.0), (2.0, 2.0, 0.8), (16, 16, 8))
-    bins = 8 if config.lift.height_bins > 1 else 1
-    lift = replace(config.lift, depth=depth, height_bins=bins, max_points=512)
-    image = replace(config.image, width=64, height=32)
-    depth_of = 50 if name == "bevdet_r50" else 18
-    parts = replace(config.bevdet, depth=depth_of, source_width=160, source_height=90)
-    return replace(config, image=image, lift=lift, bev=bev, grid=grid, bevdet=parts)
+def reduced_of(repository: Path, name: str) -> ModelConfig:
+    return reduced(load_config(repository / "config" / "models" / f"{name}.yaml", ModelConfig))
 
 
 def geometry(config: ModelConfig) -> BatchedPoints:
@@ -59,7 +51,7 @@ def geometry(config: ModelConfig) -> BatchedPoints:
 
 
 def random_images(seed: int = 0) -> torch.Tensor:
-    return torch.randn(1, CAMERAS, 3, 32, 64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, CAMERAS, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 VALID = torch.ones(1, CAMERAS)
@@ -67,20 +59,20 @@ VALID = torch.ones(1, CAMERAS)
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_network_of_the_family_runs(repository: Path, name: str) -> None:
-    config = reduced(repository, name)
+    config = reduced_of(repository, name)
     torch.manual_seed(0)
     network, points = build_bevdet(config, "finetune").eval(), geometry(config)
     frames = config.bevdet.frames
     past = [Frame(random_images(i + 1), VALID, points) for i in range(frames - 1)]
     matching = None
     if config.bevdet.stereo:
-        matching = torch.zeros(CAMERAS, config.lift.depth.bins, 8, 16, 2)
+        matching = torch.zeros(CAMERAS, BINS, SIZE[0] // 4, SIZE[1] // 4, 2)
         past = [replace(p, matching=matching) for p in past] + [
             Frame(random_images(9), VALID, None)
         ]
     with torch.no_grad():
         output = network(random_images(), VALID, points, past, matching)
-    assert output.depth_logits.shape == (1, CAMERAS, 8, 2, 4)
+    assert output.depth_logits.shape == (1, CAMERAS, BINS, SIZE[0] // 16, SIZE[1] // 16)
     if config.bevdet.tasks:
         assert output.heatmap.shape == (1, 10, 16, 16)
         assert output.box.shape == (1, 10 * len(config.bevdet.tasks), 16, 16)
@@ -92,7 +84,7 @@ def test_every_network_of_the_family_runs(repository: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def bevdet4d(repository: Path) -> tuple[ModelConfig, torch.nn.Module, BatchedPoints]:
-    config = reduced(repository, "bevdet4d_r50")
+    config = reduced_of(repository, "bevdet4d_r50")
     torch.manual_seed(0)
     return config, build_bevdet(config, "finetune").eval(), geometry(config)
 
@@ -178,7 +170,7 @@ def test_matching_prefers_the_hypothesis_that_fits() -> None:
 
 
 def test_pretraining_hands_its_parts_on(repository: Path) -> None:
-    config = reduced(repository, "flashocc_r50_m0")
+    config = reduced_of(repository, "flashocc_r50_m0")
     torch.manual_seed(0)
     pretrained, target = build_bevdet(config, "pretrain"), build_bevdet(config, "finetune")
     with torch.no_grad():
@@ -199,10 +191,12 @@ def a_batch(config: ModelConfig, boxes: int) -> TrainingBatch:
     row = torch.tensor([[3.0, -2, 0.5, 4, 2, 1.5, 0.2, float("nan"), float("nan")]])
     return TrainingBatch(
         names=("a",),
-        images=torch.randint(0, 255, (1, CAMERAS, 3, 32, 64), generator=rng).byte(),
+        images=torch.randint(0, 255, (1, CAMERAS, 3, *SIZE), generator=rng).byte(),
         camera_valid=VALID,
         geometry=geometry(config),
-        depth_bin=torch.randint(-1, 8, (1, CAMERAS, 2, 4), generator=rng),
+        depth_bin=torch.randint(
+            -1, BINS, (1, CAMERAS, SIZE[0] // 16, SIZE[1] // 16), generator=rng
+        ),
         state=torch.randint(0, 3, volume, generator=rng),
         visible=torch.ones(volume, dtype=torch.bool),
         evidence=torch.ones(volume),
@@ -221,7 +215,7 @@ def a_batch(config: ModelConfig, boxes: int) -> TrainingBatch:
     ],
 )
 def test_both_stages_train_the_family(repository: Path, name: str, want: set[str]) -> None:
-    config = reduced(repository, name)
+    config = reduced_of(repository, name)
     torch.manual_seed(0)
     objectives = {
         "pretrain": PretrainObjective(config, LossConfig()),
@@ -242,7 +236,7 @@ def test_both_stages_train_the_family(repository: Path, name: str, want: set[str
 
 
 def test_stereo_is_not_trained_on_an_empty_cost_volume(repository: Path) -> None:
-    config = reduced(repository, "bevdet_occ_r50_4d_stereo")
+    config = reduced_of(repository, "bevdet_occ_r50_4d_stereo")
     objective = FinetuneObjective(config, LossConfig(), torch.ones(18))
     with pytest.raises(ConfigError, match=r"bevdet\.stereo is not trained"):
         objective(build_bevdet(config, "finetune"), a_batch(config, 0))
