@@ -4,8 +4,8 @@
     occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/converted
     occbev-train export out/converted out/bevformer_tiny
 
-Every graph is run beside torch before the package is sealed. Networks of every family are exported but those whose
-cost volume or depth aggregation has no form in standard operators, which are refused by name.
+Every graph is run beside torch before the package is sealed; graphs of an earlier export in the folder are removed.
+Networks of every family are exported but those with a cost volume or depth aggregation, which are refused by name.
 """
 
 from __future__ import annotations
