@@ -169,7 +169,8 @@ class Pipeline:
         self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]
     ) -> tuple[Boxes3D, Occupancy]:
         """Decode what the network says; boxes that it does not predict are none, voxels are unobserved."""
-        model, boxes = self.package.model, self._boxes(outputs, cameras)
+        model = self.package.model
+        boxes = boxes_of(outputs, model, self.decoding, cameras)
         if "occupancy_logits" not in outputs:
             if boxes is None:
                 absent = [name for name in OUTPUTS if name not in outputs]
@@ -183,10 +184,6 @@ class Pipeline:
             logits, model.grid, cameras, observed, model.occupancy.min_free, self._pool
         )
         return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
-
-    def _boxes(self, outputs: Arrays, cameras: tuple[str, ...]) -> Boxes3D | None:
-        """Return boxes in base_link, best first, or None if the network predicts none."""
-        return boxes_of(outputs, self.package.model, self.decoding, cameras)
 
     def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:
         """The voxels each camera sees, kept for the last rig: projecting a whole grid takes longer than the network."""
