@@ -19,7 +19,7 @@ from tests.training.test_bags import rewrite
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev_training.sources.bag_writer import TYPESTORE
 from occbev_training.sources.bags import BagOptions, BagRecording, usable_stamps, write_bag
-from occbev_training.sources.clocks import ClockCorrection
+from occbev_training.sources.clocks import ClockCorrection, ClockOffset
 from occbev_training.sources.discovery import OpenBag
 from occbev_training.sources.recording import RecordingError
 
@@ -100,6 +100,26 @@ def test_a_clock_that_jumps_back_begins_another_drive(good: Path, tmp_path: Path
         OpenBag(path).parts()
     with pytest.raises(RecordingError, match="no part 2, it has 2"):
         BagRecording(path, BagOptions(part=2))
+
+
+def test_clocks_are_corrected_part_by_part(good: Path, tmp_path: Path, monkeypatch) -> None:
+    """After a jump a clock is off by something else."""
+    from occbev_training.sources import bag_check
+
+    cut = int(BagRecording(good).key_stamp_ns[3]) - 100_000_000
+
+    def jump(topic: str, message):
+        for part in headed(message):
+            late = 7_200_000_000_000 if topic == LIDAR else 0
+            if stamp_of(part) > cut:
+                late = 3_600_000_000_000 if topic == LIDAR else 1_300_000_000
+            restamp(part, stamp_of(part) - late)
+        return message
+
+    monkeypatch.setattr(bag_check, "measure_clocks", lambda recording: {LIDAR: ClockOffset(0.0)})
+    opener = OpenBag(rewrite(good, tmp_path / "drive", jump), check_clocks="fix")
+    moved = [part.checked().options.clock[LIDAR].offset_ns / 1e9 for part in opener.parts()]
+    np.testing.assert_allclose(moved, [7200.0, 3598.7], atol=0.06)
 
 
 def test_a_new_calibration_begins_another_drive(good: Path, tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_a_known_offset_is_found(late: float) -> None:
     assert found.spread < 0.005
 
 
+def test_an_offset_that_changes_is_refused() -> None:
+    trajectory = drive()
+    turns = seen_turns(trajectory, 0.0)
+    late = np.linspace(0, 60_000_000, len(turns.turn)).astype(np.int64)
+    changing = Turns(turns.start_ns - late, turns.end_ns - late, turns.turn)
+    assert "windows tell it to" in measure_offset(changing, trajectory).fault
+
+
 def test_what_is_doubtful_is_refused() -> None:
     trajectory = drive()
     assert "more than 150 ms" in measure_offset(seen_turns(trajectory, 0.19), trajectory).fault
@@ -167,5 +175,7 @@ def test_only_turns_are_looked_at() -> None:
     runs = stretches_in_turns(stamps, trajectory, most=60)
     assert 50 <= sum(len(run) - 1 for run in runs) <= 60
     assert all(np.all(np.diff(run) == 1) for run in runs)
+    assert runs[0][0] < 50
+    assert runs[-1][-1] > 200, "from all over the drive, not its first turns"
     assert stretches_in_turns(stamps[:1], trajectory) == []
     assert stretches_in_turns(stamps, drive(rate=0.0)) == []

@@ -182,15 +182,20 @@ def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
     for opener in openers:
         try:
             parts: Sequence[Opener] = opener.parts() if isinstance(opener, OpenBag) else [opener]
-            for part in parts:
-                if part.name in known:
-                    raise ValueError(
-                        f"two inputs are named {part.name!r}; a name is the key of its samples"
-                    )
-                known.add(part.name)
-                units += [(part, unit) for unit in units_of(part.name, part.keys(), config.segment)]
         except RecordingError as error:
             inputs.problems[opener.name] = str(error)
+            continue
+        for part in parts:
+            if part.name in known:
+                raise ValueError(
+                    f"two inputs are named {part.name!r}; a name is the key of its samples"
+                )
+            known.add(part.name)
+            try:
+                part = part.checked() if isinstance(part, OpenBag) else part
+                units += [(part, unit) for unit in units_of(part.name, part.keys(), config.segment)]
+            except RecordingError as error:
+                inputs.problems[part.name] = str(error)
     chosen = my_share([unit for _, unit in units], args.task_index, args.num_tasks)
     by_unit = {unit: opener for opener, unit in units}
     inputs.jobs = [(by_unit[unit], unit) for unit in chosen]

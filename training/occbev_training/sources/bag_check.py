@@ -300,26 +300,16 @@ def _turn_verdicts(recording: BagRecording) -> list[Verdict]:
 
 
 def fixed_clocks(path: Path, options: BagOptions) -> BagOptions:
-    """Return options that correct the clocks of a bag: by log times where they are far off, then by turns.
+    """Return options that correct the clocks of a part: by log times where they are far off, then by turns.
 
     Raises:
         RecordingError: naming the topic whose offset cannot be told with confidence.
     """
-    bag = open_bag(path)
-    try:
-        topics = options.topics or detect_topics(bag.topics, options.profile)
-        if topics.odometry is None:
-            raise RecordingError(
-                f"{path}: clocks are compared with an odometry topic, and there is none"
-            )
-        sensors = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
-        rough = by_log_times(read_times(bag, [*sensors, topics.odometry]), topics.odometry)
-    finally:
-        bag.close()
-    options = replace(options, topics=topics, clock=rough)
-    recording = BagRecording(path, options)
+    rough = _rough_clocks(path, options)
+    recording = BagRecording(path, replace(options, clock=rough))
     try:
         measured = measure_clocks(recording)
+        topics = recording.topics
     finally:
         recording.close()
     doubtful = [f"{topic}: {offset.text}" for topic, offset in measured.items() if offset.fault]
@@ -329,7 +319,20 @@ def fixed_clocks(path: Path, options: BagOptions) -> BagOptions:
         topic: rough.get(topic, ClockCorrection(0)).plus(offset.seconds)
         for topic, offset in measured.items()
     }
-    return replace(options, clock=clock)
+    return replace(options, topics=topics, clock=clock)
+
+
+def _rough_clocks(path: Path, options: BagOptions) -> dict[str, ClockCorrection]:
+    """Return what log times tell of the clocks of a part."""
+    recording = BagRecording(path, options)
+    try:
+        if recording.topics.odometry is None:
+            raise RecordingError(
+                f"{path}: clocks are compared with an odometry topic, and there is none"
+            )
+        return by_log_times(recording.times(), recording.topics.odometry)
+    finally:
+        recording.close()
 
 
 def refuse_bad_clocks(path: Path, options: BagOptions) -> None:

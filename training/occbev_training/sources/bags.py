@@ -34,7 +34,7 @@ from occbev_training.sources.bag_writer import (
     BagSummary,
     write_bag,
 )
-from occbev_training.sources.clocks import ClockCorrection
+from occbev_training.sources.clocks import ClockCorrection, TopicTimes
 from occbev_training.sources.foxglove import FoxgloveBag, is_foxglove
 from occbev_training.sources.images import image_fault
 from occbev_training.sources.nuscenes import CAMERA_ORDER
@@ -298,6 +298,11 @@ class BagRecording:
         self.rig = self.options.rig or self._rig(kept)
         self.lidar2ego = self._lidar2ego()
         self.trajectory = self._read_trajectory(kept)
+        poses = kept[self.topics.odometry] if self.topics.odometry else ()
+        stamps = [self._bag.stamp(str(self.topics.odometry), data) for _, data in poses]
+        self._odometry_times = TopicTimes(
+            np.array(stamps, np.int64), np.array([at for at, _ in poses], np.int64)
+        )
         sweeps = self._index[self.topics.lidar] if self.topics.lidar else _Index()
         order = np.argsort(sweeps.stamp_ns, kind="stable")
         self.sweep_stamp_ns = np.array(sweeps.stamp_ns, np.int64)[order]
@@ -363,6 +368,14 @@ class BagRecording:
         topic = self.topics.images[camera]
         index = self._index[topic]
         return _image(self._message(topic, index.log_ns[number], index.raw_ns[number]), topic)
+
+    def times(self) -> dict[str, TopicTimes]:
+        """Return stamps and log times of the usable messages of cameras, LiDAR and odometry."""
+        found = {topic: TopicTimes(np.array(own.stamp_ns, np.int64), np.array(own.log_ns, np.int64))
+                 for topic, own in self._index.items()}  # fmt: skip
+        return found | (
+            {} if self.topics.odometry is None else {self.topics.odometry: self._odometry_times}
+        )
 
     def annotations(self, key: int) -> None:
         """Bags hold no boxes."""

@@ -30,7 +30,8 @@ TURNING = 0.1
 """Yaw rate in rad/s that makes a turn; straight on, no offset shows."""
 
 WINDOWS, AGREE, PEAK_RATIO = 5, 0.005, 1.3
-"""Windows whose offsets must agree, within so many seconds, and the least ratio of the best peak to the next."""
+"""Windows that must tell the same offset, its largest standard error in seconds, and the least ratio of the
+best peak to the next."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ class ClockOffset:
         """One line for people."""
         if self.fault:
             return self.fault
-        return (f"{self.seconds * 1e3:+.1f} ms against the odometry, {WINDOWS} windows within "
-                f"{self.spread * 1e3:.1f} ms, correlation {self.correlation:.2f}")  # fmt: skip
+        return (f"{self.seconds * 1e3:+.1f} ms against the odometry, known to "
+                f"{self.spread * 1e3:.1f} ms by {WINDOWS} windows, correlation {self.correlation:.2f}")  # fmt: skip
 
 
 def measure_offset(turns: Turns, trajectory: Trajectory) -> ClockOffset:
@@ -170,15 +171,19 @@ def measure_offset(turns: Turns, trajectory: Trajectory) -> ClockOffset:
     rate, own = odometry[:, chosen] / seconds[chosen], turn[chosen] / seconds[chosen]
     whole = _correlation(rate, own)
     best, ratio = _peak(whole, lags)
-    parts = [_peak(_correlation(rate[:, part], own[part]), lags)[0] for part in _windows(len(own))]
-    spread = float(np.max(np.abs(np.array(parts) - np.median(parts))))
+    parts = [
+        _peak(_correlation(rate[:, part], own[part]), lags)[0] for part in _without_each(len(own))
+    ]
+    # Estimates that share most of their samples lie close together whatever each window says: the
+    # jackknife's standard error makes up for that.
+    spread = float(np.sqrt((WINDOWS - 1) * np.var(parts)))
     found = ClockOffset(float(np.median(parts)), spread, float(whole.max()))
     faults = []
     if abs(best) > LARGEST:
         faults.append(f"{best * 1e3:+.0f} ms is more than {LARGEST * 1e3:.0f} ms")
     if spread > AGREE:
         faults.append(
-            f"windows differ by {spread * 1e3:.1f} ms from their median, {AGREE * 1e3:.0f} ms allowed"
+            f"{WINDOWS} windows tell it to {spread * 1e3:.1f} ms only, {AGREE * 1e3:.0f} ms allowed"
         )
     if ratio < PEAK_RATIO:
         faults.append(f"the best peak is only {ratio:.2f} times the next, {PEAK_RATIO} wanted")
@@ -215,10 +220,10 @@ def _near_turns(
     return near <= margin
 
 
-def _windows(count: int) -> list[NDArray[np.int64]]:
-    """Return overlapping windows over samples in time order, each without one fifth of them."""
-    fifth = np.arange(count) * WINDOWS // count
-    return [np.flatnonzero(fifth != i) for i in range(WINDOWS)]
+def _without_each(count: int) -> list[NDArray[np.int64]]:
+    """Return samples in time order without each of `WINDOWS` windows that have none in common."""
+    samples = np.arange(count)
+    return [np.setdiff1d(samples, window) for window in np.array_split(samples, WINDOWS)]
 
 
 def _correlation(many: NDArray[np.float64], one: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -253,14 +258,18 @@ def joined(parts: Sequence[Turns]) -> Turns:
 def stretches_in_turns(
     stamp_ns: NDArray[np.int64], trajectory: Trajectory, most: int = 150
 ) -> list[NDArray[np.int64]]:
-    """Return runs of neighbouring samples (numbers of `stamp_ns`, increasing) in and around turns, `most` in all."""
+    """Return runs of neighbouring samples (numbers of `stamp_ns`, increasing) in and around turns.
+
+    At most `most` pairs in all, the same number from each of `WINDOWS` stretches of the turns.
+    """
     if len(stamp_ns) < 2:
         return []
     start, end = stamp_ns[:-1], stamp_ns[1:]
     turn = _odometry_turns(start, end, np.zeros(1), trajectory)[0]
     near = _near_turns(np.abs(turn) / np.maximum((end - start) / 1e9, 1e-6), start)
     near &= end - start < 250_000_000
-    chosen = np.flatnonzero(near)[:most]
+    groups = np.array_split(np.flatnonzero(near), WINDOWS)
+    chosen = np.concatenate([group[: most // WINDOWS] for group in groups])
     if not len(chosen):
         return []
     runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)

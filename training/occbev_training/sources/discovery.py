@@ -77,20 +77,24 @@ class OpenBag:
         return _fingerprint(how, [self.path] if self.path.is_file() else self.path.iterdir())
 
     def parts(self) -> list[OpenBag]:
-        """Look at the bag's clocks and return an opener for each of its parts.
+        """Return an opener for each part of the bag; raises RecordingError where its clocks are refused."""
+        from occbev_training.sources.bag_check import refuse_bad_clocks
 
-        Raises RecordingError where the bag cannot be used.
-        """
-        from occbev_training.sources.bag_check import fixed_clocks, refuse_bad_clocks
-
-        options = self.options
         if self.check_clocks == "refuse":
-            refuse_bad_clocks(self.path, options)
-        elif self.check_clocks == "fix":
-            options = fixed_clocks(self.path, options)
-        first = replace(self, options=options, check_clocks="ignore")
-        count = first().parts
-        return [first, *(replace(first, options=replace(options, part=i)) for i in range(1, count))]
+            refuse_bad_clocks(self.path, self.options)
+        count = self().parts
+        return [replace(self, options=replace(self.options, part=i)) for i in range(count)]
+
+    def checked(self) -> OpenBag:
+        """Correct the clocks of this part if that is wanted: a clock that jumps is off by something else after it.
+
+        Raises RecordingError where an offset cannot be told with confidence.
+        """
+        from occbev_training.sources.bag_check import fixed_clocks
+
+        fix = self.check_clocks == "fix"
+        options = fixed_clocks(self.path, self.options) if fix else self.options
+        return replace(self, options=options, check_clocks="ignore")
 
     def keys(self) -> int:
         """Number of key frames; indexes the bag."""
