@@ -18,7 +18,7 @@ from tests.training.test_bags import rewrite
 
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev_training.sources.bag_writer import TYPESTORE
-from occbev_training.sources.bags import BagOptions, BagRecording, usable_stamps, write_bag
+from occbev_training.sources.bags import Bag, BagOptions, BagRecording, usable_stamps, write_bag
 from occbev_training.sources.clocks import ClockCorrection, ClockOffset
 from occbev_training.sources.discovery import OpenBag
 from occbev_training.sources.recording import RecordingError
@@ -290,6 +290,51 @@ def test_corrections_move_a_topic(good: Path) -> None:
     assert sweep.stamp_ns == expected.stamp_ns + 7_000_000
     np.testing.assert_array_equal(sweep.time_offset, expected.time_offset)
     np.testing.assert_array_equal(moved.trajectory.stamp_ns, whole.trajectory.stamp_ns)
+
+
+def test_messages_that_are_none_are_named(good: Path) -> None:
+    bag = Bag(good)
+    data = next(data for _, _, data in bag.messages([LIDAR]))
+    for spoilt in (data[:9], data[:40], data[:-9], b""):
+        with pytest.raises(RecordingError, match=LIDAR):
+            bag.parse(LIDAR, spoilt)
+    for spoilt in (data[:7], b""):
+        with pytest.raises(RecordingError, match=f"{LIDAR}: a message without stamp"):
+            bag.stamp(LIDAR, spoilt)
+
+
+@pytest.mark.parametrize(("name", "value"), [("datatype", 77), ("offset", 4000)])
+def test_a_cloud_of_an_impossible_layout_is_named(
+    good: Path, tmp_path: Path, name: str, value: int
+) -> None:
+    def change(topic: str, message):
+        if topic == LIDAR:
+            setattr(message.fields[3], name, value)
+        return message
+
+    with pytest.raises(RecordingError, match=r"no cloud of .* can have the fields"):
+        BagRecording(rewrite(good, tmp_path / "drive", change))
+
+
+@pytest.mark.parametrize("text", ["rosbag2_bagfile_information: [1]", "a: \xff", "a: b: c"])
+def test_metadata_that_is_none_is_named(good: Path, tmp_path: Path, text: str) -> None:
+    path = rewrite(good, tmp_path / "drive", lambda topic, message: message)
+    (path / "metadata.yaml").write_bytes(text.encode("latin1"))
+    with pytest.raises(RecordingError, match="not the metadata of a bag"):
+        BagRecording(path)
+
+
+def test_a_raw_image_that_is_cut_is_a_missing_camera(good: Path, tmp_path: Path) -> None:
+    def cut(topic: str, message):
+        if topic != "/cam_back/image/compressed":
+            return message
+        return TYPESTORE.types["sensor_msgs/msg/Image"](
+            message.header, 40, 64, "rgb8", 0, 192, np.zeros(100, np.uint8)
+        )
+
+    frames = BagRecording(rewrite(good, tmp_path / "drive", cut)).frame_set(1)
+    assert frames.cameras == ("CAM_FRONT_LEFT", "CAM_FRONT")
+    assert "100 bytes for 64x40" in frames.missing["CAM_BACK"]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.98])

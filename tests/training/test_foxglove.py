@@ -158,6 +158,19 @@ def test_a_cut_file_is_refused(mcap: Path) -> None:
         BagRecording(mcap)
 
 
+def test_damaged_bytes_are_named(mcap: Path) -> None:
+    """With its summary whole, a damaged chunk shows only while it is read."""
+    bag = open_bag(mcap)
+    with pytest.raises(RecordingError, match="/lidar_top: no foxglove.PointCloud"):
+        bag.parse("/lidar_top", b"\xff" * 30)
+    bag.close()
+    mcap.write_bytes(
+        mcap.read_bytes().replace(b"\x28\xb5\x2f\xfd", b"nope")
+    )  # what zstd begins with
+    with pytest.raises(RecordingError, match=r"drive.mcap: breaks off while it is read"):
+        BagRecording(mcap)
+
+
 def test_without_the_extra_the_remedy_is_named(mcap: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mcap_protobuf.decoder", None)
     with pytest.raises(RecordingError, match=r"pip install 'occbev-training\[foxglove\]'"):

@@ -409,8 +409,8 @@ class LabelBuilder:
         visible = np.zeros(self.grid.shape, np.uint8)
         cameras = self.recording.rig.cameras
         if len(cameras) > 8:
-            raise ValueError(
-                f"{len(cameras)} cameras; visibility has one bit for each of at most 8"
+            raise RecordingError(
+                f"{self.recording.name}: {len(cameras)} cameras; visibility has one bit for each of at most 8"
             )
         trajectory = self.recording.trajectory
         global2ego = invert_transform(trajectory.at(int(self.recording.key_stamp_ns[key])))
@@ -458,7 +458,7 @@ def build_label(
 def read_ego_mask(camera: Camera, folder: str) -> NDArray[np.bool_] | None:
     """Read a camera's mask (H, W) of the vehicle itself; None without a folder or a file in it.
 
-    Raises ValueError where the mask has another size than the camera's images.
+    Raises RecordingError where the mask has another size than the camera's images.
     """
     import cv2
 
@@ -468,7 +468,7 @@ def read_ego_mask(camera: Camera, folder: str) -> NDArray[np.bool_] | None:
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None or mask.shape != (camera.height, camera.width):
         found = "no image" if mask is None else f"{mask.shape[1]}x{mask.shape[0]} pixels"
-        raise ValueError(f"{path}: {found}; {camera.name} has {camera.width}x{camera.height}")
+        raise RecordingError(f"{path}: {found}; {camera.name} has {camera.width}x{camera.height}")
     return mask > 127
 
 

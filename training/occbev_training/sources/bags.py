@@ -21,6 +21,7 @@ import yaml
 from numpy.typing import NDArray
 from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.errors import ReaderError
+from rosbags.serde import SerdeError
 
 from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
 from occbev.results import CameraFrame, FrameSet, Sweep
@@ -76,6 +77,10 @@ _BROKEN = (
     struct.error,
 )
 """What rosbags raises at damaged bytes, beside its own errors."""
+
+
+class BrokenImageError(RecordingError):
+    """One image whose bytes are not all there; the others may be whole."""
 
 
 class AnyBag(Protocol):
@@ -176,14 +181,23 @@ class Bag:
                 ) from error
 
     def parse(self, topic: str, data: bytes) -> Any:
-        """Turn CDR bytes into a message object."""
-        return TYPESTORE.deserialize_cdr(data, self.topics[topic])
+        """Turn CDR bytes into a message object; raises RecordingError where they are none."""
+        try:
+            return TYPESTORE.deserialize_cdr(data, self.topics[topic])
+        except (*_BROKEN, SerdeError) as error:
+            raise RecordingError(
+                f"{self.path}: {topic}: no {self.topics[topic]}: {type(error).__name__}: {error}"
+            ) from error
 
     def stamp(self, topic: str, data: bytes) -> int:
-        """Read header.stamp in ns, or that of the first transform."""
-        if self.topics[topic] == TF_TYPE:
-            return header_stamp(data, 8)  # after the number of transforms
-        return header_stamp(data)
+        """Read header.stamp in ns, or that of the first transform; raises RecordingError without one."""
+        at = 8 if self.topics[topic] == TF_TYPE else 4  # after the number of transforms
+        try:
+            return header_stamp(data, at)
+        except (IndexError, struct.error) as error:
+            raise RecordingError(
+                f"{self.path}: {topic}: a message without stamp: {error}"
+            ) from error
 
     def _files(self) -> list[Path]:
         if not self.path.exists():
@@ -209,7 +223,7 @@ class Bag:
             }
             names = [Path(name).name for name in record["relative_file_paths"]]
             compressed = record.get("compression_mode", "")
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecordingError(f"{metadata}: not the metadata of a bag: {error}") from error
         if compressed and compressed.lower() != "none":
             return [self.path]  # only the joined reader unpacks compressed bags
@@ -347,8 +361,12 @@ class BagRecording:
                 continue
             index, number = self._index[topic], chosen[name]
             exposure = index.stamp_ns[number]
-            message = self._message(topic, index.log_ns[number], index.raw_ns[number])
-            image = _image(message, topic)
+            try:
+                message = self._message(topic, index.log_ns[number], index.raw_ns[number])
+                image = _image(message, topic)
+            except BrokenImageError as error:
+                missing[name] = f"broken image: {error}"
+                continue
             size = (camera.width, camera.height)
             fault = (
                 image_fault(image, size) if isinstance(image, bytes) else _size_fault(image, size)
@@ -777,7 +795,7 @@ def _image(message: Any, topic: str) -> NDArray[np.uint8] | bytes:
             f"{topic}: encoding {message.encoding!r}; rgb8, bgr8 and mono8 are read"
         )
     if len(message.data) < message.height * message.step or message.step < message.width * channels:
-        raise RecordingError(f"{topic}: {len(message.data)} bytes for {message.width}x{message.height} "
+        raise BrokenImageError(f"{topic}: {len(message.data)} bytes for {message.width}x{message.height} "
                              f"{message.encoding} with step {message.step}")  # fmt: skip
     rows = np.asarray(message.data)[: message.height * message.step].reshape(
         message.height, message.step
@@ -799,12 +817,18 @@ def _structured(message: Any, topic: str) -> NDArray[Any]:
     if absent:
         raise RecordingError(f"{topic}: a cloud without field {absent}; it has {sorted(known)}")
     order = ">" if message.is_bigendian else "<"
-    dtype = np.dtype({
-        "names": list(known),
-        "formats": [order + FIELD_DTYPES[f.datatype] for f in known.values()],
-        "offsets": [f.offset for f in known.values()],
-        "itemsize": message.point_step,
-    })  # fmt: skip
+    try:
+        dtype = np.dtype({
+            "names": list(known),
+            "formats": [order + FIELD_DTYPES[f.datatype] for f in known.values()],
+            "offsets": [f.offset for f in known.values()],
+            "itemsize": message.point_step,
+        })  # fmt: skip
+    except (KeyError, ValueError) as error:
+        layout = [(f.name, f.offset, f.datatype) for f in message.fields]
+        raise RecordingError(
+            f"{topic}: no cloud of {message.point_step} bytes a point can have the fields {layout}"
+        ) from error
     data = np.asarray(message.data)
     if message.height > 1 and message.row_step != message.width * message.point_step:
         rows = data[: message.height * message.row_step].reshape(message.height, message.row_step)

@@ -89,9 +89,16 @@ class FoxgloveBag:
         self, topics: Sequence[str] | None = None, start: int | None = None, stop: int | None = None
     ) -> Iterator[tuple[str, int, bytes]]:
         """Yield (topic, log time in ns, protobuf bytes) in log order."""
-        for _, channel, message in self._reader.iter_messages(
-            topics, starting_at=start, ending_before=stop
-        ):
+        found = self._reader.iter_messages(topics, starting_at=start, ending_before=stop)
+        while True:
+            try:
+                _, channel, message = next(found)
+            except StopIteration:
+                return
+            except Exception as error:  # every decompressor has exceptions of its own
+                raise RecordingError(
+                    f"{self.path}: breaks off while it is read: {type(error).__name__}: {error}"
+                ) from error
             yield channel.topic, message.log_time, message.data
 
     def parse(self, topic: str, data: bytes) -> Any:
@@ -100,7 +107,12 @@ class FoxgloveBag:
         decode = self._decoder.decoder_for(self._encoding[topic], schema)
         if schema is None or decode is None or schema.name not in _CONVERT:
             raise RecordingError(f"{self.path}: {topic}: {self.topics[topic]} is not read")
-        return _CONVERT[schema.name](decode(data))
+        try:
+            return _CONVERT[schema.name](decode(data))
+        except Exception as error:  # protobuf's implementations raise exceptions of their own
+            raise RecordingError(
+                f"{self.path}: {topic}: no {schema.name}: {type(error).__name__}: {error}"
+            ) from error
 
     def stamp(self, topic: str, data: bytes) -> int:
         """Return the message's own stamp in ns."""
