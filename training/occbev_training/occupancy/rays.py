@@ -197,15 +197,20 @@ def mark_visible(
     rows, columns = rays.directions[0].shape[:2]
     begun = np.full(((rows + 1) // 2, (columns + 1) // 2), _DISAGREE, np.uint8)
     unknown, start = np.zeros(begun.shape), 0.0
-    for direction, stop in zip(rays.directions, rays.until, strict=True):
+    marked = state.reshape(-1).copy()  # one volume to read and to write: each cell is one access
+    for level, (direction, stop) in enumerate(zip(rays.directions, rays.until, strict=True)):
+        if level:
+            begun = _agreement(passed)
         passed, unknown = _see(direction, np.ascontiguousarray(cam2grid[:3], np.float64), start, stop,
-                               begun, unknown, state.reshape(-1), np.array(grid.lo), np.array(grid.pitch),
-                               np.array(grid.shape), np.uint8(1 << bit), unobserved_limit,
-                               visible.reshape(-1))  # fmt: skip
-        begun, start = _agreement(passed), stop
+                               begun, unknown, marked, np.array(grid.lo), np.array(grid.pitch),
+                               np.array(grid.shape), unobserved_limit)  # fmt: skip
+        start = stop
+    _set_seen(marked, np.uint8(1 << bit), visible.reshape(-1))
 
 
 _ENDED, _PASSED, _DISAGREE = 0, 1, 2
+_SEEN = 4
+"""Bit beside the state of a cell that a camera has seen."""
 _HIT = np.uint64(1 << MAX_SWEEPS)
 
 
@@ -440,8 +445,16 @@ def _agreement(passed):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _see(direction, cam2grid, start, stop, begun, unknown, state, lo, pitch, shape, bit,
-         unobserved_limit, visible):  # type: ignore[no-untyped-def]  # fmt: skip
+def _set_seen(marked, bit, visible):  # type: ignore[no-untyped-def]
+    """Set a camera's bit where its rays left their mark."""
+    for cell in range(len(marked)):
+        if marked[cell] >= _SEEN:
+            visible[cell] |= bit
+
+
+@njit(cache=True, nogil=True)
+def _see(direction, cam2grid, start, stop, begun, unknown, marked, lo, pitch, shape,
+         unobserved_limit):  # type: ignore[no-untyped-def]  # fmt: skip
     """Walk one raster of camera rays up to `stop`, from `start` where the parents passed.
 
     Returns: which rays passed (V, U) and how far each went through unobserved cells (V, U).
@@ -451,6 +464,7 @@ def _see(direction, cam2grid, start, stop, begun, unknown, state, lo, pitch, sha
     o, e = np.empty(3), np.empty(3)
     for a in range(3):
         o[a] = (cam2grid[a, 3] - lo[a]) / pitch[a]
+    inside = 0 <= o[0] < shape[0] and 0 <= o[1] < shape[1] and 0 <= o[2] < shape[2]
     for v in range(rows):
         for u in range(columns):
             parent = begun[v // 2, u // 2]
@@ -462,51 +476,89 @@ def _see(direction, cam2grid, start, stop, begun, unknown, state, lo, pitch, sha
                 e[a] = o[a] + along * stop / pitch[a]
             skip = start / stop if parent == _PASSED else 0.0
             before = unknown[v // 2, u // 2] if parent == _PASSED else 0.0
-            through, far = _see_ray(
-                o, e, skip, stop, before, state, shape, bit, unobserved_limit, visible
+            passed[v, u], walked[v, u] = _see_ray(
+                o, e, inside, skip, stop, before, marked, shape, unobserved_limit
             )
-            passed[v, u], walked[v, u] = through, far
     return passed, walked
 
 
-@njit(cache=True, nogil=True)
-def _see_ray(o, e, skip, length, unknown, state, shape, bit, unobserved_limit, visible):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Walk one camera ray from t = skip to its end; returns whether it got there, and the unknown path."""
-    nx, ny, nz = shape[0], shape[1], shape[2]
-    crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape, skip)
+@njit(cache=True, nogil=True, inline="always")
+def _within(o, e, shape, t):  # type: ignore[no-untyped-def]
+    """As `_enter` for a ray that begins in the grid: no face has to be found, it walks until it leaves."""
+    dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
+    x, y, z = o[0] + dx * t, o[1] + dy * t, o[2] + dz * t
+    crosses = 0.0 <= x < shape[0] and 0.0 <= y < shape[1] and 0.0 <= z < shape[2]
+    return (
+        crosses,
+        t,
+        1.0,
+        _start_axis(o[0], dx, shape[0], t),
+        _start_axis(o[1], dy, shape[1], t),
+        _start_axis(o[2], dz, shape[2], t),
+    )
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _see_ray(o, e, inside, skip, length, unknown, marked, shape, unobserved_limit):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Walk one camera ray from t = skip to its end; returns whether it got there, and the unknown path.
+
+    The walk is that of `_cast`: crossings ahead, cells left on each axis, one access for each cell.
+    """
+    ny, nz = shape[1], shape[2]
+    if inside:
+        crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _within(
+            o, e, shape, skip
+        )
+    else:
+        crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(
+            o, e, shape, skip
+        )
+    through = False
     if not crosses:
-        return t1 >= 1.0, unknown
-    tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
-    for _ in range(nx + ny + nz + 3):
+        through = t1 >= 1.0 and not inside
+    else:
+        tx, next_x, fx, left_x = _pace(ix, sx, ax, gx, shape[0])
+        ty, next_y, fy, left_y = _pace(iy, sy, ay, gy, shape[1])
+        tz, next_z, fz, left_z = _pace(iz, sz, az, gz, shape[2])
         cell = (ix * ny + iy) * nz + iz
-        leave = min(tx, ty, tz)
-        if state[cell] == 0:
-            unknown += (min(leave, t1) - t) * length
-            if unknown > unobserved_limit:
-                return False, unknown
-        else:
-            visible[cell] |= bit
-            if state[cell] == 2:
-                return False, unknown
-        if leave >= t1:
-            return t1 >= 1.0, unknown
-        t = leave
-        if tx == leave:
-            ix += sx
-            if ix < 0 or ix >= nx:
-                return False, unknown
-            tx = (ix + ax) * gx
-        elif ty == leave:
-            iy += sy
-            if iy < 0 or iy >= ny:
-                return False, unknown
-            ty = (iy + ay) * gy
-        else:
-            iz += sz
-            if iz < 0 or iz >= nz:
-                return False, unknown
-            tz = (iz + az) * gz
-    return False, unknown
+        while True:
+            leave = min(tx, ty, tz)
+            state = marked[cell]
+            if state == 0:
+                unknown += (min(leave, t1) - t) * length
+                if unknown > unobserved_limit:
+                    break
+            elif state == 1:
+                marked[cell] = 1 | _SEEN
+            elif state != 1 | _SEEN:  # occupied
+                marked[cell] = 2 | _SEEN
+                break
+            if leave >= t1:
+                through = t1 >= 1.0
+                break
+            t = leave
+            if tx == leave:
+                if left_x == 0:
+                    break
+                left_x -= 1
+                cell += sx * ny * nz
+                tx, fx = next_x, fx + sx
+                next_x = fx * gx
+            elif ty == leave:
+                if left_y == 0:
+                    break
+                left_y -= 1
+                cell += sy * nz
+                ty, fy = next_y, fy + sy
+                next_y = fy * gy
+            else:
+                if left_z == 0:
+                    break
+                left_z -= 1
+                cell += sz
+                tz, fz = next_z, fz + sz
+                next_z = fz * gz
+    return through, unknown
 
 
 @njit(cache=True, nogil=True)
