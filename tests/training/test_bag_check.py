@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,10 +10,15 @@ import pytest
 
 pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
+from tests.training.conftest import TinyRecording
+from tests.training.test_bags import rewrite
+
 from occbev.geometry import transform_points
 from occbev.results import Sweep
 from occbev_training.sources.bag_check import TopicTimes, check_bag, propose_ego_box
-from occbev_training.sources.bags import write_bag
+from occbev_training.sources.bag_writer import TYPESTORE
+from occbev_training.sources.bags import BagOptions, write_bag
+from occbev_training.sources.clocks import ClockOffset
 from occbev_training.sources.recording import RecordingError
 
 
@@ -86,6 +92,76 @@ def test_clock_faults_are_counted() -> None:
     assert not _clock("/t", times(stamps, jump)).ok, "a jump in the middle"
 
 
+def test_rates_are_those_of_the_messages_that_are_used() -> None:
+    from occbev_training.sources.bag_check import _rate
+
+    stamps = 10**18 + np.arange(100, dtype=np.int64) * 100_000_000
+    stamps[10], stamps[20] = 0, stamps[19]
+    assert _rate(times(stamps, np.zeros(100))) == pytest.approx(10, rel=0.05)
+    stamps[50:] -= 3_600_000_000_000
+    assert _rate(times(stamps, np.zeros(100))) == pytest.approx(10, rel=0.05)
+    assert _rate(times([], [])) == _rate(times([5], [0])) == 0.0
+
+
+def test_poses_of_tf_count_by_the_frame_of_the_vehicle(bag, tmp_path) -> None:
+    """Other transforms on /tf do not make poses come more often."""
+    recording = TinyRecording(keys=4)
+    recording.trajectory = dataclasses.replace(
+        recording.trajectory,
+        stamp_ns=recording.trajectory.stamp_ns[::5],
+        ego2global=recording.trajectory.ego2global[::5],
+    )
+    slow = tmp_path / "slow"
+    write_bag(recording, slow)
+
+    def wheel(topic: str, message):
+        if topic == "/tf":
+            other = copy.deepcopy(message.transforms[0])
+            other.child_frame_id = "wheel"
+            message.transforms.insert(0, other)
+        return None if topic == "/odometry" else message
+
+    verdict = verdicts_by_name(rewrite(slow, tmp_path / "wheels", wheel))["odometry"]
+    assert not verdict.ok
+    assert "poses of /tf: 10.0 Hz" in verdict.text
+
+
+def test_what_cannot_be_read_does_not_end_the_check(bag, tmp_path) -> None:
+    number = iter(range(1000))
+
+    def cut(topic: str, message):
+        if topic == "/lidar_top/points" and next(number) % 4 == 1:
+            message.data = message.data[:-7]
+        if topic == "/cam_back/image/compressed":
+            message = TYPESTORE.types["sensor_msgs/msg/Image"](
+                message.header, 40, 64, "rgb8", 0, 192, np.zeros(100, np.uint8)
+            )
+        return message
+
+    found = verdicts_by_name(rewrite(bag, tmp_path / "cut", cut))
+    assert "turns seen on /lidar_top/points" in found
+    assert "turns seen on /cam_back/image/compressed" in found
+
+
+def test_an_offset_that_is_not_sure_makes_no_bag_useless(bag, monkeypatch) -> None:
+    from occbev_training.sources import bag_check
+
+    for spread, correlation, must in ((0.08, 0.9, False), (0.002, 0.3, False), (0.002, 0.9, True)):
+        offset = ClockOffset(0.2, spread, correlation, "+200 ms is more than 150 ms")
+        monkeypatch.setattr(bag_check, "measure_clocks", lambda _, offset=offset: {"/t": offset})
+        verdict = verdicts_by_name(bag)["turns seen on /t"]
+        assert not verdict.ok
+        assert verdict.must == must
+
+
+def test_without_an_ego_box_the_reason_is_told(bag) -> None:
+    from occbev_training.cli.bag_check import _ego_box
+
+    box, reason = _ego_box(bag, BagOptions())
+    assert box is None
+    assert "less than 20 m" in reason
+
+
 def test_drift_counts_only_where_it_is_sure() -> None:
     """50 ppm over 20 s are 1 ms, which jitter hides; over 10 minutes they show."""
     for seconds, sure in ((20, False), (600, True)):
@@ -120,6 +196,21 @@ def test_the_ego_box_is_found_from_what_never_moves(make_recording) -> None:
     box = propose_ego_box(drive)
     assert np.allclose(box.lo, low, atol=0.11)
     assert np.allclose(box.hi, high, atol=0.11)
+
+    class Broken(Bodied):
+        def sweep(self, index: int) -> Sweep:
+            if index % 7 == 3:
+                raise RecordingError("cut")
+            return super().sweep(index)
+
+    broken = Broken(keys=12)
+    shorter = slice(0, -10)  # the last sweeps have no pose
+    broken.trajectory = dataclasses.replace(
+        broken.trajectory,
+        stamp_ns=broken.trajectory.stamp_ns[shorter],
+        ego2global=broken.trajectory.ego2global[shorter],
+    )
+    assert propose_ego_box(broken) == box
     still = Bodied(keys=12)
     still.trajectory = dataclasses.replace(
         still.trajectory,

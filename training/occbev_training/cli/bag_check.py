@@ -16,7 +16,9 @@ from rich.table import Table
 
 from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
 from occbev_training.sources.bag_check import check_bag, fixed_clocks, propose_ego_box
-from occbev_training.sources.bags import BagRecording
+from occbev_training.sources.bags import BagOptions, BagRecording
+from occbev_training.sources.deskew import EgoBox
+from occbev_training.sources.recording import RecordingError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
         options = fixed_clocks(args.bag, options)
     verdicts = check_bag(args.bag, options, not args.no_turns)
     failed = [verdict for verdict in verdicts if verdict.must and not verdict.ok]
-    box = propose_ego_box(BagRecording(args.bag, options)) if args.ego_box and not failed else None
+    box, reason = _ego_box(args.bag, options) if args.ego_box and not failed else (None, "")
     if args.json:
         record = {"bag": str(args.bag), "ok": not failed, "verdicts": [asdict(v) for v in verdicts]}
-        print(json.dumps(record | ({"ego_box": asdict(box)} if box else {})))
+        found = {"ego_box": asdict(box)} if box else {"no_ego_box": reason} if reason else {}
+        print(json.dumps(record | found))
         return 1 if failed else 0
     table = Table(
         "", "requirement", "found", title=f"{args.bag}: {'usable' if not failed else 'not usable'}"
@@ -55,4 +58,18 @@ def run(args: argparse.Namespace) -> int:
         console.print(
             f"ego box: lo {box.lo}, hi {box.hi}; pairs --ego-box {corners}", highlight=False
         )
+    elif reason:
+        console.print(f"no ego box: {reason}", highlight=False, markup=False)
     return 1 if failed else 0
+
+
+def _ego_box(path: Path, options: BagOptions) -> tuple[EgoBox | None, str]:
+    """Return the proposed box, or None and why there is none."""
+    recording = BagRecording(path, options)
+    try:
+        box = propose_ego_box(recording)
+    except RecordingError as error:
+        return None, str(error)
+    finally:
+        recording.close()
+    return box, "" if box else "nothing near the vehicle is hit in nearly every sweep"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -21,7 +23,9 @@ from occbev_training.sources.bags import (
     usable_stamps,
 )
 from occbev_training.sources.clocks import (
+    AGREE,
     CLOCK_OFFSET,
+    CORRELATED,
     LARGEST,
     ClockCorrection,
     ClockOffset,
@@ -37,6 +41,8 @@ from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.point_times import SPAN
 from occbev_training.sources.recording import Recording, RecordingError
 from occbev_training.sources.topics import ODOMETRY, POSE, BagTopics
+
+T = TypeVar("T")
 
 CAMERA_RATE, ODOMETRY_RATE = 5.0, 20.0
 """Lowest accepted message rates in Hz."""
@@ -119,7 +125,7 @@ def _presence(bag: AnyBag, topics: BagTopics, times: Mapping[str, TopicTimes]) -
     """Cameras, their calibration topics, LiDAR and odometry: there, and often enough."""
     verdicts = []
     for name, topic in topics.images.items():
-        rate = times[topic].rate
+        rate = _rate(times[topic])
         verdicts.append(Verdict(f"camera {name}", rate >= CAMERA_RATE,
                                 f"{topic}: {rate:.1f} Hz, at least {CAMERA_RATE:g} wanted"))  # fmt: skip
     if topics.lidar is None:
@@ -127,21 +133,27 @@ def _presence(bag: AnyBag, topics: BagTopics, times: Mapping[str, TopicTimes]) -
             Verdict("lidar", False, "no sensor_msgs/PointCloud2 topic; vendor packets are not read")
         )
     else:
-        rate = times[topics.lidar].rate
+        rate = _rate(times[topics.lidar])
         verdicts.append(Verdict("lidar", rate > 0, f"{topics.lidar}: {rate:.1f} Hz"))
     if topics.odometry is not None:
-        rate, where = times[topics.odometry].rate, topics.odometry
-    else:
-        where = "/tf"
-        rate = read_times(bag, ["/tf"])["/tf"].rate if "/tf" in bag.topics else 0.0
-    kinds = (
-        f"no topic of {ODOMETRY} or {POSE}, and no /tf"
-        if rate == 0.0
-        else f"{where}: {rate:.1f} Hz"
-    )
-    verdicts.append(Verdict("odometry", rate >= ODOMETRY_RATE,
-                            f"{kinds}, at least {ODOMETRY_RATE:g} wanted, 50 advised"))  # fmt: skip
-    return verdicts
+        verdicts.append(_odometry(topics.odometry, _rate(times[topics.odometry])))
+    elif "/tf" not in bag.topics:
+        verdicts.append(_odometry(f"no topic of {ODOMETRY} or {POSE}, and no /tf", 0.0))
+    return verdicts  # poses of /tf are judged as the reader finds them, among the other transforms
+
+
+def _odometry(where: str, rate: float) -> Verdict:
+    """Poses often enough to interpolate between them."""
+    return Verdict("odometry", rate >= ODOMETRY_RATE,
+                   f"{where}: {rate:.1f} Hz, at least {ODOMETRY_RATE:g} wanted, 50 advised")  # fmt: skip
+
+
+def _rate(times: TopicTimes) -> float:
+    """Return the rate of the messages that are used, over those parts of the time that a jump back divides."""
+    keep, jumps, _ = usable_stamps(times.stamp_ns.tolist())
+    stamps = times.stamp_ns[keep]
+    steps = np.delete(np.diff(stamps), [keep.index(jump) - 1 for jump in jumps]) / 1e9
+    return float(len(steps) / steps.sum()) if len(steps) else 0.0
 
 
 def _stamps(topic: str, times: TopicTimes) -> Verdict:
@@ -211,6 +223,9 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[
         verdicts.append(
             Verdict("key frames", True, f"{len(recording.key_stamp_ns)} of {len(recording.rig)} cameras{parts}")
         )  # fmt: skip
+        if recording.topics.odometry is None:
+            stamps = recording.trajectory.stamp_ns
+            verdicts.append(_odometry("poses of /tf", _rate(TopicTimes(stamps, stamps))))
         verdicts.append(_poses(recording))
         if len(recording.sweep_stamp_ns):
             verdicts.append(_point_times(recording))
@@ -262,7 +277,8 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
     trajectory = recording.trajectory
     if recording.topics.lidar is not None:
         runs = stretches_in_turns(recording.sweep_stamp_ns, trajectory)
-        turns = joined([lidar_turns([recording.sweep(int(i)) for i in run]) for run in runs])
+        turns = joined([lidar_turns(sweeps) for run in runs
+                        for sweeps in _readable(recording.sweep, run)])  # fmt: skip
         found[recording.topics.lidar] = measure_offset(turns, trajectory)
     for camera in recording.rig.cameras:
         stamps = recording.exposures(camera.name)
@@ -271,10 +287,36 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
         small = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
         parts = []
         for run in stretches_in_turns(stamps, trajectory):
-            images = [_grey(recording.exposure(camera.name, int(i)), size) for i in run]
-            parts.append(camera_turns(stamps[run].tolist(), images, small))
+            seen = partial(_seen, recording, camera.name, stamps, size)
+            parts += [camera_turns(*zip(*images, strict=True), small)
+                      for images in _readable(seen, run)]  # fmt: skip
         found[recording.topics.images[camera.name]] = measure_offset(joined(parts), trajectory)
     return found
+
+
+def _readable(read: Callable[[int], T], run: NDArray[np.int64]) -> Iterator[list[T]]:
+    """Yield the stretches of a run that can be read, of at least two."""
+    stretch: list[T] = []
+    for number in run:
+        try:
+            stretch.append(read(int(number)))
+        except RecordingError:
+            if len(stretch) > 1:
+                yield stretch
+            stretch = []
+    if len(stretch) > 1:
+        yield stretch
+
+
+def _seen(
+    recording: BagRecording,
+    camera: str,
+    stamps: NDArray[np.int64],
+    size: tuple[int, int],
+    number: int,
+) -> tuple[int, NDArray[np.uint8]]:
+    """Return the stamp and the grey image of one exposure."""
+    return int(stamps[number]), _grey(recording.exposure(camera, number), size)
 
 
 def _grey(image: NDArray[np.uint8] | bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -292,7 +334,9 @@ def _turn_verdicts(recording: BagRecording) -> list[Verdict]:
     """Offsets of LiDAR and cameras against the odometry."""
     verdicts = []
     for topic, offset in measure_clocks(recording).items():
-        far = abs(offset.seconds) > LARGEST
+        # Only an offset that is surely there makes a bag useless; noise measures anything.
+        sure = offset.spread <= AGREE and offset.correlation >= CORRELATED
+        far = sure and abs(offset.seconds) > LARGEST
         small = not offset.fault and abs(offset.seconds) <= NOTICEABLE
         advice = "" if offset.fault or small else "; --clock-fix corrects it"
         verdicts.append(Verdict(f"turns seen on {topic}", small, offset.text + advice, must=far))
@@ -355,18 +399,22 @@ def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
 def propose_ego_box(recording: Recording, sweeps: int = 40, share: float = 0.9) -> EgoBox | None:
     """Box the cells around the vehicle that are hit in nearly every sweep while it moves; None without any.
 
-    Raises RecordingError where the vehicle hardly moves: then everything is hit in every sweep.
+    Sweeps that cannot be read or have no pose are left out. Raises RecordingError where the vehicle
+    hardly moves: then everything is hit in every sweep.
     """
-    chosen = np.linspace(0, len(recording.sweep_stamp_ns) - 1, sweeps).astype(int)
-    stamps = recording.sweep_stamp_ns[chosen]
-    place = recording.trajectory.at_many(stamps)[:, :3, 3]
-    if np.linalg.norm(place - place[0], axis=1).max() < 20.0:
+    used, places = [], []
+    for index in np.unique(np.linspace(0, len(recording.sweep_stamp_ns) - 1, sweeps).astype(int)):
+        try:
+            places.append(recording.trajectory.at(int(recording.sweep_stamp_ns[index]))[:3, 3])
+            used.append(recording.sweep(int(index)))
+        except (PoseError, RecordingError):
+            del places[len(used) :]
+    if not used or np.linalg.norm(np.array(places) - places[0], axis=1).max() < 20.0:
         raise RecordingError(
             f"{recording.name}: it moves less than 20 m, so its own body does not stand out"
         )
     pitch, reach, counts = 0.1, 6.0, {}
-    for index in np.unique(chosen):
-        sweep = recording.sweep(int(index))
+    for sweep in used:
         points = (
             np.asarray(sweep.points, np.float64) @ sweep.lidar2ego[:3, :3].T
             + sweep.lidar2ego[:3, 3]
@@ -374,9 +422,7 @@ def propose_ego_box(recording: Recording, sweeps: int = 40, share: float = 0.9) 
         near = points[np.abs(points).max(axis=1) < reach]
         for cell in np.unique(np.floor(near / pitch).astype(int), axis=0).tolist():
             counts[tuple(cell)] = counts.get(tuple(cell), 0) + 1
-    often = np.array(
-        [cell for cell, count in counts.items() if count > share * len(np.unique(chosen))]
-    )
+    often = np.array([cell for cell, count in counts.items() if count > share * len(used)])
     # The road under the vehicle is hit in every sweep, too.
     body = often[often[:, 2] * pitch >= 0.1] if len(often) else often
     if not len(body):

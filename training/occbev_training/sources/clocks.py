@@ -33,6 +33,9 @@ WINDOWS, AGREE, PEAK_RATIO = 5, 0.005, 1.3
 """Windows that must tell the same offset, its largest standard error in seconds, and the least ratio of the
 best peak to the next."""
 
+CORRELATED = 0.7
+"""Least correlation of a sensor's turns with the odometry's."""
+
 
 @dataclass(frozen=True)
 class ClockCorrection:
@@ -187,7 +190,7 @@ def measure_offset(turns: Turns, trajectory: Trajectory) -> ClockOffset:
         )
     if ratio < PEAK_RATIO:
         faults.append(f"the best peak is only {ratio:.2f} times the next, {PEAK_RATIO} wanted")
-    if whole.max() < 0.7:
+    if whole.max() < CORRELATED:
         faults.append(f"turns correlate by {whole.max():.2f} only")
     return ClockOffset(found.seconds, spread, found.correlation, "; ".join(faults))
 
