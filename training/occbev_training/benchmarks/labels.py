@@ -27,7 +27,7 @@ from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
-from occbev_training.occupancy.rays import Hits, RayBundle, bundle_rays, bundle_slots, cast
+from occbev_training.occupancy.rays import BundleScratch, Hits, RayBundle, bundle_rays, cast
 from occbev_training.sources.deskew import Rays, deskewed_rays
 
 COPIES, SPACING, PERIOD_NS = 10, 0.5, 50_000_000
@@ -121,11 +121,14 @@ def run(options: Options) -> Report:
         builder.build(0)
 
     rays, motions = _rays(recording)
-    slots = bundle_slots(grid)
+    scratch = BundleScratch(grid)
 
     def collapsed() -> NDArray[np.uint8]:
         return _states(
-            [bundle_rays(r, m, grid, 0.8, True, slots) for r, m in zip(rays, motions, strict=True)],
+            [
+                bundle_rays(r, m, grid, 0.8, True, scratch)
+                for r, m in zip(rays, motions, strict=True)
+            ],
             grid,
         )
 

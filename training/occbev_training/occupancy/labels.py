@@ -29,12 +29,12 @@ from occbev.trajectory import PoseError
 from occbev_training.occupancy.boxes import BoxReturns, read_tracks, returns_in_boxes
 from occbev_training.occupancy.rays import (
     MAX_SWEEPS,
+    BundleScratch,
     CameraRays,
     Evidence,
     Hits,
     RayBundle,
     bundle_rays,
-    bundle_slots,
     cast,
     gather_hits,
     joined,
@@ -228,7 +228,7 @@ class LabelBuilder:
         self.grid = grid or GRIDS["occ3d"]
         self._rays: dict[int, SweepRays | str] = {}
         self._tracks = read_tracks(recording) if self.config.objects == "boxes" else {}
-        self._slots = bundle_slots(self.grid)
+        self._scratch = BundleScratch(self.grid)
         self._camera_rays: dict[str, tuple[Camera, CameraRays]] = {}
 
     def build(self, key: int, frames: FrameSet | None = None) -> OccupancyLabel:
@@ -279,7 +279,18 @@ class LabelBuilder:
     @cached_property
     def _own_cells(self) -> NDArray[np.int64]:
         """Flat cells whose centre lies in the vehicle."""
-        return np.flatnonzero(self.config.ego_box.contains(self.grid.centres().reshape(-1, 3)))
+        box, inside = self.config.ego_box, np.ones(self.grid.shape, np.bool_)
+        for centre, lo, hi in zip(self._axes, box.lo, box.hi, strict=True):
+            inside &= (centre >= lo) & (centre <= hi)
+        return np.flatnonzero(inside)
+
+    @property
+    def _axes(self) -> list[NDArray[np.float64]]:
+        """The cells' centres along x, y and z, shaped to be broadcast: all centres at once take 15 MB."""
+        grid = self.grid
+        lines = [lo + (np.arange(n) + 0.5) * pitch
+                 for lo, pitch, n in zip(grid.lo, grid.pitch, grid.shape, strict=True)]  # fmt: skip
+        return list(np.ix_(*lines))
 
     def _boxed_cells(self, window: Window) -> NDArray[np.int64]:
         """Return the cells in which returns carried with their boxes make an occupied cell."""
@@ -294,8 +305,9 @@ class LabelBuilder:
     @cached_property
     def _far(self) -> NDArray[np.bool_]:
         """Which cells (X*Y*Z,) are farther from the LiDAR at the key time than `far_range`."""
-        away = self.grid.centres().reshape(-1, 3) - self.recording.lidar2ego[:3, 3]
-        return np.linalg.norm(away, axis=-1) > self.config.far_range
+        squares = [(centre - lidar) ** 2
+                   for centre, lidar in zip(self._axes, self.recording.lidar2ego[:3, 3], strict=True)]  # fmt: skip
+        return (np.sqrt(sum(squares)) > self.config.far_range).reshape(-1)
 
     def _label(
         self, key: int, window: Window, decision: Decision, frames: FrameSet | None
@@ -352,7 +364,7 @@ class LabelBuilder:
         rays = sweep.rays
         if self._tracks:
             rays = replace(rays, hit=rays.hit & ~self._in_boxes(sweep)[0])
-        return bundle_rays(rays, ego2reference, self.grid, margin, collapse, self._slots)
+        return bundle_rays(rays, ego2reference, self.grid, margin, collapse, self._scratch)
 
     def _in_boxes(self, sweep: SweepRays) -> tuple[NDArray[np.bool_], list[BoxReturns]]:
         """Return which rays of a sweep end in a box, and each box's share of them."""
@@ -377,7 +389,7 @@ class LabelBuilder:
                 places.append(transform_points(move, sweep.rays.end[part.rays]))
         ends = np.concatenate(places)
         rays = Rays(ends, ends, np.ones(len(ends), np.bool_))
-        return bundle_rays(rays, np.eye(4), self.grid, 0.0, True, self._slots)
+        return bundle_rays(rays, np.eye(4), self.grid, 0.0, True, self._scratch)
 
     @cached_property
     def _period_ns(self) -> float:
@@ -460,11 +472,11 @@ def read_ego_mask(camera: Camera, folder: str) -> NDArray[np.bool_] | None:
 
     Raises RecordingError where the mask has another size than the camera's images.
     """
-    import cv2
-
     path = Path(folder) / f"{camera.name}.png"
     if not folder or not path.is_file():
         return None
+    import cv2
+
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None or mask.shape != (camera.height, camera.width):
         found = "no image" if mask is None else f"{mask.shape[1]}x{mask.shape[0]} pixels"
@@ -557,7 +569,8 @@ def decide(
     sweeps: number in the window. reference: bits of those at the key time, which decide first.
     """
     hits, solid = evidence.hits, ~ground
-    state, pass_sweeps = _passed_cells(evidence.passes, far, config.far_passes)
+    pass_sweeps = evidence.passes
+    state = _passed_cells(pass_sweeps, far, config.far_passes)
     ratio = config.dynamic_ratio if sweeps > config.few_sweeps else config.dynamic_ratio_few
     contradicted = evidence.conflicts >= np.maximum(config.dynamic_minimum, ratio * hits.count)
     dynamic = _moving_components(hits.cell, hits.row, solid, contradicted & solid,
@@ -578,19 +591,12 @@ def decide(
 
 @njit(cache=True, nogil=True)
 def _passed_cells(passes, far, far_passes):  # type: ignore[no-untyped-def]
-    """Count the sweeps that passed each cell; returns free (1) or unobserved (0), and the counts."""
-    state, count = np.zeros(len(passes), np.uint8), np.zeros(len(passes), np.uint8)
+    """Return free (1) or unobserved (0) by the number of sweeps that passed each cell."""
+    state = np.zeros(len(passes), np.uint8)
     for cell in range(len(passes)):
-        bits = passes[cell]
-        if bits != 0:
-            seen = 0
-            while bits != 0:
-                bits &= bits - np.uint64(1)
-                seen += 1
-            count[cell] = seen
-            if seen >= far_passes or not far[cell]:
-                state[cell] = 1
-    return state, count
+        if passes[cell] > 0 and (passes[cell] >= far_passes or not far[cell]):
+            state[cell] = 1
+    return state
 
 
 @njit(cache=True, nogil=True)

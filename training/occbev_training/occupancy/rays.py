@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -17,7 +18,7 @@ from occbev.grid import VoxelGrid
 from occbev_training.sources.deskew import Rays
 
 MAX_SWEEPS = 63
-"""A cell keeps one bit per sweep, and one that tells whether it holds returns."""
+"""A cell keeps a number of sweeps in six bits."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ class Hits:
 class Evidence:
     """What a window of sweeps says of a grid.
 
-    passes: (X*Y*Z,) uint64, bit s set where sweep s passed the cell.
+    passes: (X*Y*Z,) uint8 sweeps that passed the cell.
     conflicts: (H,) int64 beams that went through the returns of a hit cell.
     conflict_sweeps: (H,) uint64, one bit per sweep.
     """
 
     hits: Hits
-    passes: NDArray[np.uint64]
+    passes: NDArray[np.uint8]
     conflicts: NDArray[np.int64]
     conflict_sweeps: NDArray[np.uint64]
 
@@ -78,14 +79,14 @@ def bundle_rays(
     grid: VoxelGrid,
     margin: float,
     collapse: bool = True,
-    slots: NDArray[np.int32] | None = None,
+    scratch: BundleScratch | None = None,
 ) -> RayBundle:
     """Carry rays into the grid's frame and join those of one end cell or one exit cell.
 
     Beams that miss the grid are left out. With `collapse` off each beam stays alone.
-    slots: scratch from `bundle_slots`, to be used again for further sweeps of one thread.
+    scratch: to be used again for further sweeps of one thread.
     """
-    slots = bundle_slots(grid) if slots is None else slots
+    scratch = scratch or BundleScratch(grid)
     parts = _bundle(
         rays.end,
         rays.origin,
@@ -94,9 +95,9 @@ def bundle_rays(
         np.array(grid.lo),
         np.array(grid.pitch),
         np.array(grid.shape),
-        slots,
         margin,
         collapse,
+        *scratch.rows(len(rays)),
     )
     return RayBundle(*parts)
 
@@ -107,9 +108,19 @@ def joined(one: RayBundle, other: RayBundle) -> RayBundle:
     return RayBundle(*(np.concatenate([getattr(one, p), getattr(other, p)]) for p in parts))
 
 
-def bundle_slots(grid: VoxelGrid) -> NDArray[np.int32]:
-    """Return scratch for `bundle_rays`; it is left as it was found."""
-    return np.full(2 * grid.size, -1, np.int32)
+class BundleScratch:
+    """Memory of `bundle_rays`, kept from sweep to sweep of one thread: fresh pages cost more than the work in them."""
+
+    def __init__(self, grid: VoxelGrid) -> None:
+        self.slots = np.full(2 * grid.size, -1, np.int32)
+        self.rows(0)
+
+    def rows(self, count: int) -> tuple[NDArray[Any], ...]:
+        """Return slots, and one row per beam for at least `count` beams."""
+        if count == 0 or len(self._rows[0]) < count:
+            self._rows = (np.empty((count, 8), np.int64), np.empty((count, 3)), np.empty((count, 3)),
+                          np.empty(count, np.int64), np.empty(count, np.bool_), np.empty(count, np.int64))  # fmt: skip
+        return self.slots, *self._rows
 
 
 def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
@@ -119,8 +130,9 @@ def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
             f"{len(bundles)} sweeps; a cell has one bit for each of at most {MAX_SWEEPS}"
         )
     row = np.full(grid.size, -1, np.int32)
-    cells = [bundle.end_cell[bundle.hit] for bundle in bundles]
-    cell = np.unique(np.concatenate([np.zeros(0, np.int64), *cells]))
+    for bundle in bundles:
+        row[bundle.end_cell[bundle.hit]] = 0
+    cell = np.flatnonzero(row == 0)
     row[cell] = np.arange(len(cell), dtype=np.int32)
     count, total = np.zeros(len(cell), np.int64), np.zeros((len(cell), 3), np.int64)
     sweeps = np.zeros(len(cell), np.uint64)
@@ -145,17 +157,16 @@ def cast(
     skims over the cells of the same layer before it: they hold the same ground, so they are not passed.
     """
     ground = np.zeros(len(hits.cell), np.bool_) if ground is None else ground
-    passes = np.zeros(grid.size, np.uint64)
+    passes = np.zeros(grid.size, np.uint16)
     passes[hits.cell] = _HIT
     conflicts = np.zeros(len(hits.cell), np.int64)
     conflict_sweeps = np.zeros(len(hits.cell), np.uint64)
     lo, pitch, shape = np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape)
     for number, bundle in enumerate(bundles):
         _cast(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
-              lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, ground, distance,
+              lo, pitch, shape, number, hits.row, hits.centroid, ground, distance,
               passes, conflicts, conflict_sweeps)  # fmt: skip
-    passes[hits.cell] &= ~_HIT
-    return Evidence(hits, passes, conflicts, conflict_sweeps)
+    return Evidence(hits, (passes & _COUNT).astype(np.uint8), conflicts, conflict_sweeps)
 
 
 @dataclass(frozen=True)
@@ -198,8 +209,9 @@ def mark_visible(
     begun = np.full(((rows + 1) // 2, (columns + 1) // 2), _DISAGREE, np.uint8)
     unknown, start = np.zeros(begun.shape), 0.0
     marked = state.reshape(-1).copy()  # one volume to read and to write: each cell is one access
-    for level, (direction, stop) in enumerate(zip(rays.directions, rays.until, strict=True)):
-        if level:
+    passed = None
+    for direction, stop in zip(rays.directions, rays.until, strict=True):
+        if passed is not None:
             begun = _agreement(passed)
         passed, unknown = _see(direction, np.ascontiguousarray(cam2grid[:3], np.float64), start, stop,
                                begun, unknown, marked, np.array(grid.lo), np.array(grid.pitch),
@@ -211,7 +223,10 @@ def mark_visible(
 _ENDED, _PASSED, _DISAGREE = 0, 1, 2
 _SEEN = 4
 """Bit beside the state of a cell that a camera has seen."""
-_HIT = np.uint64(1 << MAX_SWEEPS)
+
+_COUNT, _LAST, _HIT = 63, 63 << 6, 1 << 15
+"""What `_cast` keeps of a cell in 16 bits: how many sweeps passed it, the last of them counted from 1,
+and whether it holds returns."""
 
 
 def traverse(
@@ -339,7 +354,7 @@ def _pace(start, step, offset, reciprocal, size):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, ground, distance,
+def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, number, row, centroid, ground, distance,
           passes, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
     """Add one sweep's rays to the evidence.
 
@@ -347,6 +362,7 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
     ahead, so that a step waits for no arithmetic, and every cell costs one access to memory.
     """
     ny, nz = shape[1], shape[2]
+    tag, bit = (number + 1) << 6, np.uint64(1) << np.uint64(number)
     o, e = np.empty(3), np.empty(3)
     for g in range(len(end)):
         for a in range(3):
@@ -370,7 +386,8 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
             t = min(tx, ty, tz)
             if iz != skimmed:
                 seen = passes[cell]
-                passes[cell] = seen | bit
+                if seen & _LAST != tag:
+                    passes[cell] = (seen & ~_LAST | tag) + 1
                 if seen >= _HIT and t <= latest:
                     r = row[cell]
                     if _goes_by(centroid[r], origin[g], direction, square, distance):
@@ -609,20 +626,17 @@ _WEIGHT, _SPARE = 6, 7
 
 
 @njit(cache=True, nogil=True)
-def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collapse):  # type: ignore[no-untyped-def]
+def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, margin, collapse,
+            slots, sums, out_origin, out_end, out_cell, out_hit, used):  # type: ignore[no-untyped-def]  # fmt: skip
     """Carry beams into the grid frame, find end or exit cells, and sum beams that share one.
 
-    `slots` maps an end cell (first half) or an exit cell (second half) to its bundle, -1 for none.
+    `slots` maps an end cell (first half) or an exit cell (second half) to its bundle, -1 for none; it
+    is left as it was found. What stands in the other scratch rows does not matter.
     One row of sums fills one cache line.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
-    room = len(end)
-    sums = np.zeros((room, 8), np.int64)
-    out_origin, out_end = np.empty((room, 3)), np.empty((room, 3))
-    out_cell, out_hit = np.empty(room, np.int64), np.empty(room, np.bool_)
-    used = np.empty(room, np.int64)
     count = 0
-    for i in range(room):
+    for i in range(len(end)):
         e, o = _moved(ego2grid, end[i], lo), _moved(ego2grid, origin[i], lo)
         cx, cy, cz = np.floor(e[0] / pitch[0]), np.floor(e[1] / pitch[1]), np.floor(e[2] / pitch[2])
         inside = cx >= 0 and cx < nx and cy >= 0 and cy < ny and cz >= 0 and cz < nz
@@ -651,6 +665,8 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collaps
             group = count
             count += 1
             used[group], out_cell[group], out_hit[group] = key, flat, inside and hit[i]
+            for column in range(_SPARE):
+                sums[group, column] = 0
             sums[group, _SPARE] = beyond
             if key >= 0:
                 slots[key] = group
@@ -674,10 +690,10 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, slots, margin, collaps
                 out_origin[g, a] = sums[g, 3 + a] / scale + lo[a]
     out_margin = np.maximum(0.0, margin - sums[:count, _SPARE] / 1000.0)
     return (
-        out_origin[:count],
-        out_end[:count],
-        out_cell[:count],
-        out_hit[:count],
+        out_origin[:count].copy(),
+        out_end[:count].copy(),
+        out_cell[:count].copy(),
+        out_hit[:count].copy(),
         sums[:count, _WEIGHT].copy(),
         out_margin,
         sums[:count, :3].copy(),

@@ -39,7 +39,10 @@ class EgoBox:
 
     def contains(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which of (M, 3) points of base_link lie inside."""
-        return np.all((points >= self.lo) & (points <= self.hi), axis=-1)
+        inside = np.ones(points.shape[:-1], np.bool_)
+        for axis, (lo, hi) in enumerate(zip(self.lo, self.hi, strict=True)):
+            inside &= (points[..., axis] >= lo) & (points[..., axis] <= hi)
+        return inside
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def compensated(sweep: Sweep, trajectory: Trajectory) -> Sweep:
         return replace(sweep, time_offset=None)
     motion = _ego_motion(sweep.time_offset, sweep.stamp_ns, sweep.stamp_ns, trajectory)
     ego2lidar = invert_transform(sweep.lidar2ego)
-    points = motion.apply(transform_points(sweep.lidar2ego, sweep.points))
+    points = _transform_each(motion, transform_points(sweep.lidar2ego, sweep.points))
     return replace(
         sweep, points=transform_points(ego2lidar, points).astype(np.float32), time_offset=None
     )
@@ -129,72 +132,63 @@ def deskewed_rays(
     ego_box, limits = ego_box or EgoBox(), limits or RayLimits()
     points, times, distance, dropped = _usable_points(sweep, ego_box, limits)
     hit = distance <= limits.max_range
-    reach = np.minimum(1.0, limits.max_range / np.maximum(distance, 1e-9))[:, None]
-    end = _transform_each(sweep.lidar2ego, points * reach)
-    origin = np.broadcast_to(sweep.lidar2ego[:3, 3], end.shape)
+    end = _moved(
+        sweep.lidar2ego, points * np.minimum(1.0, limits.max_range / np.maximum(distance, 1e-9))
+    )
+    origin = sweep.lidar2ego[:3, 3:4]  # (3, 1): one for all of them until they move apart
     if times is None:
         motion = trajectory.relative(sweep.stamp_ns, reference_ns)
-        return Rays(_transform_each(motion, end), _transform_each(motion, origin), hit, dropped)
-    knots = _ego_motion(times, sweep.stamp_ns, reference_ns, trajectory)
-    return Rays(knots.apply(end), knots.apply(origin), hit, dropped)
+    else:
+        motion = _ego_motion(times, sweep.stamp_ns, reference_ns, trajectory)
+        origin = np.broadcast_to(origin, end.shape)
+    end, origin = _moved(motion, end), np.broadcast_to(_moved(motion, origin), end.shape)
+    return Rays(np.ascontiguousarray(end.T), np.ascontiguousarray(origin.T), hit, dropped)
 
 
-@dataclass(frozen=True)
-class _KnotMotion:
-    """Per-point transforms: blends of knot transforms (K, 4, 4) at `knot` (M,) + `share` (M,)."""
+def _moved(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move points (3, M), in columns of x, y and z, by one (4, 4) or by M transforms (3, 4, M).
 
-    transforms: NDArray[np.float64]
-    knot: NDArray[np.int64]
-    share: NDArray[np.float64]
-
-    def apply(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Move (M, 3) points, each by its own transform."""
-        step = np.diff(self.transforms, axis=0, append=self.transforms[-1:])
-        mixed = self.transforms[self.knot, :3] + self.share[:, None, None] * step[self.knot, :3]
-        return _transform_each(mixed, points)
+    The same bits whatever their order: a matrix product rounds a row by its place in the block, so
+    a label could depend on the order.
+    """
+    x, y, z = points
+    return np.stack([a2b[i, 0] * x + a2b[i, 1] * y + a2b[i, 2] * z + a2b[i, 3] for i in range(3)])
 
 
 def _transform_each(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Move (M, 3) points by (4, 4) or (M, 3, 4) transforms, the same bits whatever their order.
-
-    A matrix product rounds a row by its place in the block, so a label could depend on the order.
-    """
-    x, y, z = points[:, 0], points[:, 1], points[:, 2]
-    rows = [
-        a2b[..., i, 0] * x + a2b[..., i, 1] * y + a2b[..., i, 2] * z + a2b[..., i, 3]
-        for i in range(3)
-    ]
-    return np.stack(rows, axis=-1)
+    """As `_moved`, of points (M, 3)."""
+    return np.ascontiguousarray(_moved(a2b, points.T).T)
 
 
 def _ego_motion(
     time_offset: NDArray[np.floating], stamp_ns: int, reference_ns: int, trajectory: Trajectory
-) -> _KnotMotion:
-    """Build ego(capture) -> ego(reference) for every point of one sweep."""
+) -> NDArray[np.float64]:
+    """Return ego(capture) -> ego(reference) (3, 4, M) of every point of one sweep, NaN without a time."""
     offset = np.asarray(time_offset, np.float64)
     finite = np.isfinite(offset)
     if not finite.any():
-        return _KnotMotion(
-            np.eye(4)[None], np.zeros(len(offset), np.int64), np.full(len(offset), np.nan)
-        )
+        return np.full((3, 4, len(offset)), np.nan)
     first, last = offset[finite].min(), offset[finite].max()
     knots = np.linspace(first, last, KNOTS)
     stamps = stamp_ns + np.round(knots * 1e9).astype(np.int64)
     ego2reference = invert_transform(trajectory.at(reference_ns)) @ trajectory.at_many(stamps)
     place = (np.where(finite, offset, first) - first) / max(last - first, 1e-12) * (KNOTS - 1)
     knot = np.minimum(place.astype(np.int64), KNOTS - 2)
-    return _KnotMotion(ego2reference, knot, np.where(finite, place - knot, np.nan))
+    share = np.where(finite, place - knot, np.nan)
+    entries = np.ascontiguousarray(ego2reference[:, :3].reshape(KNOTS, 12).T)  # (12, K)
+    steps = np.diff(entries, axis=1)
+    return (entries[:, knot] + share * steps[:, knot]).reshape(3, 4, -1)
 
 
 def _usable_points(
     sweep: Sweep, ego_box: EgoBox, limits: RayLimits
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64], dict[str, int]]:
-    """Return the kept points (M, 3) in the LiDAR frame, their times, ranges, and the drop counts."""
-    points = np.asarray(sweep.points, np.float64).reshape(-1, 3)
+    """Return the kept points (3, M) in the LiDAR frame, their times, ranges, and the drop counts."""
+    points = np.array(sweep.points.reshape(-1, 3).T, np.float64, order="C")
     times = None if sweep.time_offset is None else np.asarray(sweep.time_offset, np.float64)
-    if times is not None and len(times) != len(points):
+    if times is not None and len(times) != points.shape[1]:
         raise ValueError(
-            f"sweep at {sweep.stamp_ns} ns: {len(points)} points but {len(times)} time offsets"
+            f"sweep at {sweep.stamp_ns} ns: {points.shape[1]} points but {len(times)} time offsets"
         )
     dropped: dict[str, int] = {}
 
@@ -202,17 +196,23 @@ def _usable_points(
         nonlocal points, times
         dropped[reason] = int(np.count_nonzero(~good))
         if dropped[reason]:
-            points, times = points[good], None if times is None else times[good]
+            points, times = points[:, good], None if times is None else times[good]
 
-    finite = np.isfinite(points).all(axis=1)
+    finite = np.isfinite(points).all(axis=0)
     keep("not_finite", finite if times is None else finite & np.isfinite(times))
-    keep("too_near", np.linalg.norm(points, axis=1) >= limits.min_range)
-    keep("ego_body", ~ego_box.contains(_transform_each(sweep.lidar2ego, points)))
+    keep("too_near", _length(points) >= limits.min_range)
+    keep("ego_body", ~ego_box.contains(_moved(sweep.lidar2ego, points).T))
     if limits.isolated_filter:
-        keep("isolated", ~_isolated(points, limits))
-    distance = np.linalg.norm(points, axis=1)
+        keep("isolated", ~_isolated(points.T, limits))
+    distance = _length(points)
     dropped["beyond_max_range"] = int(np.count_nonzero(distance > limits.max_range))
     return points, times, distance, dropped
+
+
+def _length(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the distances (M,) of points (3, M) from the origin."""
+    x, y, z = points
+    return np.sqrt(x * x + y * y + z * z)
 
 
 def _isolated(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool_]:
