@@ -26,7 +26,6 @@ from occbev_training.losses import (  # noqa: E402
     lovasz,
     lovasz_softmax,
     observation_weights,
-    occupied_iou_loss,
     paper_loss,
     semantic_loss,
     semantic_scale_loss,
@@ -159,23 +158,6 @@ def test_lovasz_of_certain_answers_is_one_minus_iou() -> None:
     assert float(lovasz(answer, target)) == pytest.approx(0.5)
     assert float(lovasz(target.float(), target)) == pytest.approx(0)
     assert float(lovasz(answer, torch.zeros(5, dtype=torch.bool))) == 0
-
-
-def test_occupied_iou_loss_sees_only_the_mask() -> None:
-    semantics = torch.full((1, 1, 1, 4), 17, dtype=torch.uint8)
-    semantics[..., :2] = 4
-    logits = torch.zeros(1, 18, 1, 1, 4)
-    logits[:, 4, ..., 0] = 50  # right
-    logits[:, 17, ..., 1] = 50  # missed
-    logits[:, 17, ..., 2] = 50  # right
-    logits[:, 4, ..., 3] = 50  # invented
-    everywhere = torch.ones(1, 1, 1, 4, dtype=torch.bool)
-    assert float(occupied_iou_loss(logits, semantics, everywhere)) == pytest.approx(
-        1 - 1 / 3, abs=1e-5
-    )
-    right = everywhere.clone()
-    right[..., 1] = right[..., 3] = False
-    assert float(occupied_iou_loss(logits, semantics, right)) == pytest.approx(0, abs=1e-5)
 
 
 def test_centre_targets_by_hand() -> None:

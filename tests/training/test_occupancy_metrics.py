@@ -13,7 +13,6 @@ from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import GRIDS, VoxelGrid
 from occbev_training.metrics import occupancy
 from occbev_training.metrics.occupancy import (
-    RayScorer,
     binary_counts,
     binary_iou,
     cast_rays,
@@ -21,11 +20,12 @@ from occbev_training.metrics.occupancy import (
     confusion,
     grouped_counts,
     mean_iou,
-    occupancy_scores,
     occupied_iou,
     range_rings,
+    ray_counts,
     ray_directions,
     ray_origins,
+    ray_scores,
     ring_names,
 )
 
@@ -63,7 +63,6 @@ def test_absent_classes_are_left_out_of_the_mean() -> None:
     counts[4, 4], counts[4, 17], counts[17, 17] = 3, 1, 9
     assert mean_iou(counts) == pytest.approx(0.75)
     assert math.isnan(mean_iou(np.zeros((18, 18))))
-    assert occupancy_scores(counts)["class_iou"]["bus"] is None
 
 
 def test_wrong_shapes_and_classes_are_errors() -> None:
@@ -124,12 +123,12 @@ def test_golden_rays(either_walk: None) -> None:
 @needs_golden
 def test_golden_scores_of_all_rays() -> None:
     pytest.importorskip("numba")
-    scorer = RayScorer()
     with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
-        for sample in range(2):
-            origins = golden[f"origins{sample}"][0]
-            scorer.add(golden["gt"][sample], golden["pred"][sample], origins)
-        scores = scorer.scores()
+        each = [
+            ray_counts(golden["gt"][i], golden["pred"][i], golden[f"origins{i}"][0], GRIDS["occ3d"])
+            for i in range(2)
+        ]
+        scores = ray_scores(sum(each))
         np.testing.assert_allclose(scores.class_iou, golden["iou_per_class"], atol=1e-3)
         assert scores.ray_iou == pytest.approx(float(golden["RayIoU"]), abs=1e-3)
         for threshold, score in scores.by_threshold.items():
@@ -183,24 +182,9 @@ def test_rays_equal_a_fine_march(either_walk: None) -> None:
     assert wrong <= 6  # of 600: steps may jump over a corner
 
 
-def test_scores_add_up_over_processes() -> None:
-    generator = np.random.default_rng(1)
-    truth = generator.integers(0, 18, (2, *SMALL.shape)).astype(np.uint8)
-    guess = np.where(generator.random(truth.shape) < 0.5, truth, 17).astype(np.uint8)
-    whole, parts = RayScorer(SMALL), [RayScorer(SMALL), RayScorer(SMALL)]
-    for sample in range(2):
-        for scorer in (whole, parts[sample]):
-            scorer.add(truth[sample], guess[sample], [[0, 0, 1.0]])
-    parts[0].merge(parts[1])
-    np.testing.assert_array_equal(parts[0].scores().class_iou, whole.scores().class_iou)
-    assert 0 < whole.scores().ray_iou < 1
-
-
 def test_a_perfect_guess_scores_one() -> None:
     labels = np.random.default_rng(2).integers(0, 18, SMALL.shape).astype(np.uint8)
-    scorer = RayScorer(SMALL)
-    scorer.add(labels, labels, [[0, 0, 1.0]])
-    assert scorer.scores().ray_iou == 1.0
+    assert ray_scores(ray_counts(labels, labels, [[0, 0, 1.0]], SMALL)).ray_iou == 1.0
 
 
 def test_origins_are_near_and_at_most_eight() -> None:

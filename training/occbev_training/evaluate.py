@@ -21,7 +21,6 @@ from occbev.inference.pipeline import boxes_of as decoded_boxes
 from occbev.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
-from occbev_training.metrics.calibration import FreeThreshold
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection
 from occbev_training.metrics.occupancy import binary_counts, binary_iou
 from occbev_training.scores import FrameResult, OccupancyView, Scores, count_occupancy, match_near
@@ -113,21 +112,14 @@ class Priors:
 
 
 def evaluate(cache: SampleCache, predict: Callable[[int], Prediction], model: ModelConfig,
-             indices: Iterable[int] | None = None, progress: Callable[[int], None] = lambda done: None,
-             calibration: FreeThreshold | None = None) -> Scores:  # fmt: skip
-    """Score a predictor on samples of a cache (all by default).
-
-    calibration: also counts what other thresholds on free would answer.
-    """
+             indices: Iterable[int] | None = None) -> Scores:  # fmt: skip
+    """Score a predictor on samples of a cache (all by default)."""
     frames = []
-    for done, index in enumerate(range(len(cache)) if indices is None else indices):
+    for index in range(len(cache)) if indices is None else indices:
         output, sample = predict(index), cache.read(index, TRUTH)
         truth = dense_truth(sample, cache.info.grid)
-        if calibration is not None and truth is not None and output.occupancy is not None:
-            calibration.add(truth.semantics, output.occupancy, truth.mask_camera, model.grid)
         name, drive = cache.name(index), cache.drive(index)
         frames.append(score_frame(name, drive, output, model, annotations_of(sample), truth))
-        progress(done + 1)
     return Scores.of(frames, model.occupancy_classes)
 
 
@@ -169,11 +161,13 @@ def detection_scores(
     return evaluate_detection(predicted, truths), match_near(predicted, truths).scores()
 
 
-def score_priors(cache: SampleCache, priors: Priors, model: ModelConfig) -> dict[str, float]:
-    """Score the priors as a detector and as an occupancy grid on the samples of a cache."""
+def score_priors(
+    cache: SampleCache, priors: Priors, model: ModelConfig, indices: Iterable[int] | None = None
+) -> dict[str, float]:
+    """Score the priors as a detector and as an occupancy grid on samples of a cache (all by default)."""
     boxes, grid = priors.boxes(model.bev), priors.occupancy()
     truths, counts = [], np.zeros(3, np.int64)
-    for index in range(len(cache)):
+    for index in range(len(cache)) if indices is None else indices:
         sample = cache.read(index, TRUTH)
         truths.append(annotations_of(sample))
         counts += binary_counts(sample["semantics"] != FREE, grid, sample["mask_camera"])

@@ -151,16 +151,6 @@ def balanced_weights(counts: Tensor, most: float = 10.0) -> Tensor:
     return (common / counts.float().clamp(min=1)).sqrt().clamp(max=most)
 
 
-def occupied_iou_loss(logits: Tensor, semantics: Tensor, mask: Tensor, free: int = FREE) -> Tensor:
-    """Lovasz surrogate of 1 - IoU of occupied against free, over the mask.
-
-    Arguments as in `semantic_loss`; free: the class index of empty space.
-    """
-    logits = logits.float()
-    free_probability = (logits[:, free] - logits.logsumexp(1))[mask].exp()
-    return lovasz(1 - free_probability, semantics[mask] != free)
-
-
 def lovasz_softmax(probability: Tensor, labels: Tensor) -> Tensor:
     """Mean Lovasz surrogate over the classes that occur (Berman et al. 2018, eq. 9).
 

@@ -5,7 +5,7 @@ Every term is 0 where nothing is labelled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +105,3 @@ def box_code_loss(codes: Tensor, targets: Tensor, code_weights: Tensor) -> Tenso
     known = torch.isfinite(targets) & usable
     error = (codes - torch.where(known, targets, codes.detach())).abs()
     return (error * code_weights * known).sum()
-
-
-def total(terms: Mapping[str, Tensor]) -> Tensor:
-    """Add up all terms."""
-    return torch.stack(list(terms.values())).sum()

@@ -221,10 +221,6 @@ class Scores:
         """Return confidence intervals of the headline numbers by drawing drives anew."""
         return bootstrap(self._drawn, self.drives, draws, seed=seed) if self.measured else None
 
-    def frame_ious(self) -> dict[str, float]:
-        """Frame -> occupied IoU of it alone."""
-        return {self.names[index]: counts.iou for index, counts in self.scored_voxels}
-
     def as_record(self) -> dict[str, Any]:
         """Everything as plain values; what is undefined is None."""
         record: dict[str, Any] = {"summary": self.summary(), "measured": list(self.measured)}
@@ -325,8 +321,11 @@ def _by_range(outcome: DetectionOutcome) -> dict[str, Any]:
     """Ring -> scores of the boxes in it; rings beyond a class's range hold none of it."""
     rings = {}
     for lo, hi in BOX_RINGS:
-        record = outcome.scores_within(lo, hi).as_record()
+        scores = outcome.scores_within(lo, hi)
+        record = scores.as_record()
         del record["precision"]
+        present = scores.mean_ap_of_present  # a ring need not hold every class
+        record["mAP"] = None if np.isnan(present) else present
         rings[f"{lo:g}-{hi:g} m"] = record
     return rings
 

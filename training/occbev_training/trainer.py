@@ -29,16 +29,7 @@ from occbev.config import save_config
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.processes import agreed, gathered, random_state, restore_random_state
-from occbev_training.train_config import LossConfig, OptimConfig, TrainingConfig
-
-__all__ = [
-    "LossConfig",
-    "OptimConfig",
-    "Trainer",
-    "TrainingConfig",
-    "TrainingError",
-    "tune_process",
-]
+from occbev_training.train_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -177,7 +177,7 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
     if done.calibration is not None:
         record["calibration"] = done.calibration.as_record()
     if priors is not None and isinstance(held_out, CacheFrames):
-        record["priors"] = score_priors(held_out.cache, priors, package.model)
+        record["priors"] = score_priors(held_out.cache, priors, package.model, indices)
     if args.out:
         _write_files(args, done, held_out, indices, scores, record)
     return record

@@ -61,7 +61,6 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        required=True,
         help="folder of the run; resumed if it holds a checkpoint",
     )
     parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
@@ -112,6 +111,8 @@ def _asked_for(args: argparse.Namespace) -> tuple[TrainingConfig, StageInputs]:
     config = overridden(config, [*arguments, "--help"] if args.config_help else arguments)
     given = StageInputs(args.data, args.validation, None, args.minutes)
     inputs = load_inputs(args.config / RUN_INPUTS, given) if repeats else given
+    if args.out is None:
+        raise ConfigError("--out is missing: the folder of the run")
     if inputs.data is None:
         raise ConfigError("--data is missing: pair shards or a sample cache to train on")
     return config, inputs

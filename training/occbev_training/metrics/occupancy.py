@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from occbev.classes import FREE, OCCUPANCY_CLASSES
 from occbev.geometry import invert_transform, transform_points
-from occbev.grid import GRIDS, VoxelGrid
+from occbev.grid import VoxelGrid
 
 Array = NDArray[np.float64]
 
@@ -148,32 +147,6 @@ class RayScores:
     def ray_iou(self) -> float:
         """Mean over the thresholds, as a fraction."""
         return float(np.mean(list(self.by_threshold.values())))
-
-
-@dataclass
-class RayScorer:
-    """Adds up RayIoU over samples; free is the last class."""
-
-    grid: VoxelGrid = GRIDS["occ3d"]
-    classes: int = len(OCCUPANCY_CLASSES)
-    _counts: NDArray[np.int64] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._counts = np.zeros((2 + len(RAY_THRESHOLDS), self.classes), np.int64)
-
-    def add(
-        self, truth: NDArray[np.uint8], predicted: NDArray[np.uint8], origins: ArrayLike
-    ) -> None:
-        """Cast all rays from (O, 3) origins in base_link through two label volumes (X, Y, Z)."""
-        self._counts += ray_counts(truth, predicted, origins, self.grid, self.classes)
-
-    def merge(self, other: RayScorer) -> None:
-        """Add another scorer's counts, such as another process's."""
-        self._counts += other._counts
-
-    def scores(self) -> RayScores:
-        """Return the scores of everything added so far."""
-        return ray_scores(self._counts)
 
 
 def ray_counts(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid,
@@ -432,15 +405,3 @@ def _walk_volume(
         cell[rows, axis] += step[rows, axis]
         until[rows, axis] += width[rows, axis]
     return label, length
-
-
-def occupancy_scores(counts: ArrayLike, names: Sequence[str] = OCCUPANCY_CLASSES) -> dict[str, Any]:
-    """Return mIoU, occupied IoU and class IoUs of summed `confusion` counts as plain values."""
-    ious = class_ious(counts)
-    return {
-        "mIoU": mean_iou(counts, len(names) - 1),
-        "iou": occupied_iou(counts, len(names) - 1),
-        "class_iou": {
-            n: None if math.isnan(v) else float(v) for n, v in zip(names, ious, strict=True)
-        },
-    }
