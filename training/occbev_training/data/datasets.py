@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from occbev.classes import FREE, UNOBSERVED_STATE
-from occbev.config import DepthConfig, ModelConfig
+from occbev.config import ModelConfig
 from occbev.geometry import (
     box_corners,
     project_points,
@@ -39,6 +39,7 @@ from occbev_training.data.augment import (
 )
 from occbev_training.data.cache import CachedSample, CacheError
 from occbev_training.data.frames import boxes_in_frame, in_base_link
+from occbev_training.data.published_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
 from occbev_training.data.windows import (
     MotionTables,
@@ -328,14 +329,7 @@ def depth_labels(
     column, row = (pixel[inside] // stride).astype(np.int64).T
     nearest = np.full(shape, np.inf, np.float32)
     np.minimum.at(nearest, (sample.lidar_camera[inside], row, column), sample.lidar_depth[inside])
-    return depth_bins(nearest, config)
-
-
-def depth_bins(depth: NDArray[np.float32], config: DepthConfig) -> NDArray[np.int64]:
-    """Turn metres into bins; NO_DEPTH outside [lo, hi)."""
-    inside = (depth >= config.lo) & (depth < config.hi)
-    bins = np.floor((np.where(inside, depth, config.lo) - config.lo) / config.step).astype(np.int64)
-    return np.where(inside, np.minimum(bins, config.bins - 1), NO_DEPTH)
+    return depth_to_bin(nearest, config)
 
 
 def in_any_image(boxes: NDArray[np.float32], intrinsic: NDArray[np.float64], cam2ego: NDArray[np.float64],
