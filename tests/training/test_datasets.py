@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from occbev.config import DepthConfig, ImageConfig, LiftConfig, ModelConfig
+from occbev.config import ImageConfig, LiftConfig, ModelConfig
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig, draw_augmentation
@@ -34,7 +34,6 @@ from occbev_training.data.datasets import (
     SampleDataset,
     augmented,
     batches,
-    depth_bins,
     sample_of,
     thinned,
 )
@@ -148,6 +147,9 @@ def test_finished_drives_are_kept_and_a_drive_without_its_record_is_not_there(
 
     jobs = {"a": never, "bb": never}
     assert prepare(jobs, cache.root, PREPARE) == 6  # type: ignore[arg-type]
+    for other in (replace(PREPARE, near_hits=3), replace(PREPARE, grid=GRIDS["occ3d"])):
+        with pytest.raises(CacheError, match="asked for is"):
+            prepare(jobs, cache.root, other)  # type: ignore[arg-type]
     (tmp_path / "half").mkdir()
     write_sample(tmp_path / "half" / "0000.npz", cache[0])
     with pytest.raises(CacheError, match="no finished drive"):
@@ -171,6 +173,12 @@ def test_caches_that_do_not_fit_are_refused(cache: SampleCache, tmp_path: Path) 
         (tmp_path / name / "drive.json").write_text(json.dumps(record))
     with pytest.raises(CacheError, match="drive b was made with"):
         open_cache(tmp_path)
+    record["info"]["image"]["width"] = 64
+    record["labels"]["near_hits"] += 1
+    (tmp_path / "b" / "drive.json").write_text(json.dumps(record))
+    assert len(open_cache(tmp_path)) == 6
+    with pytest.raises(CacheError, match="labels of drive b"):
+        open_cache(tmp_path, labelled=True)
     with pytest.raises(CacheError, match=r"\['zz'\] are not in this cache"):
         open_cache(cache.root, ["a", "zz"])
     broken = tmp_path / "broken.npz"
@@ -236,12 +244,6 @@ def test_depth_labels_take_the_nearest_return_of_a_patch(cache: SampleCache) -> 
     assert bins.shape == (3, 2, 4)
     assert bins[1, 0, 1] == 6  # [7, 8) m
     assert (np.delete(bins.ravel(), 8 + 1) == NO_DEPTH).all()  # 0.9 m and 50 m are outside the bins
-
-
-def test_depth_bins_are_half_open() -> None:
-    config = DepthConfig(1.0, 45.0, 1.0)
-    depth = np.array([0.99, 1.0, 1.99, 2.0, 44.99, 45.0, np.inf], np.float32)
-    assert depth_bins(depth, config).tolist() == [NO_DEPTH, 0, 0, 1, 43, NO_DEPTH, NO_DEPTH]
 
 
 def test_without_augmentation_everything_stays_where_it_was(cache: SampleCache) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 pytest.importorskip("numba", reason="the label kernels need numba: training environment")
 pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment")
 pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
+from occbev.classes import OCCUPIED_STATE
+from occbev.config import ImageConfig
+from occbev.grid import GRIDS
 from occbev.rig import CameraRig
 from occbev_training.cli import main
+from occbev_training.data.pair_samples import open_pairs
 from occbev_training.data.shards import ShardReader
+from occbev_training.evaluate import Prediction
+from occbev_training.reconstruction import reconstruct, reconstruction_picture
 from occbev_training.sources.bags import write_bag
 from occbev_training.sources.clocks import ClockCorrection
 from occbev_training.sources.discovery import OpenBag, Simulate, find_recordings
@@ -70,11 +77,32 @@ def test_only_the_drives_asked_for_become_pairs_and_samples(
     cache = ["prepare", str(tmp_path / "cache"), "--nuscenes", str(root), "--scenes", str(scenes)]
     assert main([*cache, "--no-labels"]) == 0
     assert [path.parent.name for path in (tmp_path / "cache").glob("*/drive.json")] == ["tiny-1"]
+    samples = open_pairs(tmp_path / "pairs", ImageConfig(width=64, height=32), GRIDS["occ3d"], "train", kept=tmp_path / "kept")  # fmt: skip
+    first = samples[0]
+    assert first.images.shape == (3, 32, 64, 3)
+    assert first.camera_valid.all()
+    assert len(first.lidar_depth) > 0
+    again = samples[0]  # read back instead of decoded
+    assert all(
+        np.array_equal(getattr(first, f.name), getattr(again, f.name)) for f in fields(first)
+    )
+    assert samples.moment(0).drive == samples.drive(0) == "tiny-1"
+    found = reconstruct(first, Prediction(reconstruction=_saying(first.state == OCCUPIED_STATE)))
+    assert found.iou == 1.0
+    picture = reconstruction_picture("tiny", first, found, GRIDS["occ3d"], width=600)
+    assert picture.shape[1] >= 560
+
     scenes.write_text("tiny-2\n")
     capsys.readouterr()
     assert main(cache) != 0
     assert "tiny-2" in capsys.readouterr().err
     assert main(pairs) != 0
+
+
+def _saying(occupied: np.ndarray) -> np.ndarray:
+    """Logits (2, Z, Y, X) that are surely right."""
+    volume = np.swapaxes(occupied, 0, 2).astype(np.float32)
+    return np.stack([1 - volume, volume])
 
 
 def test_gated_noise_is_refused_with_reasons(bags, tmp_path, capsys) -> None:

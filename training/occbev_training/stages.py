@@ -246,9 +246,13 @@ def _training_samples(
     """Open the training drives; a resumed run gets the drives that it began with."""
     if inputs.data is None:
         raise ConfigError("no data to train on")
-    record = folder / "run.json"
-    drives = json.loads(record.read_text())["drives"] if record.exists() else None
+    path = folder / "run.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    drives = record.get("drives")
     samples = open_samples(inputs.data, model, config.stage, "train", drives, folder / KEPT_SAMPLES)
+    if record.get("data_hash", samples.hash) != samples.hash:
+        raise CacheError(f"{inputs.data}: hash {samples.hash}, but {folder} was begun on {record['data_hash']}: "
+                         "the samples were made anew; begin a new run")  # fmt: skip
     if inputs.validation is not None:
         shared = set(samples.drives) & set(_held_out(config, model, inputs.validation).drives)
         if shared:

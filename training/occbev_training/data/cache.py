@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from occbev.results import FrameSet
 from occbev.rig import CameraRig
 from occbev_training.sources.deskew import deskewed_rays
 from occbev_training.sources.recording import Recording
+
+if TYPE_CHECKING:
+    from occbev_training.occupancy.labels import LabelConfig
 
 FORMAT = 1
 MIN_LIDAR_DEPTH = 0.5
@@ -167,7 +170,7 @@ def open_cache(
     """Open the finished drives of a cache, or some of them; `labelled`: only those with three-state labels.
 
     Raises:
-        CacheError: the folder is no cache, holds no finished drive, or mixes two ways of making samples.
+        CacheError: the folder is no cache, holds no finished drive, or mixes two ways of making samples or labels.
     """
     records = {
         path.parent.name: json.loads(path.read_text()) for path in sorted(root.glob("*/drive.json"))
@@ -192,6 +195,8 @@ def open_cache(
             raise CacheError(
                 f"{root}: drive {name} was made with {info}, drive {first} with {infos[first]}"
             )
+    if labelled:
+        _require_one_kind_of_labels(root, records)
     if infos[first]["format"] != FORMAT:
         raise CacheError(
             f"{root}: cache format {infos[first]['format']}, this code reads {FORMAT}; prepare it again"
@@ -202,6 +207,16 @@ def open_cache(
     moments = [m for name, record in records.items() for m in _moments(name, record)]
     known = tuple(moments) if len(moments) == len(samples) else ()
     return SampleCache(root, from_record(CacheInfo, infos[first]), samples, known)
+
+
+def _require_one_kind_of_labels(root: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    first, *others = records
+    for name in others:
+        if records[name]["labels"] != records[first]["labels"]:
+            raise CacheError(
+                f"{root}: labels of drive {name} were made with {records[name]['labels']}, "
+                f"those of {first} with {records[first]['labels']}"
+            )
 
 
 def _moments(drive: str, record: Mapping[str, Any]) -> list[Moment]:
@@ -258,16 +273,11 @@ def make_sample(recording: Recording, key: int, config: PrepareConfig, preproces
 
 
 def prepare_recording(recording: Recording, folder: Path, config: PrepareConfig) -> int:
-    """Write the samples of one recording, then its drive.json; a finished drive is left as it is.
-
-    Returns: the number of samples.
-    """
+    """Write the samples of one recording, then its drive.json; returns the number of samples."""
     marker = folder / "drive.json"
-    if marker.exists():
-        return len(json.loads(marker.read_text())["files"])
     folder.mkdir(parents=True, exist_ok=True)
     preprocessor, files = Preprocessor(config.image), {}
-    label, label_record = _labeller(recording, config)
+    label = _labeller(recording, config)
     for key in range(len(recording.key_stamp_ns)):
         name = f"{key:04d}.npz"
         files[name] = write_sample(
@@ -277,7 +287,7 @@ def prepare_recording(recording: Recording, folder: Path, config: PrepareConfig)
     temporary = marker.with_suffix(".tmp")
     stamps = [int(stamp) for stamp in recording.key_stamp_ns]
     poses = [recording.trajectory.at(stamp).tolist() for stamp in stamps]
-    record = {"info": to_record(info), "labels": label_record, "files": files,
+    record = {"info": to_record(info), "labels": _label_record(config), "files": files,
               "stamp_ns": stamps, "ego2global": poses}  # fmt: skip
     temporary.write_text(json.dumps(record, indent=1))
     os.replace(temporary, marker)
@@ -314,12 +324,32 @@ def prepare(jobs: Mapping[str, Callable[[], Recording]], root: Path, config: Pre
 def _prepare_job(
     name: str, opener: Callable[[], Recording], root: Path, config: PrepareConfig
 ) -> tuple[str, int]:
-    if (root / name / "drive.json").exists():
-        return name, len(json.loads((root / name / "drive.json").read_text())["files"])
+    done = _finished(root / name / "drive.json", config)
+    if done is not None:
+        return name, done
     try:
         return name, prepare_recording(opener(), root / name, config)
     except (ValueError, LookupError, OSError) as error:
         raise CacheError(f"drive {name}: {error}") from error
+
+
+def _finished(marker: Path, config: PrepareConfig) -> int | None:
+    """Return how many samples a finished drive has, None of one that is not.
+
+    Raises:
+        CacheError: it was made in another way.
+    """
+    if not marker.exists():
+        return None
+    record = json.loads(marker.read_text())
+    info = from_record(CacheInfo, record["info"])
+    made = {"image": info.image, "grid": info.grid, "format": info.format, "labels": record["labels"]}  # fmt: skip
+    asked = {"image": config.image, "grid": config.grid, "format": FORMAT, "labels": _label_record(config)}  # fmt: skip
+    for what, value in asked.items():
+        if made[what] != value:
+            raise CacheError(f"{marker.parent}: made with {what} {made[what]}, asked for is {value}; "
+                             "name another cache, or remove the drive")  # fmt: skip
+    return len(record["files"])
 
 
 def _one_thread() -> None:
@@ -438,19 +468,34 @@ class LabelVolumes:
     pass_sweeps: NDArray[np.uint8]
 
 
-def _labeller(recording: Recording, config: PrepareConfig
-              ) -> tuple[Callable[[int, FrameSet], LabelVolumes], dict[str, Any] | None]:  # fmt: skip
-    """Return a function that labels a key frame, and the record of how; without labels all is unobserved."""
+def _label_config(config: PrepareConfig) -> LabelConfig | None:
     if config.label_window is None:
-        nothing = np.zeros(config.grid.shape, np.uint8)
-        return lambda key, frames: LabelVolumes(nothing, nothing, nothing, nothing), None
-    from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
+        return None
+    from occbev_training.occupancy.labels import LabelConfig
 
-    label_config = LabelConfig(window=config.label_window, near_hits=config.near_hits)
+    return LabelConfig(window=config.label_window, near_hits=config.near_hits)
+
+
+def _label_record(config: PrepareConfig) -> dict[str, Any] | None:
+    """Return how three-state labels are made, as JSON gives it back; None without any."""
+    label = _label_config(config)
+    record = None if label is None else {"hash": label.hash, **asdict(label)}
+    return json.loads(json.dumps(record))  # type: ignore[no-any-return]
+
+
+def _labeller(recording: Recording, config: PrepareConfig
+              ) -> Callable[[int, FrameSet], LabelVolumes]:  # fmt: skip
+    """Return a function that labels a key frame; without labels all is unobserved."""
+    label_config = _label_config(config)
+    if label_config is None:
+        nothing = np.zeros(config.grid.shape, np.uint8)
+        return lambda key, frames: LabelVolumes(nothing, nothing, nothing, nothing)
+    from occbev_training.occupancy.labels import LabelBuilder
+
     builder = LabelBuilder(recording, label_config, config.grid)
 
     def label(key: int, frames: FrameSet) -> LabelVolumes:
         made = builder.build(key, frames)
         return LabelVolumes(made.state, made.camera_visible, made.hit_sweeps, made.pass_sweeps)
 
-    return label, {"hash": label_config.hash, **asdict(label_config)}
+    return label

@@ -6,7 +6,8 @@ What was decoded is kept, so that every later epoch reads it back instead of dec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from occbev_training.data.cache import (
     read_sample,
     write_sample,
 )
-from occbev_training.data.shards import INDEX_NAME, PairSample, ShardError, ShardReader
+from occbev_training.data.shards import PairSample, ShardError, ShardReader
 
 KEPT_BYTES = 4_000_000
 """Decoded images of a sample are kept up to this size; above it decoding again costs less than the disk."""
@@ -41,21 +42,18 @@ KEPT_BYTES = 4_000_000
 class PairSamples:
     """The pairs of a folder of shards, of one split, in the order of the index.
 
-    pairs: drive and key of each. kept: folder for decoded samples, or None to decode every time.
+    pairs: drive and key of each. hash: sixteen hex digits over the content. kept: folder for decoded samples,
+        or None to decode every time.
     """
 
     root: Path
     info: CacheInfo
     pairs: tuple[tuple[str, str], ...]
+    hash: str
     kept: Path | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Key of every sample."""
-        return tuple(key for _, key in self.pairs)
 
     def __getitem__(self, index: int) -> CachedSample:
         path = None if self.kept is None else self.kept / f"{self.pairs[index][1]}.npz"
@@ -85,13 +83,6 @@ class PairSamples:
     def drives(self) -> tuple[str, ...]:
         """Names of the drives, sorted."""
         return tuple(sorted({drive for drive, _ in self.pairs}))
-
-    @property
-    def hash(self) -> str:
-        """Sixteen hex digits over the index, which names every shard, and over the choice of samples."""
-        digest = hashlib.sha256((self.root / INDEX_NAME).read_bytes())
-        digest.update("\n".join(self.keys).encode())
-        return digest.hexdigest()[:16]
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Read some arrays of one sample."""
@@ -140,10 +131,19 @@ def open_pairs(
             f"{root}: labels are on grid {found.as_record()}, the model predicts {grid.as_record()}; "
             "make the pairs with --grid of the model"
         )
-    info = CacheInfo(image, tuple(first.calibration["order"]), grid)
+    info, digest = CacheInfo(image, tuple(first.calibration["order"]), grid), _rows_hash(rows)
     if kept is not None:
-        kept = kept / hashlib.sha256(repr((image, grid.hash)).encode()).hexdigest()[:12]
-    return PairSamples(root, info, tuple((row["drive"], row["key"]) for row in rows), kept)
+        kept = kept / hashlib.sha256(repr((image, grid.hash, digest)).encode()).hexdigest()[:12]
+    return PairSamples(root, info, tuple((row["drive"], row["key"]) for row in rows), digest, kept)
+
+
+def _rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Hash where samples are stored and what was measured of them; what other samples do to a row does not count."""
+    own = [{name: row[name] for name in sorted(row) if name not in _SHARED} for row in rows]
+    return hashlib.sha256(json.dumps(own, default=str).encode()).hexdigest()[:16]
+
+
+_SHARED = ("split", "previous", "next")
 
 
 def pair_to_sample(pair: PairSample, info: CacheInfo) -> CachedSample:
