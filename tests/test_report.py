@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from occbev.cli import demo
 from occbev.report import FrameLatency, Scene, write_report
 
 AP = {"car": {"0.5": 0.11, "1.0": 0.22, "2.0": 0.33, "4.0": 0.44}}
@@ -107,3 +108,16 @@ def test_a_run_without_results_still_makes_a_page(tmp_path: Path, summary: dict[
     summary["occupancy"] = {"iou": float("nan"), "iou_mean_of_training_set": None, "mIoU": 0.0}
     text, _ = page(tmp_path, summary, [])
     assert "No frame was processed" in text
+
+
+def test_a_demo_that_is_too_fast_for_the_machine_says_so() -> None:
+    latency = {stage: {"p50": 100.0, "p95": 120.0} for stage in (*demo.WORK, "queue", "total")}
+    summary = {"frames_in": 100, "frames_processed": 40, "drops": {"replaced_by_newer": 60}, "latency_ms": latency,
+               "drive": {"sets of images per second": 5.0}}  # fmt: skip
+    said = demo.too_fast(summary)
+    assert said is not None
+    assert "every 200 ms, 500 ms of work" in said
+    assert "60 were replaced" in said
+    assert said.endswith("--key-rate 1.4")
+    assert demo.too_fast(summary | {"drops": {"replaced_by_newer": 4}}) is None
+    assert demo.too_fast(summary | {"frames_processed": 0, "latency_ms": {}}) is None

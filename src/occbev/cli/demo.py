@@ -45,6 +45,9 @@ CONSOLE = Console(highlight=False)
 SEED = 20_009
 """Of the simulator's test range, so that no model has seen the drive; a sunny street."""
 
+WORK = ("preprocess", "tables", "inference", "postprocess", "publish")
+"""Stages that one set after the other goes through; decoding runs beside them."""
+
 SCENES = 16
 """Moments that the report shows."""
 
@@ -340,6 +343,19 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     CONSOLE.print(table)
+    if (said := too_fast(summary)) is not None:
+        CONSOLE.print(f"  {said}", highlight=False)
+
+
+def too_fast(summary: Mapping[str, Any]) -> str | None:
+    """Say so where images came faster than this machine works, so that sets were replaced by newer ones."""
+    replaced = summary["drops"].get("replaced_by_newer", 0)
+    if replaced <= 0.05 * summary["frames_in"] or not summary["frames_processed"]:
+        return None
+    work = sum(summary["latency_ms"][stage]["p50"] for stage in WORK)
+    every = 1000 / summary["drive"]["sets of images per second"]
+    return (f"Images came faster than this machine works: a set every {every:.0f} ms, {work:.0f} ms of work each. "
+            f"The newest was taken, {replaced} were replaced; slower ones: --key-rate {700 / work:.1f}")  # fmt: skip
 
 
 def _cell(values: Mapping[str, Any], *keys: str, digits: int = 3) -> str:
