@@ -1,6 +1,6 @@
 # make demo          the stack at work on a simulated drive: out/demo/report.html
 # make test          the tests, on a CPU; all but the next
-# make test-loop     the whole offline loop by its commands, some minutes: simulate ... kill, resume ... export
+# make test-loop     the whole offline loop by its commands, and two real frames learned by heart: some minutes
 # make check         format, lint, types
 # make .venv/robot   what runs on the vehicle: no torch
 # make .venv/training  what trains, and what the tests run in
@@ -30,7 +30,7 @@ test: .venv/robot .venv/training
 	.venv/training/bin/python -m pytest $(ARGUMENTS)
 
 test-loop: .venv/training
-	OCCBEV_LONG_TESTS=1 .venv/training/bin/python -m pytest tests/end_to_end/test_training_loop.py
+	OCCBEV_LONG_TESTS=1 .venv/training/bin/python -m pytest tests/end_to_end/test_training_loop.py tests/end_to_end/test_overfit.py
 
 check: .venv/training
 	.venv/training/bin/ruff format --check . && .venv/training/bin/ruff check . && .venv/training/bin/mypy
