@@ -238,8 +238,10 @@ def _scored(
     results = results_at_keys(published.values(), truth)
     return results, {
         "frames_scored": len(results),
-        "detection": score_detection(results, truth, priors and priors.boxes(package.model.bev)),
-        "occupancy": score_occupancy(results, truth, priors and priors.occupancy()),
+        "detection": score_detection(
+            results, truth, priors.boxes(package.model.bev) if priors else None
+        ),
+        "occupancy": score_occupancy(results, truth, priors.occupancy() if priors else None),
     }
 
 
@@ -281,9 +283,9 @@ def _scenes(results: Sequence[KeyResult], drive: KeptDrive) -> list[Scene]:
     from occbev_training.sources.truth import read_truth
 
     truth, recording = read_truth(drive.truth), BagRecording(drive.bag)
-    chosen = (
-        np.unique(np.linspace(0, len(results) - 1, SCENES).round().astype(int)) if results else []
-    )
+    chosen: list[int] = []
+    if results:
+        chosen = np.unique(np.linspace(0, len(results) - 1, SCENES).round().astype(int)).tolist()
     scenes = []
     with _bars() as report:
         for done, index in enumerate(chosen, 1):

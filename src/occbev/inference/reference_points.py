@@ -73,7 +73,7 @@ def reference_tables(
     N * R that belong to a query, N * R where there is none.
     Raises: TableCapacityError naming what is needed and what there is.
     """
-    hit = visible.any(-1)  # (N, Q)
+    hit: NDArray[np.bool_] = np.asarray(visible.any(-1))  # (N, Q)
     cameras, queries = hit.shape
     most_rows, most_slots = int(hit.sum(1).max(initial=0)), int(hit.sum(0).max(initial=0))
     check_capacity("queries that one camera sees", most_rows, max_rows, "bevformer.max_rows")

@@ -108,9 +108,10 @@ def place_points(points: ArrayLike, lift: LiftConfig, bev: BevGrid) -> LiftPoint
 
 def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
     """Return the depth (D,) that stands for each bin: its centre, or its near edge as published."""
-    index, depth = np.arange(lift.depth.bins), lift.depth
+    index, depth = np.arange(lift.depth.bins, dtype=np.float64), lift.depth
     if depth.spacing == "log":  # ever wider bins, each published one lifted to its near edge
-        return depth.lo * ((depth.hi - 1) / depth.lo) ** (index / max(1, depth.bins - 1))
+        ratio = (depth.hi - 1) / depth.lo
+        return depth.lo * np.power(ratio, index / max(1, depth.bins - 1), dtype=np.float64)
     return depth.lo + (index + (0 if lift.reference_quirks else 0.5)) * depth.step
 
 
@@ -322,7 +323,9 @@ def feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.
             np.linspace(0, s - 1, n) for s, n in zip(image_size, (columns, rows), strict=True)
         )
     else:
-        across, down = ((np.arange(n) + 0.5) * lift.stride for n in (columns, rows))
+        across, down = (
+            (np.arange(n, dtype=np.float64) + 0.5) * lift.stride for n in (columns, rows)
+        )
     u, v = np.meshgrid(across, down)
     return np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)
 

@@ -52,9 +52,10 @@ def labelled_volume(count: int) -> Occupancy:
     label = np.where(state == 2, rng.integers(0, FREE, grid.size), FREE).astype(np.uint8)
     confidence = rng.random(grid.size, np.float32)
     shape = grid.shape[::-1]
-    return Occupancy(
-        *(xyz_from_volume(array.reshape(shape)) for array in (label, confidence, state)), grid
+    label, confidence, state = (
+        xyz_from_volume(array.reshape(shape)) for array in (label, confidence, state)
     )
+    return Occupancy(label, confidence, state, grid)
 
 
 def _structured(occupancy: Occupancy, dtype: np.dtype[Any], header: Any) -> Any:

@@ -173,7 +173,11 @@ class PlayerNode(Node):
             BagError: the bag is damaged. ChildProcessError: the perception node died.
         """
         for number in range(passes):
-            if not self._play_once(lambda share, n=number: progress((n + share) / passes), alive):
+
+            def so_far(share: float, before: int = number) -> None:
+                progress((before + share) / passes)
+
+            if not self._play_once(so_far, alive):
                 return
         progress(1.0)
 
