@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ego-box", type=float, nargs=6, metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
                         help="the vehicle's body in base_link; bag-check --ego-box proposes one")  # fmt: skip
-    parser.add_argument("--ego-masks", type=Path, default="", help="folder of CAMERA.png, white where the vehicle itself is seen")  # fmt: skip
+    parser.add_argument("--ego-masks", type=Path, help="folder of CAMERA.png, white where the vehicle itself is seen")  # fmt: skip
     parser.add_argument("--max-range", type=float, default=60.0, help="metres up to which beams count")  # fmt: skip
     parser.add_argument("--min-cameras", type=int, help="fewest cameras; default all but one")
     parser.add_argument(
@@ -152,6 +152,8 @@ def _config(args: argparse.Namespace) -> PairConfig:
         if args.ego_box is None
         else EgoBox(tuple(args.ego_box[:3]), tuple(args.ego_box[3:]))
     )
+    if args.ego_masks and not any(args.ego_masks.glob("*.png")):
+        raise ValueError(f"--ego-masks {args.ego_masks}: no CAMERA.png in it")
     label = LabelConfig(args.window, limits=RayLimits(max_range=args.max_range), ego_box=body,
                         ego_masks=str(args.ego_masks) if args.ego_masks else "")  # fmt: skip
     return PairConfig(label, GRIDS[args.grid], args.segment, args.min_cameras, args.min_support,
