@@ -169,6 +169,8 @@ def test_a_cut_shard_is_named_and_made_again(folder, tmp_path) -> None:
     reader = ShardReader(tmp_path)
     with pytest.raises(ShardError, match=shard.name):
         list(reader.stream())
+    with pytest.raises(ShardError, match=r"'traced-000004-0000.tar'\] are gone or changed"):
+        join_units(tmp_path, {"train": 1.0})
     again = make_unit(recording, unit, tmp_path, CONFIG)
     assert again.shards == report.shards
     assert file_hash(shard) == report.shards[shard.name]

@@ -360,7 +360,7 @@ def _sample(
     }
     key_name = f"{recording.name}/{stamp_ns}"
     return PairSample(key_name, images, _calibration(recording, stamp_ns, frames), meta, volumes,
-                      _returns(recording, stamp_ns) if config.lidar else None)  # fmt: skip
+                      _returns(recording, stamp_ns, config.label) if config.lidar else None)  # fmt: skip
 
 
 def _deskew(recording: Recording, examined: Examined) -> str:
@@ -395,9 +395,10 @@ def _encoded(frame: CameraFrame) -> bytes:
     return bytes(cv2.imencode(".png", cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))[1])
 
 
-def _returns(recording: Recording, stamp_ns: int) -> NDArray[np.float32]:
+def _returns(recording: Recording, stamp_ns: int, label: LabelConfig) -> NDArray[np.float32]:
     nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - stamp_ns)))
-    rays = deskewed_rays(recording.sweep(nearest), recording.trajectory, stamp_ns)
+    sweep = recording.sweep(nearest)
+    rays = deskewed_rays(sweep, recording.trajectory, stamp_ns, label.ego_box, label.limits)
     return rays.end[rays.hit].astype(np.float32)
 
 
@@ -448,30 +449,44 @@ def _write_manifest(path: Path, report: UnitReport) -> None:
     temporary.replace(path)
 
 
-def read_manifest(path: Path, config: PairConfig | None = None) -> UnitReport | None:
-    """Read a unit's manifest; None if it is absent, made otherwise, or if a shard of it is gone or changed."""
+def _parsed_manifest(path: Path) -> UnitReport | None:
+    """Read a unit's manifest; None where the file is none."""
     try:
         record = json.loads(path.read_text())
-        report = UnitReport(**{**record, "unit": Unit(**record["unit"])})
+        return UnitReport(**{**record, "unit": Unit(**record["unit"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    if config is not None and report.config_hash != config.hash:
+
+
+def read_manifest(path: Path, config: PairConfig) -> UnitReport | None:
+    """Read a unit's manifest; None if it is absent, made otherwise, or if a shard of it is gone or changed."""
+    report = _parsed_manifest(path)
+    if report is None or report.config_hash != config.hash:
         return None
-    for shard, digest in report.shards.items():
-        if not (path.parent / shard).exists() or file_hash(path.parent / shard) != digest:
-            return None
-    return report
+    return None if _damaged(path.parent, report) else report
+
+
+def _damaged(folder: Path, report: UnitReport) -> list[str]:
+    """Return the shards of a unit that are gone or changed."""
+    return [shard for shard, digest in report.shards.items()
+            if not (folder / shard).exists() or file_hash(folder / shard) != digest]  # fmt: skip
 
 
 def read_reports(folder: Path) -> list[UnitReport]:
     """Return the finished units of a folder, by name.
 
     Raises:
-        ShardError: they were made with more than one configuration, or those of a drive from more
-            than one input.
+        ShardError: a shard is gone or changed, or they were made with more than one configuration, or
+            those of a drive from more than one input.
     """
-    reports = [read_manifest(path) for path in sorted(folder.glob("*.json"))]
+    reports = [_parsed_manifest(path) for path in sorted(folder.glob("*.json"))]
     found = [report for report in reports if report is not None]
+    damaged = [shard for report in found for shard in _damaged(folder, report)]
+    if damaged:
+        raise ShardError(
+            f"{folder}: {damaged} are gone or changed since they were made; give the command that made them "
+            "again"
+        )
     configs = Counter(report.config_hash for report in found)
     if len(configs) > 1:
         raise ShardError(
