@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from occbev_training.data.pair_samples import open_pairs
 from occbev_training.data.shards import ShardReader
 from occbev_training.evaluate import Prediction
 from occbev_training.reconstruction import reconstruct, reconstruction_picture
-from occbev_training.sources.bags import write_bag
+from occbev_training.sources.bags import BagOptions, write_bag
 from occbev_training.sources.clocks import ClockCorrection
 from occbev_training.sources.discovery import OpenBag, Simulate, find_recordings
 from occbev_training.sources.nuscenes_writer import write_nuscenes
@@ -155,6 +156,29 @@ def test_a_bag_with_a_rig_is_opened_once(bags) -> None:
     options = replace(OpenBag(bags / "first").options, rig=TinyRecording().rig)
     same = replace(options, rig=TinyRecording().rig)
     assert OpenBag(bags / "first", options)() is OpenBag(bags / "first", same)()
+
+
+def test_a_bag_is_named_by_its_whole_folder_and_its_parts_share_a_place(bags) -> None:
+    assert OpenBag(Path("drives/2024.05.01")).name == "2024.05.01"
+    assert OpenBag(Path("drives/one.mcap")).name == "one"
+    assert OpenBag(Path("drives/two/bag.db3")).name == "two"
+    part = OpenBag(Path("drives/one.mcap"), BagOptions(part=2))
+    assert part.name == "one-part2"
+    assert OpenBag(bags / "first")().location == "first"
+
+
+def test_a_folder_without_masks_is_refused(bags, tmp_path, capsys) -> None:
+    assert main(["pairs", str(tmp_path), str(bags), "--ego-masks", str(tmp_path)]) == 2
+    assert "no CAMERA.png" in capsys.readouterr().err
+
+
+def test_pictures_where_the_command_is_given_are_no_masks(tmp_path, monkeypatch) -> None:
+    from occbev_training.cli import pairs
+
+    parser = argparse.ArgumentParser()
+    pairs.add_arguments(parser)
+    monkeypatch.chdir(tmp_path)
+    assert pairs._config(parser.parse_args(["out"])).label.ego_masks == ""
 
 
 def test_recordings_are_found_by_what_a_path_holds(bags, tmp_path, make_recording) -> None:

@@ -297,13 +297,14 @@ class BagRecording:
     A key frame is one exposure of the anchor camera with the nearest exposure of every other; its
     stamp is the middle of the nearest sweep, or the last exposure where no sweep is near. parts: how
     many stretches the bag falls into, of which this is one. skipped: messages left out, by reason.
+    location: what all parts of a bag share, in whose coordinates their poses are.
     """
 
     def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
         """Index a bag; raises RecordingError saying which topic, frame or count is wrong."""
         self.options = options or BagOptions()
         self._bag = open_bag(path)
-        self.name = self._bag.path.stem
+        self.name = self.location = self._bag.path.stem
         self._base_frame = self.options.base_frame
         self.topics = self._found_topics()
         scan = self._part_of(self._scan())

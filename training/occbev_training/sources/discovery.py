@@ -65,9 +65,14 @@ class OpenBag:
     @property
     def name(self) -> str:
         """The bag's name, or its folder's where it is just "bag"; with its part where that is not the first."""
-        part, stem = self.options.part, self.path.stem
-        stem = self.path.absolute().parent.name if stem == "bag" else stem
-        return stem + (f"-part{part}" if part else "")
+        part = self.options.part
+        return self._whole + (f"-part{part}" if part else "")
+
+    @property
+    def _whole(self) -> str:
+        """The name of all parts together."""
+        path = self.path.with_suffix("") if self.path.suffix in BAG_SUFFIXES else self.path
+        return path.absolute().parent.name if path.name == "bag" else path.name
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +115,7 @@ class OpenBag:
         for _, recording in _KEPT_BAG:
             recording.close()
         recording = BagRecording(self.path, self.options)
-        recording.name = self.name
+        recording.name, recording.location = self.name, self._whole
         _KEPT_BAG[:] = [(self, recording)]
         return recording
 
