@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -95,7 +94,6 @@ def _begin(told: Any) -> None:
     import cv2
 
     cv2.setNumThreads(1)
-    os.environ["NUMBA_NUM_THREADS"] = "1"
     _TOLD[:] = [told]
 
 

@@ -7,6 +7,7 @@ BEVFormer and BEVDet. Only names of files are taken from them, never folders: fi
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def convert_infos(pickle_path: Path, json_path: Path) -> None:
     record = read_infos(pickle_path)
     _samples(record, pickle_path)
     json_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = json_path.with_suffix(".tmp")
+    partial = json_path.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(record))
     partial.replace(json_path)
 
