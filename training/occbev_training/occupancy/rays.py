@@ -173,11 +173,11 @@ def cast(
 class CameraRays:
     """Rays of one camera in rasters of rising density, each twice as fine as the one before.
 
-    directions: (V, U, 3) unit vectors in the camera frame per level; a ray's parent stands at
+    directions: (V, U, 3) float unit vectors in the camera frame per level; a ray's parent stands at
     half its row and column. until: metres up to which a level is dense enough, per level.
     """
 
-    directions: tuple[NDArray[np.float64], ...]
+    directions: tuple[NDArray[np.floating], ...]
     until: tuple[float, ...]
 
 
