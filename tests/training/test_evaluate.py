@@ -158,6 +158,9 @@ def test_priors_answer_what_every_training_frame_holds(tmp_path: Path) -> None:
     assert scores["car_AP_2m_30m"] == pytest.approx(1.0)
     assert scores["occupancy_iou"] == pytest.approx(1.0)
     np.testing.assert_allclose(priors.boxes(MODEL.bev).box[0, 3:6], BOXES[0][3:6], rtol=1e-3)
+    empty = _cache(tmp_path / "more", [_sample([BOXES[0]], [CAR], ROAD), _sample([], [], ~ROAD)])
+    assert score_priors(empty, priors, MODEL, [0])["occupancy_iou"] == pytest.approx(1.0)
+    assert score_priors(empty, priors, MODEL)["occupancy_iou"] < 1
     priors.save(tmp_path / "priors.npz")
     again = Priors.load(tmp_path / "priors.npz")
     np.testing.assert_array_equal(again.occupancy(), ROAD)

@@ -73,6 +73,13 @@ def test_frames_without_dense_truth_are_left_out_and_draws_keep_step() -> None:
     assert "detection" not in scores.as_record()
 
 
+def test_a_ring_is_averaged_over_the_classes_in_it() -> None:
+    frames = [FrameResult("d/0", "d", _boxes([(5, 0)]), _annotated([(5, 0)]))]
+    rings = list(Scores.of(frames).as_record()["detection_by_range"].values())
+    assert rings[0]["mAP"] == pytest.approx(1.0)
+    assert rings[-1]["mAP"] is None
+
+
 def test_nothing_is_scored_of_a_network_that_predicts_nothing_known() -> None:
     frames = [FrameResult("d/0", "d", annotations=_annotated([(5, 0)]))]
     scores = Scores.of(frames)

@@ -39,6 +39,7 @@ from occbev.config import (
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid
+from occbev_training.cli import main
 from occbev_training.cli.pretrain import assigned, overridden
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, PrepareConfig, open_cache, prepare
@@ -315,6 +316,18 @@ def test_configs_are_checked_and_overridden_by_name() -> None:
         overridden(config, ["--optim.rate", "1"])
 
 
+def test_the_keys_of_a_config_are_listed_without_a_run(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(repository / "config/training/pretrain_tiny.yaml")
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", config, "--config-help"])
+    assert ended.value.code == 0
+    assert "--optim.lr" in capsys.readouterr().out
+    assert main(["pretrain", config, "--data", "d"]) != 0
+    assert "--out is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_shipped_configs_are_valid(stage: str) -> None:
     path = Path(__file__).parents[2] / "config" / "training" / f"{stage}_tiny.yaml"
@@ -541,6 +554,10 @@ def test_a_resumed_run_keeps_its_drives(workplace: Workplace, tmp_path: Path) ->
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(CacheError, match="zz"):
         train_stage(_stage(workplace, "pretrain", 2), StageInputs(workplace.train), tmp_path)
+    record |= {"drives": ["a", "b", "c"], "data_hash": "of others"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CacheError, match="made anew"):
+        train_stage(_stage(workplace, "pretrain", 2), StageInputs(workplace.train), tmp_path)
 
 
 # --- several processes ------------------------------------------------------------------------------
@@ -565,6 +582,8 @@ def loader(first):
     state = PartialState(cpu=True)
     while True:
         x = torch.from_numpy(np.random.default_rng(first).normal(size=(8, 2)).astype(np.float32))
+        if [str(first), str(state.process_index)] == sys.argv[2:]:  # asked to stop at this step
+            trainer.stop_requested = True
         yield Points(("p",), x[state.process_index :: state.num_processes])
         first += 1
 
@@ -572,12 +591,13 @@ torch.manual_seed(0)
 network = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
 objective = lambda net, batch: {"square": (net(batch.x) - batch.x.prod(1, keepdim=True)).square().mean()}
 config = TrainingConfig(steps=12, log_every=4, optim=OptimConfig(lr=0.02, scales={}))
-Trainer(config, network, objective, loader, Path(sys.argv[1])).run()
+trainer = Trainer(config, network, objective, loader, Path(sys.argv[1]))
+trainer.run()
 """
 
 
-def _run_processes(folder: Path, world: int) -> dict[str, Tensor]:
-    """Run the toy with `world` processes and return the averaged weights that the first one wrote."""
+def _run_processes(folder: Path, world: int, *stop: int) -> None:
+    """Run the toy with `world` processes; stop: step and process that is asked to stop in it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -585,17 +605,24 @@ def _run_processes(folder: Path, world: int) -> dict[str, Tensor]:
     common = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'training'}", "OMP_NUM_THREADS": "1",
               "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     processes = [
-        subprocess.Popen([sys.executable, "-c", _SHARED_RUN, str(folder)],
+        subprocess.Popen([sys.executable, "-c", _SHARED_RUN, str(folder), *map(str, stop)],
                          env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]  # fmt: skip
     assert [process.wait(timeout=240) for process in processes] == [0] * world
-    return load_file(folder / "weights.safetensors")
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Each takes half of every batch; the weights are those of one process with the whole batch."""
-    one, two = (_run_processes(tmp_path / str(world), world) for world in (1, 2))
+    for world in (1, 2):
+        _run_processes(tmp_path / str(world), world)
+    one, two = (load_file(tmp_path / world / "weights.safetensors") for world in "12")
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
     assert [line["step"] for line in _lines(tmp_path / "2")] == [4, 8, 12]
+
+
+def test_all_processes_stop_with_the_step_in_which_one_is_asked_to(tmp_path: Path) -> None:
+    _run_processes(tmp_path, 2, 5, 1)  # between two lines of the log
+    assert json.loads((tmp_path / "checkpoint" / "progress.json").read_text())["step"] == 6
+    assert not (tmp_path / "weights.safetensors").exists()
