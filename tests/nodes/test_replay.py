@@ -221,6 +221,20 @@ def test_offline_sees_the_same_sets_and_motion_as_the_node(
     assert offline.motions[0]["CAM_RIGHT"][0, 3] == pytest.approx(0.2, abs=1e-6)
 
 
+def test_offline_says_that_ego_motion_is_missing(
+    tmp_path: Path, stub_pipeline: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from occbev.nodes.offline import OfflineReplay
+
+    motion = {"source": "odometry", "odometry_topic": "/nowhere"}
+    parameters = parameters_from_record({**record(), "ego_motion": motion})
+    with BagReader(BagDrive(tmp_path / "bag").write(2)) as bag:
+        results = list(OfflineReplay(parameters, stub_pipeline(parameters)).results(bag))
+    assert len(results) == 2
+    (line,) = [r.message for r in caplog.records if "not compensated" in r.message]
+    assert "no odometry was received" in line
+
+
 def pixels(frame: Any) -> np.ndarray:
     """Return a frame's pixels; what came before its calibration is still encoded."""
     image = frame.image
@@ -266,6 +280,40 @@ def test_loops_and_what_needs_unique_stamps_exclude_each_other(
 ) -> None:
     assert main(["replay", str(tmp_path), "--loop", "2", *options]) == 2
     assert "--loop 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--offline", "--rate", "2", "--no-node"], "--rate, --no-node: of no use with --offline"),
+        (["--offline", "--node-log", "x", "--namespace", "y"], "--namespace, --node-log: of no use"),
+        (["--boxes", "x"], "--boxes: only with --offline"),
+        (["--offline", "--set", "sync.min_camera:=2"], "sync.min_camera"),
+        (["--offline", "--set", "threads"], "want NAME:=VALUE"),
+    ],
+)  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(
+    tmp_path: Path, options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", str(tmp_path), *options]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_offline_takes_parameters_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from occbev.nodes import offline
+
+    seen = []
+    summary = {"frames_in": 0, "frames_processed": 0, "drops": {}, "rate_hz": 0.0, "latency_ms": {}}
+    monkeypatch.setattr(
+        offline, "replay_offline", lambda bag, p, *_: seen.append(p) or {"summary": summary}
+    )
+    file = parameter_file(tmp_path)
+    changes = ["--set", "sync.timeout_s:=1", "--set", "ego_motion.source:=none", "--backend", "torch"]  # fmt: skip
+    main(["replay", "bag", "--offline", "--params-file", file, *changes])
+    assert (seen[0].sync.timeout_s, seen[0].ego_motion.source, seen[0].backend) == (1.0, "none", "torch")  # fmt: skip
+    assert seen[0].ego_motion.odometry_topic == "/odometry"
 
 
 def test_a_slower_rate_takes_longer(

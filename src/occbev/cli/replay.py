@@ -84,15 +84,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--loop {args.loop}: must be at least 1, and 1 with --offline or --record, whose stamps must be unique"
         )
+    _refuse_what_does_nothing(args)
     path = args.params_file or Path(graph.params_file({}))
-    parameters = read_parameters(path)
     if args.offline:
         from occbev.nodes.offline import replay_offline
 
-        result = replay_offline(args.bag, _with_choices(parameters, args), args.record, args.boxes)
+        parameters = read_parameters(path, _changes(args))
+        result = replay_offline(args.bag, parameters, args.record, args.boxes)
     else:
         try:
-            result = _replay_live(args, path, parameters)
+            result = _replay_live(args, path, read_parameters(path))
         except KeyboardInterrupt:
             if args.node:
                 raise
@@ -106,13 +107,28 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary["frames_processed"] and accounted else 1
 
 
-def _with_choices(
-    parameters: PerceptionParameters, args: argparse.Namespace
-) -> PerceptionParameters:
-    from dataclasses import replace
+def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the chosen way to replay has no use for."""
+    of_live = {
+        "--rate": args.rate != 1.0, "--no-node": not args.node, "--namespace": bool(args.namespace),
+        "--node-log": args.node_log is not None,
+    }  # fmt: skip
+    useless = [name for name, given in of_live.items() if given and args.offline]
+    if useless:
+        raise ValueError(f"{', '.join(useless)}: of no use with --offline, which runs no node")
+    if args.boxes and not args.offline:
+        raise ValueError("--boxes: only with --offline; a node's boxes go into the bag of --record")
 
-    chosen = {name: getattr(args, name) for name in ("model", "backend") if getattr(args, name)}
-    return replace(parameters, **chosen)
+
+def _changes(args: argparse.Namespace) -> dict[str, str]:
+    """Return the node's parameters that options give, as they are typed."""
+    changes = {name: getattr(args, name) for name in ("model", "backend") if getattr(args, name)}
+    for text in args.set:
+        name, separator, value = text.partition(":=")
+        if not separator:
+            raise ValueError(f"--set {text}: want NAME:=VALUE")
+        changes[name] = value
+    return changes
 
 
 def _replay_live(

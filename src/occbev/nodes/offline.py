@@ -17,7 +17,7 @@ from occbev.nodes.intake import Intake, Job
 from occbev.nodes.ledger import PROCESSED
 from occbev.nodes.messages import MessageError, stamp_to_ns
 from occbev.nodes.parameters import PerceptionParameters
-from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive
+from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive, uncompensated
 from occbev.replay import frames_of, summarise
 from occbev.results import Perception
 
@@ -107,6 +107,8 @@ class OfflineReplay:
         work = self.intake.resolve(job)
         for camera, reason in work.frame_set.missing.items():
             self._complain(camera + reason[:40], f"camera {camera} is missing: {reason}")
+        if work.motion_problem:
+            self._complain("motion", uncompensated(work.motion_problem))
         perception = perceive(
             self._pipeline, work, self.parameters.sync.min_cameras, self._complain
         )

@@ -188,8 +188,10 @@ class PerceptionParameters:
         return self.cameras[camera].info_topic or camera_topics(camera)[2].name
 
 
-def read_parameters(path: Path) -> PerceptionParameters:
+def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> PerceptionParameters:
     """Read a ROS parameter file: every `ros__parameters` in it, in order, laid over each other.
+
+    changes: dotted name -> value in YAML, laid over the file.
 
     Raises:
         ConfigError: naming the file and the dotted key.
@@ -203,10 +205,18 @@ def read_parameters(path: Path) -> PerceptionParameters:
         raise ConfigError(
             f"{path}: not a ROS parameter file (node name, then ros__parameters): {error!r}"
         ) from error
+    values = {name: _parsed(name, text) for name, text in (changes or {}).items()}
     try:
-        return parameters_from_record(merged)
+        return parameters_from_record(_nested(values, merged))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}:={text}: not a value in YAML") from error
 
 
 def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
@@ -349,8 +359,9 @@ def is_ours(name: str) -> bool:
     return not name.startswith(("use_sim_time", "start_type_description", QOS_PREFIX))
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
+def _nested(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Turn dotted names into nested mappings, over those of `onto`."""
+    record: dict[str, Any] = {} if onto is None else onto
     for name, value in values.items():
         *parents, last = name.split(".")
         place = record

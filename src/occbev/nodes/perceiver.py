@@ -120,6 +120,11 @@ def perceive(
     return None
 
 
+def uncompensated(motion_problem: str) -> str:
+    """What to tell an operator of a set whose cameras could not be brought to one instant."""
+    return f"ego motion between exposures is not compensated: {motion_problem}"
+
+
 def _without(frame_set: FrameSet, error: ImageError) -> FrameSet:
     frames = {
         name: None if name == error.camera else frame for name, frame in frame_set.frames.items()
