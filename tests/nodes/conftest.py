@@ -381,7 +381,12 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         bench = Bench(node, Vehicle(driver, raw))
         benches.append(bench)
         complain = node._complain
-        node._complain = lambda about, text: (bench.logged.append(text), complain(about, text))
+
+        def note(about: str, text: Any) -> None:
+            bench.logged.append(text() if callable(text) else text)
+            complain(about, text)
+
+        node._complain = note
         for member in (node, driver):
             executor = SingleThreadedExecutor(context=context)
             executor.add_node(member)

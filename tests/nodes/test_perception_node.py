@@ -254,6 +254,42 @@ def test_restart_in_place_keeps_the_model(make_bench: Callable[..., Any]) -> Non
     assert bench.node.ledger.outcomes["processed"] == 6
 
 
+def test_configuring_again_goes_on_with_the_ledger_and_one_publisher_of_diagnostics(
+    make_bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    bench = make_bench().ready()
+    bench.vehicle.drive(2)
+    bench.finished(2)
+    for transition in ("deactivate", "cleanup", "configure", "activate"):
+        assert getattr(bench.node, f"trigger_{transition}")().name == "SUCCESS"
+    bench.ready()
+    bench.vehicle.drive(2, start_ns=2 * 10**9)
+    bench.finished(4)
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 4
+    bench.wait(lambda: bench.vehicle.node.count_publishers("/diagnostics") == 1)
+
+
+def test_a_complaint_that_is_not_logged_is_not_worded(make_bench: Callable[..., Any]) -> None:
+    from occbev.nodes.perception_node import PerceptionNode
+
+    bench, worded = make_bench(active=False), []
+    for _ in range(2):
+        PerceptionNode._complain(bench.node, "this", lambda: worded.append(1) or "text")
+    assert worded == [1]
+
+
+def test_a_decoder_that_fails_costs_its_camera_not_the_set(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    intake = bench.node._intake
+    decode = intake._decode
+    intake._decode = lambda f, c: 1 / 0 if f.camera == "CAM_LEFT" else decode(f, c)
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    assert bench.node.ledger.outcomes == {"processed": 3}
+    assert "not decoded: ZeroDivisionError" in bench.pipeline.seen[0].missing["CAM_LEFT"]
+    assert intake.watch["CAM_LEFT"].refused["bad_image"] == 3
+
+
 def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -> None:
     from rclpy.parameter import Parameter
 

@@ -230,6 +230,13 @@ class Intake:
             except (ImageError, MessageError) as error:
                 missing[name] = str(error)
                 continue
+            except (
+                Exception
+            ) as error:  # whatever else a decoder fails of costs its camera, not the set
+                missing[name] = (
+                    f"camera {name}: its image was not decoded: {type(error).__name__}: {error}"
+                )
+                continue
             if name in calibrated.problems:
                 missing[name] = calibrated.problems[name]
                 continue
@@ -296,7 +303,7 @@ class Intake:
         try:
             frame = frame if camera is None else self._decode(frame, camera)
             self._refuse_black(frame)
-        except ImageError:
+        except Exception:
             self.watch[frame.camera].refused["bad_image"] += 1
             raise
         return DecodedImage(frame, time.perf_counter_ns() - begin)

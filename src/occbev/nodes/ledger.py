@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 PROCESSED = "processed"
 
@@ -18,10 +18,19 @@ class Ledger:
     def __init__(self, path: str | Path = "") -> None:
         self.outcomes: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._file: TextIO | None = None
+        self._file: IO[str] | None = None
+        self._path = ""
+        self.open(path)
+
+    def open(self, path: str | Path) -> None:
+        """Write to a new file from now on, none for ""; the one of before, closed meanwhile, is continued."""
+        self.close()
+        mode = "a" if str(path) == self._path else "w"
+        self._path = str(path)
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = Path(path).open("w", buffering=1)  # noqa: SIM115 - it lives as long as the node
+            with self._lock:
+                self._file = Path(path).open(mode, buffering=1)  # noqa: SIM115 - it lives as long as the node
 
     def record(self, stamp_ns: int, outcome: str, **details: Any) -> None:
         """Enter what became of one key time; `at_ns`, on the steady clock, tells the passes of a looped bag apart."""

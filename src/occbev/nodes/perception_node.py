@@ -54,7 +54,7 @@ from occbev.nodes.parameters import (
     is_ours,
     unknown_overrides,
 )
-from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive
+from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive, uncompensated
 from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
 from occbev.nodes.worker import Worker
 from occbev.results import Perception
@@ -97,6 +97,7 @@ class PerceptionNode(LifecycleNode):
         self._timers_running: list[Any] = []
         self._out: dict[str, Any] = {}
         self._debug: dict[str, Any] = {}
+        self._diagnostics: Any = None
         self._writer = outputs.ResultWriter()
         self._said: dict[str, float] = {}
         self._last_end_ns: int | None = None
@@ -114,7 +115,7 @@ class PerceptionNode(LifecycleNode):
         except (ValueError, LookupError, OSError, ImportError) as error:
             self.get_logger().error(f"cannot configure: {error}")
             return TransitionCallbackReturn.FAILURE
-        self.ledger = Ledger(self.parameters.ledger_path)
+        self.ledger.open(self.parameters.ledger_path)
         self._advertise()
         self.get_logger().info(
             f"{self.parameters.model} is loaded after {time.monotonic() - begin:.1f} s"
@@ -255,9 +256,10 @@ class PerceptionNode(LifecycleNode):
         elif self._pipeline is not None:
             self._pipeline.close()
         self._pipeline = None
-        for publisher in [*self._out.values(), *self._debug.values()]:
-            self.destroy_publisher(publisher)
-        self._out, self._debug = {}, {}
+        for publisher in [*self._out.values(), *self._debug.values(), self._diagnostics]:
+            if publisher is not None:
+                self.destroy_publisher(publisher)
+        self._out, self._debug, self._diagnostics = {}, {}, None
 
     def _report_unknown(self, prefix: str) -> None:
         for name, near in unknown_overrides(self, prefix).items():
@@ -331,14 +333,9 @@ class PerceptionNode(LifecycleNode):
         begin_ns = time.monotonic_ns()
         work = intake.resolve(job)
         for camera, reason in work.frame_set.missing.items():
-            self._complain(
-                f"camera {camera}",
-                f"camera {camera} is missing: {reason}{self._offer_hint(camera)}",
-            )
+            self._complain(f"camera {camera}", partial(self._missing_text, camera, reason))
         if work.motion_problem:
-            self._complain(
-                "motion", f"ego motion between exposures is not compensated: {work.motion_problem}"
-            )
+            self._complain("motion", uncompensated(work.motion_problem))
         perception = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
         if not worker.claim():
             return
@@ -416,6 +413,9 @@ class PerceptionNode(LifecycleNode):
             outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds)
         )
 
+    def _missing_text(self, camera: str, reason: str) -> str:
+        return f"camera {camera} is missing: {reason}{self._offer_hint(camera)}"
+
     def _offer_hint(self, camera: str) -> str:
         """Say how many publishers each image topic of a camera has, and what quality of service they offer."""
         hints = []
@@ -442,12 +442,12 @@ class PerceptionNode(LifecycleNode):
             self._pipeline.retune(self.parameters)
         return SetParametersResult(successful=True)
 
-    def _complain(self, about: str, text: str) -> None:
-        """Log a warning, the same one at most every few seconds."""
+    def _complain(self, about: str, text: str | Callable[[], str]) -> None:
+        """Log a warning, the same one at most every few seconds; a text that is dear is made only then."""
         now = time.monotonic()
         if now - self._said.get(about, -REPEAT_S) >= REPEAT_S:
             self._said[about] = now
-            self.get_logger().warning(text)
+            self.get_logger().warning(text() if callable(text) else text)
 
 
 def message_class(name: str) -> Any:
