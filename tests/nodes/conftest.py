@@ -117,14 +117,23 @@ class Bench:
         self.wait(calibrated)
         return self
 
+    def transition(self, name: str) -> str:
+        """Change the node's state, in the thread that spins it as its services do; return how that went."""
+        change = self.node.executor.create_task(getattr(self.node, f"trigger_{name}"))
+        self.wait(change.done)
+        return str(change.result().name)
+
     def finished(self, keys: int) -> None:
         """Wait until this many key times have their outcome."""
         self.wait(lambda: sum(self.node.ledger.outcomes.values()) >= keys)
 
     def connected(self) -> bool:
         publishers = [p for ps in self.vehicle.publishers.values() for p in ps]
-        listening = [p for p in self.node._out.values() if p.get_subscription_count() == 0]
-        return all(p.get_subscription_count() for p in publishers) and not listening
+        fed = {p.topic_name for p in publishers}
+        hearing = [s for s in self.node._inputs if s.topic_name in fed]
+        matched = [p.get_subscription_count() for p in (*publishers, *self.node._out.values())]
+        # From both sides: a publisher still counts a subscription that was made anew since.
+        return all(matched) and all(s.get_publisher_count() for s in hearing)
 
     def statuses(self) -> dict[str, Any]:
         """Return the newest diagnostics as name -> (level, text, values)."""

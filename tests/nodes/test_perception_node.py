@@ -244,8 +244,8 @@ def test_restart_in_place_keeps_the_model(make_bench: Callable[..., Any]) -> Non
     bench.vehicle.drive(3)
     bench.finished(3)
     pipeline = bench.pipeline
-    assert bench.node.trigger_deactivate().name == "SUCCESS"
-    assert bench.node.trigger_activate().name == "SUCCESS"
+    assert bench.transition("deactivate") == "SUCCESS"
+    assert bench.transition("activate") == "SUCCESS"
     assert bench.pipeline is pipeline
     bench.wait(bench.connected)
     bench.ready()
@@ -261,7 +261,8 @@ def test_configuring_again_goes_on_with_the_ledger_and_one_publisher_of_diagnost
     bench.vehicle.drive(2)
     bench.finished(2)
     for transition in ("deactivate", "cleanup", "configure", "activate"):
-        assert getattr(bench.node, f"trigger_{transition}")().name == "SUCCESS"
+        assert bench.transition(transition) == "SUCCESS"
+    bench.wait(bench.connected)
     bench.ready()
     bench.vehicle.drive(2, start_ns=2 * 10**9)
     bench.finished(4)
