@@ -211,6 +211,14 @@ def test_a_step_that_failed_after_a_stop_was_asked_for_is_not_kept(tmp_path: Pat
     assert (tmp_path / "checkpoint" / "weights.safetensors").read_bytes() == before
 
 
+def test_lines_after_the_checkpoint_of_a_killed_run_are_not_repeated(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=10).run()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "total": 1.0}\n{"step": 20, "to')
+    _toy(tmp_path, steps=20).run()
+    assert [line["step"] for line in _lines(tmp_path)] == [5, 10, 15, 20]
+
+
 def test_accumulated_passes_count_as_one_step(tmp_path: Path) -> None:
     trainer = _toy(tmp_path, steps=4, accumulate=3)
     trainer.run()

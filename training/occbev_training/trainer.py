@@ -125,7 +125,7 @@ class Trainer:
         self._resume()
         if self.accelerator.is_main_process:
             save_config(self.folder / "config.yaml", self.config)
-        log = MetricsLog(self.folder, report, self.accelerator.is_main_process)
+        log = MetricsLog(self.folder, report, self.accelerator.is_main_process, self.progress.step)
         try:
             finished = self._steps(log, minutes)
             # Not after an error: a step that failed has left its traces in the network.
@@ -362,13 +362,20 @@ class MetricsLog:
     """Averages loss terms between lines; writes metrics.jsonl and TensorBoard."""
 
     def __init__(
-        self, folder: Path, report: Callable[[Mapping[str, Any]], None], active: bool = True
+        self,
+        folder: Path,
+        report: Callable[[Mapping[str, Any]], None],
+        active: bool = True,
+        step: int = 0,
     ) -> None:
+        """step: where the run goes on; what an earlier process wrote beyond it is taken back."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._report, self._active = report, active
+        if active:
+            _cut_after(folder / "metrics.jsonl", step)
         self._file = (folder / "metrics.jsonl").open("a") if active else None
-        self._board = SummaryWriter(str(folder / "tensorboard")) if active else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1) if active else None  # fmt: skip
         self._clear()
 
     def add(self, values: Mapping[str, float]) -> None:
@@ -422,6 +429,16 @@ class MetricsLog:
     def _clear(self) -> None:
         self._sums: dict[str, float] = {}
         self._steps, self._since = 0, time.monotonic()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps and one that was cut off, which a killed process leaves."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        path.write_text("".join(kept))
 
 
 def hold_norms(network: nn.Module) -> None:
