@@ -21,9 +21,9 @@ from occbev.inference.pipeline import boxes_of as decoded_boxes
 from occbev.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
-from occbev_training.metrics.detection import DetectionScores, evaluate_detection
+from occbev_training.metrics.detection import DetectionScores, evaluate_detection, match_near
 from occbev_training.metrics.occupancy import binary_counts, binary_iou
-from occbev_training.scores import FrameResult, OccupancyView, Scores, count_occupancy, match_near
+from occbev_training.scores import FrameResult, OccupancyView, Scores, count_occupancy
 from occbev_training.sources.recording import Annotations
 
 Floats = NDArray[np.float32]

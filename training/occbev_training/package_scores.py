@@ -203,7 +203,7 @@ def run_in_processes(folder: Path, data: Path, indices: Sequence[int], options: 
 
 
 def shares(drives: Sequence[str], indices: Sequence[int], workers: int) -> Iterator[list[int]]:
-    """Split frames into one job per drive; what is left idle by few drives stays idle."""
+    """Split frames into at most `workers` jobs of whole drives; fewer drives leave workers idle."""
     of_drive: dict[str, list[int]] = {}
     for index in sorted(indices):
         of_drive.setdefault(drives[index], []).append(index)

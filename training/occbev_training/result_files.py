@@ -13,6 +13,7 @@ from typing import Any
 from occbev.geometry import invert_transform
 from occbev.results import Boxes3D
 from occbev_training.held_out import HeldOutError, RootFrames, key_pose
+from occbev_training.metrics.detection import match_near
 from occbev_training.metrics.nuscenes_results import (
     Results,
     ResultsError,
@@ -21,7 +22,7 @@ from occbev_training.metrics.nuscenes_results import (
     result_boxes,
 )
 from occbev_training.metrics.occ3d_results import read_occupancy
-from occbev_training.scores import FrameResult, Scores, count_occupancy, match_near
+from occbev_training.scores import FrameResult, Scores, count_occupancy
 from occbev_training.sources.nuscenes import NuscenesRoot
 
 

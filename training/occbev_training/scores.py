@@ -24,6 +24,7 @@ from occbev_training.metrics.detection import (
     DetectionOutcome,
     DetectionScores,
     match_detection,
+    match_near,
 )
 from occbev_training.metrics.occupancy import (
     RayScores,
@@ -39,9 +40,6 @@ from occbev_training.metrics.occupancy import (
     ring_names,
 )
 from occbev_training.sources.recording import Annotations
-
-NEAR_RANGE, NEAR_POINTS = 30.0, 5
-"""The headline AP: truths within this many metres and with this many LiDAR returns."""
 
 BOX_RINGS = ((0.0, 10.0), (10.0, 20.0), (20.0, 30.0), (30.0, 40.0), (40.0, 50.0))
 """Metres from the vehicle between which boxes are scored by range."""
@@ -280,17 +278,6 @@ class Scores:
             record["RayIoU_by_threshold"] = {f"{t:g}": v for t, v in by.items()}
             record["class_RayIoU"] = _known(of_class)
         return record
-
-
-def match_near(found: Sequence[Boxes3D], meant: Sequence[Annotations]) -> DetectionOutcome:
-    """Match near and well-measured truths.
-
-    Predictions that match a truth left out for its range or returns count neither way: finding a hidden
-    car is neither rewarded nor punished.
-    """
-    return match_detection(
-        found, meant, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True
-    )
 
 
 def found_share(boxes: Boxes3D, annotations: Annotations) -> float:

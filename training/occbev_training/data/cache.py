@@ -23,7 +23,7 @@ from occbev.classes import FREE
 from occbev.config import ImageConfig, from_record, to_record
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, VoxelGrid
-from occbev.preprocess import Preprocessor
+from occbev.preprocess import Preprocessor, network_camera
 from occbev.results import FrameSet
 from occbev.rig import CameraRig
 from occbev_training.sources.deskew import deskewed_rays
@@ -370,14 +370,12 @@ def _network_images(recording: Recording, frames: FrameSet, key_ns: int, preproc
     for index, camera in enumerate(recording.rig.cameras):
         frame = frames.frames.get(camera.name)
         if frame is None:
-            pixels, fitted = preprocessor.network_image(
-                np.zeros((camera.height, camera.width, 3), np.uint8), camera
-            )
+            fitted = network_camera(camera, preprocessor.config)
             motions.append(np.eye(4))
         else:
             array = preprocessor.decode(frame, camera).image
             assert isinstance(array, np.ndarray)
-            pixels, fitted = preprocessor.network_image(array, camera)
+            images[index], fitted = preprocessor.network_image(array, camera)
             pose = (
                 recording.trajectory.at(frame.stamp_ns)
                 if frame.ego2global is None
@@ -385,7 +383,6 @@ def _network_images(recording: Recording, frames: FrameSet, key_ns: int, preproc
             )
             motions.append(global2ego @ pose)
             valid[index] = True
-        images[index] = pixels
         cameras.append(fitted)
     return images, valid, CameraRig(tuple(cameras)).moved(motions)
 

@@ -34,6 +34,9 @@ CLASS_RANGE: dict[str, float] = {
 }
 """Metres from the ego vehicle, exclusive, within which a class is scored."""
 
+NEAR_RANGE, NEAR_POINTS = 30.0, 5
+"""The headline AP: truths within this many metres and with this many LiDAR returns."""
+
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 """Centre distances in metres of the four APs."""
 
@@ -267,6 +270,17 @@ def match_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotations
     wanted = replace(wanted, ignored=~scored)[known if ignore_excluded else scored]
     outcome = match_boxes(predicted, wanted, classes)
     return replace(outcome, samples=len(truths))
+
+
+def match_near(found: Sequence[Boxes3D], meant: Sequence[Annotations]) -> DetectionOutcome:
+    """Match near and well-measured truths.
+
+    Predictions that match a truth left out for its range or returns count neither way: finding a hidden
+    car is neither rewarded nor punished.
+    """
+    return match_detection(
+        found, meant, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True
+    )
 
 
 def score_boxes(

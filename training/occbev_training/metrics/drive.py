@@ -19,7 +19,7 @@ from occbev.geometry import (
     yaw_from_rotation,
 )
 from occbev.results import Boxes3D, Occupancy
-from occbev_training.metrics.detection import evaluate_detection
+from occbev_training.metrics.detection import evaluate_detection, match_near
 from occbev_training.metrics.occupancy import (
     binary_counts,
     binary_iou,
@@ -28,9 +28,6 @@ from occbev_training.metrics.occupancy import (
 )
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 from occbev_training.sources.truth import Truth
-
-NEAR_RANGE, NEAR_POINTS = 30.0, 5
-"""AP_30m is of truths within this many metres that have this many LiDAR returns."""
 
 
 class Result(Protocol):
@@ -120,10 +117,7 @@ def score_detection(
 
 def near_ap(boxes: Sequence[Boxes3D], truths: Sequence[Annotations]) -> dict[str, dict[str, float]]:
     """Return class -> threshold -> AP of near and well-measured truths."""
-    scores = evaluate_detection(
-        boxes, truths, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True
-    )
-    ap: dict[str, dict[str, float]] = scores.as_record()["AP"]
+    ap: dict[str, dict[str, float]] = match_near(boxes, truths).scores().as_record()["AP"]
     return ap
 
 
