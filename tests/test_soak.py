@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -71,8 +72,8 @@ def test_a_process_is_watched_until_it_ends() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with Watch(process.pid, interval_s=0.01) as watch:
         while len(watch.samples) < 3:
-            pass
+            time.sleep(0.01)
         process.communicate(b"\n")
     assert watch.samples[0].threads == 1
-    with pytest.raises(OSError, match=r""):
+    with pytest.raises(OSError, match=f"{process.pid}"):
         sample(process.pid)

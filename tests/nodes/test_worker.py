@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from occbev.nodes.worker import Worker
 
@@ -73,7 +74,7 @@ def test_an_error_is_reported_and_the_next_job_is_done() -> None:
     worker = Worker(lambda job: done.set() if job else 1 // job, lambda *e: errors.append(e))  # type: ignore[arg-type]
     worker.put(0)
     while not errors:
-        pass
+        time.sleep(0.01)
     worker.put(1)
     assert done.wait(SECONDS)
     worker.stop(SECONDS)

@@ -133,6 +133,7 @@ class PerceptionNode(LifecycleNode):
         except (ValueError, OSError) as error:
             self.get_logger().error(f"cannot activate: {error}")
             return TransitionCallbackReturn.FAILURE
+        self._last_end_ns = None
         self._worker = Worker(self._process, self._on_worker_error, self.parameters.waiting_sets)
         self._subscribe(self._intake)
         self._timers_running = [
@@ -490,10 +491,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, ExternalShutdownException):
         return 0
-    except Exception:
+    except Exception as error:
         if rclpy.ok():
             raise
-        return 0  # a signal took the context away while something was being made in it
+        # A signal took the context away, most likely while something was being made in it.
+        print(
+            f"perception: ended by a signal, during {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
+        return 0
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
         rclpy.try_shutdown()
