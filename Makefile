@@ -14,6 +14,7 @@ ARGUMENTS ?=
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
+NODE_TESTS := tests/nodes tests/end_to_end
 INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
 COMMA := ,
@@ -27,7 +28,13 @@ demo: .venv/robot
 	.venv/robot/bin/occbev demo $(ARGUMENTS)
 
 test: .venv/robot .venv/training
+ifeq ($(ARGUMENTS),)
+	@# Tests of nodes wait for clocks, so they have the machine to themselves; the others share its cores.
+	.venv/training/bin/python -m pytest $(NODE_TESTS)
+	.venv/training/bin/python -m pytest -n 2 --dist loadfile tests $(NODE_TESTS:%=--ignore=%)
+else
 	.venv/training/bin/python -m pytest $(ARGUMENTS)
+endif
 
 test-loop: .venv/training
 	OCCBEV_LONG_TESTS=1 .venv/training/bin/python -m pytest tests/end_to_end/test_training_loop.py tests/end_to_end/test_overfit.py
