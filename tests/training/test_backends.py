@@ -154,4 +154,4 @@ def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
 
 def test_a_rig_beyond_the_capacity_is_an_error_with_both_numbers(package: ModelPackage) -> None:
     with pytest.raises(TableCapacityError, match=r"needs \d+ .*holds 4096"):
-        outputs(load_backend(package, 40, "torch", 1), rig(40))
+        outputs(load_backend(package, 32, "torch", 1), rig(32))

@@ -25,6 +25,9 @@ from occbev.nodes.outputs import time_from_ns
 from occbev.nodes.parameters import PerceptionParameters
 from occbev.nodes.perception_node import message_class, qos_profile
 
+SETTLE_S = 1.0
+"""How long both ends of a topic may take to learn of each other after one end has."""
+
 CLOCK_STEP_NS = 10_000_000
 """Bag time between two messages on /clock."""
 
@@ -159,6 +162,8 @@ class PlayerNode(Node):
                     f"after {seconds:.0f} s nobody listens to or publishes {', '.join(missing)}"
                 )
             time.sleep(0.02)
+        # A reader may learn of its writer after the writer did of it; what is published between is lost to it.
+        time.sleep(SETTLE_S)
 
     def play(
         self,
