@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 CONSOLE = Console(highlight=False)
 
 SEED = 20_009
-"""Of the simulator's test range, so that no model has seen the drive; a sunny street."""
+"""Of the simulator's test range, so that no model has seen the drive."""
 
 WORK = ("preprocess", "tables", "inference", "postprocess", "publish")
 """Stages that one set after the other goes through; decoding runs beside them."""
