@@ -338,10 +338,11 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     """Return a function that starts a node with given parameters; everything ends with the test."""
     rclpy = pytest.importorskip("rclpy", reason="needs ROS 2")
     pytest.importorskip("tf2_msgs", reason="built by occbev.nodes.build_interfaces")
-    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+    from rclpy.executors import ExternalShutdownException
     from rclpy.parameter import Parameter
 
     from occbev.nodes import intake
+    from occbev.nodes.executor import SparingExecutor
     from occbev.nodes.perception_node import PerceptionNode
 
     monkeypatch.setattr(intake, "WAITING_DECODES", 100)
@@ -397,7 +398,7 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
         node._complain = note
         for member in (node, driver):
-            executor = SingleThreadedExecutor(context=context)
+            executor = SparingExecutor(context=context)
             executor.add_node(member)
             done = threading.Event()
             thread = threading.Thread(target=spin, args=(executor, done), daemon=True)

@@ -20,7 +20,7 @@ from typing import Any
 import rclpy
 from rclpy.clock import Clock, ClockType, JumpThreshold  # type: ignore[attr-defined]
 from rclpy.duration import Duration
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -42,6 +42,7 @@ from occbev.graph import (
 )
 from occbev.nodes import outputs
 from occbev.nodes.compat import publisher_events, require, subscription_events
+from occbev.nodes.executor import SparingExecutor
 from occbev.nodes.health import health
 from occbev.nodes.intake import Intake, Job, Work
 from occbev.nodes.ledger import PROCESSED, Ledger
@@ -515,7 +516,7 @@ def _run(settings: str) -> int:
     try:
         if node.parameters.build_only:
             return 0 if node.build() or not rclpy.ok() else 1
-        executor = SingleThreadedExecutor()
+        executor = SparingExecutor()
         executor.add_node(node)
         # A signal during the transitions makes them fail, but it is no failure.
         if node.parameters.autostart and not node.start() and rclpy.ok():
