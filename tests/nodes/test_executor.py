@@ -51,9 +51,11 @@ def test_messages_and_services_come_through_and_the_end_of_the_context_ends_it()
     while len(taken) < 50 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert taken == list(range(50))
-    rclpy.shutdown(context=context)
+    other.destroy_node()
+    context.try_shutdown()
     thread.join(5)
     assert not thread.is_alive()
+    node.destroy_node()
 
 
 def test_services_and_events_are_asked_rarely() -> None:
