@@ -23,7 +23,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from occbev.benchmarks import Options, Report
 from occbev.graph import PROFILE_VARIABLES, SENSOR
 from occbev.nodes.perception_node import qos_profile
-from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
+from occbev.nodes.transport import SETTLE_S, keep_large_blocks, use_large_image_profile
 
 CAMERAS, WIDTH, HEIGHT = 6, 1600, 900
 KINDS: Mapping[str, tuple[Any, float, int]] = {
@@ -115,6 +115,7 @@ def _send(kind: str, sets: int) -> dict[str, float]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"no receiver within {DISCOVERY_S:.0f} s")
         time.sleep(0.02)
+    time.sleep(SETTLE_S)
     start = time.monotonic()
     for number in range(sets):
         time.sleep(max(0.0, start + number / rate - time.monotonic()))

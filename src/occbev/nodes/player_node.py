@@ -24,9 +24,7 @@ from occbev.graph import CLOCK, OUTPUTS, TF_STATIC, Quality, resolve
 from occbev.nodes.outputs import time_from_ns
 from occbev.nodes.parameters import PerceptionParameters
 from occbev.nodes.perception_node import message_class, qos_profile
-
-SETTLE_S = 1.0
-"""How long both ends of a topic may take to learn of each other after one end has."""
+from occbev.nodes.transport import SETTLE_S
 
 CLOCK_STEP_NS = 10_000_000
 """Bag time between two messages on /clock."""

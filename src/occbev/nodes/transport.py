@@ -13,6 +13,9 @@ from occbev.graph import PROFILE_VARIABLES, environment
 MALLOPT = ((-3, 256 << 20), (-1, 512 << 20), (-2, 64 << 20))
 """M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD: keep blocks of image size instead of faulting them in again."""
 
+SETTLE_S = 1.0
+"""How long both ends of a topic may take to learn of each other after one end has."""
+
 
 def use_large_image_profile() -> str:
     """Choose the shipped Fast DDS profile unless another is set; must run before rclpy.init().
