@@ -187,6 +187,13 @@ def test_run_writes_numbers_as_their_parameters_are_typed() -> None:
         typed({"sync.timeout_s": "soon"})
 
 
+def test_the_player_plays_for_the_node_with_all_its_parameters() -> None:
+    values, extra = split_assignments(["bag:=drive", "cameras.CAM_FRONT.topic:=/front"])
+    command = graph.player_command(values, extra)
+    assert command[3:6] == ["replay", "drive", "--no-node"]
+    assert command[-2:] == ["--set", "cameras.CAM_FRONT.topic:=/front"]
+
+
 def test_a_bag_or_sim_time_sets_the_clock() -> None:
     assert graph.parameters({"bag": "drive"}) == {"use_sim_time": True}
     assert graph.parameters({"use_sim_time": "True"}) == {"use_sim_time": True}

@@ -184,10 +184,15 @@ def rviz_command() -> list[str]:
     return ["rviz2", "-d", rviz_file()]
 
 
-def player_command(values: Mapping[str, str]) -> list[str]:
-    """Return the command that replays the `bag` argument through a node that runs already."""
+def player_command(values: Mapping[str, str], extra: Mapping[str, str] | None = None) -> list[str]:
+    """Return the command that replays the `bag` argument through a node that runs already.
+
+    extra: further parameters of that node by dotted name.
+    """
     command = [sys.executable, "-m", "occbev", "replay", values["bag"], "--no-node"]
     command += ["--params-file", params_file(values)]
+    for name, value in (extra or {}).items():
+        command += ["--set", f"{name}:={value}"]
     return [*command, "--namespace", values["namespace"]] if values.get("namespace") else command
 
 

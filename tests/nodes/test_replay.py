@@ -356,6 +356,15 @@ def test_a_bag_with_none_of_the_topics_is_refused_with_both_lists(
     assert "/cam_front/image/compressed" in text
 
 
+def test_topics_given_on_the_command_line_are_those_that_are_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = BagDrive(tmp_path / "bag").write(sets=1)
+    given = [f"--set=cameras.{name}.topic:=/moved/{name.lower()}" for name in CAMERAS]
+    assert main(["replay", str(path), "--params-file", parameter_file(tmp_path), *given]) == 2
+    assert "Configured: /moved/cam_front, " in capsys.readouterr().err
+
+
 def test_a_node_that_cannot_start_ends_the_replay_with_its_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

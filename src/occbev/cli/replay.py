@@ -28,7 +28,7 @@ from rich.table import Table
 from occbev import graph
 from occbev.bags import BagReader
 from occbev.cli.run import PARENT_VARIABLE, end_group
-from occbev.nodes.ledger import read_ledger
+from occbev.nodes.ledger import LedgerReader, read_ledger
 from occbev.nodes.parameters import PerceptionParameters, read_parameters
 from occbev.replay import frames_of, summarise
 
@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
     if args.offline:
         from occbev.nodes.offline import replay_offline
 
-        parameters = read_parameters(path, _changes(args))
+        parameters = read_parameters(path, changes(args))
         result = replay_offline(args.bag, parameters, args.record, args.boxes)
     else:
         try:
-            result = _replay_live(args, path, read_parameters(path))
+            result = _replay_live(args, path, read_parameters(path, changes(args)))
         except KeyboardInterrupt:
             if args.node:
                 raise
@@ -120,7 +120,7 @@ def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
         raise ValueError("--boxes: only with --offline; a node's boxes go into the bag of --record")
 
 
-def _changes(args: argparse.Namespace) -> dict[str, str]:
+def changes(args: argparse.Namespace) -> dict[str, str]:
     """Return the node's parameters that options give, as they are typed."""
     changes = {name: getattr(args, name) for name in ("model", "backend") if getattr(args, name)}
     for text in args.set:
@@ -194,11 +194,12 @@ def _drive(
 def drain(player: PlayerNode, ledger: Path | None) -> None:
     """Return when every anchor image has its outcome, or nothing has come for a while."""
     quiet_since, seen = time.monotonic(), -1
-    wanted = Counter(player.ledger.anchors)
+    wanted, done = Counter(player.ledger.anchors), Counter[int]()
+    reader = LedgerReader(ledger) if ledger is not None else None
     while time.monotonic() - quiet_since < IDLE_S:
         came = [Counter(s for s, _ in messages) for messages in player.ledger.received.values()]
-        if ledger is not None:
-            done = Counter(line["stamp_ns"] for line in read_ledger(ledger))
+        if reader is not None:
+            done.update(line["stamp_ns"] for line in reader.new())
         else:
             done = reduce(or_, came, Counter())
         if not wanted - done:

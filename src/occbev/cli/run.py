@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     with contextlib.ExitStack() as stack:
         if values["bag"]:
-            stack.enter_context(child(graph.player_command(values)))
+            stack.enter_context(child(graph.player_command(values, extra)))
         if graph.is_true(values["rviz"]):
             stack.enter_context(child(_existing(graph.rviz_command())))
         return main(graph.node_arguments(values, typed(extra)))

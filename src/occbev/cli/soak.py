@@ -26,7 +26,7 @@ from rich.table import Table
 
 from occbev import graph
 from occbev.bags import BagReader
-from occbev.cli.replay import drain, perception_process
+from occbev.cli.replay import changes, drain, perception_process
 from occbev.nodes.ledger import read_ledger
 from occbev.nodes.parameters import PerceptionParameters, read_parameters
 from occbev.replay import LOST, frames_of
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--minutes {args.minutes} and --rate {args.rate} must be positive")
     args.namespace = ""
     path = args.params_file or Path(graph.params_file({}))
-    record = _soak(args, path, read_parameters(path))
+    record = _soak(args, path, read_parameters(path, changes(args)))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -54,7 +54,24 @@ class Ledger:
                 self._file = None
 
 
+class LedgerReader:
+    """Follows a ledger file that a node writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Return the lines since the last call, without one that is still being written."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._read += len(data)
+        return [json.loads(line) for line in data.splitlines()]
+
+
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Read a ledger file, without a last line that is still being written."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """Read a whole ledger file, none where there is no file."""
+    return LedgerReader(path).new()
