@@ -17,7 +17,7 @@ from rclpy.service import Service
 from rclpy.waitable import Waitable
 from std_msgs.msg import Int32
 
-from occbev.nodes.executor import RARELY_S, SparingExecutor
+from occbev.nodes.executor import BURST, RARELY_S, SparingExecutor, waiting_messages
 
 
 def test_messages_and_services_come_through_and_the_end_of_the_context_ends_it() -> None:
@@ -74,4 +74,31 @@ def test_services_and_events_are_asked_rarely() -> None:
     assert 1 <= looks <= 2 + (time.monotonic() - began) / RARELY_S
     assert any(issubclass(kind, (Service, Waitable)) for kind in asked)
     node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_one_callback_takes_all_that_waits() -> None:
+    context, taken = rclpy.Context(), []
+    rclpy.init(context=context)
+    node, other = (rclpy.create_node(name, context=context) for name in ("spared", "other"))
+
+    def take_all(message: Int32) -> None:
+        taken.append([message.data, *(waiting.data for waiting in waiting_messages(subscription))])
+
+    subscription = node.create_subscription(Int32, "numbers", take_all, 100)
+    publisher = other.create_publisher(Int32, "numbers", 100)
+    executor = SparingExecutor(context=context)
+    executor.add_node(node)
+    while not publisher.get_subscription_count():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for number in range(60):
+        publisher.publish(Int32(data=number))
+    time.sleep(0.5)
+    deadline = time.monotonic() + 10
+    while sum(map(len, taken)) < 60 and time.monotonic() < deadline:
+        executor.spin_once(timeout_sec=0.1)
+    assert taken == [list(range(BURST + 1)), list(range(BURST + 1, 60))]
+    for end in (node, other):
+        end.destroy_node()
     rclpy.shutdown(context=context)

@@ -7,6 +7,7 @@ milliseconds of a processor, more than a core at 250 messages a second, while fe
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import rclpy
@@ -19,6 +20,19 @@ GATHER_S = 0.004
 
 RARELY_S = 0.05
 """How often services and events of quality of service are looked at."""
+
+BURST = 50
+"""Messages that one subscription gives at a time at most, so that none keeps the others from being heard."""
+
+
+def waiting_messages(subscription: Any) -> Iterator[Any]:
+    """Yield what else waits for a subscription, whose callback gets but one message each time all are asked."""
+    for _ in range(BURST):
+        with subscription.handle:
+            taken = subscription.handle.take_message(subscription.msg_type, subscription.raw)
+        if taken is None:
+            return
+        yield taken[0]
 
 
 class SparingExecutor(SingleThreadedExecutor):
