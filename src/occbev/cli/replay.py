@@ -122,13 +122,13 @@ def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
 
 def changes(args: argparse.Namespace) -> dict[str, str]:
     """Return the node's parameters that options give, as they are typed."""
-    changes = {name: getattr(args, name) for name in ("model", "backend") if getattr(args, name)}
+    given = {name: getattr(args, name) for name in ("model", "backend") if getattr(args, name)}
     for text in args.set:
         name, separator, value = text.partition(":=")
         if not separator:
             raise ValueError(f"--set {text}: want NAME:=VALUE")
-        changes[name] = value
-    return changes
+        given[name] = value
+    return given
 
 
 def _replay_live(
