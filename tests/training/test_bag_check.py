@@ -16,8 +16,8 @@ from tests.training.test_bags import rewrite
 from occbev.geometry import transform_points
 from occbev.results import Sweep
 from occbev_training.sources.bag_check import TopicTimes, check_bag, propose_ego_box
-from occbev_training.sources.bag_writer import TYPESTORE
-from occbev_training.sources.bags import BagOptions, write_bag
+from occbev_training.sources.bag_index import BagOptions
+from occbev_training.sources.bag_writer import TYPESTORE, write_bag
 from occbev_training.sources.clocks import ClockOffset
 from occbev_training.sources.recording import RecordingError
 
@@ -49,7 +49,8 @@ def test_a_good_bag_passes_all_but_the_camera_rate(bag) -> None:
 
 
 def test_a_bag_without_cameras_says_which_topics_it_has(bag, tmp_path) -> None:
-    from occbev_training.sources.bags import BagOptions, BagTopics
+    from occbev_training.sources.bag_index import BagOptions
+    from occbev_training.sources.topics import BagTopics
 
     with pytest.raises(RecordingError, match="no such bag"):
         check_bag(tmp_path / "absent")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ pytest.importorskip("rosbags", reason="bags are read with rosbags")
 from tests.training.test_bags import rewrite
 
 from occbev.geometry import make_transform, rotation_from_rpy
-from occbev_training.sources.bag_writer import TYPESTORE
-from occbev_training.sources.bags import Bag, BagOptions, BagRecording, usable_stamps, write_bag
+from occbev_training.sources import bag_index
+from occbev_training.sources.bag_files import Bag
+from occbev_training.sources.bag_index import BagOptions, usable_stamps
+from occbev_training.sources.bag_writer import TYPESTORE, write_bag
+from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.clocks import ClockCorrection, ClockOffset
 from occbev_training.sources.discovery import OpenBag
 from occbev_training.sources.recording import RecordingError
@@ -120,6 +124,37 @@ def test_clocks_are_corrected_part_by_part(good: Path, tmp_path: Path, monkeypat
     opener = OpenBag(rewrite(good, tmp_path / "drive", jump), check_clocks="fix")
     moved = [part.checked().options.clock[LIDAR].offset_ns / 1e9 for part in opener.parts()]
     np.testing.assert_allclose(moved, [7200.0, 3598.7], atol=0.06)
+
+
+def test_a_first_part_without_cameras_does_not_hide_the_others(good: Path, tmp_path: Path) -> None:
+    first: list[object] = []
+
+    def ahead(topic: str, message):
+        if topic == LIDAR and not first:
+            first.append(restamp(message, stamp_of(message) + 3_600_000_000_000))
+        return message
+
+    path = rewrite(good, tmp_path / "drive", ahead)
+    empty, rest = OpenBag(path, check_clocks="ignore").parts()
+    assert rest.keys() == len(BagRecording(good).key_stamp_ns)
+    with pytest.raises(RecordingError, match="no CameraInfo"):
+        empty.keys()
+
+
+def test_a_bag_is_read_once_for_its_clocks_its_parts_and_its_keys(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Path] = []
+    read = bag_index._read
+    monkeypatch.setattr(bag_index, "_read", lambda bag, t: reads.append(bag.path) or read(bag, t))
+    path = rewrite(good, tmp_path / "drive", lambda topic, message: message)
+    (part,) = OpenBag(path).parts()
+    assert part.checked().keys() == len(part().key_stamp_ns)
+    assert reads == [path]
+    shutil.rmtree(path)
+    rewrite(good, path, lambda topic, message: message)
+    assert len(BagRecording(path).key_stamp_ns) == part.keys()
+    assert reads == [path, path], "another bag in its place is read anew"
 
 
 def test_a_new_calibration_begins_another_drive(good: Path, tmp_path: Path) -> None:
@@ -347,6 +382,28 @@ def test_a_cut_bag_is_refused_or_read_as_promised(
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     with pytest.raises(RecordingError, match="drive"):
         BagRecording(tmp_path / "drive")
+
+
+def test_what_was_left_out_is_counted_in_the_report(good: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("numba", reason="the label kernels need numba: training environment")
+    from occbev_training.cli import main
+
+    seen: list[str] = []
+
+    def spoil(topic: str, message):
+        seen.append(topic)
+        if topic == LIDAR and seen.count(LIDAR) == 5:
+            restamp(message, 0)
+        if topic == "/cam_back/image/compressed" and seen.count(topic) == 3:
+            message.data = message.data[:200]
+        return message
+
+    bag = rewrite(good, tmp_path / "drive", spoil)
+    options = ["--grid", "tiny", "--window", "0.3", "--min-support", "0.2", "--no-gate", "--json"]
+    assert main(["pairs", str(tmp_path / "out"), str(bag), *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["skipped_messages"] == {f"{LIDAR}: zero stamp": 1}
+    assert record["missing_images"] == {"CAM_BACK": 1}
 
 
 def test_one_bad_bag_does_not_stop_the_others(good: Path, tmp_path: Path, capsys) -> None:

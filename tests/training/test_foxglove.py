@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
 from occbev.geometry import xyzw_from_rotation
-from occbev_training.sources.bags import Bag, BagRecording, open_bag
+from occbev_training.sources.bag_files import Bag, open_bag
+from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.foxglove import FoxgloveBag, is_foxglove
 from occbev_training.sources.recording import RecordingError
 
@@ -178,7 +179,7 @@ def test_without_the_extra_the_remedy_is_named(mcap: Path, monkeypatch) -> None:
 
 
 def test_a_bag_of_ros_2_is_none_of_foxglove(tmp_path: Path, tiny_recording) -> None:
-    from occbev_training.sources.bags import write_bag
+    from occbev_training.sources.bag_writer import write_bag
 
     write_bag(tiny_recording, tmp_path / "bag")
     assert not any(is_foxglove(path) for path in (tmp_path / "bag").iterdir())

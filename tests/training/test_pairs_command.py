@@ -24,7 +24,8 @@ from occbev_training.data.pair_samples import open_pairs
 from occbev_training.data.shards import ShardReader
 from occbev_training.evaluate import Prediction
 from occbev_training.reconstruction import reconstruct, reconstruction_picture
-from occbev_training.sources.bags import BagOptions, write_bag
+from occbev_training.sources.bag_index import BagOptions
+from occbev_training.sources.bag_writer import write_bag
 from occbev_training.sources.clocks import ClockCorrection
 from occbev_training.sources.discovery import OpenBag, Simulate, find_recordings
 from occbev_training.sources.nuscenes_writer import write_nuscenes

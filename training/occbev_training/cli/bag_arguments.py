@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from occbev.rig import CameraRig
-from occbev_training.sources.bags import BagOptions
+from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.point_times import MODES
 from occbev_training.sources.topics import PROFILE_NAMES, load_topics
 

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
 from occbev_training.sources.bag_check import check_bag, fixed_clocks, propose_ego_box
-from occbev_training.sources.bags import BagOptions, BagRecording
+from occbev_training.sources.bag_index import BagOptions
+from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.recording import RecordingError
 

@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from occbev_training.sources.bags import BagSummary, write_bag, write_truth
+from occbev_training.sources.bag_writer import BagSummary, write_bag
 from occbev_training.sources.nuscenes import NuscenesRecording, open_nuscenes
 from occbev_training.sources.recording import RecordingError
+from occbev_training.sources.truth import write_truth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -251,12 +251,17 @@ def _report(
     problems: Mapping[str, str],
 ) -> None:
     """Print how many samples there are, the quality table, and the reasons of what was refused."""
-    refused: Counter[str] = Counter()
+    refused, missing, skipped = Counter[str](), Counter[str](), Counter[str]()
     for report in read_reports(args.out):
         refused.update(report.refused)
+        missing.update(report.missing)
+        skipped.update(report.skipped)
     rows = ShardReader(args.out).rows if sum(splits.values()) else []
     quality = _quality(rows, refused)
-    record = {"samples": len(rows), "splits": dict(splits), "refused": dict(refused), "problems": dict(problems), "quality": quality}  # fmt: skip
+    record = {
+        "samples": len(rows), "splits": dict(splits), "refused": dict(refused), "missing_images": dict(missing),
+        "skipped_messages": dict(skipped), "problems": dict(problems), "quality": quality,
+    }  # fmt: skip
     if args.out.is_dir():
         (args.out / SUMMARY).write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
     if args.json:
@@ -274,6 +279,9 @@ def _report(
     for name, count in refused.most_common():
         if count:
             console.print(f"refused: {name} {count}{_REMEDY.get(name, '')}", highlight=False)
+    for what, counts in (("pairs without an image", missing), ("messages skipped", skipped)):
+        if counts:
+            console.print(f"{what}: {_counts(counts)}", highlight=False)
     _print_problems(problems, console)
 
 

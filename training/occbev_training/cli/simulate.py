@@ -121,7 +121,8 @@ def write_seed(seed: int, config: DriveConfig, out: Path, form: str) -> None:
 
 
 def _write_bag(drive: SimulatedDrive, bag: Path, truth: Path) -> None:
-    from occbev_training.sources.bags import write_bag, write_truth
+    from occbev_training.sources.bag_writer import write_bag
+    from occbev_training.sources.truth import write_truth
 
     if not bag.exists():
         write_bag(drive, bag)

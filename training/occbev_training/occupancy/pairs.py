@@ -138,6 +138,10 @@ class UnitReport:
     rows: Sequence[Mapping[str, Any]]
     source: str = ""
     """Fingerprint of what the recording was opened from and how."""
+    missing: Mapping[str, int] = field(default_factory=dict)
+    """Camera -> kept samples without its image; each sample holds the reason."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Topic and reason -> messages of the recording that were left out, told by its first unit."""
 
 
 @dataclass(frozen=True)
@@ -179,17 +183,19 @@ def make_unit(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder, unit.name, config.shard_bytes)
-    refused: Counter[str] = Counter()
+    refused, missing = Counter[str](), Counter[str]()
     try:
         for sample, values, broken in _samples(recording, unit, config, refused, progress):
             writer.add(sample, _row(recording, sample, values, broken))
+            missing.update(sample.meta["missing"].keys())
         writer.finish()
     except BaseException:
         writer.abort()
         raise
     _flag_observed_drop(writer.rows)
+    skipped = getattr(recording, "skipped", {}) if unit.first == 0 else {}
     report = UnitReport(unit, len(writer.rows), dict(sorted(refused.items())), writer.shards,
-                        config.hash, writer.rows, source)  # fmt: skip
+                        config.hash, writer.rows, source, dict(sorted(missing.items())), skipped)  # fmt: skip
     _write_manifest(folder / f"{unit.name}.json", report)
     return report
 

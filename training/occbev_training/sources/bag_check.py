@@ -13,15 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.trajectory import PoseError
-from occbev_training.sources.bags import (
-    AnyBag,
-    BagOptions,
-    BagRecording,
-    check_counts,
-    detect_topics,
-    open_bag,
-    usable_stamps,
-)
+from occbev_training.sources.bag_files import AnyBag, check_counts, open_bag
+from occbev_training.sources.bag_index import BagOptions, raw_times, usable_stamps
+from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.clocks import (
     AGREE,
     CLOCK_OFFSET,
@@ -40,7 +34,7 @@ from occbev_training.sources.clocks import (
 from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.point_times import SPAN
 from occbev_training.sources.recording import Recording, RecordingError
-from occbev_training.sources.topics import ODOMETRY, POSE, BagTopics
+from occbev_training.sources.topics import ODOMETRY, POSE, BagTopics, detect_topics
 
 T = TypeVar("T")
 
@@ -384,12 +378,11 @@ def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
     bag = open_bag(path)
     try:
         topics = options.topics or detect_topics(bag.topics, options.profile)
-        times = read_times(bag, topics.all)
+        times = raw_times(bag, topics)
     finally:
         bag.close()
-    infos = set(topics.infos.values())
     faults = [f"{topic}: {fault}" for topic, own in times.items()
-              if topic not in infos and (fault := clock_fault(own)) is not None]  # fmt: skip
+              if (fault := clock_fault(own)) is not None]  # fmt: skip
     if faults:
         raise RecordingError(
             f"{path}: {'; '.join(faults)}. Give --clock-fix to measure and correct it"

@@ -1,55 +1,30 @@
 """Read ROS 2 bags as recordings: sqlite3 or MCAP, found by their usual topic names or by a given mapping.
 
-Headers' stamps count, not log times; what was read is compared with the count that the bag
-promises, since a bag that silently yields less than it holds would make silent holes in the data.
+Headers' stamps count, not log times.
 """
 
 from __future__ import annotations
 
-import logging
-import struct
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from rosbags.rosbag2 import Reader
-from rosbags.rosbag2.errors import ReaderError
-from rosbags.serde import SerdeError
 
 from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
-from occbev_training.sources.bag_writer import (
-    BASE_FRAME,
-    TF_STATIC_TOPIC,
-    TF_TOPIC,
-    TYPESTORE,
-    BagSummary,
-    write_bag,
-)
-from occbev_training.sources.clocks import ClockCorrection, TopicTimes
-from occbev_training.sources.foxglove import FoxgloveBag, is_foxglove
+from occbev_training.sources.bag_index import BagOptions, Index, IndexedBag, topic_times
+from occbev_training.sources.bag_writer import TF_STATIC_TOPIC, TF_TOPIC
+from occbev_training.sources.clocks import TopicTimes
 from occbev_training.sources.images import image_fault
 from occbev_training.sources.nuscenes import CAMERA_ORDER
 from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
-from occbev_training.sources.topics import BagTopics, detect_topics, is_compensated, listed
-from occbev_training.sources.truth import Truth, read_truth, write_truth
-
-__all__ = [
-    "Bag", "BagOptions", "BagRecording", "BagSummary", "BagTopics", "Truth", "detect_topics", "open_bag",
-    "read_truth", "write_bag", "write_truth",
-]  # fmt: skip
-
-log = logging.getLogger(__name__)
+from occbev_training.sources.topics import is_compensated
 
 KEY_TOLERANCE = 0.06
 """Seconds that a frame may lie from the anchor camera's, and a sweep from the frames, to be of one key."""
@@ -57,277 +32,42 @@ KEY_TOLERANCE = 0.06
 STATIC_TOLERANCE = 0.01, np.deg2rad(0.1)
 """Metres and radians by which publishers of one static transform may differ."""
 
-JUMP_NS = 2_000_000_000
-"""Clock jumps that the bag logged within this time of each other are one."""
-
 FIELD_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
 """numpy type of each sensor_msgs/PointField datatype."""
-
-
-TF_TYPE = "tf2_msgs/msg/TFMessage"
-
-_BROKEN = (
-    ReaderError,
-    OSError,
-    ValueError,
-    AssertionError,
-    KeyError,
-    IndexError,
-    TypeError,
-    struct.error,
-)
-"""What rosbags raises at damaged bytes, beside its own errors."""
 
 
 class BrokenImageError(RecordingError):
     """One image whose bytes are not all there; the others may be whole."""
 
 
-class AnyBag(Protocol):
-    """An open recording of messages, whatever its container."""
-
-    path: Path
-    topics: Mapping[str, str]
-    expected: Mapping[str, int] | None
-
-    def messages(
-        self, topics: Sequence[str] | None = None, start: int | None = None, stop: int | None = None
-    ) -> Iterator[tuple[str, int, bytes]]:
-        """Yield (topic, log time in ns, encoded message)."""
-        ...
-
-    def parse(self, topic: str, data: bytes) -> Any:
-        """Turn an encoded message into an object with the fields of the ROS message."""
-        ...
-
-    def stamp(self, topic: str, data: bytes) -> int:
-        """Return the stamp of an encoded message in ns."""
-        ...
-
-    def close(self) -> None:
-        """Close all files."""
-        ...
-
-
-def open_bag(path: Path | str) -> AnyBag:
-    """Open a bag of ROS 2 or an MCAP file of foxglove; raises RecordingError."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.mcap")) if path.is_dir() else []
-    if len(files) == 1 and is_foxglove(files[0]):
-        return FoxgloveBag(files[0])
-    return Bag(path)
-
-
-def check_counts(bag: AnyBag, read: Mapping[str, int]) -> None:
-    """Raise RecordingError where fewer or more messages were read than the bag promises."""
-    for topic, count in read.items():
-        promised = bag.expected.get(topic) if bag.expected is not None else None
-        if promised is not None and promised != count:
-            raise RecordingError(f"{bag.path}: {topic}: metadata promises {promised} messages, "
-                                 f"{count} were read; the bag is damaged or was cut")  # fmt: skip
-
-
-class Bag:
-    """An open bag: every storage file of a bag folder, or one storage file alone.
-
-    Storage files are read directly: joined through `metadata.yaml`, bags of ROS 2 itself can yield
-    no message at all where the QoS texts of the two differ.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        """Raises RecordingError naming the path and what is wrong with it."""
-        self.path = Path(path)
-        self._stack = ExitStack()
-        self.expected: dict[str, int] | None = None
-        """Promised messages by topic, or None where there is no metadata."""
-        files = self._files()
-        self._readers = []
-        try:
-            for file in files:
-                self._readers.append(self._stack.enter_context(Reader(file)))
-        except _BROKEN as error:
-            self.close()
-            raise RecordingError(
-                f"{file}: no readable ROS 2 bag: {str(error) or type(error).__name__}"
-            ) from error
-        self.topics: Mapping[str, str] = {
-            c.topic: c.msgtype for reader in self._readers for c in reader.connections
-        }
-
-    def __enter__(self) -> Bag:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all files."""
-        self._stack.close()
-
-    def messages(
-        self, topics: Sequence[str] | None = None, start: int | None = None, stop: int | None = None
-    ) -> Iterator[tuple[str, int, bytes]]:
-        """Yield (topic, log time in ns, CDR bytes) of the named topics, or of all, file after file."""
-        for reader in self._readers:
-            wanted = [c for c in reader.connections if topics is None or c.topic in topics]
-            if not wanted or _outside(reader, start, stop):
-                continue
-            try:
-                for connection, log_ns, data in reader.messages(wanted, start, stop):
-                    yield connection.topic, log_ns, bytes(data)
-            except _BROKEN as error:
-                raise RecordingError(
-                    f"{self.path}: breaks off while it is read: {type(error).__name__}: {error}"
-                ) from error
-
-    def parse(self, topic: str, data: bytes) -> Any:
-        """Turn CDR bytes into a message object; raises RecordingError where they are none."""
-        try:
-            return TYPESTORE.deserialize_cdr(data, self.topics[topic])
-        except (*_BROKEN, SerdeError) as error:
-            raise RecordingError(
-                f"{self.path}: {topic}: no {self.topics[topic]}: {type(error).__name__}: {error}"
-            ) from error
-
-    def stamp(self, topic: str, data: bytes) -> int:
-        """Read header.stamp in ns, or that of the first transform; raises RecordingError without one."""
-        at = 8 if self.topics[topic] == TF_TYPE else 4  # after the number of transforms
-        try:
-            return header_stamp(data, at)
-        except (IndexError, struct.error) as error:
-            raise RecordingError(
-                f"{self.path}: {topic}: a message without stamp: {error}"
-            ) from error
-
-    def _files(self) -> list[Path]:
-        if not self.path.exists():
-            raise RecordingError(f"{self.path}: no such bag")
-        if self.path.is_file():
-            return [self.path]
-        metadata = self.path / "metadata.yaml"
-        if not metadata.is_file():
-            found = sorted([*self.path.glob("*.mcap"), *self.path.glob("*.db3")])
-            if not found:
-                raise RecordingError(
-                    f"{self.path}: no metadata.yaml, *.mcap or *.db3 in it, so it is no bag folder"
-                )
-            return found
-        return self._read_metadata(metadata)
-
-    def _read_metadata(self, metadata: Path) -> list[Path]:
-        try:
-            record = yaml.safe_load(metadata.read_text())["rosbag2_bagfile_information"]
-            self.expected = {
-                entry["topic_metadata"]["name"]: int(entry["message_count"])
-                for entry in record["topics_with_message_count"]
-            }
-            names = [Path(name).name for name in record["relative_file_paths"]]
-            compressed = record.get("compression_mode", "")
-        except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordingError(f"{metadata}: not the metadata of a bag: {error}") from error
-        if compressed and compressed.lower() != "none":
-            return [self.path]  # only the joined reader unpacks compressed bags
-        absent = [name for name in names if not (self.path / name).is_file()]
-        if absent:
-            raise RecordingError(f"{metadata}: names {absent}, which are not there")
-        return [self.path / name for name in names]
-
-
-def _outside(reader: Reader, start: int | None, stop: int | None) -> bool:
-    return (start is not None and reader.end_time <= start) or (
-        stop is not None and reader.start_time >= stop
-    )
-
-
-@dataclass(frozen=True)
-class BagOptions:
-    """How a bag is read; everything has a default that suits most bags."""
-
-    topics: BagTopics | None = None
-    """Which topic is what; found by name and type if None."""
-    profile: str = "auto"
-    """Naming scheme to look for."""
-    anchor: str | None = None
-    """The camera whose exposures make key frames; CAM_FRONT or else the first."""
-    key_interval: float = 0.0
-    """Least seconds between key frames."""
-    base_frame: str = BASE_FRAME
-    """The vehicle's frame: x forward, y left, z up."""
-    rig: CameraRig | None = None
-    """Calibration of the cameras in place of the bag's own."""
-    point_times: str = "auto"
-    """How points know their time; see `point_times.MODES`."""
-    clock: Mapping[str, ClockCorrection] = field(default_factory=dict)
-    """Topic -> correction of its stamps."""
-    part: int = 0
-    """Which part of a bag that a clock jump or a new calibration divides."""
-
-
-@dataclass
-class _Index:
-    """Where the messages of a topic are, in bag order: stamps as written, stamps that count, log times; in ns."""
-
-    raw_ns: list[int] = field(default_factory=list)
-    stamp_ns: list[int] = field(default_factory=list)
-    log_ns: list[int] = field(default_factory=list)
-
-    def only(self, keep: Sequence[int]) -> _Index:
-        """Return some of the messages."""
-        parts = (self.raw_ns, self.stamp_ns, self.log_ns)
-        return _Index(*([part[i] for i in keep] for part in parts))
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """A bag read once: an index of the large topics, the bytes of the small ones with their log times.
-
-    Of calibrations, only the first message of each new content is kept. cuts: log times at which a
-    clock jumped back or a calibration changed. skipped: what was left out and why -> how often.
-    """
-
-    index: Mapping[str, _Index]
-    kept: Mapping[str, Sequence[tuple[int, bytes]]]
-    cuts: Sequence[int]
-    skipped: Mapping[str, int]
-
-
-class BagRecording:
+class BagRecording(IndexedBag):
     """A bag as a `Recording`. It holds no labels: `annotations` and `occupancy_truth` return None.
 
     A key frame is one exposure of the anchor camera with the nearest exposure of every other; its
-    stamp is the middle of the nearest sweep, or the last exposure where no sweep is near. parts: how
-    many stretches the bag falls into, of which this is one. skipped: messages left out, by reason.
+    stamp is the middle of the nearest sweep, or the last exposure where no sweep is near.
     location: what all parts of a bag share, in whose coordinates their poses are.
     """
 
     def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
         """Index a bag; raises RecordingError saying which topic, frame or count is wrong."""
-        self.options = options or BagOptions()
-        self._bag = open_bag(path)
+        super().__init__(path, options)
         self.name = self.location = self._bag.path.stem
         self._base_frame = self.options.base_frame
-        self.topics = self._found_topics()
-        scan = self._part_of(self._scan())
-        self._index, kept, self.skipped = scan.index, scan.kept, dict(scan.skipped)
+        contents = self._part()
+        self._index, kept = contents.index, contents.kept
         self._static = self._static_transforms(kept)
         self.rig = self.options.rig or self._rig(kept)
         self.lidar2ego = self._lidar2ego()
         self.trajectory = self._read_trajectory(kept)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
         stamps = [self._bag.stamp(str(self.topics.odometry), data) for _, data in poses]
-        self._odometry_times = TopicTimes(
-            np.array(stamps, np.int64), np.array([at for at, _ in poses], np.int64)
-        )
-        sweeps = self._index[self.topics.lidar] if self.topics.lidar else _Index()
+        self._odometry_times = topic_times(stamps, [at for at, _ in poses])
+        sweeps = self._index[self.topics.lidar] if self.topics.lidar else Index()
         order = np.argsort(sweeps.stamp_ns, kind="stable")
         self.sweep_stamp_ns = np.array(sweeps.stamp_ns, np.int64)[order]
         self._sweep_order = order
         self._keys = self._find_keys()
         self.key_stamp_ns = np.array([stamp for stamp, _ in self._keys], np.int64)
-
-    def close(self) -> None:
-        """Close the bag."""
-        self._bag.close()
 
     @property
     def deskew(self) -> str:
@@ -390,8 +130,7 @@ class BagRecording:
 
     def times(self) -> dict[str, TopicTimes]:
         """Return stamps and log times of the usable messages of cameras, LiDAR and odometry."""
-        found = {topic: TopicTimes(np.array(own.stamp_ns, np.int64), np.array(own.log_ns, np.int64))
-                 for topic, own in self._index.items()}  # fmt: skip
+        found = {topic: topic_times(own.stamp_ns, own.log_ns) for topic, own in self._index.items()}
         return found | (
             {} if self.topics.odometry is None else {self.topics.odometry: self._odometry_times}
         )
@@ -449,123 +188,21 @@ class BagRecording:
                 return raw_ns, cloud
         raise RecordingError(f"{self._bag.path}: {problem}")
 
-    def _found_topics(self) -> BagTopics:
-        """Return the topics that were given, after a look whether they are there, or find them."""
-        given = self.options.topics
-        try:
-            topics = given or detect_topics(self._bag.topics, self.options.profile)
-        except RecordingError as error:
-            raise RecordingError(f"{self._bag.path}: {error}") from error
-        absent = [topic for topic in topics.all if topic not in self._bag.topics]
-        if absent:
-            raise RecordingError(
-                f"{self._bag.path}: no topic {absent}; topics are {listed(self._bag.topics)}"
-            )
-        rig = self.options.rig
-        if rig is not None and set(rig.names) != set(topics.images):
-            raise RecordingError(f"{self._bag.path}: the rig has cameras {list(rig.names)}, the bag "
-                                 f"{sorted(topics.images)}")  # fmt: skip
-        bare = sorted(set(topics.images) - set(topics.infos))
-        if rig is None and bare:
-            raise RecordingError(f"{self._bag.path}: no camera_info of {bare} (profile {topics.profile}); "
-                                 "give their calibration as a rig file")  # fmt: skip
-        return topics
-
-    def _scan(self) -> _Scan:
-        """Read every message once."""
-        topics = self.topics
-        large = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
-        infos = set(topics.infos.values())
-        small = [*infos, TF_STATIC_TOPIC]
-        # Without a topic of its own for them, fixed transforms are repeated among the moving ones.
-        if topics.odometry is None or TF_STATIC_TOPIC not in self._bag.topics:
-            small.append(TF_TOPIC)
-        small += [topics.odometry] if topics.odometry else []
-        index = {topic: _Index() for topic in large}
-        kept: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in small}
-        counts = Counter(dict.fromkeys([t for t in (*large, *small) if t in self._bag.topics], 0))
-        for topic, log_ns, data in self._bag.messages([*large, *small]):
-            counts[topic] += 1
-            if topic in index:
-                raw = self._bag.stamp(topic, data)
-                index[topic].raw_ns.append(raw)
-                index[topic].log_ns.append(log_ns)
-            elif topic not in infos or not kept[topic] or kept[topic][-1][1][12:] != data[12:]:
-                kept[topic].append((log_ns, data))
-        check_counts(self._bag, counts)
-        skipped: Counter[str] = Counter()
-        cuts = [log_ns for topic in infos for log_ns in self._changes(topic, kept[topic])]
-        for topic, entries in index.items():
-            correction = self.options.clock.get(topic)
-            entries.stamp_ns = (entries.raw_ns if correction is None
-                                else [correction.apply(raw) for raw in entries.raw_ns])  # fmt: skip
-            keep, jumps, reasons = usable_stamps(entries.raw_ns)
-            cuts += [entries.log_ns[i] for i in jumps]
-            index[topic] = entries.only(keep)
-            skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
-        if topics.odometry:
-            raw_ns = [self._bag.stamp(topics.odometry, data) for _, data in kept[topics.odometry]]
-            keep, jumps, reasons = usable_stamps(raw_ns)
-            cuts += [kept[topics.odometry][i][0] for i in jumps]
-            kept[topics.odometry] = [kept[topics.odometry][i] for i in keep]
-            skipped.update({f"{topics.odometry}: {reason}": n for reason, n in reasons.items()})
-        return _Scan(index, kept, sorted(cuts), {k: n for k, n in sorted(skipped.items()) if n})
-
-    def _changes(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> list[int]:
-        """Return the log times at which the calibration on a topic becomes another."""
-        found: list[int] = []
-        before: Any = None
-        for log_ns, data in messages:
-            info = self._bag.parse(topic, data)
-            if before is not None and not _same_calibration(info, before):
-                found.append(log_ns)
-            before = info
-        return found
-
-    def _part_of(self, scan: _Scan) -> _Scan:
-        """Return the chosen part of a bag that clock jumps or new calibrations divide."""
-        starts, ends = [-(2**62)], []
-        for cut in scan.cuts:
-            if ends and cut - starts[-1] <= JUMP_NS:
-                starts[-1] = cut  # the topics of one jump follow each other
-            else:
-                ends.append(cut)
-                starts.append(cut)
-        ends.append(2**62)
-        self.parts = len(starts)
-        if not 0 <= self.options.part < self.parts:
-            raise RecordingError(
-                f"{self._bag.path}: no part {self.options.part}, it has {self.parts}"
-            )
-        first, last = starts[self.options.part], ends[self.options.part]
-        index = {
-            topic: entries.only([i for i, at in enumerate(entries.log_ns) if first <= at < last])
-            for topic, entries in scan.index.items()
-        }
-        kept: dict[str, Sequence[tuple[int, bytes]]] = {}
-        for topic, messages in scan.kept.items():
-            inside = [m for m in messages if first <= m[0] < last]
-            if topic in self.topics.infos.values():
-                inside = inside or [m for m in messages if m[0] < last][-1:]
-            kept[topic] = messages if topic == TF_STATIC_TOPIC else inside
-        return _Scan(index, kept, scan.cuts, scan.skipped)
-
     def _static_transforms(
         self, kept: Mapping[str, Sequence[tuple[int, bytes]]]
     ) -> dict[str, list[tuple[str, Array]]]:
         """Child frame -> (parent frame, child2parent) of every message that tells it."""
         topic = TF_STATIC_TOPIC if TF_STATIC_TOPIC in self._bag.topics else TF_TOPIC
-        found: dict[str, list[tuple[str, Array]]] = {}
+        found: dict[str, dict[tuple[str, bytes], Array]] = {}
         if topic not in self._bag.topics:
-            return found
+            return {}
         for _, data in kept.get(topic, ()):
             for t in self._bag.parse(topic, data).transforms:
                 matrix = _transform(t.transform.translation, t.transform.rotation)
-                known = found.setdefault(_frame(t.child_frame_id), [])
-                parent = _frame(t.header.frame_id)
-                if not any(p == parent and np.array_equal(m, matrix) for p, m in known):
-                    known.append((parent, matrix))
-        return found
+                known = found.setdefault(_frame(t.child_frame_id), {})
+                known.setdefault((_frame(t.header.frame_id), matrix.tobytes()), matrix)
+        return {child: [(parent, matrix) for (parent, _), matrix in known.items()]
+                for child, known in found.items()}  # fmt: skip
 
     def _sensor2base(self, frame: str, topic: str) -> Array:
         """Follow the fixed transforms from a sensor's frame to the vehicle's."""
@@ -704,43 +341,11 @@ class BagRecording:
         raise RecordingError(f"{self._bag.path}: {topic}: the message of {stamp_ns} ns is gone")
 
 
-def usable_stamps(stamp_ns: Sequence[int]) -> tuple[list[int], list[int], dict[str, int]]:
-    """Sort out the stamps of one topic in bag order.
-
-    Returns: the messages to use, those of them at which the clock jumped back for good, and how many
-    were left out by reason: zero stamps, repeated ones, single ones that come late.
-    """
-    keep: list[int] = []
-    jumps: list[int] = []
-    reasons = {"zero stamp": 0, "repeated stamp": 0, "late stamp": 0}
-    for i, stamp in enumerate(stamp_ns):
-        last = stamp_ns[keep[-1]] if keep else 0
-        if stamp <= 0:
-            reasons["zero stamp"] += 1
-        elif stamp == last:
-            reasons["repeated stamp"] += 1
-        elif stamp > last:
-            keep.append(i)
-        elif next((later for later in stamp_ns[i + 1 :] if later > 0), 0) > last:
-            reasons["late stamp"] += 1
-        else:
-            jumps.append(i)
-            keep.append(i)
-    return keep, jumps, reasons
-
-
 def _half_period(stamp_ns: NDArray[np.int64]) -> float:
     """Return how far from a key time an image may be: half its camera's period, at most `KEY_TOLERANCE`."""
     if len(stamp_ns) < 2:
         return KEY_TOLERANCE
     return min(KEY_TOLERANCE, float(np.median(np.diff(np.sort(stamp_ns)))) / 2e9)
-
-
-def _same_calibration(one: Any, other: Any) -> bool:
-    sizes = (one.width, one.height) == (other.width, other.height)
-    return sizes and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("k", "d", "p")
-    )
 
 
 def _difference(one: Array, other: Array) -> tuple[float, float]:
@@ -767,12 +372,6 @@ def _nearest(stamps: NDArray[np.int64], wanted: int, tolerance: float) -> int | 
     away = np.abs(stamps - wanted)
     index = int(np.argmin(away))
     return index if away[index] <= tolerance * 1e9 else None
-
-
-def header_stamp(data: bytes, at: int = 4) -> int:
-    """Read header.stamp, the first field of every stamped message, from its CDR bytes."""
-    seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, at)
-    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def _stamp_ns(header: Any) -> int:

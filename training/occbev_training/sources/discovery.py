@@ -15,7 +15,8 @@ from occbev_training.sources.nuscenes import NuscenesRoot, open_nuscenes
 from occbev_training.sources.recording import Recording, RecordingError
 
 if TYPE_CHECKING:
-    from occbev_training.sources.bags import BagOptions, BagRecording
+    from occbev_training.sources.bag_index import BagOptions
+    from occbev_training.sources.bags import BagRecording
 
 BAG_SUFFIXES = (".mcap", ".db3")
 
@@ -49,7 +50,7 @@ def _fingerprint(how: object, files: Iterable[Path] = ()) -> str:
 
 
 def _bag_options() -> BagOptions:
-    from occbev_training.sources.bags import BagOptions
+    from occbev_training.sources.bag_index import BagOptions
 
     return BagOptions(key_interval=0.5)
 
@@ -84,11 +85,13 @@ class OpenBag:
     def parts(self) -> list[OpenBag]:
         """Return an opener for each part of the bag; raises RecordingError where its clocks are refused."""
         from occbev_training.sources.bag_check import refuse_bad_clocks
+        from occbev_training.sources.bag_index import IndexedBag
 
         if self.check_clocks == "refuse":
             refuse_bad_clocks(self.path, self.options)
-        count = self().parts
-        return [replace(self, options=replace(self.options, part=i)) for i in range(count)]
+        bag = IndexedBag(self.path, self.options)
+        bag.close()
+        return [replace(self, options=replace(self.options, part=i)) for i in range(bag.parts)]
 
     def checked(self) -> OpenBag:
         """Correct the clocks of this part if that is wanted: a clock that jumps is off by something else after it.

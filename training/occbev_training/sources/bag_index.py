@@ -1,0 +1,275 @@
+"""Index a bag once: which messages can be used, and into which parts it falls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from occbev.rig import CameraRig
+from occbev_training.sources.bag_files import AnyBag, check_counts, open_bag
+from occbev_training.sources.bag_writer import BASE_FRAME, TF_STATIC_TOPIC, TF_TOPIC
+from occbev_training.sources.clocks import ClockCorrection, TopicTimes
+from occbev_training.sources.recording import RecordingError
+from occbev_training.sources.topics import BagTopics, detect_topics, listed
+
+JUMP_NS = 2_000_000_000
+"""Clock jumps that the bag logged within this time of each other are one."""
+
+
+@dataclass(frozen=True)
+class BagOptions:
+    """How a bag is read; everything has a default that suits most bags."""
+
+    topics: BagTopics | None = None
+    """Which topic is what; found by name and type if None."""
+    profile: str = "auto"
+    """Naming scheme to look for."""
+    anchor: str | None = None
+    """The camera whose exposures make key frames; CAM_FRONT or else the first."""
+    key_interval: float = 0.0
+    """Least seconds between key frames."""
+    base_frame: str = BASE_FRAME
+    """The vehicle's frame: x forward, y left, z up."""
+    rig: CameraRig | None = None
+    """Calibration of the cameras in place of the bag's own."""
+    point_times: str = "auto"
+    """How points know their time; see `point_times.MODES`."""
+    clock: Mapping[str, ClockCorrection] = field(default_factory=dict)
+    """Topic -> correction of its stamps."""
+    part: int = 0
+    """Which part of a bag that a clock jump or a new calibration divides."""
+
+
+@dataclass
+class Index:
+    """Where the messages of a topic are, in bag order: stamps as written, stamps that count, log times; in ns."""
+
+    raw_ns: list[int] = field(default_factory=list)
+    stamp_ns: list[int] = field(default_factory=list)
+    log_ns: list[int] = field(default_factory=list)
+
+    def only(self, keep: Sequence[int]) -> Index:
+        """Return some of the messages."""
+        parts = (self.raw_ns, self.stamp_ns, self.log_ns)
+        return Index(*([part[i] for i in keep] for part in parts))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A bag read once: an index of the large topics, the bytes of the small ones with their log times.
+
+    Of calibrations, only the first message of each new content is kept.
+    """
+
+    index: Mapping[str, Index]
+    kept: Mapping[str, Sequence[tuple[int, bytes]]]
+
+
+@dataclass(frozen=True)
+class _Scan(Contents):
+    """The usable messages. cuts: log times at which a clock jumped back or a calibration changed.
+
+    skipped: what was left out and why -> how often.
+    """
+
+    cuts: Sequence[int]
+    skipped: Mapping[str, int]
+
+
+_LAST_READ: list[tuple[object, Contents]] = []
+"""The bag that was read last, with what tells it from others: it is opened for its clocks, its parts and its keys."""
+
+
+def _contents(bag: AnyBag, topics: BagTopics) -> Contents:
+    """Read every message of a bag, unless it is the one that was read last."""
+    files = [bag.path] if bag.path.is_file() else sorted(bag.path.iterdir())
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    what = (bag.path.absolute(), states, topics)
+    for known, contents in _LAST_READ:
+        if known == what:
+            return contents
+    _LAST_READ[:] = [(what, _read(bag, topics))]
+    return _LAST_READ[0][1]
+
+
+def _read(bag: AnyBag, topics: BagTopics) -> Contents:
+    large = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
+    infos = set(topics.infos.values())
+    small = [*infos, TF_STATIC_TOPIC]
+    # Without a topic of its own for them, fixed transforms are repeated among the moving ones.
+    if topics.odometry is None or TF_STATIC_TOPIC not in bag.topics:
+        small.append(TF_TOPIC)
+    small += [topics.odometry] if topics.odometry else []
+    index = {topic: Index() for topic in large}
+    kept: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in small}
+    counts = Counter(dict.fromkeys([t for t in (*large, *small) if t in bag.topics], 0))
+    for topic, log_ns, data in bag.messages([*large, *small]):
+        counts[topic] += 1
+        if topic in index:
+            index[topic].raw_ns.append(bag.stamp(topic, data))
+            index[topic].log_ns.append(log_ns)
+        elif topic not in infos or not kept[topic] or kept[topic][-1][1][12:] != data[12:]:
+            kept[topic].append((log_ns, data))
+    check_counts(bag, counts)
+    return Contents(index, kept)
+
+
+def raw_times(bag: AnyBag, topics: BagTopics) -> dict[str, TopicTimes]:
+    """Return stamps as written and log times of all messages of cameras, LiDAR and odometry; raises RecordingError."""
+    contents = _contents(bag, topics)
+    times = {topic: topic_times(own.raw_ns, own.log_ns) for topic, own in contents.index.items()}
+    if topics.odometry:
+        poses = contents.kept[topics.odometry]
+        stamps = [bag.stamp(topics.odometry, data) for _, data in poses]
+        times[topics.odometry] = topic_times(stamps, [at for at, _ in poses])
+    return times
+
+
+def topic_times(stamp_ns: Sequence[int], log_ns: Sequence[int]) -> TopicTimes:
+    return TopicTimes(np.array(stamp_ns, np.int64), np.array(log_ns, np.int64))
+
+
+class IndexedBag:
+    """An open bag whose messages are indexed, divided where a clock jumps back or a calibration changes.
+
+    parts: into how many stretches it falls, of which `options.part` is one.
+    skipped: messages that were left out, by topic and reason; of the whole bag, told by its first part.
+    """
+
+    def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
+        """Read a bag; raises RecordingError saying which topic or count is wrong."""
+        self.options = options or BagOptions()
+        self._bag = open_bag(path)
+        self.topics = self._found_topics()
+        self._scan = self._usable(_contents(self._bag, self.topics))
+        self._stretches = _stretches(self._scan.cuts)
+        self.parts = len(self._stretches)
+        self.skipped = dict(self._scan.skipped) if self.options.part == 0 else {}
+
+    def close(self) -> None:
+        """Close the bag."""
+        self._bag.close()
+
+    def _found_topics(self) -> BagTopics:
+        """Return the topics that were given, after a look whether they are there, or find them."""
+        given = self.options.topics
+        try:
+            topics = given or detect_topics(self._bag.topics, self.options.profile)
+        except RecordingError as error:
+            raise RecordingError(f"{self._bag.path}: {error}") from error
+        absent = [topic for topic in topics.all if topic not in self._bag.topics]
+        if absent:
+            raise RecordingError(
+                f"{self._bag.path}: no topic {absent}; topics are {listed(self._bag.topics)}"
+            )
+        rig = self.options.rig
+        if rig is not None and set(rig.names) != set(topics.images):
+            raise RecordingError(f"{self._bag.path}: the rig has cameras {list(rig.names)}, the bag "
+                                 f"{sorted(topics.images)}")  # fmt: skip
+        bare = sorted(set(topics.images) - set(topics.infos))
+        if rig is None and bare:
+            raise RecordingError(f"{self._bag.path}: no camera_info of {bare} (profile {topics.profile}); "
+                                 "give their calibration as a rig file")  # fmt: skip
+        return topics
+
+    def _usable(self, contents: Contents) -> _Scan:
+        """Correct stamps and sort out the messages that can be used."""
+        index: dict[str, Index] = {}
+        kept, skipped = dict(contents.kept), Counter[str]()
+        infos = self.topics.infos.values()
+        cuts = [log_ns for topic in infos for log_ns in self._changes(topic, kept[topic])]
+        for topic, raw in contents.index.items():
+            correction = self.options.clock.get(topic)
+            stamps = raw.raw_ns if correction is None else [correction.apply(n) for n in raw.raw_ns]
+            keep, jumps, reasons = usable_stamps(raw.raw_ns)
+            cuts += [raw.log_ns[i] for i in jumps]
+            index[topic] = Index(raw.raw_ns, stamps, raw.log_ns).only(keep)
+            skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
+        if topic := self.topics.odometry:
+            poses = kept[topic]
+            keep, jumps, reasons = usable_stamps(
+                [self._bag.stamp(topic, data) for _, data in poses]
+            )
+            cuts += [poses[i][0] for i in jumps]
+            kept[topic] = [poses[i] for i in keep]
+            skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
+        return _Scan(index, kept, sorted(cuts), {k: n for k, n in sorted(skipped.items()) if n})
+
+    def _changes(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> list[int]:
+        """Return the log times at which the calibration on a topic becomes another."""
+        found: list[int] = []
+        before: Any = None
+        for log_ns, data in messages:
+            info = self._bag.parse(topic, data)
+            if before is not None and not _same_calibration(info, before):
+                found.append(log_ns)
+            before = info
+        return found
+
+    def _part(self) -> Contents:
+        """Return what is in the chosen part; calibrations and fixed transforms hold from before."""
+        if not 0 <= self.options.part < self.parts:
+            raise RecordingError(
+                f"{self._bag.path}: no part {self.options.part}, it has {self.parts}"
+            )
+        first, last = self._stretches[self.options.part]
+        index = {
+            topic: entries.only([i for i, at in enumerate(entries.log_ns) if first <= at < last])
+            for topic, entries in self._scan.index.items()
+        }
+        kept: dict[str, Sequence[tuple[int, bytes]]] = {}
+        for topic, messages in self._scan.kept.items():
+            inside = [m for m in messages if first <= m[0] < last]
+            if topic in self.topics.infos.values():
+                inside = inside or [m for m in messages if m[0] < last][-1:]
+            kept[topic] = messages if topic == TF_STATIC_TOPIC else inside
+        return Contents(index, kept)
+
+
+def _stretches(cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the log times [from, to) between cuts."""
+    starts, ends = [-(2**62)], []
+    for cut in cuts:
+        if ends and cut - starts[-1] <= JUMP_NS:
+            starts[-1] = cut  # the topics of one jump follow each other
+        else:
+            ends.append(cut)
+            starts.append(cut)
+    return list(zip(starts, [*ends, 2**62], strict=True))
+
+
+def usable_stamps(stamp_ns: Sequence[int]) -> tuple[list[int], list[int], dict[str, int]]:
+    """Sort out the stamps of one topic in bag order.
+
+    Returns: the messages to use, those of them at which the clock jumped back for good, and how many
+    were left out by reason: zero stamps, repeated ones, single ones that come late.
+    """
+    keep: list[int] = []
+    jumps: list[int] = []
+    reasons = {"zero stamp": 0, "repeated stamp": 0, "late stamp": 0}
+    for i, stamp in enumerate(stamp_ns):
+        last = stamp_ns[keep[-1]] if keep else 0
+        if stamp <= 0:
+            reasons["zero stamp"] += 1
+        elif stamp == last:
+            reasons["repeated stamp"] += 1
+        elif stamp > last:
+            keep.append(i)
+        elif next((later for later in stamp_ns[i + 1 :] if later > 0), 0) > last:
+            reasons["late stamp"] += 1
+        else:
+            jumps.append(i)
+            keep.append(i)
+    return keep, jumps, reasons
+
+
+def _same_calibration(one: Any, other: Any) -> bool:
+    sizes = (one.width, one.height) == (other.width, other.height)
+    return sizes and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("k", "d", "p")
+    )
