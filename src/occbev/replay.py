@@ -13,6 +13,9 @@ PROCESSED = "processed"
 LOST = "lost_before_the_node"
 """Outcome of an anchor image that the node has no record of."""
 
+UNANSWERED = "without_result"
+"""The same where the node's records cannot be read."""
+
 PASS_GAP_NS = 2_000_000_000
 """Sendings of one stamp that are further apart belong to different passes of a looped bag."""
 
@@ -24,11 +27,13 @@ def frames_of(
     sent: Mapping[str, Mapping[int, Sequence[int]]],
     node: Iterable[Mapping[str, Any]],
     anchor: str,
+    unrecorded: str = LOST,
 ) -> Frames:
     """Give every anchor image its outcome.
 
     anchors: stamps in the order they were sent; a looped bag sends each once for every pass.
     sent: camera -> stamp -> steady ns of each sending. node: the node's ledger lines. anchor: its camera.
+    unrecorded: outcome of images without a line.
     Returns: one record per anchor: stamp_ns, outcome and, if processed, stages_ms with `total` from the sending
         of the set's last image to the publishing of the result, on one steady clock.
     """
@@ -38,7 +43,7 @@ def frames_of(
         entry = next(outcomes[stamp], None)
         frame: dict[str, Any] = {
             "stamp_ns": stamp,
-            "outcome": LOST if entry is None else entry["outcome"],
+            "outcome": unrecorded if entry is None else entry["outcome"],
         }
         if entry is not None and entry["outcome"] == PROCESSED:
             total = (entry["published_ns"] - _last_sent(entry, sent)) / 1e6

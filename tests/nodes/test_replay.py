@@ -21,7 +21,7 @@ from occbev.cli import main
 from occbev.nodes.ledger import read_ledger
 from occbev.nodes.parameters import PerceptionParameters, parameters_from_record
 from occbev.preprocess import decode_image
-from occbev.replay import frames_of, summarise
+from occbev.replay import LOST, UNANSWERED, frames_of, summarise
 
 pytestmark = pytest.mark.ros
 
@@ -272,6 +272,13 @@ def test_passes_and_twins_are_told_apart() -> None:
     assert [f["outcome"] for f in frames] == ["lost_before_the_node", "processed", "duplicate", "processed"]  # fmt: skip
     assert frames[1]["stages_ms"]["total"] == 8e-6
     assert frames[3]["stages_ms"]["total"] == 7e-6
+
+
+def test_an_image_without_a_line_has_the_outcome_that_can_be_known() -> None:
+    sent = {"CAM_FRONT": {5: [1]}}
+    for outcome in (LOST, UNANSWERED):
+        (frame,) = frames_of([5], sent, [], "CAM_FRONT", outcome)
+        assert frame["outcome"] == outcome
 
 
 @pytest.mark.parametrize("options", [["--offline"], ["--record", "x"]])

@@ -30,7 +30,7 @@ from occbev.bags import BagReader
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.nodes.ledger import LedgerReader, read_ledger
 from occbev.nodes.parameters import PerceptionParameters, read_parameters
-from occbev.replay import frames_of, summarise
+from occbev.replay import LOST, UNANSWERED, frames_of, summarise
 
 if TYPE_CHECKING:
     from occbev.nodes.player_node import PlayerNode
@@ -243,7 +243,8 @@ def _account(
     """Join the player's ledger and the node's."""
     book = player.ledger
     lines = read_ledger(ledger) if args.node else _lines_from_results(player)
-    frames = frames_of(book.anchors, book.sent, lines, parameters.anchor_camera)
+    unrecorded = LOST if args.node else UNANSWERED
+    frames = frames_of(book.anchors, book.sent, lines, parameters.anchor_camera, unrecorded)
     published = {topic: len(messages) for topic, messages in book.received.items()}
     stand_ins = len({line["stamp_ns"] for line in lines} - set(book.anchors))
     summary = summarise(frames, published, stand_ins)
