@@ -14,6 +14,7 @@ from occbev.geometry import (
 )
 from occbev.results import Sweep
 from occbev.trajectory import PoseError, Trajectory
+from occbev_training.sources import deskew
 from occbev_training.sources.deskew import EgoBox, RayLimits, compensated, deskewed_rays
 
 LIDAR2EGO = make_transform(rotation_from_rpy(0.01, -0.02, -np.pi / 2), [0.94, 0.0, 1.84])
@@ -151,3 +152,18 @@ def test_an_impossible_ego_box_or_range_is_refused() -> None:
         EgoBox((0, 0, 0), (1, 0, 1))
     with pytest.raises(ValueError, match="min_range"):
         RayLimits(min_range=5.0, max_range=4.0)
+
+
+def test_the_compiled_loop_sorts_as_the_plain_one(trajectory, monkeypatch) -> None:
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(4)
+    points = rng.uniform(-70, 70, (400, 3)) * rng.choice([0.01, 1.0], (400, 1))
+    points[:3] = np.nan
+    sweep = Sweep(points.astype(np.float32), START_NS, LIDAR2EGO)
+    compiled = deskewed_rays(sweep, trajectory, START_NS)
+    monkeypatch.setattr(deskew, "_sorter", lambda: deskew._sort_returns)
+    plain = deskewed_rays(sweep, trajectory, START_NS)
+    assert min(plain.dropped.values()) > 0
+    assert compiled.dropped == plain.dropped
+    for name in ("end", "origin", "hit"):
+        assert np.array_equal(getattr(compiled, name), getattr(plain, name)), name

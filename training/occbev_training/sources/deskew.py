@@ -5,7 +5,8 @@ It stands between the recordings and the labels: raw sweep in, rays with their o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -73,7 +74,8 @@ class RayLimits:
 class Rays:
     """LiDAR beams in one ego frame.
 
-    end, origin: (M, 3) float64. hit: (M,) bool, False where the beam was cut at the maximum range.
+    end, origin: (M, 3) float64; where all beams start at one place, `origin` is that row repeated
+    without memory. hit: (M,) bool, False where the beam was cut at the maximum range.
     dropped: reason -> number of points that became no ray.
     """
 
@@ -127,22 +129,21 @@ def deskewed_rays(
 
     Drops, in this order and counted by reason: non-finite points or times, points nearer than
     the minimum range, points on the ego body (in base_link at capture time), isolated returns.
-    Raises PoseError where the trajectory covers the sweep or the reference not.
+    Raises PoseError where the trajectory does not cover the sweep or the reference; a sweep without
+    times needs no pose at its own stamp.
     """
     ego_box, limits = ego_box or EgoBox(), limits or RayLimits()
-    points, times, distance, dropped = _usable_points(sweep, ego_box, limits)
-    hit = distance <= limits.max_range
-    end = _moved(
-        sweep.lidar2ego, points * np.minimum(1.0, limits.max_range / np.maximum(distance, 1e-9))
-    )
-    origin = sweep.lidar2ego[:3, 3:4]  # (3, 1): one for all of them until they move apart
-    if times is None:
+    end, hit, kept, dropped = _usable_returns(sweep, ego_box, limits)
+    origin = np.ascontiguousarray(sweep.lidar2ego[:3, 3][None])  # one for all until they move apart
+    if sweep.time_offset is not None:
+        offset = np.asarray(sweep.time_offset, np.float64)[kept]
+        motion = _ego_motion(offset, sweep.stamp_ns, reference_ns, trajectory)
+        origin = _transform_each(motion, np.broadcast_to(origin, end.shape))
+        end = _transform_each(motion, end)
+    elif sweep.stamp_ns != reference_ns:
         motion = trajectory.relative(sweep.stamp_ns, reference_ns)
-    else:
-        motion = _ego_motion(times, sweep.stamp_ns, reference_ns, trajectory)
-        origin = np.broadcast_to(origin, end.shape)
-    end, origin = _moved(motion, end), np.broadcast_to(_moved(motion, origin), end.shape)
-    return Rays(np.ascontiguousarray(end.T), np.ascontiguousarray(origin.T), hit, dropped)
+        end, origin = _transform_each(motion, end), _transform_each(motion, origin)
+    return Rays(end, np.broadcast_to(origin, end.shape), hit, dropped)
 
 
 def _moved(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -180,39 +181,75 @@ def _ego_motion(
     return (entries[:, knot] + share * steps[:, knot]).reshape(3, 4, -1)
 
 
-def _usable_points(
+def _usable_returns(
     sweep: Sweep, ego_box: EgoBox, limits: RayLimits
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64], dict[str, int]]:
-    """Return the kept points (3, M) in the LiDAR frame, their times, ranges, and the drop counts."""
-    points = np.array(sweep.points.reshape(-1, 3).T, np.float64, order="C")
-    times = None if sweep.time_offset is None else np.asarray(sweep.time_offset, np.float64)
-    if times is not None and len(times) != points.shape[1]:
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64], dict[str, int]]:
+    """Return the kept ends (M, 3) in ego at capture, which are hits, their places, and the drop counts."""
+    points = np.ascontiguousarray(sweep.points.reshape(-1, 3))
+    times = np.zeros(len(points)) if sweep.time_offset is None else sweep.time_offset
+    if len(times) != len(points):
         raise ValueError(
-            f"sweep at {sweep.stamp_ns} ns: {points.shape[1]} points but {len(times)} time offsets"
+            f"sweep at {sweep.stamp_ns} ns: {len(points)} points but {len(times)} time offsets"
         )
-    dropped: dict[str, int] = {}
-
-    def keep(reason: str, good: NDArray[np.bool_]) -> None:
-        nonlocal points, times
-        dropped[reason] = int(np.count_nonzero(~good))
-        if dropped[reason]:
-            points, times = points[:, good], None if times is None else times[good]
-
-    finite = np.isfinite(points).all(axis=0)
-    keep("not_finite", finite if times is None else finite & np.isfinite(times))
-    keep("too_near", _length(points) >= limits.min_range)
-    keep("ego_body", ~ego_box.contains(_moved(sweep.lidar2ego, points).T))
+    end, hit = np.empty(points.shape), np.empty(len(points), np.bool_)
+    kept = np.empty(len(points), np.int64)
+    with np.errstate(invalid="ignore"):
+        count, *lost, cut = _sorter()(
+            points, np.asarray(times, np.float64), np.ascontiguousarray(sweep.lidar2ego),
+            *np.array([ego_box.lo, ego_box.hi]), limits.min_range, limits.max_range, end, hit, kept
+        )  # fmt: skip
+    dropped = dict(zip(("not_finite", "too_near", "ego_body"), lost, strict=True))
+    end, hit, kept = end[:count].copy(), hit[:count].copy(), kept[:count].copy()
     if limits.isolated_filter:
-        keep("isolated", ~_isolated(points.T, limits))
-    distance = _length(points)
-    dropped["beyond_max_range"] = int(np.count_nonzero(distance > limits.max_range))
-    return points, times, distance, dropped
+        alone = _isolated(points[kept].astype(np.float64), limits)
+        end, hit, kept = end[~alone], hit[~alone], kept[~alone]
+        dropped["isolated"], cut = int(np.count_nonzero(alone)), int(np.count_nonzero(~hit))
+    return end, hit, kept, dropped | {"beyond_max_range": cut}
 
 
-def _length(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the distances (M,) of points (3, M) from the origin."""
-    x, y, z = points
-    return np.sqrt(x * x + y * y + z * z)
+@functools.lru_cache(maxsize=1)
+def _sorter() -> Callable[..., tuple[int, int, int, int, int]]:
+    """Return `_sort_returns`, compiled where numba is installed."""
+    try:
+        import numba
+    except ImportError:
+        return _sort_returns
+    return numba.njit(cache=True, nogil=True)(_sort_returns)  # type: ignore[no-any-return]
+
+
+def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, hit, kept):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Write the ends of usable points in ego, cut at the maximum range; in one loop, for arrays cost more.
+
+    Returns how many there are, how many points are not finite, too near and on the ego body, and how
+    many ends were cut.
+    """
+    m = lidar2ego
+    count = not_finite = too_near = body = cut = 0
+    for i in range(len(points)):
+        x, y, z = np.float64(points[i, 0]), np.float64(points[i, 1]), np.float64(points[i, 2])
+        distance = np.sqrt(x * x + y * y + z * z)
+        if not (np.isfinite(distance) and np.isfinite(times[i])):
+            not_finite += 1
+            continue
+        if distance < min_range:
+            too_near += 1
+            continue
+        inside = True
+        for a in range(3):
+            end[count, a] = m[a, 0] * x + m[a, 1] * y + m[a, 2] * z + m[a, 3]
+            inside = inside and lo[a] <= end[count, a] <= hi[a]
+        if inside:
+            body += 1
+            continue
+        if distance > max_range:
+            cut += 1
+            scale = max_range / distance
+            x, y, z = x * scale, y * scale, z * scale
+            for a in range(3):
+                end[count, a] = m[a, 0] * x + m[a, 1] * y + m[a, 2] * z + m[a, 3]
+        hit[count], kept[count] = distance <= max_range, i
+        count += 1
+    return count, not_finite, too_near, body, cut
 
 
 def _isolated(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool_]:
