@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import numpy as np
 import pytest
 
@@ -12,6 +15,7 @@ from tests.training.traced_drive import GRID, Block, TracedDrive
 from occbev_training.benchmarks.labels import (
     COPIES,
     _copies,
+    _peak_mb,
     _plain,
     _plain_steps,
     _python,
@@ -61,3 +65,11 @@ def test_the_baseline_marks_the_same_cells(recording) -> None:
     assert (slow == 1).sum() > 100
     assert np.array_equal(slow, fast)
     assert _python_ms(_python, rays[0], motions[0], GRID) > 0
+
+
+def test_a_workers_memory_is_its_own() -> None:
+    ballast = np.ones(200 << 17)  # 200 MiB in this process
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        child = pool.submit(_peak_mb).result()
+    assert ballast.nbytes / 2**20 < _peak_mb()
+    assert child < _peak_mb() - 100

@@ -7,7 +7,6 @@ shared data is there, else a simulated one. Reading files and packing labels do 
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -310,4 +309,12 @@ def _labels(frames: int) -> float:
     for _ in range(frames):
         _BUILDERS[0].forget()
         _BUILDERS[0].build(0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return _peak_mb()
+
+
+def _peak_mb() -> float:
+    """Return the largest resident memory of this process; a child's getrusage holds that of its parent, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
