@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -220,6 +222,14 @@ def test_collapsed_rays_keep_hits_exactly_and_passes_nearly(room) -> None:
     # One sweep of scattered beams is the hard case; the labels' own bounds are held on real sweeps.
     assert (plain & fast).sum() >= 0.95 * plain.sum()
     assert (fast & ~plain).sum() <= 0.002 * plain.sum()
+
+
+def test_one_origin_for_all_beams_is_as_one_for_each(room) -> None:
+    shared = Rays(room.end, np.broadcast_to(room.origin[:1], room.end.shape), room.hit)
+    motion = make_transform(rotation_from_rpy(0.02, -0.01, 0.4), [0.03, -0.02, 0.01])
+    one, each = (bundle_rays(r, motion, GRID, 0.1) for r in (shared, room))
+    for field in dataclasses.fields(one):
+        assert np.array_equal(getattr(one, field.name), getattr(each, field.name)), field.name
 
 
 @pytest.mark.parametrize("collapse", [False, True])

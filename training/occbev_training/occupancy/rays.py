@@ -89,7 +89,7 @@ def bundle_rays(
     scratch = scratch or BundleScratch(grid)
     parts = _bundle(
         rays.end,
-        rays.origin,
+        np.ascontiguousarray(rays.origin[:1] if rays.origin.strides[0] == 0 else rays.origin),
         rays.hit,
         np.ascontiguousarray(ego2grid[:3]),
         np.array(grid.lo),
@@ -131,7 +131,7 @@ def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
         )
     row = np.full(grid.size, -1, np.int32)
     for bundle in bundles:
-        row[bundle.end_cell[bundle.hit]] = 0
+        _note_hits(bundle.end_cell, bundle.hit, row)
     cell = np.flatnonzero(row == 0)
     row[cell] = np.arange(len(cell), dtype=np.int32)
     count, total = np.zeros(len(cell), np.int64), np.zeros((len(cell), 3), np.int64)
@@ -157,16 +157,17 @@ def cast(
     skims over the cells of the same layer before it: they hold the same ground, so they are not passed.
     """
     ground = np.zeros(len(hits.cell), np.bool_) if ground is None else ground
-    passes = np.zeros(grid.size, np.uint16)
-    passes[hits.cell] = _HIT
+    passes, seen = np.zeros(grid.size, np.uint8), np.zeros(grid.size, np.uint8)
+    seen[hits.cell] = _HIT
     conflicts = np.zeros(len(hits.cell), np.int64)
     conflict_sweeps = np.zeros(len(hits.cell), np.uint64)
     lo, pitch, shape = np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape)
     for number, bundle in enumerate(bundles):
         _cast(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
-              lo, pitch, shape, number, hits.row, hits.centroid, ground, distance,
-              passes, conflicts, conflict_sweeps)  # fmt: skip
-    return Evidence(hits, (passes & _COUNT).astype(np.uint8), conflicts, conflict_sweeps)
+              lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, ground, distance,
+              seen, conflicts, conflict_sweeps)  # fmt: skip
+        _count_passes(seen, passes)
+    return Evidence(hits, passes, conflicts, conflict_sweeps)
 
 
 @dataclass(frozen=True)
@@ -203,30 +204,31 @@ def mark_visible(
 
     A ray ends with the first occupied cell, after `unobserved_limit` metres in unobserved cells,
     or at the last `until`. Where a coarse ray and all its neighbours come through, finer rays go
-    on from there; where they disagree, finer rays start at the camera.
+    on from there; where they disagree, finer rays start where the coarse one did.
     """
     rows, columns = rays.directions[0].shape[:2]
-    begun = np.full(((rows + 1) // 2, (columns + 1) // 2), _DISAGREE, np.uint8)
-    unknown, start = np.zeros(begun.shape), 0.0
+    start = np.zeros(((rows + 1) // 2, (columns + 1) // 2), np.float32)
+    unknown = np.zeros(start.shape, np.float32)
     marked = state.reshape(-1).copy()  # one volume to read and to write: each cell is one access
-    passed = None
-    for direction, stop in zip(rays.directions, rays.until, strict=True):
-        if passed is not None:
-            begun = _agreement(passed)
-        passed, unknown = _see(direction, np.ascontiguousarray(cam2grid[:3], np.float64), start, stop,
-                               begun, unknown, marked, np.array(grid.lo), np.array(grid.pitch),
-                               np.array(grid.shape), unobserved_limit)  # fmt: skip
-        start = stop
+    for level, (direction, stop) in enumerate(zip(rays.directions, rays.until, strict=True), 1):
+        passed, walked = _see(direction, np.ascontiguousarray(cam2grid[:3], np.float64), stop,
+                              start, unknown, marked, np.array(grid.lo), np.array(grid.pitch),
+                              np.array(grid.shape), unobserved_limit)  # fmt: skip
+        if level < len(rays.until):
+            start, unknown = _onward(passed, walked, start, unknown, stop)
     _set_seen(marked, np.uint8(1 << bit), visible.reshape(-1))
 
 
-_ENDED, _PASSED, _DISAGREE = 0, 1, 2
 _SEEN = 4
 """Bit beside the state of a cell that a camera has seen."""
 
-_COUNT, _LAST, _HIT = 63, 63 << 6, 1 << 15
-"""What `_cast` keeps of a cell in 16 bits: how many sweeps passed it, the last of them counted from 1,
-and whether it holds returns."""
+_PASSED_NOW, _HIT = np.uint8(1), np.uint8(2)
+"""What `_cast` keeps of a cell: whether the sweep at hand passed it, and whether it holds returns."""
+
+_ONE, _NEVER = 1 << 60, 1 << 62
+"""The t of a ray's end in the integers that walks count with, and a t that no walk reaches."""
+_ROUNDING = 1 << 10
+"""More than rounding moves a crossing: one that is not this far from the ray's end is at the end."""
 
 
 def traverse(
@@ -261,38 +263,53 @@ def _clip_axis(o, d, n, t0, t1):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _start_axis(o, d, n, t0):  # type: ignore[no-untyped-def]
-    """Return the first cell, step, offset and reciprocal of one axis.
-
-    The t at which the ray leaves cell i is (i + offset) * reciprocal: always from the integer
-    cell, so that nothing drifts along the ray. Clipping repairs rounding on the entry face only.
-    """
-    cell = min(max(int(np.floor(o + d * t0)), 0), n - 1)
-    if d > 0.0:
-        return cell, 1, 1.0 - o, 1.0 / d
-    if d < 0.0:
-        return cell, -1, -o, 1.0 / d
-    return cell, 0, np.inf, 1.0
+def _clip(ox, oy, oz, dx, dy, dz, nx, ny, nz, skip):  # type: ignore[no-untyped-def]
+    """Clip a segment to the grid; returns whether it crosses after t = skip, where it enters and leaves."""
+    t0, t1 = _clip_axis(ox, dx, nx, skip, 1.0)
+    t0, t1 = _clip_axis(oy, dy, ny, t0, t1)
+    t0, t1 = _clip_axis(oz, dz, nz, t0, t1)
+    return t0 < t1 and not (dx == 0.0 and dy == 0.0 and dz == 0.0), t0, t1
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _enter(o, e, shape, skip):  # type: ignore[no-untyped-def]
-    """Clip a segment to the grid; returns whether it crosses after t = skip, where, and how it steps."""
-    dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
-    t0, t1 = _clip_axis(o[0], dx, shape[0], skip, 1.0)
-    t0, t1 = _clip_axis(o[1], dy, shape[1], t0, t1)
-    t0, t1 = _clip_axis(o[2], dz, shape[2], t0, t1)
-    crosses = t0 < t1 and not (dx == 0.0 and dy == 0.0 and dz == 0.0)
-    if not crosses:
-        t0 = 0.0
-    return (
-        crosses,
-        t0,
-        t1,
-        _start_axis(o[0], dx, shape[0], t0),
-        _start_axis(o[1], dy, shape[1], t0),
-        _start_axis(o[2], dz, shape[2], t0),
-    )
+def _within(x, y, z, nx, ny, nz):  # type: ignore[no-untyped-def]
+    """Whether a point lies in the grid."""
+    return 0.0 <= x < nx and 0.0 <= y < ny and 0.0 <= z < nz
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _start_cell(o, d, n, t0):  # type: ignore[no-untyped-def]
+    """Return the cell of one axis at t0; clipping repairs rounding on the entry face only."""
+    return min(max(int(np.floor(o + d * t0)), 0), n - 1)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _pace(o, d, cell, size):  # type: ignore[no-untyped-def]
+    """Return the t of an axis' first crossing, of one cell, and of the crossing that leaves the grid; and the step.
+
+    All in 1 / _ONE: sums of integers are exact, so that nothing drifts along the ray.
+    """
+    if abs(d) < 1e-200:
+        return _NEVER, 0, _NEVER, 0
+    width = 1.0 / abs(d)
+    if d > 0.0:
+        first, left, step = (cell + 1 - o) * width, size - 1 - cell, 1
+    else:
+        first, left, step = (o - cell) * width, cell, -1
+    start, pace = int(min(first, 2.0) * _ONE), int(min(width, 2.0) * _ONE)
+    return start, pace, start + (left * pace if left * width < 2.0 else 2 * _ONE), step
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _choose(tx, ty, tz):  # type: ignore[no-untyped-def]
+    """Return the earliest crossing, and for each axis all bits set where it is the one, ties x before y before z.
+
+    Without branches: which axis comes next cannot be predicted.
+    """
+    txy = min(tx, ty)
+    z = -np.int64(tz < txy)
+    x = -np.int64(tx <= ty) & ~z
+    return min(txy, tz), x, ~(x | z), z
 
 
 @njit(cache=True, nogil=True)
@@ -302,121 +319,98 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     One axis per step, ties x before y before z (Amanatides and Woo 1987). Stops before the end cell.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
-    crosses, _, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(o, e, shape, 0.0)
+    dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
+    crosses, t0, _ = _clip(o[0], o[1], o[2], dx, dy, dz, nx, ny, nz, 0.0)
     if not crosses:
         return 0
-    tx, ty, tz = (ix + ax) * gx, (iy + ay) * gy, (iz + az) * gz
-    for count in range(nx + ny + nz + 3):
-        cell = (ix * ny + iy) * nz + iz
-        if cell == end_cell:
-            return count
-        cells[count] = cell
+    ix, iy, iz = _start_cell(o[0], dx, nx, t0), _start_cell(o[1], dy, ny, t0), _start_cell(o[2], dz, nz, t0)  # fmt: skip
+    tx, wx, out_x, sx = _pace(o[0], dx, ix, nx)
+    ty, wy, out_y, sy = _pace(o[1], dy, iy, ny)
+    tz, wz, out_z, sz = _pace(o[2], dz, iz, nz)
+    stop = min(_ONE - _ROUNDING, out_x, out_y, out_z)
+    count = 0
+    while (ix * ny + iy) * nz + iz != end_cell:
+        cells[count] = (ix * ny + iy) * nz + iz
         t = min(tx, ty, tz)
-        leave[count] = t
-        if t >= t1:
-            return count + 1
+        leave[count] = (t - _ROUNDING) / _ONE
+        count += 1
+        if t >= stop:
+            break
         if tx == t:
-            ix += sx
-            if ix < 0 or ix >= nx:
-                return count + 1
-            tx = (ix + ax) * gx
+            ix, tx = ix + sx, tx + wx
         elif ty == t:
-            iy += sy
-            if iy < 0 or iy >= ny:
-                return count + 1
-            ty = (iy + ay) * gy
+            iy, ty = iy + sy, ty + wy
         else:
-            iz += sz
-            if iz < 0 or iz >= nz:
-                return count + 1
-            tz = (iz + az) * gz
-    return nx + ny + nz + 3
+            iz, tz = iz + sz, tz + wz
+    return count
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _goes_by(centroid, origin, direction, square, distance):  # type: ignore[no-untyped-def]
-    """Whether a line passes a point nearer than `distance`; `square` is the direction's squared length."""
-    px, py, pz = centroid[0] - origin[0], centroid[1] - origin[1], centroid[2] - origin[2]
+def _goes_by(centroid, r, origin, g, direction, square, distance):  # type: ignore[no-untyped-def]
+    """Whether ray `g` passes centroid `r` nearer than `distance`; `square` is its direction's squared length."""
+    px, py, pz = centroid[r, 0] - origin[g, 0], centroid[r, 1] - origin[g, 1], centroid[r, 2] - origin[g, 2]  # fmt: skip
     along = px * direction[0] + py * direction[1] + pz * direction[2]
     return px * px + py * py + pz * pz - along * along / square < distance * distance
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _pace(start, step, offset, reciprocal, size):  # type: ignore[no-untyped-def]
-    """Return how far an axis is from its next and next but one crossing, and the cells left on it."""
-    left = size - 1 - start if step > 0 else start
-    return (
-        (start + offset) * reciprocal,
-        (start + step + offset) * reciprocal,
-        start + step + offset,
-        left,
-    )
+@njit(cache=True, nogil=True)
+def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, ground, distance,
+          seen, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Add one sweep's rays to the evidence; `seen` keeps of each cell whether they pass it.
+
+    The walk is that of `_walk`, kept apart for speed.
+    """
+    nx, ny, nz = shape[0], shape[1], shape[2]
+    for g in range(len(end)):
+        ox, dx = (origin[g, 0] - lo[0]) / pitch[0], (end[g, 0] - origin[g, 0]) / pitch[0]
+        oy, dy = (origin[g, 1] - lo[1]) / pitch[1], (end[g, 1] - origin[g, 1]) / pitch[1]
+        oz, dz = (origin[g, 2] - lo[2]) / pitch[2], (end[g, 2] - origin[g, 2]) / pitch[2]
+        t0 = 0.0
+        if not _within(ox, oy, oz, nx, ny, nz):
+            crosses, t0, _ = _clip(ox, oy, oz, dx, dy, dz, nx, ny, nz, 0.0)
+            if not crosses:
+                continue
+        ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)  # fmt: skip
+        tx, wx, out_x, sx = _pace(ox, dx, ix, nx)
+        ty, wy, out_y, sy = _pace(oy, dy, iy, ny)
+        tz, wz, out_z, sz = _pace(oz, dz, iz, nz)
+        stop, last = min(_ONE - _ROUNDING, out_x, out_y, out_z), end_cell[g]
+        # The lowest returns of a wall whose foot is hidden are no ground: they lie high up.
+        if last >= 0 and row[last] >= 0 and ground[row[last]] and end[g, 2] < 0.5 * origin[g, 2]:
+            layers = abs(last % nz - iz)
+            if layers == 0:
+                continue
+            stop = min(stop, tz + (layers - 1) * wz)  # where it enters the ground's layer
+        direction = (end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2])
+        square = direction[0] ** 2 + direction[1] ** 2 + direction[2] ** 2
+        if square == 0.0:
+            continue
+        latest = int(max(-1.0, 1.0 - margin[g] / np.sqrt(square)) * _ONE) + _ROUNDING
+        sx, sy = sx * ny * nz, sy * nz
+        cell = (ix * ny + iy) * nz + iz
+        while cell != last:
+            t, x, y, z = _choose(tx, ty, tz)
+            known = seen[np.uint64(cell)]
+            seen[np.uint64(cell)] = known | _PASSED_NOW
+            if known >= _HIT and t <= latest:
+                r = row[cell]
+                if _goes_by(centroid, r, origin, g, direction, square, distance):
+                    conflicts[r] += weight[g]
+                    conflict_sweeps[r] |= bit
+            if t >= stop:
+                break
+            cell += (x & sx) + (y & sy) + (z & sz)
+            tx += x & wx
+            ty += y & wy
+            tz += z & wz
 
 
 @njit(cache=True, nogil=True)
-def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, number, row, centroid, ground, distance,
-          passes, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Add one sweep's rays to the evidence.
-
-    The walk is that of `_walk`, kept apart for speed: the crossing after the next one is computed
-    ahead, so that a step waits for no arithmetic, and every cell costs one access to memory.
-    """
-    ny, nz = shape[1], shape[2]
-    tag, bit = (number + 1) << 6, np.uint64(1) << np.uint64(number)
-    o, e = np.empty(3), np.empty(3)
-    for g in range(len(end)):
-        for a in range(3):
-            o[a], e[a] = (origin[g, a] - lo[a]) / pitch[a], (end[g, a] - lo[a]) / pitch[a]
-        crosses, _, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(
-            o, e, shape, 0.0
-        )
-        if not crosses:
-            continue
-        tx, next_x, fx, left_x = _pace(ix, sx, ax, gx, shape[0])
-        ty, next_y, fy, left_y = _pace(iy, sy, ay, gy, shape[1])
-        tz, next_z, fz, left_z = _pace(iz, sz, az, gz, shape[2])
-        cell, last, skimmed = (ix * ny + iy) * nz + iz, end_cell[g], -1
-        # The lowest returns of a wall whose foot is hidden are no ground: they lie high up.
-        if last >= 0 and row[last] >= 0 and ground[row[last]] and end[g, 2] < 0.5 * origin[g, 2]:
-            skimmed = last % nz
-        direction = (end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2])
-        square = direction[0] ** 2 + direction[1] ** 2 + direction[2] ** 2
-        latest = 1.0 - margin[g] / np.sqrt(square)
-        while cell != last:
-            t = min(tx, ty, tz)
-            if iz != skimmed:
-                seen = passes[cell]
-                if seen & _LAST != tag:
-                    passes[cell] = (seen & ~_LAST | tag) + 1
-                if seen >= _HIT and t <= latest:
-                    r = row[cell]
-                    if _goes_by(centroid[r], origin[g], direction, square, distance):
-                        conflicts[r] += weight[g]
-                        conflict_sweeps[r] |= bit
-            if t >= t1:
-                break
-            if tx == t:
-                if left_x == 0:
-                    break
-                left_x -= 1
-                cell += sx * ny * nz
-                tx, fx = next_x, fx + sx
-                next_x = fx * gx
-            elif ty == t:
-                if left_y == 0:
-                    break
-                left_y -= 1
-                cell += sy * nz
-                ty, fy = next_y, fy + sy
-                next_y = fy * gy
-            else:
-                if left_z == 0:
-                    break
-                left_z -= 1
-                cell += sz
-                iz += sz
-                tz, fz = next_z, fz + sz
-                next_z = fz * gz
+def _count_passes(seen, passes):  # type: ignore[no-untyped-def]
+    """Count the cells that a sweep passed, and forget them for the next one."""
+    for cell in range(len(seen)):
+        passes[cell] += seen[cell] & _PASSED_NOW
+        seen[cell] &= _HIT
 
 
 @njit(cache=True, nogil=True)
@@ -439,7 +433,7 @@ def _beams_through(origin, end, end_cell, weight, margin, lo, pitch, shape, row,
                 r >= 0
                 and solid[r]
                 and leave[i] <= latest
-                and _goes_by(centroid[r], origin[g], direction, square, distance)
+                and _goes_by(centroid, r, origin, g, direction, square, distance)
             ):
                 total += weight[g]
                 break
@@ -447,18 +441,28 @@ def _beams_through(origin, end, end_cell, weight, margin, lo, pitch, shape, row,
 
 
 @njit(cache=True, nogil=True)
-def _agreement(passed):  # type: ignore[no-untyped-def]
-    """Tell for every ray of a raster whether it and its eight neighbours passed, ended, or disagree."""
+def _onward(passed, walked, start, unknown, stop):  # type: ignore[no-untyped-def]
+    """Return where finer rays than those of a raster start, NaN for none, and their unknown path so far.
+
+    At `stop` if a ray and its eight neighbours passed, nowhere if all of them ended; else where it started.
+    """
     rows, columns = passed.shape
-    result = np.empty((rows, columns), np.uint8)
+    onward, before = np.empty((rows, columns), np.float32), np.empty((rows, columns), np.float32)
     for v in range(rows):
+        top, bottom = max(0, v - 1), min(rows, v + 2)
         for u in range(columns):
-            result[v, u] = passed[v, u]
-            for w in range(max(0, v - 1), min(rows, v + 2)):
-                for x in range(max(0, u - 1), min(columns, u + 2)):
-                    if passed[w, x] != passed[v, u]:
-                        result[v, u] = _DISAGREE
-    return result
+            left, right = max(0, u - 1), min(columns, u + 2)
+            count = 0
+            for w in range(top, bottom):
+                for x in range(left, right):
+                    count += passed[w, x]
+            if count == (bottom - top) * (right - left):
+                onward[v, u], before[v, u] = stop, walked[v, u]
+            elif count == 0:
+                onward[v, u], before[v, u] = np.nan, 0.0
+            else:
+                onward[v, u], before[v, u] = start[v // 2, u // 2], unknown[v // 2, u // 2]
+    return onward, before
 
 
 @njit(cache=True, nogil=True)
@@ -470,112 +474,82 @@ def _set_seen(marked, bit, visible):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _see(direction, cam2grid, start, stop, begun, unknown, marked, lo, pitch, shape,
+def _see(direction, cam2grid, stop, start, unknown, marked, lo, pitch, shape,
          unobserved_limit):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Walk one raster of camera rays up to `stop`, from `start` where the parents passed.
+    """Walk one raster of camera rays up to `stop`, from where `start` lets the children of each parent begin.
 
     Returns: which rays passed (V, U) and how far each went through unobserved cells (V, U).
     """
+    nx, ny, nz = shape[0], shape[1], shape[2]
     rows, columns = direction.shape[:2]
-    passed, walked = np.zeros((rows, columns), np.uint8), np.zeros((rows, columns))
-    o, e = np.empty(3), np.empty(3)
+    passed, walked = np.zeros((rows, columns), np.uint8), np.zeros((rows, columns), np.float32)
+    ox, oy, oz = (cam2grid[0, 3] - lo[0]) / pitch[0], (cam2grid[1, 3] - lo[1]) / pitch[1], (cam2grid[2, 3] - lo[2]) / pitch[2]  # fmt: skip
+    turn = np.empty((3, 3))
     for a in range(3):
-        o[a] = (cam2grid[a, 3] - lo[a]) / pitch[a]
-    inside = 0 <= o[0] < shape[0] and 0 <= o[1] < shape[1] and 0 <= o[2] < shape[2]
+        for b in range(3):
+            turn[a, b] = cam2grid[a, b] * stop / pitch[a]
+    inside, per_metre = _within(ox, oy, oz, nx, ny, nz), 1.0 / stop
     for v in range(rows):
         for u in range(columns):
-            parent = begun[v // 2, u // 2]
-            if parent == _ENDED or np.isnan(direction[v, u, 0]):  # or it shows the vehicle itself
+            t0 = start[v // 2, u // 2] * per_metre
+            right, down, ahead = direction[v, u, 0], direction[v, u, 1], direction[v, u, 2]
+            if np.isnan(t0) or np.isnan(right):  # or it shows the vehicle itself
                 continue
-            for a in range(3):
-                along = (cam2grid[a, 0] * direction[v, u, 0] + cam2grid[a, 1] * direction[v, u, 1]
-                         + cam2grid[a, 2] * direction[v, u, 2])  # fmt: skip
-                e[a] = o[a] + along * stop / pitch[a]
-            skip = start / stop if parent == _PASSED else 0.0
-            before = unknown[v // 2, u // 2] if parent == _PASSED else 0.0
-            passed[v, u], walked[v, u] = _see_ray(
-                o, e, inside, skip, stop, before, marked, shape, unobserved_limit
-            )
+            dx = turn[0, 0] * right + turn[0, 1] * down + turn[0, 2] * ahead
+            dy = turn[1, 0] * right + turn[1, 1] * down + turn[1, 2] * ahead
+            dz = turn[2, 0] * right + turn[2, 1] * down + turn[2, 2] * ahead
+            if not inside:
+                crosses, t0, t1 = _clip(ox, oy, oz, dx, dy, dz, nx, ny, nz, t0)
+                if not crosses:
+                    passed[v, u] = t1 >= 1.0
+                    continue
+            elif not _within(ox + dx * t0, oy + dy * t0, oz + dz * t0, nx, ny, nz):
+                continue
+            before = unknown[v // 2, u // 2]
+            most = int(min((unobserved_limit - before) * per_metre, 2.0) * _ONE)
+            ended, dark = _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked)
+            passed[v, u], walked[v, u] = not ended, before + dark * stop / _ONE
     return passed, walked
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _within(o, e, shape, t):  # type: ignore[no-untyped-def]
-    """As `_enter` for a ray that begins in the grid: no face has to be found, it walks until it leaves."""
-    dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
-    x, y, z = o[0] + dx * t, o[1] + dy * t, o[2] + dz * t
-    crosses = 0.0 <= x < shape[0] and 0.0 <= y < shape[1] and 0.0 <= z < shape[2]
-    return (
-        crosses,
-        t,
-        1.0,
-        _start_axis(o[0], dx, shape[0], t),
-        _start_axis(o[1], dy, shape[1], t),
-        _start_axis(o[2], dz, shape[2], t),
-    )
+@njit(cache=True, nogil=True)
+def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ignore[no-untyped-def]
+    """Walk one camera ray from t0 to its end; returns whether it ends before that, and its unknown path.
 
-
-@njit(cache=True, nogil=True, inline="always")
-def _see_ray(o, e, inside, skip, length, unknown, marked, shape, unobserved_limit):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Walk one camera ray from t = skip to its end; returns whether it got there, and the unknown path.
-
-    The walk is that of `_cast`: crossings ahead, cells left on each axis, one access for each cell.
+    The walk is that of `_cast`.
     """
-    ny, nz = shape[1], shape[2]
-    if inside:
-        crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _within(
-            o, e, shape, skip
-        )
-    else:
-        crosses, t, t1, (ix, sx, ax, gx), (iy, sy, ay, gy), (iz, sz, az, gz) = _enter(
-            o, e, shape, skip
-        )
-    through = False
-    if not crosses:
-        through = t1 >= 1.0 and not inside
-    else:
-        tx, next_x, fx, left_x = _pace(ix, sx, ax, gx, shape[0])
-        ty, next_y, fy, left_y = _pace(iy, sy, ay, gy, shape[1])
-        tz, next_z, fz, left_z = _pace(iz, sz, az, gz, shape[2])
-        cell = (ix * ny + iy) * nz + iz
-        while True:
-            leave = min(tx, ty, tz)
-            state = marked[cell]
-            if state == 0:
-                unknown += (min(leave, t1) - t) * length
-                if unknown > unobserved_limit:
-                    break
-            elif state == 1:
-                marked[cell] = 1 | _SEEN
-            elif state != 1 | _SEEN:  # occupied
-                marked[cell] = 2 | _SEEN
-                break
-            if leave >= t1:
-                through = t1 >= 1.0
-                break
-            t = leave
-            if tx == leave:
-                if left_x == 0:
-                    break
-                left_x -= 1
-                cell += sx * ny * nz
-                tx, fx = next_x, fx + sx
-                next_x = fx * gx
-            elif ty == leave:
-                if left_y == 0:
-                    break
-                left_y -= 1
-                cell += sy * nz
-                ty, fy = next_y, fy + sy
-                next_y = fy * gy
-            else:
-                if left_z == 0:
-                    break
-                left_z -= 1
-                cell += sz
-                tz, fz = next_z, fz + sz
-                next_z = fz * gz
-    return through, unknown
+    ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)  # fmt: skip
+    tx, wx, out_x, sx = _pace(ox, dx, ix, nx)
+    ty, wy, out_y, sy = _pace(oy, dy, iy, ny)
+    tz, wz, out_z, sz = _pace(oz, dz, iz, nz)
+    stop = min(_ONE - _ROUNDING, out_x, out_y, out_z)
+    sx, sy = sx * ny * nz, sy * nz
+    cell, t, dark = (ix * ny + iy) * nz + iz, int(t0 * _ONE), 0
+    while True:
+        leave, x, y, z = _choose(tx, ty, tz)
+        state = marked[np.uint64(cell)]
+        if state == 0:
+            dark += min(leave, stop) - t
+            ended = dark > most
+        else:
+            marked[np.uint64(cell)] = state | _SEEN
+            ended = state & 2 != 0  # occupied
+        if ended or leave >= stop:
+            break
+        t = leave
+        cell += (x & sx) + (y & sy) + (z & sz)
+        tx += x & wx
+        ty += y & wy
+        tz += z & wz
+    return ended or leave < _ONE - _ROUNDING, dark
+
+
+@njit(cache=True, nogil=True)
+def _note_hits(end_cell, hit, row):  # type: ignore[no-untyped-def]
+    """Set the row of cells that hold returns to 0."""
+    for g in range(len(end_cell)):
+        if hit[g]:
+            row[end_cell[g]] = 0
 
 
 @njit(cache=True, nogil=True)
@@ -597,9 +571,9 @@ def _millimetres(value):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _moved(m, p, lo):  # type: ignore[no-untyped-def]
-    """Move a point by a (3, 4) transform; the result counts from the grid's corner."""
-    x, y, z = p[0], p[1], p[2]
+def _moved(m, points, i, lo):  # type: ignore[no-untyped-def]
+    """Move point `i` by a (3, 4) transform; the result counts from the grid's corner."""
+    x, y, z = points[i, 0], points[i, 1], points[i, 2]
     return (
         m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3] - lo[0],
         m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3] - lo[1],
@@ -632,12 +606,15 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, margin, collapse,
 
     `slots` maps an end cell (first half) or an exit cell (second half) to its bundle, -1 for none; it
     is left as it was found. What stands in the other scratch rows does not matter.
-    One row of sums fills one cache line.
+    One row of sums fills one cache line. origin: one for all beams, or one for each.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
-    count = 0
+    count, one = 0, len(origin) == 1
+    o = _moved(ego2grid, origin, 0, lo) if one else (0.0, 0.0, 0.0)
     for i in range(len(end)):
-        e, o = _moved(ego2grid, end[i], lo), _moved(ego2grid, origin[i], lo)
+        e = _moved(ego2grid, end, i, lo)
+        if not one:
+            o = _moved(ego2grid, origin, i, lo)
         cx, cy, cz = np.floor(e[0] / pitch[0]), np.floor(e[1] / pitch[1]), np.floor(e[2] / pitch[2])
         inside = cx >= 0 and cx < nx and cy >= 0 and cy < ny and cz >= 0 and cz < nz
         beyond, key = 0, -1
@@ -672,15 +649,14 @@ def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, margin, collapse,
                 slots[key] = group
             for a in range(3):
                 out_origin[group, a], out_end[group, a] = o[a] + lo[a], e[a] + lo[a]
-        row = sums[group]
-        row[0] += _millimetres(e[0])
-        row[1] += _millimetres(e[1])
-        row[2] += _millimetres(e[2])
-        row[3] += _millimetres(o[0])
-        row[4] += _millimetres(o[1])
-        row[5] += _millimetres(o[2])
-        row[_WEIGHT] += 1
-        row[_SPARE] = min(row[_SPARE], beyond)
+        sums[group, 0] += _millimetres(e[0])
+        sums[group, 1] += _millimetres(e[1])
+        sums[group, 2] += _millimetres(e[2])
+        sums[group, 3] += _millimetres(o[0])
+        sums[group, 4] += _millimetres(o[1])
+        sums[group, 5] += _millimetres(o[2])
+        sums[group, _WEIGHT] += 1
+        sums[group, _SPARE] = min(sums[group, _SPARE], beyond)
     for g in range(count):
         if used[g] >= 0:
             slots[used[g]] = -1
