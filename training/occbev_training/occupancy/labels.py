@@ -170,13 +170,14 @@ class Decision:
 class SweepRays:
     """A decoded sweep: rays in ego at `stamp_ns`; `middle_ns` is half-way through its points.
 
-    timed: whether its points came with their own times.
+    timed: whether its points came with their own times. ego2global: (4, 4) at `stamp_ns`.
     """
 
     stamp_ns: int
     middle_ns: int
     rays: Rays
     timed: bool
+    ego2global: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -249,12 +250,13 @@ class LabelBuilder:
         """Collect the sweeps around one key frame in its ego frame."""
         stamp_ns = int(self.recording.key_stamp_ns[key])
         sweeps, lost = self._sweeps_around(stamp_ns)
-        bundles = [self._bundle(sweep, stamp_ns) for sweep in sweeps]
+        global2key = invert_transform(self.recording.trajectory.at(stamp_ns))
+        bundles = [self._bundle(sweep, global2key) for sweep in sweeps]
         half = self._period_ns / 2
         reference = tuple(abs(sweep.middle_ns - stamp_ns) <= half for sweep in sweeps)
         if self.config.objects != "boxes":
             return Window(tuple(sweeps), tuple(bundles), reference, lost)
-        carried = [self._carried(sweep, stamp_ns) for sweep in sweeps]
+        carried = [self._carried(sweep, stamp_ns, global2key) for sweep in sweeps]
         bundles = [joined(bundle, moved) for bundle, moved in zip(bundles, carried, strict=True)]
         objects = tuple(np.unique(moved.end_cell[moved.hit]) for moved in carried)
         return Window(tuple(sweeps), tuple(bundles), reference, lost, objects)
@@ -344,6 +346,7 @@ class LabelBuilder:
             trajectory, config = self.recording.trajectory, self.config
             try:
                 sweep = self.recording.sweep(index)
+                ego2global = trajectory.at(sweep.stamp_ns)
                 rays = deskewed_rays(
                     sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits
                 )
@@ -353,22 +356,23 @@ class LabelBuilder:
                 logger.warning("%s sweep %d: %s", self.recording.name, index, error)
                 self._rays[index] = "unreadable"
             else:
+                timed = sweep.time_offset is not None
                 self._rays[index] = SweepRays(
-                    sweep.stamp_ns, middle_ns(sweep), rays, sweep.time_offset is not None
+                    sweep.stamp_ns, middle_ns(sweep), rays, timed, ego2global
                 )
         return self._rays[index]
 
-    def _bundle(self, sweep: SweepRays, stamp_ns: int) -> RayBundle:
-        ego2reference = self.recording.trajectory.relative(sweep.stamp_ns, stamp_ns)
+    def _bundle(self, sweep: SweepRays, global2key: NDArray[np.float64]) -> RayBundle:
         margin, collapse = self.config.conflict_margin, self.config.collapse
         rays = sweep.rays
         if self._tracks:
             rays = replace(rays, hit=rays.hit & ~self._in_boxes(sweep)[0])
-        return bundle_rays(rays, ego2reference, self.grid, margin, collapse, self._scratch)
+        ego2key = global2key @ sweep.ego2global
+        return bundle_rays(rays, ego2key, self.grid, margin, collapse, self._scratch)
 
     def _in_boxes(self, sweep: SweepRays) -> tuple[NDArray[np.bool_], list[BoxReturns]]:
         """Return which rays of a sweep end in a box, and each box's share of them."""
-        global2ego = invert_transform(self.recording.trajectory.at(sweep.stamp_ns))
+        global2ego = invert_transform(sweep.ego2global)
         found = returns_in_boxes(
             sweep.rays, sweep.stamp_ns, global2ego, self._tracks, self.config.box_growth
         )
@@ -377,15 +381,15 @@ class LabelBuilder:
             inside[part.rays] = True
         return inside, found
 
-    def _carried(self, sweep: SweepRays, stamp_ns: int) -> RayBundle:
+    def _carried(
+        self, sweep: SweepRays, stamp_ns: int, global2key: NDArray[np.float64]
+    ) -> RayBundle:
         """Return a sweep's returns from boxes where their boxes are at the key time; they carve nothing."""
-        global2ego = invert_transform(self.recording.trajectory.at(stamp_ns))
-        ego2global = self.recording.trajectory.at(sweep.stamp_ns)
         places = [np.zeros((0, 3))]
         for part in self._in_boxes(sweep)[1]:
             box = self._tracks[part.instance].at(stamp_ns)
             if box is not None:  # else it is not there at the key time, so it belongs nowhere
-                move = global2ego @ box @ invert_transform(part.box2global) @ ego2global
+                move = global2key @ box @ invert_transform(part.box2global) @ sweep.ego2global
                 places.append(transform_points(move, sweep.rays.end[part.rays]))
         ends = np.concatenate(places)
         rays = Rays(ends, ends, np.ones(len(ends), np.bool_))
