@@ -90,11 +90,13 @@ class LabelConfig:
     """Sweeps that must hit a cell nearer than `far_range`, unless the reference sweep does."""
     far_passes: int = 2
     """Sweeps that must pass a cell beyond `far_range` for free."""
-    camera_spacing: float = 2.5 / 1266
-    """Angle between neighbouring camera rays far away: 2.5 pixels of a nuScenes front camera."""
+    camera_spacing: float = 3.0 / 1266
+    """Angle between neighbouring rows of camera rays far away: 3 pixels of a nuScenes front camera."""
+    camera_aspect: float = 5 / 3
+    """Columns of camera rays are this much farther apart than rows: what is seen at a flat angle is ground."""
     camera_levels: int = 4
     """Rasters of camera rays, each twice as dense as the one before; 1 walks every ray in full."""
-    camera_near: float = 6.0
+    camera_near: float = 5.0
     """The first raster reaches so far, each further one twice as far, the last to `camera_range`."""
     camera_range: float = 60.0
     """Length of camera rays."""
@@ -115,10 +117,10 @@ class LabelConfig:
             )
         if self.ground_columns % 2 == 0:
             raise ValueError(f"ground_columns must be odd; got {self.ground_columns}")
-        if self.camera_spacing <= 0 or self.camera_levels < 1:
+        if self.camera_spacing <= 0 or self.camera_aspect <= 0 or self.camera_levels < 1:
             raise ValueError(
-                f"camera_spacing and camera_levels must be positive; "
-                f"got {self.camera_spacing} and {self.camera_levels}"
+                f"camera_spacing, camera_aspect and camera_levels must be positive; "
+                f"got {self.camera_spacing}, {self.camera_aspect} and {self.camera_levels}"
             )
         if self.objects not in ("evidence", "boxes"):
             raise ValueError(f"objects must be evidence or boxes; got {self.objects!r}")
@@ -498,9 +500,12 @@ def camera_rays(
     finer = range(config.camera_levels)
     step = 2 ** (config.camera_levels - 1)
     columns, rows = (
-        step * max(1, int(np.ceil(size / (step * config.camera_spacing * focal))))
-        for size, focal in zip(
-            (camera.width, camera.height), np.diag(camera.intrinsic)[:2], strict=True
+        step * max(1, int(np.ceil(size / (step * spacing * focal))))
+        for size, spacing, focal in zip(
+            (camera.width, camera.height),
+            (config.camera_spacing * config.camera_aspect, config.camera_spacing),
+            np.diag(camera.intrinsic)[:2],
+            strict=True,
         )
     )
     rasters = []
