@@ -300,18 +300,6 @@ def _pace(o, d, cell, size):  # type: ignore[no-untyped-def]
     return start, pace, start + (left * pace if left * width < 2.0 else 2 * _ONE), step
 
 
-@njit(cache=True, nogil=True, inline="always")
-def _choose(tx, ty, tz):  # type: ignore[no-untyped-def]
-    """Return the earliest crossing, and for each axis all bits set where it is the one, ties x before y before z.
-
-    Without branches: which axis comes next cannot be predicted.
-    """
-    txy = min(tx, ty)
-    z = -np.int64(tz < txy)
-    x = -np.int64(tx <= ty) & ~z
-    return min(txy, tz), x, ~(x | z), z
-
-
 @njit(cache=True, nogil=True)
 def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     """Write the cells that a ray passes and the t at which it leaves each; returns their number.
@@ -389,7 +377,8 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
         sx, sy = sx * ny * nz, sy * nz
         cell = (ix * ny + iy) * nz + iz
         while cell != last:
-            t, x, y, z = _choose(tx, ty, tz)
+            txy = min(tx, ty)
+            t = min(txy, tz)
             known = seen[np.uint64(cell)]
             seen[np.uint64(cell)] = known | _PASSED_NOW
             if known >= _HIT and t <= latest:
@@ -399,10 +388,15 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
                     conflict_sweeps[r] |= bit
             if t >= stop:
                 break
-            cell += (x & sx) + (y & sy) + (z & sz)
-            tx += x & wx
-            ty += y & wy
-            tz += z & wz
+            if tz < txy:
+                cell += sz
+                tz += wz
+            elif tx <= ty:
+                cell += sx
+                tx += wx
+            else:
+                cell += sy
+                ty += wy
 
 
 @njit(cache=True, nogil=True)
@@ -526,7 +520,8 @@ def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ign
     sx, sy = sx * ny * nz, sy * nz
     cell, t, dark = (ix * ny + iy) * nz + iz, int(t0 * _ONE), 0
     while True:
-        leave, x, y, z = _choose(tx, ty, tz)
+        txy = min(tx, ty)
+        leave = min(txy, tz)
         state = marked[np.uint64(cell)]
         if state == 0:
             dark += min(leave, stop) - t
@@ -537,10 +532,15 @@ def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ign
         if ended or leave >= stop:
             break
         t = leave
-        cell += (x & sx) + (y & sy) + (z & sz)
-        tx += x & wx
-        ty += y & wy
-        tz += z & wz
+        if tz < txy:
+            cell += sz
+            tz += wz
+        elif tx <= ty:
+            cell += sx
+            tx += wx
+        else:
+            cell += sy
+            ty += wy
     return ended or leave < _ONE - _ROUNDING, dark
 
 
