@@ -17,6 +17,7 @@ from occbev_training.benchmarks.labels import (
     _copies,
     _peak_mb,
     _plain,
+    _plain_states,
     _plain_steps,
     _python,
     _python_ms,
@@ -50,11 +51,7 @@ def test_the_baseline_marks_the_same_cells(recording) -> None:
     single = [
         bundle_rays(r, m, GRID, 0.8, collapse=False) for r, m in zip(rays, motions, strict=True)
     ]
-    ours, plain = _states(single, GRID), np.zeros(GRID.size, np.uint8)
-    for r, m in zip(rays, motions, strict=True):
-        _plain(
-            r.end, r.origin, m, np.array(GRID.lo), np.array(GRID.pitch), np.array(GRID.shape), plain
-        )
+    ours, plain = _states(single, GRID), _plain_states(rays, motions, GRID)
     assert (plain == 1).sum() > 2000
     assert np.mean(ours != plain) < 1e-3, "it adds up its steps, so a corner may fall the other way"
     assert _plain_steps(rays, motions, GRID) > (plain == 1).sum()

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -132,18 +133,7 @@ def run(options: Options) -> Report:
         )
 
     def plain() -> NDArray[np.uint8]:
-        state = np.zeros(grid.size, np.uint8)
-        for r, m in zip(rays, motions, strict=True):
-            _plain(
-                r.end,
-                r.origin,
-                m,
-                np.array(grid.lo),
-                np.array(grid.pitch),
-                np.array(grid.shape),
-                state,
-            )
-        return state
+        return _plain_states(rays, motions, grid)
 
     timing = interleaved(
         {"label": full_label, "collapsed": collapsed, "plain": plain}, options.rounds
@@ -153,8 +143,8 @@ def run(options: Options) -> Report:
     steps = _plain_steps(rays, motions, grid)
     arrays_ms = _python_ms(_python, rays[0], motions[0], grid)
     scalars_ms = _python_ms(_plain.py_func, rays[0], motions[0], grid)
-    one, rss = _throughput(1)
-    two, _ = _throughput(2)
+    one, two, rss = _throughput(_labels)
+    plain_one, plain_two, _ = _throughput(_plains)
     values: dict[str, Any] = {
         "input": recording.source,
         "cpu_s_per_frame": timing["label"].cpu_ms / 1e3,
@@ -164,6 +154,7 @@ def run(options: Options) -> Report:
         "rss_mb": rss,
         "frames_per_s_one_worker": one,
         "frames_per_s_two_workers": two,
+        "two_plain_vs_one": plain_two / plain_one,  # what the cores give: two may share one's units
     }
     ratios = {
         "traversal_vs_plain": timing["plain"].cpu_ms / timing["collapsed"].cpu_ms,
@@ -239,6 +230,17 @@ def _plain(end, origin, motion, lo, pitch, shape, state):  # type: ignore[no-unt
     return steps
 
 
+def _plain_states(
+    rays: Sequence[Rays], motions: Sequence[NDArray[np.float64]], grid: VoxelGrid
+) -> NDArray[np.uint8]:
+    """Occupied, free and unobserved by the plain traversal."""
+    state = np.zeros(grid.size, np.uint8)
+    parts = (np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape))
+    for r, m in zip(rays, motions, strict=True):
+        _plain(r.end, r.origin, m, *parts, state)
+    return state
+
+
 def _plain_steps(
     rays: Sequence[Rays], motions: Sequence[NDArray[np.float64]], grid: VoxelGrid
 ) -> int:
@@ -289,17 +291,31 @@ def _python(
             crossing[axis] += width[axis]
 
 
-def _throughput(workers: int, frames: int = 12) -> tuple[float, float]:
-    """Return labels per second of some processes together, and the largest resident memory of one in MB."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        list(pool.map(_labels, [1] * workers))  # start and compile outside the measurement
-        start = time.perf_counter()
-        results = list(pool.map(_labels, [frames] * workers))
-        elapsed = time.perf_counter() - start
-    return workers * frames / elapsed, max(results)
+def _throughput(
+    job: Callable[[int], float], rounds: int = 5, frames: int = 5
+) -> tuple[float, float, float]:
+    """Return frames per second of one process and of two beside each other, and the memory of one in MB.
+
+    In turns, and medians: a processor's clock changes from one second to the next.
+    """
+    rates: tuple[list[float], list[float]] = ([], [])
+    memory = 0.0
+    with ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(2)
+        ]
+        for started in [pool.submit(job, 1) for pool in pools]:  # compile outside the measurement
+            started.result()
+        for workers in (1, 2) * rounds:
+            start = time.perf_counter()
+            running = [pool.submit(job, frames) for pool in pools[:workers]]
+            memory = max(memory, *(each.result() for each in running))
+            rates[workers - 1].append(workers * frames / (time.perf_counter() - start))
+    return float(np.median(rates[0])), float(np.median(rates[1])), memory
 
 
 _BUILDERS: list[LabelBuilder] = []
+_RAYS: list[tuple[list[Rays], list[NDArray[np.float64]]]] = []
 
 
 def _labels(frames: int) -> float:
@@ -309,6 +325,15 @@ def _labels(frames: int) -> float:
     for _ in range(frames):
         _BUILDERS[0].forget()
         _BUILDERS[0].build(0)
+    return _peak_mb()
+
+
+def _plains(frames: int) -> float:
+    """Cast plainly in a worker process; returns its peak resident memory in MB."""
+    if not _RAYS:
+        _RAYS.append(_rays(load_copies()))
+    for _ in range(frames):
+        _plain_states(*_RAYS[0], GRIDS["occ3d"])
     return _peak_mb()
 
 
