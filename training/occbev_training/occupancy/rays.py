@@ -249,7 +249,7 @@ def traverse(
 # --- kernels: coordinates are in cells from the grid's corner, t runs from 0 (origin) to 1 (end) ---
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _clip_axis(o, d, n, t0, t1):  # type: ignore[no-untyped-def]
     """Narrow [t0, t1] to where o + d t lies in [0, n); an empty range means a miss."""
     if d == 0.0:
@@ -262,7 +262,7 @@ def _clip_axis(o, d, n, t0, t1):  # type: ignore[no-untyped-def]
     return max(t0, a), min(t1, b)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _clip(ox, oy, oz, dx, dy, dz, nx, ny, nz, skip):  # type: ignore[no-untyped-def]
     """Clip a segment to the grid; returns whether it crosses after t = skip, where it enters and leaves."""
     t0, t1 = _clip_axis(ox, dx, nx, skip, 1.0)
@@ -271,19 +271,19 @@ def _clip(ox, oy, oz, dx, dy, dz, nx, ny, nz, skip):  # type: ignore[no-untyped-
     return t0 < t1 and not (dx == 0.0 and dy == 0.0 and dz == 0.0), t0, t1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _within(x, y, z, nx, ny, nz):  # type: ignore[no-untyped-def]
     """Whether a point lies in the grid."""
     return 0.0 <= x < nx and 0.0 <= y < ny and 0.0 <= z < nz
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _start_cell(o, d, n, t0):  # type: ignore[no-untyped-def]
     """Return the cell of one axis at t0; clipping repairs rounding on the entry face only."""
     return min(max(int(np.floor(o + d * t0)), 0), n - 1)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _pace(o, d, cell, size):  # type: ignore[no-untyped-def]
     """Return the t of an axis' first crossing, of one cell, and of the crossing that leaves the grid; and the step.
 
@@ -333,7 +333,7 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     return count
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _goes_by(centroid, r, origin, g, direction, square, distance):  # type: ignore[no-untyped-def]
     """Whether ray `g` passes centroid `r` nearer than `distance`; `square` is its direction's squared length."""
     px, py, pz = centroid[r, 0] - origin[g, 0], centroid[r, 1] - origin[g, 1], centroid[r, 2] - origin[g, 2]  # fmt: skip
@@ -564,13 +564,13 @@ def _add_hits(end_cell, hit, weight, end_mm, bit, row, count, total, sweeps):  #
                 total[r, axis] += end_mm[g, axis]
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _millimetres(value):  # type: ignore[no-untyped-def]
     """Round metres to integer millimetres."""
     return int(np.floor(value * 1000.0 + 0.5))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _moved(m, points, i, lo):  # type: ignore[no-untyped-def]
     """Move point `i` by a (3, 4) transform; the result counts from the grid's corner."""
     x, y, z = points[i, 0], points[i, 1], points[i, 2]
@@ -581,7 +581,7 @@ def _moved(m, points, i, lo):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _exit(o, e, pitch, shape):  # type: ignore[no-untyped-def]
     """Clip a beam that ends outside the grid; returns where its part within starts and ends, in t."""
     t0, t1 = _clip_axis(o[0] / pitch[0], (e[0] - o[0]) / pitch[0], shape[0], 0.0, 1.0)
@@ -589,7 +589,7 @@ def _exit(o, e, pitch, shape):  # type: ignore[no-untyped-def]
     return _clip_axis(o[2] / pitch[2], (e[2] - o[2]) / pitch[2], shape[2], t0, t1)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _clamped(value, size):  # type: ignore[no-untyped-def]
     """Return the cell of a coordinate that lies on the grid up to rounding."""
     return min(max(int(np.floor(value)), 0), size - 1)
