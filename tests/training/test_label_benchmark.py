@@ -23,9 +23,10 @@ from occbev_training.benchmarks.labels import (
     _python_ms,
     _rays,
     _states,
+    load_copies,
 )
-from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
-from occbev_training.occupancy.rays import bundle_rays
+from occbev_training.occupancy.labels import LabelBuilder, LabelConfig, pixel_rays
+from occbev_training.occupancy.rays import CameraRays, bundle_rays
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,28 @@ def test_the_baseline_marks_the_same_cells(recording) -> None:
     assert (slow == 1).sum() > 100
     assert np.array_equal(slow, fast)
     assert _python_ms(_python, rays[0], motions[0], GRID) > 0
+
+
+def seen_through(recording, state, stride: int) -> np.ndarray:
+    """Which camera sees which cell (X, Y, Z, 8) along one whole ray through every so many pixels."""
+    builder = LabelBuilder(recording, LabelConfig())
+    for camera in recording.rig.cameras:
+        rays = pixel_rays(camera, camera.height // stride, camera.width // stride)
+        rays = CameraRays((rays.astype(np.float32),), (builder.config.camera_range,))
+        builder._camera_rays[camera.name] = (camera, rays)
+    visible = builder._visibility(0, recording.frame_set(0), state)
+    return np.unpackbits(visible[..., None], axis=-1).astype(bool)
+
+
+def test_camera_bits_are_at_least_those_of_every_fourth_pixel(shared, monkeypatch) -> None:
+    monkeypatch.setenv("OCCBEV_SHARED", str(shared))
+    recording = load_copies()
+    label = LabelBuilder(recording, LabelConfig()).build(0)
+    ours = np.unpackbits(label.camera_visible[..., None], axis=-1).astype(bool)
+    every, fourth = (seen_through(recording, label.state, stride) for stride in (1, 4))
+    for cells in (label.state != 0, label.state == 2):
+        assert (ours & every)[cells].sum() >= (fourth & every)[cells].sum()
+    assert (ours & ~every).sum() <= 0.001 * every.sum()
 
 
 def test_a_workers_memory_is_its_own() -> None:
