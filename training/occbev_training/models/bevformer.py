@@ -201,7 +201,7 @@ class _CameraAttention(OffsetAndWeight):
         """
         offsets, weights = (v.squeeze(2) for v in self(query))
         anchors = points.repeat(1, offsets.shape[3] // points.shape[1], 1)[:, None, None]
-        return anchors + offsets / levels.sizes(offsets)[:, None], weights
+        return anchors + self.in_maps(offsets, levels), weights
 
 
 class TemporalSelfAttention(OffsetAndWeight):
@@ -235,7 +235,7 @@ class TemporalSelfAttention(OffsetAndWeight):
         slots = torch.stack([previous, current], 1).flatten(0, 1)  # (B * 2, Q, C), sample-major
         beside = slots[: len(query)] if reference_quirks else previous
         offsets, weights = super().forward(torch.cat([beside, query + position], -1))
-        places = references[:, :, None, :, None, None] + offsets / levels.sizes(offsets)[:, None]
+        places = references[:, :, None, :, None, None] + self.in_maps(offsets, levels)
         places, weights = (v.movedim(3, 1).flatten(0, 1) for v in (places, weights))
         value = self.value_proj(slots).unflatten(-1, (self.shape[0], -1))
         read = sample(value, levels, places, weights)  # (B * 2, Q, C)

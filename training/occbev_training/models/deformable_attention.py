@@ -113,7 +113,9 @@ class _BagSampling(torch.autograd.Function):
         table = value.flatten(0, 1)
         result = value.new_empty(len(locations), *value.shape[1:])
         for rows in _chunks(locations, CHUNK_ENTRIES):
-            result[rows] = _read(table, locations[rows], weights[rows], levels)
+            corner, entry = _entries(locations[rows], weights[rows], levels)
+            read = _bags(corner, table, entry)
+            result[rows] = read.unflatten(0, (-1, value.shape[1]))
         return result.flatten(1)
 
     @staticmethod
@@ -121,55 +123,79 @@ class _BagSampling(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         value, locations, weights = ctx.saved_tensors  # type: ignore[attr-defined]
-        table = value.flatten(0, 1)
+        table, heads = value.flatten(0, 1), value.shape[1]
         grad_table = torch.zeros_like(table)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
-        gradient = gradient.unflatten(1, value.shape[1:])
         # Each chunk's gradient is as large as the table, so that chunks are larger than in the forward pass.
-        for rows in _chunks(locations, 8 * CHUNK_ENTRIES):
-            leaves = [v.detach().requires_grad_() for v in (table, locations[rows], weights[rows])]
+        for rows in _chunks(locations, 4 * CHUNK_ENTRIES):
+            leaves = [v[rows].detach().requires_grad_() for v in (locations, weights)]
             with torch.enable_grad():
-                read = _read(*leaves, ctx.levels)  # type: ignore[attr-defined]
-            part, grad_locations[rows], grad_weights[rows] = torch.autograd.grad(
-                read, leaves, gradient[rows]
-            )
-            grad_table += part
+                corner, entry = _entries(*leaves, ctx.levels)  # type: ignore[attr-defined]
+                read = _bags(corner, table, entry)
+            of_read = gradient[rows].unflatten(1, (heads, -1)).flatten(0, 1)
+            grad_locations[rows], grad_weights[rows] = torch.autograd.grad(read, leaves, of_read)
+            grad_table += _spread(of_read, corner, entry.detach(), len(table))
         return grad_table.view_as(value), grad_locations, grad_weights, None
 
 
-def _read(table: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
-    """Sum rows of the table (S * heads, C) around each place: (Q, heads, C)."""
-    corner, share = _corners(locations, levels)
-    entry = share * weights[..., None, None]
-    read = functional.embedding_bag(
-        corner.flatten(2).flatten(0, 1), table, mode="sum",
-        per_sample_weights=entry.flatten(2).flatten(0, 1),
-    )  # fmt: skip
-    return read.unflatten(0, locations.shape[:2])
+def _bags(corner: Tensor, table: Tensor, entry: Tensor) -> Tensor:
+    """Sum table rows (S, C) of each bag: corner and entry (B, R), row and weight of each; returns (B, C)."""
+    return functional.embedding_bag(corner, table, mode="sum", per_sample_weights=entry)
 
 
-def _corners(locations: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-    """Return the table rows of the four cells around each place, and their bilinear shares.
+def _spread(gradient: Tensor, corner: Tensor, entry: Tensor, rows: int) -> Tensor:
+    """Return the table's gradient (rows, C) of `_bags`, given that of its result (B, C).
 
-    locations: (Q, heads, L, P, 2). Returns: int32 and float (Q, heads, L, P, 2, 2), y before x.
+    It is a sum of bags as well, one for each row of the table: several times as fast as torch's own gradient.
     """
-    heads = locations.shape[1]
-    size = levels.sizes(locations)[:, None]  # (L, 1, 2)
-    # Far-away places must fit an integer; at -1 and at `size` all is 0 already.
-    pixel = torch.minimum((locations * size - 0.5).clamp(min=-1), size)
-    first = pixel.detach().floor()
-    fraction = pixel - first
-    cell = torch.stack([first, first + 1], -1)  # (Q, heads, L, P, xy, 2)
-    inside = (cell >= 0) & (cell < size[..., None])
-    share = torch.stack([1 - fraction, fraction], -1) * inside
-    cell = torch.minimum(cell.clamp(min=0), size[..., None] - 1).to(torch.int32)
-    x, y = cell.unbind(-2)
-    stride = x.new_tensor([width * heads for _, width in levels.shapes])[:, None, None]
-    start = x.new_tensor([first * heads for first in levels.starts])[:, None, None]
-    start = start + torch.arange(heads, dtype=x.dtype, device=x.device)[:, None, None, None]
-    corner = (y * stride)[..., :, None] + (x * heads + start)[..., None, :]
-    x_share, y_share = share.unbind(-2)
-    return corner, y_share[..., :, None] * x_share[..., None, :]
+    order = corner.flatten().argsort()
+    begin = torch.zeros(rows + 1, dtype=torch.int32, device=corner.device)
+    begin[1:] = torch.bincount(corner.flatten(), minlength=rows).cumsum(0)
+    bag = (order // corner.shape[1]).to(torch.int32)
+    return functional.embedding_bag(
+        bag, gradient, begin, mode="sum", per_sample_weights=entry.flatten()[order], include_last_offset=True
+    )  # fmt: skip
+
+
+def _entries(locations: Tensor, weights: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Return the rows of the table (S * heads, C) around each place and their weights, int32 and float (Q * heads, 4LP).
+
+    Every step runs along all places of a head: over the few points of a level each would take ten times as long.
+    """
+    heads, points = locations.shape[1], locations.shape[3]
+    x, y = locations.flatten(2, 3).unbind(-1)  # (Q, heads, L * P)
+    width, height = levels.sizes(locations).repeat_interleave(points, 0).unbind(-1)
+    column, across = _neighbours(x, width)
+    row, down = _neighbours(y, height)
+    first = heads * torch.tensor(levels.starts, dtype=torch.int32, device=x.device)
+    head = torch.arange(heads, dtype=torch.int32, device=x.device)
+    start = first.repeat_interleave(points) + head[:, None]  # (heads, L * P)
+    right = heads * (width > 1).int()
+    below = heads * width.int() * (height > 1)
+    column = column * heads + start
+    columns = torch.stack([column, column + right], 2)  # (Q, heads, 2, L * P)
+    row = row * (heads * width.int())
+    rows = torch.stack([row, row + below], 2)
+    down = down * weights.flatten(2)[:, :, None]
+    corner = rows[:, :, :, None] + columns[:, :, None]  # (Q, heads, 2, 2, L * P)
+    entry = down[:, :, :, None] * across[:, :, None]
+    return corner.flatten(2).flatten(0, 1), entry.flatten(2).flatten(0, 1)
+
+
+def _neighbours(place: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower of the two cells around each place along one axis, and the shares of both.
+
+    A cell's share is max(0, 1 - distance): with both cells inside the map, none of what lies outside is counted.
+    place: (Q, heads, R) in 0..1. size: (R,) cells. Returns: int32 (Q, heads, R) and float (Q, heads, 2, R).
+    """
+    pixel = place * size - 0.5
+    lower = torch.minimum(pixel.detach().floor(), size - 2).clamp(min=0)
+    beyond = pixel - lower
+    # 1 - |distance|; at whole cells the slopes are those of the places after them, as bilinear reading has them.
+    near = functional.relu(1 - beyond - 2 * functional.relu(-beyond))
+    far = 2 - beyond - 2 * functional.relu(1 - beyond)
+    share = torch.stack([near, far.masked_fill((far < 0) | (size == 1), 0)], 2)
+    return lower.to(torch.int32), share
 
 
 def _chunks(locations: Tensor, entries: int) -> list[slice]:
@@ -212,6 +238,11 @@ class OffsetAndWeight(nn.Module):
         logits = self.attention_weights(query).unflatten(-1, (*self.shape[:2], -1))
         return offsets, logits.softmax(-1).unflatten(-1, self.shape[2:])
 
+    def in_maps(self, offsets: Tensor, levels: Levels) -> Tensor:
+        """Turn offsets in cells (..., L, P, 2) into shares of a map."""
+        sizes = levels.sizes(offsets)[:, None].expand(-1, self.shape[3], -1)
+        return offsets / sizes.contiguous()  # so that one step runs along all places
+
 
 class DeformableAttention(OffsetAndWeight):
     """Deformable attention of queries to one sequence of maps, with a residual connection."""
@@ -230,7 +261,7 @@ class DeformableAttention(OffsetAndWeight):
     ) -> Tensor:
         """Return (B, Q, C) of query and position (B, Q, C), value (B, S, C), reference (B, Q, 2) in 0..1."""
         offsets, weights = (v.squeeze(3) for v in super().forward(query + position))
-        places = reference[:, :, None, None, None] + offsets / levels.sizes(offsets)[:, None]
+        places = reference[:, :, None, None, None] + self.in_maps(offsets, levels)
         heads = self.value_proj(value).unflatten(-1, (self.shape[0], -1))
         return self.dropout(self.output_proj(sample(heads, levels, places, weights))) + query
 
