@@ -8,7 +8,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -427,6 +427,7 @@ def _subscribe(node: Any, received: dict[str, list[Any]]) -> None:
 
     for key, topic in {**OUTPUTS, "diagnostics": DIAGNOSTICS}.items():
         got = received.setdefault(key, [])
+        patient = replace(topic.quality, depth=1000)  # a busy test must not lose what it got
         node.create_subscription(
-            message_class(topic.type), resolve(topic.name), got.append, qos_profile(topic.quality)
+            message_class(topic.type), resolve(topic.name), got.append, qos_profile(patient)
         )

@@ -17,6 +17,8 @@ from torch.nn import functional
 CHUNK_ENTRIES = 1 << 18
 """Bilinear corners that the bag form makes at a time: few enough to stay near the processor."""
 
+_FAR_AWAY = 1e9
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -191,10 +193,12 @@ def _neighbours(place: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     pixel = place * size - 0.5
     lower = torch.minimum(pixel.detach().floor(), size - 2).clamp(min=0)
     beyond = pixel - lower
-    # 1 - |distance|; at whole cells the slopes are those of the places after them, as bilinear reading has them.
-    near = functional.relu(1 - beyond - 2 * functional.relu(-beyond))
-    far = 2 - beyond - 2 * functional.relu(1 - beyond)
-    share = torch.stack([near, far.masked_fill((far < 0) | (size == 1), 0)], 2)
+    # Near 1 - |beyond|, far 1 - |1 - beyond|; at whole cells their slopes are those of the places after them, as
+    # bilinear reading has them: a far share of 0 keeps its slope. A map of one cell has no far one.
+    left, alone = 1 - beyond, torch.where(size > 1, 1.0, -_FAR_AWAY)
+    near = functional.relu(torch.sub(left, functional.relu(-beyond), alpha=2))
+    far = functional.threshold(torch.sub(left + alone, functional.relu(left), alpha=2), -1e-30, 0)
+    share = torch.stack([near, far], 2)
     return lower.to(torch.int32), share
 
 
