@@ -104,6 +104,14 @@ def test_a_rig_that_sees_nothing_gives_an_empty_map() -> None:
     assert gather_tables(points, BEV, 64)["table_weight"].sum() == 0
 
 
+def test_a_point_in_every_cell_fits_unless_fewer_cells_were_asked_for() -> None:
+    cell = np.arange(BEV.size, dtype=np.int32)
+    points = LiftPoints(np.zeros_like(cell), np.zeros_like(cell), cell)
+    assert gather_tables(points, BEV, BEV.size + 1)["table_weight"].sum() == BEV.size
+    with pytest.raises(TableCapacityError, match=rf"needs {BEV.size} .*lift\.max_cells"):
+        gather_tables(points, BEV, BEV.size + 1, max_cells=BEV.size - 1)
+
+
 def test_too_many_points_name_both_numbers() -> None:
     points = points_of(rig())
     with pytest.raises(TableCapacityError, match=f"needs {len(points) + 1} .* holds 100"):

@@ -106,6 +106,8 @@ class LiftConfig:
     """Lifted points outside these heights (base_link, metres) are dropped."""
     max_points: int = 49152
     """Capacity of the splat tables in kept frustum points, dummy included; a rig that needs more is an error."""
+    max_cells: int = 0
+    """Capacity of the gather form in cells that hold points, 0 for all cells; fewer make a faster graph."""
     height_bins: int = 1
     """Cells along z within z_range; more than one makes a volume."""
     reference_quirks: bool = False

@@ -150,16 +150,21 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int, height_bins: i
     }
 
 
-def gather_capacities(bev: BevGrid, max_points: int, height_bins: int = 1) -> tuple[int, ...]:
-    """Rows of each stage of the gather form, the reserved all-zero last row included."""
+def gather_capacities(
+    bev: BevGrid, max_points: int, height_bins: int = 1, max_cells: int = 0
+) -> tuple[int, ...]:
+    """Rows of each stage of the gather form, the reserved all-zero last row included.
+
+    A cell's last row of a stage may be nearly empty, so that each cell that holds points takes one more.
+    """
+    cells = max_cells or bev.size * height_bins
     return tuple(
-        max_points // GATHER_WIDTH**stage + bev.size * height_bins // 2 + 1
-        for stage in range(1, GATHER_STAGES + 1)
+        max_points // GATHER_WIDTH**stage + cells + 1 for stage in range(1, GATHER_STAGES + 1)
     )
 
 
 def gather_tables(
-    points: LiftPoints, bev: BevGrid, max_points: int, height_bins: int = 1
+    points: LiftPoints, bev: BevGrid, max_points: int, height_bins: int = 1, max_cells: int = 0
 ) -> Tables:
     """Return the gather form: stage 1 adds weighted points, each later stage adds rows of the one before.
 
@@ -167,9 +172,12 @@ def gather_tables(
     table_stage2.. (rows_i, 8) int32 into the rows before; table_cell (cells,) int32 into the last rows.
     The last row of every stage is zero and serves as padding.
     """
-    capacities = gather_capacities(bev, max_points, height_bins)
+    capacities = gather_capacities(bev, max_points, height_bins, max_cells)
+    check_capacity("frustum points", len(points) + 1, max_points, CAPACITY)
+    if max_cells:
+        filled = len(np.unique(points.cell))
+        check_capacity("cells with frustum points", filled, max_cells, "lift.max_cells")
     slots, row_cell = _group(points.cell)
-    check_capacity("rows of gather stage 1", len(slots) + 1, capacities[0], CAPACITY)
     used = slots >= 0
     tables: Tables = {
         "table_pixel": _padded(
@@ -183,9 +191,6 @@ def gather_tables(
     for stage in range(2, GATHER_STAGES + 1):
         zero_row = capacities[stage - 2] - 1
         slots, row_cell = _group(row_cell)
-        check_capacity(
-            f"rows of gather stage {stage}", len(slots) + 1, capacities[stage - 1], CAPACITY
-        )
         tables[f"table_stage{stage}"] = _padded(
             np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row
         )
@@ -301,8 +306,11 @@ class TableCache:
             return camera_tables(model, intrinsic, cam2ego, alive)
         cam2frame = to_bev_frame(cam2ego, model.bev)
         points = lift_points(intrinsic, cam2frame, size, model.lift, model.bev)
-        build = {"bag": bag_tables, "gather": gather_tables}[self._form]
-        tables = build(points, model.bev, model.lift.max_points, model.lift.height_bins)
+        room = (model.bev, model.lift.max_points, model.lift.height_bins)
+        if self._form == "bag":
+            tables = bag_tables(points, *room)
+        else:
+            tables = gather_tables(points, *room, model.lift.max_cells)
         return tables | {"table_ray": calibration_table(intrinsic, cam2frame, model)[None]}
 
 
