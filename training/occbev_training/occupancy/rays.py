@@ -301,6 +301,16 @@ def _pace(o, d, cell, size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _stepped(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz):  # type: ignore[no-untyped-def]
+    """Return the flat cell behind the next crossing, ties x before y before z, and the crossings after it."""
+    if tz < min(tx, ty):
+        return cell + sz, tx, ty, tz + wz
+    if tx <= ty:
+        return cell + sx, tx + wx, ty, tz
+    return cell + sy, tx, ty + wy, tz
+
+
+@njit(cache=True, nogil=True)
 def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     """Write the cells that a ray passes and the t at which it leaves each; returns their number.
 
@@ -346,7 +356,7 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
           seen, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
     """Add one sweep's rays to the evidence; `seen` keeps of each cell whether they pass it.
 
-    The walk is that of `_walk`, kept apart for speed.
+    The walk is that of `_walk` over flat cells.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
     for g in range(len(end)):
@@ -377,8 +387,7 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
         sx, sy = sx * ny * nz, sy * nz
         cell = (ix * ny + iy) * nz + iz
         while cell != last:
-            txy = min(tx, ty)
-            t = min(txy, tz)
+            t = min(tx, ty, tz)
             known = seen[np.uint64(cell)]
             seen[np.uint64(cell)] = known | _PASSED_NOW
             if known >= _HIT and t <= latest:
@@ -388,15 +397,7 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
                     conflict_sweeps[r] |= bit
             if t >= stop:
                 break
-            if tz < txy:
-                cell += sz
-                tz += wz
-            elif tx <= ty:
-                cell += sx
-                tx += wx
-            else:
-                cell += sy
-                ty += wy
+            cell, tx, ty, tz = _stepped(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz)
 
 
 @njit(cache=True, nogil=True)
@@ -520,8 +521,7 @@ def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ign
     sx, sy = sx * ny * nz, sy * nz
     cell, t, dark = (ix * ny + iy) * nz + iz, int(t0 * _ONE), 0
     while True:
-        txy = min(tx, ty)
-        leave = min(txy, tz)
+        leave = min(tx, ty, tz)
         state = marked[np.uint64(cell)]
         if state == 0:
             dark += min(leave, stop) - t
@@ -532,15 +532,7 @@ def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ign
         if ended or leave >= stop:
             break
         t = leave
-        if tz < txy:
-            cell += sz
-            tz += wz
-        elif tx <= ty:
-            cell += sx
-            tx += wx
-        else:
-            cell += sy
-            ty += wy
+        cell, tx, ty, tz = _stepped(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz)
     return ended or leave < _ONE - _ROUNDING, dark
 
 
