@@ -5,7 +5,6 @@ One process or many (accelerate). What is trained is decided by the network and 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from occbev.allocator import keep_large_blocks
 from occbev.config import save_config
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 AUTOCAST = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_SCALE = 2.0**-10
 """fp16: a loss scale that fell below this means gradients that are never finite."""
+
+HELD_BYTES = 2**31 - 1
+"""Freed memory that a training process may hold, as much as glibc allows."""
 
 
 class TrainingError(RuntimeError):
@@ -461,19 +464,8 @@ def tune_process(threads: int = 0) -> None:
     """
     if threads:
         torch.set_num_threads(threads)
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
+    if not keep_large_blocks(HELD_BYTES):
         logger.info("no glibc: memory settings are left as they are")
-        return
-    options = {
-        "M_MMAP_THRESHOLD": (-3, 1 << 30),
-        "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-        "M_TOP_PAD": (-2, 64 << 20),
-    }
-    for name, (option, value) in options.items():
-        if libc.mallopt(option, value) != 1:
-            logger.warning("glibc refused %s", name)
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -134,8 +134,9 @@ def changes(args: argparse.Namespace) -> dict[str, str]:
 def _replay_live(
     args: argparse.Namespace, path: Path, parameters: PerceptionParameters
 ) -> dict[str, Any]:
+    from occbev.allocator import keep_large_blocks
     from occbev.nodes import player_node
-    from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
+    from occbev.nodes.transport import use_large_image_profile
 
     with BagReader(args.bag) as bag, contextlib.ExitStack() as stack:
         planned = player_node.plan(bag, parameters, args.namespace)

@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _soak(args: argparse.Namespace, path: Path, parameters: PerceptionParameters) -> dict[str, Any]:
+    from occbev.allocator import keep_large_blocks
     from occbev.nodes import player_node
-    from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
+    from occbev.nodes.transport import use_large_image_profile
 
     with BagReader(args.bag) as bag, contextlib.ExitStack() as stack:
         planned = player_node.plan(bag, parameters)

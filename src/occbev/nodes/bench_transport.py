@@ -20,10 +20,11 @@ import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from sensor_msgs.msg import CompressedImage, Image
 
+from occbev.allocator import keep_large_blocks
 from occbev.benchmarks import Options, Report
 from occbev.graph import PROFILE_VARIABLES, SENSOR
 from occbev.nodes.perception_node import qos_profile
-from occbev.nodes.transport import SETTLE_S, keep_large_blocks, use_large_image_profile
+from occbev.nodes.transport import SETTLE_S, use_large_image_profile
 
 CAMERAS, WIDTH, HEIGHT = 6, 1600, 900
 KINDS: Mapping[str, tuple[Any, float, int]] = {

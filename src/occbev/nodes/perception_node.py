@@ -26,6 +26,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Float32
 
+from occbev.allocator import keep_large_blocks
 from occbev.config import ConfigError
 from occbev.graph import (
     CAMERA_INFO,
@@ -56,7 +57,7 @@ from occbev.nodes.parameters import (
     unknown_overrides,
 )
 from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive, uncompensated
-from occbev.nodes.transport import keep_large_blocks, use_large_image_profile
+from occbev.nodes.transport import use_large_image_profile
 from occbev.nodes.worker import Worker
 from occbev.results import Perception
 

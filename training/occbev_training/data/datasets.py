@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from occbev.allocator import keep_large_blocks
 from occbev.classes import FREE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
 from occbev.geometry import (
@@ -395,6 +396,7 @@ def _begin_worker(_: int) -> None:
     """Compute in one thread, and leave Ctrl-C to the trainer, which then asks for no more batches."""
     import cv2
 
+    keep_large_blocks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
