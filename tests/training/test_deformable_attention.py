@@ -73,7 +73,7 @@ def test_gradients_are_those_of_differences() -> None:
     value, places, weights = (v.detach().double().requires_grad_() for v in operands(2, 0.8))
 
     def read(*inputs: torch.Tensor) -> torch.Tensor:
-        return da.sample_map_by_bags(*inputs, LEVELS)
+        return da.sample_map(*inputs, LEVELS)
 
     assert torch.autograd.gradcheck(read, (value[0], places[0], weights[0]))
 

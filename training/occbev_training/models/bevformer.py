@@ -24,7 +24,7 @@ from occbev_training.models.deformable_attention import (
     flatten_levels,
     sample,
     sample_by_grid,
-    sample_map_by_bags,
+    sample_map,
     start_projections,
 )
 from occbev_training.models.layers import FeedForward
@@ -159,7 +159,7 @@ class SpatialCrossAttention(nn.Module):
                 value = self.deformable_attention.value(image)
                 for part, place in zip(rows.split(PAIR_ROWS), points.split(PAIR_ROWS), strict=True):
                     places, weights = self.deformable_attention.places(query[part], place, levels)
-                    read = sample_map_by_bags(value, places, weights, levels)
+                    read = sample_map(value, places, weights, levels)
                     total.index_add_(0, part, read.to(total))
         return total / hits.count.clamp(min=1)[:, None]
 

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al. 2021): each query reads few places of feature maps.
 
-Two equal forms of the same sum exist: grid sampling for exported graphs, and embedding bags over the
-bilinear corners, which never hold more than one chunk of samples.
+Two equal forms of the same sum exist: grid sampling for exported graphs and GPUs, and embedding bags over the
+bilinear corners for CPUs, which never hold more than one chunk of samples.
 """
 
 from __future__ import annotations
@@ -74,17 +74,26 @@ def sample_by_bags(value: Tensor, levels: Levels, locations: Tensor, weights: Te
     """Do what `sample_by_grid` does by embedding bags over bilinear corners, in chunks of queries."""
     return torch.stack(
         [
-            sample_map_by_bags(*operands, levels)
+            _sample_map_by_bags(*operands, levels)
             for operands in zip(value, locations, weights, strict=True)
         ]
     )
 
 
-def sample_map_by_bags(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+def sample_map(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
     """Read one map: value (S, heads, C), locations (Q, heads, L, P, 2), weights (Q, heads, L, P).
 
     Returns: (Q, heads * C).
     """
+    if value.device.type == "cpu":
+        return _sample_map_by_bags(value, locations, weights, levels)
+    maps, places, shares = (v[None].float() for v in (value, locations, weights))
+    return sample_by_grid(maps, levels, places, shares)[0]
+
+
+def _sample_map_by_bags(
+    value: Tensor, locations: Tensor, weights: Tensor, levels: Levels
+) -> Tensor:
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     places, shares = locations.to(value.dtype), weights.to(value.dtype)
@@ -93,9 +102,10 @@ def sample_map_by_bags(value: Tensor, locations: Tensor, weights: Tensor, levels
 
 
 def sample(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
-    """Read by the form that suits: grids where a graph is being exported, else bags."""
+    """Read by the form that suits: bags on a CPU, grids on a GPU, which bags keep idle, and in exported graphs."""
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    form = sample_by_grid if exporting else sample_by_bags
+    by_grid = exporting or value.device.type != "cpu"
+    form = sample_by_grid if by_grid else sample_by_bags
     return form(value, levels, locations, weights)
 
 
