@@ -320,3 +320,18 @@ def test_thinning_keeps_about_as_many_as_asked_and_only_what_was_set() -> None:
     assert 4600 < np.count_nonzero(kept) < 5400
     assert not (kept & ~mask).any()
     np.testing.assert_array_equal(thinned(mask, 10**6, seed=1), mask)
+
+
+def test_voxels_that_no_camera_sees_are_learned_only_where_the_truth_is_dense(
+    cache: SampleCache,
+) -> None:
+    seen = np.zeros(MODEL.grid.shape, bool)
+    seen[:2] = True
+    raw = replace(cache[0], mask_camera=seen)
+    draw = draw_augmentation(0, 3, (64, 32), NO_AUGMENTATION)
+    np.testing.assert_array_equal(augmented("x", raw, draw, MODEL).semantics_mask, seen)
+    supervised = augmented("x", raw, draw, MODEL, unseen_voxels=200).semantics_mask
+    assert supervised[seen].all()
+    assert 100 < np.count_nonzero(supervised & ~seen) < 300
+    blind = replace(raw, mask_camera=np.zeros_like(seen))
+    assert not augmented("x", blind, draw, MODEL, unseen_voxels=200).semantics_mask.any()

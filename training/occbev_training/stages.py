@@ -99,6 +99,7 @@ def train_stage(config: TrainingConfig, inputs: StageInputs, folder: Path,
         config.seed,
         _order(config, model, samples),
         config.history,
+        config.unseen_voxels,
     )
     validate = _validation(model, config, samples, inputs.validation)
     trainer = Trainer(

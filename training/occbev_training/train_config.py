@@ -132,6 +132,8 @@ class TrainingConfig:
     """base_link for the grids of every network and stage, or published to keep LiDAR axes and quirks of published weights."""
     history: int = -1
     """Past key frames shown to networks with a memory; -1 takes what the network joins, 2 of a BEVFormer."""
+    unseen_voxels: int = 0
+    """Voxels of a sample that no camera sees and whose semantics are learned too: only where the truth knows them."""
     balance: str = "none"
     """none, or cbgs: samples of rare classes are shown more often, drawn once."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -160,5 +162,7 @@ class TrainingConfig:
             raise ConfigError(f"balance {self.balance!r}: must be none or cbgs")
         if min(self.steps, self.batch, self.accumulate, self.log_every) < 1:
             raise ConfigError("steps, batch, accumulate and log_every must be at least 1")
-        if self.epochs < 0 or self.workers < 0 or self.history < -1:
-            raise ConfigError("epochs and workers must be at least 0, history at least -1")
+        if min(self.epochs, self.workers, self.unseen_voxels) < 0 or self.history < -1:
+            raise ConfigError(
+                "epochs, workers and unseen_voxels must be at least 0, history at least -1"
+            )

@@ -147,10 +147,11 @@ class SampleDataset(Dataset[TrainingSample]):
         seed: int,
         order: Sequence[int] | None = None,
         history: int = -1,
+        unseen_voxels: int = 0,
     ) -> None:
         """order: samples of one epoch before they are shuffled; by default every sample once.
 
-        history: as `TrainingConfig.history`.
+        history, unseen_voxels: as in `TrainingConfig`.
 
         Raises CacheError if the cache was made for another input size or voxel grid.
         """
@@ -172,6 +173,7 @@ class SampleDataset(Dataset[TrainingSample]):
         self.cache, self.model, self.augment, self.seed = cache, model, augment, seed
         self.order = None if order is None else np.asarray(order)
         self.history = history_length(model, history)
+        self.unseen_voxels = unseen_voxels
 
     def __len__(self) -> int:
         """Return the samples of an epoch."""
@@ -187,7 +189,7 @@ class SampleDataset(Dataset[TrainingSample]):
         )
         cached = self.cache[index]
         draw = draw_augmentation(seed, len(cached.images), size, self.augment)
-        sample = augmented(self.cache.name(index), cached, draw, self.model)
+        sample = augmented(self.cache.name(index), cached, draw, self.model, self.unseen_voxels)
         return with_past(sample, self.cache, index, draw, self.model, self.history)
 
 
@@ -261,8 +263,10 @@ class Collate:
         )
 
 
-def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -> TrainingSample:
-    """Apply one draw to everything a sample holds."""
+def augmented(
+    name: str, sample: CachedSample, draw: Draw, model: ModelConfig, unseen_voxels: int = 0
+) -> TrainingSample:
+    """Apply one draw to everything a sample holds; unseen_voxels: as in `TrainingConfig`."""
     alive = draw.alive & sample.camera_valid
     intrinsic = augment_intrinsic(sample.intrinsic, draw)
     cam2ego = augment_cam2ego(sample.cam2ego, draw)
@@ -272,6 +276,9 @@ def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -
     boxes = augment_boxes(sample.boxes, draw).astype(np.float32)
     wanted = (sample.lidar_points > 0) & in_any_image(boxes, intrinsic, cam2ego, alive, model)
     mask = augment_voxels(sample.mask_camera, draw, model.grid) & ~hidden
+    supervised = thinned(mask, SEMANTIC_VOXELS, draw.seed)
+    if unseen_voxels and mask.any():  # without any, there is no dense truth
+        supervised |= thinned(~mask, unseen_voxels, draw.seed + 3)
     evidence = np.minimum(sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps, 255)
     size = (model.image.width, model.image.height)
     return TrainingSample(
@@ -280,7 +287,7 @@ def augmented(name: str, sample: CachedSample, draw: Draw, model: ModelConfig) -
         augment_voxels(sample.state, draw, model.grid, UNOBSERVED_STATE), visible,
         augment_voxels(evidence.astype(np.uint8), draw, model.grid),
         boxes_in_frame(boxes[wanted], model.bev.frame), sample.labels[wanted],
-        augment_voxels(sample.semantics, draw, model.grid, FREE), thinned(mask, SEMANTIC_VOXELS, draw.seed),
+        augment_voxels(sample.semantics, draw, model.grid, FREE), supervised,
         None if draw.grid_mask is None else grid_mask_image(draw.grid_mask, size),
     )  # fmt: skip
 
