@@ -32,7 +32,7 @@ from occbev_training.models.layers import FeedForward
 CAN_BUS_VALUES = 18
 """Ego motion as published checkpoints read it, see `occbev.inference.reference_points.can_bus`."""
 
-PAIR_ROWS = 2048
+PAIR_ROWS = 4096
 """Pairs of camera and query whose sampling places are held at a time."""
 
 

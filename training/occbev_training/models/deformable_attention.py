@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK_ENTRIES = 1 << 18
+CHUNK_ENTRIES = 1 << 19
 """Bilinear corners that the bag form makes at a time: few enough to stay near the processor."""
 
 _FAR_AWAY = 1e9
@@ -139,7 +139,7 @@ class _BagSampling(torch.autograd.Function):
         grad_table = torch.zeros_like(table)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
         # Each chunk's gradient is as large as the table, so that chunks are larger than in the forward pass.
-        for rows in _chunks(locations, 4 * CHUNK_ENTRIES):
+        for rows in _chunks(locations, 2 * CHUNK_ENTRIES):
             leaves = [v[rows].detach().requires_grad_() for v in (locations, weights)]
             with torch.enable_grad():
                 corner, entry = _entries(*leaves, ctx.levels)  # type: ignore[attr-defined]
