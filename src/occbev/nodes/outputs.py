@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -133,10 +132,7 @@ class CloudWriter:
     def message_of(
         self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header
     ) -> PointCloud2:
-        """Make the cloud of some voxels.
-
-        chosen: (M,) their flat indices in the volume's `memory_order`, ascending.
-        """
+        """Make the cloud of the voxels with the flat indices `chosen` (M,), in the volume's `memory_order`."""
         self.prepare(occupancy.grid, memory_order(occupancy))
         return cloud_message(self._points(occupancy, chosen), header)
 
@@ -158,44 +154,26 @@ class CloudWriter:
 
     def _points(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> array[int]:
         """Pack voxels as POINT_FIELDS says, eight bytes at a time."""
-        data = array("B", bytes(1)) * (POINT_STEP * len(chosen))
-        if not data:
-            return data
         order = memory_order(occupancy)
         column, layer = self._places(chosen, order)
-        label = occupancy.label.ravel(order).take(chosen, mode="clip")
-        confidence = occupancy.confidence.ravel(order).take(chosen, mode="clip")
-        words = (
-            self._columns.take(column, mode="clip"),
-            self._layers.take(layer * len(OCCUPANCY_COLOURS) + label, mode="clip"),
-            # Little-endian: the label byte comes first, then padding.
-            _interleaved(confidence.view(np.int32), label.astype(np.int32)),
-        )
-        _interleaved(
-            *(word.view(np.float64) for word in words), out=np.frombuffer(data, np.float64)
-        )
+        labels = occupancy.label.ravel(order).take(chosen, mode="clip")
+        data = array("B", bytes(1)) * (POINT_STEP * len(chosen))
+        points = np.frombuffer(data, np.uint64).reshape(-1, POINT_STEP // 8)
+        points[:, 0] = self._columns.take(column, mode="clip")
+        points[:, 1] = self._layers.take(layer * len(OCCUPANCY_COLOURS) + labels, mode="clip")
+        points.view(np.float32)[:, 4] = occupancy.confidence.ravel(order).take(chosen, mode="clip")
+        points.view(np.uint32)[:, 5] = labels  # little-endian: the label byte first, then padding
         return data
 
     def _places(
         self, chosen: NDArray[np.intp], order: MemoryOrder
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Split ascending flat indices into those of column and layer."""
+        """Split flat indices into those of column and layer."""
         columns, layers = len(self._columns), len(self._layers) // len(OCCUPANCY_COLOURS)
-        if order == "C":
-            column, layer = np.divmod(chosen, layers)
-            return column, layer
-        # One layer after the other: found faster than by a division for each voxel.
-        begins = np.searchsorted(chosen, columns * np.arange(layers + 1))
-        layer = np.repeat(np.arange(layers), np.diff(begins))
-        return chosen - columns * layer, layer
-
-
-def _interleaved(*columns: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Return a0 b0 ... a1 b1 ... of columns (M,) of four or eight bytes; their bits stay what they are."""
-    if out is not None:
-        out = out.reshape(-1, 1, len(columns))
-    merged: NDArray[Any] = cv2.merge([column[:, None] for column in columns], dst=out)
-    return merged.reshape(-1)
+        inner = columns if order == "F" else layers
+        slow = chosen // inner
+        fast = chosen - slow * inner
+        return (fast, slow) if order == "F" else (slow, fast)
 
 
 def memory_order(occupancy: Occupancy) -> MemoryOrder:
