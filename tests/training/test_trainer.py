@@ -76,8 +76,8 @@ class Points:
     x: Tensor
 
     def to(self, device: torch.device) -> Points:
-        """Nothing to move."""
-        return self
+        """Move the inputs."""
+        return replace(self, x=self.x.to(device))
 
 
 class Toy(nn.Module):
