@@ -27,13 +27,15 @@ from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.backend import PER_CAMERA
 from occbev.inference.memory import first_state, motion_inputs
-from occbev.inference.openvino_backend import shared_core
+from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.inference.tables import TableCache
 from occbev.model_package import ModelPackage, write_package
 from occbev.rig import Camera, CameraRig
+from occbev_training.data.cache import SampleCache
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.deformable_conv import plain_operators
 from occbev_training.models.graphs import Graph, GraphError, make_graph
+from occbev_training.quantise import check_frames, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +92,19 @@ def export_package(
     metrics: Mapping[str, Any],
     extra_files: Sequence[Path] = (),
     cameras: Sequence[int] | None = None,
+    calibration: SampleCache | None = None,
 ) -> ModelPackage:
     """Write a model package and prove its graphs against the network.
 
     network: of the fine-tuning stage; it is put in eval mode. extra_files: copied in (priors.npz).
     cameras: sizes of the rigs that the graphs are checked on.
-    Raises: ExportError if a graph differs from torch by more than its tolerance.
+    calibration: prepared frames on which the OpenVINO graph is quantised; it takes the place of the rounded one.
+    Raises: ExportError if a graph differs from torch by more than its tolerance, QuantisationError if it cannot be quantised.
     """
+    if calibration is not None:
+        if not is_own(model):
+            raise ExportError(f"{model.name}: only our own Lift-Splat networks are quantised")
+        check_frames(model, calibration)
     network.eval().float().cpu()
     graph = _graph(network, "gather")
     if "reconstruction_logits" in graph.outputs:
@@ -115,6 +123,8 @@ def export_package(
         unrounded = write_ir(network, model, folder / "model.xml", compress=True)
     parity = check_graphs(network, model, folder, unrounded, cameras)
     metrics = {**metrics, "export_difference": parity.as_record()}
+    if unrounded is not None and calibration is not None:
+        metrics["int8_agreement"] = write_int8(unrounded, model, folder, calibration)
     provenance = {
         **provenance,
         "exported_with": _versions(),
@@ -185,6 +195,20 @@ def write_ir(network: nn.Module, model: ModelConfig, path: Path, compress: bool)
         port.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=compress)
     return graph
+
+
+def write_int8(
+    graph: openvino.Model, model: ModelConfig, folder: Path, calibration: SampleCache
+) -> float:
+    """Write the quantised graph in place of the rounded one; return how well it agrees with the given one.
+
+    One graph for OpenVINO in a package: where bytes are slow, or exactness is asked for, it reads the ONNX graph.
+    """
+    quantised, agreement = quantise(graph, model, calibration)
+    openvino.save_model(quantised, folder / INT8_GRAPH, compress_to_fp16=True)
+    for suffix in (".xml", ".bin"):
+        (folder / "model").with_suffix(suffix).unlink()
+    return round(agreement, 3)
 
 
 def check_graphs(
@@ -339,8 +363,9 @@ def model_card(
             *(f"| {name} | {text} |" for name, text in rows.items()),
             "",
             "`config.yaml` fixes the model and holds the SHA-256 of every file. `model.onnx` is the graph for ONNX",
-            "Runtime and TensorRT, `weights.safetensors` is for torch; `model.xml`, where it is there, is the graph",
-            "for OpenVINO (weights stored as fp16). Calibration and state are inputs of the graphs.",
+            "Runtime and TensorRT, `weights.safetensors` is for torch. OpenVINO reads `model_int8.xml` (convolutions in",
+            "bytes) on CPUs that multiply bytes at once, or else `model.xml` (weights stored as fp16) or the ONNX graph,",
+            "whichever is there. Calibration and state are inputs of the graphs.",
             "",
             "## Where it comes from",
             "",

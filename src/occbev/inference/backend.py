@@ -75,7 +75,10 @@ class Runtime:
 
 RUNTIMES: dict[str, Runtime] = {
     "openvino": Runtime(
-        "openvino_backend", ("openvino",), ("model.xml", "model.onnx"), "pip install openvino"
+        "openvino_backend",
+        ("openvino",),
+        ("model_int8.xml", "model.xml", "model.onnx"),
+        "pip install openvino",
     ),
     "onnxruntime": Runtime(
         "onnx_backend", ("onnxruntime",), ("model.onnx",), "pip install onnxruntime"
@@ -124,7 +127,7 @@ def load_backend(package: ModelPackage, cameras: int, name: str = "auto", thread
     """Load the network of a package for a rig of `cameras` cameras.
 
     name: a key of RUNTIMES, or "auto". threads: CPU threads, None for the runtime's own choice.
-    precision: "auto" lets the runtime use the hardware's fast type (bf16, fp16), "f32" forbids it.
+    precision: "auto" lets the runtime use the hardware's fast types (int8, bf16, fp16), "f32" forbids them.
     Raises:
         BackendError: the network cannot take so many cameras, or the runtime is unknown, absent, or cannot load
             this graph.

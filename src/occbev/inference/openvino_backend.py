@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import openvino
@@ -11,20 +12,26 @@ from numpy.typing import NDArray
 from occbev.inference.backend import PER_CAMERA, Arrays, BackendError, table_form
 from occbev.model_package import ModelPackage
 
+INT8_GRAPH, GRAPHS = "model_int8.xml", ("model.xml", "model.onnx")
+"""Files that are read: where bytes are multiplied fast the first, or else the first of the others that is there."""
+
+BYTE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+"""Flags of a CPU that multiplies bytes and adds them up without overflow."""
+
 
 class OpenVinoBackend:
     """A graph compiled for this CPU and this number of cameras."""
 
     name = "openvino"
 
-    def __init__(self, compiled: openvino.CompiledModel) -> None:
+    def __init__(self, compiled: openvino.CompiledModel, int8: bool = False) -> None:
         self._request = compiled.create_infer_request()
         self._outputs = [port.get_any_name() for port in compiled.outputs]
         self._inputs = {port.get_any_name() for port in compiled.inputs}
         self.form = table_form(self._inputs)
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self.device = f"CPU, {threads} threads, {precision}"
+        self.device = f"CPU, {threads} threads, {'int8 and ' if int8 else ''}{precision}"
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; the outputs are views that the next run overwrites."""
@@ -53,15 +60,27 @@ def load(
         options["INFERENCE_NUM_THREADS"] = threads
     if precision == "f32":
         options["INFERENCE_PRECISION_HINT"] = "f32"
-    path = package.path("model.xml", "model.onnx")
+    int8 = precision == "auto" and package.has(INT8_GRAPH) and multiplies_bytes()
+    path = package.path(INT8_GRAPH) if int8 else package.path(*GRAPHS)
     try:
         graph = core.read_model(path)
         graph.reshape(_shapes(graph, cameras))
-        return OpenVinoBackend(core.compile_model(graph, "CPU", options))
+        return OpenVinoBackend(core.compile_model(graph, "CPU", options), int8)
     except RuntimeError as error:
         raise BackendError(
             f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {error}"
         ) from error
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether this CPU has instructions for products of bytes; without them an int8 graph is slow and overflows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return not BYTE_PRODUCTS.isdisjoint(flags.split())
 
 
 def _shapes(graph: openvino.Model, cameras: int) -> dict[str, openvino.PartialShape]:

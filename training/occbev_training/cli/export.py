@@ -3,6 +3,7 @@
     occbev-train export out/finetune/weights.safetensors out/my-model --model config/models/occbev-tiny.yaml
     occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/converted
     occbev-train export out/converted out/bevformer_tiny
+    occbev-train export out/my-model out/my-model-int8 --int8 out/cache
 
 Every graph is run beside torch before the package is sealed; graphs of an earlier export in the folder are removed.
 Networks of every family are exported but those with a cost volume or depth aggregation, which are refused by name.
@@ -20,10 +21,12 @@ from rich.console import Console
 
 from occbev.config import ConfigError, ModelConfig, load_config
 from occbev.model_package import ModelPackage
+from occbev_training.data.cache import open_cache
 from occbev_training.export import ExportError, export_package
 from occbev_training.metrics.calibration import calibrated_min_free
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.quantise import QuantisationError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cameras", type=int, nargs="*", help="sizes of the rigs that graphs are checked on"
     )
+    parser.add_argument(
+        "--int8",
+        type=Path,
+        metavar="CACHE",
+        help="quantise the OpenVINO graph on frames of 'occbev-train prepare' that the network was trained on",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -61,12 +70,13 @@ def run(args: argparse.Namespace) -> int:
     load_strictly(network, read_weights(weights)[0], str(weights))
     console = Console(stderr=args.json)
     records = {**provenance, **_read(args.provenance)}, _read(args.metrics)
+    frames = None if args.int8 is None else open_cache(args.int8)
     try:
         with console.status("exporting and checking the graphs on several rigs"):
             package = export_package(
-                network, model, args.folder, *records, args.add, args.cameras or None
+                network, model, args.folder, *records, args.add, args.cameras or None, frames
             )
-    except ExportError as error:
+    except (ExportError, QuantisationError) as error:
         Console(stderr=True).print(f"{model.name}: {error}", highlight=False)
         return 1
     sizes = {name: (args.folder / name).stat().st_size for name in package.files}
@@ -83,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(
             f"{runtime}: differs from torch by at most {worst:.1e} of an output's largest value"
         )
+    if frames is not None:
+        share = package.metrics["int8_agreement"]
+        console.print(f"int8: agrees with float to {share:.3f} (soft intersection over union)")
     return 0
 
 
