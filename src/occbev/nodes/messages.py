@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import make_transform, rotation_from_xyzw
+from occbev.geometry import pose_from_xyzw
 from occbev.preprocess import JPEG_START, PNG_START, jpeg_size
 from occbev.rig import Camera
 
@@ -161,12 +161,9 @@ def pose_from_odometry(message: Any) -> NDArray[np.float64]:
     """
     p, q = message.pose.pose.position, message.pose.pose.orientation
     try:
-        rotation = rotation_from_xyzw((q.x, q.y, q.z, q.w))
+        return pose_from_xyzw((p.x, p.y, p.z), (q.x, q.y, q.z, q.w))
     except ValueError as error:
         raise MessageError(str(error)) from error
-    if not np.all(np.isfinite((p.x, p.y, p.z))):
-        raise MessageError(f"position {(p.x, p.y, p.z)} is not finite")
-    return make_transform(rotation, (p.x, p.y, p.z))
 
 
 def cloud_from_message(message: Any) -> NDArray[Any]:

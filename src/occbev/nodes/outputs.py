@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def markers_message(boxes: Boxes3D, header: Header, lifetime_s: float = 0.5) -> 
         _place(cube.pose, box)
         cube.scale = Vector3(x=box[3], y=box[4], z=box[5])
         markers.append(cube)
-        if np.hypot(box[7], box[8]) > SLOWEST_ARROW:
+        if math.hypot(box[7], box[8]) > SLOWEST_ARROW:
             markers.append(_arrow(box, index, header, lifetime, colour))
     return MarkerArray(markers=markers)
 
@@ -280,7 +281,7 @@ def diagnostics_message(
 
 def _place(pose: Any, box: list[float]) -> None:
     pose.position.x, pose.position.y, pose.position.z = box[0:3]
-    pose.orientation.z, pose.orientation.w = float(np.sin(box[6] / 2)), float(np.cos(box[6] / 2))
+    pose.orientation.z, pose.orientation.w = math.sin(box[6] / 2), math.cos(box[6] / 2)
 
 
 def _arrow(
