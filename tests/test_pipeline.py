@@ -34,7 +34,7 @@ MODEL = replace(
 class KnownBackend:
     """Answers fixed maps and keeps what it was asked."""
 
-    name, form, device = "known", "bag", "none"
+    name, form, device, kept_outputs = "known", "bag", "none", 1
 
     def __init__(self) -> None:
         self.inputs: dict[str, np.ndarray] = {}
@@ -216,3 +216,20 @@ def test_a_network_may_say_only_boxes_or_only_voxels(backend: KnownBackend) -> N
     voxels_only = pipeline(backend).run(frame_set("left", "front", "right"))
     assert len(voxels_only.boxes) == 0
     np.testing.assert_array_equal(voxels_only.occupancy.label, everything.occupancy.label)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_set_may_be_finished_while_the_next_has_begun(backend: KnownBackend, kept: int) -> None:
+    backend.kept_outputs = kept
+    line = pipeline(backend)
+    first = line.begin(frame_set("left", "front", "right", stamp_ns=100))
+    weaker, backend.heatmap = backend.heatmap, backend.heatmap - 1.0
+    second = line.begin(frame_set("left", "front", missing="right", stamp_ns=200))
+    results = [first(), second()]
+    assert [r.stamp_ns for r in results] == [100, 200]
+    assert results[0].boxes.score[0] > results[1].boxes.score[0]
+    assert results[1].boxes.cameras == ("left", "front")
+    assert [list(r.timings.stage_ns) for r in results] == [list(STAGES)] * 2
+    backend.heatmap = weaker
+    again = line.run(frame_set("left", "front", "right", stamp_ns=100))
+    np.testing.assert_array_equal(again.boxes.box, results[0].boxes.box)

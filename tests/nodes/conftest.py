@@ -51,6 +51,10 @@ class StubPipeline:
         self.rig = rig
         self.rigs.append(rig)
 
+    def begin(self, frame_set: FrameSet, motion: Any = None) -> Callable[[], Perception]:
+        perception = self.run(frame_set, motion)
+        return lambda: perception
+
     def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
         time.sleep(self.delay_s)
         for frame in frame_set.frames.values():

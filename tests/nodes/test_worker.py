@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from occbev.nodes.worker import Worker
 
@@ -79,3 +80,47 @@ def test_an_error_is_reported_and_the_next_job_is_done() -> None:
     assert done.wait(SECONDS)
     worker.stop(SECONDS)
     assert [(job, type(error)) for job, error in errors] == [(0, ZeroDivisionError)]
+
+
+def test_the_rest_of_a_job_runs_beside_the_next_one_but_never_beside_the_one_after() -> None:
+    go, events, done = threading.Event(), [], threading.Event()
+
+    def handle(job: int) -> Callable[[], None]:
+        assert worker.claim()
+        events.append(f"begin {job}")
+        return lambda: rest(job)
+
+    def rest(job: int) -> None:
+        if job == 1:
+            go.wait(SECONDS)
+        events.append(f"end {job}")
+        if job == 3:
+            done.set()
+
+    worker = Worker(handle, fail, slots=3)
+    for job in (1, 2, 3):
+        worker.put(job)
+    while "begin 2" not in events:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert events == ["begin 1", "begin 2"]
+    go.set()
+    assert done.wait(SECONDS)
+    assert worker.stop(SECONDS) == []
+    assert [e for e in events if e.startswith("end")] == ["end 1", "end 2", "end 3"]
+    assert events.index("end 1") < events.index("begin 3")
+
+
+def test_the_end_waits_for_rests_and_their_errors_are_reported() -> None:
+    begun, errors = threading.Event(), []
+
+    def rest() -> None:
+        begun.set()
+        time.sleep(0.2)
+        raise ValueError("nobody listens")
+
+    worker = Worker(lambda job: rest if worker.claim() else None, lambda *e: errors.append(e))
+    worker.put(7)
+    assert begun.wait(SECONDS)
+    assert worker.stop(0.05) == []
+    assert [(job, str(error)) for job, error in errors] == [(7, "nobody listens")]

@@ -155,3 +155,18 @@ def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
 def test_a_rig_beyond_the_capacity_is_an_error_with_both_numbers(package: ModelPackage) -> None:
     with pytest.raises(TableCapacityError, match=r"needs \d+ .*holds 4096"):
         outputs(load_backend(package, 32, "torch", 1), rig(32))
+
+
+def test_outputs_are_kept_for_as_many_runs_as_a_runtime_says(package: ModelPackage) -> None:
+    for name in RUNTIMES:
+        backend, cameras = load_backend(package, 2, name, threads=1), rig(2)
+        line = Pipeline(package, cameras, backend)
+        prepared = line.preprocessor.prepare(frames(cameras), cameras)
+        tables = TableCache(MODEL, backend.form).tables(prepared.rig)
+        inputs = {"images": prepared.images[None], "camera_valid": np.ones((1, 2), np.float32), **tables}  # fmt: skip
+        first = backend.run(inputs)
+        before = {key: array.copy() for key, array in first.items()}
+        for _ in range(backend.kept_outputs - 1):
+            backend.run({**inputs, "images": -inputs["images"]})
+        for key, array in before.items():
+            np.testing.assert_array_equal(first[key], array)

@@ -38,18 +38,20 @@ class Backend(Protocol):
 
     name: the runtime's name. form: the kind of geometry tables its graph takes, see `MARKERS`.
     device: what it runs on, in words, for reports.
+    kept_outputs: how many runs in a row keep their outputs, each until so many later ones began.
     """
 
     name: str
     form: str
     device: str
+    kept_outputs: int
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once on `images (1, N, 3, h, w)`, `camera_valid (1, N)`, `table_*` and, with a memory, `state_*`.
 
         Inputs that the graph does not take are left out.
 
-        Returns: the graph's outputs by name. They may be views of the runtime's own buffers, overwritten by the next run.
+        Returns: the graph's outputs by name. They may be views of the runtime's own buffers, see `kept_outputs`.
         """
         ...
 

@@ -17,7 +17,7 @@ PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 class OnnxBackend:
     """One ONNX Runtime session."""
 
-    name = "onnxruntime"
+    name, kept_outputs = "onnxruntime", 1
 
     def __init__(self, session: onnxruntime.InferenceSession, cameras: int) -> None:
         self._session = session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ BYTE_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 class OpenVinoBackend:
     """A graph compiled for this CPU and this number of cameras."""
 
-    name = "openvino"
+    name, kept_outputs = "openvino", 2
 
     def __init__(self, compiled: openvino.CompiledModel, int8: bool = False) -> None:
-        self._request = compiled.create_infer_request()
+        self._requests = cycle([compiled.create_infer_request() for _ in range(self.kept_outputs)])
         self._outputs = [port.get_any_name() for port in compiled.outputs]
         self._inputs = {port.get_any_name() for port in compiled.inputs}
         self.form = table_form(self._inputs)
@@ -34,9 +35,9 @@ class OpenVinoBackend:
         self.device = f"CPU, {threads} threads, {'int8 and ' if int8 else ''}{precision}"
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; the outputs are views that the next run overwrites."""
+        """Run once; the outputs are views that the run after the next overwrites."""
         feed = {name: array for name, array in inputs.items() if name in self._inputs}
-        result = self._request.infer(feed, share_inputs=True, share_outputs=True)
+        result = next(self._requests).infer(feed, share_inputs=True, share_outputs=True)
         return {name: result[index] for index, name in enumerate(self._outputs)}
 
 

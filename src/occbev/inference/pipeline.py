@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,7 +46,10 @@ Motion = Mapping[str, ArrayLike]
 
 
 class Pipeline:
-    """A loaded network, the rig that it looks through, and the caches that belong to both. Not thread-safe."""
+    """A loaded network, the rig that it looks through, and the caches that belong to both.
+
+    Not thread-safe, but that one set may be finished while the next has begun.
+    """
 
     def __init__(self, package: ModelPackage | Path | str, rig: CameraRig, backend: str | Backend = "auto",
                  threads: int | None = None, decoding: BoxDecoding | None = None, precision: str = "auto") -> None:  # fmt: skip
@@ -100,6 +103,13 @@ class Pipeline:
         Raises:
             ImageError: an image cannot be used. LookupError: `motion` lacks a camera. OutputError: not finite.
         """
+        return self.begin(frame_set, motion)()
+
+    def begin(self, frame_set: FrameSet, motion: Motion | None = None) -> Callable[[], Perception]:
+        """Run the network on one frame set as `run` does; return what decodes its outputs, to be called once.
+
+        That may happen in another thread while the next set has begun, but must end before the one after is begun.
+        """
         if not frame_set.cameras:
             raise ValueError(
                 f"frame set at {frame_set.stamp_ns} ns holds no image: {dict(frame_set.missing)}"
@@ -117,14 +127,28 @@ class Pipeline:
         images, valid = prepared.images[None], prepared.camera_valid[None]
         outputs = self.backend.run({"images": images, "camera_valid": valid, **tables, **past})
         clock.append(time.perf_counter_ns())
+
+        def finish() -> Perception:
+            return self._finished(outputs, prepared, frame_set, clock)
+
+        if self.backend.kept_outputs > 1 and not self._memory.active:
+            return finish
         try:
-            boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
+            perception = finish()
         except OutputError:
             self._memory.forget()  # what cannot be decoded is nothing to build on
             raise
         self._memory.keep(outputs, frame_set.stamp_ns, pose)
-        clock.append(time.perf_counter_ns())
-        timings = Timings(dict(zip(STAGES, np.diff(clock).tolist(), strict=True)))
+        return lambda: perception
+
+    def _finished(
+        self, outputs: Arrays, prepared: PreparedImages, frame_set: FrameSet, clock: list[int]
+    ) -> Perception:
+        """Decode what the network said of one frame set. clock: when each stage before began, and the last ended."""
+        begin_ns = time.perf_counter_ns()
+        boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
+        stage_ns = [*np.diff(clock).tolist(), time.perf_counter_ns() - begin_ns]
+        timings = Timings(dict(zip(STAGES, stage_ns, strict=True)))
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
 
     def warm_up(self) -> None:

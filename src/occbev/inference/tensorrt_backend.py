@@ -26,7 +26,7 @@ LOGGER = logging.getLogger(__name__)
 class TensorRtBackend:
     """An engine with one buffer on the device for each input and output."""
 
-    name = "tensorrt"
+    name, kept_outputs = "tensorrt", 1
 
     def __init__(self, engine: Any, device: str, path: Path) -> None:
         self._engine, self.device, self._path = engine, device, path

@@ -18,7 +18,7 @@ from occbev_training.models.graphs import Graph, GraphError, make_graph
 class TorchBackend:
     """The network in eval mode on one device."""
 
-    name = "torch"
+    name, kept_outputs = "torch", 1
 
     def __init__(self, graph: Graph, device: torch.device, low_precision: bool) -> None:
         self._graph, self.form = graph.eval().to(device), graph.form

@@ -109,12 +109,11 @@ class OfflineReplay:
             self._complain(camera + reason[:40], f"camera {camera} is missing: {reason}")
         if work.motion_problem:
             self._complain("motion", uncompensated(work.motion_problem))
-        perception = perceive(
-            self._pipeline, work, self.parameters.sync.min_cameras, self._complain
-        )
-        if perception is None:
+        finish = perceive(self._pipeline, work, self.parameters.sync.min_cameras, self._complain)
+        if finish is None:
             self._enter(job.stamp_ns, "too_few_cameras")
             return None
+        perception = finish()
         stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
         end_ns = time.monotonic_ns()
         self._enter(

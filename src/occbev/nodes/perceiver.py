@@ -21,6 +21,9 @@ from occbev.rig import CameraRig
 Complain = Callable[[str, str], None]
 """Called with what a problem is about and with its text."""
 
+Finish = Callable[[], Perception]
+"""Decodes what the network said of a set that was begun."""
+
 
 class PipelineLike(Protocol):
     """What the node needs of a pipeline."""
@@ -43,8 +46,8 @@ class PipelineLike(Protocol):
     def set_rig(self, rig: CameraRig) -> None:
         """Look through another rig from now on."""
 
-    def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
-        """Perceive one frame set."""
+    def begin(self, frame_set: FrameSet, motion: Any = None) -> Finish:
+        """Run the network on one frame set; see `Pipeline.begin`."""
         ...
 
     def forget(self) -> None:
@@ -75,7 +78,7 @@ class LoadedPipeline:
         self.grid = self._pipeline.package.model.grid
         self.decode: Decode = self._pipeline.preprocessor.decode
         self.set_rig = self._pipeline.set_rig
-        self.run = self._pipeline.run
+        self.begin = self._pipeline.begin
         self.forget = self._pipeline.forget
         self.close = self._pipeline.close
 
@@ -102,10 +105,8 @@ def _decoding(parameters: PerceptionParameters) -> BoxDecoding:
     return BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
 
 
-def perceive(
-    pipeline: PipelineLike, work: Work, fewest: int, complain: Complain
-) -> Perception | None:
-    """Run the pipeline, leaving out cameras whose image turns out to be unusable; None if under `fewest` are left."""
+def perceive(pipeline: PipelineLike, work: Work, fewest: int, complain: Complain) -> Finish | None:
+    """Begin a set, leaving out cameras whose image turns out to be unusable; None if under `fewest` are left."""
     if work.fresh:
         pipeline.forget()
     if pipeline.rig is not work.rig:
@@ -113,7 +114,7 @@ def perceive(
     frame_set = work.frame_set
     while len(frame_set.cameras) >= fewest:
         try:
-            return pipeline.run(frame_set, work.motion)
+            return pipeline.begin(frame_set, work.motion)
         except ImageError as error:
             complain(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
             frame_set = _without(frame_set, error)

@@ -1,6 +1,7 @@
 """The perception node: messages in, boxes and voxels out. Thin: intake, pipeline and message writers do the work.
 
-Callbacks only hand messages to the intake; one worker thread runs the pipeline on the newest set and publishes.
+Callbacks only hand messages to the intake; a worker runs the pipeline on the newest set, and publishes what came of it
+in a second thread while the next one runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,9 +57,9 @@ from occbev.nodes.parameters import (
     is_ours,
     unknown_overrides,
 )
-from occbev.nodes.perceiver import LoadedPipeline, PipelineLike, perceive, uncompensated
+from occbev.nodes.perceiver import Finish, LoadedPipeline, PipelineLike, perceive, uncompensated
 from occbev.nodes.transport import use_large_image_profile
-from occbev.nodes.worker import Worker
+from occbev.nodes.worker import Rest, Worker
 from occbev.results import Perception
 
 POLL_S = 0.02
@@ -69,6 +70,17 @@ REPEAT_S = 5.0
 
 KEPT_LATENCIES = 200
 """Results over which diagnostics give percentiles."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """When a set was begun, had run, was taken up by the second thread, was decoded and was out (monotonic)."""
+
+    begin_ns: int
+    run_ns: int
+    resumed_ns: int
+    decoded_ns: int
+    published_ns: int
 
 
 class PerceptionNode(LifecycleNode):
@@ -331,8 +343,8 @@ class PerceptionNode(LifecycleNode):
             for stamp_ns, reason in self._intake.take_key_drops():
                 self.ledger.record(stamp_ns, reason)
 
-    def _process(self, job: Job) -> None:
-        """Worker thread: one set through the pipeline and out."""
+    def _process(self, job: Job) -> Rest | None:
+        """Worker's first thread: one set through the network."""
         intake, pipeline, worker = self._intake, self._pipeline, self._worker
         assert intake is not None
         assert pipeline is not None
@@ -343,19 +355,26 @@ class PerceptionNode(LifecycleNode):
             self._complain(f"camera {camera}", partial(self._missing_text, camera, reason))
         if work.motion_problem:
             self._complain("motion", uncompensated(work.motion_problem))
-        perception = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
+        finish = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
         if not worker.claim():
-            return
-        if perception is None:
+            return None
+        if finish is None:
             self._complain(
                 "too few",
                 f"nothing is published: fewer than {self.parameters.sync.min_cameras} usable cameras",
             )
             self.ledger.record(job.stamp_ns, "too_few_cameras")
-            return
-        run_ns = time.monotonic_ns()
+            return None
+        return partial(self._finish, job, work, finish, begin_ns, time.monotonic_ns())
+
+    def _finish(self, job: Job, work: Work, finish: Finish, begin_ns: int, run_ns: int) -> None:
+        """Worker's second thread: decode what the network said, publish and book it."""
+        resumed_ns = time.monotonic_ns()
+        perception = finish()
+        decoded_ns = time.monotonic_ns()
         published = self._publish(perception)
-        self._enter(job, work, perception, (begin_ns, run_ns, time.monotonic_ns()), published)
+        moments = Moments(begin_ns, run_ns, resumed_ns, decoded_ns, time.monotonic_ns())
+        self._enter(job, work, perception, moments, published)
 
     def _publish(self, perception: Perception) -> list[str]:
         """Publish what someone listens to; return which outputs those were."""
@@ -372,16 +391,17 @@ class PerceptionNode(LifecycleNode):
         job: Job,
         work: Work,
         perception: Perception,
-        times_ns: tuple[int, int, int],
+        moments: Moments,
         published: list[str],
     ) -> None:
         """Book a processed set: images, missing cameras, the latency of every stage."""
-        begin_ns, run_ns, end_ns = times_ns
+        end_ns = moments.published_ns
         stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
         stages["decode"] = stages.get("decode", 0.0) + work.decode_ns / 1e6
         stages["sync"] = (job.emitted_ns - job.arrival_ns) / 1e6
-        stages["queue"] = (begin_ns - job.emitted_ns) / 1e6
-        stages["publish"] = (end_ns - run_ns) / 1e6
+        waited_ns = moments.begin_ns - job.emitted_ns + moments.resumed_ns - moments.run_ns
+        stages["queue"] = waited_ns / 1e6
+        stages["publish"] = (end_ns - moments.decoded_ns) / 1e6
         stages["total"] = (end_ns - job.arrival_ns) / 1e6
         rhythm = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}
         if self._last_end_ns is not None:
@@ -396,7 +416,7 @@ class PerceptionNode(LifecycleNode):
             images={name: image.stamp_ns for name, image in job.images.items()},
             cameras=list(perception.boxes.cameras), missing=dict(perception.missing), motion=work.motion is not None,
             boxes=len(perception.boxes), published=published, stages_ms={n: round(v, 3) for n, v in stages.items()},
-            begin_ns=begin_ns, published_ns=end_ns,
+            begin_ns=moments.begin_ns, published_ns=end_ns,
         )  # fmt: skip
 
     def _on_worker_error(self, job: Job, error: Exception) -> None:
