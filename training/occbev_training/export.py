@@ -35,7 +35,7 @@ from occbev_training.data.cache import SampleCache
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.deformable_conv import plain_operators
 from occbev_training.models.graphs import Graph, GraphError, make_graph
-from occbev_training.quantise import check_frames, quantise
+from occbev_training.quantise import check_frames, described, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def export_package(
     metrics = {**metrics, "export_difference": parity.as_record()}
     if unrounded is not None and calibration is not None:
         metrics["int8_agreement"] = write_int8(unrounded, model, folder, calibration)
+        provenance = {**provenance, "int8": described(calibration)}
     provenance = {
         **provenance,
         "exported_with": _versions(),

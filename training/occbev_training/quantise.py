@@ -88,6 +88,15 @@ def check_frames(model: ModelConfig, cache: SampleCache) -> None:
         )
 
 
+def described(cache: SampleCache) -> str:
+    """What was quantised and on what, for the card."""
+    drives = len({drive for drive, _ in cache.samples})
+    return (
+        f"convolutions but those of the image stem and of the first two BEV stages, ranges from {CALIBRATION_FRAMES}"
+        f" frames spread evenly over {len(cache)} of {drives} training drives"
+    )
+
+
 def kept_convolutions(graph: openvino.Model) -> list[str]:
     """Return the names of the convolutions that stay as they are."""
     return [
