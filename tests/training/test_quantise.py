@@ -17,10 +17,11 @@ from occbev.inference import openvino_backend  # noqa: E402
 from occbev.inference.backend import load_backend  # noqa: E402
 from occbev.model_package import ModelPackage  # noqa: E402
 from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
-from occbev_training.export import ExportError, export_package, ring_rig  # noqa: E402
+from occbev_training.export import ExportError, export_package, ring_rig, write_ir  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.quantise import (  # noqa: E402 # fmt: skip
     QuantisationError,
+    _frames,
     agreement,
     check_frames,
     kept_convolutions,
@@ -124,6 +125,16 @@ def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) ->
     with pytest.raises(ExportError, match="only our own"):
         export_package(network, replace(MODEL, family="bevformer"), tmp_path / "other", {}, {}, (), (3,), frames())  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_a_network_with_a_memory_are_first_ones(tmp_path: Path) -> None:
+    model = replace(MODEL, memory=1)
+    graph = write_ir(build_network(model, "finetune").eval(), model, tmp_path / "model.xml", True)
+    names = {port.get_any_name() for port in graph.inputs}
+    assert any(name.startswith("state_in") for name in names)
+    inputs = _frames(graph, model, frames())
+    assert len(inputs) == 40
+    assert all(set(arrays) == names for arrays in inputs)
 
 
 def test_agreement_is_one_of_equals_and_falls_with_what_differs() -> None:

@@ -17,6 +17,7 @@ import openvino
 from numpy.typing import NDArray
 
 from occbev.config import ModelConfig
+from occbev.inference.memory import Memory
 from occbev.inference.openvino_backend import shared_core
 from occbev.inference.tables import TableCache
 from occbev.preprocess import Preprocessor
@@ -36,7 +37,7 @@ CALIBRATION_FRAMES, COMPARED_FRAMES = 32, 8
 """Frames from which ranges are taken, and other ones on which the result is compared."""
 
 LEAST_AGREEMENT = 0.7
-"""Least `agreement` of the quantised graph with the one it came from; the shipped network has 0.9."""
+"""Least `agreement` of the quantised graph with the one it came from; the shipped network has 0.96."""
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
@@ -130,7 +131,7 @@ def agreement(before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]]) -> 
 
 
 def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> list[Arrays]:
-    """Inputs of the graph for frames at even steps, in random order."""
+    """Inputs of the graph for frames at even steps, in random order; a network with a memory remembers nothing."""
     wanted = CALIBRATION_FRAMES + COMPARED_FRAMES
     steps = np.linspace(0, len(cache) - 1, wanted).astype(int)
     order = np.random.default_rng(0).permutation(steps)
@@ -143,6 +144,7 @@ def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> li
             "images": images[None],
             "camera_valid": sample.camera_valid[None].astype(np.float32),
             **tables.tables(cached_rig(sample, cache.info.cameras)),
+            **Memory(model).inputs(0, None),
         }
         return {name: array for name, array in arrays.items() if name in names}
 
