@@ -147,6 +147,7 @@ class _Tap:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.name, self.form, self.device = backend.name, backend.form, backend.device
+        self.kept_outputs = backend.kept_outputs
         self.last: dict[str, NDArray[Any]] = {}
 
     def run(self, inputs: Any) -> dict[str, NDArray[Any]]:
