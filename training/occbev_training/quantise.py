@@ -94,7 +94,7 @@ def described(cache: SampleCache) -> str:
     drives = len({drive for drive, _ in cache.samples})
     return (
         f"convolutions but those of the image stem and of the first two BEV stages, ranges from {CALIBRATION_FRAMES}"
-        f" frames spread evenly over {len(cache)} of {drives} training drives"
+        f" frames, spread evenly over the {len(cache)} of {drives} training drives"
     )
 
 
