@@ -2,14 +2,14 @@
 
 Only convolutions are quantised. Depth distributions, the weights of the view transform's table and the sums that it
 makes are not: rounding any of them to 256 levels costs most of the occupancy. Of the convolutions, those of the image
-stem and of the first two BEV stages stay as they are, for the same reason: a BEV cell sums few or many points, so that
-its usual values are a small part of its range.
+stem and of the first two BEV stages cost the most and stay as they are; a BEV cell sums few or many points, so that its
+usual values are a small part of its range.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,13 +157,12 @@ def _other_types(graph: openvino.Model) -> list[str]:
     return sorted(types - {*CONVOLUTIONS, "Parameter", "Result", "Constant"})
 
 
-def _probabilities(graph: openvino.Model, frames: Iterable[Arrays]) -> Iterator[list[NDArray[Any]]]:
+def _probabilities(graph: openvino.Model, frames: Sequence[Arrays]) -> Iterator[list[NDArray[Any]]]:
     """What a graph says of each frame: how likely every voxel is occupied, and every cell an object's centre."""
-    graph, shapes = graph.clone(), {}
+    graph = graph.clone()
+    graph.reshape({name: list(array.shape) for name, array in frames[0].items()})
+    compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for arrays in frames:
-        if shapes != (now := {name: list(array.shape) for name, array in arrays.items()}):
-            graph.reshape(shapes := now)
-            compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # fmt: skip
         results = {port.get_any_name(): array for port, array in compiled(arrays).items()}
         said = []
         if "occupancy_logits" in results:
