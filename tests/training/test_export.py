@@ -112,6 +112,13 @@ def test_onnx_graph_has_the_named_interface_and_plain_operators(folder: Path) ->
     assert not any("Scatter" in n.op_type or "Sequence" in n.op_type for n in graph.graph.node)
 
 
+def test_graphs_tell_nothing_of_the_machine_they_were_made_on(folder: Path) -> None:
+    for graph in ("model.onnx", "model.xml"):
+        content = (folder / graph).read_bytes()
+        for trace in (str(Path(export.__file__).parent), "site-packages", "stack_trace"):
+            assert trace.encode() not in content, (graph, trace)
+
+
 def test_openvino_graph_has_the_named_interface(folder: Path) -> None:
     graph = shared_core().read_model(folder / "model.xml")
     shapes = {p.get_any_name(): p.get_partial_shape() for p in graph.inputs}

@@ -156,8 +156,24 @@ def write_onnx(graph: Graph, model: ModelConfig, path: Path) -> Mapping[str, int
             output_names=list(graph.outputs), external_data=False, verbose=False, optimize=True,
         )  # fmt: skip
     assert program is not None
-    program.save(str(path), external_data=False)
+    onnx.save(without_traces(program.model_proto), path)
     return require_plain_operators(path)
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Take out what the exporter notes of each operator: calls in source files, with the paths of this machine."""
+    graph = model.graph
+    for entry in (
+        graph,
+        *graph.node,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+        *graph.initializer,
+    ):
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    return model
 
 
 def require_plain_operators(path: Path) -> Mapping[str, int]:
