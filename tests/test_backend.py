@@ -11,6 +11,7 @@ from occbev.config import ModelConfig
 from occbev.inference import backend
 from occbev.inference.backend import (
     BackendError,
+    RunSettings,
     Runtime,
     choose_backend,
     load_backend,
@@ -59,9 +60,11 @@ def test_a_named_runtime_is_used_or_refused_never_replaced() -> None:
         choose_backend("caffe", package("model.onnx"))
 
 
-def test_precision_is_checked() -> None:
+def test_settings_are_checked() -> None:
     with pytest.raises(BackendError, match="precision 'int4'"):
-        load_backend(package("model.onnx"), 6, precision="int4")
+        RunSettings(precision="int4")
+    with pytest.raises(BackendError, match="3 frame sets at once"):
+        RunSettings(at_once=3)
 
 
 def test_more_cameras_than_a_network_has_weights_for_are_refused() -> None:

@@ -141,7 +141,7 @@ def test_standing_still_moves_nothing() -> None:
 class Counter:
     """A backend whose state counts the frames that it has seen."""
 
-    name, form, device, kept_outputs = "counter", "bag", "none", 2
+    name, form, device, kept_outputs, at_once = "counter", "bag", "none", 2, 1
 
     def __init__(self) -> None:
         self.inputs: dict[str, np.ndarray] = {}

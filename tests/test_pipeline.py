@@ -34,7 +34,7 @@ MODEL = replace(
 class KnownBackend:
     """Answers fixed maps and keeps what it was asked."""
 
-    name, form, device, kept_outputs = "known", "bag", "none", 1
+    name, form, device, kept_outputs, at_once = "known", "bag", "none", 1, 1
 
     def __init__(self) -> None:
         self.inputs: dict[str, np.ndarray] = {}

@@ -21,6 +21,7 @@ from occbev.postprocess import (
     circle_nms,
     decode_boxes,
     decode_occupancy,
+    decode_ranking,
     rotated_nms,
     voxels_in_view,
 )
@@ -189,6 +190,40 @@ def test_unobserved_voxels_have_no_confidence() -> None:
     np.testing.assert_array_equal(occupancy.state == 0, ~observed)
     assert not occupancy.confidence[~observed].any()
     assert (occupancy.confidence[observed] > 0).all()
+
+
+def ranked(logits: np.ndarray, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two likeliest classes of sub-cells and their probabilities, as a graph gives them."""
+    share = np.exp(logits) / np.exp(logits).sum(0)
+    _, z, y, x = logits.shape
+    cells = share.reshape(-1, z, y // split, split, x // split, split).transpose(3, 5, 0, 1, 2, 4)
+    classes = np.argsort(-cells, axis=2, kind="stable")[:, :, :2]
+    return classes.astype(np.uint8), np.take_along_axis(cells, classes, 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("min_free", [0.0, 0.5, 2.0])
+def test_ranked_classes_decode_as_their_logits_do(split: int, min_free: float) -> None:
+    logits = occupancy_logits()
+    observed = np.random.default_rng(1).random(GRID.shape) < 0.5
+    want = decode_occupancy(logits, GRID, ("front",), observed, min_free)
+    got = decode_ranking(*ranked(logits, split), FREE, GRID, ("front",), observed, min_free)
+    np.testing.assert_array_equal(got.label, want.label)
+    np.testing.assert_array_equal(got.state, want.state)
+    np.testing.assert_allclose(got.confidence, want.confidence, rtol=1e-5)
+    assert got.cameras == want.cameras
+    assert got.label.strides == want.label.strides
+
+
+def test_broken_ranks_are_refused() -> None:
+    classes, shares = ranked(occupancy_logits(), 2)
+    with pytest.raises(OutputError, match="do not fit"):
+        decode_ranking(classes.swapaxes(3, 5), shares.swapaxes(3, 5), FREE, GRID)
+    with pytest.raises(OutputError, match="do not fit"):
+        decode_ranking(classes, shares[:, :, :1], FREE, GRID)
+    shares[0, 1, 0, 0, 0, 0] = np.nan
+    with pytest.raises(OutputError, match="not finite"):
+        decode_ranking(classes, shares, FREE, GRID)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -151,15 +152,33 @@ def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] =
         pass
     if not np.isfinite(confidence).all():
         raise OutputError("occupancy logits hold values that are not finite")
-    label, confidence = (
-        xyz_from_volume(label.reshape(volume)),
-        xyz_from_volume(confidence.reshape(volume)),
-    )
-    state = np.where(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
-    if observed is not None:
-        state = np.where(observed, state, np.uint8(UNOBSERVED_STATE))
-        confidence = np.where(observed, confidence, np.float32(0))
-    return Occupancy(label, confidence, state, grid, cameras)
+    decided = label.reshape(volume), confidence.reshape(volume)
+    return _occupancy(*decided, free, grid, cameras, observed)
+
+
+def decode_ranking(classes: NDArray[np.uint8], shares: Floats, free: int, grid: VoxelGrid,
+                   cameras: tuple[str, ...] = (), observed: NDArray[np.bool_] | None = None,
+                   min_free: float = 0.0) -> Occupancy:  # fmt: skip
+    """Turn the two likeliest classes of every voxel into labels as `decode_occupancy` turns logits.
+
+    classes, shares: (S, S, 2, Z, Y / S, X / S), the likeliest first, and their probabilities; of S x S sub-cells
+        each, the first axis is y. free: the class that is free. Others: as of `decode_occupancy`.
+    Raises:
+        OutputError: the volume does not fit the grid, or is not finite.
+    """
+    split, (x, y, z) = classes.shape[0], grid.shape
+    wanted = (split, split, 2, z, y // split, x // split)
+    if classes.shape != wanted or shares.shape != wanted:
+        raise OutputError(
+            f"ranked classes {classes.shape} and their shares {shares.shape} do not fit a grid of {grid.shape} [x, y, z]"
+        )
+    if not np.isfinite(shares).all():
+        raise OutputError("the probabilities of occupancy classes hold values that are not finite")
+    first, second = classes[:, :, 0], classes[:, :, 1]
+    doubtful = (first == free) & (shares[:, :, 0] < min_free)
+    label = np.where(doubtful, second, first)
+    confidence = np.where(doubtful, shares[:, :, 1], shares[:, :, 0])
+    return _occupancy(_joined(label), _joined(confidence), free, grid, cameras, observed)
 
 
 def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
@@ -238,6 +257,26 @@ def _greedy(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
         if keep[index]:
             keep[index + 1 :] &= ~rivals[index, index + 1 :]
     return keep
+
+
+def _joined(cells: NDArray[Any]) -> NDArray[Any]:
+    """Put sub-cells (S, S, Z, Y / S, X / S) in their places: (Z, Y, X)."""
+    split, _, z, y, x = cells.shape
+    out = np.empty((z, y, split, x, split), cells.dtype)
+    for row, column in np.ndindex(split, split):
+        out[:, :, row, :, column] = cells[row, column]
+    return out.reshape(z, y * split, x * split)
+
+
+def _occupancy(label: NDArray[np.uint8], confidence: Floats, free: int, grid: VoxelGrid, cameras: tuple[str, ...],
+               observed: NDArray[np.bool_] | None) -> Occupancy:  # fmt: skip
+    """Make the result of decided voxels (Z, Y, X)."""
+    label, confidence = xyz_from_volume(label), xyz_from_volume(confidence)
+    state = np.where(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
+    if observed is not None:
+        state = np.where(observed, state, np.uint8(UNOBSERVED_STATE))
+        confidence = np.where(observed, confidence, np.float32(0))
+    return Occupancy(label, confidence, state, grid, cameras)
 
 
 def _decide(logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float) -> None:

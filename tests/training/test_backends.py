@@ -22,7 +22,7 @@ from occbev.config import (  # noqa: E402
 )
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
-from occbev.inference.backend import Backend, load_backend  # noqa: E402
+from occbev.inference.backend import RANKING, Backend, RunSettings, load_backend  # noqa: E402
 from occbev.inference.pipeline import Pipeline, motion_to_key  # noqa: E402
 from occbev.inference.tables import TableCache, TableCapacityError  # noqa: E402
 from occbev.model_package import ModelPackage, write_package  # noqa: E402
@@ -32,6 +32,7 @@ from occbev_training.export import write_ir, write_onnx  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.graphs import make_graph  # noqa: E402
+from occbev_training.models.occupancy_head import volume_of_ranks  # noqa: E402
 
 MODEL = replace(
     ModelConfig(),
@@ -44,6 +45,7 @@ MODEL = replace(
     occupancy=OccupancyHeadConfig(channels=16, height_channels=4),
     detection=DetectionHeadConfig(channels=16),
 )
+ONE, F32 = RunSettings(threads=1), RunSettings(threads=1, precision="f32")
 FORWARD = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 RUNTIMES = {"openvino": 0.02, "onnxruntime": 1e-4}
 """Runtime -> largest difference from torch as a share of an output's largest value; the IR rounds weights to fp16."""
@@ -81,8 +83,8 @@ def rig(cameras: int) -> CameraRig:
     )
 
 
-def frames(cameras: CameraRig, missing: str | None = None) -> FrameSet:
-    generator = np.random.default_rng(len(cameras))
+def frames(cameras: CameraRig, missing: str | None = None, seed: int = 0) -> FrameSet:
+    generator = np.random.default_rng([len(cameras), seed])
     pose = make_transform(np.eye(3), [3.0, 1.0, 0])
     images = {
         c.name: generator.integers(0, 255, (c.height, c.width, 3), np.uint8)
@@ -114,9 +116,16 @@ def outputs(
 def test_every_runtime_equals_torch_on_any_rig(
     package: ModelPackage, name: str, cameras: int
 ) -> None:
-    expected = outputs(load_backend(package, cameras, "torch", 1), rig(cameras))
-    found = outputs(load_backend(package, cameras, name, 1, "f32"), rig(cameras))
-    assert set(found) == set(expected) == {"occupancy_logits", "heatmap", "box"}
+    expected = outputs(load_backend(package, cameras, "torch", ONE), rig(cameras))
+    found = outputs(load_backend(package, cameras, name, F32), rig(cameras))
+    assert set(expected) == {"occupancy_logits", "heatmap", "box"}
+    if set(RANKING) <= set(found):
+        share = [volume_of_ranks(torch.from_numpy(found.pop(key))) for key in RANKING][1]
+        logits = torch.from_numpy(expected.pop("occupancy_logits"))
+        torch.testing.assert_close(
+            share, logits.softmax(1).flatten(2).topk(2, 1).values, atol=0.02, rtol=0
+        )
+    assert set(found) == set(expected)
     for key, array in expected.items():
         assert found[key].shape == array.shape
         assert np.abs(found[key] - array).max() <= RUNTIMES[name] * np.abs(array).max(), key
@@ -124,10 +133,10 @@ def test_every_runtime_equals_torch_on_any_rig(
 
 @pytest.mark.parametrize("name", ["torch", *RUNTIMES])
 def test_a_missing_camera_changes_outputs_alike(package: ModelPackage, name: str) -> None:
-    backend = load_backend(package, 6, name, 1, "f32")
+    backend = load_backend(package, 6, name, F32)
     whole, part = outputs(backend, rig(6)), outputs(backend, rig(6), missing="camera2")
     assert np.abs(whole["heatmap"] - part["heatmap"]).max() > 1e-3
-    expected = outputs(load_backend(package, 6, "torch", 1), rig(6), missing="camera2")
+    expected = outputs(load_backend(package, 6, "torch", ONE), rig(6), missing="camera2")
     np.testing.assert_allclose(
         part["heatmap"], expected["heatmap"], atol=0.02 * np.abs(expected["heatmap"]).max()
     )
@@ -136,10 +145,7 @@ def test_a_missing_camera_changes_outputs_alike(package: ModelPackage, name: str
 def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
     package: ModelPackage,
 ) -> None:
-    lines = {
-        name: Pipeline(package, rig(6), name, threads=1, precision="f32")
-        for name in ("torch", "onnxruntime")
-    }
+    lines = {name: Pipeline(package, rig(6), name, F32) for name in ("torch", "onnxruntime")}
     for cameras in (rig(6), rig(4)):
         results = []
         for line in lines.values():
@@ -154,12 +160,12 @@ def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
 
 def test_a_rig_beyond_the_capacity_is_an_error_with_both_numbers(package: ModelPackage) -> None:
     with pytest.raises(TableCapacityError, match=r"needs \d+ .*holds 4096"):
-        outputs(load_backend(package, 32, "torch", 1), rig(32))
+        outputs(load_backend(package, 32, "torch", ONE), rig(32))
 
 
 def test_outputs_are_kept_for_as_many_runs_as_a_runtime_says(package: ModelPackage) -> None:
     for name in RUNTIMES:
-        backend, cameras = load_backend(package, 2, name, threads=1), rig(2)
+        backend, cameras = load_backend(package, 2, name, ONE), rig(2)
         line = Pipeline(package, cameras, backend)
         prepared = line.preprocessor.prepare(frames(cameras), cameras)
         tables = TableCache(MODEL, backend.form).tables(prepared.rig)
@@ -170,3 +176,27 @@ def test_outputs_are_kept_for_as_many_runs_as_a_runtime_says(package: ModelPacka
             backend.run({**inputs, "images": -inputs["images"]})
         for key, array in before.items():
             np.testing.assert_array_equal(first[key], array)
+
+
+def test_two_sets_at_once_give_what_one_after_the_other_gives(package: ModelPackage) -> None:
+    cameras = rig(3)
+    sets = [frames(cameras, seed=seed) for seed in range(4)]
+    one = Pipeline(package, cameras, "openvino", RunSettings(2, "f32"))
+    two = Pipeline(package, cameras, "openvino", RunSettings(2, "f32", at_once=2))
+    assert "2 frame sets at once" in two.backend.device
+    expected = [one.run(frame_set).occupancy.confidence for frame_set in sets]
+    found, waiting = [], two.begin(sets[0])
+    for frame_set in sets[1:]:
+        following = two.begin(frame_set)
+        found.append(waiting())
+        waiting = following
+    found.append(waiting())
+    assert all(result.timings.stage_ns["inference"] > 0 for result in found)
+    confidence = np.stack([result.occupancy.confidence for result in found])
+    np.testing.assert_allclose(confidence, expected, atol=1e-6)
+    assert np.ptp(confidence, axis=0).max() > 1e-5, "the sets differ"
+
+
+def test_logits_are_left_out_where_classes_are_ranked(package: ModelPackage) -> None:
+    found = outputs(load_backend(package, 2, "openvino", ONE), rig(2))
+    assert set(found) == {*RANKING, "heatmap", "box"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from occbev.config import ModelConfig
 from occbev.grid import VoxelGrid
 from occbev.postprocess import decode_occupancy
+from occbev.results import Occupancy
 from occbev_training.metrics.calibration import MIN_FREE, FreeThreshold, calibrated_min_free
 from occbev_training.metrics.occupancy import confusion, occupied_iou
 
@@ -30,10 +32,14 @@ def _sample(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return truth, logits, random.random(GRID.shape) < 0.8
 
 
+def _decoder(logits: np.ndarray) -> Callable[[float], Occupancy]:
+    return lambda min_free: decode_occupancy(logits, GRID, min_free=min_free)
+
+
 def test_every_threshold_counts_what_the_decoder_would_say() -> None:
     threshold, expected = FreeThreshold(CLASSES), {}
     for truth, logits, mask in map(_sample, range(2)):
-        threshold.add(truth, logits, mask, GRID)
+        threshold.add(truth, _decoder(logits), mask)
         for index in (0, 1, 77, 100, 199, 200):
             label = decode_occupancy(logits, GRID, min_free=float(MIN_FREE[index])).label
             expected[index] = expected.get(index, 0) + confusion(truth, label, mask, CLASSES)
@@ -45,7 +51,7 @@ def test_the_best_threshold_beats_the_likeliest_class() -> None:
     threshold = FreeThreshold(CLASSES)
     for seed in range(3):
         truth, logits, mask = _sample(seed)
-        threshold.add(truth, logits, mask, GRID)
+        threshold.add(truth, _decoder(logits), mask)
     scores = [occupied_iou(threshold.counts(index), CLASSES - 1) for index in range(len(MIN_FREE))]
     best = threshold.best()
     assert best.occupancy_iou == max(scores) > scores[0] + 0.02
@@ -57,8 +63,8 @@ def test_counts_add_up_over_processes() -> None:
     whole, parts = FreeThreshold(CLASSES), [FreeThreshold(CLASSES), FreeThreshold(CLASSES)]
     for seed in range(2):
         truth, logits, mask = _sample(seed)
-        whole.add(truth, logits, mask, GRID)
-        parts[seed].add(truth, logits, mask, GRID)
+        whole.add(truth, _decoder(logits), mask)
+        parts[seed].add(truth, _decoder(logits), mask)
     parts[0].merge(parts[1])
     assert parts[0].as_record() == whole.as_record()
 

@@ -14,7 +14,7 @@ pytest.importorskip("nncf")
 from tests.training.test_export import MODEL  # noqa: E402
 
 from occbev.inference import openvino_backend  # noqa: E402
-from occbev.inference.backend import load_backend  # noqa: E402
+from occbev.inference.backend import RunSettings, load_backend  # noqa: E402
 from occbev.model_package import ModelPackage  # noqa: E402
 from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
 from occbev_training.export import ExportError, export_package, ring_rig, write_ir  # noqa: E402
@@ -97,7 +97,7 @@ def test_any_number_of_cameras_runs_and_is_near_float(
     for count in (2, 5):
         results = []
         for precision, device in (("auto", "int8"), ("f32", "f32")):
-            backend = load_backend(package, count, "openvino", 1, precision)
+            backend = load_backend(package, count, "openvino", RunSettings(1, precision))
             assert device in backend.device
             assert ("int8" in backend.device) == (precision == "auto")
             pixels = np.random.default_rng(7).integers(0, 255, (1, count, 3, image.height, image.width))  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_cpu_without_byte_products_reads_another_graph(
     package: ModelPackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino_backend, "multiplies_bytes", lambda: False)
-    assert "int8" not in load_backend(package, 2, "openvino", 1).device
+    assert "int8" not in load_backend(package, 2, "openvino", RunSettings(1)).device
 
 
 def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) -> None:

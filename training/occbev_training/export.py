@@ -25,7 +25,7 @@ from torch import nn
 
 from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
-from occbev.inference.backend import PER_CAMERA
+from occbev.inference.backend import PER_CAMERA, RANKING
 from occbev.inference.memory import first_state, motion_inputs
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.inference.tables import TableCache
@@ -35,6 +35,7 @@ from occbev_training.data.cache import SampleCache
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.deformable_conv import plain_operators
 from occbev_training.models.graphs import Graph, GraphError, make_graph
+from occbev_training.models.occupancy_head import volume_of_ranks
 from occbev_training.quantise import check_frames, described, quantise
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ ONNX_TOLERANCE = 1e-4
 
 IR_TOLERANCE = 1e-1
 """The same for OpenVINO, whose weights are rounded to fp16: on random images, where box maps are wildest."""
+
+RANK_TOLERANCE = 1e-4
+"""Largest difference between the probability of a ranked class and that of the same graph's logits."""
 
 FORBIDDEN_OPERATORS = frozenset(
     {"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "CumSum"}
@@ -191,24 +195,24 @@ def require_plain_operators(path: Path) -> Mapping[str, int]:
 
 
 def write_ir(network: nn.Module, model: ModelConfig, path: Path, compress: bool) -> openvino.Model:
-    """Write the bag form as OpenVINO IR with a free number of cameras.
+    """Write the ranked form as OpenVINO IR with a free number of cameras.
 
     compress: store weights as fp16 (computing stays in the runtime's precision).
     Returns: the graph with its weights still in fp32.
     """
-    bag = _graph(network, "bag")
-    inputs = example_inputs(model, bag, 6, seed=1)
+    ranked = _graph(network, "ranked")
+    inputs = example_inputs(model, ranked, 6, seed=1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = openvino.convert_model(
-            bag, example_input={n: torch.from_numpy(a) for n, a in inputs.items()}
+            ranked, example_input={n: torch.from_numpy(a) for n, a in inputs.items()}
         )
     shapes: dict[str, list[int]] = {name: list(value.shape) for name, value in inputs.items()}
     for name, axis in PER_CAMERA.items():
         if name in shapes:
             shapes[name][axis] = -1
     graph.reshape(shapes)
-    for port, name in zip(graph.outputs, bag.outputs, strict=True):
+    for port, name in zip(graph.outputs, ranked.outputs, strict=True):
         port.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=compress)
     return graph
@@ -253,7 +257,9 @@ def check_graphs(
                 _worse(worst["plain"], want, run_openvino(read, inputs))
                 continue
             ir = shared_core().read_model(folder / "model.xml")
-            _worse(worst["openvino"], want, run_openvino(ir, bags))
+            got = run_openvino(ir, bags)
+            check_ranking(got)
+            _worse(worst["openvino"], want, got)
             if count == sizes[0]:
                 _worse(worst["plain"], want, run_openvino(unrounded.clone(), bags))
     _require(worst["onnxruntime"], ONNX_TOLERANCE, "ONNX Runtime")
@@ -262,6 +268,26 @@ def check_graphs(
     if unrounded is None:
         return Parity(worst["onnxruntime"], worst["plain"])
     return Parity(worst["onnxruntime"], worst["openvino"], worst["plain"])
+
+
+def check_ranking(outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Hold the ranked classes of a graph against its own logits; ties may go either way.
+
+    Raises: ExportError if they are not the two likeliest ones, or have other probabilities.
+    """
+    if not set(RANKING) <= set(outputs):
+        return
+    logits = torch.from_numpy(outputs["occupancy_logits"]).double()
+    share = logits.softmax(1).flatten(2)
+    label, claimed = (volume_of_ranks(torch.from_numpy(outputs[name])) for name in RANKING)
+    worst = max(
+        float((share.topk(2, 1).values - claimed).abs().max()),
+        float((share.gather(1, label.long()) - claimed).abs().max()),
+    )
+    if worst > RANK_TOLERANCE or bool((label[:, 0] == label[:, 1]).any()):
+        raise ExportError(
+            f"the ranked classes differ from the logits by a probability of {worst:.2g}"
+        )
 
 
 def example_inputs(

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.inference.backend import Backend, load_backend
-from occbev.inference.pipeline import Pipeline
+from occbev.inference.backend import Backend, RunSettings, load_backend
+from occbev.inference.pipeline import Pipeline, predicts_voxels, voxels_of
 from occbev.model_package import ModelPackage
 from occbev.postprocess import BoxDecoding
-from occbev.results import Boxes3D
+from occbev.results import Boxes3D, Occupancy
 from occbev_training.evaluate import SCORING, Prediction, score_frame
 from occbev_training.held_out import HeldOut, HeldOutFrame, open_held_out
 from occbev_training.metrics.calibration import FreeThreshold
@@ -115,18 +115,21 @@ class PackageNetwork:
         assert self._tap is not None
         last = self._tap.last
         detects = "heatmap" in last or "class_logits" in last
-        occupies = "occupancy_logits" in last
         return Prediction(
             boxes=found.boxes if detects else None,
-            label=found.occupancy.label if occupies else None,
-            occupancy=last["occupancy_logits"][0] if occupies else None,
+            label=found.occupancy.label if predicts_voxels(last) else None,
         )
+
+    def voxels(self, min_free: float) -> Occupancy:
+        """Decode the voxels of the last frame again, with another threshold on free."""
+        assert self._tap is not None
+        return voxels_of(self._tap.last, self.package.model, min_free)
 
     def _pipeline_for(self, frame: HeldOutFrame) -> Pipeline:
         options, known = self.options, self._pipeline
         if self._tap is None or known is None or len(known.rig) != len(frame.rig):
-            self._tap = _Tap(load_backend(self.package, len(frame.rig), options.backend, options.threads,
-                                          options.precision))  # fmt: skip
+            settings = RunSettings(options.threads, options.precision)
+            self._tap = _Tap(load_backend(self.package, len(frame.rig), options.backend, settings))
         elif frame.drive == self._drive:
             if known.rig.hash != frame.rig.hash:
                 known.set_rig(frame.rig)
@@ -135,7 +138,7 @@ class PackageNetwork:
             known.close()
         # What a network remembers is the pipeline's: a drive that begins has a new one.
         self._pipeline = Pipeline(
-            self.package, frame.rig, self._tap, options.threads, self._decoding
+            self.package, frame.rig, self._tap, RunSettings(options.threads), self._decoding
         )
         self._drive = frame.drive
         return self._pipeline
@@ -147,7 +150,7 @@ class _Tap:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.name, self.form, self.device = backend.name, backend.form, backend.device
-        self.kept_outputs = backend.kept_outputs
+        self.kept_outputs, self.at_once = backend.kept_outputs, 1
         self.last: dict[str, NDArray[Any]] = {}
 
     def run(self, inputs: Any) -> dict[str, NDArray[Any]]:
@@ -169,9 +172,8 @@ def run_package(package: ModelPackage, held_out: HeldOut, indices: Sequence[int]
         frame = held_out.frame(index)
         output = network(frame)
         result = score_frame(frame.name, frame.drive, output, model, frame.annotations, frame.truth)
-        if run.calibration is not None and frame.truth is not None and output.occupancy is not None:
-            truth = frame.truth
-            run.calibration.add(truth.semantics, output.occupancy, truth.mask_camera, truth.grid)
+        if run.calibration is not None and frame.truth is not None and output.label is not None:
+            run.calibration.add(frame.truth.semantics, network.voxels, frame.truth.mask_camera)
         if options.voxels is not None and output.label is not None:
             write_occupancy(options.voxels, frame.token or frame.name, output.label)
         run.frames[index] = result

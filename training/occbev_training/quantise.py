@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import openvino
 from numpy.typing import NDArray
+from openvino._offline_transformations import apply_moc_transformations
 
 from occbev.config import ModelConfig
 from occbev.inference.memory import Memory
@@ -61,12 +62,18 @@ def quantise(
     check_frames(model, cache)
     frames = _frames(graph, model, cache)
     nncf.set_log_level(logging.WARNING)
+    folded = graph.clone()
+    apply_moc_transformations(
+        folded, cf=True
+    )  # pads become part of the convolutions that read them
     quantised = nncf.quantize(
-        graph,
+        folded,
         nncf.Dataset(frames[COMPARED_FRAMES:]),
         preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations
         subset_size=len(frames) - COMPARED_FRAMES,
-        ignored_scope=nncf.IgnoredScope(names=kept_convolutions(graph), types=_other_types(graph)),
+        ignored_scope=nncf.IgnoredScope(
+            names=kept_convolutions(folded), types=_other_types(folded)
+        ),
     )
     compared = frames[:COMPARED_FRAMES]
     pairs = zip(_probabilities(graph, compared), _probabilities(quantised, compared), strict=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from occbev.benchmarks import Options, Report, Timing, interleaved
 from occbev.geometry import make_transform, rotation_from_rpy
-from occbev.inference.backend import RUNTIMES, BackendError
+from occbev.inference.backend import RUNTIMES, BackendError, RunSettings
 from occbev.inference.pipeline import STAGES, Pipeline
 from occbev.model_package import ModelPackage, find_package
 from occbev.postprocess import decode_occupancy
@@ -118,7 +118,7 @@ def _pipelines(
     lines, skipped = {}, {}
     for name, (runtime, precision) in CHOICES.items():
         try:
-            lines[name] = Pipeline(package, rig, runtime, threads, precision=precision)
+            lines[name] = Pipeline(package, rig, runtime, RunSettings(threads, precision))
         except BackendError as error:
             skipped[name] = str(error)
     if not lines:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
@@ -29,6 +29,10 @@ MARKERS = {
 """Input of a graph -> the form of geometry tables that it tells of."""
 
 
+RANKING = ("occupancy_class", "occupancy_share")
+"""Outputs that take the place of `occupancy_logits`: the two likeliest classes of voxels, and their probabilities."""
+
+
 class BackendError(ValueError):
     """A runtime that cannot be used with this package on this machine, saying what would be needed."""
 
@@ -39,12 +43,14 @@ class Backend(Protocol):
     name: the runtime's name. form: the kind of geometry tables its graph takes, see `MARKERS`.
     device: what it runs on, in words, for reports.
     kept_outputs: how many runs in a row keep their outputs, each until so many later ones began.
+    at_once: how many runs may be under way at a time; more than one only of a `ParallelBackend`.
     """
 
     name: str
     form: str
     device: str
     kept_outputs: int
+    at_once: int
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once on `images (1, N, 3, h, w)`, `camera_valid (1, N)`, `table_*` and, with a memory, `state_*`.
@@ -54,6 +60,29 @@ class Backend(Protocol):
         Returns: the graph's outputs by name. They may be views of the runtime's own buffers, see `kept_outputs`.
         """
         ...
+
+
+class ParallelBackend(Backend, Protocol):
+    """A network that can run on one frame set beside another."""
+
+    def start(self, inputs: Arrays) -> Callable[[], dict[str, NDArray[Any]]]:
+        """Begin a run, see `run`; return what waits for its outputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a network is run, see `load_backend`."""
+
+    threads: int | None = None
+    precision: str = "auto"
+    at_once: int = 1
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "f32"):
+            raise BackendError(f"precision {self.precision!r}: must be auto or f32")
+        if self.at_once not in (1, 2):
+            raise BackendError(f"{self.at_once} frame sets at once: must be 1 or 2")
 
 
 @dataclass(frozen=True)
@@ -124,12 +153,14 @@ def choose_backend(name: str, package: ModelPackage) -> str:
     return fitting[0]
 
 
-def load_backend(package: ModelPackage, cameras: int, name: str = "auto", threads: int | None = None,
-                 precision: str = "auto") -> Backend:  # fmt: skip
+def load_backend(package: ModelPackage, cameras: int, name: str = "auto",
+                 settings: RunSettings | None = None) -> Backend:  # fmt: skip
     """Load the network of a package for a rig of `cameras` cameras.
 
-    name: a key of RUNTIMES, or "auto". threads: CPU threads, None for the runtime's own choice.
-    precision: "auto" lets the runtime use the hardware's fast types (int8, bf16, fp16), "f32" forbids them.
+    name: a key of RUNTIMES, or "auto". settings: CPU threads, None for the runtime's own choice;
+        precision "auto" to let the runtime use the hardware's fast types (int8, bf16, fp16), "f32" to forbid them;
+        frame sets at once, which only OpenVINO heeds: 2 share the threads, so that each takes longer, but both
+        together less than one after the other.
     Raises:
         BackendError: the network cannot take so many cameras, or the runtime is unknown, absent, or cannot load
             this graph.
@@ -139,12 +170,18 @@ def load_backend(package: ModelPackage, cameras: int, name: str = "auto", thread
         raise BackendError(
             f"{package.model.name} takes at most {most} cameras, the rig has {cameras}"
         )
-    if precision not in ("auto", "f32"):
-        raise BackendError(f"precision {precision!r}: must be auto or f32")
     chosen = choose_backend(name, package)
     module = importlib.import_module(f"occbev.inference.{RUNTIMES[chosen].module}")
-    backend: Backend = module.load(package, cameras, threads, precision)
+    backend: Backend = module.load(package, cameras, settings or RunSettings())
     return backend
+
+
+def start(backend: Backend, inputs: Arrays) -> Callable[[], dict[str, NDArray[Any]]]:
+    """Begin a run and return what waits for its outputs; a backend that has one at a time has run by then."""
+    if backend.at_once > 1:
+        return cast(ParallelBackend, backend).start(inputs)
+    outputs = backend.run(inputs)
+    return lambda: outputs
 
 
 def table_form(input_names: Iterable[str]) -> str:

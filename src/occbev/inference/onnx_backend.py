@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from occbev.inference.backend import Arrays, BackendError, table_form
+from occbev.inference.backend import Arrays, BackendError, RunSettings, table_form
 from occbev.model_package import ModelPackage
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -17,7 +17,7 @@ PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 class OnnxBackend:
     """One ONNX Runtime session."""
 
-    name, kept_outputs = "onnxruntime", 1
+    name, kept_outputs, at_once = "onnxruntime", 1, 1
 
     def __init__(self, session: onnxruntime.InferenceSession, cameras: int) -> None:
         self._session = session
@@ -42,12 +42,12 @@ class OnnxBackend:
         return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
 
 
-def load(package: ModelPackage, cameras: int, threads: int | None, precision: str) -> OnnxBackend:
+def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OnnxBackend:
     """Open a session; see `load_backend`. ONNX Runtime computes in the graph's own precision."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
     path = package.path("model.onnx")
     providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 import openvino
 from numpy.typing import NDArray
 
-from occbev.inference.backend import PER_CAMERA, Arrays, BackendError, table_form
+from occbev.inference.backend import (
+    PER_CAMERA,
+    RANKING,
+    Arrays,
+    BackendError,
+    RunSettings,
+    table_form,
+)
 from occbev.model_package import ModelPackage
 
 INT8_GRAPH, GRAPHS = "model_int8.xml", ("model.xml", "model.onnx")
@@ -25,7 +33,10 @@ class OpenVinoBackend:
 
     name, kept_outputs = "openvino", 2
 
-    def __init__(self, compiled: openvino.CompiledModel, int8: bool = False) -> None:
+    def __init__(
+        self, compiled: openvino.CompiledModel, int8: bool = False, at_once: int = 1
+    ) -> None:
+        self.at_once = at_once
         self._requests = cycle([compiled.create_infer_request() for _ in range(self.kept_outputs)])
         self._outputs = [port.get_any_name() for port in compiled.outputs]
         self._inputs = {port.get_any_name() for port in compiled.inputs}
@@ -33,12 +44,25 @@ class OpenVinoBackend:
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.device = f"CPU, {threads} threads, {'int8 and ' if int8 else ''}{precision}"
+        self.device += f", {at_once} frame sets at once" if at_once > 1 else ""
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; the outputs are views that the run after the next overwrites."""
+        return self.start(inputs)()
+
+    def start(self, inputs: Arrays) -> Callable[[], dict[str, NDArray[Any]]]:
+        """Begin a run; return what waits for its outputs, views that the run after the next overwrites."""
         feed = {name: array for name, array in inputs.items() if name in self._inputs}
-        result = next(self._requests).infer(feed, share_inputs=True, share_outputs=True)
-        return {name: result[index] for index, name in enumerate(self._outputs)}
+        request = next(self._requests)
+        request.start_async(feed, share_inputs=True)
+
+        def wait() -> dict[str, NDArray[Any]]:
+            request.wait()
+            feed.clear()  # until here the runtime reads its arrays
+            tensors = map(request.get_output_tensor, range(len(self._outputs)))
+            return {name: tensor.data for name, tensor in zip(self._outputs, tensors, strict=True)}
+
+        return wait
 
 
 @cache
@@ -51,22 +75,25 @@ def shared_core() -> openvino.Core:
     return openvino.Core()
 
 
-def load(
-    package: ModelPackage, cameras: int, threads: int | None, precision: str
-) -> OpenVinoBackend:
+def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OpenVinoBackend:
     """Read, reshape to the rig and compile; see `load_backend`."""
     core = shared_core()
-    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
-    if precision == "f32":
+    options: dict[str, Any] = (
+        {"PERFORMANCE_HINT": "LATENCY"}
+        if settings.at_once == 1
+        else {"NUM_STREAMS": settings.at_once}
+    )
+    if settings.threads is not None:
+        options["INFERENCE_NUM_THREADS"] = settings.threads
+    if settings.precision == "f32":
         options["INFERENCE_PRECISION_HINT"] = "f32"
-    int8 = precision == "auto" and package.has(INT8_GRAPH) and multiplies_bytes()
+    int8 = settings.precision == "auto" and package.has(INT8_GRAPH) and multiplies_bytes()
     path = package.path(INT8_GRAPH) if int8 else package.path(*GRAPHS)
     try:
         graph = core.read_model(path)
         graph.reshape(_shapes(graph, cameras))
-        return OpenVinoBackend(core.compile_model(graph, "CPU", options), int8)
+        _leave_out_logits(graph)
+        return OpenVinoBackend(core.compile_model(graph, "CPU", options), int8, settings.at_once)
     except RuntimeError as error:
         raise BackendError(
             f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {error}"
@@ -82,6 +109,13 @@ def multiplies_bytes() -> bool:
         return False
     flags = next((line for line in lines if line.startswith("flags")), "")
     return not BYTE_PRODUCTS.isdisjoint(flags.split())
+
+
+def _leave_out_logits(graph: openvino.Model) -> None:
+    """Do not compute the logits of voxels where the graph ranks their classes: nothing else is decoded."""
+    results = {port.get_any_name(): port.get_node() for port in graph.outputs}
+    if set(RANKING) <= set(results) and "occupancy_logits" in results:
+        graph.remove_result(results["occupancy_logits"])
 
 
 def _shapes(graph: openvino.Model, cameras: int) -> dict[str, openvino.PartialShape]:

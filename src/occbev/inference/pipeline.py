@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from occbev.config import ModelConfig
 from occbev.geometry import frame2ego, invert_transform
-from occbev.inference.backend import Arrays, Backend, load_backend
+from occbev.inference.backend import (
+    RANKING,
+    Arrays,
+    Backend,
+    RunSettings,
+    load_backend,
+    start,
+)
 from occbev.inference.memory import Memory
 from occbev.inference.tables import TableCache
 from occbev.model_package import ModelPackage, find_package
@@ -26,6 +34,7 @@ from occbev.postprocess import (
     OutputError,
     decode_boxes,
     decode_occupancy,
+    decode_ranking,
     move_boxes,
     unobserved,
     voxels_in_view,
@@ -52,11 +61,12 @@ class Pipeline:
     """
 
     def __init__(self, package: ModelPackage | Path | str, rig: CameraRig, backend: str | Backend = "auto",
-                 threads: int | None = None, decoding: BoxDecoding | None = None, precision: str = "auto") -> None:  # fmt: skip
+                 settings: RunSettings | None = None, decoding: BoxDecoding | None = None) -> None:  # fmt: skip
         """Load a network for a rig.
 
         package: loaded, or its folder, or the name of a shipped one. rig: cameras at the size they deliver.
-        backend: a runtime's name (see `load_backend`) or a loaded backend. decoding: None for the defaults.
+        backend: a runtime's name (see `load_backend`) or a loaded backend. settings: for the former.
+            A network with a memory runs on one set at a time, whatever they say. decoding: None for the defaults.
         """
         self.package = (
             package
@@ -64,9 +74,13 @@ class Pipeline:
             else ModelPackage.load(find_package(package))
         )
         self.decoding = decoding or BoxDecoding()
-        self._wanted, self._threads, self._precision = backend, threads, precision
+        self._wanted, self._settings = backend, settings or RunSettings()
+        if self.package.model.past_frames:
+            self._settings = replace(self._settings, at_once=1)
         self._preprocessor = Preprocessor(self.package.model.image)
-        self._pool = ThreadPoolExecutor(min(4, threads or os.cpu_count() or 1), "decode")
+        self._pool = ThreadPoolExecutor(
+            min(4, self._settings.threads or os.cpu_count() or 1), "decode"
+        )
         self._memory = Memory(self.package.model)
         self._loaded_for = 0
         self.set_rig(rig)
@@ -83,7 +97,7 @@ class Pipeline:
             self._tables = TableCache(self.package.model, self.backend.form)
             self._loaded_for = len(rig)
         self.rig = rig
-        self._view: tuple[str, NDArray[np.bool_]] | None = None
+        self._view: _View | None = None
 
     @property
     def remembers(self) -> bool:
@@ -109,6 +123,7 @@ class Pipeline:
         """Run the network on one frame set as `run` does; return what decodes its outputs, to be called once.
 
         That may happen in another thread while the next set has begun, but must end before the one after is begun.
+        With two frame sets at once the network only has begun, and what is returned waits for it.
         """
         if not frame_set.cameras:
             raise ValueError(
@@ -125,10 +140,15 @@ class Pipeline:
         past = self._memory.inputs(frame_set.stamp_ns, pose)
         clock.append(time.perf_counter_ns())
         images, valid = prepared.images[None], prepared.camera_valid[None]
-        outputs = self.backend.run({"images": images, "camera_valid": valid, **tables, **past})
-        clock.append(time.perf_counter_ns())
+        wait = start(self.backend, {"images": images, "camera_valid": valid, **tables, **past})
+        has_run = self.backend.at_once == 1
+        if has_run:
+            clock.append(time.perf_counter_ns())
 
         def finish() -> Perception:
+            outputs = wait()
+            if not has_run:
+                clock.append(time.perf_counter_ns())
             return self._finished(outputs, prepared, frame_set, clock)
 
         if self.backend.kept_outputs > 1 and not self._memory.active:
@@ -138,7 +158,7 @@ class Pipeline:
         except OutputError:
             self._memory.forget()  # what cannot be decoded is nothing to build on
             raise
-        self._memory.keep(outputs, frame_set.stamp_ns, pose)
+        self._memory.keep(wait(), frame_set.stamp_ns, pose)
         return lambda: perception
 
     def _finished(
@@ -166,7 +186,7 @@ class Pipeline:
                 **Memory(self.package.model).inputs(0, None),
             }
         )
-        self._in_view(prepared.rig)
+        self._observed(prepared.rig, np.ones(len(self.rig), np.float32))
 
     def close(self) -> None:
         """End the decoding threads."""
@@ -174,7 +194,7 @@ class Pipeline:
 
     def _load(self, cameras: int) -> Backend:
         if isinstance(self._wanted, str):
-            return load_backend(self.package, cameras, self._wanted, self._threads, self._precision)
+            return load_backend(self.package, cameras, self._wanted, self._settings)
         return self._wanted
 
     def _moved(
@@ -195,25 +215,58 @@ class Pipeline:
         """Decode what the network says; boxes that it does not predict are none, voxels are unobserved."""
         model = self.package.model
         boxes = boxes_of(outputs, model, self.decoding, cameras)
-        if "occupancy_logits" not in outputs:
+        if not predicts_voxels(outputs):
             if boxes is None:
                 absent = [name for name in OUTPUTS if name not in outputs]
                 raise OutputError(
                     f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}"
                 )
             return boxes, unobserved(model.grid, cameras)
-        observed = np.any(self._in_view(prepared.rig)[prepared.camera_valid > 0], axis=0)
-        logits = outputs["occupancy_logits"][0]
-        occupancy = decode_occupancy(
-            logits, model.grid, cameras, observed, model.occupancy.min_free, self._pool
-        )
+        observed = self._observed(prepared.rig, prepared.camera_valid)
+        min_free = model.occupancy.min_free
+        occupancy = voxels_of(outputs, model, min_free, cameras, observed, self._pool)
         return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
 
-    def _in_view(self, rig: CameraRig) -> NDArray[np.bool_]:
-        """The voxels each camera sees, kept for the last rig: projecting a whole grid takes longer than the network."""
-        if self._view is None or self._view[0] != rig.hash:
-            self._view = (rig.hash, voxels_in_view(rig, self.package.model.grid))
-        return self._view[1]
+    def _observed(self, rig: CameraRig, camera_valid: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """The voxels that some valid camera sees, kept for the last rig: projecting a grid takes longer than a network."""
+        view = self._view  # the other thread may take another rig
+        if view is None or view.rig_hash != rig.hash:
+            view = self._view = _View(rig.hash, voxels_in_view(rig, self.package.model.grid))
+        return view.observed(camera_valid > 0)
+
+
+@dataclass
+class _View:
+    """What the cameras of a rig see; in_view: (N, X, Y, Z)."""
+
+    rig_hash: str
+    in_view: NDArray[np.bool_]
+    _last: tuple[bytes, NDArray[np.bool_]] | None = None
+
+    def observed(self, valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The voxels (X, Y, Z) that one of the valid (N,) cameras sees."""
+        if self._last is None or self._last[0] != valid.tobytes():
+            self._last = valid.tobytes(), np.any(self.in_view[valid], axis=0)
+        return self._last[1]
+
+
+def predicts_voxels(outputs: Collection[str]) -> bool:
+    """Whether a graph with these outputs says something of voxels."""
+    return "occupancy_logits" in outputs or set(RANKING) <= set(outputs)
+
+
+def voxels_of(outputs: Arrays, model: ModelConfig, min_free: float, cameras: tuple[str, ...] = (),
+              observed: NDArray[np.bool_] | None = None, pool: Executor | None = None) -> Occupancy:  # fmt: skip
+    """Decode occupancy in base_link from a graph's outputs for one frame: ranked classes or logits.
+
+    min_free: least probability of free for a voxel to be free. observed, pool: see `decode_occupancy`.
+    """
+    if set(RANKING) <= set(outputs):
+        ranked = outputs["occupancy_class"][0], outputs["occupancy_share"][0]
+        free = len(model.occupancy_classes) - 1
+        return decode_ranking(*ranked, free, model.grid, cameras, observed, min_free)
+    logits = outputs["occupancy_logits"][0]
+    return decode_occupancy(logits, model.grid, cameras, observed, min_free, pool)
 
 
 def boxes_of(

@@ -16,7 +16,7 @@ import tensorrt
 from cuda.bindings import runtime as cuda
 from numpy.typing import NDArray
 
-from occbev.inference.backend import PER_CAMERA, Arrays, BackendError, table_form
+from occbev.inference.backend import PER_CAMERA, Arrays, BackendError, RunSettings, table_form
 from occbev.model_package import ModelPackage
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "occbev" / "tensorrt"
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger(__name__)
 class TensorRtBackend:
     """An engine with one buffer on the device for each input and output."""
 
-    name, kept_outputs = "tensorrt", 1
+    name, kept_outputs, at_once = "tensorrt", 1, 1
 
     def __init__(self, engine: Any, device: str, path: Path) -> None:
         self._engine, self.device, self._path = engine, device, path
@@ -79,11 +79,9 @@ class TensorRtBackend:
         _checked(cuda.cudaMemcpyAsync(target, source, self._host[name].nbytes, kind, self._stream))
 
 
-def load(
-    package: ModelPackage, cameras: int, threads: int | None, precision: str
-) -> TensorRtBackend:
+def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TensorRtBackend:
     """Take the engine from the cache or build it, which takes minutes; see `load_backend`."""
-    properties = _checked(cuda.cudaGetDeviceProperties(0))
+    properties, precision = _checked(cuda.cudaGetDeviceProperties(0)), settings.precision
     device = properties.name.split(b"\0")[0].decode()
     key = f"{package.hash}-{cameras}-{device}-sm{properties.major}{properties.minor}-{tensorrt.__version__}-{precision}"
     path = CACHE / (re.sub(r"[^A-Za-z0-9.]+", "-", key) + ".engine")

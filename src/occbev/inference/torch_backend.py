@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from occbev.inference.backend import Arrays, BackendError
+from occbev.inference.backend import Arrays, BackendError, RunSettings
 from occbev.model_package import ModelPackage
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
@@ -18,7 +18,7 @@ from occbev_training.models.graphs import Graph, GraphError, make_graph
 class TorchBackend:
     """The network in eval mode on one device."""
 
-    name, kept_outputs = "torch", 1
+    name, kept_outputs, at_once = "torch", 1, 1
 
     def __init__(self, graph: Graph, device: torch.device, low_precision: bool) -> None:
         self._graph, self.form = graph.eval().to(device), graph.form
@@ -39,10 +39,10 @@ class TorchBackend:
         return dict(zip(self._graph.outputs, arrays, strict=True))
 
 
-def load(package: ModelPackage, cameras: int, threads: int | None, precision: str) -> TorchBackend:
-    """Build the network and load its weights; it takes any number of cameras. `threads` is set process-wide."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TorchBackend:
+    """Build the network and load its weights; it takes any number of cameras. Threads are set process-wide."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     path = package.path("weights.safetensors")
     network = build_model(package.model, "finetune")
     try:
@@ -55,4 +55,4 @@ def load(package: ModelPackage, cameras: int, threads: int | None, precision: st
             f"{error}; was it exported by another version of occbev_training?"
         ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TorchBackend(graph, device, precision == "auto" and device.type == "cuda")
+    return TorchBackend(graph, device, settings.precision == "auto" and device.type == "cuda")

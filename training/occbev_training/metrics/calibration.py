@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import OCCUPANCY_CLASSES
-from occbev.grid import VoxelGrid
-from occbev.postprocess import decode_occupancy
+from occbev.results import Occupancy
 from occbev_training.metrics.occupancy import confusion, mean_iou, occupied_iou
 
 MIN_FREE = np.round(np.linspace(0, 1, 201), 3).astype(np.float32)
@@ -45,12 +44,12 @@ class FreeThreshold:
         # [i, truth, other]: voxels that thresholds from the i-th on turn from free to their likeliest other class.
         self._doubtful = np.zeros((len(MIN_FREE) + 1, self.classes, self.classes), np.int64)
 
-    def add(self, truth: NDArray[np.uint8], logits: NDArray[np.float32], mask: NDArray[np.bool_],
-            grid: VoxelGrid) -> None:  # fmt: skip
-        """Count one sample. truth, mask: (X, Y, Z). logits: (K, Z, Y, X), the last class free."""
+    def add(self, truth: NDArray[np.uint8], decode: Callable[[float], Occupancy],
+            mask: NDArray[np.bool_]) -> None:  # fmt: skip
+        """Count one sample. truth, mask: (X, Y, Z). decode: what the network says at a threshold; the last class is free."""
         free = self.classes - 1
-        likeliest = decode_occupancy(logits, grid)
-        other = decode_occupancy(logits, grid, min_free=_ABOVE_ALL).label
+        likeliest = decode(0.0)
+        other = decode(_ABOVE_ALL).label
         called_free = likeliest.label == free
         self._sure += confusion(truth, likeliest.label, mask & ~called_free, self.classes)
         counted = mask & called_free & (truth < self.classes)

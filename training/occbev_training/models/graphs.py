@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from occbev.inference.backend import RANKING
 from occbev.inference.tables import GATHER_STAGES
 from occbev_training.models.bevdet import BevDetNetwork
 from occbev_training.models.bevformer import BevFormerViews, CameraSlots, Motion
@@ -93,7 +94,7 @@ class LiftGraph(Graph):
         """
         network = self.network
         if not self.temporal:
-            return self._selected(network.heads(bev))
+            return self._selected(self._heads(bev))
         assert state_in_bev is not None
         assert state_known is not None
         assert table_warp is not None
@@ -102,8 +103,11 @@ class LiftGraph(Graph):
         past = stand_in + state_known * (warp_bev(state_in_bev, table_warp) - stand_in)
         history = past.split(bev.shape[1], 1)
         state = torch.cat([bev, *history[:-1]], 1)
-        heads = network.heads(network.temporal(bev, history))
+        heads = self._heads(network.temporal(bev, history))
         return self._selected({**heads, "state_out_bev": state})
+
+    def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
+        return self.network.heads(bev)
 
     def _selected(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
         if "box" in self.outputs and self.tasks:
@@ -139,6 +143,21 @@ class BagGraph(LiftGraph):
         features = self.network.image_encoder(images.flatten(0, 1))
         bev, _ = self.network.view_transform(features, camera_valid, points)
         return self.answer(bev, state_in_bev, state_known, table_warp)
+
+
+class RankedGraph(BagGraph):
+    """The same, which also ranks the classes of every voxel; for one of our own networks.
+
+    A runtime that decides on voxels needs nothing else of them, and leaves the logits out.
+    """
+
+    def __init__(self, network: OccBevNetwork) -> None:
+        super().__init__(network)
+        if "occupancy_logits" in self.outputs:
+            self.outputs += RANKING
+
+    def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
+        return self.network.ranked_heads(bev)
 
 
 class GatherGraph(LiftGraph):
@@ -229,13 +248,19 @@ class Detr3dGraph(Graph):
         return _answers(output, self.outputs)
 
 
+LIFT_FORMS: Mapping[str, type[LiftGraph]] = {
+    "bag": BagGraph, "ranked": RankedGraph, "gather": GatherGraph,
+}  # fmt: skip
+"""Form of a Lift-Splat graph -> its class."""
+
+
 def make_graph(network: nn.Module, lift_form: str = "gather") -> Graph:
-    """Make the graph of a network of any family; lift_form: "gather" or "bag", for Lift-Splat.
+    """Make the graph of a network of any family; lift_form: a key of LIFT_FORMS, for Lift-Splat.
 
     Raises: GraphError if it has none.
     """
     if isinstance(network, OccBevNetwork):
-        return GatherGraph(network) if lift_form == "gather" else BagGraph(network)
+        return LIFT_FORMS[lift_form](network)
     if isinstance(network, BevFormerNetwork):
         return BevFormerGraph(network)
     if isinstance(network, Detr3dNetwork):

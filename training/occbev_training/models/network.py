@@ -123,12 +123,29 @@ class OccBevNetwork(nn.Module):
     def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         """Encode the splatted BEV (B, C, Y, X) and run the heads; the fields of `NetworkOutput`."""
         bev = self.bev_encoder(bev)
-        heatmap, box = self.detection_head(bev) if self.detection_head else (None, None)
         return {
             "reconstruction_logits": self.occupancy_decoder(bev)
             if self.occupancy_decoder
             else None,
             "occupancy_logits": self.occupancy_head(bev) if self.occupancy_head else None,
-            "heatmap": heatmap,
-            "box": box,
+            **self.centres(bev),
         }
+
+    def ranked_heads(self, bev: Tensor) -> dict[str, Tensor | None]:
+        """Run the heads of fine-tuning as `heads` does, and rank the classes of voxels: see `OccupancyDecoder.ranking`.
+
+        Returns: `occupancy_logits`, `occupancy_class`, `occupancy_share`, `heatmap`, `box`.
+        """
+        bev = self.bev_encoder(bev)
+        answers: dict[str, Tensor | None] = self.centres(bev)
+        if self.occupancy_head is not None:
+            cells = self.occupancy_head.cells(bev)
+            label, share = self.occupancy_head.ranking(cells)
+            answers |= {"occupancy_class": label, "occupancy_share": share}
+            answers["occupancy_logits"] = self.occupancy_head.logits(cells)
+        return answers
+
+    def centres(self, bev: Tensor) -> dict[str, Tensor | None]:
+        """Run the detection head on the encoded BEV; `heatmap` and `box`."""
+        heatmap, box = self.detection_head(bev) if self.detection_head else (None, None)
+        return {"heatmap": heatmap, "box": box}

@@ -17,6 +17,9 @@ from occbev_training.models.layers import ResidualBlock, conv_bn_relu
 SUBPIXEL = 2
 """The plane is decoded at this many voxels per cell along x and y."""
 
+RANKED_AT_ONCE = 10_000
+"""Cells whose voxels are ranked at a time: 18 classes of them fit a 3 MB cache."""
+
 
 class OccupancyDecoder(nn.Module):
     """Resample the BEV to the voxel grid's plane, unfold heights, refine in 3D, classify voxels."""
@@ -45,12 +48,32 @@ class OccupancyDecoder(nn.Module):
 
     def forward(self, bev: Tensor) -> Tensor:
         """Turn BEV features (B, C, Y, X) into voxel logits (B, K, Z, Y, X) of the occupancy grid."""
-        plane = self.rows @ self.trunk.reduce(bev) @ self.columns.T
-        voxels = self.trunk(plane)
-        logits = self.classifier.weight @ voxels.flatten(
-            2
-        )  # a matrix product keeps (B, K, Z, Y, X)
-        return logits.unflatten(2, voxels.shape[2:])
+        return self.logits(self.cells(bev))
+
+    def cells(self, bev: Tensor) -> Tensor:
+        """Turn BEV features (B, C, Y, X) into what `logits` and `ranking` take, see `VoxelTrunk.cells`."""
+        return self.trunk.cells(self.rows @ self.trunk.reduce(bev) @ self.columns.T)
+
+    def logits(self, cells: Tensor) -> Tensor:
+        """Classify every voxel: (B, K, Z, Y, X)."""
+        voxels = interleave(cells)
+        # A matrix product keeps (B, K, Z, Y, X).
+        return (self.classifier.weight @ voxels.flatten(2)).unflatten(2, voxels.shape[2:])
+
+    def ranking(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two likeliest classes of every voxel and their probabilities, the likeliest first.
+
+        Both (B, 2, 2, 2, Z, Y / 2, X / 2): sub-cell along y, sub-cell along x, rank. Classes are uint8.
+        All that a decision needs of the logits, in a tenth of their size, and never all of the logits at once.
+        """
+        features = cells.unflatten(1, (SUBPIXEL**2, -1)).flatten(3)  # (B, 4, F, Z * Y / 2 * X / 2)
+        labels, shares = [], []
+        for part in features.split(RANKED_AT_ONCE, 3):
+            share, label = torch.softmax(self.classifier.weight @ part, 2).topk(2, 2)
+            labels.append(label.to(torch.uint8))
+            shares.append(share)
+        shape = (len(cells), SUBPIXEL, SUBPIXEL, 2, *cells.shape[2:])
+        return torch.cat(labels, 3).reshape(shape), torch.cat(shares, 3).reshape(shape)
 
 
 class VoxelTrunk(nn.Module):
@@ -76,10 +99,13 @@ class VoxelTrunk(nn.Module):
 
     def forward(self, plane: Tensor) -> Tensor:
         """Turn the plane (B, C, Y / 2, X / 2) into voxel features (B, F, Z, Y, X)."""
+        return interleave(self.cells(plane))
+
+    def cells(self, plane: Tensor) -> Tensor:
+        """The same before sub-cells are put in their places: (B, 2 * 2 * F, Z, Y / 2, X / 2), sub-cells slowest."""
         voxels = self.unfold(self.plane(plane)).flatten(2)
         voxels = voxels.unflatten(1, (-1, self._heights))  # (B, F, Z, Y / 2 * X / 2)
-        voxels = self.subpixel(voxels + self.refine(voxels))
-        return interleave(voxels.unflatten(3, plane.shape[2:]))
+        return self.subpixel(voxels + self.refine(voxels)).unflatten(3, plane.shape[2:])
 
 
 def start_alike(unfold: nn.Conv2d) -> None:
@@ -102,6 +128,11 @@ def interleave(voxels: Tensor) -> Tensor:
     parts = voxels.view(-1, SUBPIXEL, SUBPIXEL, voxels.shape[1] // SUBPIXEL**2, z, y, x)
     parts = parts.permute(0, 3, 4, 5, 1, 6, 2)  # (B, F, Z, Y, 2, X, 2)
     return parts.reshape(-1, parts.shape[1], z, y * SUBPIXEL, x * SUBPIXEL)
+
+
+def volume_of_ranks(ranked: Tensor) -> Tensor:
+    """Turn what `OccupancyDecoder.ranking` returns, (B, 2, 2, R, Z, Y, X), into (B, R, Z * 2 * Y * 2 * X)."""
+    return interleave(ranked.flatten(1, 3)).flatten(2)
 
 
 def resampling(bev: BevGrid, grid: VoxelGrid, axis: int) -> NDArray[np.float32]:
