@@ -39,7 +39,7 @@ def test_a_job_that_outlasts_the_end_is_given_up() -> None:
     def handle(job: int) -> None:
         started.set()
         go.wait(SECONDS)
-        claims.append(worker.claim())
+        claims.append(worker.claim(job))
         raise ValueError("nobody is told of it")
 
     worker = Worker(handle, fail)
@@ -49,7 +49,8 @@ def test_a_job_that_outlasts_the_end_is_given_up() -> None:
     assert worker.stop(0.05) == [1, 2]
     assert not worker.ended
     go.set()
-    worker._thread.join(SECONDS)
+    for thread in worker._threads:
+        thread.join(SECONDS)
     assert (worker.ended, claims) == (True, [False])
 
 
@@ -57,7 +58,7 @@ def test_the_end_waits_for_results_that_are_on_their_way_out() -> None:
     claimed, go, done = threading.Event(), threading.Event(), []
 
     def handle(job: int) -> None:
-        assert worker.claim()
+        assert worker.claim(job)
         claimed.set()
         go.wait(SECONDS)
         done.append(job)
@@ -86,7 +87,7 @@ def test_the_rest_of_a_job_runs_beside_the_next_one_but_never_beside_the_one_aft
     go, events, done = threading.Event(), [], threading.Event()
 
     def handle(job: int) -> Callable[[], None]:
-        assert worker.claim()
+        assert worker.claim(job)
         events.append(f"begin {job}")
         return lambda: rest(job)
 
@@ -119,7 +120,7 @@ def test_the_end_waits_for_rests_and_their_errors_are_reported() -> None:
         time.sleep(0.2)
         raise ValueError("nobody listens")
 
-    worker = Worker(lambda job: rest if worker.claim() else None, lambda *e: errors.append(e))
+    worker = Worker(lambda job: rest if worker.claim(job) else None, lambda *e: errors.append(e))
     worker.put(7)
     assert begun.wait(SECONDS)
     assert worker.stop(0.05) == []

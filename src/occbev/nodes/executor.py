@@ -15,7 +15,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.service import Service
 from rclpy.waitable import Waitable
 
-GATHER_S = 0.004
+GATHER_S = 0.010
 """Pause before messages are asked for, so that one question brings several; far below what a camera waits for."""
 
 RARELY_S = 0.05

@@ -113,6 +113,8 @@ class PerceptionParameters:
     """Inference runtime: openvino, onnxruntime, tensorrt, torch or auto."""
     threads: int = bounded(0, 0, 256)
     """CPU threads of the runtime; 0 leaves it to the runtime."""
+    sets_at_once: int = bounded(0, 0, 2)
+    """Sets in the network at once, OpenVINO's: 1 for least latency, 2 for most sets; 0: 2 on one or two cores, else 1."""
     rig: str = ""
     """Rig YAML to use in place of CameraInfo and TF; empty: calibration comes from the topics."""
     base_frame: str = "base_link"

@@ -5,10 +5,12 @@ Shared by the live node and offline replay; it imports no ROS.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from occbev.grid import VoxelGrid
+from occbev.inference.backend import RunSettings
 from occbev.inference.pipeline import Pipeline
 from occbev.nodes.calibration import placeholder
 from occbev.nodes.intake import Decode, Work
@@ -17,6 +19,9 @@ from occbev.postprocess import BoxDecoding
 from occbev.preprocess import ImageError
 from occbev.results import FrameSet, Perception
 from occbev.rig import CameraRig
+
+FEW_CORES = 2
+"""On so many cores or fewer two sets at once get more sets done: threads that share one wait for each other too long."""
 
 Complain = Callable[[str, str], None]
 """Called with what a problem is about and with its text."""
@@ -71,9 +76,8 @@ class LoadedPipeline:
         """Load what the parameters name; calibration comes later by `set_rig`."""
         rig = CameraRig(tuple(placeholder(name) for name in parameters.names))
         self._pipeline = Pipeline(
-            parameters.model, rig, parameters.backend, parameters.threads or None,
-            _decoding(parameters),
-        )  # fmt: skip
+            parameters.model, rig, parameters.backend, _settings(parameters), _decoding(parameters)
+        )
         self._pipeline.warm_up()
         self.grid = self._pipeline.package.model.grid
         self.decode: Decode = self._pipeline.preprocessor.decode
@@ -98,6 +102,11 @@ class LoadedPipeline:
             "model": package.model.name, "package": str(package.folder), "hash": package.hash,
             "runtime": backend.name, "device": backend.device, **getattr(backend, "about", dict)(),
         }  # fmt: skip
+
+
+def _settings(parameters: PerceptionParameters) -> RunSettings:
+    at_once = parameters.sets_at_once or (2 if (os.cpu_count() or 1) <= FEW_CORES else 1)
+    return RunSettings(parameters.threads or None, at_once=at_once)
 
 
 def _decoding(parameters: PerceptionParameters) -> BoxDecoding:

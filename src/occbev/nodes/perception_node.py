@@ -74,11 +74,9 @@ KEPT_LATENCIES = 200
 
 @dataclass(frozen=True)
 class Moments:
-    """When a set was begun, had run, was taken up by the second thread, was decoded and was out (monotonic)."""
+    """When a set was begun, was decoded and was out (monotonic)."""
 
     begin_ns: int
-    run_ns: int
-    resumed_ns: int
     decoded_ns: int
     published_ns: int
 
@@ -344,7 +342,7 @@ class PerceptionNode(LifecycleNode):
                 self.ledger.record(stamp_ns, reason)
 
     def _process(self, job: Job) -> Rest | None:
-        """Worker's first thread: one set through the network."""
+        """Worker's first thread: one set into the network."""
         intake, pipeline, worker = self._intake, self._pipeline, self._worker
         assert intake is not None
         assert pipeline is not None
@@ -356,24 +354,26 @@ class PerceptionNode(LifecycleNode):
         if work.motion_problem:
             self._complain("motion", uncompensated(work.motion_problem))
         finish = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
-        if not worker.claim():
-            return None
-        if finish is None:
+        if finish is not None:
+            return partial(self._finish, worker, job, work, finish, begin_ns)
+        if worker.claim(job):
             self._complain(
                 "too few",
                 f"nothing is published: fewer than {self.parameters.sync.min_cameras} usable cameras",
             )
             self.ledger.record(job.stamp_ns, "too_few_cameras")
-            return None
-        return partial(self._finish, job, work, finish, begin_ns, time.monotonic_ns())
+        return None
 
-    def _finish(self, job: Job, work: Work, finish: Finish, begin_ns: int, run_ns: int) -> None:
-        """Worker's second thread: decode what the network said, publish and book it."""
-        resumed_ns = time.monotonic_ns()
+    def _finish(
+        self, worker: Worker[Job], job: Job, work: Work, finish: Finish, begin_ns: int
+    ) -> None:
+        """Worker's second thread: take what the network said, decode, publish and book it."""
         perception = finish()
+        if not worker.claim(job):
+            return
         decoded_ns = time.monotonic_ns()
         published = self._publish(perception)
-        moments = Moments(begin_ns, run_ns, resumed_ns, decoded_ns, time.monotonic_ns())
+        moments = Moments(begin_ns, decoded_ns, time.monotonic_ns())
         self._enter(job, work, perception, moments, published)
 
     def _publish(self, perception: Perception) -> list[str]:
@@ -397,10 +397,10 @@ class PerceptionNode(LifecycleNode):
         """Book a processed set: images, missing cameras, the latency of every stage."""
         end_ns = moments.published_ns
         stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
+        # What the stages do not account for is waiting, in the mailbox or for the set before.
+        stages["queue"] = (moments.decoded_ns - job.emitted_ns) / 1e6 - sum(stages.values())
         stages["decode"] = stages.get("decode", 0.0) + work.decode_ns / 1e6
         stages["sync"] = (job.emitted_ns - job.arrival_ns) / 1e6
-        waited_ns = moments.begin_ns - job.emitted_ns + moments.resumed_ns - moments.run_ns
-        stages["queue"] = waited_ns / 1e6
         stages["publish"] = (end_ns - moments.decoded_ns) / 1e6
         stages["total"] = (end_ns - job.arrival_ns) / 1e6
         rhythm = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}

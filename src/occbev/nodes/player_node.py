@@ -26,7 +26,7 @@ from occbev.nodes.parameters import PerceptionParameters
 from occbev.nodes.perception_node import message_class, qos_profile
 from occbev.nodes.transport import SETTLE_S
 
-CLOCK_STEP_NS = 10_000_000
+CLOCK_STEP_NS = 25_000_000
 """Bag time between two messages on /clock."""
 
 PLAYED = Quality("reliable", depth=20)

@@ -1,6 +1,6 @@
 """Two threads behind a small mailbox: the newest job wins, a replaced one is handed back to be counted.
 
-One thread does the work of a job, the other hands out its result while the next job is worked on.
+One thread begins a job, the other ends it and hands out its result while the next job has begun.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -22,8 +22,8 @@ class Worker(Generic[T]):
     """Runs `handle(job)` in its own thread, and what it returns, if anything, in a second one.
 
     Rests run one at a time and in order; the one of a job ends before the next job but one begins.
-    What either raises goes to `on_error`. `handle` calls `claim` before anyone else learns of its result: a job that
-    outlasts `stop` is given up there.
+    What either raises goes to `on_error`. Either calls `claim` before anyone else learns of the job's result: a job
+    that outlasts `stop` is given up there.
     """
 
     def __init__(
@@ -35,19 +35,21 @@ class Worker(Generic[T]):
         self._handle, self._on_error, self._slots = handle, on_error, slots
         self._changed = threading.Condition()
         self._jobs: deque[T] = deque()
-        self._running: list[T] = []
-        self._claimed = False
-        self._stopping = False
-        self._given_up = False
-        self._finisher = ThreadPoolExecutor(1, "results")
-        self._rest: Future[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="perception", daemon=True)
-        self._thread.start()
+        self._unclaimed: list[T] = []
+        self._given_up: list[T] = []
+        self._stopping = self._all_begun = False
+        self._rest: tuple[T, Rest] | None = None
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in ((self._begin_jobs, "perception"), (self._end_jobs, "results"))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def ended(self) -> bool:
-        """Whether the thread is over; after `stop` it is not where the running job takes too long."""
-        return not self._thread.is_alive()
+        """Whether the threads are over; after `stop` they are not where a job that has begun takes too long."""
+        return not any(thread.is_alive() for thread in self._threads)
 
     def put(self, job: T) -> T | None:
         """Hand in a job; return the oldest one if the mailbox was full, or this one after `stop`."""
@@ -59,51 +61,68 @@ class Worker(Generic[T]):
             self._changed.notify_all()
             return replaced
 
-    def claim(self) -> bool:
-        """From within `handle`: whether the running job may still have results; from now on `stop` waits for it."""
+    def claim(self, job: T) -> bool:
+        """Whether a job may still have results, asked by `handle` or its rest; from now on `stop` waits for it."""
         with self._changed:
-            self._claimed = not self._given_up
-            return self._claimed
+            if any(job is other for other in self._given_up):
+                return False
+            self._forget(job)
+            return True
 
     def stop(self, timeout_s: float = 1.5) -> list[T]:
-        """End the threads after the running job; return what waited, and before it the running job if it was given up."""
+        """End the threads after the jobs that have begun; return those that were given up, then those that waited."""
         with self._changed:
             self._stopping = True
-            left = list(self._jobs)
+            waiting = list(self._jobs)
             self._jobs.clear()
             self._changed.notify_all()
-        self._thread.join(timeout_s)
-        with self._changed:
-            self._given_up = not self._claimed
-            if self._given_up:
-                left = self._running + left
+            self._changed.wait_for(lambda: not self._unclaimed, timeout_s)
+            self._given_up, self._unclaimed = self._unclaimed, []
         if not self._given_up:
-            self._thread.join()
-        self._finisher.shutdown()
-        return left
+            for thread in self._threads:
+                thread.join()
+        return self._given_up + waiting
 
-    def _run(self) -> None:
+    def _begin_jobs(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or bool(self._jobs))
                 if self._stopping:
+                    self._all_begun = True
+                    self._changed.notify_all()
                     return
                 job = self._jobs.popleft()
-                self._running, self._claimed = [job], False
-            try:
-                rest = self._handle(job)
-                if self._rest is not None:
-                    self._rest.result()
-                if rest is not None:
-                    self._rest = self._finisher.submit(self._finish, job, rest)
-            except Exception as error:  # the thread must outlive any one frame
-                if self.claim():
-                    self._on_error(job, error)
+                self._unclaimed.append(job)
+            rest = self._attempt(job, partial(self._handle, job))
             with self._changed:
-                self._running, self._claimed = [], False
+                self._changed.wait_for(lambda: self._rest is None)
+                if rest is None:
+                    self._forget(job)
+                else:
+                    self._rest = (job, rest)
+                    self._changed.notify_all()
 
-    def _finish(self, job: T, rest: Rest) -> None:
+    def _end_jobs(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._rest is not None or self._all_begun)
+                if self._rest is None:
+                    return
+                job, rest = self._rest
+            self._attempt(job, rest)
+            with self._changed:
+                self._rest = None
+                self._forget(job)
+
+    def _attempt(self, job: T, work: Callable[[], Rest | None]) -> Rest | None:
         try:
-            rest()
-        except Exception as error:
-            self._on_error(job, error)
+            return work()
+        except Exception as error:  # the threads must outlive any one job
+            if self.claim(job):
+                self._on_error(job, error)
+            return None
+
+    def _forget(self, job: T) -> None:
+        """Wait for a job no longer; called with the lock."""
+        self._unclaimed = [other for other in self._unclaimed if other is not job]
+        self._changed.notify_all()
