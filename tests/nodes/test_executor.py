@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 
@@ -12,7 +11,7 @@ pytest.importorskip("rclpy", reason="needs ROS 2")
 
 import rclpy
 from rcl_interfaces.srv import GetParameters
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.service import Service
 from rclpy.waitable import Waitable
 from std_msgs.msg import Int32
@@ -32,11 +31,7 @@ def test_messages_and_services_come_through_and_the_end_of_the_context_ends_it()
     executor.add_node(node)
     asking.add_node(other)
 
-    def spin() -> None:
-        with contextlib.suppress(ExternalShutdownException):
-            executor.spin()
-
-    thread = threading.Thread(target=spin, daemon=True)
+    thread = threading.Thread(target=executor.spin, daemon=True)
     thread.start()
     assert client.wait_for_service(10)
     while not publisher.get_subscription_count():

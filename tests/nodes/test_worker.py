@@ -125,3 +125,22 @@ def test_the_end_waits_for_rests_and_their_errors_are_reported() -> None:
     assert begun.wait(SECONDS)
     assert worker.stop(0.05) == []
     assert [(job, str(error)) for job, error in errors] == [(7, "nobody listens")]
+
+
+def test_a_rest_that_outlasts_the_end_is_given_up_as_well() -> None:
+    begun, go, claims = threading.Event(), threading.Event(), []
+
+    def rest() -> None:
+        begun.set()
+        go.wait(SECONDS)
+        claims.append(worker.claim(1))
+
+    worker = Worker(lambda job: rest, fail)
+    worker.put(1)
+    assert begun.wait(SECONDS)
+    assert worker.stop(0.05) == [1]
+    assert not worker.ended
+    go.set()
+    for thread in worker._threads:
+        thread.join(SECONDS)
+    assert (worker.ended, claims) == (True, [False])

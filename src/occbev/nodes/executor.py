@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.service import Service
 from rclpy.waitable import Waitable
 
@@ -45,7 +45,12 @@ class SparingExecutor(SingleThreadedExecutor):
     def spin(self) -> None:
         """Spin until the context is shut down."""
         while rclpy.ok(context=self.context):
-            self.spin_once(timeout_sec=RARELY_S)
+            try:
+                self.spin_once(timeout_sec=RARELY_S)
+            except (ExternalShutdownException, RuntimeError):
+                # It may end at any moment of a turn; what rclpy raises then depends on the moment.
+                if rclpy.ok(context=self.context):
+                    raise
 
     def can_execute(self, entity: Any) -> bool:
         """Whether an entity is asked this time."""
