@@ -94,3 +94,15 @@ def test_it_begins_with_one_direction_per_head_and_equal_trust() -> None:
     assert offsets.shape == (5, 4, 1, 2, 3, 2)
     torch.testing.assert_close(weights, torch.full((5, 4, 1, 2, 3), 1 / 6))
     torch.testing.assert_close(offsets[0, 1, 0, 0], torch.tensor([[0.0, 1], [0, 2], [0, 3]]))
+
+
+@pytest.mark.parametrize("shape", [(5, 128, 24, 8), (40, 8, 500, 32), (3, 4, 1, 8), (1, 1, 1, 1)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_gradients_of_weights_are_products_however_often_a_corner_comes(shape, kind) -> None:
+    bags, size, rows, channels = shape
+    torch.manual_seed(0)
+    corner = torch.randint(0, rows, (bags, size), dtype=torch.int32)
+    table = torch.randn(rows, channels, dtype=kind, requires_grad=True)
+    gradient = torch.randn(bags, channels, dtype=kind)
+    want = (table[corner.long()] * gradient[:, None]).sum(-1)
+    torch.testing.assert_close(da._entry_gradient(gradient, corner, table), want)

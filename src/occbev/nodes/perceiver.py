@@ -21,7 +21,7 @@ from occbev.results import FrameSet, Perception
 from occbev.rig import CameraRig
 
 FEW_CORES = 2
-"""On so many cores or fewer two sets at once get more sets done: threads that share one wait for each other too long."""
+"""Up to so many cores two sets at once get more done than one after the other, whose threads wait for each other."""
 
 Complain = Callable[[str, str], None]
 """Called with what a problem is about and with its text."""

@@ -165,6 +165,8 @@ def _entry_gradient(gradient: Tensor, corner: Tensor, table: Tensor) -> Tensor:
     torch's own gradient of a bag's weights.
     """
     bags, size = corner.shape
+    if len(table) < size:  # a sparse product holds no more entries than a full one
+        table = functional.pad(table, (0, 0, 0, size - len(table)))
     begin = torch.arange(0, bags * size + 1, size, dtype=corner.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its note that sparse rows are young
