@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
+from occbev.inference.tables import FORMS
 from occbev.model_package import ModelPackage
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -22,12 +23,6 @@ PER_CAMERA = {
     "images": 1, "camera_valid": 1, "table_ray": 1, "table_projection": 1, "table_query": 0, "table_points": 0,
 }  # fmt: skip
 """Input of a graph -> which of its axes is the number of cameras."""
-
-MARKERS = {
-    "table_offset": "bag", "table_cell": "gather", "table_slot": "slots", "table_projection": "projection",
-}  # fmt: skip
-"""Input of a graph -> the form of geometry tables that it tells of."""
-
 
 RANKING = ("occupancy_class", "occupancy_share")
 """Outputs that take the place of `occupancy_logits`: the two likeliest classes of voxels, and their probabilities."""
@@ -40,7 +35,7 @@ class BackendError(ValueError):
 class Backend(Protocol):
     """A loaded network.
 
-    name: the runtime's name. form: the kind of geometry tables its graph takes, see `MARKERS`.
+    name: the runtime's name. form: the kind of geometry tables its graph takes, a key of `occbev.inference.tables.FORMS`.
     device: what it runs on, in words, for reports.
     kept_outputs: how many runs in a row keep their outputs, each until so many later ones began.
     at_once: how many runs may be under way at a time; more than one only of a `ParallelBackend`.
@@ -191,11 +186,11 @@ def table_form(input_names: Iterable[str]) -> str:
         BackendError: the graph takes none.
     """
     names = set(input_names)
-    for marker, form in MARKERS.items():
+    for form, marker in FORMS.items():
         if marker in names:
             return form
     raise BackendError(
-        f"the graph's inputs {sorted(names)} hold none of {', '.join(MARKERS)}: not a graph of this package format"
+        f"the graph's inputs {sorted(names)} hold none of {', '.join(FORMS.values())}: not a graph of this package format"
     )
 
 

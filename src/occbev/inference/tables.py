@@ -31,8 +31,10 @@ CAPACITY = "lift.max_points"
 RAY_CHANNELS = 4
 """Channels of `ray_table`."""
 
-FORMS = ("bag", "gather", "slots", "projection")
-"""Kinds of tables: two of Lift-Splat, that of BEVFormer and that of DETR3D."""
+FORMS = {
+    "bag": "table_offset", "gather": "table_cell", "slots": "table_slot", "projection": "table_projection",
+}  # fmt: skip
+"""Kind of tables -> the input of a graph that tells of it: two of Lift-Splat, that of BEVFormer and that of DETR3D."""
 
 
 @dataclass(frozen=True)
@@ -268,9 +270,9 @@ class TableCache:
     """The tables of the rigs seen last, keyed by calibration hash."""
 
     def __init__(self, model: ModelConfig, form: str, size: int = 4) -> None:
-        """form: one of `FORMS`, as the loaded graph wants it."""
+        """form: a key of `FORMS`, as the loaded graph wants it."""
         if form not in FORMS:
-            raise ValueError(f"table form {form!r}: must be one of {FORMS}")
+            raise ValueError(f"table form {form!r}: must be one of {sorted(FORMS)}")
         self._model, self._form, self._size = model, form, size
         self._tables: dict[str, Tables] = {}
 
