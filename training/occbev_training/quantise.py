@@ -63,9 +63,8 @@ def quantise(
     frames = _frames(graph, model, cache)
     nncf.set_log_level(logging.WARNING)
     folded = graph.clone()
-    apply_moc_transformations(
-        folded, cf=True
-    )  # pads become part of the convolutions that read them
+    # Pads become part of the convolutions that read them, which is not done once they are quantised.
+    apply_moc_transformations(folded, cf=True)
     quantised = nncf.quantize(
         folded,
         nncf.Dataset(frames[COMPARED_FRAMES:]),

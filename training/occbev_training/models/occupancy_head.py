@@ -64,7 +64,7 @@ class OccupancyDecoder(nn.Module):
         """Return the two likeliest classes of every voxel and their probabilities, the likeliest first.
 
         Both (B, 2, 2, 2, Z, Y / 2, X / 2): sub-cell along y, sub-cell along x, rank. Classes are uint8.
-        All that a decision needs of the logits, in a tenth of their size, and never all of the logits at once.
+        All that a decision needs of the logits of 18 classes, in a seventh of their size, and never all of them at once.
         """
         features = cells.unflatten(1, (SUBPIXEL**2, -1)).flatten(3)  # (B, 4, F, Z * Y / 2 * X / 2)
         labels, shares = [], []
