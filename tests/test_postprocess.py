@@ -20,8 +20,8 @@ from occbev.postprocess import (
     bev_overlap,
     circle_nms,
     decode_boxes,
+    decode_factors,
     decode_occupancy,
-    decode_ranking,
     rotated_nms,
     voxels_in_view,
 )
@@ -192,38 +192,50 @@ def test_unobserved_voxels_have_no_confidence() -> None:
     assert (occupancy.confidence[observed] > 0).all()
 
 
-def ranked(logits: np.ndarray, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two likeliest classes of sub-cells and their probabilities, as a graph gives them."""
-    share = np.exp(logits) / np.exp(logits).sum(0)
-    _, z, y, x = logits.shape
-    cells = share.reshape(-1, z, y // split, split, x // split, split).transpose(3, 5, 0, 1, 2, 4)
-    classes = np.argsort(-cells, axis=2, kind="stable")[:, :, :2]
-    return classes.astype(np.uint8), np.take_along_axis(cells, classes, 2).astype(np.float32)
+def factored(split: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Logits whose kinds are those of whole cells, and their factors as a graph gives them."""
+    random, (x, y, z) = np.random.default_rng(0), GRID.shape
+    cells = (z, y // split, x // split)
+    occupied = 2 * random.standard_normal((split, split, *cells))
+    kinds = 2 * random.standard_normal((FREE, *cells))
+    kinds -= np.log(np.exp(kinds).sum(0))
+    voxels = occupied.transpose(2, 3, 0, 4, 1).reshape(z, y, x)
+    logits = voxels + kinds.repeat(split, 2).repeat(split, 3)
+    logits = np.concatenate([logits, np.zeros((1, z, y, x))]).astype(np.float32)
+    share = 1 / (1 + np.exp(-occupied))
+    kind = kinds.argmax(0).astype(np.uint8)
+    return logits, (share.astype(np.float32), kind, np.exp(kinds.max(0)).astype(np.float32))
 
 
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("min_free", [0.0, 0.5, 2.0])
-def test_ranked_classes_decode_as_their_logits_do(split: int, min_free: float) -> None:
-    logits = occupancy_logits()
+def test_factors_decode_as_their_logits_do(split: int, min_free: float) -> None:
+    logits, factors = factored(split)
     observed = np.random.default_rng(1).random(GRID.shape) < 0.5
     want = decode_occupancy(logits, GRID, ("front",), observed, min_free)
-    got = decode_ranking(*ranked(logits, split), FREE, GRID, ("front",), observed, min_free)
+    got = decode_factors(*factors, FREE, GRID, ("front",), observed, min_free)
     np.testing.assert_array_equal(got.label, want.label)
     np.testing.assert_array_equal(got.state, want.state)
     np.testing.assert_allclose(got.confidence, want.confidence, rtol=1e-5)
+    assert len(set(np.unique(got.label))) > (1 if min_free < 2 else 0)
     assert got.cameras == want.cameras
     assert got.label.strides == want.label.strides
 
 
-def test_broken_ranks_are_refused() -> None:
-    classes, shares = ranked(occupancy_logits(), 2)
-    with pytest.raises(OutputError, match="do not fit"):
-        decode_ranking(classes.swapaxes(3, 5), shares.swapaxes(3, 5), FREE, GRID)
-    with pytest.raises(OutputError, match="do not fit"):
-        decode_ranking(classes, shares[:, :, :1], FREE, GRID)
-    shares[0, 1, 0, 0, 0, 0] = np.nan
-    with pytest.raises(OutputError, match="not finite"):
-        decode_ranking(classes, shares, FREE, GRID)
+def test_broken_factors_are_refused() -> None:
+    _, (occupied, kind, share) = factored(2)
+    for wrong in (
+        (occupied.swapaxes(2, 4), kind, share),
+        (occupied, kind[1:], share),
+        (occupied, kind, share[:, 1:]),
+    ):
+        with pytest.raises(OutputError, match="do not fit"):
+            decode_factors(*wrong, FREE, GRID)
+    for position in (0, 2):
+        broken = [occupied.copy(), kind, share.copy()]
+        broken[position].flat[3] = np.nan
+        with pytest.raises(OutputError, match="not finite"):
+            decode_factors(*broken, FREE, GRID)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -156,29 +156,35 @@ def decode_occupancy(logits: Floats, grid: VoxelGrid, cameras: tuple[str, ...] =
     return _occupancy(*decided, free, grid, cameras, observed)
 
 
-def decode_ranking(classes: NDArray[np.uint8], shares: Floats, free: int, grid: VoxelGrid,
+def decode_factors(occupied: Floats, kind: NDArray[np.uint8], kind_share: Floats, free: int, grid: VoxelGrid,
                    cameras: tuple[str, ...] = (), observed: NDArray[np.bool_] | None = None,
                    min_free: float = 0.0) -> Occupancy:  # fmt: skip
-    """Turn the two likeliest classes of every voxel into labels as `decode_occupancy` turns logits.
+    """Decide on voxels as `decode_occupancy` does, from P(occupied) and the likeliest of P(kind | occupied).
 
-    classes, shares: (S, S, 2, Z, Y / S, X / S), the likeliest first, and their probabilities; of S x S sub-cells
-        each, the first axis is y. free: the class that is free. Others: as of `decode_occupancy`.
+    occupied: (S, S, Z, Y / S, X / S), of each of the S x S voxels of a cell; the first axis is y.
+    kind, kind_share: (Z, Y / S, X / S), of each cell. free: the class that is free. Others: as of `decode_occupancy`.
     Raises:
         OutputError: the volume does not fit the grid, or is not finite.
     """
-    split, (x, y, z) = classes.shape[0], grid.shape
-    wanted = (split, split, 2, z, y // split, x // split)
-    if classes.shape != wanted or shares.shape != wanted:
+    split, (x, y, z) = occupied.shape[0], grid.shape
+    cells = (z, y // split, x // split)
+    if occupied.shape != (split, split, *cells) or not kind.shape == kind_share.shape == cells:
         raise OutputError(
-            f"ranked classes {classes.shape} and their shares {shares.shape} do not fit a grid of {grid.shape} [x, y, z]"
+            f"occupied {occupied.shape}, kind {kind.shape} and kind_share {kind_share.shape} do not fit a grid of {grid.shape} [x, y, z]"
         )
-    if not np.isfinite(shares).all():
-        raise OutputError("the probabilities of occupancy classes hold values that are not finite")
-    first, second = classes[:, :, 0], classes[:, :, 1]
-    doubtful = (first == free) & (shares[:, :, 0] < min_free)
-    label = np.where(doubtful, second, first)
-    confidence = np.where(doubtful, shares[:, :, 1], shares[:, :, 0])
-    return _occupancy(_joined(label), _joined(confidence), free, grid, cameras, observed)
+    if not (np.isfinite(occupied).all() and np.isfinite(kind_share).all()):
+        raise OutputError("probabilities of occupancy hold values that are not finite")
+    label = np.empty((*cells[:2], split, cells[2], split), np.uint8)
+    confidence = np.empty(label.shape, np.float32)
+    for row, column in np.ndindex(split, split):
+        likely = occupied[row, column]
+        share, rest = likely * kind_share, 1 - likely
+        is_free = (rest > share) & (rest >= np.float32(min_free))
+        label[:, :, row, :, column] = _chosen(is_free, np.uint8(free), kind)
+        confidence[:, :, row, :, column] = _chosen(is_free, rest, share)
+    volume = grid.shape[::-1]
+    decided = label.reshape(volume), confidence.reshape(volume)
+    return _occupancy(*decided, free, grid, cameras, observed)
 
 
 def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
@@ -259,24 +265,20 @@ def _greedy(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return keep
 
 
-def _joined(cells: NDArray[Any]) -> NDArray[Any]:
-    """Put sub-cells (S, S, Z, Y / S, X / S) in their places: (Z, Y, X)."""
-    split, _, z, y, x = cells.shape
-    out = np.empty((z, y, split, x, split), cells.dtype)
-    for row, column in np.ndindex(split, split):
-        out[:, :, row, :, column] = cells[row, column]
-    return out.reshape(z, y * split, x * split)
-
-
 def _occupancy(label: NDArray[np.uint8], confidence: Floats, free: int, grid: VoxelGrid, cameras: tuple[str, ...],
                observed: NDArray[np.bool_] | None) -> Occupancy:  # fmt: skip
     """Make the result of decided voxels (Z, Y, X)."""
     label, confidence = xyz_from_volume(label), xyz_from_volume(confidence)
-    state = np.where(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
+    state = _chosen(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
     if observed is not None:
-        state = np.where(observed, state, np.uint8(UNOBSERVED_STATE))
-        confidence = np.where(observed, confidence, np.float32(0))
+        state = _chosen(observed, state, np.uint8(UNOBSERVED_STATE))
+        confidence = confidence * observed
     return Occupancy(label, confidence, state, grid, cameras)
+
+
+def _chosen(choice: NDArray[np.bool_], one: Any, other: Any) -> Any:
+    """Do what np.where does of finite numbers, which goes number by number, in half of its time."""
+    return one * choice + other * ~choice
 
 
 def _decide(logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float) -> None:

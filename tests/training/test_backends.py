@@ -22,7 +22,7 @@ from occbev.config import (  # noqa: E402
 )
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
-from occbev.inference.backend import RANKING, Backend, RunSettings, load_backend  # noqa: E402
+from occbev.inference.backend import FACTORS, Backend, RunSettings, load_backend  # noqa: E402
 from occbev.inference.pipeline import Pipeline, motion_to_key  # noqa: E402
 from occbev.inference.tables import TableCache, TableCapacityError  # noqa: E402
 from occbev.model_package import ModelPackage, write_package  # noqa: E402
@@ -32,7 +32,7 @@ from occbev_training.export import write_ir, write_onnx  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.graphs import make_graph  # noqa: E402
-from occbev_training.models.occupancy_head import volume_of_ranks  # noqa: E402
+from occbev_training.models.occupancy_head import interleave  # noqa: E402
 
 MODEL = replace(
     ModelConfig(),
@@ -119,12 +119,13 @@ def test_every_runtime_equals_torch_on_any_rig(
     expected = outputs(load_backend(package, cameras, "torch", ONE), rig(cameras))
     found = outputs(load_backend(package, cameras, name, F32), rig(cameras))
     assert set(expected) == {"occupancy_logits", "heatmap", "box"}
-    if set(RANKING) <= set(found):
-        share = [volume_of_ranks(torch.from_numpy(found.pop(key))) for key in RANKING][1]
-        logits = torch.from_numpy(expected.pop("occupancy_logits"))
-        torch.testing.assert_close(
-            share, logits.softmax(1).flatten(2).topk(2, 1).values, atol=0.02, rtol=0
-        )
+    if set(FACTORS) <= set(found):
+        occupied, _, kind_share = (torch.from_numpy(found.pop(key)) for key in FACTORS)
+        share = torch.from_numpy(expected.pop("occupancy_logits")).softmax(1)
+        occupied = interleave(occupied.flatten(1, 2))
+        torch.testing.assert_close(occupied, 1 - share[:, -1:], atol=0.02, rtol=0)
+        likeliest = (share[:, :-1].amax(1) / occupied[:, 0])[..., ::2, ::2]
+        torch.testing.assert_close(kind_share, likeliest, atol=0.02, rtol=0)
     assert set(found) == set(expected)
     for key, array in expected.items():
         assert found[key].shape == array.shape
@@ -197,6 +198,6 @@ def test_two_sets_at_once_give_what_one_after_the_other_gives(package: ModelPack
     assert np.ptp(confidence, axis=0).max() > 1e-5, "the sets differ"
 
 
-def test_logits_are_left_out_where_classes_are_ranked(package: ModelPackage) -> None:
+def test_logits_are_left_out_where_a_graph_has_factors(package: ModelPackage) -> None:
     found = outputs(load_backend(package, 2, "openvino", ONE), rig(2))
-    assert set(found) == {*RANKING, "heatmap", "box"}
+    assert set(found) == {*FACTORS, "heatmap", "box"}

@@ -42,7 +42,7 @@ MODEL = replace(
     bev=BevGrid((-51.2, -51.2), (3.2, 3.2), (32, 32)),
     bev_encoder=BevEncoderConfig(channels=(8, 8, 8), blocks=(1, 1, 1), out_channels=8),
     grid=GRIDS["occ3d"],
-    occupancy=OccupancyHeadConfig(channels=8, height_channels=2, voxel_channels=2),
+    occupancy=OccupancyHeadConfig(channels=8, height_channels=2, cell_channels=8),
     detection=DetectionHeadConfig(channels=8),
 )
 

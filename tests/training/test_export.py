@@ -24,7 +24,7 @@ from occbev.config import (  # noqa: E402
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
-from occbev.inference.backend import RANKING  # noqa: E402
+from occbev.inference.backend import FACTORS  # noqa: E402
 from occbev.inference.openvino_backend import shared_core  # noqa: E402
 from occbev.model_package import ModelPackage  # noqa: E402
 from occbev_training import export  # noqa: E402
@@ -128,7 +128,7 @@ def test_openvino_graph_has_the_named_interface(folder: Path) -> None:
     }  # fmt: skip
     dynamic = {name for name, shape in shapes.items() if shape.is_dynamic}
     assert dynamic == {"images", "camera_valid", "table_ray"}
-    assert {p.get_any_name() for p in graph.outputs} == OUTPUTS | set(RANKING)
+    assert {p.get_any_name() for p in graph.outputs} == OUTPUTS | set(FACTORS)
     assert (folder / "model.bin").stat().st_size < 0.6 * (
         folder / "weights.safetensors"
     ).stat().st_size
@@ -142,22 +142,23 @@ def test_graph_that_differs_is_not_accepted(folder: Path) -> None:
         export.check_graphs(other, MODEL, folder, graph, cameras=(3,))
 
 
-def test_ranked_classes_must_be_those_of_the_logits() -> None:
-    network = a_network()
-    cells = torch.rand(1, 16, 16, 4, 4)
+def test_factors_must_be_those_of_the_logits() -> None:
+    head = a_network().occupancy_head
+    cells = torch.rand(1, MODEL.occupancy.cell_channels, 16, 4, 4)
     with torch.no_grad():
-        head = network.occupancy_head
-        label, share = (part.numpy() for part in head.ranking(cells))
+        head.kinds.bias[3] = -5.0  # so that no cell has this kind
+        occupied, kind, share = (part.numpy() for part in head.factors(cells))
         outputs = {"occupancy_logits": head.logits(cells).numpy()}
-    outputs |= {"occupancy_class": label, "occupancy_share": share}
-    export.check_ranking(outputs)
+    outputs |= {"occupied": occupied, "kind": kind, "kind_share": share}
+    export.check_factors(outputs)
     for wrong in (
-        {"occupancy_class": label[:, ::-1, :].copy()},
-        {"occupancy_class": np.repeat(label[:, :, :, :1], 2, 3)},
-        {"occupancy_share": share + 0.01},
+        {"occupied": occupied + 0.01},
+        {"occupied": occupied.swapaxes(1, 2).copy()},
+        {"kind": np.full_like(kind, 3)},
+        {"kind_share": share + 0.01},
     ):
         with pytest.raises(export.ExportError, match="differ from the logits"):
-            export.check_ranking({**outputs, **wrong})
+            export.check_factors({**outputs, **wrong})
 
 
 def test_pre_training_network_is_not_a_package(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from occbev.config import (  # noqa: E402
     OccupancyHeadConfig,
     load_config,
 )
-from occbev.grid import GRIDS, BevGrid  # noqa: E402
+from occbev.grid import GRIDS, BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.tables import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
 from occbev_training.export import ring_rig  # noqa: E402
@@ -43,7 +43,12 @@ from occbev_training.models.lift_splat import (  # noqa: E402
     splat,
 )
 from occbev_training.models.network import NetworkOutput, OccBevNetwork  # noqa: E402
-from occbev_training.models.occupancy_head import VoxelTrunk, interleave, resampling  # noqa: E402
+from occbev_training.models.occupancy_head import (  # noqa: E402
+    CellTrunk,
+    OccupancyDecoder,
+    Resampling,
+    interleave,
+)
 
 MODEL = ModelConfig(
     image=ImageConfig(width=96, height=64),
@@ -276,9 +281,9 @@ def test_transfer_reports_every_weight() -> None:
     fresh = {n: v.clone() for n, v in target.state_dict().items()}
     report = transfer(source.state_dict(), target)
     state, offered = target.state_dict(), source.state_dict()
-    assert report.mismatched == ("occupancy_head.classifier.weight",)
+    assert report.mismatched == ()
     assert report.unused == ()
-    assert all(name.startswith("detection_head.") for name in report.new)
+    assert all(n.startswith(("detection_head.", "occupancy_head.kinds.")) for n in report.new)
     assert sorted(report.carried + report.new + report.mismatched) == sorted(state)
     for name in report.carried:
         assert torch.equal(
@@ -350,11 +355,26 @@ def test_joined_tables_of_a_batch_are_those_of_its_samples() -> None:
 def test_resampling_reproduces_what_is_linear_in_metres() -> None:
     bev, grid = ModelConfig().bev, GRIDS["occ3d"]
     for axis in (0, 1):
-        matrix = resampling(bev, grid, axis)
         metres = bev.lo[axis] + (np.arange(bev.shape[axis]) + 0.5) * bev.pitch[axis]
         wanted = grid.lo[axis] + (np.arange(100) + 0.5) * 0.8
-        np.testing.assert_allclose(matrix @ metres, wanted, atol=1e-4)
-        np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
+        shape = [1, 2, *bev.shape[::-1]]
+        sizes = [1, 1, 1, -1] if axis == 0 else [1, 1, -1, 1]
+        got = Resampling(bev, grid, axis)(
+            torch.from_numpy(metres).float().view(sizes).expand(shape)
+        )
+        shape[3 - axis] = 100
+        torch.testing.assert_close(
+            got, torch.from_numpy(wanted).float().view(sizes).expand(shape), atol=1e-4, rtol=0
+        )
+
+
+def test_resampling_is_constant_beyond_the_bev() -> None:
+    bev, grid = (
+        BevGrid((-4, -4), (1, 1), (8, 8)),
+        VoxelGrid((-8, -8, 0), (0.5, 0.5, 1), (32, 32, 1)),
+    )
+    got = Resampling(bev, grid, 0)(torch.arange(8.0).expand(1, 1, 8, 8))[0, 0, 0]
+    assert got.tolist() == [0.0] * 4 + [0.0, *range(8), 7.0][1:9] + [7.0] * 4
 
 
 def test_interleave_puts_sub_cells_where_they_belong() -> None:
@@ -367,14 +387,40 @@ def test_interleave_puts_sub_cells_where_they_belong() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_decoder_starts_with_equal_sub_cells_and_no_dead_feature(seed: int) -> None:
+def test_decoder_starts_with_no_dead_feature(seed: int) -> None:
     torch.manual_seed(seed)
-    trunk = VoxelTrunk(8, MODEL.occupancy, MODEL.grid).eval()
+    trunk = CellTrunk(8, MODEL.occupancy, MODEL.grid).eval()
     with torch.no_grad():
-        voxels = trunk(torch.randn(1, MODEL.occupancy.channels, 6, 5).relu())
-    cells = voxels.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, F, Z, Y, 2, X, 2)
-    assert torch.equal(cells, cells[..., :1, :, :1].expand_as(cells))
-    assert voxels.amax((0, 2, 3, 4)).min() > 0
+        cells = trunk(torch.randn(1, MODEL.occupancy.channels, 6, 5).relu())
+    assert cells.shape == (1, MODEL.occupancy.cell_channels, MODEL.grid.shape[2], 6, 5)
+    assert cells.amax((0, 2, 3, 4)).min() > 0
+
+
+def test_a_class_is_as_likely_as_occupied_and_its_kind_together() -> None:
+    torch.manual_seed(0)
+    grid, kinds = VoxelGrid((-4, -4, 0), (0.5, 0.5, 1), (16, 16, 2)), 3
+    head = OccupancyDecoder(4, MODEL.occupancy, MODEL.bev, grid, kinds).eval()
+    with torch.no_grad():
+        cells = 3 * torch.randn(2, MODEL.occupancy.cell_channels, 2, 8, 8)
+        share = head.logits(cells).softmax(1)
+        occupied, kind, kind_share = head.factors(cells)
+        alone = torch.softmax(head.kinds(cells.flatten(3)), 1).unflatten(3, (8, 8))
+    assert share.shape == (2, kinds + 1, 2, 16, 16)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        part = share[..., row::2, column::2]
+        torch.testing.assert_close(1 - part[:, -1], occupied[:, row, column])
+        torch.testing.assert_close(part[:, :-1], occupied[:, row, column][:, None] * alone)
+    torch.testing.assert_close(kind_share, alone.amax(1))
+    assert torch.equal(kind.long(), alone.argmax(1))
+
+
+def test_without_kinds_the_decoder_tells_occupied_from_free() -> None:
+    head = OccupancyDecoder(8, MODEL.occupancy, MODEL.bev, MODEL.grid).eval()
+    cells = torch.randn(1, MODEL.occupancy.cell_channels, 16, 4, 4)
+    with torch.no_grad():
+        logits = head.logits(cells)
+    assert logits.shape == (1, 2, 16, 8, 8)
+    assert not logits[:, 0].any()
 
 
 def test_bev_encoder_keeps_odd_sizes() -> None:

@@ -25,7 +25,7 @@ from torch import nn
 
 from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
-from occbev.inference.backend import PER_CAMERA, RANKING
+from occbev.inference.backend import FACTORS, PER_CAMERA
 from occbev.inference.memory import first_state, motion_inputs
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.inference.tables import TableCache
@@ -35,7 +35,7 @@ from occbev_training.data.cache import SampleCache
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.deformable_conv import plain_operators
 from occbev_training.models.graphs import Graph, GraphError, make_graph
-from occbev_training.models.occupancy_head import volume_of_ranks
+from occbev_training.models.occupancy_head import SUBPIXEL, interleave
 from occbev_training.quantise import check_frames, described, quantise
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ ONNX_TOLERANCE = 1e-4
 IR_TOLERANCE = 1e-1
 """The same for OpenVINO, whose weights are rounded to fp16: on random images, where box maps are wildest."""
 
-RANK_TOLERANCE = 1e-4
-"""Largest difference between the probability of a ranked class and that of the same graph's logits."""
+FACTOR_TOLERANCE = 1e-4
+"""Largest difference between a probability that factors give and that of the same graph's logits."""
 
 FORBIDDEN_OPERATORS = frozenset(
     {"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "CumSum"}
@@ -195,24 +195,24 @@ def require_plain_operators(path: Path) -> Mapping[str, int]:
 
 
 def write_ir(network: nn.Module, model: ModelConfig, path: Path, compress: bool) -> openvino.Model:
-    """Write the ranked form as OpenVINO IR with a free number of cameras.
+    """Write the factored form as OpenVINO IR with a free number of cameras.
 
     compress: store weights as fp16 (computing stays in the runtime's precision).
     Returns: the graph with its weights still in fp32.
     """
-    ranked = _graph(network, "ranked")
-    inputs = example_inputs(model, ranked, 6, seed=1)
+    factored = _graph(network, "factored")
+    inputs = example_inputs(model, factored, 6, seed=1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         graph = openvino.convert_model(
-            ranked, example_input={n: torch.from_numpy(a) for n, a in inputs.items()}
+            factored, example_input={n: torch.from_numpy(a) for n, a in inputs.items()}
         )
     shapes: dict[str, list[int]] = {name: list(value.shape) for name, value in inputs.items()}
     for name, axis in PER_CAMERA.items():
         if name in shapes:
             shapes[name][axis] = -1
     graph.reshape(shapes)
-    for port, name in zip(graph.outputs, ranked.outputs, strict=True):
+    for port, name in zip(graph.outputs, factored.outputs, strict=True):
         port.get_tensor().set_names({name})
     openvino.save_model(graph, path, compress_to_fp16=compress)
     return graph
@@ -258,7 +258,7 @@ def check_graphs(
                 continue
             ir = shared_core().read_model(folder / "model.xml")
             got = run_openvino(ir, bags)
-            check_ranking(got)
+            check_factors(got)
             _worse(worst["openvino"], want, got)
             if count == sizes[0]:
                 _worse(worst["plain"], want, run_openvino(unrounded.clone(), bags))
@@ -270,24 +270,28 @@ def check_graphs(
     return Parity(worst["onnxruntime"], worst["openvino"], worst["plain"])
 
 
-def check_ranking(outputs: Mapping[str, NDArray[Any]]) -> None:
-    """Hold the ranked classes of a graph against its own logits; ties may go either way.
+def check_factors(outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Hold the factors of a graph against its own logits; of equally likely kinds either may be named.
 
-    Raises: ExportError if they are not the two likeliest ones, or have other probabilities.
+    Raises: ExportError if what they say is likeliest is not, or has other probabilities.
     """
-    if not set(RANKING) <= set(outputs):
+    if not set(FACTORS) <= set(outputs):
         return
-    logits = torch.from_numpy(outputs["occupancy_logits"]).double()
-    share = logits.softmax(1).flatten(2)
-    label, claimed = (volume_of_ranks(torch.from_numpy(outputs[name])) for name in RANKING)
-    worst = max(
-        float((share.topk(2, 1).values - claimed).abs().max()),
-        float((share.gather(1, label.long()) - claimed).abs().max()),
+    share = torch.from_numpy(outputs["occupancy_logits"]).double().softmax(1)
+    occupied, kind, kind_share = (torch.from_numpy(outputs[name]) for name in FACTORS)
+    occupied = interleave(occupied.flatten(1, 2))
+    kind, kind_share = (
+        part[:, None].repeat_interleave(SUBPIXEL, 3).repeat_interleave(SUBPIXEL, 4)
+        for part in (kind, kind_share)
     )
-    if worst > RANK_TOLERANCE or bool((label[:, 0] == label[:, 1]).any()):
-        raise ExportError(
-            f"the ranked classes differ from the logits by a probability of {worst:.2g}"
-        )
+    claimed = occupied * kind_share
+    worst = max(
+        float((1 - share[:, -1:] - occupied).abs().max()),
+        float((share[:, :-1].amax(1, keepdim=True) - claimed).abs().max()),
+        float((share.gather(1, kind.long()) - claimed).abs().max()),
+    )
+    if worst > FACTOR_TOLERANCE:
+        raise ExportError(f"the factors differ from the logits by a probability of {worst:.2g}")
 
 
 def example_inputs(

@@ -24,8 +24,8 @@ PER_CAMERA = {
 }  # fmt: skip
 """Input of a graph -> which of its axes is the number of cameras."""
 
-RANKING = ("occupancy_class", "occupancy_share")
-"""Outputs that take the place of `occupancy_logits`: the two likeliest classes of voxels, and their probabilities."""
+FACTORS = ("occupied", "kind", "kind_share")
+"""Outputs that take the place of `occupancy_logits`, see `occbev.postprocess.decode_factors`."""
 
 
 class BackendError(ValueError):

@@ -12,8 +12,8 @@ import openvino
 from numpy.typing import NDArray
 
 from occbev.inference.backend import (
+    FACTORS,
     PER_CAMERA,
-    RANKING,
     Arrays,
     BackendError,
     RunSettings,
@@ -112,9 +112,9 @@ def multiplies_bytes() -> bool:
 
 
 def _leave_out_logits(graph: openvino.Model) -> None:
-    """Do not compute the logits of voxels where the graph ranks their classes: nothing else is decoded."""
+    """Do not compute the logits of voxels where the graph gives their probabilities as factors: only those are decoded."""
     results = {port.get_any_name(): port.get_node() for port in graph.outputs}
-    if set(RANKING) <= set(results) and "occupancy_logits" in results:
+    if set(FACTORS) <= set(results) and "occupancy_logits" in results:
         graph.remove_result(results["occupancy_logits"])
 
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from occbev.config import ModelConfig
 from occbev.geometry import frame2ego, invert_transform
 from occbev.inference.backend import (
-    RANKING,
+    FACTORS,
     Arrays,
     Backend,
     RunSettings,
@@ -33,8 +33,8 @@ from occbev.postprocess import (
     BoxDecoding,
     OutputError,
     decode_boxes,
+    decode_factors,
     decode_occupancy,
-    decode_ranking,
     move_boxes,
     unobserved,
     voxels_in_view,
@@ -172,20 +172,20 @@ class Pipeline:
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
 
     def warm_up(self) -> None:
-        """Run once on nothing, so that the first real frame does not pay for allocation and caches."""
+        """Run on nothing, once for each run that keeps its outputs, so that no real frame pays for allocation and caches."""
         shape = (len(self.rig), self.package.model.image.height, self.package.model.image.width, 3)
         black = np.zeros(shape, np.uint8)
         prepared = self._preprocessor.prepare(FrameSet(0, {}), self.rig)
         images = np.stack([self._preprocessor.normalise(image) for image in black])
         tables = self._tables.tables(prepared.rig, prepared.camera_valid)
-        self.backend.run(
-            {
-                "images": images[None],
-                "camera_valid": np.ones((1, len(self.rig)), np.float32),
-                **tables,
-                **Memory(self.package.model).inputs(0, None),
-            }
-        )
+        inputs = {
+            "images": images[None],
+            "camera_valid": np.ones((1, len(self.rig)), np.float32),
+            **tables,
+            **Memory(self.package.model).inputs(0, None),
+        }
+        for wait in [start(self.backend, inputs) for _ in range(self.backend.kept_outputs)]:
+            wait()
         self._observed(prepared.rig, np.ones(len(self.rig), np.float32))
 
     def close(self) -> None:
@@ -252,19 +252,21 @@ class _View:
 
 def predicts_voxels(outputs: Collection[str]) -> bool:
     """Whether a graph with these outputs says something of voxels."""
-    return "occupancy_logits" in outputs or set(RANKING) <= set(outputs)
+    return "occupancy_logits" in outputs or set(FACTORS) <= set(outputs)
 
 
 def voxels_of(outputs: Arrays, model: ModelConfig, min_free: float, cameras: tuple[str, ...] = (),
               observed: NDArray[np.bool_] | None = None, pool: Executor | None = None) -> Occupancy:  # fmt: skip
-    """Decode occupancy in base_link from a graph's outputs for one frame: ranked classes or logits.
+    """Decode occupancy in base_link from a graph's outputs for one frame: factors or logits.
 
     min_free: least probability of free for a voxel to be free. observed, pool: see `decode_occupancy`.
     """
-    if set(RANKING) <= set(outputs):
-        ranked = outputs["occupancy_class"][0], outputs["occupancy_share"][0]
+    if set(FACTORS) <= set(outputs):
+        occupied, kind, kind_share = (outputs[name][0] for name in FACTORS)
         free = len(model.occupancy_classes) - 1
-        return decode_ranking(*ranked, free, model.grid, cameras, observed, min_free)
+        return decode_factors(
+            occupied, kind, kind_share, free, model.grid, cameras, observed, min_free
+        )
     logits = outputs["occupancy_logits"][0]
     return decode_occupancy(logits, model.grid, cameras, observed, min_free, pool)
 

@@ -215,7 +215,7 @@ def _decoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
     if parts.bev_encoder == "volume":
         return VolumeOccupancy(config.bev_encoder.out_channels, parts.occupancy_hidden, 2)
     width = config.bev_encoder.out_channels
-    return OccupancyDecoder(width, config.occupancy, config.bev, config.grid, 2)
+    return OccupancyDecoder(width, config.occupancy, config.bev, config.grid)
 
 
 def published_buffers(config: ModelConfig) -> dict[str, Tensor]:

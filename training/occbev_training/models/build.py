@@ -57,16 +57,16 @@ def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
         BevEncoder(config.lift.channels * frames, config.bev_encoder),
     )
     if stage == "pretrain":
-        decoder = _occupancy(config, 2)
+        decoder = _occupancy(config, 0)
         return OccBevNetwork(*parts, occupancy_decoder=decoder, temporal=temporal)
     width = config.bev_encoder.out_channels
     detection = DetectionHead(width, config.detection, len(config.detection_classes))
-    occupancy = _occupancy(config, len(config.occupancy_classes))
+    occupancy = _occupancy(config, len(config.occupancy_classes) - 1)
     return OccBevNetwork(
         *parts, occupancy_head=occupancy, detection_head=detection, temporal=temporal
     )
 
 
-def _occupancy(config: ModelConfig, classes: int) -> OccupancyDecoder:
+def _occupancy(config: ModelConfig, kinds: int) -> OccupancyDecoder:
     width = config.bev_encoder.out_channels
-    return OccupancyDecoder(width, config.occupancy, config.bev, config.grid, classes)
+    return OccupancyDecoder(width, config.occupancy, config.bev, config.grid, kinds)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from occbev.inference.backend import RANKING
+from occbev.inference.backend import FACTORS
 from occbev.inference.tables import GATHER_STAGES
 from occbev_training.models.bevdet import BevDetNetwork
 from occbev_training.models.bevformer import BevFormerViews, CameraSlots, Motion
@@ -145,8 +145,8 @@ class BagGraph(LiftGraph):
         return self.answer(bev, state_in_bev, state_known, table_warp)
 
 
-class RankedGraph(BagGraph):
-    """The same, which also ranks the classes of every voxel; for one of our own networks.
+class FactoredGraph(BagGraph):
+    """The same, which also gives the probabilities of voxels as factors; for one of our own networks.
 
     A runtime that decides on voxels needs nothing else of them, and leaves the logits out.
     """
@@ -154,10 +154,10 @@ class RankedGraph(BagGraph):
     def __init__(self, network: OccBevNetwork) -> None:
         super().__init__(network)
         if "occupancy_logits" in self.outputs:
-            self.outputs += RANKING
+            self.outputs += FACTORS
 
     def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        return self.network.ranked_heads(bev)
+        return self.network.factored_heads(bev)
 
 
 class GatherGraph(LiftGraph):
@@ -249,7 +249,7 @@ class Detr3dGraph(Graph):
 
 
 LIFT_FORMS: Mapping[str, type[LiftGraph]] = {
-    "bag": BagGraph, "ranked": RankedGraph, "gather": GatherGraph,
+    "bag": BagGraph, "factored": FactoredGraph, "gather": GatherGraph,
 }  # fmt: skip
 """Form of a Lift-Splat graph -> its class."""
 

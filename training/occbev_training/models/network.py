@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from occbev.inference.backend import FACTORS
 from occbev_training.models.bev_encoder import BevEncoder
 from occbev_training.models.detection_head import DetectionHead
 from occbev_training.models.image_encoder import ImageEncoder
@@ -131,17 +132,16 @@ class OccBevNetwork(nn.Module):
             **self.centres(bev),
         }
 
-    def ranked_heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        """Run the heads of fine-tuning as `heads` does, and rank the classes of voxels: see `OccupancyDecoder.ranking`.
+    def factored_heads(self, bev: Tensor) -> dict[str, Tensor | None]:
+        """Run the heads of fine-tuning as `heads` does, and say of voxels what `OccupancyDecoder.factors` says.
 
-        Returns: `occupancy_logits`, `occupancy_class`, `occupancy_share`, `heatmap`, `box`.
+        Returns: `occupancy_logits`, `occupied`, `kind`, `kind_share`, `heatmap`, `box`.
         """
         bev = self.bev_encoder(bev)
         answers: dict[str, Tensor | None] = self.centres(bev)
         if self.occupancy_head is not None:
             cells = self.occupancy_head.cells(bev)
-            label, share = self.occupancy_head.ranking(cells)
-            answers |= {"occupancy_class": label, "occupancy_share": share}
+            answers |= dict(zip(FACTORS, self.occupancy_head.factors(cells), strict=True))
             answers["occupancy_logits"] = self.occupancy_head.logits(cells)
         return answers
 

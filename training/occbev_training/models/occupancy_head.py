@@ -1,14 +1,14 @@
 """Occupancy decoder: BEV features to voxel logits by unfolding channels into heights.
 
-With two classes it is the Occ-BEV decoder of pre-training, with all of them the semantic head.
+Without kinds of occupied voxels it is the Occ-BEV decoder of pre-training, with them the semantic head.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from occbev.config import OccupancyHeadConfig
 from occbev.grid import BevGrid, VoxelGrid
@@ -17,12 +17,16 @@ from occbev_training.models.layers import ResidualBlock, conv_bn_relu
 SUBPIXEL = 2
 """The plane is decoded at this many voxels per cell along x and y."""
 
-RANKED_AT_ONCE = 10_000
-"""Cells whose voxels are ranked at a time: 18 classes of them fit a 3 MB cache."""
+CELLS_AT_ONCE = 10_000
+"""Cells whose classes are weighed at a time: 17 classes of them fit a cache."""
 
 
 class OccupancyDecoder(nn.Module):
-    """Resample the BEV to the voxel grid's plane, unfold heights, refine in 3D, classify voxels."""
+    """Resample the BEV to the voxel grid's plane, unfold heights, refine in 3D, classify.
+
+    Every voxel has its own probability of being occupied; what stands there is said of the 2 x 2 voxels of a cell at
+    once, so that P(class) = P(occupied) P(class | occupied). Pre-training hands on the first factor.
+    """
 
     def __init__(
         self,
@@ -30,53 +34,68 @@ class OccupancyDecoder(nn.Module):
         config: OccupancyHeadConfig,
         bev: BevGrid,
         grid: VoxelGrid,
-        classes: int,
+        kinds: int = 0,
     ) -> None:
+        """kinds: how many classes occupied voxels have; 0 tells free from occupied."""
         super().__init__()
         if grid.shape[0] % SUBPIXEL or grid.shape[1] % SUBPIXEL:
             raise ValueError(
                 f"occupancy grid {grid.shape}: x and y must be multiples of {SUBPIXEL}"
             )
-        self.register_buffer("rows", torch.from_numpy(resampling(bev, grid, 1)), persistent=False)
-        self.register_buffer(
-            "columns", torch.from_numpy(resampling(bev, grid, 0)), persistent=False
-        )
-        self.trunk = VoxelTrunk(inputs, config, grid)
-        # No bias: the trunk's rectified features can hold a constant, and adding one to millions of
-        # logits costs as much as computing them.
-        self.classifier = nn.Linear(config.voxel_channels, classes, bias=False)
+        self.columns, self.rows = (Resampling(bev, grid, axis) for axis in (0, 1))
+        self.trunk = CellTrunk(inputs, config, grid)
+        self.occupied = nn.Conv2d(config.cell_channels, SUBPIXEL**2, 1)
+        self.kinds = nn.Conv2d(config.cell_channels, kinds, 1) if kinds else None
 
     def forward(self, bev: Tensor) -> Tensor:
-        """Turn BEV features (B, C, Y, X) into voxel logits (B, K, Z, Y, X) of the occupancy grid."""
+        """Turn BEV features (B, C, Y, X) into voxel logits (B, K, Z, Y, X) of the occupancy grid, see `logits`."""
         return self.logits(self.cells(bev))
 
     def cells(self, bev: Tensor) -> Tensor:
-        """Turn BEV features (B, C, Y, X) into what `logits` and `ranking` take, see `VoxelTrunk.cells`."""
-        return self.trunk.cells(self.rows @ self.trunk.reduce(bev) @ self.columns.T)
+        """Turn BEV features (B, C, Y, X) into what `logits` and `factors` take, see `CellTrunk`."""
+        return self.trunk(self.columns(self.rows(self.trunk.reduce(bev))))
 
     def logits(self, cells: Tensor) -> Tensor:
-        """Classify every voxel: (B, K, Z, Y, X)."""
-        voxels = interleave(cells)
-        # A matrix product keeps (B, K, Z, Y, X).
-        return (self.classifier.weight @ voxels.flatten(2)).unflatten(2, voxels.shape[2:])
+        """Classify every voxel: (B, K, Z, Y, X), the kinds and then free; without kinds free and then occupied."""
+        occupied = interleave(self._on_cells(self.occupied, cells))
+        free = torch.zeros_like(occupied)
+        if self.kinds is None:
+            return torch.cat([free, occupied], 1)
+        share = torch.log_softmax(self._on_cells(self.kinds, cells), 1)
+        share = share[:, :, :, :, None, :, None].expand(-1, -1, -1, -1, SUBPIXEL, -1, SUBPIXEL)
+        return torch.cat([occupied + share.reshape(len(share), -1, *occupied.shape[2:]), free], 1)
 
-    def ranking(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two likeliest classes of every voxel and their probabilities, the likeliest first.
+    def factors(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return P(occupied) of every voxel, and of every cell the likeliest kind and P(kind | occupied).
 
-        Both (B, 2, 2, 2, Z, Y / 2, X / 2): sub-cell along y, sub-cell along x, rank. Classes are uint8.
-        All that a decision needs of the logits of 18 classes, in a seventh of their size, and never all of them at once.
+        (B, 2, 2, Z, Y / 2, X / 2): sub-cell along y, sub-cell along x; and twice (B, Z, Y / 2, X / 2), kinds as uint8.
+        All that a decision needs of the logits of 18 classes, in a fourteenth of their size.
         """
-        features = cells.unflatten(1, (SUBPIXEL**2, -1)).flatten(3)  # (B, 4, F, Z * Y / 2 * X / 2)
-        labels, shares = [], []
-        for part in features.split(RANKED_AT_ONCE, 3):
-            share, label = torch.softmax(self.classifier.weight @ part, 2).topk(2, 2)
+        assert self.kinds is not None
+        layers = (self.occupied, self.kinds)  # as one: few channels cost a runtime as much as many
+        weight, bias = (
+            torch.cat([getattr(layer, n) for layer in layers]) for n in ("weight", "bias")
+        )
+        answers = functional.conv2d(cells.flatten(3), weight, bias).flatten(2)
+        occupied, labels, shares = [], [], []
+        for part in answers.split(CELLS_AT_ONCE, 2):
+            occupied.append(torch.sigmoid(part[:, : SUBPIXEL**2]))
+            share, label = torch.softmax(part[:, SUBPIXEL**2 :], 1).topk(1, 1)
             labels.append(label.to(torch.uint8))
             shares.append(share)
-        shape = (len(cells), SUBPIXEL, SUBPIXEL, 2, *cells.shape[2:])
-        return torch.cat(labels, 3).reshape(shape), torch.cat(shares, 3).reshape(shape)
+        shape = (len(cells), *cells.shape[2:])
+        return (
+            torch.cat(occupied, 2).reshape(len(cells), SUBPIXEL, SUBPIXEL, *cells.shape[2:]),
+            torch.cat(labels, 2).reshape(shape),
+            torch.cat(shares, 2).reshape(shape),
+        )
+
+    def _on_cells(self, layer: nn.Conv2d, cells: Tensor) -> Tensor:
+        answers: Tensor = layer(cells.flatten(3)).unflatten(3, cells.shape[3:])
+        return answers
 
 
-class VoxelTrunk(nn.Module):
+class CellTrunk(nn.Module):
     """The part that does not depend on the classes, and so is handed on by pre-training."""
 
     def __init__(self, inputs: int, config: OccupancyHeadConfig, grid: VoxelGrid) -> None:
@@ -92,57 +111,60 @@ class VoxelTrunk(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         )
-        self.subpixel = nn.Sequential(
-            nn.Conv2d(width, config.voxel_channels * SUBPIXEL**2, 1), nn.ReLU(inplace=True)
+        self.hidden = nn.Sequential(
+            nn.Conv2d(width, config.cell_channels, 1), nn.ReLU(inplace=True)
         )
-        start_alike(self.subpixel[0])
+        start_alive(self.hidden[0])
 
     def forward(self, plane: Tensor) -> Tensor:
-        """Turn the plane (B, C, Y / 2, X / 2) into voxel features (B, F, Z, Y, X)."""
-        return interleave(self.cells(plane))
-
-    def cells(self, plane: Tensor) -> Tensor:
-        """The same before sub-cells are put in their places: (B, 2 * 2 * F, Z, Y / 2, X / 2), sub-cells slowest."""
+        """Turn the plane (B, C, Y / 2, X / 2) into features of cells (B, F, Z, Y / 2, X / 2)."""
         voxels = self.unfold(self.plane(plane)).flatten(2)
         voxels = voxels.unflatten(1, (-1, self._heights))  # (B, F, Z, Y / 2 * X / 2)
-        return self.subpixel(voxels + self.refine(voxels)).unflatten(3, plane.shape[2:])
+        cells: Tensor = self.hidden(voxels + self.refine(voxels))
+        return cells.unflatten(3, plane.shape[2:])
 
 
-def start_alike(unfold: nn.Conv2d) -> None:
-    """Give all sub-cells of a cell one start, ICNR (Aitken et al. 2017), at which no feature is dead.
+def start_alive(layer: nn.Conv2d) -> None:
+    """Give a layer a start at which no feature is dead.
 
     Weights of zero mean: the inputs are rectified, so that a mean alone could switch a feature off.
     """
     with torch.no_grad():
-        one = unfold.weight[: len(unfold.weight) // SUBPIXEL**2]
-        one = one - one.mean(1, keepdim=True)
-        unfold.weight.copy_(
-            one.repeat(SUBPIXEL**2, 1, 1, 1)
-        )  # sub-cells slowest, as in `interleave`
-        unfold.bias.fill_(0.1)
+        layer.weight -= layer.weight.mean(1, keepdim=True)
+        layer.bias.fill_(0.1)
 
 
-def interleave(voxels: Tensor) -> Tensor:
-    """Turn (B, 2 * 2 * F, Z, Y, X), sub-cells slowest, into (B, F, Z, 2 * Y, 2 * X)."""
-    z, y, x = voxels.shape[2:]
-    parts = voxels.view(-1, SUBPIXEL, SUBPIXEL, voxels.shape[1] // SUBPIXEL**2, z, y, x)
-    parts = parts.permute(0, 3, 4, 5, 1, 6, 2)  # (B, F, Z, Y, 2, X, 2)
-    return parts.reshape(-1, parts.shape[1], z, y * SUBPIXEL, x * SUBPIXEL)
+def interleave(cells: Tensor) -> Tensor:
+    """Turn (B, 2 * 2, Z, Y, X), one value of each sub-cell, those along x fastest, into (B, 1, Z, 2 * Y, 2 * X)."""
+    z, y, x = cells.shape[2:]
+    parts = cells.view(-1, SUBPIXEL, SUBPIXEL, z, y, x).permute(0, 3, 4, 1, 5, 2)
+    return parts.reshape(-1, 1, z, y * SUBPIXEL, x * SUBPIXEL)
 
 
-def volume_of_ranks(ranked: Tensor) -> Tensor:
-    """Turn what `OccupancyDecoder.ranking` returns, (B, 2, 2, R, Z, Y, X), into (B, R, Z * 2 * Y * 2 * X)."""
-    return interleave(ranked.flatten(1, 3)).flatten(2)
+class Resampling(nn.Module):
+    """Interpolates one axis of a BEV map at the cells of the coarse voxel plane; it learns nothing.
 
-
-def resampling(bev: BevGrid, grid: VoxelGrid, axis: int) -> NDArray[np.float32]:
-    """Return the matrix (cells of the coarse voxel plane, BEV cells) that interpolates one axis.
-
-    axis: 0 = x, 1 = y. Linear between the two nearest BEV centres; beyond the border ones, constant.
+    Linear between the two nearest BEV centres; beyond the border ones, constant.
     """
-    pitch = grid.pitch[axis] * SUBPIXEL
-    centres = grid.lo[axis] + (np.arange(grid.shape[axis] // SUBPIXEL) + 0.5) * pitch
-    count = bev.shape[axis]
-    place = np.clip((centres - bev.lo[axis]) / bev.pitch[axis] - 0.5, 0, count - 1)
-    distance = np.abs(place[:, None] - np.arange(count))
-    return np.clip(1 - distance, 0, None).astype(np.float32)
+
+    def __init__(self, bev: BevGrid, grid: VoxelGrid, axis: int) -> None:
+        """axis: 0 = x, 1 = y."""
+        super().__init__()
+        pitch = grid.pitch[axis] * SUBPIXEL
+        centres = grid.lo[axis] + (np.arange(grid.shape[axis] // SUBPIXEL) + 0.5) * pitch
+        last = bev.shape[axis] - 1
+        place = np.clip((centres - bev.lo[axis]) / bev.pitch[axis] - 0.5, 0, last)
+        lower = np.minimum(place.astype(np.int64), max(last - 1, 0))
+        share = torch.from_numpy((place - lower).astype(np.float32))
+        self._axis = 3 - axis  # of (B, C, Y, X)
+        self.register_buffer("lower", torch.from_numpy(lower), persistent=False)
+        self.register_buffer(
+            "upper", torch.from_numpy(np.minimum(lower + 1, last)), persistent=False
+        )
+        self.register_buffer("share", share if axis == 0 else share[:, None], persistent=False)
+
+    def forward(self, bev: Tensor) -> Tensor:
+        """Turn (B, C, Y, X) into a map with as many cells along the axis as the plane has."""
+        below = bev.index_select(self._axis, self.lower)
+        resampled: Tensor = below + self.share * (bev.index_select(self._axis, self.upper) - below)
+        return resampled
