@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -11,12 +12,20 @@ pytest.importorskip("rclpy", reason="needs ROS 2")
 
 import rclpy
 from rcl_interfaces.srv import GetParameters
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.service import Service
+from rclpy.subscription import Subscription
+from rclpy.timer import Timer
 from rclpy.waitable import Waitable
 from std_msgs.msg import Int32
 
-from occbev.nodes.executor import BURST, RARELY_S, SparingExecutor, waiting_messages
+from occbev.nodes.executor import (
+    BURST,
+    RARELY_S,
+    SparingExecutor,
+    call_if_due,
+    waiting_messages,
+)
 
 
 def test_messages_and_services_come_through_and_the_end_of_the_context_ends_it() -> None:
@@ -53,47 +62,91 @@ def test_messages_and_services_come_through_and_the_end_of_the_context_ends_it()
     node.destroy_node()
 
 
-def test_services_and_events_are_asked_rarely() -> None:
-    context = rclpy.Context()
+def test_services_and_events_are_asked_rarely_and_messages_never() -> None:
+    context, asked, looks = rclpy.Context(), [], []
     rclpy.init(context=context)
     node = rclpy.create_node("spared", context=context)
     node.create_subscription(Int32, "numbers", lambda message: None, 10)
-    executor, asked = SparingExecutor(context=context), []
-    real = executor.can_execute
-    executor.can_execute = lambda entity: [real(entity), asked.append(type(entity))][0]
+    node.create_timer(10.0, lambda: None)
+    executor = SparingExecutor(context=context)
+    real, look = executor.can_execute, executor._look_at_the_rest
+    executor.can_execute = lambda entity: [
+        real(entity),
+        asked.append((type(entity), real(entity))),
+    ][0]
+    executor._look_at_the_rest = lambda: [look(), looks.append(1)]
     executor.add_node(node)
-    began, looks = time.monotonic(), 0
+    began = time.monotonic()
     for _ in range(20):
-        executor.spin_once(timeout_sec=0)
-        looks += executor._looks_at_all
-    assert 1 <= looks <= 2 + (time.monotonic() - began) / RARELY_S
-    assert any(issubclass(kind, (Service, Waitable)) for kind in asked)
+        executor.spin_once()
+    assert 1 <= len(looks) <= 2 + (time.monotonic() - began) / RARELY_S
+    assert any(issubclass(kind, (Service, Waitable)) and may for kind, may in asked)
+    assert not any(may for kind, may in asked if issubclass(kind, (Subscription, Timer)))
     node.destroy_node()
     rclpy.shutdown(context=context)
 
 
-def test_one_callback_takes_all_that_waits() -> None:
+def test_a_subscription_gives_so_many_messages_at_a_time_that_others_are_heard() -> None:
     context, taken = rclpy.Context(), []
     rclpy.init(context=context)
     node, other = (rclpy.create_node(name, context=context) for name in ("spared", "other"))
-
-    def take_all(message: Int32) -> None:
-        taken.append([message.data, *(waiting.data for waiting in waiting_messages(subscription))])
-
-    subscription = node.create_subscription(Int32, "numbers", take_all, 100)
-    publisher = other.create_publisher(Int32, "numbers", 100)
-    executor = SparingExecutor(context=context)
+    executor, publishers = SparingExecutor(context=context), []
+    for topic in ("first", "second"):
+        heard = partial(lambda topic, message: taken.append((topic, message.data)), topic)
+        node.create_subscription(Int32, topic, heard, 100)
+        publishers.append(other.create_publisher(Int32, topic, 100))
     executor.add_node(node)
-    while not publisher.get_subscription_count():
+    while not all(publisher.get_subscription_count() for publisher in publishers):
         time.sleep(0.01)
     time.sleep(0.5)
-    for number in range(60):
-        publisher.publish(Int32(data=number))
+    for publisher in publishers:
+        for number in range(60):
+            publisher.publish(Int32(data=number))
     time.sleep(0.5)
-    deadline = time.monotonic() + 10
-    while sum(map(len, taken)) < 60 and time.monotonic() < deadline:
-        executor.spin_once(timeout_sec=0.1)
-    assert taken == [list(range(BURST + 1)), list(range(BURST + 1, 60))]
+    executor.spin_once()
+    assert taken == [(t, n) for t in ("first", "second") for n in range(BURST)]
+    executor.spin_once()
+    assert taken[2 * BURST :] == [(t, n) for t in ("first", "second") for n in range(BURST, 60)]
     for end in (node, other):
         end.destroy_node()
     rclpy.shutdown(context=context)
+
+
+def test_timers_tick_until_they_are_cancelled() -> None:
+    context, ticks = rclpy.Context(), []
+    rclpy.init(context=context)
+    node = rclpy.create_node("spared", context=context)
+    executor = SparingExecutor(context=context)
+    executor.add_node(node)
+    timer = node.create_timer(0.03, lambda: ticks.append(time.monotonic()))
+    began = time.monotonic()
+    while len(ticks) < 5 and time.monotonic() < began + 10:
+        executor.spin_once()
+    assert len(ticks) == 5
+    assert ticks[-1] - began > 4 * 0.03
+    timer.cancel()
+    for _ in range(8):
+        executor.spin_once()
+    assert len(ticks) == 5
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_errors_of_callbacks_come_out_and_what_is_destroyed_is_passed_over() -> None:
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    node = rclpy.create_node("spared", context=context)
+    executor = SparingExecutor(context=context)
+    executor.add_node(node)
+    subscription = node.create_subscription(Int32, "numbers", lambda message: None, 10)
+    timer = node.create_timer(0.0, lambda: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        executor.spin_once()
+    for entity in (timer, subscription):
+        entity.handle.destroy_when_not_in_use()
+    call_if_due(timer)
+    assert list(waiting_messages(subscription)) == []
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+    with pytest.raises(ExternalShutdownException):
+        executor.spin_once()

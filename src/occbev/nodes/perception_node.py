@@ -44,7 +44,7 @@ from occbev.graph import (
 )
 from occbev.nodes import outputs
 from occbev.nodes.compat import publisher_events, require, subscription_events
-from occbev.nodes.executor import SparingExecutor, waiting_messages
+from occbev.nodes.executor import SparingExecutor
 from occbev.nodes.health import health
 from occbev.nodes.intake import Intake, Job, Work
 from occbev.nodes.ledger import PROCESSED, Ledger
@@ -241,14 +241,9 @@ class PerceptionNode(LifecycleNode):
         )
 
     def _listen(self, topic: Topic, take: Callable[[Any], None]) -> None:
-        def take_all(message: Any) -> None:
-            take(message)
-            for waiting in waiting_messages(subscription):
-                take(waiting)
-
         events = subscription_events()(incompatible_qos=partial(self._on_incompatible, topic.name))
         subscription = self.create_subscription(
-            message_class(topic.type), topic.name, take_all, qos_profile(topic.quality),
+            message_class(topic.type), topic.name, take, qos_profile(topic.quality),
             event_callbacks=events, qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )  # fmt: skip
         self._inputs.append(subscription)

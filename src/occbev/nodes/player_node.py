@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import rclpy
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 
 from occbev.bags import BagError, BagMessage, BagReader, BagWriter
 from occbev.graph import CLOCK, OUTPUTS, TF_STATIC, Quality, resolve
+from occbev.nodes.executor import SparingExecutor
 from occbev.nodes.outputs import time_from_ns
 from occbev.nodes.parameters import PerceptionParameters
 from occbev.nodes.perception_node import message_class, qos_profile
@@ -248,7 +249,7 @@ class Spinner:
     """Spins a node in a thread of its own, as a context."""
 
     def __init__(self, node: Node) -> None:
-        self._executor = SingleThreadedExecutor(context=node.context)
+        self._executor = SparingExecutor(context=node.context)
         self._executor.add_node(node)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._spin, name="player", daemon=True)
