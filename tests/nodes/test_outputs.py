@@ -41,7 +41,7 @@ def test_stamps_keep_their_nanoseconds() -> None:
 
 def test_detections_carry_centre_size_heading_and_class() -> None:
     pytest.importorskip("vision_msgs", reason="built by occbev.nodes.build_interfaces")
-    message = outputs.detections_message(boxes(), HEADER)
+    message = outputs.DetectionWriter().message(boxes(), HEADER)
     first = message.detections[0]
     assert (first.bbox.center.position.x, first.bbox.size.x) == (10.0, 4.5)
     assert first.bbox.size.y == pytest.approx(1.9)
@@ -53,7 +53,7 @@ def test_detections_carry_centre_size_heading_and_class() -> None:
 
 
 def test_markers_delete_the_last_ones_first_and_expire() -> None:
-    message = outputs.markers_message(boxes(), HEADER, lifetime_s=0.4)
+    message = outputs.MarkerWriter().message(boxes(), HEADER, lifetime_s=0.4)
     actions = [m.action for m in message.markers]
     assert actions == [outputs.Marker.DELETEALL, 0, 0, 0]
     kinds = [m.type for m in message.markers[1:]]
@@ -63,6 +63,17 @@ def test_markers_delete_the_last_ones_first_and_expire() -> None:
     assert arrow.points[1].y - arrow.points[0].y == pytest.approx(8.0)
     keys = {(m.ns, m.id) for m in message.markers[1:]}
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize("kind", ["DetectionWriter", "MarkerWriter"])
+def test_a_message_that_is_filled_again_holds_nothing_of_the_last_one(kind: str) -> None:
+    if kind == "DetectionWriter":
+        pytest.importorskip("vision_msgs", reason="built by occbev.nodes.build_interfaces")
+    make, both = getattr(outputs, kind), boxes()
+    later, used = outputs.header_at(1_700_000_000_000_000_000, "base_link"), make()
+    for few, header in ((both, HEADER), (both[::-1], later), (both[1:], HEADER), (both, later)):
+        assert used.message(few, header) == make().message(few, header)
+    assert len(getattr(used.message(both[:0], later), "detections", ())) == 0
 
 
 def as_networks_give_it(occupancy: Occupancy) -> Occupancy:

@@ -57,8 +57,8 @@ def recorded(tmp_path: Path) -> Path:
     return record(
         tmp_path / "run",
         {
-            "vision_msgs/msg/Detection3DArray": outputs.detections_message(boxes(), header),
-            "visualization_msgs/msg/MarkerArray": outputs.markers_message(boxes(), header),
+            "vision_msgs/msg/Detection3DArray": outputs.DetectionWriter().message(boxes(), header),
+            "visualization_msgs/msg/MarkerArray": outputs.MarkerWriter().message(boxes(), header),
             "sensor_msgs/msg/PointCloud2": outputs.CloudWriter().message(occupancy(), header),
         },
     )
@@ -92,7 +92,7 @@ def test_voxels_of_another_grid_are_refused(recorded: Path) -> None:
 
 def test_an_output_that_was_not_published_is_none(tmp_path: Path) -> None:
     header = outputs.header_at(STAMP, "base_link")
-    message = outputs.detections_message(Boxes3D.empty(), header)
+    message = outputs.DetectionWriter().message(Boxes3D.empty(), header)
     bag = record(tmp_path / "run", {"vision_msgs/msg/Detection3DArray": message})
     result = read_published(bag, GRID)[STAMP]
     assert result.boxes is not None
