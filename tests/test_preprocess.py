@@ -15,6 +15,7 @@ from occbev.preprocess import (
     Fit,
     ImageError,
     Preprocessor,
+    _scaled,
     decode_image,
     jpeg_size,
     network_camera,
@@ -83,9 +84,32 @@ def test_rows_that_are_cut_away_need_not_be_scaled(size: tuple[int, int]) -> Non
     image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     camera = Camera("c", *size, [[300, 0, 200], [0, 300, 120], [0, 0, 1]], np.eye(4))
     fit = Fit.cover(*size, config)
-    whole = cv2.resize(image, fit.scaled, interpolation=cv2.INTER_AREA)
+    whole = _scaled(image, fit.scaled)
     pixels, _ = Preprocessor(config).network_image(image, camera)
     np.testing.assert_array_equal(pixels, whole[fit.crop[1] : fit.crop[1] + 128])
+
+
+def a_picture(width: int, height: int) -> np.ndarray:
+    """Shapes with sharp edges and a little noise."""
+    random, image = np.random.default_rng(0), np.full((height, width, 3), 90, np.uint8)
+    for _ in range(60):
+        corner, extent = random.integers(0, (width, height)), random.integers(4, 90, 2)
+        colour = random.integers(0, 256, 3).tolist()
+        cv2.rectangle(image, corner.tolist(), (corner + extent).tolist(), colour, -1)
+    noisy = image + random.normal(0, 2, image.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(640, 360), (704, 396), (400, 225), (353, 199)])
+def test_scaling_by_up_to_two_averages_nearly_as_areas_do(size: tuple[int, int]) -> None:
+    image, wanted = a_picture(*size), (352, 198)
+    areas = cv2.resize(image, wanted, interpolation=cv2.INTER_AREA).astype(int)
+    plain = cv2.resize(image, wanted, interpolation=cv2.INTER_LINEAR).astype(int)
+    got = _scaled(image, wanted)
+    assert np.abs(got - areas).mean() < 1
+    assert np.abs(got.mean((0, 1)) - image.mean((0, 1))).max() < 0.5
+    if size == (640, 360):
+        assert np.abs(got - areas).mean() < 0.7 * np.abs(plain - areas).mean()
 
 
 def test_a_flat_image_covers_the_height_and_keeps_its_middle_columns() -> None:

