@@ -288,7 +288,8 @@ def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
     if min(ratios) >= 1:
         if max(ratios) >= 2:
             return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-        image = np.asarray(cv2.sepFilter2D(image, -1, *map(_smoothing, ratios)), np.uint8)
+        across, down = map(_smoothing, ratios)
+        image = np.asarray(cv2.sepFilter2D(image, -1, across, down), np.uint8)
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 

@@ -59,8 +59,9 @@ class SparingExecutor(SingleThreadedExecutor):
             for timer in list(node.timers):
                 call_if_due(timer)
             for subscription in list(node.subscriptions):
+                take: Any = subscription.callback
                 for message in waiting_messages(subscription):
-                    subscription.callback(message)
+                    take(message)
         if time.monotonic() >= self._next_look:
             self._look_at_the_rest()
             self._next_look = time.monotonic() + RARELY_S
