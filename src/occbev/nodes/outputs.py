@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from occbev.classes import (
     UNOBSERVED_STATE,
 )
 from occbev.grid import VoxelGrid, volume_from_xyz
-from occbev.nodes.compat import require
+from occbev.nodes.compat import MissingCapability, require
 from occbev.nodes.parameters import PerceptionParameters
 from occbev.results import Boxes3D, Occupancy, Perception
 
@@ -69,11 +70,17 @@ def header_at(stamp_ns: int, frame: str) -> Header:
 class DetectionWriter:
     """Writes boxes as vision_msgs/Detection3DArray; a message is the last one's, filled again.
 
-    Making the objects of a hundred detections takes three times as long as filling them.
+    Making the objects of a hundred detections takes several times as long as filling them.
     """
 
     def __init__(self) -> None:
         self._spare: list[Any] = []
+
+    def prepare(self, boxes: int) -> None:
+        """Make the objects of so many boxes, so that the first message does not pay for it."""
+        msg = require("vision_msgs.msg")
+        while len(self._spare) < boxes:
+            self._spare.append(_detection(msg))
 
     def message(self, boxes: Boxes3D, header: Header) -> Any:
         """Make the message, which the next one overwrites; centre and size as in `Boxes3D`.
@@ -82,8 +89,7 @@ class DetectionWriter:
             MissingCapability: vision_msgs is not installed.
         """
         msg = require("vision_msgs.msg")
-        while len(self._spare) < len(boxes):
-            self._spare.append(_detection(msg))
+        self.prepare(len(boxes))
         detections = self._spare[: len(boxes)]
         for detection, box, label, score in zip(
             detections, boxes.box.tolist(), boxes.label.tolist(), boxes.score.tolist(), strict=True
@@ -104,13 +110,17 @@ class MarkerWriter:
         self._cubes: list[Marker] = []
         self._arrows: list[Marker] = []
 
+    def prepare(self, boxes: int) -> None:
+        """Make the objects of so many boxes, so that the first message does not pay for it."""
+        while len(self._cubes) < boxes:
+            self._cubes.append(_cube(len(self._cubes)))
+            self._arrows.append(_arrow(len(self._arrows)))
+
     def message(self, boxes: Boxes3D, header: Header, lifetime_s: float = 0.5) -> MarkerArray:
         """Make the message, which the next one overwrites, after a marker that deletes the last ones."""
         seconds = int(lifetime_s)
         lifetime = Duration(sec=seconds, nanosec=int((lifetime_s - seconds) * 1e9))
-        while len(self._cubes) < len(boxes):
-            self._cubes.append(_cube(len(self._cubes)))
-            self._arrows.append(_arrow(len(self._arrows)))
+        self.prepare(len(boxes))
         markers = [Marker(header=header, ns="boxes", action=Marker.DELETEALL)]
         labels, scores = boxes.label.tolist(), boxes.score.tolist()
         for index, box in enumerate(boxes.box.tolist()):
@@ -250,9 +260,12 @@ class ResultWriter:
             DetectionWriter(), MarkerWriter(), CloudWriter(),
         )  # fmt: skip
 
-    def prepare(self, grid: VoxelGrid) -> None:
-        """Make what depends on the grid alone."""
+    def prepare(self, grid: VoxelGrid, boxes: int) -> None:
+        """Make what depends on the grid and the number of boxes alone."""
         self._cloud.prepare(grid)
+        self._markers.prepare(boxes)
+        with suppress(MissingCapability):  # then there is no such publisher
+            self._detections.prepare(boxes)
 
     def makers(
         self, perception: Perception, parameters: PerceptionParameters

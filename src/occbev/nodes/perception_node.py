@@ -123,7 +123,7 @@ class PerceptionNode(LifecycleNode):
             self.parameters = current(self)
             begin = time.monotonic()
             self._pipeline = self._make_pipeline(self.parameters)
-            self._writer.prepare(self._pipeline.grid)
+            self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
         except (ValueError, LookupError, OSError, ImportError) as error:
             self.get_logger().error(f"cannot configure: {error}")
             return TransitionCallbackReturn.FAILURE
