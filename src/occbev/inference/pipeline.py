@@ -42,7 +42,7 @@ from occbev.postprocess import (
 )
 from occbev.preprocess import PreparedImages, Preprocessor
 from occbev.query_boxes import QueryDecoding, decode_queries
-from occbev.results import Boxes3D, CameraFrame, FrameSet, Occupancy, Perception, Timings
+from occbev.results import Boxes3D, FrameSet, Occupancy, Perception, Timings
 from occbev.rig import CameraRig
 
 STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
@@ -173,19 +173,21 @@ class Pipeline:
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
 
     def warm_up(self) -> None:
-        """Run on black images, once for each run that keeps its outputs, so that no real frame pays for first times."""
-        frames = {
-            camera.name: CameraFrame(
-                camera.name, 0, np.zeros((camera.height, camera.width, 3), np.uint8)
-            )
-            for camera in self.rig.cameras
+        """Run on nothing, once for each run that keeps its outputs, so that no real frame pays for first times."""
+        shape = (len(self.rig), self.package.model.image.height, self.package.model.image.width, 3)
+        black = np.zeros(shape, np.uint8)
+        prepared = self._preprocessor.prepare(FrameSet(0, {}), self.rig)
+        images = np.stack([self._preprocessor.normalise(image) for image in black])
+        inputs = {
+            "images": images[None],
+            "camera_valid": np.ones((1, len(self.rig)), np.float32),
+            **self._tables.tables(prepared.rig, prepared.camera_valid),
+            **Memory(self.package.model).inputs(0, None),
         }
+        runs = [start(self.backend, inputs) for _ in range(self.backend.kept_outputs)]
         with suppress(OutputError):  # if it is the network's fault, real frames will say so
-            for finish in [
-                self.begin(FrameSet(0, frames)) for _ in range(self.backend.kept_outputs)
-            ]:
-                finish()
-        self.forget()
+            for wait in runs:
+                self._decoded(wait(), prepared, self.rig.names)
 
     def close(self) -> None:
         """End the decoding threads."""
