@@ -277,7 +277,7 @@ def _occupancy(label: NDArray[np.uint8], confidence: Floats, free: int, grid: Vo
 
 
 def _chosen(choice: NDArray[np.bool_], one: Any, other: Any) -> Any:
-    """Do what np.where does of finite numbers, which goes number by number, in half of its time."""
+    """Choose between finite numbers as np.where does, in half of its time: np.where goes number by number."""
     return one * choice + other * ~choice
 
 

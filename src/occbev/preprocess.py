@@ -281,7 +281,7 @@ def network_camera(camera: Camera, config: ImageConfig) -> Camera:
 
 
 def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Scale to (width, height): averaging areas where that is smaller."""
+    """Scale to (width, height): averaging areas where that is smaller, nearly so by less than two, see `_smoothing`."""
     if size == (image.shape[1], image.shape[0]):
         return image
     ratios = image.shape[1] / size[0], image.shape[0] / size[1]

@@ -38,7 +38,7 @@ CALIBRATION_FRAMES, COMPARED_FRAMES = 32, 8
 """Frames from which ranges are taken, and other ones on which the result is compared."""
 
 LEAST_AGREEMENT = 0.7
-"""Least `agreement` of the quantised graph with the one it came from; the shipped network has 0.96."""
+"""Least `agreement` of the quantised graph with the one it came from; the shipped network has 0.95."""
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution")
 

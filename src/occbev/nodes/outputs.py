@@ -256,9 +256,8 @@ class ResultWriter:
     """Makes the output messages of one result, each only when it is called for; the next result's overwrite them."""
 
     def __init__(self) -> None:
-        self._detections, self._markers, self._cloud = (
-            DetectionWriter(), MarkerWriter(), CloudWriter(),
-        )  # fmt: skip
+        self._detections, self._markers = DetectionWriter(), MarkerWriter()
+        self._cloud = CloudWriter()
 
     def prepare(self, grid: VoxelGrid, boxes: int) -> None:
         """Make what depends on the grid and the number of boxes alone."""

@@ -40,7 +40,7 @@ class PlayerLedger:
 
     sent: camera -> image stamp -> when it was published, once for each pass. anchors: stamps of the anchor's
     images, in order.
-    received: topic -> (stamp, when it arrived). lag_ns: furthest that playing fell behind the bag.
+    received: topic -> (stamp, when it was heard). lag_ns: furthest that playing fell behind the bag.
     """
 
     sent: dict[str, dict[int, list[int]]] = field(default_factory=dict)
