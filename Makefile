@@ -14,8 +14,8 @@ ARGUMENTS ?=
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
-NODE_TESTS := tests/nodes tests/end_to_end
-INTERFACES := src/occbev/nodes/build_interfaces.py $(wildcard src/occbev/nodes/interfaces/*/*/*)
+NODE_TESTS := tests/ros tests/end_to_end
+INTERFACES := src/occbev/ros/build_interfaces.py $(wildcard src/occbev/messages/interfaces/*/*/*)
 # With a sourced ROS 2 distribution its rclpy is used and no ROS wheel is installed.
 COMMA := ,
 ROS_EXTRA := $(if $(AMENT_PREFIX_PATH),,$(COMMA)ros)
@@ -50,12 +50,12 @@ check: .venv/training
 	@$(call make_environment,robot,-e '.[robot$(COMMA)demo$(ROS_EXTRA)]')
 	@# The simulator and the metrics need nothing of what training depends on.
 	@.venv/robot/bin/python -m pip install --quiet --no-deps -e training
-	@.venv/robot/bin/python -m occbev.nodes.build_interfaces
+	@.venv/robot/bin/python -m occbev.ros.build_interfaces
 	@$(call made,robot)
 
 .venv/training/.made-$(STAMP): | machine
 	@$(call make_environment,training,-e '.[robot$(COMMA)demo$(ROS_EXTRA)]' -e 'training[dev]')
-	@.venv/training/bin/python -m occbev.nodes.build_interfaces
+	@.venv/training/bin/python -m occbev.ros.build_interfaces
 	@$(call made,training)
 
 .venv/devkit/.made-$(STAMP): | machine

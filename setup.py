@@ -54,7 +54,7 @@ setup(
     packages=find_packages("src"),
     package_data={
         "occbev": ["py.typed"],
-        "occbev.nodes": ["interfaces/*/msg/*.msg"],
+        "occbev.messages": ["interfaces/*/msg/*.msg"],
     },
     data_files=data_files(),
     install_requires=["numpy>=1.21", "PyYAML>=5.4"],
@@ -62,7 +62,7 @@ setup(
     entry_points={
         "console_scripts": [
             "occbev = occbev.cli:main",
-            "perception = occbev.nodes.perception_node:main",  # ros2 run occbev perception
+            "perception = occbev.ros.perception_node:main",  # ros2 run occbev perception
         ]
     },
     zip_safe=False,

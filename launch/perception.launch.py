@@ -16,13 +16,8 @@ from occbev import graph
 
 def generate_launch_description():
     """Declare the arguments of the graph, then start what they ask for."""
-    arguments = [
-        DeclareLaunchArgument(a.name, default_value=a.default, description=a.text)
-        for a in graph.ARGUMENTS
-    ]
-    environment = [
-        SetEnvironmentVariable(name, value) for name, value in graph.environment().items()
-    ]
+    arguments = [DeclareLaunchArgument(a.name, default_value=a.default, description=a.text) for a in graph.ARGUMENTS]
+    environment = [SetEnvironmentVariable(name, value) for name, value in graph.environment().items()]
     rviz = Node(
         package="rviz2",
         executable="rviz2",

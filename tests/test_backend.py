@@ -17,7 +17,7 @@ from occbev.inference.backend import (
     load_backend,
     table_form,
 )
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 
 
 def package(*files: str) -> ModelPackage:
@@ -29,9 +29,7 @@ def runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three runtimes of which the second is not installed."""
     known = {
         "openvino": Runtime("openvino_backend", ("json",), ("model.xml", "model.onnx"), "-"),
-        "onnxruntime": Runtime(
-            "onnx_backend", ("no_such_module",), ("model.onnx",), "pip install it"
-        ),
+        "onnxruntime": Runtime("onnx_backend", ("no_such_module",), ("model.onnx",), "pip install it"),
         "torch": Runtime("torch_backend", ("json",), ("weights.safetensors",), "-"),
     }
     monkeypatch.setattr(backend, "RUNTIMES", known)
@@ -41,9 +39,7 @@ def runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_the_first_that_is_installed_and_fits() -> None:
     assert choose_backend("auto", package("model.onnx", "weights.safetensors")) == "openvino"
     assert choose_backend("auto", package("weights.safetensors")) == "torch"
-    with pytest.raises(
-        BackendError, match=r"openvino.*README\.md.*onnxruntime.*pip install it.*torch"
-    ):
+    with pytest.raises(BackendError, match=r"openvino.*README\.md.*onnxruntime.*pip install it.*torch"):
         choose_backend("auto", package("README.md"))
 
 
@@ -52,9 +48,7 @@ def test_a_named_runtime_is_used_or_refused_never_replaced() -> None:
     assert choose_backend("torch", package("weights.safetensors")) == "torch"
     with pytest.raises(BackendError, match=r"no_such_module is not installed \(pip install it\)"):
         choose_backend("onnxruntime", package("model.onnx"))
-    with pytest.raises(
-        BackendError, match=r"holds none of \('weights\.safetensors',\); it has \['model\.xml'\]"
-    ):
+    with pytest.raises(BackendError, match=r"holds none of \('weights\.safetensors',\); it has \['model\.xml'\]"):
         choose_backend("torch", package("model.xml"))
     with pytest.raises(BackendError, match="'caffe' is unknown.*openvino"):
         choose_backend("caffe", package("model.onnx"))

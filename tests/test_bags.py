@@ -12,7 +12,7 @@ pytest.importorskip("rosbags", reason="reads and writes bags")
 
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from occbev.bags import BagError, BagMessage, BagReader, BagWriter, type_store
+from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter, type_store
 
 STRING = "std_msgs/msg/String"
 
@@ -24,9 +24,7 @@ def text(value: str) -> bytes:
 
 def make_bag(path: Path, storage: StoragePlugin = StoragePlugin.MCAP, count: int = 6) -> Path:
     with Writer(path, version=8, storage_plugin=storage) as writer:
-        connections = [
-            writer.add_connection(t, STRING, typestore=type_store()) for t in ("/a", "/b")
-        ]
+        connections = [writer.add_connection(t, STRING, typestore=type_store()) for t in ("/a", "/b")]
         for i in range(count):
             writer.write(connections[i % 2], 1000 + i, text(f"number {i}"))
     return path
@@ -64,9 +62,7 @@ def test_a_count_that_disagrees_is_refused(tmp_path: Path) -> None:
     folder = make_bag(tmp_path / "bag")
     metadata = (folder / "metadata.yaml").read_text()
     assert "message_count: 3" in metadata
-    (folder / "metadata.yaml").write_text(
-        metadata.replace("message_count: 3", "message_count: 4", 1)
-    )
+    (folder / "metadata.yaml").write_text(metadata.replace("message_count: 3", "message_count: 4", 1))
     with (
         BagReader(folder) as bag,
         pytest.raises(BagError, match="promises 4 messages but 3 were read"),
@@ -102,9 +98,7 @@ def test_written_messages_read_back_with_their_definitions(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_bags_of_rosbag2_itself_are_read_completely(
-    shared: Path, tmp_path: Path, storage: str
-) -> None:
+def test_bags_of_rosbag2_itself_are_read_completely(shared: Path, tmp_path: Path, storage: str) -> None:
     folder = shutil.copytree(shared / "data/rosbag2-talker" / storage, tmp_path / storage)
     with BagReader(folder) as bag:
         messages = list(bag.messages())

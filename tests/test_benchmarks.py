@@ -15,8 +15,8 @@ from occbev.benchmarks.pipeline import (
 from occbev.cli import main
 from occbev.config import ImageConfig
 from occbev.grid import VoxelGrid, volume_from_xyz
-from occbev.postprocess import decode_occupancy
-from occbev.preprocess import Preprocessor
+from occbev.inference.postprocess import decode_occupancy
+from occbev.inference.preprocess import Preprocessor
 
 
 def test_rounds_are_interleaved_after_one_that_is_not_measured() -> None:
@@ -37,13 +37,9 @@ def test_the_plain_preprocessing_makes_nearly_the_same_images() -> None:
     config, rig = ImageConfig(), six_cameras()
     frames = encoded_frames(rig)
     ours = Preprocessor(config).prepare(frames, rig).images
-    plain = plain_network_images(
-        frames, config.width, config.height, np.array(config.mean), np.array(config.std)
-    )
+    plain = plain_network_images(frames, config.width, config.height, np.array(config.mean), np.array(config.std))
     assert ours.shape == plain.shape
-    assert np.abs(ours - plain).mean() < 0.03, (
-        "two grey levels: the JPEG is decoded at half its size"
-    )
+    assert np.abs(ours - plain).mean() < 0.03, "two grey levels: the JPEG is decoded at half its size"
 
 
 def test_the_plain_occupancy_decoding_is_equal() -> None:

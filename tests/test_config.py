@@ -11,9 +11,7 @@ from occbev.grid import GRIDS
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
-    config = from_record(
-        ModelConfig, {"name": "x", "lift": {"depth": {"step": 0.5}}, "grid": "tiny"}
-    )
+    config = from_record(ModelConfig, {"name": "x", "lift": {"depth": {"step": 0.5}}, "grid": "tiny"})
     assert config.lift.depth.bins == 88
     assert config.grid == GRIDS["tiny"]
     save_config(tmp_path / "model.yaml", config)
@@ -62,5 +60,8 @@ def test_plain_values_hold_no_python_objects() -> None:
     record = to_record(ModelConfig())
     assert record["grid"]["axis_order"] == "xyz"
     assert record["lift"]["depth"] == {
-        "lo": 1.0, "hi": 45.0, "step": 1.0, "spacing": "uniform",
-    }  # fmt: skip
+        "lo": 1.0,
+        "hi": 45.0,
+        "step": 1.0,
+        "spacing": "uniform",
+    }

@@ -36,24 +36,16 @@ def words(instructions: list[tuple[str, str]], command: str) -> Iterator[str]:
                 yield from (w.strip("'\"") for w in named if not w.startswith("-"))
 
 
-def test_every_copied_path_is_there_and_sent(
-    repository: Path, instructions: list[tuple[str, str]]
-) -> None:
+def test_every_copied_path_is_there_and_sent(repository: Path, instructions: list[tuple[str, str]]) -> None:
     copied = [path for name, text in instructions if name == "COPY" for path in text.split()[:-1]]
     assert len(copied) > 8
-    kept = {
-        line[1:]
-        for line in (repository / ".dockerignore").read_text().splitlines()
-        if line.startswith("!")
-    }
+    kept = {line[1:] for line in (repository / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for path in copied:
         assert (repository / path).exists(), path
         assert path in kept, f".dockerignore leaves {path} out"
 
 
-def test_the_targets_are_those_that_compose_builds(
-    repository: Path, instructions: list[tuple[str, str]]
-) -> None:
+def test_the_targets_are_those_that_compose_builds(repository: Path, instructions: list[tuple[str, str]]) -> None:
     targets = {text.split()[-1] for name, text in instructions if name == "FROM"}
     assert targets == {"runtime-cpu", "runtime-cuda", "training"}
     compose = yaml.safe_load((repository / "docker/compose.yaml").read_text())
@@ -65,11 +57,9 @@ def test_the_targets_are_those_that_compose_builds(
         assert compose["services"][name]["network_mode"] == "host"
 
 
-def test_every_apt_package_is_declared(
-    repository: Path, instructions: list[tuple[str, str]]
-) -> None:
+def test_every_apt_package_is_declared(repository: Path, instructions: list[tuple[str, str]]) -> None:
     manifest = ET.parse(repository / "package.xml").getroot()
-    declared = {entry.text.replace("_", "-") for entry in manifest.iter("exec_depend") if entry.text}  # fmt: skip
+    declared = {entry.text.replace("_", "-") for entry in manifest.iter("exec_depend") if entry.text}
     installed = set(words(instructions, "apt-get install"))
     assert installed >= {"ros-${ROS_DISTRO}-vision-msgs", "python3-venv"}
     for package in installed - TOOLS:
@@ -106,9 +96,7 @@ def test_compose_names_arguments_that_run_knows(repository: Path) -> None:
         assert {a.split(":=")[0] for a in assignments} <= {a.name for a in ARGUMENTS}
 
 
-def test_the_entry_point_is_a_script_that_becomes_its_command(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_the_entry_point_is_a_script_that_becomes_its_command(repository: Path, tmp_path: Path) -> None:
     script = repository / "docker/entrypoint.sh"
     assert os.access(script, os.X_OK)
     assert script.read_text().rstrip().endswith('exec "$@"')

@@ -25,9 +25,7 @@ from occbev.geometry import (
     yaw_from_rotation,
 )
 
-quaternions = arrays(np.float64, 4, elements=st.floats(-1, 1)).filter(
-    lambda q: np.linalg.norm(q) > 0.1
-)
+quaternions = arrays(np.float64, 4, elements=st.floats(-1, 1)).filter(lambda q: np.linalg.norm(q) > 0.1)
 
 
 @given(quaternions)
@@ -35,12 +33,8 @@ def test_quaternion_and_rotation_are_inverse_of_each_other(q: np.ndarray) -> Non
     rotation = rotation_from_wxyz(q / np.linalg.norm(q))
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1.0)
-    np.testing.assert_allclose(
-        rotation_from_wxyz(wxyz_from_rotation(rotation)), rotation, atol=1e-12
-    )
-    np.testing.assert_allclose(
-        rotation_from_xyzw(xyzw_from_rotation(rotation)), rotation, atol=1e-12
-    )
+    np.testing.assert_allclose(rotation_from_wxyz(wxyz_from_rotation(rotation)), rotation, atol=1e-12)
+    np.testing.assert_allclose(rotation_from_xyzw(xyzw_from_rotation(rotation)), rotation, atol=1e-12)
 
 
 def test_quaternion_orders_are_what_their_names_say() -> None:

@@ -13,7 +13,7 @@ import yaml
 from occbev import graph
 from occbev.cli.run import split_assignments, typed
 from occbev.config import ConfigError
-from occbev.nodes.parameters import (
+from occbev.streams.parameters import (
     CameraParameters,
     PerceptionParameters,
     leaves,
@@ -24,12 +24,32 @@ from occbev.nodes.parameters import (
 RVIZ_CLASSES = {
     "rviz_common": {"Displays", "Selection", "Tool Properties", "Views", "Time", "Group"},
     "rviz_default_plugins": {
-        "Grid", "TF", "Axes", "PointCloud2", "MarkerArray", "Image", "Camera", "Map", "Path", "Odometry",
-        "RobotModel", "MoveCamera", "Interact", "Select", "FocusCamera", "Measure", "SetInitialPose",
-        "SetGoal", "PublishPoint", "Orbit", "ThirdPersonFollower", "TopDownOrtho", "FPS",
+        "Grid",
+        "TF",
+        "Axes",
+        "PointCloud2",
+        "MarkerArray",
+        "Image",
+        "Camera",
+        "Map",
+        "Path",
+        "Odometry",
+        "RobotModel",
+        "MoveCamera",
+        "Interact",
+        "Select",
+        "FocusCamera",
+        "Measure",
+        "SetInitialPose",
+        "SetGoal",
+        "PublishPoint",
+        "Orbit",
+        "ThirdPersonFollower",
+        "TopDownOrtho",
+        "FPS",
     },
     "vision_msgs_rviz_plugins": {"Detection3DArray"},
-}  # fmt: skip
+}
 """Classes that RViz 2 has; those of vision_msgs_rviz_plugins only where it is installed."""
 
 
@@ -50,9 +70,7 @@ def test_the_view_uses_classes_that_exist(view: dict[str, Any]) -> None:
     assert len(found) > 8
     for package, name in found:
         assert name in RVIZ_CLASSES[package], f"{package}/{name}"
-    optional = [
-        d for d in view["Visualization Manager"]["Displays"] if d["Class"].startswith("vision_msgs")
-    ]
+    optional = [d for d in view["Visualization Manager"]["Displays"] if d["Class"].startswith("vision_msgs")]
     assert not any(display["Enabled"] for display in optional)
 
 
@@ -68,14 +86,9 @@ def test_the_view_listens_to_what_the_node_publishes(view: dict[str, Any]) -> No
         )
         assert outputs[topic["Value"]].quality.reaches(reader)
         kind = outputs[topic["Value"]].type.rsplit("/", 1)[1]
-        shown = {"Map": "OccupancyGrid"}.get(
-            display["Class"].split("/")[1], display["Class"].split("/")[1]
-        )
+        shown = {"Map": "OccupancyGrid"}.get(display["Class"].split("/")[1], display["Class"].split("/")[1])
         assert shown == kind
-    assert (
-        view["Visualization Manager"]["Global Options"]["Fixed Frame"]
-        == PerceptionParameters().base_frame
-    )
+    assert view["Visualization Manager"]["Global Options"]["Fixed Frame"] == PerceptionParameters().base_frame
 
 
 def test_a_reliable_reader_needs_a_reliable_writer() -> None:
@@ -95,14 +108,10 @@ def test_the_shipped_parameter_file_names_every_parameter(repository: Path) -> N
 
 
 def test_the_shipped_values_are_the_defaults_but_for_topics(repository: Path) -> None:
-    record = yaml.safe_load((repository / "config/perception.yaml").read_text())["/**"][
-        "ros__parameters"
-    ]
+    record = yaml.safe_load((repository / "config/perception.yaml").read_text())["/**"]["ros__parameters"]
     values = flat(record)
     different = {
-        leaf.name
-        for leaf in leaves(PerceptionParameters)
-        if values.get(leaf.name, leaf.default) != leaf.default
+        leaf.name for leaf in leaves(PerceptionParameters) if values.get(leaf.name, leaf.default) != leaf.default
     }
     assert different == {"anchor", "ego_motion.odometry_topic"}
 
@@ -110,9 +119,7 @@ def test_the_shipped_values_are_the_defaults_but_for_topics(repository: Path) ->
 def flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result = {}
     for key, value in record.items():
-        result |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
 
 
@@ -163,9 +170,7 @@ def test_a_file_that_is_no_parameter_file_is_named(tmp_path: Path) -> None:
 
 
 def test_run_splits_launch_arguments_from_parameters() -> None:
-    values, extra = split_assignments(
-        ["model:=m", "detection.score_threshold:=0.2", "namespace:=car"]
-    )
+    values, extra = split_assignments(["model:=m", "detection.score_threshold:=0.2", "namespace:=car"])
     assert (values["model"], values["namespace"], extra) == (
         "m",
         "car",
@@ -203,19 +208,13 @@ def test_a_bag_or_sim_time_sets_the_clock() -> None:
 def test_the_launch_file_holds_no_logic_of_its_own(repository: Path) -> None:
     tree = ast.parse((repository / "launch/perception.launch.py").read_text())
     imported = {
-        (node.module or "").split(".")[0]
-        if isinstance(node, ast.ImportFrom)
-        else alias.name.split(".")[0]
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
     assert imported == {"launch", "launch_ros", "occbev"}
-    used = {
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "graph"
-    }
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "graph"}
     assert used <= set(dir(graph))
 
 
@@ -245,8 +244,6 @@ def test_the_security_policy_allows_what_the_node_does_and_no_more(repository: P
     inputs |= {parameters.ego_motion.odometry_topic, graph.CLOCK.name}
     inputs |= {topic.name for topic in graph.FRAME_INPUTS}
     assert allowed["subscribe"] == inputs
-    outputs = {graph.resolve(topic.name) for topic in graph.OUTPUTS.values()} | {
-        graph.DIAGNOSTICS.name
-    }
+    outputs = {graph.resolve(topic.name) for topic in graph.OUTPUTS.values()} | {graph.DIAGNOSTICS.name}
     of_every_node = {"/rosout", "/parameter_events", "/perception/transition_event"}
     assert allowed["publish"] == outputs | of_every_node

@@ -14,8 +14,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {"occbev": ROOT / "src", "occbev_training": ROOT / "training"}
-ROS = {"rclpy", "launch", "launch_ros", "message_filters", "tf2_ros", "tf2_py", "sensor_msgs_py",
-       "tf_transformations", "ament_index_python"}  # fmt: skip
+ROS = {
+    "rclpy",
+    "launch",
+    "launch_ros",
+    "message_filters",
+    "tf2_ros",
+    "tf2_py",
+    "sensor_msgs_py",
+    "tf_transformations",
+    "ament_index_python",
+}
 LEARNING = {"torch", "torchvision", "timm", "accelerate", "numba"}
 RUNTIMES = {"openvino", "onnxruntime", "tensorrt"}
 BASE = {"occbev.geometry", "occbev.grid", "occbev.classes", "occbev.config"}
@@ -69,9 +78,7 @@ def names_of(statement: ast.stmt, importer: str, modules: set[str]) -> list[str]
 
 
 def read_imports() -> list[Import]:
-    files = {
-        module_name(f, root): f for pkg, root in SOURCES.items() for f in (root / pkg).rglob("*.py")
-    }
+    files = {module_name(f, root): f for pkg, root in SOURCES.items() for f in (root / pkg).rglob("*.py")}
     found = []
     for importer, path in sorted(files.items()):
         for statement, at_import in statements(ast.parse(path.read_text())):
@@ -103,68 +110,58 @@ def test_imports_were_found() -> None:
     importers = {entry.importer for entry in IMPORTS}
     assert {
         "occbev.rig",
-        "occbev.nodes.build_interfaces",
+        "occbev.ros.build_interfaces",
         "occbev_training.sources.recording",
     } <= importers
 
 
 def test_the_base_knows_only_numpy_yaml_and_the_standard_library() -> None:
     allowed = {"numpy", "yaml", *sys.stdlib_module_names}
-    assert not offenders(
-        lambda i: i.importer in BASE and i.top not in allowed and i.imported not in BASE
-    )
+    assert not offenders(lambda i: i.importer in BASE and i.top not in allowed and i.imported not in BASE)
 
 
 def test_the_robot_side_never_needs_torch() -> None:
     torch_side = ("occbev.inference.torch_backend",)
     assert not offenders(
-        lambda i: (
-            within(i.importer, "occbev")
-            and i.top in LEARNING
-            and not within(i.importer, *torch_side)
-        )
+        lambda i: within(i.importer, "occbev") and i.top in LEARNING and not within(i.importer, *torch_side)
     )
 
 
-def test_the_robot_side_knows_the_training_package_only_in_the_torch_backend_and_inside_commands() -> (
-    None
-):
+def test_the_robot_side_knows_the_training_package_only_in_the_torch_backend_and_inside_commands() -> None:
     def allowed(entry: Import) -> bool:
         inside_command = within(entry.importer, "occbev.cli") and not entry.at_import
         return inside_command or within(entry.importer, "occbev.inference.torch_backend")
 
-    assert not offenders(
-        lambda i: within(i.importer, "occbev") and i.top == "occbev_training" and not allowed(i)
-    )
+    assert not offenders(lambda i: within(i.importer, "occbev") and i.top == "occbev_training" and not allowed(i))
 
 
-def test_only_nodes_know_ros() -> None:
-    assert not offenders(lambda i: is_ros(i.top) and not within(i.importer, "occbev.nodes"))
+def test_only_ros_knows_ros() -> None:
+    assert not offenders(lambda i: is_ros(i.top) and not within(i.importer, "occbev.ros"))
 
 
-def test_nobody_imports_nodes_but_the_commands() -> None:
-    allowed = ("occbev.nodes", "occbev.cli")
-    assert not offenders(
-        lambda i: within(i.imported, "occbev.nodes") and not within(i.importer, *allowed)
-    )
+def test_nobody_imports_ros_but_the_commands() -> None:
+    allowed = ("occbev.ros", "occbev.cli")
+    assert not offenders(lambda i: within(i.imported, "occbev.ros") and not within(i.importer, *allowed))
+
+
+def test_messages_know_the_base_alone_so_that_training_can_use_them() -> None:
+    rooms = ("inference", "streams", "ros", "reports", "benchmarks", "cli")
+    above = tuple(f"occbev.{room}" for room in rooms)
+    assert not offenders(lambda i: within(i.importer, "occbev.messages") and within(i.imported, *above))
 
 
 def test_runtimes_are_known_to_their_backends_alone_which_are_loaded_when_chosen() -> None:
     def asks(entry: Import) -> bool:
         return is_backend(entry.importer) or entry.importer == "occbev.cli.info"
 
-    assert not offenders(
-        lambda i: within(i.importer, "occbev") and i.top in RUNTIMES and not asks(i)
-    )
-    assert not offenders(
-        lambda i: within(i.importer, "occbev") and is_backend(i.imported) and i.at_import
-    )
+    assert not offenders(lambda i: within(i.importer, "occbev") and i.top in RUNTIMES and not asks(i))
+    assert not offenders(lambda i: within(i.importer, "occbev") and is_backend(i.imported) and i.at_import)
 
 
 def test_one_openvino_core_serves_the_process() -> None:
     """Two that overlap leave the thread a freed stack for signals; see `openvino_backend.shared_core`."""
     made = re.compile(r"\bCore\(\)")
-    makers = [path.name for root in SOURCES.values() for path in root.rglob("*.py") if made.search(path.read_text())]  # fmt: skip
+    makers = [path.name for root in SOURCES.values() for path in root.rglob("*.py") if made.search(path.read_text())]
     assert makers == ["openvino_backend.py"]
 
 
@@ -178,24 +175,18 @@ def test_torch_free_rooms_use_nothing_that_needs_torch() -> None:
         lambda i: (
             within(i.importer, *TORCH_FREE)
             and i.at_import
-            and (
-                i.top in LEARNING
-                or (i.top == "occbev_training" and not within(i.imported, *TORCH_FREE))
-            )
+            and (i.top in LEARNING or (i.top == "occbev_training" and not within(i.imported, *TORCH_FREE)))
         )
     )
 
 
-def test_the_rooms_of_training_are_in_no_circle() -> None:
+@pytest.mark.parametrize("package", ["occbev", "occbev_training"])
+def test_the_rooms_are_in_no_circle(package: str) -> None:
     edges: dict[str, set[str]] = {}
     for entry in IMPORTS:
-        if (
-            within(entry.importer, "occbev_training")
-            and entry.top == "occbev_training"
-            and entry.at_import
-        ):
+        if within(entry.importer, package) and entry.top == package and entry.at_import:
             source, target = (".".join(m.split(".")[:2]) for m in (entry.importer, entry.imported))
-            if source != target and target != "occbev_training":
+            if source != target and target != package:
                 edges.setdefault(source, set()).add(target)
     done: set[str] = set()
 
@@ -222,12 +213,10 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 package = importlib.import_module({package!r})
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if not module.name.startswith("occbev.nodes") and not module.name.endswith(("_backend", "__main__")):
+    if not module.name.startswith("occbev.ros") and not module.name.endswith(("_backend", "__main__")):
         importlib.import_module(module.name)
 """
     search = [str(root) for root in SOURCES.values()]
     start = f"import sys; sys.path[:0] = {search!r}\n{program}"
-    done = subprocess.run(
-        [sys.executable, "-c", start], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1500:]

@@ -17,9 +17,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 def check(path: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     shell = shutil.which("sh")
     assert shell is not None
-    return subprocess.run(
-        [shell, str(CHECK), python], env={"PATH": path}, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([shell, str(CHECK), python], env={"PATH": path}, capture_output=True, text=True, check=False)
 
 
 def folder_with(folder: Path, *tools: str) -> str:

@@ -20,10 +20,10 @@ from occbev.config import (
 from occbev.geometry import make_transform, rotation_from_yaw, transform_points
 from occbev.grid import BevGrid, VoxelGrid
 from occbev.inference.memory import MAX_GAP_S, Memory, motion_inputs
+from occbev.inference.model_package import ModelPackage
 from occbev.inference.pipeline import Pipeline, key_pose, motion_to_key
+from occbev.inference.postprocess import OutputError
 from occbev.inference.reference_points import warp_table
-from occbev.model_package import ModelPackage
-from occbev.postprocess import OutputError
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 
@@ -78,9 +78,7 @@ def test_a_buffer_that_the_runtime_reuses_is_copied() -> None:
         (SECOND, pose(200)),  # a jump
     ],
 )
-def test_a_past_that_cannot_be_trusted_is_forgotten(
-    stamp_ns: int, where: np.ndarray | None
-) -> None:
+def test_a_past_that_cannot_be_trusted_is_forgotten(stamp_ns: int, where: np.ndarray | None) -> None:
     memory = Memory(LIFT)
     memory.keep(state(LIFT), 0, pose(0))
     assert memory.filled
@@ -115,18 +113,14 @@ def test_a_landmark_is_read_where_it_was(frame: str) -> None:
     table = motion_inputs(model, now, (before, now))["table_warp"][0]
     ego2frame = invert_transform(frame2ego(frame))
     landmark = np.array([[11.5, 4.5, 0.0]])  # in global axes
-    seen = [
-        transform_points(ego2frame @ invert_transform(p), landmark)[0, :2] for p in (now, before)
-    ]
+    seen = [transform_points(ego2frame @ invert_transform(p), landmark)[0, :2] for p in (now, before)]
     cell_now, cell_before = (model.bev.map_coordinates(s) - 0.5 for s in seen)
     place = (table + 1) / 2 * 15  # (Y, X, 2), in cells of the frame before
     column, row = np.floor(cell_now).astype(int)
     share = cell_now - (column, row)
     corners = place[row : row + 2, column : column + 2]
     across = corners[:, 0] * (1 - share[0]) + corners[:, 1] * share[0]
-    np.testing.assert_allclose(
-        across[0] * (1 - share[1]) + across[1] * share[1], cell_before, atol=1e-4
-    )
+    np.testing.assert_allclose(across[0] * (1 - share[1]) + across[1] * share[1], cell_before, atol=1e-4)
 
 
 def test_standing_still_moves_nothing() -> None:

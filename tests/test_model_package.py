@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from occbev.config import ImageConfig, ModelConfig
-from occbev.model_package import ModelPackage, PackageError, find_package, write_package
+from occbev.inference.model_package import ModelPackage, PackageError, find_package, write_package
 
 MODEL = replace(ModelConfig(), name="probe", image=ImageConfig(width=64, height=32))
 

@@ -27,21 +27,35 @@ CAMERA = Camera(
 )
 
 PUBLISHED: Mapping[str, tuple[str, int, dict[str, tuple[int, float]]]] = {
-    "nuscenes-one": ("scene-0061", 0, {
-        "CAM_FRONT": (3067, 10.358), "CAM_FRONT_RIGHT": (3079, 13.789), "CAM_FRONT_LEFT": (3704, 12.061),
-        "CAM_BACK": (4826, 10.179), "CAM_BACK_LEFT": (4097, 8.794), "CAM_BACK_RIGHT": (3379, 15.967),
-    }),
-    "nuscenes-0103": ("scene-0103", 1, {
-        "CAM_FRONT": (2759, 17.268), "CAM_FRONT_RIGHT": (2326, 7.910), "CAM_FRONT_LEFT": (2912, 14.468),
-        "CAM_BACK": (3767, 8.500), "CAM_BACK_LEFT": (2104, 7.573), "CAM_BACK_RIGHT": (1954, 4.787),
-    }),
-}  # fmt: skip
+    "nuscenes-one": (
+        "scene-0061",
+        0,
+        {
+            "CAM_FRONT": (3067, 10.358),
+            "CAM_FRONT_RIGHT": (3079, 13.789),
+            "CAM_FRONT_LEFT": (3704, 12.061),
+            "CAM_BACK": (4826, 10.179),
+            "CAM_BACK_LEFT": (4097, 8.794),
+            "CAM_BACK_RIGHT": (3379, 15.967),
+        },
+    ),
+    "nuscenes-0103": (
+        "scene-0103",
+        1,
+        {
+            "CAM_FRONT": (2759, 17.268),
+            "CAM_FRONT_RIGHT": (2326, 7.910),
+            "CAM_FRONT_LEFT": (2912, 14.468),
+            "CAM_BACK": (3767, 8.500),
+            "CAM_BACK_LEFT": (2104, 7.573),
+            "CAM_BACK_RIGHT": (1954, 4.787),
+        },
+    ),
+}
 """Data root -> scene, key frame and, by camera, the points and median depth that its README states."""
 
 
-def overlay(
-    source: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str
-) -> list[dict[str, Any]]:
+def overlay(source: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
     capsys.readouterr()
     assert main(["overlay", str(source), "--out", str(out), "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)["frames"]
@@ -59,9 +73,7 @@ def test_published_point_counts_and_depths_from_tables_and_from_a_bag(
     for source in (shared / "data" / root, tmp_path / scene):
         (frame,) = overlay(source, tmp_path / "out", capsys)
         assert (frame["recording"], frame["key"]) == (scene, key)
-        found = {
-            name: (c["points"], round(c["median_depth"], 3)) for name, c in frame["cameras"].items()
-        }
+        found = {name: (c["points"], round(c["median_depth"], 3)) for name, c in frame["cameras"].items()}
         assert found == cameras
         assert all((tmp_path / "out" / name).stat().st_size > 10_000 for name in frame["pictures"])
 
@@ -86,10 +98,7 @@ def test_points_of_the_vehicle_itself_and_outside_do_not_count() -> None:
     moved, coverage = lidar_in_camera(Sweep(points, 0, np.eye(4)), np.eye(4), frame, CAMERA)
     assert coverage.points == 1
     np.testing.assert_allclose(moved, points[3:], atol=1e-6)
-    assert (
-        lidar_in_camera(Sweep(points[:1], 0, np.eye(4)), np.eye(4), frame, CAMERA)[1].median_depth
-        is None
-    )
+    assert lidar_in_camera(Sweep(points[:1], 0, np.eye(4)), np.eye(4), frame, CAMERA)[1].median_depth is None
 
 
 class Stamps:

@@ -47,11 +47,9 @@ def test_every_source_package_is_installed(repository: Path, metadata: dict[str,
 
 
 def test_messages_that_nodes_import_are_declared(repository: Path) -> None:
-    declared = {
-        entry.text for entry in ET.parse(repository / "package.xml").getroot().iter("exec_depend")
-    }
+    declared = {entry.text for entry in ET.parse(repository / "package.xml").getroot().iter("exec_depend")}
     imported = set()
-    for path in (repository / "src/occbev/nodes").rglob("*.py"):
+    for path in (repository / "src/occbev/ros").rglob("*.py"):
         imported |= set(re.findall(r"^\s*(?:from|import) (\w+_msgs)\b", path.read_text(), re.M))
     core = {"rosgraph_msgs", "rcl_interfaces", "lifecycle_msgs", "builtin_interfaces", "std_msgs"}
     assert imported - core <= declared, "rclpy brings the core packages; others need an exec_depend"

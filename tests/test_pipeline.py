@@ -13,11 +13,11 @@ from occbev.config import ImageConfig, LiftConfig, ModelConfig
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import BevGrid, VoxelGrid
 from occbev.inference.backend import BackendError
+from occbev.inference.model_package import ModelPackage
 from occbev.inference.pipeline import STAGES, Pipeline, motion_to_key
+from occbev.inference.postprocess import BoxDecoding, OutputError
+from occbev.inference.preprocess import ImageError
 from occbev.inference.tables import bag_tables, lift_points
-from occbev.model_package import ModelPackage
-from occbev.postprocess import BoxDecoding, OutputError
-from occbev.preprocess import ImageError
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 
@@ -56,9 +56,7 @@ class KnownBackend:
 def rig(names: tuple[str, ...] = ("left", "front", "right")) -> CameraRig:
     turn = {"left": 1.0, "front": 0.0, "right": -1.0, "back": np.pi}
     optics = [[60, 0, 64], [0, 60, 40], [0, 0, 1]]
-    pose = {
-        name: make_transform(rotation_from_yaw(turn[name]) @ FORWARD, [1, 0, 1.5]) for name in names
-    }
+    pose = {name: make_transform(rotation_from_yaw(turn[name]) @ FORWARD, [1, 0, 1.5]) for name in names}
     return CameraRig(tuple(Camera(name, 128, 72, optics, pose[name]) for name in names))
 
 
@@ -115,9 +113,7 @@ def test_a_missing_camera_is_a_fact(backend: KnownBackend) -> None:
 
 def test_tables_follow_each_cameras_own_motion(backend: KnownBackend) -> None:
     line, cameras = pipeline(backend), rig()
-    moved = {
-        name: make_transform(np.eye(3), [0.4 * i, 0, 0]) for i, name in enumerate(cameras.names)
-    }
+    moved = {name: make_transform(np.eye(3), [0.4 * i, 0, 0]) for i, name in enumerate(cameras.names)}
     line.run(frame_set(*cameras.names), moved)
     network = cameras.moved(moved[name] for name in cameras.names)
     network_size = [c.resized(0.5, 0.5, (0, 4), (64, 32)) for c in network.cameras]
@@ -137,20 +133,14 @@ def test_tables_follow_each_cameras_own_motion(backend: KnownBackend) -> None:
 
 def test_motion_must_name_every_camera_that_is_present(backend: KnownBackend) -> None:
     with pytest.raises(LookupError, match="right"):
-        pipeline(backend).run(
-            frame_set("left", "front", "right"), {"left": np.eye(4), "front": np.eye(4)}
-        )
-    pipeline(backend).run(
-        frame_set("left", "front", missing="right"), {"left": np.eye(4), "front": np.eye(4)}
-    )
+        pipeline(backend).run(frame_set("left", "front", "right"), {"left": np.eye(4), "front": np.eye(4)})
+    pipeline(backend).run(frame_set("left", "front", missing="right"), {"left": np.eye(4), "front": np.eye(4)})
 
 
 def test_motion_to_key_carries_a_standing_point() -> None:
     at_capture = make_transform(rotation_from_yaw(0.3), [10, 5, 0])
     at_key = make_transform(rotation_from_yaw(0.35), [10.5, 5.2, 0])
-    frames = FrameSet(
-        2, {"front": CameraFrame("front", 1, b"", at_capture), "left": None}, {"left": "silent"}
-    )
+    frames = FrameSet(2, {"front": CameraFrame("front", 1, b"", at_capture), "left": None}, {"left": "silent"})
     motion = motion_to_key(frames, at_key)
     point_global = np.array([20.0, 7.0, 1.0, 1.0])
     at_key_ego = motion["front"] @ np.linalg.inv(at_capture) @ point_global

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occbev import postprocess
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import BevGrid, VoxelGrid, volume_from_xyz
-from occbev.postprocess import (
+from occbev.inference import postprocess
+from occbev.inference.postprocess import (
     NMS_RADIUS,
     BoxDecoding,
     OutputError,
@@ -59,9 +59,7 @@ WALKER = (-6.1, 5.0, 0.9, 0.6, 0.7, 1.8, -3.0, 0.0, 1.2)
 
 
 def test_objects_come_back_in_metres_best_first() -> None:
-    boxes = decode_boxes(
-        *maps(("pedestrian", 0.4, WALKER), ("car", 0.9, CAR)), BEV, cameras=("front",)
-    )
+    boxes = decode_boxes(*maps(("pedestrian", 0.4, WALKER), ("car", 0.9, CAR)), BEV, cameras=("front",))
     np.testing.assert_allclose(boxes.box, [CAR, WALKER], atol=1e-5)
     assert [DETECTION_CLASSES[i] for i in boxes.label] == ["car", "pedestrian"]
     np.testing.assert_allclose(boxes.score, [0.9, 0.4], rtol=1e-5)
@@ -106,9 +104,7 @@ def test_circle_nms_keeps_the_best_of_each_class() -> None:
         (2.2, 2.9, 1, 4, 2, 1.5, 0),
         (9, 9, 1, 4, 2, 1.5, 0),
     )
-    np.testing.assert_array_equal(
-        circle_nms(boxes_at(row, near, chain, far), radius), [True, False, True, True]
-    )
+    np.testing.assert_array_equal(circle_nms(boxes_at(row, near, chain, far), radius), [True, False, True, True])
     mixed = Boxes3D(boxes_at(row, near).box, np.array([0, 8]), np.array([0.9, 0.8], np.float32))
     assert circle_nms(mixed, radius).all()
 
@@ -118,9 +114,7 @@ def test_rotated_nms_and_overlap() -> None:
     assert bev_overlap(boxes_at(a).box[0], boxes_at(a).box[0]) == pytest.approx(1, abs=1e-4)
     assert bev_overlap(boxes_at(a).box[0], boxes_at(half).box[0]) == pytest.approx(0.5, abs=1e-4)
     square, turned = (-5, 2, 0, 2, 2, 1, 0), (-5, 2, 0, 2, 2, 1, np.pi / 4)
-    octagon = 8 * (
-        np.sqrt(2) - 1
-    )  # the area that a square of side 2 shares with itself turned by 45 degrees
+    octagon = 8 * (np.sqrt(2) - 1)  # the area that a square of side 2 shares with itself turned by 45 degrees
     assert bev_overlap(boxes_at(square).box[0], boxes_at(turned).box[0]) == pytest.approx(
         octagon / (8 - octagon), rel=1e-4
     )
@@ -250,13 +244,16 @@ def test_broken_occupancy_is_refused(value: float) -> None:
 
 def test_voxels_in_view_are_those_that_project_into_the_image() -> None:
     cameras = [
-        Camera(f"c{yaw}", 64, 32, [[40, 0, 32], [0, 40, 10], [0, 0, 1]],
-               make_transform(rotation_from_yaw(yaw) @ FORWARD, [0.13, 0.2, 0.7]))
+        Camera(
+            f"c{yaw}",
+            64,
+            32,
+            [[40, 0, 32], [0, 40, 10], [0, 0, 1]],
+            make_transform(rotation_from_yaw(yaw) @ FORWARD, [0.13, 0.2, 0.7]),
+        )
         for yaw in (0.1, 2.0)
-    ]  # fmt: skip
-    seen = voxels_in_view(CameraRig(tuple(cameras)), GRID)
-    expected = [
-        camera.project(GRID.centres().reshape(-1, 3))[2].reshape(GRID.shape) for camera in cameras
     ]
+    seen = voxels_in_view(CameraRig(tuple(cameras)), GRID)
+    expected = [camera.project(GRID.centres().reshape(-1, 3))[2].reshape(GRID.shape) for camera in cameras]
     np.testing.assert_array_equal(seen, expected)
     assert 0.02 < seen.mean() < 0.5

@@ -11,7 +11,7 @@ import pytest
 
 from occbev.config import ConfigError, ImageConfig
 from occbev.geometry import make_transform
-from occbev.preprocess import (
+from occbev.inference.preprocess import (
     Fit,
     ImageError,
     Preprocessor,
@@ -29,16 +29,14 @@ FORWARD = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
 def camera(name: str = "front", width: int = 640, height: int = 360, **optics: object) -> Camera:
     intrinsic = [[0.8 * width, 0, 0.5 * width], [0, 0.8 * width, 0.55 * height], [0, 0, 1]]
-    return Camera(
-        name, width, height, intrinsic, make_transform(FORWARD, [1.5, 0.2, 1.6]), **optics
-    )
+    return Camera(name, width, height, intrinsic, make_transform(FORWARD, [1.5, 0.2, 1.6]), **optics)
 
 
 def smooth_image(width: int, height: int) -> np.ndarray:
     u, v = np.meshgrid(np.linspace(0, 4, width), np.linspace(0, 3, height))
-    return np.stack(
-        [127 + 100 * np.sin(u + v), 127 + 90 * np.cos(2 * u), 127 + 80 * np.sin(3 * v)], -1
-    ).astype(np.uint8)
+    return np.stack([127 + 100 * np.sin(u + v), 127 + 90 * np.cos(2 * u), 127 + 80 * np.sin(3 * v)], -1).astype(
+        np.uint8
+    )
 
 
 def jpeg(image: np.ndarray, quality: int = 95) -> bytes:
@@ -64,16 +62,12 @@ def test_fit_of_the_training_size_equals_the_documented_camera() -> None:
     assert Fit.cover(1600, 900, ImageConfig()) == Fit((352, 198), (0, 70))
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(640, 360), (1600, 900), (500, 200), (64, 32), (40, 30), (303, 211)]
-)
+@pytest.mark.parametrize(("width", "height"), [(640, 360), (1600, 900), (500, 200), (64, 32), (40, 30), (303, 211)])
 def test_a_point_stays_on_its_pixel(width: int, height: int) -> None:
     source = camera(width=width, height=height)
     point = np.array([[9.0, -0.4, 1.1]])
     pixel = source.project(point)[0][0]
-    pixels, fitted = Preprocessor(SMALL).network_image(
-        blob_at(width, height, *pixel, sigma=width / 25), source
-    )
+    pixels, fitted = Preprocessor(SMALL).network_image(blob_at(width, height, *pixel, sigma=width / 25), source)
     assert pixels.shape == (32, 64, 3)
     np.testing.assert_allclose(centroid(pixels), fitted.project(point)[0][0], atol=0.12)
 
@@ -149,21 +143,15 @@ def test_a_distorted_camera_is_rectified(model: str, coefficients: tuple[float, 
     image = blob_at(640, 360, *(seen.ravel() + 0.5), sigma=20)
     pixels, fitted = Preprocessor(SMALL).network_image(image, source)
     ideal = fitted.project(point_ego)[0][0]
-    assert np.abs(ideal - seen.ravel() * 0.1 + [0, fitted.height - 36]).max() > 0.3, (
-        "distortion must matter here"
-    )
+    assert np.abs(ideal - seen.ravel() * 0.1 + [0, fitted.height - 36]).max() > 0.3, "distortion must matter here"
     np.testing.assert_allclose(centroid(pixels), ideal, atol=0.25)
     assert fitted.distortion == ()
 
 
 def test_the_rectification_map_follows_a_new_calibration() -> None:
     preprocessor, image = Preprocessor(SMALL), smooth_image(640, 360)
-    first, _ = preprocessor.network_image(
-        image, camera(distortion_model="plumb_bob", distortion=(-0.3, 0, 0, 0, 0))
-    )
-    second, _ = preprocessor.network_image(
-        image, camera(distortion_model="plumb_bob", distortion=(0.3, 0, 0, 0, 0))
-    )
+    first, _ = preprocessor.network_image(image, camera(distortion_model="plumb_bob", distortion=(-0.3, 0, 0, 0, 0)))
+    second, _ = preprocessor.network_image(image, camera(distortion_model="plumb_bob", distortion=(0.3, 0, 0, 0, 0)))
     assert np.abs(first.astype(int) - second).max() > 10
 
 
@@ -191,8 +179,11 @@ def test_normalisation_and_channel_order() -> None:
 
 def test_prepare_orders_by_rig_and_marks_missing_cameras() -> None:
     rig = CameraRig((camera("left"), camera("front"), camera("right")))
-    frames = {"right": CameraFrame("right", 5, jpeg(smooth_image(640, 360))), "front": None,
-              "left": CameraFrame("left", 3, smooth_image(640, 360))}  # fmt: skip
+    frames = {
+        "right": CameraFrame("right", 5, jpeg(smooth_image(640, 360))),
+        "front": None,
+        "left": CameraFrame("left", 3, smooth_image(640, 360)),
+    }
     prepared = Preprocessor(SMALL).prepare(FrameSet(5, frames, {"front": "silent"}), rig)
     assert prepared.images.shape == (3, 3, 32, 64)
     assert prepared.images.dtype == np.float32

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from occbev.geometry import frame2ego
-from occbev.postprocess import OutputError
-from occbev.query_boxes import QueryDecoding, decode_queries
+from occbev.inference.postprocess import OutputError
+from occbev.inference.query_boxes import QueryDecoding, decode_queries
 
 
 def code(x: float, y: float, z: float, yaw: float, vx: float = 0.0, vy: float = 0.0) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 
 from occbev import graph
 from occbev.cli import COMMANDS
-from occbev.nodes.parameters import CameraParameters, Leaf, PerceptionParameters, leaves
+from occbev.streams.parameters import CameraParameters, Leaf, PerceptionParameters, leaves
 
 PARAMETERS = [*leaves(PerceptionParameters), *leaves(CameraParameters, "cameras.<name>.")]
 TOPICS = [*graph.OUTPUTS.values(), *graph.FRAME_INPUTS, graph.ODOMETRY, graph.DIAGNOSTICS]

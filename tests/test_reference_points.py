@@ -27,9 +27,7 @@ def test_pillars_stand_on_cell_centres() -> None:
 
 def test_a_point_ahead_lies_where_the_pinhole_says() -> None:
     matrices = rp.frame_to_images(INTRINSIC[None], FORWARD[None])
-    places, visible = rp.project(
-        [[11.0, 2.0, 1.5], [-9.0, 0, 1.5], [1.5, 9.0, 1.5]], matrices, (80, 60)
-    )
+    places, visible = rp.project([[11.0, 2.0, 1.5], [-9.0, 0, 1.5], [1.5, 9.0, 1.5]], matrices, (80, 60))
     np.testing.assert_allclose(places[0, 0], ((40 - 50 * 0.2) / 80, 0.5))
     assert visible[0].tolist() == [True, False, False]  # ahead, behind, beside the image
 

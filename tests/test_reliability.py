@@ -7,9 +7,7 @@ from pathlib import Path
 
 
 def test_the_tests_named_in_the_readme_exist(repository: Path) -> None:
-    section = (
-        (repository / "README.md").read_text().split("## Reliability", 1)[1].split("\n## ", 1)[0]
-    )
+    section = (repository / "README.md").read_text().split("## Reliability", 1)[1].split("\n## ", 1)[0]
     named = set(re.findall(r"`(test_\w+)`", section))
     defined = {
         name

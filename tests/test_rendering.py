@@ -11,7 +11,7 @@ import pytest
 from occbev.classes import DETECTION_CLASSES, DETECTION_COLOURS, FREE, OCCUPANCY_COLOURS
 from occbev.geometry import make_transform
 from occbev.grid import VoxelGrid
-from occbev.rendering import (
+from occbev.reports.rendering import (
     GROUND_TRUTH,
     PAPER,
     UNSEEN,
@@ -47,9 +47,7 @@ CAR, WALKER = DETECTION_CLASSES.index("car"), DETECTION_CLASSES.index("pedestria
 
 
 def boxes(*rows: tuple[float, ...], label: int = CAR) -> Boxes3D:
-    return Boxes3D(
-        np.array(rows, np.float32), np.full(len(rows), label), np.full(len(rows), 0.8, np.float32)
-    )
+    return Boxes3D(np.array(rows, np.float32), np.full(len(rows), label), np.full(len(rows), 0.8, np.float32))
 
 
 def occupancy(*voxels: tuple[int, int, int], label: int = 4) -> Occupancy:
@@ -88,8 +86,7 @@ def test_dashes_leave_gaps() -> None:
     box = boxes((8.0, 0, 1.5, 4, 2, 2, 0.3, 0, 0))
     solid_style = BoxStyle((255, 255, 255), thickness=1)
     solid, dashed = (
-        (draw_boxes(GREY, CAMERA, box, style)[..., 0] > 190).sum()
-        for style in (solid_style, GROUND_TRUTH)
+        (draw_boxes(GREY, CAMERA, box, style)[..., 0] > 190).sum() for style in (solid_style, GROUND_TRUTH)
     )
     assert 0.2 * solid < dashed < 0.85 * solid
 
@@ -107,9 +104,7 @@ def test_points_are_drawn_where_they_project_near_ones_red() -> None:
 def test_voxels_are_drawn_where_they_project() -> None:
     voxel = (30, 16, 5)
     picture = draw_voxels(GREY, CAMERA, occupancy(voxel), opacity=1)
-    np.testing.assert_allclose(
-        changed(GREY, picture), CAMERA.project([GRID.centres(voxel)])[0][0], atol=1.5
-    )
+    np.testing.assert_allclose(changed(GREY, picture), CAMERA.project([GRID.centres(voxel)])[0][0], atol=1.5)
     assert (picture == OCCUPANCY_COLOURS[4]).all(-1).sum() > 20
 
 
@@ -127,8 +122,7 @@ def test_bev_has_x_up_and_y_left() -> None:
 
 def test_bev_over_occupancy_places_the_grid() -> None:
     plain, over = (
-        bev_picture(Boxes3D.empty(), occupancy=o, size=400, reach=10)
-        for o in (None, occupancy((31, 31, 1)))
+        bev_picture(Boxes3D.empty(), occupancy=o, size=400, reach=10) for o in (None, occupancy((31, 31, 1)))
     )
     assert changed(plain, over)[0] < 60
     larger = bev_picture(Boxes3D.empty(), occupancy=occupancy((31, 31, 1)), size=400, reach=4)
@@ -162,12 +156,8 @@ def test_3d_draws_voxels_where_the_view_projects_them_and_hides_the_covered() ->
     )
     tower = occupancy((20, 4, 3), (20, 4, 4))
     tower.label[20, 4, 4] = 16
-    top = occupancy_in_3d(
-        tower, 320, 200, replace(view, eye=(1.9, -6.0, 20.0), target=(2.2, -5.8, 0))
-    )
-    assert not (np.abs(top.astype(int) - OCCUPANCY_COLOURS[4]).sum(-1) < 60).any(), (
-        "the lower voxel is covered"
-    )
+    top = occupancy_in_3d(tower, 320, 200, replace(view, eye=(1.9, -6.0, 20.0), target=(2.2, -5.8, 0)))
+    assert not (np.abs(top.astype(int) - OCCUPANCY_COLOURS[4]).sum(-1) < 60).any(), "the lower voxel is covered"
 
 
 def test_compositions_keep_their_parts() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from occbev.cli import demo
-from occbev.report import FrameLatency, Scene, write_report
+from occbev.reports.report import FrameLatency, Scene, write_report
 
 AP = {"car": {"0.5": 0.11, "1.0": 0.22, "2.0": 0.33, "4.0": 0.44}}
 NONE = {"bus": dict.fromkeys(AP["car"], 0.0)}
@@ -72,12 +72,19 @@ def test_everything_is_inside_the_page(tmp_path: Path, summary: dict[str, Any]) 
     assert not re.search(r"https?://|url\(", text)
 
 
-def test_numbers_are_shown_beside_what_they_must_beat(
-    tmp_path: Path, summary: dict[str, Any]
-) -> None:
+def test_numbers_are_shown_beside_what_they_must_beat(tmp_path: Path, summary: dict[str, Any]) -> None:
     text, _ = page(tmp_path, summary, [scene(0.0)])
-    for shown in ("98 of 100", "2 superseded", "4.9 Hz", "150 ms", "0.33", "mean scores 0.07",
-                  "mean grid scores 0.21", "0.123", "0.234"):  # fmt: skip
+    for shown in (
+        "98 of 100",
+        "2 superseded",
+        "4.9 Hz",
+        "150 ms",
+        "0.33",
+        "mean scores 0.07",
+        "mean grid scores 0.21",
+        "0.123",
+        "0.234",
+    ):
         assert shown in text
     assert "stale" not in re.search(r"<section class=tiles>.*?</section>", text)[0]  # type: ignore[index]
 
@@ -111,8 +118,12 @@ def test_a_run_without_results_still_makes_a_page(tmp_path: Path, summary: dict[
 
 
 def test_a_demo_that_is_too_fast_for_the_machine_says_so() -> None:
-    summary = {"frames_in": 100, "frames_processed": 40, "drops": {"replaced_by_newer": 60},
-               "drive": {"sets of images per second": 5.0}}  # fmt: skip
+    summary = {
+        "frames_in": 100,
+        "frames_processed": 40,
+        "drops": {"replaced_by_newer": 60},
+        "drive": {"sets of images per second": 5.0},
+    }
     said = demo.too_fast(summary)
     assert said is not None
     assert "5.0 sets a second, of which it processed 2.0" in said

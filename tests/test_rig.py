@@ -16,9 +16,7 @@ OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
 def camera(name: str = "CAM_FRONT", yaw: float = 0.0) -> Camera:
     intrinsic = np.array([[1260.0, 0, 800], [0, 1260, 450], [0, 0, 1]])
-    return Camera(
-        name, 1600, 900, intrinsic, make_transform(rotation_from_yaw(yaw) @ OPTICAL, [1.5, 0, 1.6])
-    )
+    return Camera(name, 1600, 900, intrinsic, make_transform(rotation_from_yaw(yaw) @ OPTICAL, [1.5, 0, 1.6]))
 
 
 def test_a_point_ahead_lands_in_the_front_camera_only() -> None:

@@ -7,10 +7,10 @@ import numpy as np
 from occbev.classes import FREE, FREE_STATE, OCCUPANCY_CLASSES, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import make_transform
 from occbev.grid import GRIDS
-from occbev.report import Scene
+from occbev.reports.report import Scene
+from occbev.reports.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera, CameraRig
-from occbev.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
 
 GRID = GRIDS["tiny"]
 FORWARD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
@@ -64,16 +64,11 @@ def test_the_cover_has_the_cameras_above_the_voxels() -> None:
 
 
 def test_a_sure_box_is_drawn_and_a_doubtful_one_is_not() -> None:
-    sure, doubtful = (
-        next(iter(pictures(compose_scene(moment(score))).values())).astype(int)
-        for score in (0.9, 0.1)
-    )
+    sure, doubtful = (next(iter(pictures(compose_scene(moment(score))).values())).astype(int) for score in (0.9, 0.1))
     changed = np.argwhere(np.abs(sure - doubtful).sum(-1) > 60)
     assert len(changed) > 50
     middle = changed.mean(0) / sure.shape[:2]
-    assert abs(middle[1] - 0.5 / 3) < 0.05, (
-        "the box stands in the middle of the first of three columns"
-    )
+    assert abs(middle[1] - 0.5 / 3) < 0.05, "the box stands in the middle of the first of three columns"
 
 
 def test_truth_is_known_only_where_it_is_visible() -> None:

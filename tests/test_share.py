@@ -14,9 +14,7 @@ def test_clone_holds_its_own_launch_and_config_files() -> None:
     assert share.share_path("config").is_dir()
 
 
-def test_installed_tree_is_searched_beside_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_installed_tree_is_searched_beside_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "lib/python3.10/site-packages/occbev/share.py"
     wanted = tmp_path / "share/occbev/config/perception.yaml"
     for path in (module, wanted):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from occbev.soak import Sample, Watch, account, sample
+from occbev.reports.soak import Sample, Watch, account, sample
 
 SPAN = (0, 600_000_000_000)
 
@@ -21,18 +21,26 @@ def samples(**slopes: float) -> list[Sample]:
     for second in range(600):
         grown = {name: 1 + slope * second / 600 for name, slope in slopes.items()}
         made.append(
-            Sample(second * 10**9, 400 * grown.get("rss", 1), round(30 * grown.get("threads", 1)),
-                   round(50 * grown.get("files", 1)))
-        )  # fmt: skip
+            Sample(
+                second * 10**9,
+                400 * grown.get("rss", 1),
+                round(30 * grown.get("threads", 1)),
+                round(50 * grown.get("files", 1)),
+            )
+        )
     return made
 
 
 def lines(slope: float = 0.0) -> list[dict[str, Any]]:
     return [
-        {"stamp_ns": i, "outcome": "processed", "published_ns": i * 10**8,
-         "stages_ms": {"total": (100 + i % 10) * (1 + slope * i / 6000)}}
+        {
+            "stamp_ns": i,
+            "outcome": "processed",
+            "published_ns": i * 10**8,
+            "stages_ms": {"total": (100 + i % 10) * (1 + slope * i / 6000)},
+        }
         for i in range(6000)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_steady_run_breaks_nothing() -> None:

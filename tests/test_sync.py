@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occbev.sync import FrameSynchronizer, MatchedSet, SyncConfig
+from occbev.streams.sync import FrameSynchronizer, MatchedSet, SyncConfig
 
 CAMERAS = tuple(f"c{i}" for i in range(6))
 SPREAD_MS = (-7, 0, 7, 14, 21, 35)
@@ -57,9 +57,7 @@ def feed(sync: FrameSynchronizer[int], images: list[Stream], flush: bool = True)
     """Push images as they arrive and check that every one is accounted for."""
     sets: Sets = []
     for image in images:
-        sets += sync.push(
-            image.camera, round(image.stamp * 1e9), image.sweep, round(image.arrival * 1e9)
-        )
+        sets += sync.push(image.camera, round(image.stamp * 1e9), image.sweep, round(image.arrival * 1e9))
     if flush:
         sets += sync.flush(round((images[-1].arrival + 1) * 1e9))
         check_accounts(sync)
@@ -78,9 +76,7 @@ def mixed(sets: Sets) -> int:
 
 
 def non_increasing(sets: Sets) -> int:
-    return sum(
-        b.stamp_ns <= a.stamp_ns for a, b in zip(sets, sets[1:], strict=False) if a.epoch == b.epoch
-    )
+    return sum(b.stamp_ns <= a.stamp_ns for a, b in zip(sets, sets[1:], strict=False) if a.epoch == b.epoch)
 
 
 def complete(sets: Sets) -> int:
@@ -129,9 +125,7 @@ def test_heavy_tailed_arrival_keeps_nearly_everything_in_order() -> None:
 def test_a_looped_bag_starts_again_without_joining_both_passes() -> None:
     first = simulate(sweeps=60, drop=0.02, seed=1)
     gap = first[-1].arrival + 0.02 - 1000.01
-    second = [
-        Stream(i.arrival + gap, i.camera, i.stamp, i.sweep + 1000) for i in simulate(sweeps=60)
-    ]
+    second = [Stream(i.arrival + gap, i.camera, i.stamp, i.sweep + 1000) for i in simulate(sweeps=60)]
     sync = synchronizer(tolerance_s=0.1)
     sets = feed(sync, sorted(first + second, key=lambda i: i.arrival))
     assert sync.statistics.resets == {"stamps_went_back": 1}
@@ -152,9 +146,7 @@ def test_stragglers_of_the_earlier_pass_are_dropped_once() -> None:
     first = simulate(sweeps=60)
     late = [Stream(i.arrival + 0.15, i.camera, i.stamp, i.sweep) for i in first[-6:]]
     gap = first[-1].arrival - 1000.0
-    second = [
-        Stream(i.arrival + gap, i.camera, i.stamp, i.sweep + 1000) for i in simulate(sweeps=60)
-    ]
+    second = [Stream(i.arrival + gap, i.camera, i.stamp, i.sweep + 1000) for i in simulate(sweeps=60)]
     sync = synchronizer()
     sets = feed(sync, sorted(first[:-6] + late + second, key=lambda i: i.arrival))
     assert sync.statistics.resets == {"stamps_went_back": 1}

@@ -32,17 +32,14 @@ LIFT = from_record(LiftConfig, {"depth": {"lo": 1, "hi": 25, "step": 1}, "max_po
 
 def rig(cameras: int = 3) -> CameraRig:
     poses = [
-        make_transform(rotation_from_yaw(2 * np.pi * i / cameras) @ OPTICAL, [1, 0.2 * i, 1.5])
-        for i in range(cameras)
+        make_transform(rotation_from_yaw(2 * np.pi * i / cameras) @ OPTICAL, [1, 0.2 * i, 1.5]) for i in range(cameras)
     ]
     return CameraRig(tuple(Camera(f"c{i}", 96, 64, INTRINSIC, p) for i, p in enumerate(poses)))
 
 
 def points_of(cameras: CameraRig) -> LiftPoints:
     intrinsic = np.stack([c.intrinsic for c in cameras.cameras])
-    return lift_points(
-        intrinsic, np.stack([c.cam2ego for c in cameras.cameras]), (96, 64), LIFT, BEV
-    )
+    return lift_points(intrinsic, np.stack([c.cam2ego for c in cameras.cameras]), (96, 64), LIFT, BEV)
 
 
 def direct_sum(points: LiftPoints, depth: np.ndarray, feature: np.ndarray) -> np.ndarray:
@@ -153,8 +150,7 @@ def test_volumes_have_cells_along_z_in_both_forms() -> None:
     assert set(level) == {0, 1, 2, 3}
     at_same_place = dict(zip(flat.depth.tolist(), flat.cell.tolist(), strict=True))
     assert all(
-        at_same_place[d] == c % BEV.size
-        for d, c in zip(points.depth.tolist(), points.cell.tolist(), strict=True)
+        at_same_place[d] == c % BEV.size for d, c in zip(points.depth.tolist(), points.cell.tolist(), strict=True)
     )
     bag = bag_tables(points, BEV, lift.max_points, 4)
     gather = gather_tables(points, BEV, lift.max_points, 4)
@@ -178,7 +174,7 @@ def test_rays_say_where_the_frustum_goes() -> None:
     metres = LIFT.depth.lo + LIFT.depth.step / 2
     rise = 2 * height + climb * metres
     np.testing.assert_allclose(rise, points[:, 0, ..., 2], atol=1e-5)
-    np.testing.assert_allclose(2 * height, np.broadcast_to(cam2ego[:, 2, 3, None, None], height.shape), rtol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(2 * height, np.broadcast_to(cam2ego[:, 2, 3, None, None], height.shape), rtol=1e-6)
     np.testing.assert_allclose(slope[0, 0], (np.arange(6) * 16 + 8 - 48) / 60, rtol=1e-5)
     np.testing.assert_allclose(angle, 10 / 60, rtol=1e-6)
 
@@ -198,9 +194,11 @@ def test_a_mirrored_sample_reads_as_a_camera_of_the_mirrored_scene() -> None:
 def test_published_camera_parameters_are_of_the_source_image() -> None:
     model = from_record(
         ModelConfig,
-        {"image": {"width": 96, "height": 64}, "bevdet": {"depth_net": "camera", "source_width": 192,
-                                                          "source_height": 144}},
-    )  # fmt: skip
+        {
+            "image": {"width": 96, "height": 64},
+            "bevdet": {"depth_net": "camera", "source_width": 192, "source_height": 144},
+        },
+    )
     poses = np.stack([c.cam2ego for c in rig().cameras])
     table = calibration_table(np.stack([INTRINSIC] * 3), poses, model)
     assert table.shape == (3, 27, 1, 1)

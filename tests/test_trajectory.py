@@ -17,9 +17,7 @@ def drive(seconds: float = 1.0, rate: float = 50.0) -> Trajectory:
 
 def test_samples_are_returned_as_they_are() -> None:
     trajectory = drive()
-    np.testing.assert_allclose(
-        trajectory.at_many(trajectory.stamp_ns), trajectory.ego2global, atol=1e-12
-    )
+    np.testing.assert_allclose(trajectory.at_many(trajectory.stamp_ns), trajectory.ego2global, atol=1e-12)
 
 
 def test_between_samples_motion_is_linear_and_the_turn_even() -> None:
@@ -30,18 +28,14 @@ def test_between_samples_motion_is_linear_and_the_turn_even() -> None:
 
 def test_slerp_takes_the_short_way_round() -> None:
     turns = [rotation_from_rpy(0, 0, np.pi - 0.01), rotation_from_rpy(0, 0, -np.pi + 0.01)]
-    trajectory = Trajectory(
-        np.array([0, 100_000_000]), np.stack([make_transform(r, [0, 0, 0]) for r in turns])
-    )
+    trajectory = Trajectory(np.array([0, 100_000_000]), np.stack([make_transform(r, [0, 0, 0]) for r in turns]))
     assert abs(yaw_from_rotation(trajectory.at(50_000_000)[:3, :3])) == pytest.approx(np.pi)
 
 
 def test_relative_motion_carries_points_between_ego_frames() -> None:
     trajectory = drive()
     then2now = trajectory.relative(0, 1_000_000_000)
-    np.testing.assert_allclose(
-        trajectory.at(1_000_000_000) @ then2now, trajectory.at(0), atol=1e-12
-    )
+    np.testing.assert_allclose(trajectory.at(1_000_000_000) @ then2now, trajectory.at(0), atol=1e-12)
 
 
 def test_a_gap_and_a_far_stamp_have_no_pose() -> None:

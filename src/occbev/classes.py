@@ -6,15 +6,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 DETECTION_CLASSES: tuple[str, ...] = (
-    "car", "truck", "construction_vehicle", "bus", "trailer",
-    "barrier", "motorcycle", "bicycle", "pedestrian", "traffic_cone",
-)  # fmt: skip
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
 
 OCCUPANCY_CLASSES: tuple[str, ...] = (
-    "others", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
-    "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain",
-    "manmade", "vegetation", "free",
-)  # fmt: skip
+    "others",
+    "barrier",
+    "bicycle",
+    "bus",
+    "car",
+    "construction_vehicle",
+    "motorcycle",
+    "pedestrian",
+    "traffic_cone",
+    "trailer",
+    "truck",
+    "driveable_surface",
+    "other_flat",
+    "sidewalk",
+    "terrain",
+    "manmade",
+    "vegetation",
+    "free",
+)
 
 FREE = OCCUPANCY_CLASSES.index("free")
 """Occupancy label of empty space (17)."""
@@ -24,17 +47,30 @@ UNOBSERVED_STATE, FREE_STATE, OCCUPIED_STATE = 0, 1, 2
 
 OCCUPANCY_COLOURS: NDArray[np.uint8] = np.array(
     [
-        [0, 0, 0], [112, 128, 144], [220, 20, 60], [255, 127, 80], [255, 158, 0], [233, 150, 70],
-        [255, 61, 99], [0, 0, 230], [47, 79, 79], [255, 140, 0], [255, 99, 71], [0, 207, 191],
-        [175, 0, 75], [75, 0, 75], [112, 180, 60], [222, 184, 135], [0, 175, 0], [255, 255, 255],
+        [0, 0, 0],
+        [112, 128, 144],
+        [220, 20, 60],
+        [255, 127, 80],
+        [255, 158, 0],
+        [233, 150, 70],
+        [255, 61, 99],
+        [0, 0, 230],
+        [47, 79, 79],
+        [255, 140, 0],
+        [255, 99, 71],
+        [0, 207, 191],
+        [175, 0, 75],
+        [75, 0, 75],
+        [112, 180, 60],
+        [222, 184, 135],
+        [0, 175, 0],
+        [255, 255, 255],
     ],
     np.uint8,
-)  # fmt: skip
+)
 """RGB of each occupancy class (18, 3), the usual nuScenes palette."""
 
-OCCUPANCY_OF_DETECTION: tuple[int, ...] = tuple(
-    OCCUPANCY_CLASSES.index(name) for name in DETECTION_CLASSES
-)
+OCCUPANCY_OF_DETECTION: tuple[int, ...] = tuple(OCCUPANCY_CLASSES.index(name) for name in DETECTION_CLASSES)
 """Occupancy label of each detection class."""
 
 DETECTION_COLOURS: NDArray[np.uint8] = OCCUPANCY_COLOURS[list(OCCUPANCY_OF_DETECTION)]

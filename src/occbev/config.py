@@ -56,13 +56,9 @@ class ImageConfig:
         if self.fit not in ("cover", "pad"):
             raise ConfigError(f"image.fit {self.fit!r}: must be cover or pad")
         if self.width % 32 or self.height % 32 or min(self.width, self.height) <= 0:
-            raise ConfigError(
-                f"image size {self.width}x{self.height}: both must be positive multiples of 32"
-            )
+            raise ConfigError(f"image size {self.width}x{self.height}: both must be positive multiples of 32")
         if self.channel_order not in ("rgb", "bgr_swapped"):
-            raise ConfigError(
-                f"image.channel_order {self.channel_order!r}: must be rgb or bgr_swapped"
-            )
+            raise ConfigError(f"image.channel_order {self.channel_order!r}: must be rgb or bgr_swapped")
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,7 @@ class DepthConfig:
         if self.spacing not in ("uniform", "log"):
             raise ConfigError(f"depth.spacing {self.spacing!r}: must be uniform or log")
         if not 0 < self.lo < self.hi or self.step <= 0:
-            raise ConfigError(
-                f"depth bins [{self.lo}, {self.hi}) step {self.step}: need 0 < lo < hi and step > 0"
-            )
+            raise ConfigError(f"depth bins [{self.lo}, {self.hi}) step {self.step}: need 0 < lo < hi and step > 0")
 
     @property
     def bins(self) -> int:
@@ -215,10 +209,12 @@ class BevDetConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "neck": ("pyramid", "deconvolution"), "depth_net": ("plain", "camera", "gated"),
-            "bev_encoder": ("plane", "volume", "trunk"), "occupancy": ("none", "plane", "volume"),
+            "neck": ("pyramid", "deconvolution"),
+            "depth_net": ("plain", "camera", "gated"),
+            "bev_encoder": ("plane", "volume", "trunk"),
+            "occupancy": ("none", "plane", "volume"),
             "published_buffers": ("none", "lift", "voxel"),
-        }  # fmt: skip
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"bevdet.{name} {getattr(self, name)!r}: must be one of {known}")
@@ -354,13 +350,9 @@ class ModelConfig:
         if self.memory < 0:
             raise ConfigError(f"memory {self.memory}: must be 0 or the number of past frames")
         if self.memory and self.bevdet is not None:
-            raise ConfigError(
-                f"memory {self.memory}: a BEVDet network joins as many frames as bevdet.frames says"
-            )
+            raise ConfigError(f"memory {self.memory}: a BEVDet network joins as many frames as bevdet.frames says")
         if self.memory and self.family != "lss":
-            raise ConfigError(
-                f"memory {self.memory}: only Lift-Splat networks have it, this is a {self.family!r}"
-            )
+            raise ConfigError(f"memory {self.memory}: only Lift-Splat networks have it, this is a {self.family!r}")
 
     @property
     def max_cameras(self) -> int:
@@ -399,9 +391,7 @@ def to_record(value: Any) -> Any:
     if isinstance(value, VoxelGrid):
         return value.as_record()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-        }
+        return {f.name: to_record(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
         return {str(key): to_record(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):
@@ -454,16 +444,11 @@ def _convert(schema: Any, value: Any, where: str) -> Any:
             return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(arguments):
             raise ConfigError(f"{where}: want {len(arguments)} values, got {value!r}")
-        return tuple(
-            _convert(a, v, f"{where}[{i}]")
-            for i, (a, v) in enumerate(zip(arguments, value, strict=True))
-        )
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
     if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: want keys and values, got {value!r}")
-        return {
-            key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()
-        }
+        return {key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
     return _convert_scalar(schema, value, where)
 
 
@@ -504,10 +489,6 @@ def _convert_scalar(schema: Any, value: Any, where: str) -> Any:
             pass
     if schema is Path and isinstance(value, str):
         return Path(value)
-    if (
-        isinstance(schema, type)
-        and isinstance(value, schema)
-        and not (schema is int and isinstance(value, bool))
-    ):
+    if isinstance(schema, type) and isinstance(value, schema) and not (schema is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}: want {getattr(schema, '__name__', schema)}, got {value!r}")

@@ -47,9 +47,7 @@ def rotation_from_wxyz(quaternion: ArrayLike) -> Array:
     q = np.asarray(quaternion, np.float64)
     norm = np.linalg.norm(q, axis=-1, keepdims=True)
     if not np.all(np.isfinite(q)) or np.any(np.abs(norm - 1.0) > 1e-2):
-        raise ValueError(
-            f"not a unit quaternion (w, x, y, z): {q.tolist()}, norm {norm.ravel().tolist()}"
-        )
+        raise ValueError(f"not a unit quaternion (w, x, y, z): {q.tolist()}, norm {norm.ravel().tolist()}")
     w, x, y, z = np.moveaxis(q / norm, -1, 0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
@@ -64,9 +62,7 @@ def rotation_from_xyzw(quaternion: ArrayLike) -> Array:
     return rotation_from_wxyz(np.roll(np.asarray(quaternion, np.float64), 1, axis=-1))
 
 
-def pose_from_xyzw(
-    position: tuple[float, float, float], quaternion: tuple[float, float, float, float]
-) -> Array:
+def pose_from_xyzw(position: tuple[float, float, float], quaternion: tuple[float, float, float, float]) -> Array:
     """Make one (4, 4) pose of a position and a quaternion in ROS order, in plain floats.
 
     For messages that come a hundred times a second: numpy takes twenty times as long for a single one.
@@ -93,12 +89,19 @@ def wxyz_from_rotation(rotation: ArrayLike) -> Array:
     """Turn one (3, 3) rotation into a unit quaternion (w, x, y, z) with w >= 0."""
     r = np.asarray(rotation, np.float64)
     # Four times the outer product q q^T; its largest diagonal entry gives the stable branch (Shepperd 1978).
-    squares = np.array([1 + r[0, 0] + r[1, 1] + r[2, 2], 1 + r[0, 0] - r[1, 1] - r[2, 2],
-                        1 - r[0, 0] + r[1, 1] - r[2, 2], 1 - r[0, 0] - r[1, 1] + r[2, 2]])  # fmt: skip
+    squares = np.array(
+        [
+            1 + r[0, 0] + r[1, 1] + r[2, 2],
+            1 + r[0, 0] - r[1, 1] - r[2, 2],
+            1 - r[0, 0] + r[1, 1] - r[2, 2],
+            1 - r[0, 0] - r[1, 1] + r[2, 2],
+        ]
+    )
     wx, wy, wz = r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]
     xy, xz, yz = r[0, 1] + r[1, 0], r[0, 2] + r[2, 0], r[1, 2] + r[2, 1]
-    outer = np.array([[squares[0], wx, wy, wz], [wx, squares[1], xy, xz],
-                      [wy, xy, squares[2], yz], [wz, xz, yz, squares[3]]])  # fmt: skip
+    outer = np.array(
+        [[squares[0], wx, wy, wz], [wx, squares[1], xy, xz], [wy, xy, squares[2], yz], [wz, xz, yz, squares[3]]]
+    )
     q = outer[int(np.argmax(squares))]
     q = q / np.linalg.norm(q)
     return -q if q[0] < 0 else q
@@ -163,8 +166,10 @@ def box_corners(boxes: ArrayLike) -> Array:
     left-top, right-top, right-bottom, left-bottom.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, np.shape(boxes)[-1] if np.size(boxes) else 7)
-    signs = np.array([[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1],
-                      [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]]) / 2  # fmt: skip
+    signs = (
+        np.array([[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1], [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]])
+        / 2
+    )
     local = signs[None] * boxes[:, None, 3:6]
     c, s = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
     x = c * local[..., 0] - s * local[..., 1]

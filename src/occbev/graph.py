@@ -58,19 +58,33 @@ class Topic:
 
 
 OUTPUTS: dict[str, Topic] = {
-    "objects": Topic("~/output/objects", "vision_msgs/msg/Detection3DArray", RESULT,
-                     "boxes in base_link at the key time"),
-    "points": Topic("~/output/occupancy/points", "sensor_msgs/msg/PointCloud2", RESULT,
-                    "voxel centres: x, y, z, rgb, confidence, label (Occ3D class)"),
-    "grid": Topic("~/output/occupancy/grid", "nav_msgs/msg/OccupancyGrid", RESULT,
-                  "the plane: 100 blocked, 0 free, -1 not observed"),
-    "markers": Topic("~/output/markers", "visualization_msgs/msg/MarkerArray", RESULT,
-                     "boxes as cubes, velocities as arrows"),
-}  # fmt: skip
+    "objects": Topic(
+        "~/output/objects", "vision_msgs/msg/Detection3DArray", RESULT, "boxes in base_link at the key time"
+    ),
+    "points": Topic(
+        "~/output/occupancy/points",
+        "sensor_msgs/msg/PointCloud2",
+        RESULT,
+        "voxel centres: x, y, z, rgb, confidence, label (Occ3D class)",
+    ),
+    "grid": Topic(
+        "~/output/occupancy/grid",
+        "nav_msgs/msg/OccupancyGrid",
+        RESULT,
+        "the plane: 100 blocked, 0 free, -1 not observed",
+    ),
+    "markers": Topic(
+        "~/output/markers", "visualization_msgs/msg/MarkerArray", RESULT, "boxes as cubes, velocities as arrows"
+    ),
+}
 """What the perception node publishes where someone listens."""
 
-DIAGNOSTICS = Topic("/diagnostics", "diagnostic_msgs/msg/DiagnosticArray", Quality("reliable", depth=10),
-                    "once a second: cameras, synchroniser, transforms, ego motion, model, latency")  # fmt: skip
+DIAGNOSTICS = Topic(
+    "/diagnostics",
+    "diagnostic_msgs/msg/DiagnosticArray",
+    Quality("reliable", depth=10),
+    "once a second: cameras, synchroniser, transforms, ego motion, model, latency",
+)
 
 STAGES = (
     "sync",
@@ -99,12 +113,14 @@ FRAME_INPUTS = (
     Topic("/tf_static", "tf2_msgs/msg/TFMessage", TF_STATIC, "camera frame to base_link"),
 )
 
-ODOMETRY = Topic("~/input/odometry", "nav_msgs/msg/Odometry", Quality("best_effort", depth=50),
-                 "ego pose, so that cameras may fire at different times")  # fmt: skip
-
-CLOCK = Topic(
-    "/clock", "rosgraph_msgs/msg/Clock", Quality("best_effort", depth=1), "time of a replayed bag"
+ODOMETRY = Topic(
+    "~/input/odometry",
+    "nav_msgs/msg/Odometry",
+    Quality("best_effort", depth=50),
+    "ego pose, so that cameras may fire at different times",
 )
+
+CLOCK = Topic("/clock", "rosgraph_msgs/msg/Clock", Quality("best_effort", depth=1), "time of a replayed bag")
 
 PROFILE = "config/fastdds_large_images.xml"
 """Fast DDS profile of everything that sends or receives images."""
@@ -114,7 +130,7 @@ PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES
 
 NODE_NAME = "perception"
 EXECUTABLE = "perception"
-MODULE = "occbev.nodes.perception_node"
+MODULE = "occbev.ros.perception_node"
 
 
 def camera_topics(camera: str) -> tuple[Topic, Topic, Topic]:

@@ -32,20 +32,14 @@ class VoxelGrid:
         object.__setattr__(self, "pitch", tuple(float(v) for v in self.pitch))
         object.__setattr__(self, "shape", tuple(int(v) for v in self.shape))
         if not (len(self.lo) == len(self.pitch) == len(self.shape) == 3):
-            raise ValueError(
-                f"a grid has three axes; got lo {self.lo}, pitch {self.pitch}, shape {self.shape}"
-            )
+            raise ValueError(f"a grid has three axes; got lo {self.lo}, pitch {self.pitch}, shape {self.shape}")
         if min(self.pitch) <= 0 or min(self.shape) <= 0:
-            raise ValueError(
-                f"grid pitch and shape must be positive; got {self.pitch} and {self.shape}"
-            )
+            raise ValueError(f"grid pitch and shape must be positive; got {self.pitch} and {self.shape}")
 
     @property
     def hi(self) -> tuple[float, float, float]:
         """Upper corner x, y, z."""
-        x, y, z = (
-            lo + pitch * n for lo, pitch, n in zip(self.lo, self.pitch, self.shape, strict=True)
-        )
+        x, y, z = (lo + pitch * n for lo, pitch, n in zip(self.lo, self.pitch, self.shape, strict=True))
         return x, y, z
 
     @property
@@ -56,9 +50,7 @@ class VoxelGrid:
     @property
     def hash(self) -> str:
         """Twelve hex digits that name this grid in labels, checkpoints and engines."""
-        return hashlib.sha256(json.dumps(self.as_record(), sort_keys=True).encode()).hexdigest()[
-            :12
-        ]
+        return hashlib.sha256(json.dumps(self.as_record(), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def bev(self) -> BevGrid:
@@ -67,8 +59,13 @@ class VoxelGrid:
 
     def as_record(self) -> dict[str, Any]:
         """The grid as plain values, for YAML and JSON."""
-        return {"lo": list(self.lo), "pitch": list(self.pitch), "shape": list(self.shape),
-                "frame": self.frame, "axis_order": "xyz"}  # fmt: skip
+        return {
+            "lo": list(self.lo),
+            "pitch": list(self.pitch),
+            "shape": list(self.shape),
+            "frame": self.frame,
+            "axis_order": "xyz",
+        }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> VoxelGrid:
@@ -113,9 +110,7 @@ class BevGrid:
         object.__setattr__(self, "pitch", tuple(float(v) for v in self.pitch))
         object.__setattr__(self, "shape", tuple(int(v) for v in self.shape))
         if len(self.shape) != 2 or min(self.pitch) <= 0 or min(self.shape) <= 0:
-            raise ValueError(
-                f"a BEV grid has two positive axes; got pitch {self.pitch}, shape {self.shape}"
-            )
+            raise ValueError(f"a BEV grid has two positive axes; got pitch {self.pitch}, shape {self.shape}")
 
     @property
     def hi(self) -> tuple[float, float]:

@@ -90,9 +90,7 @@ class Boxes3D:
     @classmethod
     def empty(cls, cameras: tuple[str, ...] = ()) -> Boxes3D:
         """No boxes."""
-        return cls(
-            np.zeros((0, 9), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32), cameras
-        )
+        return cls(np.zeros((0, 9), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32), cameras)
 
 
 @dataclass(frozen=True)

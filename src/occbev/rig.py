@@ -54,9 +54,7 @@ class Camera:
                 f"camera {self.name}: intrinsic must be 3x3 with positive focal lengths, got {self.intrinsic.tolist()}"
             )
         if self.cam2ego.shape != (4, 4) or not np.all(np.isfinite(self.cam2ego)):
-            raise RigError(
-                f"camera {self.name}: cam2ego must be a finite 4x4 transform, got {self.cam2ego.tolist()}"
-            )
+            raise RigError(f"camera {self.name}: cam2ego must be a finite 4x4 transform, got {self.cam2ego.tolist()}")
         if np.abs(self.cam2ego[:3, :3] @ self.cam2ego[:3, :3].T - np.eye(3)).max() > 1e-3:
             raise RigError(f"camera {self.name}: the rotation of cam2ego is not orthonormal")
         if self.width <= 0 or self.height <= 0:
@@ -71,22 +69,16 @@ class Camera:
         """base_link to the optical frame, (4, 4)."""
         return invert_transform(self.cam2ego)
 
-    def project(
-        self, points: ArrayLike
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    def project(self, points: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """Project (M, 3) points of base_link through the rectified pinhole.
 
         Returns: pixels (M, 2), depth (M,) and which are deeper than 0.1 m and inside the image.
         """
         pixels, depth = project_points(transform_points(self.ego2cam, points), self.intrinsic)
-        inside = (depth > 0.1) & np.all(
-            (pixels >= 0) & (pixels < (self.width, self.height)), axis=-1
-        )
+        inside = (depth > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
         return pixels, depth, inside
 
-    def resized(
-        self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]
-    ) -> Camera:
+    def resized(self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]) -> Camera:
         """Return the camera of an image scaled, then cropped at (x0, y0) to `size` = (width, height).
 
         Pixel i of the source covers [i, i + 1), so that scaling keeps image borders in place.
@@ -117,8 +109,15 @@ class Camera:
         try:
             pose = record["cam2ego"]
             cam2ego = make_transform(rotation_from_xyzw(pose["rotation_xyzw"]), pose["translation"])
-            return cls(record["name"], int(record["width"]), int(record["height"]), record["intrinsic"], cam2ego,
-                       record.get("distortion_model", "none"), tuple(record.get("distortion", ())))  # fmt: skip
+            return cls(
+                record["name"],
+                int(record["width"]),
+                int(record["height"]),
+                record["intrinsic"],
+                cam2ego,
+                record.get("distortion_model", "none"),
+                tuple(record.get("distortion", ())),
+            )
         except KeyError as error:
             raise RigError(f"camera {record.get('name', '?')}: key {error} is missing") from error
 
@@ -138,14 +137,8 @@ class CameraRig:
             raise RigError(f"a rig needs cameras with different names, got {names}")
         digest = hashlib.sha256()
         for camera in self.cameras:
-            digest.update(
-                f"{camera.name} {camera.width} {camera.height} {camera.distortion_model}".encode()
-            )
-            digest.update(
-                camera.intrinsic.tobytes()
-                + camera.cam2ego.tobytes()
-                + np.array(camera.distortion).tobytes()
-            )
+            digest.update(f"{camera.name} {camera.width} {camera.height} {camera.distortion_model}".encode())
+            digest.update(camera.intrinsic.tobytes() + camera.cam2ego.tobytes() + np.array(camera.distortion).tobytes())
         object.__setattr__(self, "hash", digest.hexdigest()[:16])
 
     def __len__(self) -> int:
@@ -171,15 +164,15 @@ class CameraRig:
 
         ego_at_capture2ego: one (4, 4) per camera: ego at that camera's exposure -> the key ego frame.
         """
-        moved = (replace(camera, cam2ego=np.asarray(motion) @ camera.cam2ego)
-                 for camera, motion in zip(self.cameras, ego_at_capture2ego, strict=True))  # fmt: skip
+        moved = (
+            replace(camera, cam2ego=np.asarray(motion) @ camera.cam2ego)
+            for camera, motion in zip(self.cameras, ego_at_capture2ego, strict=True)
+        )
         return CameraRig(tuple(moved))
 
     def save(self, path: Path) -> None:
         """Write the rig as YAML."""
-        path.write_text(
-            yaml.safe_dump({"cameras": [c.as_record() for c in self.cameras]}, sort_keys=False)
-        )
+        path.write_text(yaml.safe_dump({"cameras": [c.as_record() for c in self.cameras]}, sort_keys=False))
 
     @classmethod
     def load(cls, path: Path) -> CameraRig:

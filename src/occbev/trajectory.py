@@ -29,14 +29,10 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if len(self.stamp_ns) == 0 or self.ego2global.shape != (len(self.stamp_ns), 4, 4):
-            raise ValueError(
-                f"{len(self.stamp_ns)} stamps with poses of shape {self.ego2global.shape}; want (P, 4, 4)"
-            )
+            raise ValueError(f"{len(self.stamp_ns)} stamps with poses of shape {self.ego2global.shape}; want (P, 4, 4)")
         if np.any(np.diff(self.stamp_ns) <= 0):
             where = int(np.argmax(np.diff(self.stamp_ns) <= 0))
-            raise ValueError(
-                f"pose stamps must increase; number {where + 1} is {self.stamp_ns[where + 1]}"
-            )
+            raise ValueError(f"pose stamps must increase; number {where + 1} is {self.stamp_ns[where + 1]}")
 
     def at(self, stamp_ns: int) -> NDArray[np.float64]:
         """Return ego2global (4, 4) at one stamp; raises PoseError, saying what is missing."""
@@ -49,9 +45,7 @@ class Trajectory:
         slack = int(self.max_extrapolation * 1e9)
         outside = (wanted < first - slack) | (wanted > last + slack)
         if outside.any():
-            raise PoseError(
-                f"no pose at {int(wanted[outside][0])} ns: poses cover [{first}, {last}] ns"
-            )
+            raise PoseError(f"no pose at {int(wanted[outside][0])} ns: poses cover [{first}, {last}] ns")
         wanted = np.clip(wanted, first, last)
         after = np.clip(np.searchsorted(self.stamp_ns, wanted), 1, max(1, len(self.stamp_ns) - 1))
         if len(self.stamp_ns) == 1:
@@ -62,8 +56,9 @@ class Trajectory:
         too_wide = (gap > self.max_gap) & ~exact
         if too_wide.any():
             index = int(np.argmax(too_wide))
-            raise PoseError(f"no pose at {int(wanted[index])} ns: neighbours are {gap[index]:.3f} s apart, "
-                            f"limit {self.max_gap} s")  # fmt: skip
+            raise PoseError(
+                f"no pose at {int(wanted[index])} ns: neighbours are {gap[index]:.3f} s apart, limit {self.max_gap} s"
+            )
         share = (wanted - self.stamp_ns[before]) / 1e9 / gap
         return _interpolate(self.ego2global[before], self.ego2global[after], share)
 

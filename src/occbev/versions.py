@@ -11,9 +11,17 @@ from pathlib import Path
 from occbev import __version__
 
 PACKAGES = (
-    "numpy", "opencv-python-headless", "openvino", "onnxruntime", "tensorrt", "torch",
-    "rosbags", "rclpy", "ros-fastdds", "embreex",
-)  # fmt: skip
+    "numpy",
+    "opencv-python-headless",
+    "openvino",
+    "onnxruntime",
+    "tensorrt",
+    "torch",
+    "rosbags",
+    "rclpy",
+    "ros-fastdds",
+    "embreex",
+)
 """Distributions that change what a run does, by the names that pip knows."""
 
 
@@ -32,9 +40,7 @@ def machine() -> dict[str, str]:
     """Return what the numbers of a run depend on: processor, usable cores, memory, system."""
     return {
         "processor": _processor(),
-        "cores": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "memory": _memory(),
         "system": f"{platform.system()} {platform.release()}",
     }
@@ -42,18 +48,12 @@ def machine() -> dict[str, str]:
 
 def _processor() -> str:
     text = _read(Path("/proc/cpuinfo"))
-    names = [
-        line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")
-    ]
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory() -> str:
-    total = [
-        line.split()[1]
-        for line in _read(Path("/proc/meminfo")).splitlines()
-        if line.startswith("MemTotal")
-    ]
+    total = [line.split()[1] for line in _read(Path("/proc/meminfo")).splitlines() if line.startswith("MemTotal")]
     return f"{int(total[0]) / 2**20:.0f} GiB" if total else "unknown"
 
 

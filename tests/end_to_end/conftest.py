@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
-from occbev.bags import BagMessage, BagWriter, type_store
 from occbev.geometry import make_transform, rotation_from_rpy, xyzw_from_rotation
 from occbev.graph import CAMERAS
-from occbev.model_package import find_package
+from occbev.inference.model_package import find_package
+from occbev.messages.bags import BagMessage, BagWriter, type_store
 
 START = 1_700_000_000_000_000_000
 WIDTH, HEIGHT = 176, 99
@@ -48,9 +48,7 @@ def write_drive(path: Path, sets: int, period_ns: int) -> Path:
     messages = [static_transforms(), *odometry(sets * period_ns)]
     for number in range(sets):
         for index, camera in enumerate(CAMERAS):
-            messages += exposure(
-                camera, START + number * period_ns + index * 5_000_000, number * 6 + index
-            )
+            messages += exposure(camera, START + number * period_ns + index * 5_000_000, number * 6 + index)
     with BagWriter(path) as writer:
         for message in sorted(messages, key=lambda m: m.log_ns):
             writer.write(message)
@@ -58,15 +56,11 @@ def write_drive(path: Path, sets: int, period_ns: int) -> Path:
 
 
 def recorded(log_ns: int, topic: str, kind: str, *fields: Any) -> BagMessage:
-    return BagMessage(
-        topic, kind, log_ns, bytes(type_store().serialize_cdr(TYPES[kind](*fields), kind))
-    )
+    return BagMessage(topic, kind, log_ns, bytes(type_store().serialize_cdr(TYPES[kind](*fields), kind)))
 
 
 def header(stamp: int, frame: str) -> Any:
-    return TYPES["std_msgs/msg/Header"](
-        TYPES["builtin_interfaces/msg/Time"](*divmod(stamp, 10**9)), frame
-    )
+    return TYPES["std_msgs/msg/Header"](TYPES["builtin_interfaces/msg/Time"](*divmod(stamp, 10**9)), frame)
 
 
 def exposure(camera: str, stamp: int, seed: int) -> list[BagMessage]:
@@ -78,28 +72,42 @@ def exposure(camera: str, stamp: int, seed: int) -> list[BagMessage]:
     p = np.array([*k[:3], 0, *k[3:6], 0, *k[6:], 0])
     region = TYPES["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False)
     return [
-        recorded(stamp, f"/{frame}/camera_info", "sensor_msgs/msg/CameraInfo", header(stamp, frame), HEIGHT,
-                 WIDTH, "plumb_bob", np.zeros(0), k, np.eye(3).reshape(-1), p, 0, 0, region),
-        recorded(stamp + 1, f"/{frame}/image/compressed", "sensor_msgs/msg/CompressedImage",
-                 header(stamp, frame), "jpeg", jpeg),
-    ]  # fmt: skip
+        recorded(
+            stamp,
+            f"/{frame}/camera_info",
+            "sensor_msgs/msg/CameraInfo",
+            header(stamp, frame),
+            HEIGHT,
+            WIDTH,
+            "plumb_bob",
+            np.zeros(0),
+            k,
+            np.eye(3).reshape(-1),
+            p,
+            0,
+            0,
+            region,
+        ),
+        recorded(
+            stamp + 1,
+            f"/{frame}/image/compressed",
+            "sensor_msgs/msg/CompressedImage",
+            header(stamp, frame),
+            "jpeg",
+            jpeg,
+        ),
+    ]
 
 
 def static_transforms() -> BagMessage:
     transforms = []
     for camera, yaw in zip(CAMERAS, np.radians([55, 0, -55, 110, 180, -110]), strict=True):
-        cam2ego = make_transform(
-            rotation_from_rpy(-np.pi / 2, 0, yaw - np.pi / 2), (np.cos(yaw), np.sin(yaw), 1.5)
-        )
+        cam2ego = make_transform(rotation_from_rpy(-np.pi / 2, 0, yaw - np.pi / 2), (np.cos(yaw), np.sin(yaw), 1.5))
         place = TYPES["geometry_msgs/msg/Vector3"](*map(float, cam2ego[:3, 3]))
-        turn = TYPES["geometry_msgs/msg/Quaternion"](
-            *map(float, xyzw_from_rotation(cam2ego[:3, :3]))
-        )
+        turn = TYPES["geometry_msgs/msg/Quaternion"](*map(float, xyzw_from_rotation(cam2ego[:3, :3])))
         transform = TYPES["geometry_msgs/msg/Transform"](place, turn)
         transforms.append(
-            TYPES["geometry_msgs/msg/TransformStamped"](
-                header(START, "base_link"), camera.lower(), transform
-            )
+            TYPES["geometry_msgs/msg/TransformStamped"](header(START, "base_link"), camera.lower(), transform)
         )
     return recorded(START - 400_000_000, "/tf_static", "tf2_msgs/msg/TFMessage", transforms)
 
@@ -113,7 +121,14 @@ def odometry(length_ns: int) -> list[BagMessage]:
         stamp = START + i * 20_000_000
         pose = TYPES[g + "Pose"](TYPES[g + "Point"](0.16 * i, 0.0, 0.0), turn)
         messages.append(
-            recorded(stamp, "/odometry", "nav_msgs/msg/Odometry", header(stamp, "odom"), "base_link",
-                     TYPES[g + "PoseWithCovariance"](pose, np.zeros(36)), twist)
-        )  # fmt: skip
+            recorded(
+                stamp,
+                "/odometry",
+                "nav_msgs/msg/Odometry",
+                header(stamp, "odom"),
+                "base_link",
+                TYPES[g + "PoseWithCovariance"](pose, np.zeros(36)),
+                twist,
+            )
+        )
     return messages

@@ -12,12 +12,19 @@ pytest.importorskip("vision_msgs", reason="needs vision_msgs, which the set-up b
 pytest.importorskip("embreex", reason="the simulator casts rays with embreex")
 
 from occbev.cli import main
-from occbev.model_package import PackageError, find_package
+from occbev.inference.model_package import PackageError, find_package
 
 KEYS = {
-    "frames_in", "frames_processed", "drops", "published", "rate_hz", "latency_ms", "detection",
-    "occupancy", "versions",
-}  # fmt: skip
+    "frames_in",
+    "frames_processed",
+    "drops",
+    "published",
+    "rate_hz",
+    "latency_ms",
+    "detection",
+    "occupancy",
+    "versions",
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +73,6 @@ def test_the_page_shows_pictures_and_the_drive_is_kept(out: Path) -> None:
     assert len(list(out.glob("drive-*"))) == 1
 
 
-def test_a_drive_that_training_may_have_seen_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_drive_that_training_may_have_seen_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--seed", "7", "--out", str(tmp_path)]) == 2
     assert "--seed 7 is of the train drives" in capsys.readouterr().err

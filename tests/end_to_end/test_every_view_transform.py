@@ -14,9 +14,9 @@ pytest.importorskip("embreex")
 
 from occbev.cli import main  # noqa: E402
 from occbev.config import ModelConfig, load_config, to_record  # noqa: E402
-from occbev.model_package import write_package  # noqa: E402
-from occbev_training.export import write_onnx  # noqa: E402
-from occbev_training.families import reduced, wake  # noqa: E402
+from occbev.inference.model_package import write_package  # noqa: E402
+from occbev_training.export.package import write_onnx  # noqa: E402
+from occbev_training.export.zoo import reduced, wake  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.graphs import make_graph  # noqa: E402
@@ -79,10 +79,7 @@ def test_a_drive_goes_through_the_network(
     out = {n: tmp_path / n for n in ("summary.json", "boxes.jsonl")}
     arguments = ["replay", str(bag), "--offline", "--model", str(folder), "--backend", backend]
     arguments += ["--params-file", str(parameters(repository, tmp_path))]
-    assert (
-        main([*arguments, "--json", str(out["summary.json"]), "--boxes", str(out["boxes.jsonl"])])
-        == 0
-    )
+    assert main([*arguments, "--json", str(out["summary.json"]), "--boxes", str(out["boxes.jsonl"])]) == 0
     summary = json.loads(out["summary.json"].read_text())["summary"]
     assert (summary["frames_in"], summary["frames_processed"], summary["partial"]) == (
         KEYS,

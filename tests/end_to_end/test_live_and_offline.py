@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
-pytest.importorskip("vision_msgs", reason="built by occbev.nodes.build_interfaces")
+pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
 
-from occbev.bags import BagReader, type_store
 from occbev.cli import main
-from occbev.nodes.ledger import read_ledger
+from occbev.messages.bags import BagReader, type_store
+from occbev.streams.frame_log import read_ledger
 
 pytestmark = [pytest.mark.ros, pytest.mark.slow]
 
@@ -31,22 +31,40 @@ def published_boxes(folder: Path) -> dict[int, np.ndarray]:
         for message in bag.messages(["/perception/output/objects"]):
             array = type_store().deserialize_cdr(message.data, message.type)
             rows = [
-                [d.bbox.center.position.x, d.bbox.center.position.y, d.bbox.center.position.z,
-                 d.bbox.size.x, d.bbox.size.y, d.bbox.size.z, d.results[0].hypothesis.score]
+                [
+                    d.bbox.center.position.x,
+                    d.bbox.center.position.y,
+                    d.bbox.center.position.z,
+                    d.bbox.size.x,
+                    d.bbox.size.y,
+                    d.bbox.size.z,
+                    d.results[0].hypothesis.score,
+                ]
                 for d in array.detections
-            ]  # fmt: skip
+            ]
             stamp = array.header.stamp.sec * 10**9 + array.header.stamp.nanosec
             result[stamp] = np.array(rows, float).reshape(-1, 7)
     return result
 
 
-def test_the_node_publishes_what_offline_replay_computes(
-    bag: Path, model: str, tmp_path: Path
-) -> None:
+def test_the_node_publishes_what_offline_replay_computes(bag: Path, model: str, tmp_path: Path) -> None:
     common = [str(bag), "--model", model, "--json"]
     lax = ["--set", "waiting_sets:=10", "--set", "sync.timeout_s:=2.0"]
-    assert main(["replay", *common, str(tmp_path / "live.json"), "--record", str(tmp_path / "live"),
-                 "--node-log", str(tmp_path / "node.log"), *lax]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "replay",
+                *common,
+                str(tmp_path / "live.json"),
+                "--record",
+                str(tmp_path / "live"),
+                "--node-log",
+                str(tmp_path / "node.log"),
+                *lax,
+            ]
+        )
+        == 0
+    )
     assert (
         main(
             [
@@ -60,9 +78,7 @@ def test_the_node_publishes_what_offline_replay_computes(
         )
         == 0
     )
-    live, offline = (
-        json.loads((tmp_path / f"{n}.json").read_text())["summary"] for n in ("live", "offline")
-    )
+    live, offline = (json.loads((tmp_path / f"{n}.json").read_text())["summary"] for n in ("live", "offline"))
     assert (live["frames_in"], live["frames_processed"], live["drops"]) == (5, 5, {})
     assert (offline["frames_in"], offline["frames_processed"], offline["partial"]) == (5, 5, 0)
     assert {"sync", "decode", "inference", "publish", "total"} <= set(live["latency_ms"])
@@ -70,9 +86,7 @@ def test_the_node_publishes_what_offline_replay_computes(
     lines = [json.loads(line) for line in (tmp_path / "boxes").read_text().splitlines()]
     assert [line["stamp_ns"] for line in lines] == sorted(boxes) == sorted(voxels)
     for line in lines:
-        ours = np.array(
-            [[*b[:6], s] for b, s in zip(line["box"], line["score"], strict=True)]
-        ).reshape(-1, 7)
+        ours = np.array([[*b[:6], s] for b, s in zip(line["box"], line["score"], strict=True)]).reshape(-1, 7)
         for first, second in ((ours, boxes[line["stamp_ns"]]), (boxes[line["stamp_ns"]], ours)):
             assert_found(first, second)
         assert voxels[line["stamp_ns"]] == pytest.approx(line["occupied"], rel=0.002, abs=20)
@@ -87,8 +101,9 @@ def assert_found(boxes: np.ndarray, among: np.ndarray) -> None:
 def published_voxels(folder: Path) -> dict[int, int]:
     """Read stamp -> number of recorded voxels."""
     with BagReader(folder) as bag:
-        clouds = [type_store().deserialize_cdr(m.data, m.type)
-                  for m in bag.messages(["/perception/output/occupancy/points"])]  # fmt: skip
+        clouds = [
+            type_store().deserialize_cdr(m.data, m.type) for m in bag.messages(["/perception/output/occupancy/points"])
+        ]
     return {c.header.stamp.sec * 10**9 + c.header.stamp.nanosec: int(c.width) for c in clouds}
 
 
@@ -110,7 +125,7 @@ def test_a_signal_at_any_moment_of_the_start_ends_the_node(model: str, after_s: 
     text, _ = process.communicate(timeout=120)
     assert "Traceback" not in text
     # Before there is a node there is nothing to close, and the signal ends Python as it does any program.
-    assert process.returncode == 0 or (process.returncode == -signal.SIGTERM and "[perception]" not in text)  # fmt: skip
+    assert process.returncode == 0 or (process.returncode == -signal.SIGTERM and "[perception]" not in text)
 
 
 def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_ledger(
@@ -178,8 +193,11 @@ def test_an_unknown_parameter_is_reported_with_the_nearest_name(model: str) -> N
 def start_node(*assignments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "occbev", "run", *assignments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
 
 
 def environment() -> dict[str, str]:

@@ -14,23 +14,34 @@ pytest.importorskip("numba")
 
 from occbev_training.cli import main
 
-pytestmark = pytest.mark.skipif(
-    "OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; 'make test-loop' runs it"
-)
+pytestmark = pytest.mark.skipif("OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; 'make test-loop' runs it")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_two_real_frames_are_learned_by_heart(
-    shared: Path, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, seed: int,
-) -> None:  # fmt: skip
+    shared: Path,
+    repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
     monkeypatch.chdir(repository)
     cache, run, picture = tmp_path / "cache", tmp_path / "run", tmp_path / "picture.png"
     for name in ("nuscenes-one", "nuscenes-0103"):
-        _run("prepare", cache, "--nuscenes", shared / "data" / name, "--model", "config/training/near_model.yaml",
-             "--label-window", 0.2, "--near-hits", 1)  # fmt: skip
-    _run("pretrain", "config/training/overfit_real.yaml", "--data", cache, "--out", run, "--threads", 1,
-         "--seed", seed)  # fmt: skip
+        _run(
+            "prepare",
+            cache,
+            "--nuscenes",
+            shared / "data" / name,
+            "--model",
+            "config/training/near_model.yaml",
+            "--label-window",
+            0.2,
+            "--near-hits",
+            1,
+        )
+    _run("pretrain", "config/training/overfit_real.yaml", "--data", cache, "--out", run, "--threads", 1, "--seed", seed)
     capsys.readouterr()
     _run("reconstruct", run, "--data", cache, "--out", picture, "--json")
     iou = json.loads(capsys.readouterr().out)["iou"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
-pytest.importorskip("vision_msgs", reason="built by occbev.nodes.build_interfaces")
+pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
 
 from occbev.cli import main
-from occbev.model_package import PackageError, find_package
+from occbev.inference.model_package import PackageError, find_package
 from occbev_training.cli import main as train_main
 
 OUTPUTS = {"objects", "occupancy/points", "occupancy/grid", "markers"}

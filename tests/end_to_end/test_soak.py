@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
-pytest.importorskip("vision_msgs", reason="built by occbev.nodes.build_interfaces")
+pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
 
 from occbev.cli import main
 
@@ -20,15 +20,29 @@ MINUTES = os.environ.get("OCCBEV_SOAK_MINUTES", "1")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
-def test_nothing_grows_while_a_bag_is_looped(
-    make_bag: Callable[..., Path], model: str, tmp_path: Path
-) -> None:
+def test_nothing_grows_while_a_bag_is_looped(make_bag: Callable[..., Path], model: str, tmp_path: Path) -> None:
     path = make_bag(tmp_path / "drive", sets=40, period_ns=200_000_000)
-    status = main(["soak", str(path), "--minutes", MINUTES, "--rate", "2", "--model", model, "--wait", "240",
-                   "--json", str(tmp_path / "soak.json"), "--node-log", str(tmp_path / "node.log")])  # fmt: skip
+    status = main(
+        [
+            "soak",
+            str(path),
+            "--minutes",
+            MINUTES,
+            "--rate",
+            "2",
+            "--model",
+            model,
+            "--wait",
+            "240",
+            "--json",
+            str(tmp_path / "soak.json"),
+            "--node-log",
+            str(tmp_path / "node.log"),
+        ]
+    )
     record = json.loads((tmp_path / "soak.json").read_text())
     # How fast a busy machine is and what it loses is reported by the command, not asserted here.
-    grown = [text for text in record["broken"] if "latency" not in text and "never reached" not in text]  # fmt: skip
+    grown = [text for text in record["broken"] if "latency" not in text and "never reached" not in text]
     assert grown == [], record
     assert status == (1 if record["broken"] else 0)
     assert record["out_of_order"] == 0

@@ -27,12 +27,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 from occbev_training.cli import main
 
-pytestmark = pytest.mark.skipif(
-    "OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; 'make test-loop' runs it"
-)
+pytestmark = pytest.mark.skipif("OCCBEV_LONG_TESTS" not in os.environ, reason="takes minutes; 'make test-loop' runs it")
 
 MODEL = """
 name: loop
@@ -96,12 +94,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = TRAINING % (stage, root / "model.yaml", steps)
         (root / f"{stage}.yaml").write_text(text)
     for name, seed in (("train", 0), ("held", 10000)):
-        _run("simulate", root / name, "--drives", 1, "--first-seed", seed, "--keys", 2, "--image", "64x32",
-             "--sweep-rate", 4, "--workers", 1)  # fmt: skip
-        _run("prepare", root / f"{name}_cache", "--nuscenes", root / name, "--model", root / "model.yaml",
-             "--no-labels")  # fmt: skip
-    _run("pairs", root / "pairs", root / "train", "--grid", "tiny", "--window", 0.5, "--no-gate",
-         "--validation", 0, "--lidar")  # fmt: skip
+        _run(
+            "simulate",
+            root / name,
+            "--drives",
+            1,
+            "--first-seed",
+            seed,
+            "--keys",
+            2,
+            "--image",
+            "64x32",
+            "--sweep-rate",
+            4,
+            "--workers",
+            1,
+        )
+        _run(
+            "prepare", root / f"{name}_cache", "--nuscenes", root / name, "--model", root / "model.yaml", "--no-labels"
+        )
+    _run(
+        "pairs",
+        root / "pairs",
+        root / "train",
+        "--grid",
+        "tiny",
+        "--window",
+        0.5,
+        "--no-gate",
+        "--validation",
+        0,
+        "--lidar",
+    )
     return root
 
 
@@ -129,8 +153,18 @@ def test_from_simulation_to_a_scored_package(place: Path) -> None:
     assert difference < 0.05 * change
 
     fine = place / "fine"
-    _run("finetune", place / "finetune.yaml", "--data", place / "train_cache", "--out", fine, "--from",
-         whole / "weights.safetensors", "--validation", place / "held_cache")  # fmt: skip
+    _run(
+        "finetune",
+        place / "finetune.yaml",
+        "--data",
+        place / "train_cache",
+        "--out",
+        fine,
+        "--from",
+        whole / "weights.safetensors",
+        "--validation",
+        place / "held_cache",
+    )
     carried = json.loads((fine / "run.json").read_text())["begun_from"]["transfer"]["carried"]
     assert {"image_encoder", "view_transform", "bev_encoder"} <= {n.split(".")[0] for n in carried}
     assert "validation" in _lines(fine)[-1]
@@ -145,8 +179,9 @@ def _kill_in_the_middle(command: list[object], folder: Path) -> None:
     """Start a run of its own, and kill it without warning once it has done some steps and saved one."""
     process = subprocess.Popen(
         [sys.executable, "-m", "occbev_training", *map(str, command)],
-        env=_environment(), stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         progress = folder / "checkpoint" / "progress.json"
@@ -167,10 +202,23 @@ def _two_processes(command: list[object], folder: Path) -> None:
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     subprocess.run(
-        [*torchrun, "--master-port", str(port), "-m", "occbev_training", *map(str, command), "--out", str(folder),
-         "--batch", "1"],
-        env=_environment(), check=True, timeout=900, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            *torchrun,
+            "--master-port",
+            str(port),
+            "-m",
+            "occbev_training",
+            *map(str, command),
+            "--out",
+            str(folder),
+            "--batch",
+            "1",
+        ],
+        env=_environment(),
+        check=True,
+        timeout=900,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def _distance(one: Path, other: Path | None) -> float:
@@ -188,12 +236,10 @@ def _distance(one: Path, other: Path | None) -> float:
 def _begin_of(run: Path) -> dict[str, Tensor]:
     """Build the network as the run did before its first step."""
     from occbev.config import ModelConfig, load_config
+    from occbev_training.engine.stages import begin_from
     from occbev_training.models.build import build_model
-    from occbev_training.stages import begin_from
 
     torch.manual_seed(0)
     network = build_model(load_config(run / "model.yaml", ModelConfig), "pretrain")
     begin_from(network, next(run.glob("start.*")))
-    return {
-        name: value for name, value in network.state_dict().items() if value.is_floating_point()
-    }
+    return {name: value for name, value in network.state_dict().items() if value.is_floating_point()}

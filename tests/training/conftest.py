@@ -32,10 +32,12 @@ class TinyRecording:
     def __post_init__(self) -> None:
         optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
         intrinsic = [[60.0, 0, 32], [0, 60.0, 20], [0, 0, 1]]
-        self.rig = CameraRig(tuple(
-            Camera(name, 64, 40, intrinsic, make_transform(rotation_from_yaw(yaw) @ optical, (1.0, 0.1, 1.5)))
-            for name, yaw in CAMERA_YAW.items()
-        ))  # fmt: skip
+        self.rig = CameraRig(
+            tuple(
+                Camera(name, 64, 40, intrinsic, make_transform(rotation_from_yaw(yaw) @ optical, (1.0, 0.1, 1.5)))
+                for name, yaw in CAMERA_YAW.items()
+            )
+        )
         self.lidar2ego = make_transform(rotation_from_rpy(0.01, -0.02, -np.pi / 2), (0.9, 0.0, 1.8))
         self.key_stamp_ns = START_NS + np.arange(self.keys, dtype=np.int64) * 500_000_000
         self.sweep_stamp_ns = START_NS + np.arange(-2, 5 * self.keys, dtype=np.int64) * 100_000_000
@@ -50,7 +52,7 @@ class TinyRecording:
         poses = [
             make_transform(rotation_from_rpy(0.0, 0.01, 0.2 * t), (500 + 6 * t, 900 + 0.6 * t * t, 0.02 * t))
             for t in seconds
-        ]  # fmt: skip
+        ]
         return Trajectory(stamps, np.stack(poses))
 
     def _car_global(self, key: int) -> NDArray[np.float64]:
@@ -77,10 +79,13 @@ class TinyRecording:
         car = rotation.T @ (self._car_global(key) - translation)
         walker = rotation.T @ (np.array([510.0, 896.0, 0.9]) - translation)
         yaw = -np.arctan2(rotation[1, 0], rotation[0, 0])
-        box = np.array([
-            [*car, 4.5, 1.9, 1.6, yaw, *(rotation.T @ (4.0, 0, 0))[:2]],
-            [*walker, 0.6, 0.7, 1.7, yaw + 0.5, 0.0, 0.0],
-        ], np.float32)  # fmt: skip
+        box = np.array(
+            [
+                [*car, 4.5, 1.9, 1.6, yaw, *(rotation.T @ (4.0, 0, 0))[:2]],
+                [*walker, 0.6, 0.7, 1.7, yaw + 0.5, 0.0, 0.0],
+            ],
+            np.float32,
+        )
         inside = np.array([points_in_box(np.zeros((0, 3)), row).sum() for row in box], np.int64)
         boxes = Boxes3D(box, np.array([0, 8]), np.ones(2, np.float32))
         return Annotations(boxes, ("car-a", "walker-b"), inside + (7, 3))

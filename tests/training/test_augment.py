@@ -41,9 +41,22 @@ from occbev_training.data.augment import (
 
 SIZE = (96, 64)
 GEOMETRY_ONLY = AugmentConfig(
-    image_flip=0.5, scale=(0.9, 1.2), rotate=5.0, shift=1.0, brightness=0, contrast=0, saturation=0,
-    hue=0, gamma=0, grey=0, noise=0, blur=0, camera_drop=0, bev_rotate=180.0, bev_scale=(0.95, 1.05),
-)  # fmt: skip
+    image_flip=0.5,
+    scale=(0.9, 1.2),
+    rotate=5.0,
+    shift=1.0,
+    brightness=0,
+    contrast=0,
+    saturation=0,
+    hue=0,
+    gamma=0,
+    grey=0,
+    noise=0,
+    blur=0,
+    camera_drop=0,
+    bev_rotate=180.0,
+    bev_scale=(0.95, 1.05),
+)
 seeds = st.integers(0, 2**62)
 
 
@@ -57,9 +70,7 @@ def _rig() -> tuple[np.ndarray, np.ndarray]:
     return np.tile([[60.0, 0, 47], [0, 62, 30], [0, 0, 1]], (2, 1, 1)), poses
 
 
-def _project(
-    points: np.ndarray, intrinsic: np.ndarray, cam2ego: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _project(points: np.ndarray, intrinsic: np.ndarray, cam2ego: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return project_points(transform_points(np.linalg.inv(cam2ego), points), intrinsic)
 
 
@@ -108,12 +119,17 @@ def test_image_content_lands_where_the_matrix_says(seed: int) -> None:
 def test_boxes_flip_as_their_corners_and_velocity_do(seed: int) -> None:
     draw = draw_augmentation(seed, 1, SIZE, GEOMETRY_ONLY)
     rng = np.random.default_rng(seed)
-    boxes = np.concatenate([rng.uniform(-40, 40, (5, 3)), rng.uniform(0.5, 8, (5, 3)), rng.uniform(-3.1, 3.1, (5, 1)),
-                            rng.uniform(-9, 9, (5, 2))], 1)  # fmt: skip
-    out = augment_boxes(boxes, draw)
-    wanted = np.sort(
-        transform_points(draw.ego2ego, box_corners(boxes).reshape(-1, 3)).reshape(5, 8, 3), axis=1
+    boxes = np.concatenate(
+        [
+            rng.uniform(-40, 40, (5, 3)),
+            rng.uniform(0.5, 8, (5, 3)),
+            rng.uniform(-3.1, 3.1, (5, 1)),
+            rng.uniform(-9, 9, (5, 2)),
+        ],
+        1,
     )
+    out = augment_boxes(boxes, draw)
+    wanted = np.sort(transform_points(draw.ego2ego, box_corners(boxes).reshape(-1, 3)).reshape(5, 8, 3), axis=1)
     np.testing.assert_allclose(np.sort(box_corners(out), axis=1), wanted, atol=1e-9)
     heading = np.stack([np.cos(out[:, 6]), np.sin(out[:, 6])], 1)
     turn = draw.ego2ego[:2, :2]
@@ -281,7 +297,7 @@ def test_the_photometric_distortion_by_hand() -> None:
     assert distort(image, Photometric(order=(2, 1, 0)))[0, 0].tolist() == [50, 50, 100]
     assert distort(image, Photometric(32, 1.5))[0, 0, 0] == 198
     draws = [draw_photometric(np.random.default_rng(s)) for s in range(400)]
-    for name, neutral in (("brightness", 0.0), ("contrast", 1.0), ("saturation", 1.0), ("hue_deg", 0.0)):  # fmt: skip
+    for name, neutral in (("brightness", 0.0), ("contrast", 1.0), ("saturation", 1.0), ("hue_deg", 0.0)):
         assert 0.4 < np.mean([getattr(d, name) != neutral for d in draws]) < 0.6
 
 
@@ -319,9 +335,7 @@ def test_no_augmentation_changes_nothing() -> None:
 def test_the_same_seed_gives_the_same_pictures_and_another_does_not() -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, SIZE[1], SIZE[0], 3)).astype(np.uint8)
     config = AugmentConfig(camera_drop=0)
-    once, again, other = (
-        augment_images(images, draw_augmentation(s, 2, SIZE, config)) for s in (5, 5, 6)
-    )
+    once, again, other = (augment_images(images, draw_augmentation(s, 2, SIZE, config)) for s in (5, 5, 6))
     np.testing.assert_array_equal(once, again)
     assert not np.array_equal(once, other)
 

@@ -23,16 +23,16 @@ from occbev.config import (  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.backend import FACTORS, Backend, RunSettings, load_backend  # noqa: E402
+from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev.inference.pipeline import Pipeline, motion_to_key  # noqa: E402
 from occbev.inference.tables import TableCache, TableCapacityError  # noqa: E402
-from occbev.model_package import ModelPackage, write_package  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
-from occbev_training.export import write_ir, write_onnx  # noqa: E402
+from occbev_training.export.package import write_ir, write_onnx  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.graphs import make_graph  # noqa: E402
-from occbev_training.models.occupancy_head import interleave  # noqa: E402
+from occbev_training.models.heads.occupancy_head import interleave  # noqa: E402
 
 MODEL = replace(
     ModelConfig(),
@@ -73,33 +73,20 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
 def rig(cameras: int) -> CameraRig:
     optics = [[160, 0, 120], [0, 160, 90], [0, 0, 1]]
     poses = [
-        make_transform(rotation_from_yaw(2 * np.pi * i / cameras) @ FORWARD, [0.5, 0, 1.5])
-        for i in range(cameras)
+        make_transform(rotation_from_yaw(2 * np.pi * i / cameras) @ FORWARD, [0.5, 0, 1.5]) for i in range(cameras)
     ]
-    return CameraRig(
-        tuple(
-            Camera(f"camera{i}", 240, 180, np.array(optics), pose) for i, pose in enumerate(poses)
-        )
-    )
+    return CameraRig(tuple(Camera(f"camera{i}", 240, 180, np.array(optics), pose) for i, pose in enumerate(poses)))
 
 
 def frames(cameras: CameraRig, missing: str | None = None, seed: int = 0) -> FrameSet:
     generator = np.random.default_rng([len(cameras), seed])
     pose = make_transform(np.eye(3), [3.0, 1.0, 0])
-    images = {
-        c.name: generator.integers(0, 255, (c.height, c.width, 3), np.uint8)
-        for c in cameras.cameras
-    }
-    present = {
-        name: None if name == missing else CameraFrame(name, 1, image, pose)
-        for name, image in images.items()
-    }
+    images = {c.name: generator.integers(0, 255, (c.height, c.width, 3), np.uint8) for c in cameras.cameras}
+    present = {name: None if name == missing else CameraFrame(name, 1, image, pose) for name, image in images.items()}
     return FrameSet(1, present, {missing: "silent"} if missing else {})
 
 
-def outputs(
-    backend: Backend, cameras: CameraRig, missing: str | None = None
-) -> dict[str, np.ndarray]:
+def outputs(backend: Backend, cameras: CameraRig, missing: str | None = None) -> dict[str, np.ndarray]:
     line = Pipeline(ModelPackage(Path(), MODEL), cameras, backend)
     prepared = line.preprocessor.prepare(frames(cameras, missing), cameras)
     tables = TableCache(MODEL, backend.form).tables(prepared.rig)
@@ -113,9 +100,7 @@ def outputs(
 
 @pytest.mark.parametrize("name", RUNTIMES)
 @pytest.mark.parametrize("cameras", [1, 5, 7])
-def test_every_runtime_equals_torch_on_any_rig(
-    package: ModelPackage, name: str, cameras: int
-) -> None:
+def test_every_runtime_equals_torch_on_any_rig(package: ModelPackage, name: str, cameras: int) -> None:
     expected = outputs(load_backend(package, cameras, "torch", ONE), rig(cameras))
     found = outputs(load_backend(package, cameras, name, F32), rig(cameras))
     assert set(expected) == {"occupancy_logits", "heatmap", "box"}
@@ -138,9 +123,7 @@ def test_a_missing_camera_changes_outputs_alike(package: ModelPackage, name: str
     whole, part = outputs(backend, rig(6)), outputs(backend, rig(6), missing="camera2")
     assert np.abs(whole["heatmap"] - part["heatmap"]).max() > 1e-3
     expected = outputs(load_backend(package, 6, "torch", ONE), rig(6), missing="camera2")
-    np.testing.assert_allclose(
-        part["heatmap"], expected["heatmap"], atol=0.02 * np.abs(expected["heatmap"]).max()
-    )
+    np.testing.assert_allclose(part["heatmap"], expected["heatmap"], atol=0.02 * np.abs(expected["heatmap"]).max())
 
 
 def test_the_pipeline_agrees_between_runtimes_and_reloads_for_another_rig(
@@ -170,7 +153,7 @@ def test_outputs_are_kept_for_as_many_runs_as_a_runtime_says(package: ModelPacka
         line = Pipeline(package, cameras, backend)
         prepared = line.preprocessor.prepare(frames(cameras), cameras)
         tables = TableCache(MODEL, backend.form).tables(prepared.rig)
-        inputs = {"images": prepared.images[None], "camera_valid": np.ones((1, 2), np.float32), **tables}  # fmt: skip
+        inputs = {"images": prepared.images[None], "camera_valid": np.ones((1, 2), np.float32), **tables}
         first = backend.run(inputs)
         before = {key: array.copy() for key, array in first.items()}
         for _ in range(backend.kept_outputs - 1):

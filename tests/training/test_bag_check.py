@@ -39,9 +39,7 @@ def verdicts_by_name(path) -> dict:
 def test_a_good_bag_passes_all_but_the_camera_rate(bag) -> None:
     found = verdicts_by_name(bag)
     failed = [name for name, verdict in found.items() if verdict.must and not verdict.ok]
-    assert all(name.startswith("camera ") for name in failed), (
-        "key frames come at 2 Hz in the test drive"
-    )
+    assert all(name.startswith("camera ") for name in failed), "key frames come at 2 Hz in the test drive"
     assert "100.0 ms" in found["per-point time"].text or found["per-point time"].ok
     assert found["message counts"].ok
     assert not found["IMU"].ok

@@ -213,9 +213,12 @@ def test_sweeps_that_cannot_be_read_are_counted(good: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
-    [(lambda data: data[: len(data) // 2], "cut off after"), (lambda data: np.append(data[:2], data[50:]), "no|pixels|neither"),
-     (lambda data: data[:0], "neither a JPEG nor a PNG")],
-)  # fmt: skip
+    [
+        (lambda data: data[: len(data) // 2], "cut off after"),
+        (lambda data: np.append(data[:2], data[50:]), "no|pixels|neither"),
+        (lambda data: data[:0], "neither a JPEG nor a PNG"),
+    ],
+)
 def test_a_broken_image_is_a_missing_camera(good: Path, tmp_path: Path, spoil, reason: str) -> None:
     def broken(topic: str, message):
         if topic == "/cam_back/image/compressed":
@@ -229,9 +232,7 @@ def test_a_broken_image_is_a_missing_camera(good: Path, tmp_path: Path, spoil, r
     assert re.search(rf"broken image: .*({reason})", frames.missing["CAM_BACK"])
 
 
-def test_an_image_of_another_size_than_its_calibration_is_missing(
-    good: Path, tmp_path: Path
-) -> None:
+def test_an_image_of_another_size_than_its_calibration_is_missing(good: Path, tmp_path: Path) -> None:
     def resize(topic: str, message):
         if topic == "/cam_back/camera_info":
             message.width = 128
@@ -280,9 +281,7 @@ def test_odometry_may_be_a_pose_or_of_another_frame(good: Path, tmp_path: Path) 
 
     for name, change in (("pose", as_pose), ("imu", as_imu)):
         read = BagRecording(rewrite(good, tmp_path / name, change))
-        np.testing.assert_allclose(
-            read.trajectory.ego2global, whole.trajectory.ego2global, atol=1e-9
-        )
+        np.testing.assert_allclose(read.trajectory.ego2global, whole.trajectory.ego2global, atol=1e-9)
 
     def untied(topic: str, message):
         if topic == "/odometry":
@@ -339,9 +338,7 @@ def test_messages_that_are_none_are_named(good: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("datatype", 77), ("offset", 4000)])
-def test_a_cloud_of_an_impossible_layout_is_named(
-    good: Path, tmp_path: Path, name: str, value: int
-) -> None:
+def test_a_cloud_of_an_impossible_layout_is_named(good: Path, tmp_path: Path, name: str, value: int) -> None:
     def change(topic: str, message):
         if topic == LIDAR:
             setattr(message.fields[3], name, value)
@@ -363,9 +360,7 @@ def test_a_raw_image_that_is_cut_is_a_missing_camera(good: Path, tmp_path: Path)
     def cut(topic: str, message):
         if topic != "/cam_back/image/compressed":
             return message
-        return TYPESTORE.types["sensor_msgs/msg/Image"](
-            message.header, 40, 64, "rgb8", 0, 192, np.zeros(100, np.uint8)
-        )
+        return TYPESTORE.types["sensor_msgs/msg/Image"](message.header, 40, 64, "rgb8", 0, 192, np.zeros(100, np.uint8))
 
     frames = BagRecording(rewrite(good, tmp_path / "drive", cut)).frame_set(1)
     assert frames.cameras == ("CAM_FRONT_LEFT", "CAM_FRONT")
@@ -374,9 +369,7 @@ def test_a_raw_image_that_is_cut_is_a_missing_camera(good: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.98])
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_a_cut_bag_is_refused_or_read_as_promised(
-    tmp_path: Path, tiny_recording, storage: str, share: float
-) -> None:
+def test_a_cut_bag_is_refused_or_read_as_promised(tmp_path: Path, tiny_recording, storage: str, share: float) -> None:
     write_bag(tiny_recording, tmp_path / "drive", storage)
     (file,) = [*(tmp_path / "drive").glob("*.mcap"), *(tmp_path / "drive").glob("*.db3")]
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])

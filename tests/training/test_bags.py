@@ -46,9 +46,7 @@ def test_round_trip(tmp_path: Path, tiny_recording, storage: str) -> None:
     np.testing.assert_array_equal(read.key_stamp_ns, tiny_recording.key_stamp_ns)
     np.testing.assert_array_equal(read.sweep_stamp_ns, tiny_recording.sweep_stamp_ns)
     np.testing.assert_array_equal(read.trajectory.stamp_ns, tiny_recording.trajectory.stamp_ns)
-    np.testing.assert_allclose(
-        read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-12
-    )
+    np.testing.assert_allclose(read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-12)
     np.testing.assert_allclose(read.lidar2ego, tiny_recording.lidar2ego, atol=1e-12)
     assert read.rig.names == tiny_recording.rig.names
     for camera in tiny_recording.rig.cameras:
@@ -121,9 +119,7 @@ def test_fewer_messages_than_promised_is_an_error(tmp_path: Path, tiny_recording
         if entry["topic_metadata"]["name"] == "/lidar_top/points":
             entry["message_count"] += 1
     path.write_text(yaml.safe_dump(record))
-    with pytest.raises(
-        RecordingError, match="/lidar_top/points: .*promises 23 messages, 22 were read"
-    ):
+    with pytest.raises(RecordingError, match="/lidar_top/points: .*promises 23 messages, 22 were read"):
         BagRecording(tmp_path / "bag")
 
 
@@ -142,9 +138,7 @@ def test_damaged_files_are_named(tmp_path: Path, tiny_recording, cut: str) -> No
 
 def test_a_bag_without_cameras_lists_its_topics(tmp_path: Path, tiny_recording) -> None:
     write_bag(tiny_recording, tmp_path / "bag")
-    lidar_only = rewrite(
-        tmp_path / "bag", tmp_path / "lidar", lambda t, m: None if "cam_" in t else m
-    )
+    lidar_only = rewrite(tmp_path / "bag", tmp_path / "lidar", lambda t, m: None if "cam_" in t else m)
     with pytest.raises(RecordingError, match=r"/odometry \[nav_msgs/msg/Odometry\]"):
         BagRecording(lidar_only)
 
@@ -169,16 +163,10 @@ def test_a_missing_transform_is_named(tmp_path: Path, tiny_recording) -> None:
 
 def test_poses_come_from_tf_where_odometry_is_absent(tmp_path: Path, tiny_recording) -> None:
     write_bag(tiny_recording, tmp_path / "bag")
-    without = rewrite(
-        tmp_path / "bag", tmp_path / "tf", lambda t, m: None if t == "/odometry" else m
-    )
+    without = rewrite(tmp_path / "bag", tmp_path / "tf", lambda t, m: None if t == "/odometry" else m)
     read = BagRecording(without)
-    np.testing.assert_allclose(
-        read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-12
-    )
-    neither = rewrite(
-        tmp_path / "bag", tmp_path / "none", lambda t, m: None if t in ("/odometry", "/tf") else m
-    )
+    np.testing.assert_allclose(read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-12)
+    neither = rewrite(tmp_path / "bag", tmp_path / "none", lambda t, m: None if t in ("/odometry", "/tf") else m)
     with pytest.raises(RecordingError, match="no poses"):
         BagRecording(neither)
 
@@ -236,9 +224,7 @@ def test_detection_of_other_naming_schemes() -> None:
     assert found.lidar == "/sensing/lidar/top/points"
     assert found.odometry == "/localization/kinematic_state"
     with pytest.raises(RecordingError, match="several topics"):
-        detect_topics(
-            {"/c/image/compressed": image, "/c/camera_info": info, "/a": cloud, "/b": cloud}
-        )
+        detect_topics({"/c/image/compressed": image, "/c/camera_info": info, "/a": cloud, "/b": cloud})
 
 
 @pytest.mark.parametrize("kind", ["seconds", "absolute", "nanoseconds"])
@@ -257,9 +243,7 @@ def test_time_fields_of_drivers(tmp_path: Path, tiny_recording, kind: str) -> No
         for i, axis in enumerate("xyz"):
             rows[axis] = cloud[:, i]
         offset = np.abs(cloud[:, 4]).astype(np.float64)
-        rows["t"] = {"seconds": offset, "absolute": start + offset, "nanoseconds": offset * 1e9}[
-            kind
-        ]
+        rows["t"] = {"seconds": offset, "absolute": start + offset, "nanoseconds": offset * 1e9}[kind]
         field = TYPESTORE.types["sensor_msgs/msg/PointField"]
         number = {"seconds": 7, "absolute": 8, "nanoseconds": 6}[kind]
         name = "timestamp" if kind == "absolute" else "t"
@@ -308,9 +292,7 @@ def test_a_bag_of_ros_itself_is_read_whole(folder: str, tmp_path: Path) -> None:
         counts = Counter(topic for topic, _ in read)
         assert counts == {"/topic": 10, "/rosout": 10}
         check_counts(bag, counts)
-        assert [m.data for t, m in read if t == "/topic"] == [
-            f"Hello, world! {i}" for i in range(10)
-        ]
+        assert [m.data for t, m in read if t == "/topic"] == [f"Hello, world! {i}" for i in range(10)]
         with pytest.raises(RecordingError, match="promises 10 messages, 0 were read"):
             check_counts(bag, {"/topic": 0})
     with pytest.raises(RecordingError, match="no image topic"):

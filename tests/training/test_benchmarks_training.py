@@ -14,7 +14,7 @@ from occbev.benchmarks import Options, Timing  # noqa: E402
 from occbev.config import ModelConfig  # noqa: E402
 from occbev_training.benchmarks import encoder, pooling, trainer  # noqa: E402
 from occbev_training.benchmarks.measure import peak_bytes, speedup, waiting  # noqa: E402
-from occbev_training.families import reduced  # noqa: E402
+from occbev_training.export.zoo import reduced  # noqa: E402
 
 
 def test_ratios_compare_processor_time() -> None:
@@ -38,9 +38,7 @@ def test_peak_memory_is_that_of_what_is_held_together() -> None:
 def test_both_poolings_and_their_gradients_are_equal() -> None:
     case = pooling.make_case(bins=8, channels=4)
     assert len(case.order) > 1000
-    torch.testing.assert_close(
-        pooling.pool_by_bag(case), pooling.pool_by_cumsum(case), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(pooling.pool_by_bag(case), pooling.pool_by_cumsum(case), rtol=1e-3, atol=1e-3)
     torch.manual_seed(0)
     bag = pooling.forward_backward(pooling.pool_by_bag, case)
     torch.manual_seed(0)
@@ -58,9 +56,7 @@ def test_the_pooling_bench_reports_what_it_promises(monkeypatch: pytest.MonkeyPa
     assert all(value > 0 for value in result.ratios.values())
 
 
-def test_the_trainer_bench_reports_what_it_promises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_trainer_bench_reports_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = reduced(ModelConfig())
     monkeypatch.setattr(trainer, "ModelConfig", lambda: small)
     found = trainer.run(Options(rounds=1, threads=1))
@@ -78,14 +74,16 @@ def test_every_runtime_of_the_encoder_bench_agrees(tmp_path: Path) -> None:
     )
     network = nn.Sequential(*layers).eval()
     images = torch.randn(2, 3, 32, 32)
-    methods, differences, provider = encoder.methods_of(
-        network, images, tmp_path, 1, compiled=False
-    )
+    methods, differences, provider = encoder.methods_of(network, images, tmp_path, 1, compiled=False)
     assert provider in encoder.PROVIDERS
     assert set(methods) == {
-        "eager", "folded_channels_last", "onnxruntime_f32", "openvino_f32",
-        "onnxruntime_int8", "openvino_int8",
-    }  # fmt: skip
+        "eager",
+        "folded_channels_last",
+        "onnxruntime_f32",
+        "openvino_f32",
+        "onnxruntime_int8",
+        "openvino_int8",
+    }
     exact = {name: value for name, value in differences.items() if "int8" not in name}
     assert max(exact.values()) < 1e-5
     assert max(differences.values()) < 0.1

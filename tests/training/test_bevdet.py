@@ -18,25 +18,32 @@ from occbev.config import (  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
 from occbev_training.data.datasets import TrainingBatch  # noqa: E402
-from occbev_training.families import reduced  # noqa: E402
-from occbev_training.models.bevdet import build_bevdet  # noqa: E402
+from occbev_training.export.zoo import reduced  # noqa: E402
+from occbev_training.losses.config import LossConfig  # noqa: E402
+from occbev_training.losses.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
-from occbev_training.models.depth_net import matching_cost  # noqa: E402
-from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder  # noqa: E402
-from occbev_training.models.lift_splat import BatchedPoints, batch_geometry  # noqa: E402
+from occbev_training.models.encoders.image_necks import PyramidNeck, ResNetImageEncoder  # noqa: E402
+from occbev_training.models.encoders.resnet import ResNet  # noqa: E402
+from occbev_training.models.lift_splat.bevdet import build_bevdet  # noqa: E402
+from occbev_training.models.lift_splat.depth_net import matching_cost  # noqa: E402
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_geometry  # noqa: E402
+from occbev_training.models.lift_splat.temporal import TemporalFusion, warp_bev  # noqa: E402
 from occbev_training.models.network import Frame  # noqa: E402
-from occbev_training.models.resnet import ResNet  # noqa: E402
-from occbev_training.models.temporal import TemporalFusion, warp_bev  # noqa: E402
-from occbev_training.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
-from occbev_training.train_config import LossConfig  # noqa: E402
 
 CAMERAS = 2
 SIZE, BINS = (64, 96), 6
 """Height and width of the images of reduced networks, and their depth bins."""
 FAMILIES = (
-    "bevdet_r50", "bevdet4d_r50", "bevdepth4d_r50", "bevdepth_r50_first", "bevdepth_r50_megvii",
-    "bevdepth4d_r50_megvii", "bevdet_occ_r50", "bevdet_occ_r50_4d_stereo", "flashocc_r50_m0",
-)  # fmt: skip
+    "bevdet_r50",
+    "bevdet4d_r50",
+    "bevdepth4d_r50",
+    "bevdepth_r50_first",
+    "bevdepth_r50_megvii",
+    "bevdepth4d_r50_megvii",
+    "bevdet_occ_r50",
+    "bevdet_occ_r50_4d_stereo",
+    "flashocc_r50_m0",
+)
 
 
 def reduced_of(repository: Path, name: str) -> ModelConfig:
@@ -67,9 +74,7 @@ def test_every_network_of_the_family_runs(repository: Path, name: str) -> None:
     matching = None
     if config.bevdet.stereo:
         matching = torch.zeros(CAMERAS, BINS, SIZE[0] // 4, SIZE[1] // 4, 2)
-        past = [replace(p, matching=matching) for p in past] + [
-            Frame(random_images(9), VALID, None)
-        ]
+        past = [replace(p, matching=matching) for p in past] + [Frame(random_images(9), VALID, None)]
     with torch.no_grad():
         output = network(random_images(), VALID, points, past, matching)
     assert output.depth_logits.shape == (1, CAMERAS, BINS, SIZE[0] // 16, SIZE[1] // 16)
@@ -148,13 +153,9 @@ def test_turning_about_the_ego_needs_cell_centres() -> None:
     bev = BevGrid((-4.0, -4.0), (1.0, 1.0), (8, 8))
     past = torch.randn(1, 2, 8, 8)
     half_turn = np.diag([-1.0, -1, 1, 1])
-    torch.testing.assert_close(
-        warped(past, half_turn, bev, False), past.flip(2, 3), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(warped(past, half_turn, bev, False), past.flip(2, 3), rtol=1e-4, atol=1e-4)
     quirk = warped(past, half_turn, bev, True)
-    torch.testing.assert_close(
-        quirk[..., 1:, 1:], past.flip(2, 3)[..., :-1, :-1], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(quirk[..., 1:, 1:], past.flip(2, 3)[..., :-1, :-1], rtol=1e-4, atol=1e-4)
 
 
 def test_matching_prefers_the_hypothesis_that_fits() -> None:
@@ -194,9 +195,7 @@ def a_batch(config: ModelConfig, boxes: int) -> TrainingBatch:
         images=torch.randint(0, 255, (1, CAMERAS, 3, *SIZE), generator=rng).byte(),
         camera_valid=VALID,
         geometry=geometry(config),
-        depth_bin=torch.randint(
-            -1, BINS, (1, CAMERAS, SIZE[0] // 16, SIZE[1] // 16), generator=rng
-        ),
+        depth_bin=torch.randint(-1, BINS, (1, CAMERAS, SIZE[0] // 16, SIZE[1] // 16), generator=rng),
         state=torch.randint(0, 3, volume, generator=rng),
         visible=torch.ones(volume, dtype=torch.bool),
         evidence=torch.ones(volume),

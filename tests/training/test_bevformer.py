@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch")
 from occbev.config import BevFormerConfig, ModelConfig, QueryHeadConfig, ResNetConfig  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference import reference_points as geometry  # noqa: E402
-from occbev_training.losses import voxel_focal_loss  # noqa: E402
-from occbev_training.models import bevformer  # noqa: E402
+from occbev_training.losses.voxels_and_centres import voxel_focal_loss  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
-from occbev_training.models.deformable_attention import Levels  # noqa: E402
-from occbev_training.models.fpn import FeaturePyramid  # noqa: E402
-from occbev_training.models.query_networks import PastFrame, remember  # noqa: E402
-from occbev_training.models.voxel_decoder import VoxelDecoder  # noqa: E402
+from occbev_training.models.encoders.fpn import FeaturePyramid  # noqa: E402
+from occbev_training.models.heads.voxel_decoder import VoxelDecoder  # noqa: E402
+from occbev_training.models.queries import bevformer  # noqa: E402
+from occbev_training.models.queries.deformable_attention import Levels  # noqa: E402
+from occbev_training.models.queries.query_networks import PastFrame, remember  # noqa: E402
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 BEV = BevGrid((-8.0, -6.0), (1.0, 1.0), (16, 12))
@@ -27,13 +27,11 @@ MODEL = ModelConfig(
     name="small",
     family="bevformer",
     resnet=ResNetConfig(depth=18, stages=(3, 4), levels=3, channels=32, frozen_stages=0),
-    bevformer=BevFormerConfig(
-        channels=32, heads=4, hidden=32, layers=2, heights=2, camera_points=4, occupancy=True
-    ),
+    bevformer=BevFormerConfig(channels=32, heads=4, hidden=32, layers=2, heights=2, camera_points=4, occupancy=True),
     query_head=QueryHeadConfig(queries=7, layers=2, heads=4, hidden=32),
     bev=BEV,
     grid=VoxelGrid((-8.0, -6.0, -1.0), (1.0, 1.0, 1.0), (16, 12, 4)),
-)  # fmt: skip
+)
 
 
 def golden(shared: Path, name: str) -> dict[str, torch.Tensor]:
@@ -95,9 +93,7 @@ def test_published_cross_attention(shared: Path) -> None:
     torch.testing.assert_close(got, arrays["output"], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("quirks", "want"), [(False, "b2.output_per_sample"), (True, "b2.output_reference")]
-)
+@pytest.mark.parametrize(("quirks", "want"), [(False, "b2.output_per_sample"), (True, "b2.output_reference")])
 def test_published_cross_attention_of_a_batch(shared: Path, quirks: bool, want: str) -> None:
     arrays = golden(shared, "bevformer_b_sca.npz")
     hits = bevformer.pair_cameras(*seen(arrays, "b2."), torch.ones(2, 6), quirks)
@@ -120,10 +116,7 @@ def test_table_form_equals_pair_form(shared: Path) -> None:
     levels = Levels(tuple(map(tuple, arrays["spatial_shapes"].tolist())))
     attention = cross_attention(arrays)
     with torch.no_grad():
-        first, second = (
-            attention(arrays["query"], arrays["value"][:, :, 0], levels, hits)
-            for hits in (pairs, slots)
-        )
+        first, second = (attention(arrays["query"], arrays["value"][:, :, 0], levels, hits) for hits in (pairs, slots))
     torch.testing.assert_close(first, second, **CLOSE)
 
 
@@ -153,9 +146,7 @@ def test_published_temporal_attention(shared: Path, want: str, past: bool, shift
     torch.testing.assert_close(got, arrays[want], **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("quirks", "want"), [(False, "b2.output_per_sample"), (True, "b2.output_reference")]
-)
+@pytest.mark.parametrize(("quirks", "want"), [(False, "b2.output_per_sample"), (True, "b2.output_reference")])
 def test_published_temporal_attention_of_a_batch(shared: Path, quirks: bool, want: str) -> None:
     arrays = golden(shared, "bevformer_c_tsa.npz")
     attention, levels = temporal(arrays)
@@ -164,17 +155,14 @@ def test_published_temporal_attention_of_a_batch(shared: Path, quirks: bool, wan
     inputs = (arrays[f"b2.{name}"] for name in ("query", "prev_bev", "cur_bev_value"))
     query, previous, current = inputs
     with torch.no_grad():
-        got = attention(
-            query, arrays["query_pos"][0], previous, current, references, levels, quirks
-        )
+        got = attention(query, arrays["query_pos"][0], previous, current, references, levels, quirks)
     torch.testing.assert_close(got, arrays[want], **CLOSE)
 
 
 def voxel_decoder(arrays: dict[str, torch.Tensor]) -> VoxelDecoder:
     decoder = VoxelDecoder(64, 16, 2)
     renamed = {
-        k.replace("decoder.", "blocks.").replace("predicter.", "predict."): v
-        for k, v in weights(arrays).items()
+        k.replace("decoder.", "blocks.").replace("predicter.", "predict."): v for k, v in weights(arrays).items()
     }
     decoder.load_state_dict(renamed)
     return decoder
@@ -290,8 +278,11 @@ def test_the_past_is_remembered_frame_by_frame_and_teaches_nothing() -> None:
     points, visible = rig()
     still, valid = torch.arange(BEV.size)[None], torch.ones(1, 2)
     images, can_bus, known, shift = (
-        torch.randn(3, 1, 2, 3, 64, 64), torch.randn(3, 1, 18), torch.ones(1), torch.full((1, 2), 0.02)
-    )  # fmt: skip
+        torch.randn(3, 1, 2, 3, 64, 64),
+        torch.randn(3, 1, 18),
+        torch.ones(1),
+        torch.full((1, 2), 0.02),
+    )
     frames = [
         PastFrame(image, views(points, visible, None, bus), known, still, shift)
         for image, bus in zip(images[:2], can_bus[:2], strict=True)

@@ -23,8 +23,9 @@ def _frames(count: int, seed: int = 0) -> tuple[list[Boxes3D], list[Annotations]
         box[:, 2:6] = 0.8, 4.0, 2.0, 1.6
         box[:, 6:] = random.normal(size=(size, 3))
         label = random.integers(0, 3, size)
-        truths.append(Annotations(Boxes3D(box, label, np.ones(size, np.float32)), ("",) * size,
-                                  random.integers(0, 9, size)))  # fmt: skip
+        truths.append(
+            Annotations(Boxes3D(box, label, np.ones(size, np.float32)), ("",) * size, random.integers(0, 9, size))
+        )
         moved = box + random.normal(scale=0.7, size=box.shape).astype(np.float32)
         moved[:, 3:6] = np.abs(moved[:, 3:6]) + 0.1
         score = random.random(size).astype(np.float32)
@@ -72,7 +73,7 @@ def test_a_resample_scores_as_if_the_frames_had_been_recorded_so_often() -> None
     for name in DETECTION_CLASSES:
         assert fast.ap[name] == pytest.approx(plain.ap[name])
         for error in TP_ERRORS:
-            assert fast.tp_errors[name][error] == pytest.approx(plain.tp_errors[name][error], nan_ok=True)  # fmt: skip
+            assert fast.tp_errors[name][error] == pytest.approx(plain.tp_errors[name][error], nan_ok=True)
     assert fast.nds == pytest.approx(plain.nds)
     assert dict(fast.truths) == dict(plain.truths)
 
@@ -86,7 +87,7 @@ def test_rings_partition_boxes_and_the_whole_is_one_ring() -> None:
     for name in ("car", "truck"):
         assert sum(ring.truths[name] for ring in rings) == whole.truths[name]
         assert sum(ring.predictions[name] for ring in rings) == whole.predictions[name]
-        assert min(r.ap[name][2.0] for r in rings) < whole.ap[name][2.0] < max(r.ap[name][2.0] for r in rings)  # fmt: skip
+        assert min(r.ap[name][2.0] for r in rings) < whole.ap[name][2.0] < max(r.ap[name][2.0] for r in rings)
 
 
 def test_a_box_beyond_the_border_of_a_ring_counts_where_its_truth_is() -> None:

@@ -40,9 +40,7 @@ class Annotated(TracedDrive):
             np.zeros(len(rows), np.int64),
             np.ones(len(rows), np.float32),
         )
-        return Annotations(
-            boxes, tuple(f"block {i}" for i in range(len(rows))), np.ones(len(rows), np.int64)
-        )
+        return Annotations(boxes, tuple(f"block {i}" for i in range(len(rows))), np.ones(len(rows), np.int64))
 
 
 def label_of(drive: TracedDrive, objects: str):
@@ -61,9 +59,7 @@ def test_tracks_join_boxes_over_the_keys() -> None:
     before = tracks["block 0"].at(KEY_NS)
     np.testing.assert_allclose(np.linalg.norm(at[:3, 3] - before[:3, 3]), 2.0, atol=1e-4)
     assert tracks["block 0"].at(KEY_NS + 1_100_000_000) is None
-    sparse = dataclasses.replace(
-        tracks["block 0"], stamp_ns=tracks["block 0"].stamp_ns * np.int64(1)
-    )
+    sparse = dataclasses.replace(tracks["block 0"], stamp_ns=tracks["block 0"].stamp_ns * np.int64(1))
     far = dataclasses.replace(sparse, stamp_ns=np.array([0, 2_000_000_000]), place=sparse.place[:2])
     assert far.at(500_000_000) is None, "two annotations too far apart"
     with pytest.raises(RecordingError, match="no annotated boxes"):
@@ -75,11 +71,7 @@ def test_a_mover_is_whole_and_leaves_no_trail() -> None:
     evidence, boxes = (label_of(drive, objects) for objects in ("evidence", "boxes"))
     body = inside(MOVER, 0.6)
     assert (boxes.state[body] == OCCUPIED).sum() > 1.1 * (evidence.state[body] == OCCUPIED).sum()
-    along = (
-        (np.abs(GRID.centres()[..., 1] + 5.0) < 0.8)
-        & (GRID.centres()[..., 2] > 0.5)
-        & ~inside(MOVER, 1.0)
-    )
+    along = (np.abs(GRID.centres()[..., 1] + 5.0) < 0.8) & (GRID.centres()[..., 2] > 0.5) & ~inside(MOVER, 1.0)
     assert not (boxes.state[along] == OCCUPIED).any()
     elsewhere = ~body & ~inside(PARKED, 1.0) & ~along
     same = boxes.state[elsewhere] == evidence.state[elsewhere]
@@ -90,11 +82,7 @@ def test_an_object_that_is_gone_at_the_key_is_dropped() -> None:
     class Leaves(Annotated):
         def annotations(self, key: int) -> Annotations:
             whole = super().annotations(key)
-            return (
-                whole
-                if key < 2
-                else Annotations(whole.boxes[1:], whole.instance[1:], whole.lidar_points[1:])
-            )
+            return whole if key < 2 else Annotations(whole.boxes[1:], whole.instance[1:], whole.lidar_points[1:])
 
     label = label_of(Leaves([MOVER, PARKED]), "boxes")
     assert (label.state[inside(PARKED, 0.6)] == OCCUPIED).sum() > 20

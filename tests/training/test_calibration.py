@@ -10,7 +10,7 @@ import pytest
 
 from occbev.config import ModelConfig
 from occbev.grid import VoxelGrid
-from occbev.postprocess import decode_occupancy
+from occbev.inference.postprocess import decode_occupancy
 from occbev.results import Occupancy
 from occbev_training.metrics.calibration import MIN_FREE, FreeThreshold, calibrated_min_free
 from occbev_training.metrics.occupancy import confusion, occupied_iou

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from occbev.grid import BevGrid  # noqa: E402
 from occbev.results import Boxes3D  # noqa: E402
-from occbev_training.centre_tasks import (  # noqa: E402
+from occbev_training.losses.centre_heads import (  # noqa: E402
     LossWeights,
     TaskDecoding,
     centre_losses,
@@ -19,16 +19,14 @@ from occbev_training.centre_tasks import (  # noqa: E402
     decode_tasks,
     task_targets,
 )
-from occbev_training.models.centre_head import CentreHead  # noqa: E402
+from occbev_training.models.heads.centre_head import CentreHead  # noqa: E402
 
 BEV = BevGrid((-12.8, -12.8), (0.8, 0.8), (32, 32))
 SIX = (1, 2, 2, 1, 2, 2)
 NAN = float("nan")
 
 
-def box(
-    x: float, y: float, length: float = 4.0, width: float = 2.0, **changes: float
-) -> list[float]:
+def box(x: float, y: float, length: float = 4.0, width: float = 2.0, **changes: float) -> list[float]:
     row = {
         "z": 0.5,
         "l": length,
@@ -49,9 +47,7 @@ def targets_of(rows: list[list[float]], labels: list[int], tasks: tuple[int, ...
 
 def test_a_target_holds_the_box_at_its_truncated_cell() -> None:
     (target,) = targets_of([box(1.0, -3.0)], [2])
-    assert target.place.tolist() == [
-        12 * 32 + 17
-    ]  # (1 + 12.8) / 0.8 = 17.25, (-3 + 12.8) / 0.8 = 12.25
+    assert target.place.tolist() == [12 * 32 + 17]  # (1 + 12.8) / 0.8 = 17.25, (-3 + 12.8) / 0.8 = 12.25
     want = [
         0.25,
         0.25,
@@ -110,9 +106,7 @@ def test_box_losses_are_means_over_boxes_with_their_weights() -> None:
     n = 2 / 2.0001
     assert got["task0.loss_xy"] == pytest.approx(0.25 * 0.5 * 2 * n, rel=1e-4)
     assert got["task0.loss_whl"] == pytest.approx(0.25 * 0.5 * 3 * n, rel=1e-4)
-    assert got["task0.loss_vel"] == pytest.approx(
-        0.25 * 0.2 * 0.5 * 2 * n / 2, rel=1e-4
-    )  # one is NaN
+    assert got["task0.loss_vel"] == pytest.approx(0.25 * 0.2 * 0.5 * 2 * n / 2, rel=1e-4)  # one is NaN
     assert set(got) == {f"task0.loss_{p}" for p in ("xy", "z", "whl", "yaw", "vel", "heatmap")}
 
 

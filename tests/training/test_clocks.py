@@ -33,9 +33,7 @@ def drive(seconds: float = 30.0, rate: float = 0.4) -> Trajectory:
     yaw_rate = rate * np.sin(2 * np.pi * time / 7.3) * (np.sin(2 * np.pi * time / 19) > -0.5)
     yaw = np.cumsum(yaw_rate) * 0.02
     x, y = np.cumsum(6 * np.cos(yaw)) * 0.02, np.cumsum(6 * np.sin(yaw)) * 0.02
-    poses = np.stack(
-        [make_transform(rotation_from_yaw(a), [u, v, 0]) for a, u, v in zip(yaw, x, y, strict=True)]
-    )
+    poses = np.stack([make_transform(rotation_from_yaw(a), [u, v, 0]) for a, u, v in zip(yaw, x, y, strict=True)])
     return Trajectory(START + (time * 1e9).astype(np.int64), poses)
 
 
@@ -69,9 +67,7 @@ def test_what_is_doubtful_is_refused() -> None:
     trajectory = drive()
     assert "more than 150 ms" in measure_offset(seen_turns(trajectory, 0.19), trajectory).fault
     assert measure_offset(seen_turns(trajectory, 0.0, noise=0.1), trajectory).fault
-    assert (
-        "not measurable" in measure_offset(seen_turns(drive(rate=0.0), 0.0), drive(rate=0.0)).fault
-    )
+    assert "not measurable" in measure_offset(seen_turns(drive(rate=0.0), 0.0), drive(rate=0.0)).fault
     assert "not measurable" in measure_offset(joined([]), trajectory).fault
 
 
@@ -79,13 +75,9 @@ def test_far_clocks_come_near_by_their_log_times() -> None:
     stamps = START + np.arange(600) * 100_000_000
     odometry = TopicTimes(stamps, stamps + 4_000_000)
     hours = TopicTimes(stamps - 7200_000_000_000, stamps + 9_000_000)
-    fast = TopicTimes(
-        START + (np.arange(600) * 100_000_000 * (1 + 300e-6)).astype(np.int64), stamps
-    )
+    fast = TopicTimes(START + (np.arange(600) * 100_000_000 * (1 + 300e-6)).astype(np.int64), stamps)
     corrections = by_log_times({"o": odometry, "h": hours, "f": fast}, "o")
-    assert corrections["h"].apply(int(hours.stamp_ns[5])) == pytest.approx(
-        stamps[5] + 5_000_000, abs=2
-    )
+    assert corrections["h"].apply(int(hours.stamp_ns[5])) == pytest.approx(stamps[5] + 5_000_000, abs=2)
     corrected = [corrections["f"].apply(int(s)) for s in fast.stamp_ns]
     assert np.abs(np.array(corrected) - stamps + 4_000_000).max() < 1_000_000
     assert "o" not in corrections
@@ -120,9 +112,7 @@ def test_lidar_sweeps_show_how_the_vehicle_turns() -> None:
     turns = lidar_turns(sweeps)
     yaw = np.unwrap([np.arctan2(p[1, 0], p[0, 0]) for p in trajectory.at_many(stamps)])
     assert np.nanmedian(np.abs(turns.turn - np.diff(yaw))) < 1e-3
-    late = dataclasses.replace(
-        turns, start_ns=turns.start_ns - 40_000_000, end_ns=turns.end_ns - 40_000_000
-    )
+    late = dataclasses.replace(turns, start_ns=turns.start_ns - 40_000_000, end_ns=turns.end_ns - 40_000_000)
     found = measure_offset(late, trajectory)
     assert found.seconds == pytest.approx(0.04, abs=0.004), found.text
 
@@ -136,8 +126,10 @@ def test_a_sweep_stamped_at_its_start_is_not_late() -> None:
         seen = [transform_points(invert_transform(pose), world) for pose in poses]
         # Each tenth of the rotation sees its own sector, counterclockwise.
         sector = [np.floor((np.arctan2(p[:, 1], p[:, 0]) / (2 * np.pi) % 1.0) * 10) for p in seen]
-        parts = [p[(s == i) & (np.linalg.norm(p[:, :2], axis=1) < 45)]
-                 for i, (p, s) in enumerate(zip(seen, sector, strict=True))]  # fmt: skip
+        parts = [
+            p[(s == i) & (np.linalg.norm(p[:, :2], axis=1) < 45)]
+            for i, (p, s) in enumerate(zip(seen, sector, strict=True))
+        ]
         times = np.repeat(offset, [len(part) for part in parts]).astype(np.float32)
         points = np.concatenate(parts).astype(np.float32)
         sweeps.append(Sweep(points, int(stamp), np.eye(4), time_offset=times))
@@ -149,19 +141,25 @@ def test_a_sweep_stamped_at_its_start_is_not_late() -> None:
 def test_images_show_how_the_vehicle_turns() -> None:
     """A textured wall all around, a cylinder around the camera, seen at each yaw."""
     rng = np.random.default_rng(3)
-    panorama = cv2.resize(
-        rng.integers(0, 255, (40, 400), np.uint8), (2400, 240), interpolation=cv2.INTER_CUBIC
+    panorama = cv2.resize(rng.integers(0, 255, (40, 400), np.uint8), (2400, 240), interpolation=cv2.INTER_CUBIC)
+    camera = Camera(
+        "C",
+        320,
+        240,
+        [[240, 0, 160], [0, 240, 120], [0, 0, 1]],
+        make_transform([[0, 0, 1], [-1, 0, 0], [0, -1, 0]], [1.5, 0, 1.5]),
     )
-    camera = Camera("C", 320, 240, [[240, 0, 160], [0, 240, 120], [0, 0, 1]],
-                    make_transform([[0, 0, 1], [-1, 0, 0], [0, -1, 0]], [1.5, 0, 1.5]))  # fmt: skip
     column, row = np.meshgrid(np.arange(320), np.arange(240))
     angle = np.arctan2(160 - column, 240.0)
     height = 120 + (row - 120) / np.hypot((column - 160) / 240, 1.0)
     images, yaws = [], [0.0, 0.02, 0.05, 0.03, -0.01]
     for yaw in yaws:
         x = ((angle + yaw + np.pi) / (2 * np.pi) * -2400) % 2400
-        images.append(cv2.remap(panorama, x.astype(np.float32), height.astype(np.float32), cv2.INTER_LINEAR,
-                                borderMode=cv2.BORDER_WRAP))  # fmt: skip
+        images.append(
+            cv2.remap(
+                panorama, x.astype(np.float32), height.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
+            )
+        )
     stamps = [START + i * 100_000_000 for i in range(5)]
     turns = camera_turns(stamps, images, camera)
     np.testing.assert_allclose(turns.turn, np.diff(yaws), atol=0.003)

@@ -27,10 +27,7 @@ class KnownDrive(TracedDrive):
         t = (stamp_ns - KEY_NS) / 1e9
         shift = self.pose(0.0)[:3, 3]  # the world of the blocks is the ego frame at the key time
         movers = [b for b in self.blocks if b.velocity != (0.0, 0.0)]
-        rows = [
-            [*(np.array(b.centre) + (*(t * np.array(b.velocity)), 0) + shift), *b.size, 0.0]
-            for b in movers
-        ]
+        rows = [[*(np.array(b.centre) + (*(t * np.array(b.velocity)), 0) + shift), *b.size, 0.0] for b in movers]
         return np.array(rows, np.float64).reshape(-1, 7)
 
     def occupancy_truth(self, key: int) -> OccupancyTruth:
@@ -77,9 +74,7 @@ def test_the_recipes_faults_are_told_apart(found) -> None:
     assert 0.3 < paper["right"] < 0.99
     assert paper["trail"] > 0.01
     assert paper["free_never_seen"] > 0.1
-    assert sum(
-        paper[name] for name in ("right", "trail", "ego", "border", "other")
-    ) == pytest.approx(1.0)
+    assert sum(paper[name] for name in ("right", "trail", "ego", "border", "other")) == pytest.approx(1.0)
 
 
 def test_comparisons_add_up(found) -> None:

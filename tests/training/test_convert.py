@@ -17,7 +17,7 @@ from occbev.config import (  # noqa: E402
     save_config,
 )
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
-from occbev.model_package import ModelPackage  # noqa: E402
+from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev_training.cli import convert, main  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import load_strictly, read_weights  # noqa: E402
@@ -53,9 +53,7 @@ def checkpoint(folder: Path, stage: str) -> tuple[Path, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_checkpoint_becomes_a_package_of_its_stage(
-    families: Path, tmp_path: Path, capsys, stage: str
-) -> None:
+def test_a_checkpoint_becomes_a_package_of_its_stage(families: Path, tmp_path: Path, capsys, stage: str) -> None:
     path, network = checkpoint(tmp_path, stage)
     out = tmp_path / "package"
     arguments = ["convert", str(path), "--family", "small", "--out", str(out), "--json"]
@@ -85,9 +83,7 @@ def test_an_incomplete_checkpoint_is_refused(families: Path, tmp_path: Path, cap
     assert not out.exists()
 
 
-def test_an_unknown_family_is_named_with_the_known_ones(
-    families: Path, tmp_path: Path, capsys
-) -> None:
+def test_an_unknown_family_is_named_with_the_known_ones(families: Path, tmp_path: Path, capsys) -> None:
     path, _ = checkpoint(tmp_path, "pretrain")
     assert main(["convert", str(path), "--family", "smal", "--out", str(tmp_path / "p")]) == 2
     assert "known are ['small']" in capsys.readouterr().err

@@ -20,17 +20,7 @@ from occbev.config import ImageConfig, LiftConfig, ModelConfig
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig, draw_augmentation
-from occbev_training.data.cache import (
-    CachedSample,
-    CacheError,
-    PrepareConfig,
-    SampleCache,
-    open_cache,
-    prepare,
-    read_sample,
-    resampled_truth,
-    write_sample,
-)
+from occbev_training.data.cache import CachedSample, CacheError, SampleCache, open_cache, read_sample, write_sample
 from occbev_training.data.datasets import (
     NO_DEPTH,
     PositionBatches,
@@ -40,6 +30,7 @@ from occbev_training.data.datasets import (
     sample_of,
     thinned,
 )
+from occbev_training.occupancy.prepare import PrepareConfig, prepare, resampled_truth
 from occbev_training.sources.recording import OccupancyTruth
 
 MODEL = ModelConfig(
@@ -72,9 +63,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 def _recording_class(request: pytest.FixtureRequest) -> type:
     """The tiny drive of conftest with dense truth on the tiny grid."""
-    module = next(
-        p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "TinyRecording")
-    )
+    module = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "TinyRecording"))
 
     class Recording(module.TinyRecording):  # type: ignore[misc, name-defined]
         def occupancy_truth(self, key: int) -> OccupancyTruth:
@@ -122,14 +111,8 @@ def test_lidar_pixels_come_back_to_the_returns(cache: SampleCache) -> None:
     assert len(sample.lidar_depth) > 20
     rays = np.concatenate([sample.lidar_pixel, np.ones((len(sample.lidar_pixel), 1))], 1)
     camera = sample.lidar_camera
-    points = (
-        np.einsum("pij,pj->pi", np.linalg.inv(sample.intrinsic)[camera], rays)
-        * sample.lidar_depth[:, None]
-    )
-    ego = (
-        np.einsum("pij,pj->pi", sample.cam2ego[camera][:, :3, :3], points)
-        + sample.cam2ego[camera][:, :3, 3]
-    )
+    points = np.einsum("pij,pj->pi", np.linalg.inv(sample.intrinsic)[camera], rays) * sample.lidar_depth[:, None]
+    ego = np.einsum("pij,pj->pi", sample.cam2ego[camera][:, :3, :3], points) + sample.cam2ego[camera][:, :3, 3]
     assert np.abs(ego[:, :2]).max() < 22  # the sweep holds points up to 15 m on each axis
     assert ((ego[:, 2] > -0.8) & (ego[:, 2] < 3.6)).all()
 
@@ -161,12 +144,8 @@ def test_finished_drives_are_kept_and_a_drive_without_its_record_is_not_there(
 
 def test_caches_that_do_not_fit_are_refused(cache: SampleCache, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"64x32.*takes 96x32"):
-        SampleDataset(
-            cache, replace(MODEL, image=ImageConfig(width=96, height=32)), NO_AUGMENTATION, 0
-        )
-    off_centre = replace(
-        cache, info=replace(cache.info, grid=VoxelGrid((0, -16, -1), (0.8, 0.8, 0.8), (40, 40, 8)))
-    )
+        SampleDataset(cache, replace(MODEL, image=ImageConfig(width=96, height=32)), NO_AUGMENTATION, 0)
+    off_centre = replace(cache, info=replace(cache.info, grid=VoxelGrid((0, -16, -1), (0.8, 0.8, 0.8), (40, 40, 8))))
     with pytest.raises(CacheError, match="not centred"):
         SampleDataset(off_centre, replace(MODEL, grid=off_centre.info.grid), NO_AUGMENTATION, 0)
     record = json.loads((cache.root / "a" / "drive.json").read_text())
@@ -266,8 +245,13 @@ def test_what_only_a_missing_camera_saw_is_not_asked_for(cache: SampleCache) -> 
     raw = cache[0]
     bits = np.zeros_like(raw.camera_visible)
     bits[0], bits[1] = 0b001, 0b011  # x = 0: camera 0 alone, x = 1: cameras 0 and 1
-    raw = replace(raw, camera_visible=bits, mask_camera=np.ones_like(raw.mask_camera), lidar_points=np.array([9, 9]),
-                  boxes=np.array([_box_before(raw, 0), _box_before(raw, 1)], np.float32))  # fmt: skip
+    raw = replace(
+        raw,
+        camera_visible=bits,
+        mask_camera=np.ones_like(raw.mask_camera),
+        lidar_points=np.array([9, 9]),
+        boxes=np.array([_box_before(raw, 0), _box_before(raw, 1)], np.float32),
+    )
     draw = draw_augmentation(0, 3, (64, 32), NO_AUGMENTATION)
     alive = np.array([False, True, True])
     sample = augmented("x", raw, replace(draw, alive=alive), MODEL)
@@ -287,8 +271,11 @@ def _box_before(sample: CachedSample, camera: int) -> list[float]:
 
 
 def test_boxes_without_a_return_are_not_asked_for(cache: SampleCache) -> None:
-    raw = replace(cache[0], boxes=np.array([_box_before(cache[0], i) for i in range(2)], np.float32),
-                  lidar_points=np.array([0, 3]))  # fmt: skip
+    raw = replace(
+        cache[0],
+        boxes=np.array([_box_before(cache[0], i) for i in range(2)], np.float32),
+        lidar_points=np.array([0, 3]),
+    )
     sample = augmented("x", raw, draw_augmentation(0, 3, (64, 32), NO_AUGMENTATION), MODEL)
     np.testing.assert_allclose(sample.boxes, raw.boxes[1:])
 

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev_training.models import deformable_attention as da  # noqa: E402
+from occbev_training.models.queries import deformable_attention as da  # noqa: E402
 
 FORMS = (da.sample_by_grid, da.sample_by_bags)
 LEVELS = da.Levels(((3, 5), (2, 2)))
@@ -45,12 +45,8 @@ def test_published_decoder_attention(shared: Path) -> None:
     arrays = golden(shared, "bevformer_a_msda.npz")
     attention = da.DeformableAttention(32, 8, 1, 4)
     prefix = "w.dec."
-    attention.load_state_dict(
-        {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
-    )
-    query, position, value = (
-        arrays[f"dec.{name}"].transpose(0, 1) for name in ("query", "query_pos", "value")
-    )
+    attention.load_state_dict({k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)})
+    query, position, value = (arrays[f"dec.{name}"].transpose(0, 1) for name in ("query", "query_pos", "value"))
     levels = da.Levels(tuple(map(tuple, arrays["dec.spatial_shapes"].tolist())))
     got = attention(query, position, value, arrays["dec.reference_points"][:, :, 0], levels)
     torch.testing.assert_close(got.transpose(0, 1), arrays["dec.output"], atol=1e-4, rtol=1e-4)

@@ -25,9 +25,7 @@ def pose(t: float) -> np.ndarray:
     """A turning, climbing drive: 10 m/s, 0.5 rad/s."""
     yaw = 0.3 + 0.5 * t
     xy = 20.0 * np.array([np.sin(yaw), -np.cos(yaw)]) + (1200.0, -800.0)
-    return make_transform(
-        rotation_from_yaw(yaw) @ rotation_from_rpy(0.02 * t, 0, 0), [*xy, 0.1 * t]
-    )
+    return make_transform(rotation_from_yaw(yaw) @ rotation_from_rpy(0.02 * t, 0, 0), [*xy, 0.1 * t])
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +37,8 @@ def trajectory() -> Trajectory:
 def raw_sweep(world: np.ndarray, stamp_ns: int, offsets: np.ndarray) -> Sweep:
     """Measure (M, 3) global points, each at its own time."""
     seconds = (stamp_ns - START_NS) / 1e9 + offsets.astype(np.float64)
-    points = [
-        transform_points(invert_transform(pose(t) @ LIDAR2EGO), p)
-        for t, p in zip(seconds, world, strict=True)
-    ]
-    return Sweep(
-        np.array(points, np.float32).reshape(-1, 3), stamp_ns, LIDAR2EGO, time_offset=offsets
-    )
+    points = [transform_points(invert_transform(pose(t) @ LIDAR2EGO), p) for t, p in zip(seconds, world, strict=True)]
+    return Sweep(np.array(points, np.float32).reshape(-1, 3), stamp_ns, LIDAR2EGO, time_offset=offsets)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +69,7 @@ def test_every_ray_has_the_end_and_the_origin_of_its_own_instant(scene, trajecto
     assert len(rays) == len(world)
     assert rays.hit.all()
     assert np.abs(rays.end - transform_points(global2ego, world)).max() < 2e-4
-    origins = [
-        (global2ego @ pose(1.0 + float(t)) @ LIDAR2EGO)[:3, 3]
-        for t in sweep.time_offset.astype(float)
-    ]
+    origins = [(global2ego @ pose(1.0 + float(t)) @ LIDAR2EGO)[:3, 3] for t in sweep.time_offset.astype(float)]
     assert np.abs(rays.origin - np.array(origins)).max() < 2e-4
     assert np.ptp(rays.origin[:, 0]) > 0.8, "the sensor drove about 1 m during the sweep"
 
@@ -88,9 +78,7 @@ def test_rays_at_the_sweep_then_moved_equal_rays_at_the_reference(scene, traject
     _, sweep = scene
     reference = START_NS + 400_000_000
     direct = deskewed_rays(sweep, trajectory, reference)
-    moved = deskewed_rays(sweep, trajectory, sweep.stamp_ns).moved(
-        trajectory.relative(sweep.stamp_ns, reference)
-    )
+    moved = deskewed_rays(sweep, trajectory, sweep.stamp_ns).moved(trajectory.relative(sweep.stamp_ns, reference))
     assert np.abs(direct.end - moved.end).max() < 1e-9
     assert np.abs(direct.origin - moved.origin).max() < 1e-9
 
@@ -113,9 +101,7 @@ def test_drops_are_counted_in_the_given_order(trajectory) -> None:
 
 
 def test_isolated_returns_are_dropped_only_near_the_sensor(trajectory) -> None:
-    wall = np.stack(np.meshgrid([10.0], np.arange(-1, 1, 0.2), np.arange(0, 1, 0.2)), -1).reshape(
-        -1, 3
-    )
+    wall = np.stack(np.meshgrid([10.0], np.arange(-1, 1, 0.2), np.arange(0, 1, 0.2)), -1).reshape(-1, 3)
     lonely = np.array([[6.0, 3.0, 0.0], [30.0, 3.0, 0.0]])
     sweep = Sweep(np.vstack([wall, lonely]).astype(np.float32), START_NS, np.eye(4))
     rays = deskewed_rays(sweep, trajectory, START_NS, limits=RayLimits(isolated_filter=True))

@@ -37,9 +37,7 @@ SHARED = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "share
 CAR, BARRIER, CONE = (DETECTION_CLASSES.index(n) for n in ("car", "barrier", "traffic_cone"))
 
 
-def boxes(
-    rows: list[tuple[float, ...]], label: int = CAR, scores: list[float] | None = None
-) -> Boxes3D:
+def boxes(rows: list[tuple[float, ...]], label: int = CAR, scores: list[float] | None = None) -> Boxes3D:
     """Boxes at (x, y) with an optional yaw and velocity."""
     box = np.zeros((len(rows), 9), np.float32)
     for i, row in enumerate(rows):
@@ -96,9 +94,7 @@ def test_thresholds_are_strict_centre_distances() -> None:
 
 
 def test_each_truth_is_found_once() -> None:
-    scores = evaluate_detection(
-        [boxes([(10, 0), (10, 0.1)], scores=[0.5, 0.9])], [annotated([(10, 0)])], ("car",)
-    )
+    scores = evaluate_detection([boxes([(10, 0), (10, 0.1)], scores=[0.5, 0.9])], [annotated([(10, 0)])], ("car",))
     precision = scores.precision["car"][2.0]
     np.testing.assert_allclose(precision[:100], 1.0)
     assert precision[100] == pytest.approx(0.5)  # the double lowers it at full recall only
@@ -115,9 +111,7 @@ def test_nearest_free_truth_is_taken_greedily_by_score() -> None:
 
 
 def test_equal_scores_are_taken_last_row_first() -> None:
-    matches = _matches(
-        boxes([(10, 0), (10, 0.2), (10, 0.4)], scores=[0.5, 0.5, 0.5]), annotated([(10, 0)])
-    )
+    matches = _matches(boxes([(10, 0), (10, 0.2), (10, 0.4)], scores=[0.5, 0.5, 0.5]), annotated([(10, 0)]))
     assert matches.prediction.tolist() == [2, 1, 0]
     assert matches.truth[2].tolist() == [0, -1, -1]
 
@@ -218,12 +212,8 @@ def test_average_precision_cuts_low_recall_and_precision() -> None:
 @pytest.mark.parametrize("name", ["cc_3dt_pure_det", "fastbev"])
 def test_real_results_score_as_the_official_kit_says(name: str) -> None:
     folder = SHARED / "nuscenes-0103"
-    expected = json.loads((folder / "results" / "reference_metrics.json").read_text())["results"][
-        name
-    ]
-    scores = evaluate_results(
-        read_results(folder / "results" / f"{name}.json"), open_nuscenes(folder)
-    )
+    expected = json.loads((folder / "results" / "reference_metrics.json").read_text())["results"][name]
+    scores = evaluate_results(read_results(folder / "results" / f"{name}.json"), open_nuscenes(folder))
     assert sum(scores.truths.values()) == 1489
     assert scores.mean_ap == pytest.approx(expected["mean_ap"], abs=1e-9)
     assert scores.nds == pytest.approx(expected["nd_score"], abs=1e-6)
@@ -231,9 +221,7 @@ def test_real_results_score_as_the_official_kit_says(name: str) -> None:
     for label in DETECTION_CLASSES:
         by_distance = {float(t): v for t, v in expected["label_aps"][label].items()}
         assert scores.ap[label] == pytest.approx(by_distance, abs=1e-9)
-        errors = {
-            e: math.nan if v is None else v for e, v in expected["label_tp_errors"][label].items()
-        }
+        errors = {e: math.nan if v is None else v for e, v in expected["label_tp_errors"][label].items()}
         assert scores.tp_errors[label] == pytest.approx(errors, abs=1e-6, nan_ok=True)
 
 
@@ -287,9 +275,7 @@ def _matches(predicted: Boxes3D, truth: Annotations):
     return match_class(_box_table(predicted), _box_table(truth.boxes))
 
 
-def _random_table(
-    generator: np.random.Generator, count: int, samples: int, *, truth: bool
-) -> BoxTable:
+def _random_table(generator: np.random.Generator, count: int, samples: int, *, truth: bool) -> BoxTable:
     xy = generator.integers(0, 14, (count, 2)) * 0.5  # a lattice, so that distances tie
     return BoxTable(
         generator.integers(0, samples, count),

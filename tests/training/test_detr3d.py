@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from occbev.config import QueryHeadConfig  # noqa: E402
-from occbev_training.models.detr3d import CameraSampling, CameraScene  # noqa: E402
-from occbev_training.models.query_head import QueryHead, encode_boxes, inverse_sigmoid  # noqa: E402
+from occbev_training.models.heads.query_head import QueryHead, encode_boxes, inverse_sigmoid  # noqa: E402
+from occbev_training.models.queries.detr3d import CameraSampling, CameraScene  # noqa: E402
 
 EXTENT = ((-8.0, -6.0, -2.0), (8.0, 6.0, 2.0))
 

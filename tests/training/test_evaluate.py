@@ -14,7 +14,7 @@ from occbev.geometry import frame2ego
 from occbev.grid import GRIDS, BevGrid
 from occbev.results import Boxes3D
 from occbev_training.data.cache import CachedSample, CacheInfo, SampleCache, write_sample
-from occbev_training.evaluate import (
+from occbev_training.evaluation.frames import (
     Prediction,
     Priors,
     best_boxes,
@@ -37,19 +37,28 @@ MODEL = ModelConfig(
 CAR, WALKER = DETECTION_CLASSES.index("car"), DETECTION_CLASSES.index("pedestrian")
 
 
-def _sample(
-    boxes: list[list[float]], labels: list[int], occupied: np.ndarray, points: int = 9
-) -> CachedSample:
+def _sample(boxes: list[list[float]], labels: list[int], occupied: np.ndarray, points: int = 9) -> CachedSample:
     """A sample of which only the truth matters; occupied: (X, Y, Z) bool."""
     grid = GRIDS["tiny"].shape
     nothing = np.zeros(grid, np.uint8)
     return CachedSample(
-        np.zeros((1, 32, 64, 3), np.uint8), np.ones(1, bool), np.eye(3)[None], np.eye(4)[None],
-        np.zeros(0, np.uint8), np.zeros((0, 2), np.float32), np.zeros(0, np.float32),
-        np.where(occupied, 2, 1).astype(np.uint8), nothing + 1, nothing, nothing,
-        np.array(boxes, np.float32).reshape(-1, 9), np.array(labels, np.int64), np.full(len(labels), points),
-        np.where(occupied, 4, FREE).astype(np.uint8), np.ones(grid, bool),
-    )  # fmt: skip
+        np.zeros((1, 32, 64, 3), np.uint8),
+        np.ones(1, bool),
+        np.eye(3)[None],
+        np.eye(4)[None],
+        np.zeros(0, np.uint8),
+        np.zeros((0, 2), np.float32),
+        np.zeros(0, np.float32),
+        np.where(occupied, 2, 1).astype(np.uint8),
+        nothing + 1,
+        nothing,
+        nothing,
+        np.array(boxes, np.float32).reshape(-1, 9),
+        np.array(labels, np.int64),
+        np.full(len(labels), points),
+        np.where(occupied, 4, FREE).astype(np.uint8),
+        np.ones(grid, bool),
+    )
 
 
 def _cache(folder: Path, samples: list[CachedSample]) -> SampleCache:
@@ -121,9 +130,7 @@ def test_only_the_chosen_samples_are_scored(tmp_path: Path) -> None:
     cache = _cache(tmp_path, [_sample(BOXES, [CAR, WALKER], ROAD), _sample([], [], ~ROAD)])
     heatmap, box = _maps(BOXES, [CAR, WALKER])
     right = Prediction(heatmap, box, _logits(ROAD, 18, 4))
-    assert evaluate(cache, lambda index: right, MODEL, indices=[0]).summary()[
-        "occupancy_iou"
-    ] == pytest.approx(1.0)
+    assert evaluate(cache, lambda index: right, MODEL, indices=[0]).summary()["occupancy_iou"] == pytest.approx(1.0)
     assert evaluate(cache, lambda index: right, MODEL).summary()["occupancy_iou"] < 0.5
 
 
@@ -133,9 +140,7 @@ def _boxes(centres: list[tuple[float, float]]) -> Boxes3D:
 
 
 def test_near_scores_neither_reward_nor_punish_hidden_and_far_truths() -> None:
-    truth = Annotations(
-        _boxes([(10, 0), (20, 5), (35, 0), (12, -6)]), ("",) * 4, np.array([9, 9, 9, 2])
-    )
+    truth = Annotations(_boxes([(10, 0), (20, 5), (35, 0), (12, -6)]), ("",) * 4, np.array([9, 9, 9, 2]))
     everything, only_near = (
         _boxes([(35, 0), (12, -6), (10, 0), (20, 5)]),
         _boxes([(10, 0), (20, 5)]),
@@ -191,9 +196,7 @@ def test_the_best_threshold_equals_a_search() -> None:
     rng = np.random.default_rng(3)
     seen = rng.integers(0, 30, (8, 8, 4)).astype(np.int32)
     occupied = np.minimum(seen, rng.integers(0, 30, (8, 8, 4))).astype(np.int32)
-    share = np.round(
-        255 * np.divide(occupied, seen, out=np.zeros(seen.shape), where=seen > 0)
-    ).astype(np.uint8)
+    share = np.round(255 * np.divide(occupied, seen, out=np.zeros(seen.shape), where=seen > 0)).astype(np.uint8)
 
     def iou(threshold: float) -> float:
         chosen = share > 255 * threshold
@@ -211,9 +214,7 @@ def test_reconstruction_is_scored_where_cameras_and_lidar_looked(tmp_path: Path)
     wrong_there = ROAD.copy()
     wrong_there[20:] = ~ROAD[20:]
     logits = _logits(wrong_there, 2, 0)[::-1]  # occupied is the second channel
-    assert reconstruction_iou(
-        cache, lambda index: Prediction(reconstruction=logits), [0]
-    ) == pytest.approx(1.0)
+    assert reconstruction_iou(cache, lambda index: Prediction(reconstruction=logits), [0]) == pytest.approx(1.0)
 
 
 def test_priors_that_are_something_else_are_refused(tmp_path: Path) -> None:

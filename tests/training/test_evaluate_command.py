@@ -23,14 +23,14 @@ from occbev.config import (  # noqa: E402
     OccupancyHeadConfig,
 )
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
-from occbev.model_package import ModelPackage, write_package  # noqa: E402
+from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
-from occbev_training.data.cache import PrepareConfig, prepare  # noqa: E402
-from occbev_training.held_out import HeldOutError, RootFrames, open_held_out  # noqa: E402
+from occbev_training.evaluation.data import HeldOutError, RootFrames, open_held_out  # noqa: E402
+from occbev_training.evaluation.run_package import RunOptions, run_package, shares  # noqa: E402
 from occbev_training.metrics.nuscenes_results import ResultsError  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
-from occbev_training.package_scores import RunOptions, run_package, shares  # noqa: E402
+from occbev_training.occupancy.prepare import PrepareConfig, prepare  # noqa: E402
 from occbev_training.sources.nuscenes import open_nuscenes  # noqa: E402
 from occbev_training.sources.nuscenes_writer import write_nuscenes  # noqa: E402
 
@@ -60,9 +60,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with random weights, for the torch runtime."""
     torch.manual_seed(0)
     network, folder = build_network(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
-    with (
-        torch.no_grad()
-    ):  # random weights hardly say anything: let answers differ, some over the threshold
+    with torch.no_grad():  # random weights hardly say anything: let answers differ, some over the threshold
         for head in (network.detection_head, network.occupancy_head):
             for value in head.parameters():
                 value.mul_(6.0 if value.ndim > 1 else 0.3)
@@ -115,14 +113,14 @@ def test_a_root_is_scored_in_every_part(scored: Path, root: Path) -> None:
     seen = record["occupancy"]["iou_by_visibility"]
     assert {"one camera", "LiDAR alone"} <= set(seen)
     inside = sum(group["occupied_voxels"] for group in rings.values())
-    cameras = sum(seen[name]["occupied_voxels"] for name in ("one camera", "several cameras") if name in seen)  # fmt: skip
+    cameras = sum(seen[name]["occupied_voxels"] for name in ("one camera", "several cameras") if name in seen)
     assert inside == cameras
     assert 0 <= record["summary"]["RayIoU"] <= 1
 
 
 def test_pictures_and_files_are_left(scored: Path, root: Path) -> None:
     files = {path.name for path in scored.iterdir()}
-    assert {"metrics.json", "precision_recall.png", "tp_errors.png", "by_range.png", "results.json"} <= files  # fmt: skip
+    assert {"metrics.json", "precision_recall.png", "tp_errors.png", "by_range.png", "results.json"} <= files
     record = json.loads((scored / "metrics.json").read_text())
     assert {line["by"] for line in record["worst"]} >= {"voxels"}
     for line in record["worst"]:
@@ -135,8 +133,18 @@ def test_pictures_and_files_are_left(scored: Path, root: Path) -> None:
 
 def test_the_files_of_a_run_score_as_the_run_did(scored: Path, root: Path, tmp_path: Path) -> None:
     """The official result file and the Occ3D voxels, read back, give the same numbers."""
-    run("--results", scored / "results.json", "--voxels", scored / "voxels", "--nuscenes", root,
-        "--draws", 0, "--json", tmp_path / "again.json")  # fmt: skip
+    run(
+        "--results",
+        scored / "results.json",
+        "--voxels",
+        scored / "voxels",
+        "--nuscenes",
+        root,
+        "--draws",
+        0,
+        "--json",
+        tmp_path / "again.json",
+    )
     first = json.loads((scored / "metrics.json").read_text())
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["intervals"] is None
@@ -145,32 +153,49 @@ def test_the_files_of_a_run_score_as_the_run_did(scored: Path, root: Path, tmp_p
     assert again["detection"]["AP"] == first["detection"]["AP"]
 
 
-def test_only_the_scenes_asked_for_are_scored(
-    scored: Path, package: Path, root: Path, tmp_path: Path
-) -> None:
+def test_only_the_scenes_asked_for_are_scored(scored: Path, package: Path, root: Path, tmp_path: Path) -> None:
     scenes = tmp_path / "val.txt"
     scenes.write_text("# one of two\ntiny-1\n")
-    run(package, "--data", root, "--backend", "torch", "--scenes", scenes, "--draws", 0, "--workers", 2,
-        "--out", tmp_path / "val")  # fmt: skip
+    run(
+        package,
+        "--data",
+        root,
+        "--backend",
+        "torch",
+        "--scenes",
+        scenes,
+        "--draws",
+        0,
+        "--workers",
+        2,
+        "--out",
+        tmp_path / "val",
+    )
     record = json.loads((tmp_path / "val" / "metrics.json").read_text())
     assert (record["samples"], record["drives"]) == (2, 1)
-    run("--results", tmp_path / "val" / "results.json", "--nuscenes", root, "--draws", 0,
-        "--json", tmp_path / "files.json")  # fmt: skip
+    run(
+        "--results",
+        tmp_path / "val" / "results.json",
+        "--nuscenes",
+        root,
+        "--draws",
+        0,
+        "--json",
+        tmp_path / "files.json",
+    )
     files = json.loads((tmp_path / "files.json").read_text())
     assert (files["samples"], files["summary"]["NDS"]) == (2, record["summary"]["NDS"])
     run("--voxels", scored / "voxels", "--scenes", scenes, "--nuscenes", root, "--draws", 0)
     rows = json.loads((tmp_path / "val" / "results.json").read_text())
     rows["results"].popitem()
     (tmp_path / "part.json").write_text(json.dumps(rows))
-    assert (
-        main(["evaluate", "--results", str(tmp_path / "part.json"), "--nuscenes", str(root)]) != 0
-    )
+    assert main(["evaluate", "--results", str(tmp_path / "part.json"), "--nuscenes", str(root)]) != 0
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(
     package: Path, root: Path, scored: Path, tmp_path: Path
 ) -> None:
-    run(package, "--data", root, "--backend", "torch", "--workers", 2, "--draws", 5, "--out", tmp_path)  # fmt: skip
+    run(package, "--data", root, "--backend", "torch", "--workers", 2, "--draws", 5, "--out", tmp_path)
     one, two = (json.loads((f / "metrics.json").read_text()) for f in (scored, tmp_path))
     assert one == two
 
@@ -181,27 +206,37 @@ def test_drives_stay_whole_and_in_order_in_every_process() -> None:
     assert list(shares(drives, [5, 1, 0], 8)) == [[0, 1], [5]]
 
 
-def test_a_cache_is_scored_with_priors_and_calibrated(
-    package: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_cache_is_scored_with_priors_and_calibrated(package: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    run(package, "--data", cache, "--backend", "torch", "--fit-priors", cache, "--priors", tmp_path / "p.npz",
-        "--calibrate", "--draws", 0, "--json", out)  # fmt: skip
+    run(
+        package,
+        "--data",
+        cache,
+        "--backend",
+        "torch",
+        "--fit-priors",
+        cache,
+        "--priors",
+        tmp_path / "p.npz",
+        "--calibrate",
+        "--draws",
+        0,
+        "--json",
+        out,
+    )
     record = json.loads(out.read_text())
     assert record["measured"] == ["boxes", "occupancy"]
     assert record["priors"]["occupancy_iou"] > 0.9  # every key of these drives has the same road
     best = record["calibration"]
     assert best["occupancy_iou"] >= record["summary"]["occupancy_iou"]
     assert (tmp_path / "p.npz").is_file()
-    run(package, "--data", cache, "--backend", "torch", "--min-free", best["min_free"], "--draws", 0, "--json", out)  # fmt: skip
+    run(package, "--data", cache, "--backend", "torch", "--min-free", best["min_free"], "--draws", 0, "--json", out)
     again = json.loads(out.read_text())
     assert again["summary"]["occupancy_iou"] == pytest.approx(best["occupancy_iou"], abs=1e-12)
     assert again["min_free"] == best["min_free"]
 
 
-def test_a_cache_and_its_recording_give_the_network_the_same(
-    package: Path, cache: Path, root: Path
-) -> None:
+def test_a_cache_and_its_recording_give_the_network_the_same(package: Path, cache: Path, root: Path) -> None:
     """What is scored on a cache is what is scored on the drive that it was made of."""
     loaded, options = ModelPackage.load(package), RunOptions(backend="torch")
     cached = run_package(loaded, open_held_out(cache), [0, 1], options).results()
@@ -214,9 +249,7 @@ def test_a_cache_and_its_recording_give_the_network_the_same(
         assert abs(agree) <= 0.01 * a.occupancy.confusion.sum()  # JPEG in the root
 
 
-def test_wrong_asks_are_answered(
-    package: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_asks_are_answered(package: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: object) -> str:
         assert main(["evaluate", *map(str, arguments)]) != 0
         return capsys.readouterr().err
@@ -231,9 +264,7 @@ def test_wrong_asks_are_answered(
     assert "elsewhere" in refused(package, "--data", root, "--scenes", tmp_path / "names.txt")
 
 
-def test_voxels_that_are_missing_or_wrong_are_named(
-    scored: Path, root: Path, tmp_path: Path
-) -> None:
+def test_voxels_that_are_missing_or_wrong_are_named(scored: Path, root: Path, tmp_path: Path) -> None:
     from occbev_training.metrics.occ3d_results import read_occupancy, write_occupancy
 
     token = next(iter(open_nuscenes(root).tables["sample"]))

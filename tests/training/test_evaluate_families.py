@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-families = pytest.importorskip("occbev_training.families")
+families = pytest.importorskip("occbev_training.export.zoo")
 
 from occbev.config import ModelConfig, load_config  # noqa: E402
 from occbev.grid import VoxelGrid  # noqa: E402
-from occbev.model_package import ModelPackage, write_package  # noqa: E402
-from occbev_training.held_out import RecordingFrames  # noqa: E402
+from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
+from occbev_training.evaluation.data import RecordingFrames  # noqa: E402
+from occbev_training.evaluation.run_package import RunOptions, run_package  # noqa: E402
+from occbev_training.evaluation.scores import FrameResult, Scores  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
-from occbev_training.package_scores import RunOptions, run_package  # noqa: E402
-from occbev_training.scores import FrameResult, Scores  # noqa: E402
 from occbev_training.sources.recording import OccupancyTruth  # noqa: E402
 
 MEASURED = {
@@ -52,7 +52,7 @@ def _frames(make_recording: Any, grid: VoxelGrid) -> RecordingFrames:
             everywhere = np.ones(grid.shape, bool)
             return OccupancyTruth(semantics, everywhere, everywhere, grid)
 
-    return RecordingFrames([(drive, key) for drive in (Drive("a", 2), Drive("b", 2, seed=1)) for key in (0, 1)])  # fmt: skip
+    return RecordingFrames([(drive, key) for drive in (Drive("a", 2), Drive("b", 2, seed=1)) for key in (0, 1)])
 
 
 def _same(first: FrameResult, second: FrameResult) -> bool:
@@ -69,7 +69,7 @@ def _same(first: FrameResult, second: FrameResult) -> bool:
 def test_a_package_is_scored_on_what_it_predicts(
     name: str, repository: Path, tmp_path: Path, make_recording: Any
 ) -> None:
-    model = families.reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))  # fmt: skip
+    model = families.reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
     package, frames = _package(model, tmp_path), _frames(make_recording, model.grid)
     options = RunOptions(backend="torch", threads=1)
     in_order = run_package(package, frames, range(4), options).results()

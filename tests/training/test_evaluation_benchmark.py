@@ -58,8 +58,10 @@ def test_a_number_that_differs_is_named() -> None:
 def _serialized(scores: DetectionScores) -> dict:
     """The form of the devkit's own record."""
     return {
-        "nd_score": scores.nds, "mean_ap": scores.mean_ap,
+        "nd_score": scores.nds,
+        "mean_ap": scores.mean_ap,
         "label_aps": {n: {str(t): v for t, v in by.items()} for n, by in scores.ap.items()},
-        "label_tp_errors": {n: {e: None if np.isnan(v) else v for e, v in by.items()}
-                            for n, by in scores.tp_errors.items()},
-    }  # fmt: skip
+        "label_tp_errors": {
+            n: {e: None if np.isnan(v) else v for e, v in by.items()} for n, by in scores.tp_errors.items()
+        },
+    }

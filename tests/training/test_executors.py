@@ -50,9 +50,7 @@ class OpenTraced:
 def jobs(slow: float = 0.0) -> list[Job]:
     """Two drives of two units."""
     openers = [OpenTraced("one", slow), OpenTraced("two", slow)]
-    return [
-        (opener, unit) for opener in openers for unit in units_of(opener.name, 5, CONFIG.segment)
-    ]
+    return [(opener, unit) for opener in openers for unit in units_of(opener.name, 5, CONFIG.segment)]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -94,9 +92,7 @@ def test_a_run_killed_for_good_resumes_to_the_same_bytes(made, tmp_path: Path) -
         f"list(run_jobs(jobs(0.3), Path({str(tmp_path)!r}), CONFIG))"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), str(ROOT / "training")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
     deadline = time.monotonic() + 300
     while not ((tmp_path / "one-000000.json").exists() and list(tmp_path.glob(".two*.tmp"))):
         assert process.poll() is None, "it ended before it could be killed"
@@ -108,9 +104,7 @@ def test_a_run_killed_for_good_resumes_to_the_same_bytes(made, tmp_path: Path) -
     kept = (tmp_path / "one-000000-0000.tar").stat().st_mtime_ns
     results = list(run_jobs(jobs(), tmp_path, CONFIG))
     assert [result.samples for result in results] == [4, 1, 4, 1]
-    assert (tmp_path / "one-000000-0000.tar").stat().st_mtime_ns == kept, (
-        "finished units are not made again"
-    )
+    assert (tmp_path / "one-000000-0000.tar").stat().st_mtime_ns == kept, "finished units are not made again"
     join_units(tmp_path, {"train": 1.0})
     assert hashes(tmp_path) == made
 
@@ -148,9 +142,14 @@ def test_a_ray_cluster_of_two_workers_makes_the_same_bytes(made, tmp_path: Path)
     pytest.importorskip("ray", reason="the optional extra ray is not installed")
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), str(ROOT / "training")])
     process = subprocess.Popen(
-        [sys.executable, "-c", ON_RAY, str(tmp_path / "out")], cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", ON_RAY, str(tmp_path / "out")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:

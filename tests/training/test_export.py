@@ -25,10 +25,10 @@ from occbev.config import (  # noqa: E402
 )
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
 from occbev.inference.backend import FACTORS  # noqa: E402
+from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.openvino_backend import shared_core  # noqa: E402
-from occbev.model_package import ModelPackage  # noqa: E402
-from occbev_training import export  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
+from occbev_training.export import package as export  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.network import OccBevNetwork  # noqa: E402
@@ -70,8 +70,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_package_holds_everything_and_verifies(folder: Path) -> None:
     package = ModelPackage.load(folder)
     assert set(package.files) == {
-        "weights.safetensors", "model.onnx", "model.xml", "model.bin", "README.md", "priors.npz",
-    }  # fmt: skip
+        "weights.safetensors",
+        "model.onnx",
+        "model.xml",
+        "model.bin",
+        "README.md",
+        "priors.npz",
+    }
     assert package.model == MODEL
     assert package.provenance["data"] == "simulated streets"
     assert set(package.provenance["exported_with"]) >= {"torch", "onnx", "openvino"}
@@ -95,14 +100,19 @@ def test_measured_differences_are_recorded_and_small(folder: Path) -> None:
 
 def test_onnx_graph_has_the_named_interface_and_plain_operators(folder: Path) -> None:
     graph = onnx.load(folder / "model.onnx")
-    inputs = {
-        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
-        for i in graph.graph.input
-    }
+    inputs = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.graph.input}
     assert set(inputs) == {
-        "images", "camera_valid", "table_pixel", "table_depth", "table_weight",
-        "table_stage2", "table_stage3", "table_stage4", "table_cell", "table_ray",
-    }  # fmt: skip
+        "images",
+        "camera_valid",
+        "table_pixel",
+        "table_depth",
+        "table_weight",
+        "table_stage2",
+        "table_stage3",
+        "table_stage4",
+        "table_cell",
+        "table_ray",
+    }
     cameras = inputs["images"][1]
     assert isinstance(cameras, str)
     assert inputs["images"] == [1, cameras, 3, 64, 96]
@@ -124,14 +134,18 @@ def test_openvino_graph_has_the_named_interface(folder: Path) -> None:
     graph = shared_core().read_model(folder / "model.xml")
     shapes = {p.get_any_name(): p.get_partial_shape() for p in graph.inputs}
     assert set(shapes) == {
-        "images", "camera_valid", "table_pixel", "table_depth", "table_weight", "table_offset", "table_ray",
-    }  # fmt: skip
+        "images",
+        "camera_valid",
+        "table_pixel",
+        "table_depth",
+        "table_weight",
+        "table_offset",
+        "table_ray",
+    }
     dynamic = {name for name, shape in shapes.items() if shape.is_dynamic}
     assert dynamic == {"images", "camera_valid", "table_ray"}
     assert {p.get_any_name() for p in graph.outputs} == OUTPUTS | set(FACTORS)
-    assert (folder / "model.bin").stat().st_size < 0.6 * (
-        folder / "weights.safetensors"
-    ).stat().st_size
+    assert (folder / "model.bin").stat().st_size < 0.6 * (folder / "weights.safetensors").stat().st_size
 
 
 def test_graph_that_differs_is_not_accepted(folder: Path) -> None:

@@ -16,11 +16,11 @@ pytest.importorskip("onnxruntime")
 from occbev.config import ModelConfig, load_config, save_config  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.inference.memory import motion_inputs  # noqa: E402
+from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
-from occbev.model_package import ModelPackage  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
-from occbev_training.export import (  # noqa: E402
+from occbev_training.export.package import (  # noqa: E402
     ExportError,
     check_graphs,
     example_inputs,
@@ -31,19 +31,22 @@ from occbev_training.export import (  # noqa: E402
     run_torch,
     write_onnx,
 )
-from occbev_training.families import reduced, wake  # noqa: E402
-from occbev_training.models.bevformer import Motion  # noqa: E402
+from occbev_training.export.zoo import reduced, wake  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.geometry import make_geometry  # noqa: E402
 from occbev_training.models.graphs import GraphError, make_graph  # noqa: E402
+from occbev_training.models.lift_splat.temporal import warp_bev  # noqa: E402
 from occbev_training.models.network import Frame, NetworkOutput  # noqa: E402
-from occbev_training.models.temporal import warp_bev  # noqa: E402
+from occbev_training.models.queries.bevformer import Motion  # noqa: E402
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 BOXES, ANSWERS, VOXELS, STATE = (
-    {"heatmap", "box"}, {"class_logits", "box_codes"}, {"occupancy_logits"}, {"state_out_bev"},
-)  # fmt: skip
+    {"heatmap", "box"},
+    {"class_logits", "box_codes"},
+    {"occupancy_logits"},
+    {"state_out_bev"},
+)
 EXPORTED = {
     "occbev-small": BOXES | VOXELS | STATE,
     "bevdepth4d_r50": BOXES | STATE,
@@ -72,16 +75,12 @@ def other_rig(model: ModelConfig, cameras: int) -> CameraRig:
     for index, camera in enumerate(ring_rig(model, cameras).cameras):
         intrinsic = camera.intrinsic * np.array([[1.3], [1.1], [1]])
         move = make_transform(rotation_from_yaw(0.3 + 0.1 * index), (0.4, -0.2, 0.3))
-        changed.append(
-            Camera(camera.name, camera.width, camera.height, intrinsic, move @ camera.cam2ego)
-        )
+        changed.append(Camera(camera.name, camera.width, camera.height, intrinsic, move @ camera.cam2ego))
     return CameraRig(tuple(changed))
 
 
 @pytest.fixture(scope="module", params=EXPORTED)
-def exported(
-    request, repository: Path, tmp_path_factory
-) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
+def exported(request, repository: Path, tmp_path_factory) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
     model = model_of(repository, request.param)
     network, path = network_of(model), tmp_path_factory.mktemp("onnx") / "model.onnx"
     write_onnx(make_graph(network), model, path)
@@ -119,9 +118,7 @@ def trained(
 ) -> dict[str, np.ndarray]:
     """Outputs of the network as training runs it, with the geometry of training."""
     valid = torch.from_numpy(inputs["camera_valid"])
-    geometry = make_geometry(
-        model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid
-    )
+    geometry = make_geometry(model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid)
     if model.family == "bevformer":  # a vehicle that stands where the example does
         geometry = replace(geometry, can_bus=tensor(inputs, "can_bus"))
     with torch.no_grad():
@@ -146,9 +143,7 @@ def poses() -> tuple[np.ndarray, np.ndarray]:
 def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, name: str) -> None:
     model = model_of(repository, name)
     network = network_of(model)
-    for head in (
-        m for m in network.detection_head.modules() if getattr(m, "out_channels", 0) == 10
-    ):
+    for head in (m for m in network.detection_head.modules() if getattr(m, "out_channels", 0) == 10):
         torch.nn.init.normal_(head.weight)  # random heads say nearly the same of any BEV
     graph, rig = make_graph(network), ring_rig(model, 2)
     before, now = poses()
@@ -158,16 +153,12 @@ def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, na
     state = run_torch(graph, first)["state_out_bev"]
     got = run_torch(graph, {**second, "state_in_bev": state})
     valid = torch.ones(1, 2)
-    geometry = make_geometry(
-        model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid
-    )
+    geometry = make_geometry(model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid)
     images = [torch.from_numpy(f["images"]) for f in (first, second)]
     with torch.no_grad():
         if model.family == "bevformer":
             bev = network(images[0], valid, replace(geometry, can_bus=tensor(first, "can_bus"))).bev
-            motion = Motion(
-                bev, *(tensor(second, n) for n in ("state_known", "table_align", "table_shift"))
-            )
+            motion = Motion(bev, *(tensor(second, n) for n in ("state_known", "table_align", "table_shift")))
             views = replace(geometry, can_bus=tensor(second, "can_bus"), motion=motion)
             want = network(images[1], valid, views)
             pairs = {"class_logits": want.class_logits[-1], "box_codes": want.box_codes[-1]}
@@ -226,9 +217,7 @@ def test_the_command_makes_a_package_of_weights(repository: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["bevdepth4d_r50_megvii", "bevdet_occ_r50_4d_stereo"])
-def test_what_has_no_plain_form_is_refused_by_name(
-    repository: Path, tmp_path: Path, name: str
-) -> None:
+def test_what_has_no_plain_form_is_refused_by_name(repository: Path, tmp_path: Path, name: str) -> None:
     model = model_of(repository, name)
     with pytest.raises(ExportError, match="not exported: .*(volume|images)"):
         export_package(build_model(model, "finetune"), model, tmp_path, {}, {})
@@ -237,15 +226,13 @@ def test_what_has_no_plain_form_is_refused_by_name(
 
 
 def test_a_graph_with_a_loop_is_refused(tmp_path: Path) -> None:
-    from occbev_training.export import require_plain_operators
+    from occbev_training.export.package import require_plain_operators
 
     class Uneven(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.cumsum(0) + math.pi
 
-    program = torch.onnx.export(
-        Uneven(), (torch.ones(3),), dynamo=True, opset_version=18, verbose=False
-    )
+    program = torch.onnx.export(Uneven(), (torch.ones(3),), dynamo=True, opset_version=18, verbose=False)
     program.save(str(tmp_path / "m.onnx"))
     with pytest.raises(ExportError, match=r"m\.onnx: holds \['CumSum'\]"):
         require_plain_operators(tmp_path / "m.onnx")

@@ -12,16 +12,14 @@ torch = pytest.importorskip("torch")
 from occbev.config import ModelConfig, load_config  # noqa: E402
 from occbev_training.cli import families, main  # noqa: E402
 from occbev_training.cli.families import known  # noqa: E402
-from occbev_training.export import ExportError  # noqa: E402
-from occbev_training.families import PUBLISHED, FamilyRow, reduced  # noqa: E402
+from occbev_training.export.package import ExportError  # noqa: E402
+from occbev_training.export.zoo import PUBLISHED, FamilyRow, reduced  # noqa: E402
 
 
 def rows(repository: Path) -> dict[str, list[str]]:
     """The README's table: name -> cells."""
     section = (repository / "README.md").read_text().split("## Models", 1)[1].split("\n## ", 1)[0]
-    lines = [
-        line for line in section.splitlines() if line.startswith("| `") and line.count("|") == 9
-    ]
+    lines = [line for line in section.splitlines() if line.startswith("| `") and line.count("|") == 9]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0].strip("`"): row for row in cells}
 
@@ -61,8 +59,10 @@ def test_reduced_forms_keep_every_part(repository: Path, name: str) -> None:
     model = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
     small = reduced(model)
     assert (small.family, small.past_frames, small.bev.frame) == (
-        model.family, model.past_frames, model.bev.frame,
-    )  # fmt: skip
+        model.family,
+        model.past_frames,
+        model.bev.frame,
+    )
     assert (small.lift.height_bins > 1) == (model.lift.height_bins > 1)
     for part in ("bevdet", "resnet", "bevformer", "query_head"):
         assert (getattr(small, part) is None) == (getattr(model, part) is None)
@@ -80,9 +80,7 @@ def test_the_report_counts_parameters_and_keys(shared: Path, capsys) -> None:
     assert row.cells()[5] == "2e-06"
 
 
-def test_a_graph_that_fails_is_no_network_without_a_graph(
-    capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_fails_is_no_network_without_a_graph(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "bevdet_occ_r50_4d_stereo"
     assert main(["families", name]) == 0
     captured = capsys.readouterr()

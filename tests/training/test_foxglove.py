@@ -26,33 +26,65 @@ MESSAGES = {
     "Vector3": [("x", 1, "double"), ("y", 2, "double"), ("z", 3, "double")],
     "Quaternion": [("x", 1, "double"), ("y", 2, "double"), ("z", 3, "double"), ("w", 4, "double")],
     "Pose": [("position", 1, "Vector3"), ("orientation", 2, "Quaternion")],
-    "CompressedImage": [("timestamp", 1, STAMP), ("data", 2, "bytes"), ("format", 3, "string"), ("frame_id", 4, "string")],
-    "CameraCalibration": [("timestamp", 1, STAMP), ("width", 2, "fixed32"), ("height", 3, "fixed32"),
-                          ("distortion_model", 4, "string"), ("D", 5, "doubles"), ("K", 6, "doubles"),
-                          ("R", 7, "doubles"), ("P", 8, "doubles"), ("frame_id", 9, "string")],
+    "CompressedImage": [
+        ("timestamp", 1, STAMP),
+        ("data", 2, "bytes"),
+        ("format", 3, "string"),
+        ("frame_id", 4, "string"),
+    ],
+    "CameraCalibration": [
+        ("timestamp", 1, STAMP),
+        ("width", 2, "fixed32"),
+        ("height", 3, "fixed32"),
+        ("distortion_model", 4, "string"),
+        ("D", 5, "doubles"),
+        ("K", 6, "doubles"),
+        ("R", 7, "doubles"),
+        ("P", 8, "doubles"),
+        ("frame_id", 9, "string"),
+    ],
     "PackedElementField": [("name", 1, "string"), ("offset", 2, "fixed32"), ("type", 3, "int32")],
-    "PointCloud": [("timestamp", 1, STAMP), ("frame_id", 2, "string"), ("pose", 3, "Pose"),
-                   ("point_stride", 4, "fixed32"), ("fields", 5, "PackedElementFields"), ("data", 6, "bytes")],
-    "FrameTransform": [("timestamp", 1, STAMP), ("parent_frame_id", 2, "string"), ("child_frame_id", 3, "string"),
-                       ("translation", 4, "Vector3"), ("rotation", 5, "Quaternion")],
+    "PointCloud": [
+        ("timestamp", 1, STAMP),
+        ("frame_id", 2, "string"),
+        ("pose", 3, "Pose"),
+        ("point_stride", 4, "fixed32"),
+        ("fields", 5, "PackedElementFields"),
+        ("data", 6, "bytes"),
+    ],
+    "FrameTransform": [
+        ("timestamp", 1, STAMP),
+        ("parent_frame_id", 2, "string"),
+        ("child_frame_id", 3, "string"),
+        ("translation", 4, "Vector3"),
+        ("rotation", 5, "Quaternion"),
+    ],
     "PoseInFrame": [("timestamp", 1, STAMP), ("frame_id", 2, "string"), ("pose", 3, "Pose")],
     "SceneUpdate": [("note", 1, "string")],
-}  # fmt: skip
+}
 """The messages of the foxglove schemas that a drive needs, with their public field numbers."""
 
 
 def make_types() -> dict:
     field = descriptor_pb2.FieldDescriptorProto
-    scalars = {"double": field.TYPE_DOUBLE, "bytes": field.TYPE_BYTES, "string": field.TYPE_STRING,
-               "fixed32": field.TYPE_FIXED32, "int32": field.TYPE_INT32}  # fmt: skip
-    file = descriptor_pb2.FileDescriptorProto(name="foxglove/all.proto", package="foxglove", syntax="proto3",
-                                              dependency=["google/protobuf/timestamp.proto"])  # fmt: skip
+    scalars = {
+        "double": field.TYPE_DOUBLE,
+        "bytes": field.TYPE_BYTES,
+        "string": field.TYPE_STRING,
+        "fixed32": field.TYPE_FIXED32,
+        "int32": field.TYPE_INT32,
+    }
+    file = descriptor_pb2.FileDescriptorProto(
+        name="foxglove/all.proto", package="foxglove", syntax="proto3", dependency=["google/protobuf/timestamp.proto"]
+    )
     for name, fields in MESSAGES.items():
         message = file.message_type.add(name=name)
         for text, number, kind in fields:
             many = kind.endswith("s") and kind != "bytes"
             kind = kind[:-1] if many else kind
-            entry = message.field.add(name=text, number=number, label=field.LABEL_REPEATED if many else field.LABEL_OPTIONAL)  # fmt: skip
+            entry = message.field.add(
+                name=text, number=number, label=field.LABEL_REPEATED if many else field.LABEL_OPTIONAL
+            )
             if kind in scalars:
                 entry.type = scalars[kind]
             else:
@@ -65,10 +97,7 @@ def make_types() -> dict:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(descriptor_pb2.FileDescriptorProto.FromString(timestamp_pb2.DESCRIPTOR.serialized_pb))
     pool.Add(file)
-    return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"foxglove.{name}"))
-        for name in MESSAGES
-    }
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"foxglove.{name}")) for name in MESSAGES}
 
 
 def set_stamp(message, stamp_ns: int):
@@ -94,21 +123,19 @@ def mcap(tmp_path: Path, tiny_recording) -> Path:
         def write(topic: str, message, stamp_ns: int) -> None:
             writer.write_message(topic, message, int(stamp_ns), int(stamp_ns))
 
-        for stamp, pose in zip(
-            recording.trajectory.stamp_ns, recording.trajectory.ego2global, strict=True
-        ):
+        for stamp, pose in zip(recording.trajectory.stamp_ns, recording.trajectory.ego2global, strict=True):
             write("/tf", transform(types, stamp, "map", "base_link", pose), stamp)
         for key, stamp in enumerate(recording.key_stamp_ns):
-            write(
-                "/tf", transform(types, stamp, "base_link", "lidar_top", recording.lidar2ego), stamp
-            )
+            write("/tf", transform(types, stamp, "base_link", "lidar_top", recording.lidar2ego), stamp)
             for name, frame in recording.frame_set(key).frames.items():
                 camera, low = recording.rig[name], name.lower()
                 write("/tf", transform(types, stamp, "base_link", low, camera.cam2ego), stamp)
                 image = types["CompressedImage"](data=frame.image, format="jpeg", frame_id=low)
                 write(f"/{low}/image_rect_compressed", set_stamp(image, frame.stamp_ns), stamp)
                 projection = np.column_stack([camera.intrinsic, np.zeros(3)])
-                info = types["CameraCalibration"](width=64, height=40, K=camera.intrinsic.ravel(), P=projection.ravel(), frame_id=low)  # fmt: skip
+                info = types["CameraCalibration"](
+                    width=64, height=40, K=camera.intrinsic.ravel(), P=projection.ravel(), frame_id=low
+                )
                 write(f"/{low}/camera_info", set_stamp(info, frame.stamp_ns), stamp)
             # nuscenes2mcap's /pose says where base_link is in base_link, at key frames.
             pose = types["PoseInFrame"](frame_id="base_link")
@@ -117,12 +144,8 @@ def mcap(tmp_path: Path, tiny_recording) -> Path:
             write("/markers/annotations", types["SceneUpdate"](note="boxes"), stamp)
         for index, stamp in enumerate(recording.sweep_stamp_ns):
             sweep = recording.sweep(index)
-            values = np.column_stack(
-                [sweep.points, sweep.intensity, np.zeros(len(sweep.points))]
-            ).astype("<f4")
-            cloud = types["PointCloud"](
-                frame_id="lidar_top", point_stride=20, data=values.tobytes()
-            )
+            values = np.column_stack([sweep.points, sweep.intensity, np.zeros(len(sweep.points))]).astype("<f4")
+            cloud = types["PointCloud"](frame_id="lidar_top", point_stride=20, data=values.tobytes())
             for i, name in enumerate(("x", "y", "z", "intensity", "ring")):
                 cloud.fields.add(name=name, offset=4 * i, type=7)
             write("/lidar_top", set_stamp(cloud, stamp), stamp)
@@ -137,9 +160,7 @@ def test_a_foxglove_file_is_a_recording(mcap: Path, tiny_recording) -> None:
     assert read.deskew == "compensated"
     np.testing.assert_array_equal(read.key_stamp_ns, tiny_recording.key_stamp_ns)
     np.testing.assert_array_equal(read.sweep_stamp_ns, tiny_recording.sweep_stamp_ns)
-    np.testing.assert_allclose(
-        read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-9
-    )
+    np.testing.assert_allclose(read.trajectory.ego2global, tiny_recording.trajectory.ego2global, atol=1e-9)
     np.testing.assert_allclose(read.lidar2ego, tiny_recording.lidar2ego, atol=1e-12)
     for camera in tiny_recording.rig.cameras:
         np.testing.assert_allclose(read.rig[camera.name].cam2ego, camera.cam2ego, atol=1e-12)
@@ -165,9 +186,7 @@ def test_damaged_bytes_are_named(mcap: Path) -> None:
     with pytest.raises(RecordingError, match="/lidar_top: no foxglove.PointCloud"):
         bag.parse("/lidar_top", b"\xff" * 30)
     bag.close()
-    mcap.write_bytes(
-        mcap.read_bytes().replace(b"\x28\xb5\x2f\xfd", b"nope")
-    )  # what zstd begins with
+    mcap.write_bytes(mcap.read_bytes().replace(b"\x28\xb5\x2f\xfd", b"nope"))  # what zstd begins with
     with pytest.raises(RecordingError, match=r"drive.mcap: breaks off while it is read"):
         BagRecording(mcap)
 

@@ -16,18 +16,18 @@ from occbev.config import ModelConfig, load_config  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_rpy  # noqa: E402
 from occbev.inference.tables import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
-from occbev_training.export import ring_rig  # noqa: E402
-from occbev_training.families import reduced  # noqa: E402
+from occbev_training.export.package import ring_rig  # noqa: E402
+from occbev_training.export.zoo import reduced  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CASES = (
-    ("occbev-tiny", "bag"), ("occbev-tiny", "gather"), ("bevdepth4d_r50", "gather"),
-    ("bevformer_tiny", "slots"), ("detr3d_r101", "projection"),
-)  # fmt: skip
-MODELS = {
-    name: reduced(load_config(ROOT / "config/models" / f"{name}.yaml", ModelConfig))
-    for name, _ in CASES
-}
+    ("occbev-tiny", "bag"),
+    ("occbev-tiny", "gather"),
+    ("bevdepth4d_r50", "gather"),
+    ("bevformer_tiny", "slots"),
+    ("detr3d_r101", "projection"),
+)
+MODELS = {name: reduced(load_config(ROOT / "config/models" / f"{name}.yaml", ModelConfig)) for name, _ in CASES}
 ANGLE, SHIFT = st.floats(-0.5, 0.5), st.floats(-2.0, 2.0)
 
 
@@ -40,9 +40,12 @@ def moved(rig: CameraRig, index: int, move: np.ndarray) -> CameraRig:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(CASES), st.integers(0, 2), st.tuples(ANGLE, ANGLE, ANGLE),
-    st.tuples(SHIFT, SHIFT, st.floats(-0.5, 0.5)), st.floats(0.7, 1.4),
-)  # fmt: skip
+    st.sampled_from(CASES),
+    st.integers(0, 2),
+    st.tuples(ANGLE, ANGLE, ANGLE),
+    st.tuples(SHIFT, SHIFT, st.floats(-0.5, 0.5)),
+    st.floats(0.7, 1.4),
+)
 def test_tables_follow_every_move_of_a_camera(
     case: tuple[str, str], index: int, angles: tuple, shift: tuple, zoom: float
 ) -> None:
@@ -57,9 +60,7 @@ def test_tables_follow_every_move_of_a_camera(
         assert {n: (t.shape, t.dtype) for n, t in after.items()} == {
             n: (t.shape, t.dtype) for n, t in before.items()
         }  # so that no graph has to change
-    lens = replace(
-        rig.cameras[index], intrinsic=rig.cameras[index].intrinsic * [[zoom], [zoom], [1]]
-    )
+    lens = replace(rig.cameras[index], intrinsic=rig.cameras[index].intrinsic * [[zoom], [zoom], [1]])
     zoomed = cache.tables(CameraRig((*rig.cameras[:index], lens, *rig.cameras[index + 1 :])))
     if abs(zoom - 1) > 0.1:
         assert any(not np.array_equal(before[name], zoomed[name]) for name in before)

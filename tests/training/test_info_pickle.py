@@ -42,22 +42,41 @@ def old_infos(samples: int = 3) -> dict:
     for i in range(samples):
         stamp = T0 + 500_000 * i
         camera = {
-            "data_path": f"./data/nuscenes/samples/CAM_FRONT/cam{i}.jpg", "type": "CAM_FRONT", "timestamp": stamp + 5000,
-            "sensor2ego_translation": [1.5, 0.0, 1.5], "sensor2ego_rotation": LEFT, **pose(4.0 * i + 0.04),
+            "data_path": f"./data/nuscenes/samples/CAM_FRONT/cam{i}.jpg",
+            "type": "CAM_FRONT",
+            "timestamp": stamp + 5000,
+            "sensor2ego_translation": [1.5, 0.0, 1.5],
+            "sensor2ego_rotation": LEFT,
+            **pose(4.0 * i + 0.04),
             "cam_intrinsic": np.array([[60.0, 0, 32], [0, 60, 20], [0, 0, 1]]),
-            "sensor2lidar_rotation": np.asfortranarray(np.eye(3)), "sensor2lidar_translation": np.zeros(3),
-        }  # fmt: skip
+            "sensor2lidar_rotation": np.asfortranarray(np.eye(3)),
+            "sensor2lidar_translation": np.zeros(3),
+        }
         sweep = {
-            "data_path": f"./data/nuscenes/sweeps/LIDAR_TOP/sweep{i}.bin", "type": "lidar", "timestamp": stamp - 50_000,
-            "sensor2ego_translation": [0.9, 0.0, 1.8], "sensor2ego_rotation": [0.707, 0, 0, -0.707], **pose(4.0 * i - 0.4),
-        }  # fmt: skip
-        infos.append({
-            "lidar_path": f"./data/nuscenes/samples/LIDAR_TOP/key{i}.bin", "token": f"t{i}", "timestamp": stamp,
-            "lidar2ego_translation": [0.9, 0.0, 1.8], "lidar2ego_rotation": [0.707, 0, 0, -0.707], **pose(4.0 * i),
-            "cams": {"CAM_FRONT": camera}, "sweeps": [sweep], "gt_boxes": np.zeros((2, 7), np.float32),
-            "gt_names": np.array(["car", "pedestrian"]), "valid_flag": np.array([True, False]),
-            "gt_velocity": np.array([[np.nan, 1.0]]), "num_lidar_pts": np.int64(7),
-        })  # fmt: skip
+            "data_path": f"./data/nuscenes/sweeps/LIDAR_TOP/sweep{i}.bin",
+            "type": "lidar",
+            "timestamp": stamp - 50_000,
+            "sensor2ego_translation": [0.9, 0.0, 1.8],
+            "sensor2ego_rotation": [0.707, 0, 0, -0.707],
+            **pose(4.0 * i - 0.4),
+        }
+        infos.append(
+            {
+                "lidar_path": f"./data/nuscenes/samples/LIDAR_TOP/key{i}.bin",
+                "token": f"t{i}",
+                "timestamp": stamp,
+                "lidar2ego_translation": [0.9, 0.0, 1.8],
+                "lidar2ego_rotation": [0.707, 0, 0, -0.707],
+                **pose(4.0 * i),
+                "cams": {"CAM_FRONT": camera},
+                "sweeps": [sweep],
+                "gt_boxes": np.zeros((2, 7), np.float32),
+                "gt_names": np.array(["car", "pedestrian"]),
+                "valid_flag": np.array([True, False]),
+                "gt_velocity": np.array([[np.nan, 1.0]]),
+                "num_lidar_pts": np.int64(7),
+            }
+        )
     return {"infos": infos, "metadata": {"version": "v1.0-mini"}}
 
 
@@ -71,16 +90,35 @@ def new_infos() -> dict:
             rotation = rotation_from_wxyz(row[f"{kind}_rotation"])
             return make_transform(rotation, row[f"{kind}_translation"]).tolist()
 
-        samples.append({
-            "sample_idx": i, "token": old["token"], "timestamp": old["timestamp"] / 1e6,
-            "ego2global": matrix(old, "ego2global"),
-            "lidar_points": {"num_pts_feats": 5, "lidar_path": f"key{i}.bin", "lidar2ego": matrix(old, "lidar2ego")},
-            "images": {"CAM_FRONT": {"img_path": f"cam{i}.jpg", "timestamp": camera["timestamp"] / 1e6,
-                                     "cam2img": camera["cam_intrinsic"].tolist(), "cam2ego": matrix(camera, "sensor2ego")}},
-            "lidar_sweeps": [{"timestamp": sweep["timestamp"] / 1e6, "ego2global": matrix(sweep, "ego2global"),
-                              "lidar_points": {"lidar_path": f"sweep{i}.bin", "lidar2ego": matrix(sweep, "sensor2ego")}}],
-            "instances": [{"bbox_label": 0, "num_lidar_pts": np.float64(3.0)}],
-        })  # fmt: skip
+        samples.append(
+            {
+                "sample_idx": i,
+                "token": old["token"],
+                "timestamp": old["timestamp"] / 1e6,
+                "ego2global": matrix(old, "ego2global"),
+                "lidar_points": {
+                    "num_pts_feats": 5,
+                    "lidar_path": f"key{i}.bin",
+                    "lidar2ego": matrix(old, "lidar2ego"),
+                },
+                "images": {
+                    "CAM_FRONT": {
+                        "img_path": f"cam{i}.jpg",
+                        "timestamp": camera["timestamp"] / 1e6,
+                        "cam2img": camera["cam_intrinsic"].tolist(),
+                        "cam2ego": matrix(camera, "sensor2ego"),
+                    }
+                },
+                "lidar_sweeps": [
+                    {
+                        "timestamp": sweep["timestamp"] / 1e6,
+                        "ego2global": matrix(sweep, "ego2global"),
+                        "lidar_points": {"lidar_path": f"sweep{i}.bin", "lidar2ego": matrix(sweep, "sensor2ego")},
+                    }
+                ],
+                "instances": [{"bbox_label": 0, "num_lidar_pts": np.float64(3.0)}],
+            }
+        )
     return {"metainfo": {"dataset": "nuscenes"}, "data_list": samples}
 
 
@@ -91,9 +129,7 @@ def lay_out(root: Path, infos: dict, protocol: int = 2) -> Path:
     for folder, stem in (("samples", "key"), ("sweeps", "sweep")):
         (root / folder / "LIDAR_TOP").mkdir(parents=True)
         for i in range(3):
-            rng.normal(0, 5, (50, 5)).astype("<f4").tofile(
-                root / folder / "LIDAR_TOP" / f"{stem}{i}.bin"
-            )
+            rng.normal(0, 5, (50, 5)).astype("<f4").tofile(root / folder / "LIDAR_TOP" / f"{stem}{i}.bin")
     (root / "samples" / "CAM_FRONT").mkdir()
     for i in range(3):
         (root / "samples" / "CAM_FRONT" / f"cam{i}.jpg").write_bytes(image)
@@ -119,8 +155,10 @@ def test_honest_infos_become_plain_values(make, protocol: int) -> None:
 
 def test_module_names_of_both_numpys_are_read() -> None:
     data = pickle.dumps({"infos": [np.arange(3.0)]}, 2)
-    for old, new in ((b"numpy._core.multiarray", b"numpy.core.multiarray"),
-                     (b"numpy.core.multiarray", b"numpy._core.multiarray")):  # fmt: skip
+    for old, new in (
+        (b"numpy._core.multiarray", b"numpy.core.multiarray"),
+        (b"numpy.core.multiarray", b"numpy._core.multiarray"),
+    ):
         assert parse_infos(data.replace(old, new)) == {"infos": [[0.0, 1.0, 2.0]]}
 
 
@@ -212,7 +250,7 @@ HOSTILE = {
     "half a file": pickle.dumps(old_infos(), 2)[:2000],
     "nothing": b"",
     "no pickle": b"\x89PNG\r\n\x1a\n",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

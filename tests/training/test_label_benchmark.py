@@ -33,9 +33,7 @@ from occbev_training.occupancy.rays import CameraRays, bundle_rays
 def recording():
     drive = TracedDrive([Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))], rings=20, columns=120)
     sweep = drive.sweep(10)
-    return _copies(
-        "traced", drive.rig, drive.frame_set(0), sweep, drive.trajectory.at(sweep.stamp_ns)
-    )
+    return _copies("traced", drive.rig, drive.frame_set(0), sweep, drive.trajectory.at(sweep.stamp_ns))
 
 
 def test_ten_copies_stand_half_a_metre_apart(recording) -> None:
@@ -49,9 +47,7 @@ def test_ten_copies_stand_half_a_metre_apart(recording) -> None:
 
 def test_the_baseline_marks_the_same_cells(recording) -> None:
     rays, motions = _rays(recording)
-    single = [
-        bundle_rays(r, m, GRID, 0.8, collapse=False) for r, m in zip(rays, motions, strict=True)
-    ]
+    single = [bundle_rays(r, m, GRID, 0.8, collapse=False) for r, m in zip(rays, motions, strict=True)]
     ours, plain = _states(single, GRID), _plain_states(rays, motions, GRID)
     assert (plain == 1).sum() > 2000
     assert np.mean(ours != plain) < 1e-3, "it adds up its steps, so a corner may fall the other way"

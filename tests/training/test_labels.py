@@ -87,9 +87,7 @@ def test_a_wall_is_occupied_free_before_and_unobserved_behind(street) -> None:
 
 def test_a_parked_box_stays(street) -> None:
     _, label = street
-    shell = [cell(4.2 + 0.3, y, 0.9) for y in (4.4, 5.0, 5.6)] + [
-        cell(x, 4.2, 0.9) for x in (5.0, 6.2, 7.5)
-    ]
+    shell = [cell(4.2 + 0.3, y, 0.9) for y in (4.4, 5.0, 5.6)] + [cell(x, 4.2, 0.9) for x in (5.0, 6.2, 7.5)]
     assert [int(label.state[c]) for c in shell] == [OCCUPIED] * len(shell)
 
 
@@ -161,14 +159,10 @@ def test_the_ego_body_is_no_obstacle() -> None:
     body = rng.uniform((-1.2, -1.0, 0.2), (3.9, 1.0, 2.1), (300, 3))
     drive = TracedDrive(extra=dict.fromkeys(range(21), body))
     label = label_of(drive)
-    inside = np.all(
-        (GRID.centres() > (-1.3, -1.05, 0.5)) & (GRID.centres() < (4.0, 1.05, 2.2)), axis=-1
-    )
+    inside = np.all((GRID.centres() > (-1.3, -1.05, 0.5)) & (GRID.centres() < (4.0, 1.05, 2.2)), axis=-1)
     assert not (label.state[inside] == OCCUPIED).any()
     assert label.stats["points_ego_body"] + label.stats["points_too_near"] >= 21 * 300
-    assert label_of(TracedDrive()).stats["free"] == label.stats["free"], (
-        "a dropped point carves nothing"
-    )
+    assert label_of(TracedDrive()).stats["free"] == label.stats["free"], "a dropped point carves nothing"
 
 
 def test_what_drives_where_the_vehicle_is_at_another_time_is_no_obstacle() -> None:
@@ -251,9 +245,7 @@ def test_a_recording_without_sweeps_knows_nothing() -> None:
 def test_sweeps_without_a_pose_are_counted_not_used() -> None:
     drive = TracedDrive(sweeps=21)
     keep = drive.trajectory.stamp_ns >= KEY_NS - 500_000_000
-    drive.trajectory = Trajectory(
-        drive.trajectory.stamp_ns[keep], drive.trajectory.ego2global[keep]
-    )
+    drive.trajectory = Trajectory(drive.trajectory.stamp_ns[keep], drive.trajectory.ego2global[keep])
     stats = label_of(drive).stats
     assert (stats["sweeps"], stats["sweeps_without_pose"]) == (16, 5)
 
@@ -309,9 +301,7 @@ def test_visibility_uses_each_cameras_own_pose(street) -> None:
 def test_pixel_rays_cover_the_image_evenly_at_any_resolution() -> None:
     camera = Camera("C", 1600, 900, [[1260, 0, 800], [0, 1260, 450], [0, 0, 1]], FORWARD_CAMERA)
     small = camera.resized(0.22, 0.22, (0, 70), (352, 128))
-    config = LabelConfig(
-        camera_spacing=4 / 1260, camera_aspect=2.0, camera_levels=3, camera_near=10.0
-    )
+    config = LabelConfig(camera_spacing=4 / 1260, camera_aspect=2.0, camera_levels=3, camera_near=10.0)
     for each in (camera, small):
         rays = camera_rays(each, config)
         assert rays.until == (10.0, 20.0, 60.0)
@@ -343,9 +333,7 @@ def test_pixel_rays_go_through_the_real_lens(model: str, distortion: tuple[float
     camera = Camera("C", 640, 480, intrinsic, FORWARD_CAMERA, model, distortion)
     rays = pixel_rays(camera, 24, 32).reshape(-1, 3)
     project = cv2.fisheye.projectPoints if model == "equidistant" else cv2.projectPoints
-    pixels = project(rays[:, None], np.zeros(3), np.zeros(3), intrinsic, np.array(distortion))[0][
-        :, 0
-    ]
+    pixels = project(rays[:, None], np.zeros(3), np.zeros(3), intrinsic, np.array(distortion))[0][:, 0]
     straight = pixel_rays(dataclasses.replace(camera, distortion=()), 24, 32).reshape(-1, 3)
     wanted = straight / straight[:, 2:] @ intrinsic.T
     assert np.abs(pixels - wanted[:, :2]).max() < 0.02
@@ -356,10 +344,7 @@ def test_the_hash_names_every_parameter() -> None:
     base = LabelConfig()
     assert base.hash == LabelConfig().hash
     assert base.hash != dataclasses.replace(base, dynamic_ratio=1.5).hash
-    assert (
-        base.hash
-        != dataclasses.replace(base, limits=dataclasses.replace(base.limits, max_range=50)).hash
-    )
+    assert base.hash != dataclasses.replace(base, limits=dataclasses.replace(base.limits, max_range=50)).hash
 
 
 @pytest.mark.parametrize("changes", [{"window": 0.0}, {"max_sweeps": 64}, {"ground_columns": 4}])
@@ -383,9 +368,7 @@ def test_the_published_recipe_is_reproduced_with_its_defects(street) -> None:
 
     def at(x: float, y: float, z: float) -> bool:
         """Whether a point of base_link is occupied: the grid stands on the LiDAR."""
-        return bool(
-            occupied[tuple(PAPER_GRID.indices(np.array([[x, y, z]]) - (0.9, 0, 1.8))[0][0])]
-        )
+        return bool(occupied[tuple(PAPER_GRID.indices(np.array([[x, y, z]]) - (0.9, 0, 1.8))[0][0])])
 
     trail = [at(x, -4.2, 1.0) for x in np.arange(-8.0, 2.0, 0.5)]
     assert np.mean(trail) > 0.6, "W2: the mover smears"
@@ -409,18 +392,12 @@ def test_no_camera_ray_goes_through_the_vehicle_itself(street, tmp_path) -> None
         (y < -0.8) & (label.camera_visible & 1 > 0),
     )
     assert left.sum() > 100
-    assert not (masked.camera_visible[left] & 1).any(), (
-        "the left half of the image shows the vehicle"
-    )
+    assert not (masked.camera_visible[left] & 1).any(), "the left half of the image shows the vehicle"
     assert (masked.camera_visible[right] & 1).mean() > 0.99
-    assert np.array_equal(masked.camera_visible & 2, label.camera_visible & 2), (
-        "the other camera has no mask"
-    )
+    assert np.array_equal(masked.camera_visible & 2, label.camera_visible & 2), "the other camera has no mask"
     before = LabelConfig(ego_masks=str(tmp_path)).hash
     cv2.imwrite(str(tmp_path / "FRONT.png"), mask[:, :40])
-    assert LabelConfig(ego_masks=str(tmp_path)).hash != before, (
-        "what the masks hold is part of the hash"
-    )
+    assert LabelConfig(ego_masks=str(tmp_path)).hash != before, "what the masks hold is part of the hash"
     with pytest.raises(ValueError, match=r"FRONT.png: 40x90 pixels; FRONT has 160x90"):
         LabelBuilder(drive, LabelConfig(ego_masks=str(tmp_path)), GRID).build(0)
 
@@ -431,9 +408,7 @@ def test_threads_beside_each_other_make_the_same_labels(street) -> None:
 
     drive, label = street
     with ThreadPoolExecutor(4) as pool:
-        others = list(
-            pool.map(lambda _: LabelBuilder(drive, LabelConfig(), GRID).build(0), range(4))
-        )
+        others = list(pool.map(lambda _: LabelBuilder(drive, LabelConfig(), GRID).build(0), range(4)))
     for other in others:
         for name in ("state", "camera_visible", "hit_sweeps", "pass_sweeps"):
             assert np.array_equal(getattr(label, name), getattr(other, name)), name

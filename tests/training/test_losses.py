@@ -14,7 +14,7 @@ from torch import Tensor  # noqa: E402
 
 from occbev.classes import FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
-from occbev_training.losses import (  # noqa: E402
+from occbev_training.losses.voxels_and_centres import (  # noqa: E402
     CentreTargets,
     balanced_weights,
     box_loss,
@@ -63,9 +63,7 @@ def test_depth_loss_equals_the_published_one(shared: Path) -> None:
     golden = np.load(shared / "golden/bevdepth_gt.npz", allow_pickle=False)
     logits = torch.from_numpy(golden["depth_pred"])[None].log()
     bins = torch.from_numpy(golden["bins_index"])[None]
-    assert 3 * float(depth_loss(logits, bins, "bce")) == pytest.approx(
-        float(golden["loss_depth"]), rel=1e-5
-    )
+    assert 3 * float(depth_loss(logits, bins, "bce")) == pytest.approx(float(golden["loss_depth"]), rel=1e-5)
 
 
 def test_depth_loss_counts_labelled_cells_only() -> None:
@@ -76,9 +74,7 @@ def test_depth_loss_counts_labelled_cells_only() -> None:
     loss = depth_loss(logits, bins)
     assert float(loss) == pytest.approx(np.log(5))
     loss.backward()
-    assert set(map(tuple, torch.nonzero(logits.grad.abs().sum(2))[:, [1, 2, 3]].tolist())) == {
-        (1, 0, 2)
-    }
+    assert set(map(tuple, torch.nonzero(logits.grad.abs().sum(2))[:, [1, 2, 3]].tolist())) == {(1, 0, 2)}
     with pytest.raises(ValueError, match="'l1'"):
         depth_loss(logits, bins, "l1")
 
@@ -138,9 +134,7 @@ def test_semantic_loss_is_that_of_torch_over_the_mask() -> None:
     weight = torch.rand(18, generator=rng) + 0.5
     chosen = logits.movedim(1, -1)[mask]
     expected = torch.nn.functional.cross_entropy(chosen, semantics[mask].long(), weight)
-    assert float(semantic_loss(logits, semantics, mask, weight)) == pytest.approx(
-        float(expected), rel=1e-5
-    )
+    assert float(semantic_loss(logits, semantics, mask, weight)) == pytest.approx(float(expected), rel=1e-5)
     nothing = semantic_loss(logits.requires_grad_(), semantics, torch.zeros_like(mask))
     nothing.backward()
     assert float(nothing) == 0
@@ -162,13 +156,9 @@ def test_lovasz_of_certain_answers_is_one_minus_iou() -> None:
 
 def test_centre_targets_by_hand() -> None:
     boxes = torch.tensor([car(3.25, -7.5), car(50, 0)])
-    targets = centre_targets(
-        [torch.zeros(0, 9), boxes], [torch.zeros(0).long(), torch.tensor([2, 2])], GRID, 3
-    )
+    targets = centre_targets([torch.zeros(0, 9), boxes], [torch.zeros(0).long(), torch.tensor([2, 2])], GRID, 3)
     assert targets.heatmap.shape == (2, 3, 20, 20)
-    assert torch.nonzero(targets.heatmap == 1).tolist() == [
-        [1, 2, 6, 13]
-    ]  # y row (-7.5 + 20) / 2, x column 13
+    assert torch.nonzero(targets.heatmap == 1).tolist() == [[1, 2, 6, 13]]  # y row (-7.5 + 20) / 2, x column 13
     assert targets.place.tolist() == [1 * 400 + 6 * 20 + 13]
     expected = [0.25, 0.25, 0.7, *np.log([4.5, 1.9, 1.6]), np.sin(0.3), np.cos(0.3), 2, -1]
     np.testing.assert_allclose(targets.box[0], expected, rtol=1e-5)
@@ -180,20 +170,14 @@ def test_centre_targets_by_hand() -> None:
 def test_peaks_that_meet_keep_the_higher_value_and_borders_clip() -> None:
     boxes = torch.tensor([car(-9.5, -19), car(-8.5, -19), car(9.9, 19.9)])
     both = centre_targets([boxes], [torch.zeros(3).long()], GRID, 1).heatmap[0, 0]
-    single = [
-        centre_targets([b[None]], [torch.zeros(1).long()], GRID, 1).heatmap[0, 0] for b in boxes
-    ]
+    single = [centre_targets([b[None]], [torch.zeros(1).long()], GRID, 1).heatmap[0, 0] for b in boxes]
     assert torch.equal(both, torch.stack(single).amax(0))
     assert int((both == 1).sum()) == 3
 
 
-@pytest.mark.parametrize(
-    "box", [car(10.0, 0), car(-10.01, 0), car(0, 20), [0, 0, 0, 0, 1, 1, 0, 0, 0]]
-)
+@pytest.mark.parametrize("box", [car(10.0, 0), car(-10.01, 0), car(0, 20), [0, 0, 0, 0, 1, 1, 0, 0, 0]])
 def test_boxes_outside_or_without_size_are_left_out(box: list[float]) -> None:
-    targets = centre_targets(
-        [torch.tensor([box], dtype=torch.float32)], [torch.zeros(1).long()], GRID, 1
-    )
+    targets = centre_targets([torch.tensor([box], dtype=torch.float32)], [torch.zeros(1).long()], GRID, 1)
     assert float(targets.heatmap.sum()) == 0
     assert len(targets.place) == 0
 
@@ -267,9 +251,7 @@ def test_scale_losses_by_hand() -> None:
     probability = torch.stack([occupied, 1 - occupied])
     precision, recall, specificity = 1.5 / 1.8, 1.5 / 2, 1.7 / 2
     wanted = -sum(math.log(v) for v in (precision, recall, specificity))
-    assert float(geometric_scale_loss(probability, labels, free=1)) == pytest.approx(
-        wanted, rel=1e-5
-    )
+    assert float(geometric_scale_loss(probability, labels, free=1)) == pytest.approx(wanted, rel=1e-5)
     other = -sum(math.log(v) for v in (1.7 / 2.2, 1.7 / 2, 1.5 / 2))
     got = float(semantic_scale_loss(probability, labels))
     assert got == pytest.approx((wanted + other) / 2, rel=1e-5)
@@ -285,9 +267,7 @@ def test_scale_losses_pull_towards_the_truth() -> None:
     losses = []
     for _ in range(60):
         probability = logits.softmax(0)
-        loss = geometric_scale_loss(probability, labels, 2) + semantic_scale_loss(
-            probability, labels
-        )
+        loss = geometric_scale_loss(probability, labels, 2) + semantic_scale_loss(probability, labels)
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - 40 * gradient).detach().requires_grad_()
         losses.append(float(loss.detach()))

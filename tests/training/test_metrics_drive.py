@@ -70,18 +70,13 @@ def truth(tmp_path: Path) -> Truth:
     stamps = np.arange(0, 2_000_000_001, 20_000_000, dtype=np.int64)
     poses = np.tile(np.eye(4), (len(stamps), 1, 1))
     poses[:, 0, 3] = stamps / 1e9 * SPEED
-    return KnownTruth(
-        tmp_path, "known", CameraRig((camera,)), np.eye(4), Trajectory(stamps, poses), KEYS
-    )
+    return KnownTruth(tmp_path, "known", CameraRig((camera,)), np.eye(4), Trajectory(stamps, poses), KEYS)
 
 
 def perfect(offset_ns: int = 0) -> list[Result]:
     """Right results stamped `offset_ns` after each key stamp, in the ego frame of that stamp."""
     back = make_transform(np.eye(3), [-SPEED * offset_ns / 1e9, 0, 0])
-    return [
-        Result(int(k) + offset_ns, drive.move_boxes(boxes(), back), volume(semantics()))
-        for k in KEYS
-    ]
+    return [Result(int(k) + offset_ns, drive.move_boxes(boxes(), back), volume(semantics())) for k in KEYS]
 
 
 def test_right_results_score_one(truth: Truth) -> None:
@@ -134,9 +129,7 @@ def test_boxes_turn_with_the_frame_and_come_back() -> None:
     there = drive.move_boxes(boxes(), a2b)
     assert there.box[0, 6] == pytest.approx(0.3 + 2.9 - 2 * np.pi, abs=1e-5)
     np.testing.assert_allclose(there.box[0, 7:9], [5 * np.cos(2.9), 5 * np.sin(2.9)], atol=1e-5)
-    np.testing.assert_allclose(
-        drive.move_boxes(there, invert_transform(a2b)).box, boxes().box, atol=1e-5
-    )
+    np.testing.assert_allclose(drive.move_boxes(there, invert_transform(a2b)).box, boxes().box, atol=1e-5)
 
 
 def test_only_voxels_in_sight_are_scored(truth: Truth) -> None:

@@ -25,8 +25,7 @@ from occbev.config import (  # noqa: E402
 from occbev.grid import GRIDS, BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.tables import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
-from occbev_training.export import ring_rig  # noqa: E402
-from occbev_training.models.bev_encoder import BevEncoder  # noqa: E402
+from occbev_training.export.package import ring_rig  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
 from occbev_training.models.checkpoints import (  # noqa: E402
     CheckpointError,
@@ -35,20 +34,21 @@ from occbev_training.models.checkpoints import (  # noqa: E402
     save_weights,
     transfer,
 )
+from occbev_training.models.encoders.image_encoder import ImageEncoder  # noqa: E402
 from occbev_training.models.graphs import GatherGraph  # noqa: E402
-from occbev_training.models.image_encoder import ImageEncoder  # noqa: E402
-from occbev_training.models.lift_splat import (  # noqa: E402
-    BatchedPoints,
-    batch_geometry,
-    splat,
-)
-from occbev_training.models.network import NetworkOutput, OccBevNetwork  # noqa: E402
-from occbev_training.models.occupancy_head import (  # noqa: E402
+from occbev_training.models.heads.occupancy_head import (  # noqa: E402
     CellTrunk,
     OccupancyDecoder,
     Resampling,
     interleave,
 )
+from occbev_training.models.lift_splat.bev_encoder import BevEncoder  # noqa: E402
+from occbev_training.models.lift_splat.lift_splat import (  # noqa: E402
+    BatchedPoints,
+    batch_geometry,
+    splat,
+)
+from occbev_training.models.network import NetworkOutput, OccBevNetwork  # noqa: E402
 
 MODEL = ModelConfig(
     image=ImageConfig(width=96, height=64),
@@ -91,9 +91,7 @@ def network() -> OccBevNetwork:
     torch.manual_seed(0)
     network = build_network(MODEL, "finetune")
     with torch.no_grad():  # one pass in training mode, so that norms hold other than their defaults
-        network.train()(
-            images(2, 3), torch.ones(2, 3), geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
-        )
+        network.train()(images(2, 3), torch.ones(2, 3), geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3)))
     return network.eval()
 
 
@@ -116,9 +114,7 @@ def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repositor
     model = load_config(repository / "config/models/occbev-tiny.yaml", ModelConfig)
     default = ModelConfig()
     chosen_on_validation = replace(model.occupancy, min_free=default.occupancy.min_free)
-    less_room = replace(
-        model.lift, max_cells=default.lift.max_cells
-    )  # the shipped graph is smaller for it
+    less_room = replace(model.lift, max_cells=default.lift.max_cells)  # the shipped graph is smaller for it
     assert replace(model, occupancy=chosen_on_validation, lift=less_room) == default
     parameters = sum(p.numel() for p in build_network(model, "finetune").parameters())
     assert parameters * (4 + 4 + 2) < 44e6  # weights and ONNX in fp32, OpenVINO in fp16
@@ -168,9 +164,7 @@ def test_order_of_cameras_does_not_matter(network: OccBevNetwork) -> None:
         second = network(pictures[:, order], torch.ones(1, 4), geometry(turned))
     for a, b in zip(outputs(first), outputs(second), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        first.depth_logits[:, order], second.depth_logits, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(first.depth_logits[:, order], second.depth_logits, rtol=1e-4, atol=1e-5)
 
 
 def test_samples_of_a_batch_do_not_mix(network: OccBevNetwork) -> None:
@@ -224,9 +218,7 @@ def test_frozen_stages_do_not_change_in_training() -> None:
     network(images(2, 3), torch.ones(2, 3), points).reconstruction_logits.square().mean().backward()
     optimiser.step()
     changed = {n for n, v in network.state_dict().items() if not torch.equal(v, before[n])}
-    frozen = [
-        f"image_encoder.trunk.{p}" for p in ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")
-    ]
+    frozen = [f"image_encoder.trunk.{p}" for p in ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")]
     assert not [n for n in changed if n.startswith(tuple(f"{p}." for p in frozen))]
     assert "image_encoder.trunk.blocks.3.0.bn1.running_mean" in changed
 
@@ -286,9 +278,7 @@ def test_transfer_reports_every_weight() -> None:
     assert all(n.startswith(("detection_head.", "occupancy_head.kinds.")) for n in report.new)
     assert sorted(report.carried + report.new + report.mismatched) == sorted(state)
     for name in report.carried:
-        assert torch.equal(
-            state[name], offered[name.replace("occupancy_head", "occupancy_decoder")]
-        )
+        assert torch.equal(state[name], offered[name.replace("occupancy_head", "occupancy_decoder")])
     for name in report.new + report.mismatched:
         assert torch.equal(state[name], fresh[name])
 
@@ -301,12 +291,8 @@ def test_weights_file_round_trip_and_refusals(network: OccBevNetwork, tmp_path: 
     again = build_network(MODEL, "finetune")
     load_strictly(again, state, "probe")
     assert all(torch.equal(v, network.state_dict()[n]) for n, v in again.state_dict().items())
-    with pytest.raises(
-        CheckpointError, match=r"probe: 1 weights are missing: \['bev_encoder.norm.bias'\]"
-    ):
-        load_strictly(
-            again, {n: v for n, v in state.items() if n != "bev_encoder.norm.bias"}, "probe"
-        )
+    with pytest.raises(CheckpointError, match=r"probe: 1 weights are missing: \['bev_encoder.norm.bias'\]"):
+        load_strictly(again, {n: v for n, v in state.items() if n != "bev_encoder.norm.bias"}, "probe")
     with pytest.raises(CheckpointError, match="of another shape"):
         load_strictly(again, state | {"bev_encoder.norm.bias": torch.zeros(3)}, "probe")
     path.write_bytes(b"not tensors")
@@ -331,12 +317,8 @@ def test_splat_equals_the_published_pooling(shared: Path) -> None:
     bev = splat(rows, depth.flatten(), points).view(1, 32, 32, -1).permute(0, 3, 1, 2)
     torch.testing.assert_close(bev, torch.from_numpy(golden["bev"]), rtol=1e-4, atol=1e-5)
     bev.backward(torch.from_numpy(golden["grad_out"]))
-    torch.testing.assert_close(
-        depth.grad, torch.from_numpy(golden["grad_depth"]), rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(
-        feature.grad, torch.from_numpy(golden["grad_feat"]), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(depth.grad, torch.from_numpy(golden["grad_depth"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(feature.grad, torch.from_numpy(golden["grad_feat"]), rtol=1e-4, atol=1e-5)
 
 
 def test_joined_tables_of_a_batch_are_those_of_its_samples() -> None:
@@ -359,13 +341,9 @@ def test_resampling_reproduces_what_is_linear_in_metres() -> None:
         wanted = grid.lo[axis] + (np.arange(100) + 0.5) * 0.8
         shape = [1, 2, *bev.shape[::-1]]
         sizes = [1, 1, 1, -1] if axis == 0 else [1, 1, -1, 1]
-        got = Resampling(bev, grid, axis)(
-            torch.from_numpy(metres).float().view(sizes).expand(shape)
-        )
+        got = Resampling(bev, grid, axis)(torch.from_numpy(metres).float().view(sizes).expand(shape))
         shape[3 - axis] = 100
-        torch.testing.assert_close(
-            got, torch.from_numpy(wanted).float().view(sizes).expand(shape), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(got, torch.from_numpy(wanted).float().view(sizes).expand(shape), atol=1e-4, rtol=0)
 
 
 def test_resampling_is_constant_beyond_the_bev() -> None:
@@ -379,9 +357,7 @@ def test_resampling_is_constant_beyond_the_bev() -> None:
 
 def test_interleave_puts_sub_cells_where_they_belong() -> None:
     y, x = torch.meshgrid(torch.arange(6), torch.arange(10), indexing="ij")
-    whole = torch.stack([y * 100 + x + 1000 * z for z in range(3)])[
-        None, None
-    ].float()  # (1, 1, Z, Y, X)
+    whole = torch.stack([y * 100 + x + 1000 * z for z in range(3)])[None, None].float()  # (1, 1, Z, Y, X)
     parts = torch.cat([whole[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)
     assert torch.equal(interleave(parts), whole)
 
@@ -432,15 +408,11 @@ def test_rays_tell_height_and_focal_length() -> None:
     intrinsic, cam2ego = calibration(ring_rig(MODEL, 2))
     ray = batch_geometry([intrinsic], [cam2ego], MODEL).ray
     assert ray.shape == (1, 2, 4, 4, 6)
-    torch.testing.assert_close(
-        ray[0, :, 2], torch.full((2, 4, 6), 0.8)
-    )  # 1.6 m above ground, halved
+    torch.testing.assert_close(ray[0, :, 2], torch.full((2, 4, 6), 0.8))  # 1.6 m above ground, halved
     torch.testing.assert_close(ray[0, :, 3], torch.full((2, 4, 6), 10 / (0.8 * 96)))
     slope = (80 - 48) / (0.8 * 96)  # the last cell's centre is 32 pixels right of the optical axis
     torch.testing.assert_close(ray[0, 0, 0, 0, -1], torch.tensor(slope + 8 / (0.8 * 96)))
-    torch.testing.assert_close(
-        ray[0, 0, 1, 0, 0], torch.tensor(24 / (0.8 * 96))
-    )  # 24 pixels above it
+    torch.testing.assert_close(ray[0, 0, 1, 0, 0], torch.tensor(24 / (0.8 * 96)))  # 24 pixels above it
 
 
 def imagenet_file() -> Path:

@@ -23,9 +23,7 @@ from occbev_training.sources.recording import RecordingError
 
 SHARED = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"no real data: {SHARED} is not there"
-)
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data: {SHARED} is not there")
 
 REAL_FRAMES = {
     ("nuscenes-one", "frame.json", 0): {

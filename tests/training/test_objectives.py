@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from occbev.config import ImageConfig
-from occbev.preprocess import Preprocessor
-from occbev_training.objectives import (
+from occbev.inference.preprocess import Preprocessor
+from occbev_training.losses.objectives import (
     at_voxels,
     keep_large_depthwise_in_float32,
     normalised,
@@ -47,15 +47,15 @@ def test_gathered_voxels_keep_logits_and_labels_together() -> None:
 
 
 def test_large_depthwise_convolutions_stay_in_float32_and_the_rest_does_not() -> None:
-    network = nn.ModuleDict({
-        "large": nn.Conv2d(8, 8, 5, padding=2, groups=8),
-        "small": nn.Conv2d(8, 8, 3, padding=1, groups=8),
-    })  # fmt: skip
+    network = nn.ModuleDict(
+        {
+            "large": nn.Conv2d(8, 8, 5, padding=2, groups=8),
+            "small": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        }
+    )
     keep_large_depthwise_in_float32(network)
     x = torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(1))
-    plain = nn.functional.conv2d(
-        x, network["large"].weight, network["large"].bias, padding=2, groups=8
-    )
+    plain = nn.functional.conv2d(x, network["large"].weight, network["large"].bias, padding=2, groups=8)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(network["large"](x), plain)
         assert network["large"](x.bfloat16()).dtype == torch.bfloat16

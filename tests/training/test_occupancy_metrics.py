@@ -30,9 +30,7 @@ from occbev_training.metrics.occupancy import (
 )
 
 GOLDEN = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "golden"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"no golden arrays: {GOLDEN} is not there"
-)
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden arrays: {GOLDEN} is not there")
 
 SMALL = VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 0.5), (16, 16, 8))
 
@@ -73,9 +71,7 @@ def test_wrong_shapes_and_classes_are_errors() -> None:
     with pytest.raises(ValueError, match="shape"):
         cast_rays(np.zeros((4, 4, 4), np.uint8), [[0, 0, 0]], SMALL)
     with pytest.raises(ValueError, match="cubic"):
-        cast_rays(
-            np.zeros((4, 4, 4), np.uint8), [[0, 0, 0]], VoxelGrid((0, 0, 0), (1, 1, 2), (4, 4, 4))
-        )
+        cast_rays(np.zeros((4, 4, 4), np.uint8), [[0, 0, 0]], VoxelGrid((0, 0, 0), (1, 1, 2), (4, 4, 4)))
 
 
 def test_binary_iou_by_hand() -> None:
@@ -125,8 +121,7 @@ def test_golden_scores_of_all_rays() -> None:
     pytest.importorskip("numba")
     with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
         each = [
-            ray_counts(golden["gt"][i], golden["pred"][i], golden[f"origins{i}"][0], GRIDS["occ3d"])
-            for i in range(2)
+            ray_counts(golden["gt"][i], golden["pred"][i], golden[f"origins{i}"][0], GRIDS["occ3d"]) for i in range(2)
         ]
         scores = ray_scores(sum(each))
         np.testing.assert_allclose(scores.class_iou, golden["iou_per_class"], atol=1e-3)
@@ -157,9 +152,7 @@ def test_a_ray_from_outside_enters_or_misses(either_walk: None) -> None:
 def test_rays_equal_a_fine_march(either_walk: None) -> None:
     """Every ray against small steps through the volume: same label, same place within the step."""
     generator = np.random.default_rng(3)
-    labels = np.where(
-        generator.random(SMALL.shape) < 0.03, generator.integers(0, 17, SMALL.shape), 17
-    )
+    labels = np.where(generator.random(SMALL.shape) < 0.03, generator.integers(0, 17, SMALL.shape), 17)
     labels = labels.astype(np.uint8)
     rays = generator.normal(size=(150, 3))
     rays = (rays / np.linalg.norm(rays, axis=1, keepdims=True)).astype(np.float32)
@@ -188,9 +181,7 @@ def test_a_perfect_guess_scores_one() -> None:
 
 
 def test_origins_are_near_and_at_most_eight() -> None:
-    lidar = np.stack(
-        [make_transform(rotation_from_yaw(0.3), (4.0 * k, 1.0, 1.8)) for k in range(40)]
-    )
+    lidar = np.stack([make_transform(rotation_from_yaw(0.3), (4.0 * k, 1.0, 1.8)) for k in range(40)])
     ego = make_transform(np.eye(3), (80.0, 0.0, 0.0))
     origins = ray_origins(lidar, 20, ego)
     assert origins.shape == (8, 3)

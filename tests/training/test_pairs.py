@@ -35,9 +35,7 @@ from occbev_training.occupancy.pairs import (
     units_of,
 )
 
-CONFIG = PairConfig(
-    LabelConfig(window=0.3, camera_spacing=0.02), GRID, segment=4, min_cameras=1, thorough_every=0
-)
+CONFIG = PairConfig(LabelConfig(window=0.3, camera_spacing=0.02), GRID, segment=4, min_cameras=1, thorough_every=0)
 
 
 class PicturedDrive(TracedDrive):
@@ -56,9 +54,7 @@ class PicturedDrive(TracedDrive):
 
 
 def drive(name: str = "traced", **changes) -> PicturedDrive:
-    made = PicturedDrive(
-        [Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))], rings=24, columns=180, **changes
-    )
+    made = PicturedDrive([Block((10.2, 0.0, 1.5), (0.4, 12.0, 3.0))], rings=24, columns=180, **changes)
     made.key_stamp_ns = KEY_NS + np.arange(-2, 3) * 300_000_000
     made.name = name
     return made
@@ -90,9 +86,7 @@ def test_labels_survive_packing_bit_for_bit() -> None:
     assert back.grid_hash == volumes.grid_hash
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda d: d[:20], lambda d: d[:-9], lambda d: b"x" + d[1:], lambda d: d[:32]]
-)
+@pytest.mark.parametrize("damage", [lambda d: d[:20], lambda d: d[:-9], lambda d: b"x" + d[1:], lambda d: d[:32]])
 def test_a_damaged_label_is_refused(damage) -> None:
     empty = np.zeros((4, 4, 4), np.uint8)
     data = encode_label(LabelVolumes(empty, empty, empty, empty, GRID.hash))
@@ -181,10 +175,7 @@ def test_refused_key_frames_are_counted_by_reason(tmp_path) -> None:
     config = dataclasses.replace(CONFIG, max_standing=1)
     assert make_unit(still, Unit("traced", 0, 5), tmp_path / "a", config).refused == {"standing": 3}
     few = dataclasses.replace(CONFIG, min_cameras=2)
-    assert (
-        make_unit(drive(), Unit("traced", 4, 5), tmp_path / "b", few).refused["too_few_cameras"]
-        == 1
-    )
+    assert make_unit(drive(), Unit("traced", 4, 5), tmp_path / "b", few).refused["too_few_cameras"] == 1
     sparse = drive(sweeps=5)
     report = make_unit(sparse, Unit("traced", 0, 5), tmp_path / "c", CONFIG)
     assert report.refused["low_support"] == 4

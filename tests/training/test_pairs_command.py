@@ -22,8 +22,8 @@ from occbev.rig import CameraRig
 from occbev_training.cli import main
 from occbev_training.data.pair_samples import open_pairs
 from occbev_training.data.shards import ShardReader
-from occbev_training.evaluate import Prediction
-from occbev_training.reconstruction import reconstruct, reconstruction_picture
+from occbev_training.evaluation.frames import Prediction
+from occbev_training.evaluation.reconstruction import reconstruct, reconstruction_picture
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bag_writer import write_bag
 from occbev_training.sources.clocks import ClockCorrection
@@ -67,27 +67,25 @@ def test_a_folder_of_bags_becomes_pairs_and_a_picture(bags, tmp_path, capsys) ->
     assert main(["view", str(out), "nothing/1", "--out", str(tmp_path / "x.png")]) == 2
 
 
-def test_only_the_drives_asked_for_become_pairs_and_samples(
-    tmp_path, make_recording, capsys
-) -> None:
+def test_only_the_drives_asked_for_become_pairs_and_samples(tmp_path, make_recording, capsys) -> None:
     root, scenes = tmp_path / "root", tmp_path / "train.txt"
     write_nuscenes([make_recording("tiny-0", 1), make_recording("tiny-1", 1)], root)
     scenes.write_text("tiny-1\n")
-    pairs = ["pairs", str(tmp_path / "pairs"), str(root), "--scenes", str(scenes), "--window", "0.3", "--json"]  # fmt: skip
+    pairs = ["pairs", str(tmp_path / "pairs"), str(root), "--scenes", str(scenes), "--window", "0.3", "--json"]
     main([*pairs, "--min-support", "0.2", "--no-gate"])
     assert {row["drive"] for row in ShardReader(tmp_path / "pairs").rows} == {"tiny-1"}
     cache = ["prepare", str(tmp_path / "cache"), "--nuscenes", str(root), "--scenes", str(scenes)]
     assert main([*cache, "--no-labels"]) == 0
     assert [path.parent.name for path in (tmp_path / "cache").glob("*/drive.json")] == ["tiny-1"]
-    samples = open_pairs(tmp_path / "pairs", ImageConfig(width=64, height=32), GRIDS["occ3d"], "train", kept=tmp_path / "kept")  # fmt: skip
+    samples = open_pairs(
+        tmp_path / "pairs", ImageConfig(width=64, height=32), GRIDS["occ3d"], "train", kept=tmp_path / "kept"
+    )
     first = samples[0]
     assert first.images.shape == (3, 32, 64, 3)
     assert first.camera_valid.all()
     assert len(first.lidar_depth) > 0
     again = samples[0]  # read back instead of decoded
-    assert all(
-        np.array_equal(getattr(first, f.name), getattr(again, f.name)) for f in fields(first)
-    )
+    assert all(np.array_equal(getattr(first, f.name), getattr(again, f.name)) for f in fields(first))
     assert samples.moment(0).drive == samples.drive(0) == "tiny-1"
     found = reconstruct(first, Prediction(reconstruction=_saying(first.state == OCCUPIED_STATE)))
     assert found.iou == 1.0

@@ -23,10 +23,13 @@ def sample(**changes) -> PairSample:
     visible = np.where(state == 2, 1, 0).astype(np.uint8)
     label = LabelVolumes(state, visible, (state == 2).astype(np.uint8) * 9, state, GRID.hash)
     record = {
-        "name": "FRONT", "width": 64, "height": 40, "intrinsic": [[40.0, 0, 32], [0, 40.0, 20], [0, 0, 1]],
+        "name": "FRONT",
+        "width": 64,
+        "height": 40,
+        "intrinsic": [[40.0, 0, 32], [0, 40.0, 20], [0, 0, 1]],
         "cam2ego": {"translation": [1.0, 0, 1.5], "rotation_xyzw": [-0.5, 0.5, -0.5, 0.5]},
         "cam2ego_at_key": [[0, 0, 1, 1.0], [-1, 0, 0, 0], [0, -1, 0, 1.5], [0, 0, 0, 1]],
-    }  # fmt: skip
+    }
     jpeg = bytes(cv2.imencode(".jpg", np.full((40, 64, 3), 90, np.uint8))[1])
     meta = {"grid": GRID.as_record()}
     return PairSample(

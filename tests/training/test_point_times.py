@@ -78,13 +78,8 @@ def test_what_cannot_be_told_is_asked_for() -> None:
         find_point_times(cloud(), shuffled, STAMP, 0.1)
     for mode, spin in (("clockwise", -1), ("counterclockwise", 1)):
         assert find_point_times(cloud(), shuffled, STAMP, 0.1, mode).spin == spin
-    assert (
-        find_point_times(cloud(), shuffled, STAMP, 0.1, "compensated").offsets(cloud(), shuffled, 0)
-        is None
-    )
+    assert find_point_times(cloud(), shuffled, STAMP, 0.1, "compensated").offsets(cloud(), shuffled, 0) is None
     rows = cloud("when", (OFFSET * 1e3).astype("<f4"))
-    assert find_point_times(rows, shuffled, STAMP, 0.1, "when:ms").offsets(rows, shuffled, STAMP)[
-        -1
-    ] == np.float32(0.1)
+    assert find_point_times(rows, shuffled, STAMP, 0.1, "when:ms").offsets(rows, shuffled, STAMP)[-1] == np.float32(0.1)
     with pytest.raises(RecordingError, match="want auto, compensated"):
         find_point_times(rows, shuffled, STAMP, 0.1, "never:ms")

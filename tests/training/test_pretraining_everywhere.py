@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from occbev.config import ModelConfig, load_config  # noqa: E402
-from occbev_training.export import ring_rig  # noqa: E402
-from occbev_training.families import reduced  # noqa: E402
+from occbev_training.export.package import ring_rig  # noqa: E402
+from occbev_training.export.zoo import reduced  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
 from occbev_training.models.geometry import make_geometry  # noqa: E402
@@ -19,8 +19,10 @@ from occbev_training.models.geometry import make_geometry  # noqa: E402
 CAMERAS = 3
 # configuration -> parts that fine-tuning takes, and those that begin anew
 HANDED_ON = {
-    "occbev-tiny": ({"image_encoder", "view_transform", "bev_encoder", "occupancy_head"},
-                    {"detection_head", "occupancy_head"}),
+    "occbev-tiny": (
+        {"image_encoder", "view_transform", "bev_encoder", "occupancy_head"},
+        {"detection_head", "occupancy_head"},
+    ),
     "bevdet_r50": ({"image_encoder", "view_transform", "bev_encoder"}, {"detection_head"}),
     "bevdepth4d_r50": ({"image_encoder", "view_transform", "bev_encoder", "temporal"}, {"detection_head"}),
     "bevdepth_r50_megvii": ({"image_encoder", "view_transform", "bev_encoder"}, {"detection_head"}),
@@ -29,7 +31,7 @@ HANDED_ON = {
     "bevformer_base": ({"image_encoder", "view_transform"}, {"detection_head"}),
     "bevformer_base_occ": ({"image_encoder", "view_transform", "occupancy_head"}, set()),
     "detr3d_r101": ({"image_encoder"}, {"detection_head"}),
-}  # fmt: skip
+}
 
 
 def model_of(repository: Path, name: str) -> ModelConfig:
@@ -94,13 +96,9 @@ def test_what_a_missing_camera_shows_changes_no_reconstruction(repository: Path)
         images, valid, _ = inputs(model)
         valid[0, 1] = 0
         rig = ring_rig(model, CAMERAS)
-        geometry = make_geometry(
-            model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid
-        )
+        geometry = make_geometry(model, [[c.intrinsic for c in rig.cameras]], [[c.cam2ego for c in rig.cameras]], valid)
         other = images.clone()
         other[0, 1] = 5
         with torch.no_grad():
-            first, second = (
-                network(i, valid, geometry).reconstruction_logits for i in (images, other)
-            )
+            first, second = (network(i, valid, geometry).reconstruction_logits for i in (images, other))
         torch.testing.assert_close(first, second)

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from occbev.config import ModelConfig, load_config  # noqa: E402
 from occbev_training.models.build import build_network  # noqa: E402
-from occbev_training.models.published_bevdet import rules_for  # noqa: E402
+from occbev_training.models.lift_splat.bevdet_names import rules_for  # noqa: E402
 from occbev_training.models.renaming import load_published, to_published  # noqa: E402
 
 TABLES = {

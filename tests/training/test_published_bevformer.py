@@ -37,9 +37,7 @@ def published(shared: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "stage", "millions"), FAMILIES)
-def test_every_key_both_ways(
-    repository: Path, shared: Path, name: str, stage: str, millions: float
-) -> None:
+def test_every_key_both_ways(repository: Path, shared: Path, name: str, stage: str, millions: float) -> None:
     model, table = build(repository, name, stage), published(shared, name)
     report = load_published(model, table, model.published_names)
     assert report.complete, str(report)
@@ -77,9 +75,7 @@ def test_a_checkpoint_of_another_family_is_refused(repository: Path, shared: Pat
     ("target", "carried"),
     [("bevformer_base", 857), ("bevformer_base_occ", 819), ("detr3d_r101", 690)],
 )
-def test_pre_training_hands_on_what_the_published_one_did(
-    repository: Path, target: str, carried: int
-) -> None:
+def test_pre_training_hands_on_what_the_published_one_did(repository: Path, target: str, carried: int) -> None:
     source = build(repository, "occ_bev_sweep2", "pretrain").state_dict()
     report = transfer(source, build(repository, target, "finetune"))
     assert len(report.carried) == carried

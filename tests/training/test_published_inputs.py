@@ -22,8 +22,8 @@ from occbev.inference.tables import (  # noqa: E402
     place_points,
 )
 from occbev_training.data import published_inputs as inputs  # noqa: E402
-from occbev_training.losses import depth_bce  # noqa: E402
-from occbev_training.models.lift_splat import batch_points, splat  # noqa: E402
+from occbev_training.losses.voxels_and_centres import depth_bce  # noqa: E402
+from occbev_training.models.lift_splat.lift_splat import batch_points, splat  # noqa: E402
 
 SIZE = (176, 64)
 SOURCE = (1600, 900)
@@ -63,9 +63,7 @@ def lift_of(lo: float, hi: float, step: float, **changes: object) -> LiftConfig:
     return replace(LiftConfig(), depth=DepthConfig(lo, hi, step), reference_quirks=True, **changes)
 
 
-def homogeneous(
-    rotation: NDArray[np.float32], translation: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def homogeneous(rotation: NDArray[np.float32], translation: NDArray[np.float32]) -> NDArray[np.float64]:
     matrix = rotation.astype(np.float64)
     matrix[..., :2, 2] = translation[..., :2]
     return matrix
@@ -216,9 +214,7 @@ def test_depth_images(depth_gt: Arrays) -> None:
     cam2ego, cam_ego2global = poses(depth_gt, "cam2ego"), poses(depth_gt, "cam_ego2global")
     points, images = depth_gt["lidar_points"], []
     for camera in range(6):
-        cam = inputs.lidar_to_cam(
-            points, lidar2ego, ego2global, cam2ego[camera], cam_ego2global[camera]
-        )
+        cam = inputs.lidar_to_cam(points, lidar2ego, ego2global, cam2ego[camera], cam_ego2global[camera])
         pixels = inputs.points_to_image(cam, depth_gt["intrins"][camera], src2img[camera])
         images.append(inputs.depth_image(pixels, SIZE, DepthConfig(1, 60, 0.5)))
     want = depth_gt["gt_depth"]
@@ -294,10 +290,7 @@ def test_sorting_points_by_pixel_changes_no_gradient(pool: Arrays) -> None:
     points = [place_points(coor, lift, bev) for coor in pool["z_coor"]]
     gradients = []
     for sort in (True, False):
-        depth, feat = (
-            torch.from_numpy(pool[f"z_{name}"]).clone().requires_grad_()
-            for name in ("depth", "feat")
-        )
+        depth, feat = (torch.from_numpy(pool[f"z_{name}"]).clone().requires_grad_() for name in ("depth", "feat"))
         got = pooled(points, depth, feat, bev, lift, by_pixel=sort)
         (got * torch.arange(got.numel()).view_as(got).cos()).sum().backward()
         gradients.append((depth.grad, feat.grad))

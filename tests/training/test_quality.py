@@ -44,10 +44,7 @@ def shaken(recording: TracedDrive, yaw: float) -> TracedDrive:
     """Poses that jump from sweep to sweep."""
     rng = np.random.default_rng(0)
     path = recording.trajectory
-    turns = [
-        make_transform(rotation_from_yaw(a), np.zeros(3))
-        for a in rng.normal(0, yaw, len(path.stamp_ns))
-    ]
+    turns = [make_transform(rotation_from_yaw(a), np.zeros(3)) for a in rng.normal(0, yaw, len(path.stamp_ns))]
     recording.trajectory = Trajectory(path.stamp_ns, path.ego2global @ np.stack(turns))
     return recording
 
@@ -60,9 +57,7 @@ def good():
 
 def test_a_good_drive_keeps_every_limit(good) -> None:
     builder, (first, _) = good
-    blind = FrameSet(
-        int(builder.recording.key_stamp_ns[1]), dict.fromkeys(builder.recording.rig.names)
-    )
+    blind = FrameSet(int(builder.recording.key_stamp_ns[1]), dict.fromkeys(builder.recording.rig.names))
     values = measure_key(builder, builder.examine(1, blind), blind, first, thorough=True)
     assert np.isnan(values["q6_camera_alignment"]), "no picture, no verdict"
     assert values["q9_deterministic"] == 1.0
@@ -96,9 +91,7 @@ def test_labels_of_another_place_disagree(good) -> None:
     _, (first, second) = good
     motion = make_transform(np.eye(3), [-0.9, 0.0, 0.0])  # 3 m/s for 0.3 s
     assert temporal_iou(first.label, second.label, motion) > 0.9
-    assert (
-        temporal_iou(first.label, second.label, make_transform(np.eye(3), [-0.9, 0.0, 1.2])) < 0.85
-    )
+    assert temporal_iou(first.label, second.label, make_transform(np.eye(3), [-0.9, 0.0, 1.2])) < 0.85
 
 
 def test_occupied_cells_in_the_vehicle_are_counted(good) -> None:
@@ -136,9 +129,7 @@ def test_the_hash_sees_every_volume(good) -> None:
     for name in ("state", "camera_visible", "hit_sweeps", "pass_sweeps"):
         volume = getattr(first.label, name).copy()
         volume[3, 4, 5] ^= 1
-        assert label_hash(dataclasses.replace(first.label, **{name: volume})) != label_hash(
-            first.label
-        )
+        assert label_hash(dataclasses.replace(first.label, **{name: volume})) != label_hash(first.label)
 
 
 def test_truth_scores_count_what_is_right_and_sum(good) -> None:
@@ -149,9 +140,7 @@ def test_truth_scores_count_what_is_right_and_sum(good) -> None:
     perfect = compare_with_truth(label, OccupancyTruth(semantics, nothing, nothing, GRID))
     assert perfect.ratios["precision"] == perfect.ratios["recall"] == 1.0
     assert perfect.free_wrong == 0
-    empty = compare_with_truth(
-        label, OccupancyTruth(np.full_like(semantics, 17), nothing, nothing, GRID)
-    )
+    empty = compare_with_truth(label, OccupancyTruth(np.full_like(semantics, 17), nothing, nothing, GRID))
     assert empty.ratios["precision"] == 0.0
     both = perfect + empty
     assert both.ratios["precision"] == 0.5

@@ -15,11 +15,10 @@ from tests.training.test_export import MODEL  # noqa: E402
 
 from occbev.inference import openvino_backend  # noqa: E402
 from occbev.inference.backend import RunSettings, load_backend  # noqa: E402
-from occbev.model_package import ModelPackage  # noqa: E402
+from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
-from occbev_training.export import ExportError, export_package, ring_rig, write_ir  # noqa: E402
-from occbev_training.models.build import build_network  # noqa: E402
-from occbev_training.quantise import (  # noqa: E402 # fmt: skip
+from occbev_training.export.package import ExportError, export_package, ring_rig, write_ir  # noqa: E402
+from occbev_training.export.quantise import (  # noqa: E402
     QuantisationError,
     _frames,
     agreement,
@@ -27,6 +26,7 @@ from occbev_training.quantise import (  # noqa: E402 # fmt: skip
     kept_convolutions,
     module_of,
 )
+from occbev_training.models.build import build_network  # noqa: E402
 
 
 class RandomFrames(SampleCache):
@@ -83,13 +83,11 @@ def test_convolutions_are_bytes_except_the_kept_ones(package: ModelPackage) -> N
     assert 7 <= len(kept) < len(bytes_of) / 2
     assert {name for name, is_bytes in bytes_of.items() if not is_bytes} == kept
     rounded = [op for op in graph.get_ordered_ops() if op.get_type_name() == "FakeQuantize"]
-    readers = {r.get_node().get_type_name() for op in rounded for r in op.output(0).get_target_inputs()}  # fmt: skip
+    readers = {r.get_node().get_type_name() for op in rounded for r in op.output(0).get_target_inputs()}
     assert readers <= {"Convolution", "GroupConvolution", "Reshape"}
 
 
-def test_any_number_of_cameras_runs_and_is_near_float(
-    package: ModelPackage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_number_of_cameras_runs_and_is_near_float(package: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
     from occbev.inference.tables import TableCache
 
     monkeypatch.setattr(openvino_backend, "multiplies_bytes", lambda: True)
@@ -100,10 +98,14 @@ def test_any_number_of_cameras_runs_and_is_near_float(
             backend = load_backend(package, count, "openvino", RunSettings(1, precision))
             assert device in backend.device
             assert ("int8" in backend.device) == (precision == "auto")
-            pixels = np.random.default_rng(7).integers(0, 255, (1, count, 3, image.height, image.width))  # fmt: skip
+            pixels = np.random.default_rng(7).integers(0, 255, (1, count, 3, image.height, image.width))
             mean, std = (np.array(v, np.float32)[:, None, None] for v in (image.mean, image.std))
             tables = TableCache(MODEL, backend.form).tables(ring_rig(MODEL, count))
-            inputs = {"images": ((pixels - mean) / std).astype(np.float32), "camera_valid": np.ones((1, count), np.float32), **tables}  # fmt: skip
+            inputs = {
+                "images": ((pixels - mean) / std).astype(np.float32),
+                "camera_valid": np.ones((1, count), np.float32),
+                **tables,
+            }
             results.append(1 / (1 + np.exp(-backend.run(inputs)["heatmap"].copy())))
         assert agreement([results[1]], [results[0]]) > 0.7
 
@@ -123,7 +125,7 @@ def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) ->
     with pytest.raises(QuantisationError, match="was prepared for"):
         check_frames(other, frames())
     with pytest.raises(ExportError, match="only our own"):
-        export_package(network, replace(MODEL, family="bevformer"), tmp_path / "other", {}, {}, (), (3,), frames())  # fmt: skip
+        export_package(network, replace(MODEL, family="bevformer"), tmp_path / "other", {}, {}, (), (3,), frames())
     assert not list(tmp_path.iterdir())
 
 

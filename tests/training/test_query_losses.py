@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev_training import query_losses as losses  # noqa: E402
-from occbev_training.losses import sigmoid_focal, voxel_focal_loss  # noqa: E402
-from occbev_training.models.query_head import encode_boxes  # noqa: E402
+from occbev_training.losses import queries as losses  # noqa: E402
+from occbev_training.losses.voxels_and_centres import sigmoid_focal, voxel_focal_loss  # noqa: E402
+from occbev_training.models.heads.query_head import encode_boxes  # noqa: E402
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 WEIGHTS = torch.tensor([1.0] * 8 + [0.2] * 2)
@@ -93,9 +93,7 @@ def test_any_number_of_objects(count: int) -> None:
     assert set(terms) == {"loss_cls", "loss_bbox", "d0.loss_cls", "d0.loss_bbox"}
     sum(terms.values()).backward()
     assert torch.isfinite(logits.grad).all()
-    assert (
-        int((codes.grad.abs().sum(-1) > 0).sum()) == 2 * count
-    )  # both layers, matched queries only
+    assert int((codes.grad.abs().sum(-1) > 0).sum()) == 2 * count  # both layers, matched queries only
 
 
 def test_unknown_velocity_counts_as_nothing() -> None:

@@ -77,9 +77,7 @@ def test_brute_force_agrees_on_random_rays() -> None:
 def test_steps_are_face_neighbours_and_the_sensor_cell_is_passed() -> None:
     walked = passed((0.5, 0.5, 0.5), (5.4, 3.2, 1.7))
     assert walked[0] == (0, 0, 0)
-    assert np.abs(np.diff(np.array([*walked, (5, 3, 1)]), axis=0)).sum(axis=1).tolist() == [
-        1
-    ] * len(walked)
+    assert np.abs(np.diff(np.array([*walked, (5, 3, 1)]), axis=0)).sum(axis=1).tolist() == [1] * len(walked)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -161,15 +159,10 @@ def test_hits_are_counted_and_averaged() -> None:
 
 
 def test_a_cut_beam_hits_nothing_but_carves() -> None:
-    bundle = bundle_rays(
-        rays_of((0.5, 2.5, 2.5), [[4.5, 2.5, 2.5]], hit=False), np.eye(4), UNIT, 0.8
-    )
+    bundle = bundle_rays(rays_of((0.5, 2.5, 2.5), [[4.5, 2.5, 2.5]], hit=False), np.eye(4), UNIT, 0.8)
     evidence = evidence_of([bundle])
     assert len(evidence.hits.cell) == 0
-    assert (
-        np.flatnonzero(evidence.passes).tolist()
-        == UNIT.flat([[i, 2, 2] for i in range(4)]).tolist()
-    )
+    assert np.flatnonzero(evidence.passes).tolist() == UNIT.flat([[i, 2, 2] for i in range(4)]).tolist()
 
 
 def test_only_a_beam_through_the_returns_that_goes_on_contradicts_them() -> None:
@@ -190,8 +183,7 @@ def test_the_margin_of_a_beam_that_ends_outside_counts_from_its_end() -> None:
     hit = bundle_rays(rays_of((0.5, 2.5, 2.5), [[5.5, 2.5, 2.5]]), np.eye(4), UNIT, 0.8)
     for collapse in (False, True):
         near, far = (
-            bundle_rays(rays_of((0.5, 2.5, 2.5), [[x, 2.5, 2.5]]), np.eye(4), UNIT, 0.8, collapse)
-            for x in (6.3, 6.9)
+            bundle_rays(rays_of((0.5, 2.5, 2.5), [[x, 2.5, 2.5]]), np.eye(4), UNIT, 0.8, collapse) for x in (6.3, 6.9)
         )
         assert evidence_of([hit, near]).conflicts.tolist() == [0]
         assert evidence_of([hit, far]).conflicts.tolist() == [1]
@@ -210,9 +202,7 @@ def room() -> Rays:
 
 def test_collapsed_rays_keep_hits_exactly_and_passes_nearly(room) -> None:
     fine = VoxelGrid((-2.0, -2.0, -1.2), (0.2, 0.2, 0.2), (20, 20, 12))
-    single, joined = (
-        bundle_rays(room, np.eye(4), fine, 0.1, collapse) for collapse in (False, True)
-    )
+    single, joined = (bundle_rays(room, np.eye(4), fine, 0.1, collapse) for collapse in (False, True))
     assert len(joined) < 0.6 * len(single)
     assert joined.weight.sum() == len(single)
     a, b = evidence_of([single], fine), evidence_of([joined], fine)
@@ -237,9 +227,7 @@ def test_evidence_does_not_depend_on_the_order_of_points(room, collapse: bool) -
     motion = make_transform(rotation_from_rpy(0.02, -0.01, 0.4), [0.03, -0.02, 0.01])
     order = np.random.default_rng(2).permutation(len(room))
     mixed = Rays(room.end[order], room.origin[order], room.hit[order])
-    first, second = (
-        evidence_of([bundle_rays(r, motion, GRID, 0.1, collapse)], GRID) for r in (room, mixed)
-    )
+    first, second = (evidence_of([bundle_rays(r, motion, GRID, 0.1, collapse)], GRID) for r in (room, mixed))
     assert first.passes.any()
     assert first.conflicts.any()
     for name in ("passes", "conflicts", "conflict_sweeps"):

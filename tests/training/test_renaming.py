@@ -47,8 +47,10 @@ def test_a_report_names_what_does_not_fit_and_nothing_is_loaded() -> None:
     report = load_published(network, state, RULES)
     assert not report.complete
     assert (report.dropped, report.missing, report.mismatched) == (
-        ("extra",), ("0.bias",), ("1.0.weight",),
-    )  # fmt: skip
+        ("extra",),
+        ("0.bias",),
+        ("1.0.weight",),
+    )
     assert str(report) == "2 converted, 1 dropped, 1 missing, 1 mismatched"
     torch.testing.assert_close(network[0].weight, before)
 

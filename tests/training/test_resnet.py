@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from torchvision.models import resnet50  # noqa: E402
 
-from occbev_training.models.deformable_conv import DeformableConv2d, plain_operators  # noqa: E402
-from occbev_training.models.resnet import ResNet  # noqa: E402
+from occbev_training.models.encoders.deformable_conv import DeformableConv2d, plain_operators  # noqa: E402
+from occbev_training.models.encoders.resnet import ResNet  # noqa: E402
 
 
 def test_it_takes_torchvision_weights_and_says_the_same() -> None:
@@ -74,9 +74,7 @@ def test_offsets_are_y_then_x_of_each_tap() -> None:
 def test_plain_operators_say_the_same(stride: int, groups: int, modulated: bool) -> None:
     torch.manual_seed(0)
     conv = DeformableConv2d(4, 6, stride, groups, modulated, bias=True)
-    torch.nn.init.normal_(
-        conv.conv_offset.weight, std=0.3
-    )  # offsets of pixels, some out of the image
+    torch.nn.init.normal_(conv.conv_offset.weight, std=0.3)  # offsets of pixels, some out of the image
     x = torch.randn(2, 4, 7, 9)
     want = conv(x)
     with plain_operators(torch.nn.Sequential(conv)):

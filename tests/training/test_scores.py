@@ -7,8 +7,7 @@ import pytest
 
 from occbev.grid import VoxelGrid
 from occbev.results import Boxes3D
-from occbev_training.metrics.occupancy import confusion, occupied_iou
-from occbev_training.scores import (
+from occbev_training.evaluation.scores import (
     VISIBILITY,
     FrameResult,
     OccupancyView,
@@ -16,6 +15,7 @@ from occbev_training.scores import (
     count_occupancy,
     found_share,
 )
+from occbev_training.metrics.occupancy import confusion, occupied_iou
 from occbev_training.sources.recording import Annotations
 
 GRID = VoxelGrid((-12.0, -12.0, 0.0), (1.0, 1.0, 1.0), (24, 24, 3))
@@ -32,7 +32,7 @@ def _view(seed: int, **more: object) -> tuple[np.ndarray, OccupancyView]:
 
 def _boxes(centres: list[tuple[float, float]], score: float = 0.9) -> Boxes3D:
     box = np.array([[x, y, 0.8, 4.4, 1.9, 1.6, 0, 0, 0] for x, y in centres], np.float32)
-    return Boxes3D(box.reshape(-1, 9), np.zeros(len(box), np.int64), np.full(len(box), score, np.float32))  # fmt: skip
+    return Boxes3D(box.reshape(-1, 9), np.zeros(len(box), np.int64), np.full(len(box), score, np.float32))
 
 
 def _annotated(centres: list[tuple[float, float]]) -> Annotations:
@@ -53,7 +53,7 @@ def test_who_saw_a_voxel_partitions_all_voxels() -> None:
     unknown = count_occupancy(label, _view(0)[1])
     assert unknown.seen_by[:4].sum() == 0  # only the camera mask is known
     assert VISIBILITY[4:] == ("any camera", "no camera")
-    np.testing.assert_array_equal(unknown.confusion, confusion(truth.semantics, label, truth.mask_camera))  # fmt: skip
+    np.testing.assert_array_equal(unknown.confusion, confusion(truth.semantics, label, truth.mask_camera))
 
 
 def test_frames_without_dense_truth_are_left_out_and_draws_keep_step() -> None:

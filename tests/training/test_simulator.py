@@ -42,18 +42,14 @@ def drive() -> SimulatedDrive:
     return SimulatedDrive(11, SMALL)
 
 
-def _labels(
-    drive: SimulatedDrive, camera: str, key: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _labels(drive: SimulatedDrive, camera: str, key: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Class (h, w) of each pixel, 255 for sky, and its distance."""
     cam, time = drive.rig[camera], drive._camera_time(key, camera)
     drive._painter.place_actors(cam, drive._ego2world(time), time)
     cam2world = drive._ego2world(time) @ cam.cam2ego
     rays = pixel_rays(cam)
     world = rays.reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
-    hits = drive._scene.first(
-        np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape), world
-    )
+    hits = drive._scene.first(np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape), world)
     label = np.where(hits.triangle >= 0, drive._scene.mesh.label[np.maximum(hits.triangle, 0)], 255)
     return label.reshape(rays.shape[:2]), hits.distance.reshape(rays.shape[:2])
 
@@ -142,9 +138,7 @@ def test_rays_through_boxes_meet_them_at_their_depth(drive: SimulatedDrive) -> N
 def test_occupancy_agrees_with_the_returns_of_the_key_sweep(drive: SimulatedDrive) -> None:
     truth = drive.occupancy_truth(1)
     index = int(np.searchsorted(drive.sweep_stamp_ns, drive.key_stamp_ns[1]))
-    points = transform_points(
-        drive.lidar2ego, compensated(drive.sweep(index), drive.trajectory).points
-    )
+    points = transform_points(drive.lidar2ego, compensated(drive.sweep(index), drive.trajectory).points)
     points = points[np.linalg.norm(points[:, :2], axis=1) > 5]
     cells, inside = truth.grid.indices(points)
     cells = tuple(cells[inside].T)
@@ -175,9 +169,7 @@ def test_cameras_see_what_their_rays_end_in_and_nothing_above_the_roof(
     camera = drive.rig["CAM_FRONT"]
     _, distance = _labels(drive, "CAM_FRONT", 1)
     reached = distance < 35
-    points = transform_points(
-        camera.cam2ego, pixel_rays(camera)[reached] * distance[reached][:, None]
-    )
+    points = transform_points(camera.cam2ego, pixel_rays(camera)[reached] * distance[reached][:, None])
     cells, inside = truth.grid.indices(points)
     assert truth.mask_camera[tuple(cells[inside].T)].mean() > 0.97
 
@@ -223,9 +215,7 @@ def test_a_seed_is_a_drive() -> None:
     sets = [d.frame_set(0).frames["CAM_BACK"].image for d in (first, again, other)]
     assert sets[0] == sets[1] != sets[2]
     np.testing.assert_array_equal(first.sweep(2).points, again.sweep(2).points)
-    np.testing.assert_array_equal(
-        first.occupancy_truth(0).semantics, again.occupancy_truth(0).semantics
-    )
+    np.testing.assert_array_equal(first.occupancy_truth(0).semantics, again.occupancy_truth(0).semantics)
     assert first.rig.hash == again.rig.hash != other.rig.hash
 
 
@@ -243,9 +233,7 @@ def test_splits_share_no_seed() -> None:
         split_of(-1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"), [({"keys": 0}, "key frames"), ({"key_rate": 3.0}, "must divide")]
-)
+@pytest.mark.parametrize(("changes", "text"), [({"keys": 0}, "key frames"), ({"key_rate": 3.0}, "must divide")])
 def test_impossible_drives_are_refused(changes: dict[str, float], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         DriveConfig(**changes)
@@ -265,9 +253,7 @@ def test_colour_does_not_give_the_class_away() -> None:
         for key in range(2):
             frames = drive.frame_set(key).frames
             for name in drive.rig.names:
-                picture = cv2.imdecode(
-                    np.frombuffer(frames[name].image, np.uint8), cv2.IMREAD_COLOR
-                )
+                picture = cv2.imdecode(np.frombuffer(frames[name].image, np.uint8), cv2.IMREAD_COLOR)
                 label, _ = _labels(drive, name, key)
                 for chosen, group in members.items():
                     count, parts = cv2.connectedComponents((label == chosen).astype(np.uint8))
@@ -280,9 +266,7 @@ def test_colour_does_not_give_the_class_away() -> None:
     assert accuracy < 1 / 3 + 0.17, f"balanced accuracy {accuracy:.2f}, chance 0.33"
 
 
-def _neighbour_accuracy(
-    colours: NDArray[np.float64], groups: NDArray[np.int64], drives: NDArray[np.int64]
-) -> float:
+def _neighbour_accuracy(colours: NDArray[np.float64], groups: NDArray[np.int64], drives: NDArray[np.int64]) -> float:
     """Balanced accuracy of 15 nearest neighbours from other drives, each class voting with equal weight."""
     right: list[list[bool]] = [[], [], []]
     for colour, group, drive in zip(colours, groups, drives, strict=True):
@@ -331,9 +315,7 @@ def test_the_simulator_needs_neither_torch_nor_numba() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_finished_drives_are_not_rendered_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_drives_are_not_rendered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = DriveConfig(keys=1, image=(96, 48), lidar=LidarConfig(columns=60))
     simulate.write_seed(3, tiny, tmp_path, "nuscenes")
 
@@ -355,9 +337,7 @@ def test_settings_cannot_be_mixed_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_deskewed_ground_is_flat_under_the_vehicle(drive: SimulatedDrive) -> None:
-    points = transform_points(
-        drive.lidar2ego, compensated(drive.sweep(12), drive.trajectory).points
-    )
+    points = transform_points(drive.lidar2ego, compensated(drive.sweep(12), drive.trajectory).points)
     around = np.linalg.norm(points[:, :2] - [1, 0], axis=1)
     near = points[(around > 5) & (around < 9) & (np.abs(points[:, 1]) < 1.5)]
     assert abs(np.median(near[:, 2])) < 0.08
@@ -379,10 +359,7 @@ def test_roads_are_hilly_but_not_steep(seed: int) -> None:
 def test_the_ground_is_no_secret_that_the_mean_of_all_drives_knows() -> None:
     """Ahead of the vehicle the ground leaves the layer that it stands in, up or down, in many drives."""
     ahead = [Bend.draw(np.random.default_rng(seed), -80.0, 200.0) for seed in range(60)]
-    height = [
-        bend.at(30.0, 0.0)[2] - 30 * (bend.at(1.0, 0.0)[2] - bend.at(-1.0, 0.0)[2]) / 2
-        for bend in ahead
-    ]
+    height = [bend.at(30.0, 0.0)[2] - 30 * (bend.at(1.0, 0.0)[2] - bend.at(-1.0, 0.0)[2]) / 2 for bend in ahead]
     assert np.mean(np.abs(height) > 0.2) > 0.4
     assert min(height) < -0.4 < 0.4 < max(height)
 

@@ -13,14 +13,12 @@ pytest.importorskip("embreex", reason="the simulator casts rays with embreex")
 
 from occbev.grid import GRIDS
 from occbev_training.simulator.drive import DriveConfig
-from occbev_training.simulator.kept import content_hash, keep_drive
+from occbev_training.simulator.drive_cache import content_hash, keep_drive
 from occbev_training.simulator.lidar import LidarConfig
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.truth import read_truth
 
-CONFIG = DriveConfig(
-    keys=2, key_rate=5.0, image=(96, 32), lidar=LidarConfig(columns=120), grid=GRIDS["tiny"]
-)
+CONFIG = DriveConfig(keys=2, key_rate=5.0, image=(96, 32), lidar=LidarConfig(columns=120), grid=GRIDS["tiny"])
 SEED = 20_002
 
 
@@ -35,9 +33,7 @@ def test_a_drive_is_made_once_and_its_bag_and_truth_agree(tmp_path: Path) -> Non
     assert (again.bag, again.truth, again.made) == (first.bag, first.truth, False)
 
     truth, recording = read_truth(first.truth), BagRecording(first.bag)
-    np.testing.assert_allclose(
-        recording.rig["CAM_BACK"].cam2ego, truth.rig["CAM_BACK"].cam2ego, atol=1e-9
-    )
+    np.testing.assert_allclose(recording.rig["CAM_BACK"].cam2ego, truth.rig["CAM_BACK"].cam2ego, atol=1e-9)
     assert len(truth.key_stamp_ns) == len(recording.key_stamp_ns) == 2
     assert all(truth.nearest_key(int(stamp)) is not None for stamp in recording.key_stamp_ns)
 

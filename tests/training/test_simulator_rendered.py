@@ -12,9 +12,7 @@ from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.simulator.lidar import LidarConfig
 from occbev_training.simulator.rendered import RenderedDrive
 
-CONFIG = DriveConfig(
-    keys=2, key_rate=5.0, image=(96, 32), lidar=LidarConfig(columns=120), grid=GRIDS["tiny"]
-)
+CONFIG = DriveConfig(keys=2, key_rate=5.0, image=(96, 32), lidar=LidarConfig(columns=120), grid=GRIDS["tiny"])
 SEED = 20_001
 
 
@@ -27,9 +25,7 @@ def test_rendering_in_processes_changes_nothing() -> None:
     assert rendered.rig.hash == drive.rig.hash
     np.testing.assert_array_equal(rendered.key_stamp_ns, drive.key_stamp_ns)
     for key in (1, 0):  # out of order: a frame must not depend on those before it
-        pictures = [
-            s.frames["CAM_BACK"].image for s in (rendered.frame_set(key), drive.frame_set(key))
-        ]
+        pictures = [s.frames["CAM_BACK"].image for s in (rendered.frame_set(key), drive.frame_set(key))]
         assert pictures[0] == pictures[1]
         boxes, expected = rendered.annotations(key), drive.annotations(key)
         np.testing.assert_array_equal(boxes.boxes.box, expected.boxes.box)

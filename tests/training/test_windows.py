@@ -17,11 +17,12 @@ from occbev.config import BevDetConfig, BevFormerConfig, ImageConfig, LiftConfig
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, BevGrid
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig
-from occbev_training.data.cache import CacheError, PrepareConfig, SampleCache, open_cache, prepare
+from occbev_training.data.cache import CacheError, SampleCache, open_cache
 from occbev_training.data.datasets import Collate, SampleDataset, batches
 from occbev_training.data.samples import balanced_order
 from occbev_training.data.windows import history_length, lift_history, past_indices
 from occbev_training.models.geometry import make_geometry
+from occbev_training.occupancy.prepare import PrepareConfig, prepare
 
 MODEL = ModelConfig(
     image=ImageConfig(width=64, height=32),
@@ -66,12 +67,8 @@ def test_past_frames_are_of_the_same_drive_and_a_bevformer_leaves_one_out(
     )
 
 
-@pytest.mark.parametrize(
-    "augment", [NO_AUGMENTATION, AugmentConfig(bev_rotate=40, bev_scale=(0.9, 1.1))]
-)
-def test_a_still_point_of_a_past_image_is_lifted_to_where_it_is_now(
-    cache: SampleCache, augment: AugmentConfig
-) -> None:
+@pytest.mark.parametrize("augment", [NO_AUGMENTATION, AugmentConfig(bev_rotate=40, bev_scale=(0.9, 1.1))])
+def test_a_still_point_of_a_past_image_is_lifted_to_where_it_is_now(cache: SampleCache, augment: AugmentConfig) -> None:
     """Whatever the draw, a past camera's ray to a still point ends where the key frame has the point."""
     dataset = SampleDataset(cache, LIFT, augment, seed=3)
     for position in range(8):
@@ -82,9 +79,7 @@ def test_a_still_point_of_a_past_image_is_lifted_to_where_it_is_now(
                 continue
             past = cache[index - step]
             in_cam = np.array([[0.3, 0.1, 7.0]])
-            point = transform_points(
-                cache.moment(index - step).ego2global @ past.cam2ego[1], in_cam
-            )
+            point = transform_points(cache.moment(index - step).ego2global @ past.cam2ego[1], in_cam)
             now = transform_points(invert_transform(cache.moment(index).ego2global), point)
             key = sample.view
             (frame,) = lift_history([[view]], [key], LIFT)
@@ -92,9 +87,7 @@ def test_a_still_point_of_a_past_image_is_lifted_to_where_it_is_now(
             lifted = transform_points(ego2ego @ view.cam2ego[1], in_cam)
             change = sample.cam2ego[1] @ np.linalg.inv(cache[index].cam2ego[1])
             np.testing.assert_allclose(lifted, transform_points(change, now), atol=1e-6)
-            wanted = make_geometry(
-                LIFT, [view.intrinsic], [ego2ego @ view.cam2ego], [view.camera_valid]
-            )
+            wanted = make_geometry(LIFT, [view.intrinsic], [ego2ego @ view.cam2ego], [view.camera_valid])
             assert torch.equal(frame.geometry.pixel, wanted.pixel)
 
 
@@ -123,9 +116,7 @@ def test_a_bevformer_gets_frames_oldest_first_with_the_motion_between(cache: Sam
     moved = full.ego2global[:3, 3] - full.past[0].ego2global[:3, 3]
     np.testing.assert_allclose(batch.geometry.can_bus[0, :3], moved, atol=1e-4)
     forward = np.linalg.norm(moved[:2]) / (1.6 * 20)
-    assert float(batch.motion.shift[0, 0]) == pytest.approx(
-        forward, rel=0.05
-    )  # 6 m/s, nearly straight
+    assert float(batch.motion.shift[0, 0]) == pytest.approx(forward, rel=0.05)  # 6 m/s, nearly straight
     assert (batch.geometry.can_bus[1, :3] == 0).all()
 
 
@@ -141,15 +132,24 @@ def test_workers_make_the_same_windows(cache: SampleCache) -> None:
 def test_rigs_of_different_sizes_share_a_batch(cache: SampleCache) -> None:
     samples = [SampleDataset(cache, LIFT, NO_AUGMENTATION, seed=0)[p] for p in range(2)]
     fewer = replace(
-        samples[1], images=samples[1].images[:2], camera_valid=samples[1].camera_valid[:2],
-        intrinsic=samples[1].intrinsic[:2], cam2ego=samples[1].cam2ego[:2],
+        samples[1],
+        images=samples[1].images[:2],
+        camera_valid=samples[1].camera_valid[:2],
+        intrinsic=samples[1].intrinsic[:2],
+        cam2ego=samples[1].cam2ego[:2],
         depth_bin=samples[1].depth_bin[:2],
         past=tuple(
-            v and replace(v, images=v.images[:2], camera_valid=v.camera_valid[:2],
-                          intrinsic=v.intrinsic[:2], cam2ego=v.cam2ego[:2])
+            v
+            and replace(
+                v,
+                images=v.images[:2],
+                camera_valid=v.camera_valid[:2],
+                intrinsic=v.intrinsic[:2],
+                cam2ego=v.cam2ego[:2],
+            )
             for v in samples[1].past
         ),
-    )  # fmt: skip
+    )
     batch = Collate(LIFT)([samples[0], fewer])
     assert batch.camera_valid.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert not batch.images[1, 2].any()

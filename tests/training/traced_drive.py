@@ -30,9 +30,7 @@ class Block:
     velocity: tuple[float, float] = (0.0, 0.0)
 
 
-def trace(
-    origin: np.ndarray, direction: np.ndarray, blocks: list[Block], t: float, ground: bool
-) -> np.ndarray:
+def trace(origin: np.ndarray, direction: np.ndarray, blocks: list[Block], t: float, ground: bool) -> np.ndarray:
     """Return the distance (R,) to the first surface along unit directions (R, 3), inf for none."""
     best = np.full(len(direction), np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -71,13 +69,9 @@ class TracedDrive:
         self.key_stamp_ns = np.array([KEY_NS])
         self.lidar2ego = LIDAR2EGO
         stamps = KEY_NS + np.arange(-2_000_000_000, 2_000_000_001, 20_000_000)
-        self.trajectory = Trajectory(
-            stamps, np.stack([self.pose((s - KEY_NS) / 1e9) for s in stamps])
-        )
+        self.trajectory = Trajectory(stamps, np.stack([self.pose((s - KEY_NS) / 1e9) for s in stamps]))
         camera = Camera("FRONT", 160, 90, [[126, 0, 80], [0, 126, 45], [0, 0, 1]], FORWARD_CAMERA)
-        back = dataclasses.replace(
-            camera, name="BACK", cam2ego=np.diag([-1.0, -1.0, 1.0, 1.0]) @ FORWARD_CAMERA
-        )
+        back = dataclasses.replace(camera, name="BACK", cam2ego=np.diag([-1.0, -1.0, 1.0, 1.0]) @ FORWARD_CAMERA)
         self.rig = CameraRig((camera, back))
 
     def pose(self, t: float) -> np.ndarray:
@@ -91,9 +85,7 @@ class TracedDrive:
         elevation = np.deg2rad(np.linspace(-30, 12, self.rings))
         azimuth = np.arange(self.columns) * 2 * np.pi / self.columns
         e, a = np.meshgrid(elevation, azimuth, indexing="ij")
-        beams = np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)], -1).reshape(
-            -1, 3
-        )
+        beams = np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)], -1).reshape(-1, 3)
         ego2world = make_transform(np.eye(3), [self.speed * t, 0.0, 0.0])
         lidar2world = ego2world @ self.lidar2ego
         direction = beams @ lidar2world[:3, :3].T
@@ -101,9 +93,7 @@ class TracedDrive:
         seen = distance < self.max_range
         points = beams[seen] * distance[seen, None]
         if index in self.extra:
-            points = np.vstack(
-                [points, transform_points(invert_transform(LIDAR2EGO), self.extra[index])]
-            )
+            points = np.vstack([points, transform_points(invert_transform(LIDAR2EGO), self.extra[index])])
         return Sweep(points.astype(np.float32), int(self.sweep_stamp_ns[index]), self.lidar2ego)
 
     def frame_set(self, key: int) -> FrameSet:

@@ -65,5 +65,7 @@ def interleaved(methods: Mapping[str, Callable[[], object]], rounds: int) -> dic
             if number:
                 wall[name].append(1e3 * (time.perf_counter() - start))
                 cpu[name].append(1e3 * (time.process_time() - start_cpu))
-    return {name: Timing(float(np.median(wall[name])), float(np.median(cpu[name])), float(np.percentile(wall[name], 95)))
-            for name in methods}  # fmt: skip
+    return {
+        name: Timing(float(np.median(wall[name])), float(np.median(cpu[name])), float(np.percentile(wall[name], 95)))
+        for name in methods
+    }

@@ -11,21 +11,31 @@ from numpy.typing import NDArray
 from occbev.benchmarks import Options, Report, Timing, interleaved
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.inference.backend import RUNTIMES, BackendError, RunSettings
+from occbev.inference.model_package import ModelPackage, find_package
 from occbev.inference.pipeline import STAGES, Pipeline
-from occbev.model_package import ModelPackage, find_package
-from occbev.postprocess import decode_occupancy
+from occbev.inference.postprocess import decode_occupancy
 from occbev.results import CameraFrame, FrameSet, Perception
 from occbev.rig import Camera, CameraRig
 
-HEADINGS = {"CAM_FRONT_LEFT": 55, "CAM_FRONT": 0, "CAM_FRONT_RIGHT": -55,
-            "CAM_BACK_LEFT": 110, "CAM_BACK": 180, "CAM_BACK_RIGHT": -110}  # fmt: skip
+HEADINGS = {
+    "CAM_FRONT_LEFT": 55,
+    "CAM_FRONT": 0,
+    "CAM_FRONT_RIGHT": -55,
+    "CAM_BACK_LEFT": 110,
+    "CAM_BACK": 180,
+    "CAM_BACK_RIGHT": -110,
+}
 """Degrees to the left in which each camera of the benchmark's rig looks."""
 
 SIZE = (1600, 900)
 OPTICAL2BODY = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
-CHOICES = {"openvino": ("openvino", "auto"), "openvino_f32": ("openvino", "f32"), "onnxruntime": ("onnxruntime", "f32"),
-           "torch": ("torch", "f32")}  # fmt: skip
+CHOICES = {
+    "openvino": ("openvino", "auto"),
+    "openvino_f32": ("openvino", "f32"),
+    "onnxruntime": ("onnxruntime", "f32"),
+    "torch": ("torch", "f32"),
+}
 """Name in the report -> runtime and precision. TensorRT is left out: building its engine takes minutes."""
 
 
@@ -40,9 +50,12 @@ def run(options: Options) -> Report:
         options.rounds,
     )
     parts = interleaved(_single_stages(next(iter(lines.values())), frame_set), options.rounds)
-    values = {"runtimes": {name: _record(lines[name], whole[name], stages[name][1:]) for name in lines},
-              "skipped": skipped, "stages": {name: round(t.wall_ms, 3) for name, t in parts.items()},
-              "images": f"{len(rig)} JPEG of {SIZE[0]}x{SIZE[1]}"}  # fmt: skip
+    values = {
+        "runtimes": {name: _record(lines[name], whole[name], stages[name][1:]) for name in lines},
+        "skipped": skipped,
+        "stages": {name: round(t.wall_ms, 3) for name, t in parts.items()},
+        "images": f"{len(rig)} JPEG of {SIZE[0]}x{SIZE[1]}",
+    }
     fastest = min(whole, key=lambda name: whole[name].wall_ms)
     ratios = {
         f"{name}_vs_{fastest}": round(t.wall_ms / whole[fastest].wall_ms, 3)
@@ -61,9 +74,7 @@ def six_cameras() -> CameraRig:
         turn = rotation_from_rpy(0, 0, np.radians(degrees))
         place = turn @ np.array([0.8, 0, 0]) + np.array([0.8, 0, 1.55])
         intrinsic = np.array([[focal, 0, width / 2], [0, focal, height * 0.54], [0, 0, 1]])
-        cameras.append(
-            Camera(name, width, height, intrinsic, make_transform(turn @ OPTICAL2BODY, place))
-        )
+        cameras.append(Camera(name, width, height, intrinsic, make_transform(turn @ OPTICAL2BODY, place)))
     return CameraRig(tuple(cameras))
 
 
@@ -74,33 +85,28 @@ def encoded_frames(rig: CameraRig) -> FrameSet:
     for camera in rig.cameras:
         image = np.zeros((camera.height, camera.width, 3), np.float32)
         for cell in (2, 8, 32, 128):
-            coarse = generator.normal(
-                0, 18, (camera.height // cell + 1, camera.width // cell + 1, 3)
-            ).astype(np.float32)
-            image += cv2.resize(
-                coarse, (camera.width, camera.height), interpolation=cv2.INTER_LINEAR
+            coarse = generator.normal(0, 18, (camera.height // cell + 1, camera.width // cell + 1, 3)).astype(
+                np.float32
             )
+            image += cv2.resize(coarse, (camera.width, camera.height), interpolation=cv2.INTER_LINEAR)
         pixels = np.clip(image + 110, 0, 255).astype(np.uint8)
         data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
         frames[camera.name] = CameraFrame(camera.name, 0, data)
     return FrameSet(0, frames)
 
 
-def plain_network_images(frame_set: FrameSet, width: int, height: int, mean: NDArray[np.float64],
-                         std: NDArray[np.float64]) -> NDArray[np.float64]:  # fmt: skip
+def plain_network_images(
+    frame_set: FrameSet, width: int, height: int, mean: NDArray[np.float64], std: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Do what the preprocessing does as one would first write it: full decode, resize, crop, divide."""
     images = []
     for name in frame_set.cameras:
         frame = frame_set.frames[name]
         assert frame is not None
         assert isinstance(frame.image, bytes)
-        image = np.asarray(cv2.imdecode(np.frombuffer(frame.image, np.uint8), cv2.IMREAD_COLOR))[
-            ..., ::-1
-        ]
+        image = np.asarray(cv2.imdecode(np.frombuffer(frame.image, np.uint8), cv2.IMREAD_COLOR))[..., ::-1]
         scaled_height = round(image.shape[0] * width / image.shape[1])
-        image = np.asarray(cv2.resize(image, (width, scaled_height), interpolation=cv2.INTER_AREA))[
-            -height:
-        ]
+        image = np.asarray(cv2.resize(image, (width, scaled_height), interpolation=cv2.INTER_AREA))[-height:]
         images.append(((image - mean) / std).transpose(2, 0, 1))
     return np.stack(images)
 
@@ -131,12 +137,14 @@ def _recorded(line: Pipeline, frame_set: FrameSet, results: list[Perception]) ->
 
 
 def _record(line: Pipeline, timing: Timing, results: list[Perception]) -> dict[str, object]:
-    stages = {
-        stage: round(float(np.median([r.timings.stage_ns[stage] for r in results])) / 1e6, 3)
-        for stage in STAGES
+    stages = {stage: round(float(np.median([r.timings.stage_ns[stage] for r in results])) / 1e6, 3) for stage in STAGES}
+    return {
+        "device": line.backend.device,
+        "total_ms": round(timing.wall_ms, 3),
+        "p95_ms": round(timing.p95_ms, 3),
+        "cpu_ms": round(timing.cpu_ms, 3),
+        "stage_ms": stages,
     }
-    return {"device": line.backend.device, "total_ms": round(timing.wall_ms, 3), "p95_ms": round(timing.p95_ms, 3),
-            "cpu_ms": round(timing.cpu_ms, 3), "stage_ms": stages}  # fmt: skip
 
 
 def _single_stages(line: Pipeline, frame_set: FrameSet) -> dict[str, Callable[[], object]]:
@@ -147,16 +155,14 @@ def _single_stages(line: Pipeline, frame_set: FrameSet) -> dict[str, Callable[[]
     logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     return {
         "images_ms": lambda: stage.prepare(frame_set, line.rig),
-        "images_plain_ms": lambda: plain_network_images(
-            frame_set, model.image.width, model.image.height, mean, std
-        ),
-        "occupancy_ms": lambda: decode_occupancy(
-            logits, model.grid, min_free=model.occupancy.min_free
-        ),
+        "images_plain_ms": lambda: plain_network_images(frame_set, model.image.width, model.image.height, mean, std),
+        "occupancy_ms": lambda: decode_occupancy(logits, model.grid, min_free=model.occupancy.min_free),
         "occupancy_plain_ms": lambda: plain_occupancy(logits),
     }
 
 
 def _stage_ratios(parts: dict[str, Timing]) -> dict[str, float]:
-    return {f"{name}_vs_plain": round(parts[f"{name}_plain_ms"].cpu_ms / parts[f"{name}_ms"].cpu_ms, 3)
-            for name in ("images", "occupancy")}  # fmt: skip
+    return {
+        f"{name}_vs_plain": round(parts[f"{name}_plain_ms"].cpu_ms / parts[f"{name}_ms"].cpu_ms, 3)
+        for name in ("images", "occupancy")
+    }

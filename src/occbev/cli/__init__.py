@@ -22,14 +22,10 @@ COMMANDS: Mapping[str, str] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `occbev COMMAND ...`; returns the exit status."""
-    return dispatch(
-        "occbev", "occbev.cli", COMMANDS, sys.argv[1:] if arguments is None else arguments
-    )
+    return dispatch("occbev", "occbev.cli", COMMANDS, sys.argv[1:] if arguments is None else arguments)
 
 
-def dispatch(
-    program: str, package: str, commands: Mapping[str, str], arguments: Sequence[str]
-) -> int:
+def dispatch(program: str, package: str, commands: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Choose the sub-command that `arguments` name, import its module and run it.
 
     A module has `add_arguments(parser)` and `run(args) -> exit status`, and may raise
@@ -37,9 +33,7 @@ def dispatch(
     One that declares the default `more` gets the arguments that the parser does not know.
     """
     chosen = arguments[0] if arguments and arguments[0] in commands else None
-    parser = argparse.ArgumentParser(
-        prog=program, description=(sys.modules[package].__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog=program, description=(sys.modules[package].__doc__ or "").splitlines()[0])
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in commands.items():
         subparser = subparsers.add_parser(name, help=text, description=text)

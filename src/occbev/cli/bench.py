@@ -30,23 +30,17 @@ ROS_BENCHES: Mapping[str, str] = {
     "transport": "bench_transport",
     "clouds": "bench_clouds",
 }
-"""Those that know ROS and so live in `occbev.nodes`, by module."""
+"""Those that know ROS and so live in `occbev.ros`, by module."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     listing = "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
     parser.add_argument("bench", choices=tuple(BENCHES), help=listing)
-    parser.add_argument(
-        "--rounds", type=int, default=20, help="measured rounds of each method (default: 20)"
-    )
+    parser.add_argument("--rounds", type=int, default=20, help="measured rounds of each method (default: 20)")
     parser.add_argument("--model", default="occbev-tiny", help="model package, by name or folder")
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads of the runtimes (default: their own choice)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of tables"
-    )
+    parser.add_argument("--threads", type=int, help="CPU threads of the runtimes (default: their own choice)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,19 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
 def module_of(bench: str) -> str:
     """Return the full name of a benchmark's module."""
-    return (
-        f"occbev.nodes.{ROS_BENCHES[bench]}"
-        if bench in ROS_BENCHES
-        else f"occbev.benchmarks.{bench}"
-    )
+    return f"occbev.ros.{ROS_BENCHES[bench]}" if bench in ROS_BENCHES else f"occbev.benchmarks.{bench}"
 
 
 def print_record(record: dict[str, Any], console: Console) -> None:
     """Print a report as tables of keys and values."""
     for title in ("machine", "values", "ratios"):
-        table = Table(
-            title=title, title_justify="left", show_header=False, box=None, padding=(0, 2)
-        )
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         table.add_column(no_wrap=True)
         for key, value in _flat(record[title]):
             table.add_row(escape(key), escape(str(value)))

@@ -27,17 +27,17 @@ from rich.table import Table
 
 from occbev.geometry import invert_transform
 from occbev.graph import STAGES
-from occbev.model_package import ModelPackage, find_package
-from occbev.rendering import write_picture
-from occbev.report import FrameLatency, Scene, write_report
+from occbev.inference.model_package import ModelPackage, find_package
+from occbev.reports.rendering import write_picture
+from occbev.reports.report import FrameLatency, Scene, write_report
+from occbev.reports.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
 from occbev.results import CameraFrame
-from occbev.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
 from occbev.versions import machine, versions
 
 if TYPE_CHECKING:
     from occbev_training.metrics.drive import KeyResult
     from occbev_training.simulator.drive import DriveConfig
-    from occbev_training.simulator.kept import KeptDrive
+    from occbev_training.simulator.drive_cache import KeptDrive
     from occbev_training.sources.truth import Truth
 
 CONSOLE = Console(highlight=False)
@@ -60,9 +60,7 @@ wait, so that a short stall of the machine costs latency and no frame."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to")
-    parser.add_argument(
-        "--model", default="occbev-tiny", help="model package: a folder or a shipped name"
-    )
+    parser.add_argument("--model", default="occbev-tiny", help="model package: a folder or a shipped name")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the drive, 20000 or above")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the drive")
     parser.add_argument("--key-rate", type=float, default=5.0, help="sets of images per second")
@@ -122,16 +120,14 @@ def _drive_config(args: argparse.Namespace) -> DriveConfig:
     from occbev_training.simulator.drive import DriveConfig, split_of
 
     if split_of(args.seed) != "test":
-        raise ValueError(
-            f"--seed {args.seed} is of the {split_of(args.seed)} drives; use 20000 or above"
-        )
+        raise ValueError(f"--seed {args.seed} is of the {split_of(args.seed)} drives; use 20000 or above")
     keys = round(args.seconds * args.key_rate)
     return DriveConfig(keys=keys, key_rate=args.key_rate, image=_size(args.image))
 
 
 def _simulated(args: argparse.Namespace, config: DriveConfig) -> KeptDrive:
     """Make the drive, or take the one that an earlier run kept."""
-    from occbev_training.simulator.kept import keep_drive
+    from occbev_training.simulator.drive_cache import keep_drive
 
     with _bars() as report:
         drive = keep_drive(args.out, args.seed, config, args.workers, report)
@@ -204,9 +200,7 @@ def _played(folder: Path, drive: KeptDrive, package: ModelPackage) -> Played:
     command += [argument for value in SCORED for argument in ("--set", value)]
     done = subprocess.run(command, check=False, env=_own_graph())
     if not account.is_file():
-        raise OSError(
-            f"the replay ended with status {done.returncode}; the node's messages are in {log}"
-        )
+        raise OSError(f"the replay ended with status {done.returncode}; the node's messages are in {log}")
     record = json.loads(account.read_text())
     return Played(bag, record["summary"], record["frames"])
 
@@ -220,12 +214,10 @@ def _own_graph() -> dict[str, str]:
     return {**own, **os.environ}
 
 
-def _scored(
-    played: Played, drive: KeptDrive, package: ModelPackage
-) -> tuple[list[KeyResult], dict[str, Any]]:
+def _scored(played: Played, drive: KeptDrive, package: ModelPackage) -> tuple[list[KeyResult], dict[str, Any]]:
     """Score what the node published, and the means of the training set beside it."""
-    from occbev.nodes.published import read_published
-    from occbev_training.evaluate import Priors
+    from occbev.reports.recorded_outputs import read_published
+    from occbev_training.evaluation.frames import Priors
     from occbev_training.metrics.drive import results_at_keys, score_detection, score_occupancy
     from occbev_training.sources.truth import read_truth
 
@@ -235,9 +227,7 @@ def _scored(
     results = results_at_keys(published.values(), truth)
     return results, {
         "frames_scored": len(results),
-        "detection": score_detection(
-            results, truth, priors.boxes(package.model.bev) if priors else None
-        ),
+        "detection": score_detection(results, truth, priors.boxes(package.model.bev) if priors else None),
         "occupancy": score_occupancy(results, truth, priors.occupancy() if priors else None),
     }
 
@@ -253,12 +243,16 @@ def _summary(
         **played.summary,
         "latency_ms": {stage: latency[stage] for stage in stages},
         **scores,
-        "drive": {"seed": args.seed, "seconds": args.seconds, "cameras": f"6 at {width}x{height}",
-                  "sets of images per second": args.key_rate},
+        "drive": {
+            "seed": args.seed,
+            "seconds": args.seconds,
+            "cameras": f"6 at {width}x{height}",
+            "sets of images per second": args.key_rate,
+        },
         "model": {"name": package.model.name, "hash": package.hash, "trained on": package.trained_on},
         "machine": machine(),
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def _timed(summary: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
@@ -338,7 +332,7 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
         "occupancy IoU": f"{_cell(occupancy, 'iou')} (mean of the training set {_cell(occupancy, 'iou_mean_of_training_set')})",
         "report": str(out / "report.html"),
         "time": f"{summary['seconds']['total']:.0f} s",
-    }  # fmt: skip
+    }
     for name, value in rows.items():
         table.add_row(name, value)
     CONSOLE.print(table)
@@ -353,8 +347,10 @@ def too_fast(summary: Mapping[str, Any]) -> str | None:
         return None
     rate = summary["drive"]["sets of images per second"]
     done = rate * summary["frames_processed"] / summary["frames_in"]
-    return (f"Images came faster than this machine works: {rate:.1f} sets a second, of which it processed {done:.1f}. "
-            f"The newest was taken, {replaced} were replaced; slower ones: --key-rate {0.9 * done:.1f}")  # fmt: skip
+    return (
+        f"Images came faster than this machine works: {rate:.1f} sets a second, of which it processed {done:.1f}. "
+        f"The newest was taken, {replaced} were replaced; slower ones: --key-rate {0.9 * done:.1f}"
+    )
 
 
 def _cell(values: Mapping[str, Any], *keys: str, digits: int = 3) -> str:

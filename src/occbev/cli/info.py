@@ -20,9 +20,7 @@ Section = Mapping[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of tables"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,9 +53,7 @@ def _runtimes() -> dict[str, str]:
     return {
         "openvino": _openvino_devices(),
         "onnxruntime": _onnxruntime_providers(),
-        "tensorrt": _importable(
-            "tensorrt", "pip install 'occbev[tensorrt]' on a machine with a GPU"
-        ),
+        "tensorrt": _importable("tensorrt", "pip install 'occbev[tensorrt]' on a machine with a GPU"),
         "torch": _importable("torch", "pip install ./training, for backend: torch"),
     }
 
@@ -90,16 +86,12 @@ def _ros() -> dict[str, str]:
 
 
 def _capabilities() -> dict[str, str]:
-    from occbev.nodes import compat
+    from occbev.ros import compat
 
-    return {
-        c.name: "present" if c.present else f"absent: {c.remedy}" for c in compat.capabilities()
-    }
+    return {c.name: "present" if c.present else f"absent: {c.remedy}" for c in compat.capabilities()}
 
 
 def _models() -> dict[str, str]:
     """Model packages of the share folder."""
     folders = sorted(path.parent for path in share_path("config/models").glob("*/config.yaml"))
-    return {folder.name: str(folder) for folder in folders} or {
-        "none": "config/models holds no package"
-    }
+    return {folder.name: str(folder) for folder in folders} or {"none": "config/models holds no package"}

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from occbev.nodes.monitor_node import Listener, Part
+    from occbev.ros.monitor_node import Listener, Part
 
 COLOURS = {0: "green", 1: "yellow", 2: "red"}
 STALE_S = 3.0
@@ -27,17 +27,13 @@ CAMERA_COLUMNS = ("rate_hz", "age_s", "offset_ms", "received", "used")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--json", action="store_true", help="print the first report as JSON and end"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=10.0, help="with --json: seconds to wait for a node"
-    )
+    parser.add_argument("--json", action="store_true", help="print the first report as JSON and end")
+    parser.add_argument("--wait", type=float, default=10.0, help="with --json: seconds to wait for a node")
 
 
 def run(args: argparse.Namespace) -> int:
     """Show the dashboard until interrupted; with --json 1 if no node was heard."""
-    from occbev.nodes.monitor_node import Listener
+    from occbev.ros.monitor_node import Listener
 
     with Listener() as listener:
         return _snapshot(listener, args.wait) if args.json else _watch(listener)
@@ -48,9 +44,7 @@ def _snapshot(listener: Listener, seconds: float) -> int:
     parts: dict[str, Part] = {}
     while not parts and time.monotonic() < deadline:
         parts = listener.listen(0.1)
-    record = {
-        p.name: {"level": p.level, "text": p.text, "values": p.values} for p in parts.values()
-    }
+    record = {p.name: {"level": p.level, "text": p.text, "values": p.values} for p in parts.values()}
     print(json.dumps(record, indent=2))
     return 0 if record else 1
 
@@ -85,16 +79,10 @@ def _cameras(parts: Mapping[str, Part]) -> Table:
     for part in parts.values():
         if part.name in (WHOLE, LATENCY, *REMARKS):
             continue
-        losses = {
-            k.split(".", 1)[1]: v
-            for k, v in part.values.items()
-            if k.startswith(("dropped.", "refused."))
-        }
+        losses = {k.split(".", 1)[1]: v for k, v in part.values.items() if k.startswith(("dropped.", "refused."))}
         dropped = ", ".join(f"{reason} {count}" for reason, count in losses.items())
         columns = (part.values.get(key, "") for key in CAMERA_COLUMNS)
-        table.add_row(
-            part.name, *columns, dropped, Text(part.text, style=COLOURS.get(part.level, "red"))
-        )
+        table.add_row(part.name, *columns, dropped, Text(part.text, style=COLOURS.get(part.level, "red")))
     return table
 
 

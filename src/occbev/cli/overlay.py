@@ -24,8 +24,8 @@ from rich.table import Table
 
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.inference.pipeline import Pipeline, motion_to_key
-from occbev.preprocess import decode_image
-from occbev.rendering import (
+from occbev.inference.preprocess import decode_image
+from occbev.reports.rendering import (
     GROUND_TRUTH,
     BoxStyle,
     Picture,
@@ -75,26 +75,20 @@ class FrameReport:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "source", type=Path, help="ROS 2 bag (folder, .mcap, .db3) or nuScenes data root"
-    )
+    parser.add_argument("source", type=Path, help="ROS 2 bag (folder, .mcap, .db3) or nuScenes data root")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--model", help="model package: draw its boxes and voxels as well")
     parser.add_argument("--backend", default="auto", help="runtime of the model (default: auto)")
     parser.add_argument("--scene", help="only this recording of a nuScenes root")
     parser.add_argument("--version", help="table folder of a nuScenes root, where it has several")
-    parser.add_argument(
-        "--frames", type=int, default=10, help="most key frames of a recording (default: 10)"
-    )
+    parser.add_argument("--frames", type=int, default=10, help="most key frames of a recording (default: 10)")
     parser.add_argument(
         "--max-gap",
         type=float,
         default=0.1,
         help="most seconds between key frame and sweep (default: 0.1)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of tables"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,9 +96,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     reports = [report for recording in _recordings(args) for report in _overlay(recording, args)]
     if not reports:
-        raise LookupError(
-            f"{args.source}: no key frame has both an image and a sweep within {args.max_gap} s"
-        )
+        raise LookupError(f"{args.source}: no key frame has both an image and a sweep within {args.max_gap} s")
     if args.json:
         print(
             json.dumps(
@@ -117,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def lidar_in_camera(sweep: Sweep, lidar_ego2global: NDArray[np.float64], frame: CameraFrame,
-                    camera: Camera) -> tuple[NDArray[np.float64], Coverage]:  # fmt: skip
+def lidar_in_camera(
+    sweep: Sweep, lidar_ego2global: NDArray[np.float64], frame: CameraFrame, camera: Camera
+) -> tuple[NDArray[np.float64], Coverage]:
     """Move a compensated sweep into a camera through both ego poses.
 
     Returns: the points (M, 3) deeper than 1 m and inside the image, in ego at the camera's exposure; and how many.
@@ -127,9 +120,7 @@ def lidar_in_camera(sweep: Sweep, lidar_ego2global: NDArray[np.float64], frame: 
     lidar2ego = invert_transform(frame.ego2global) @ lidar_ego2global @ sweep.lidar2ego
     points = transform_points(lidar2ego, sweep.points)
     pixels, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
-    inside = (depth > LEAST_DEPTH) & np.all(
-        (pixels >= 0) & (pixels < (camera.width, camera.height)), axis=1
-    )
+    inside = (depth > LEAST_DEPTH) & np.all((pixels >= 0) & (pixels < (camera.width, camera.height)), axis=1)
     median = float(np.median(depth[inside])) if inside.any() else None
     return points[inside], Coverage(int(inside.sum()), median)
 
@@ -154,11 +145,7 @@ def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
         ) from error
     if not args.source.exists():
         raise FileNotFoundError(f"{args.source}: no such bag or nuScenes data root")
-    tables = (
-        [path.parent.name for path in args.source.glob("*/sample_data.json")]
-        if args.source.is_dir()
-        else []
-    )
+    tables = [path.parent.name for path in args.source.glob("*/sample_data.json")] if args.source.is_dir() else []
     if tables:
         scenes = [args.scene] if args.scene else None
         yield from open_nuscenes(args.source, args.version).recordings(scenes, available_only=True)
@@ -181,14 +168,18 @@ def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameRe
 
 def _posed(frame_set: FrameSet) -> FrameSet:
     """Count cameras without an ego pose as missing: nothing can be moved to them."""
-    unposed = {name: "no ego pose at its exposure" for name in frame_set.cameras
-               if (frame := frame_set.frames[name]) is not None and frame.ego2global is None}  # fmt: skip
+    unposed = {
+        name: "no ego pose at its exposure"
+        for name in frame_set.cameras
+        if (frame := frame_set.frames[name]) is not None and frame.ego2global is None
+    }
     frames = {name: None if name in unposed else frame for name, frame in frame_set.frames.items()}
     return replace(frame_set, frames=frames, missing={**frame_set.missing, **unposed})
 
 
-def _overlay_frame(recording: Recording, key: int, sweep_index: int, frame_set: FrameSet,
-                   pipeline: Pipeline | None, out: Path) -> FrameReport:  # fmt: skip
+def _overlay_frame(
+    recording: Recording, key: int, sweep_index: int, frame_set: FrameSet, pipeline: Pipeline | None, out: Path
+) -> FrameReport:
     from occbev_training.sources.deskew import compensated
 
     sweep = compensated(recording.sweep(sweep_index), recording.trajectory)
@@ -199,12 +190,8 @@ def _overlay_frame(recording: Recording, key: int, sweep_index: int, frame_set: 
     for name in frame_set.cameras:
         frame, camera = frame_set.frames[name], recording.rig[name]
         assert frame is not None
-        image = (
-            frame.image if isinstance(frame.image, np.ndarray) else decode_image(frame.image, name)
-        )
-        points, coverage[name] = lidar_in_camera(
-            sweep, recording.trajectory.at(sweep.stamp_ns), frame, camera
-        )
+        image = frame.image if isinstance(frame.image, np.ndarray) else decode_image(frame.image, name)
+        points, coverage[name] = lidar_in_camera(sweep, recording.trajectory.at(sweep.stamp_ns), frame, camera)
         lidar[name] = draw_points(image, camera, points, radius=max(1, camera.width // 500))
         images[name], at_key[name] = image, replace(camera, cam2ego=motion[name] @ camera.cam2ego)
     pictures = {"lidar": camera_mosaic(lidar)}
@@ -216,14 +203,10 @@ def _overlay_frame(recording: Recording, key: int, sweep_index: int, frame_set: 
         pictures["boxes"] = _label_picture(images, at_key, truth)
     names = _write(pictures, out, f"{recording.name}_{key:04d}")
     sweep_ms = (sweep.stamp_ns - frame_set.stamp_ns) / 1e6
-    return FrameReport(
-        recording.name, key, frame_set.stamp_ns, sweep_ms, coverage, dict(frame_set.missing), names
-    )
+    return FrameReport(recording.name, key, frame_set.stamp_ns, sweep_ms, coverage, dict(frame_set.missing), names)
 
 
-def _label_picture(
-    images: dict[str, Picture], cameras: dict[str, Camera], truth: Boxes3D
-) -> Picture:
+def _label_picture(images: dict[str, Picture], cameras: dict[str, Camera], truth: Boxes3D) -> Picture:
     """Labels over the images and from above, in their class colours."""
     drawn = {
         name: draw_boxes(image, cameras[name], truth, BoxStyle(thickness=_line(image)))
@@ -232,20 +215,19 @@ def _label_picture(
     return stacked([camera_mosaic(drawn), beside({"labels from above": bev_picture(truth)})])
 
 
-def _result_pictures(images: dict[str, Picture], cameras: dict[str, Camera], truth: Boxes3D,
-                     perception: Perception, note: str) -> dict[str, Picture]:  # fmt: skip
+def _result_pictures(
+    images: dict[str, Picture], cameras: dict[str, Camera], truth: Boxes3D, perception: Perception, note: str
+) -> dict[str, Picture]:
     """Predicted boxes beside dashed labels, and predicted voxels; over the images, from above and in 3D."""
     boxes, voxels, occupancy = {}, {}, perception.occupancy
     for name, image in images.items():
-        labelled = draw_boxes(
-            image, cameras[name], truth, replace(GROUND_TRUTH, thickness=_line(image))
-        )
-        boxes[name] = draw_boxes(
-            labelled, cameras[name], perception.boxes, BoxStyle(thickness=_line(image))
-        )
+        labelled = draw_boxes(image, cameras[name], truth, replace(GROUND_TRUTH, thickness=_line(image)))
+        boxes[name] = draw_boxes(labelled, cameras[name], perception.boxes, BoxStyle(thickness=_line(image)))
         voxels[name] = draw_voxels(image, cameras[name], occupancy)
-    views = {"boxes (dashed: labels)": bev_picture(perception.boxes, truth, size=600),
-             "voxels from above": occupancy_from_above(occupancy, 600)}  # fmt: skip
+    views = {
+        "boxes (dashed: labels)": bev_picture(perception.boxes, truth, size=600),
+        "voxels from above": occupancy_from_above(occupancy, 600),
+    }
     space = beside({note: occupancy_in_3d(occupancy, boxes=perception.boxes)})
     return {
         "boxes": stacked([camera_mosaic(boxes), beside(views)]),
@@ -269,9 +251,7 @@ def _print(reports: list[FrameReport], out: Path) -> None:
     console = Console()
     for report in reports:
         title = f"{report.recording}, key frame {report.key}, sweep {report.sweep_ms:+.1f} ms"
-        table = Table(
-            "camera", "points", "median depth (m)", title=escape(title), title_justify="left"
-        )
+        table = Table("camera", "points", "median depth (m)", title=escape(title), title_justify="left")
         for name, found in report.cameras.items():
             table.add_row(
                 escape(name),

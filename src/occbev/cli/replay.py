@@ -26,14 +26,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from occbev import graph
-from occbev.bags import BagReader
 from occbev.cli.run import PARENT_VARIABLE, end_group
-from occbev.nodes.ledger import LedgerReader, read_ledger
-from occbev.nodes.parameters import PerceptionParameters, read_parameters
-from occbev.replay import LOST, UNANSWERED, frames_of, summarise
+from occbev.messages.bags import BagReader
+from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
+from occbev.streams.frame_log import LedgerReader, read_ledger
+from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
-    from occbev.nodes.player_node import PlayerNode
+    from occbev.ros.player_node import PlayerNode
 
 IDLE_S = 10.0
 """Silence after the last message that ends the wait for results."""
@@ -43,37 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
     parser.add_argument("--rate", type=float, default=1.0, help="speed against the bag's own")
-    parser.add_argument(
-        "--loop", type=int, default=1, metavar="N", help="play the bag N times (default: once)"
-    )
+    parser.add_argument("--loop", type=int, default=1, metavar="N", help="play the bag N times (default: once)")
     parser.add_argument("--record", type=Path, help="new bag folder for what the node puts out")
-    parser.add_argument(
-        "--params-file", "--params", type=Path, help="ROS parameter file of the node"
-    )
+    parser.add_argument("--params-file", "--params", type=Path, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
     parser.add_argument("--backend", default="", help="inference runtime")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node"
-    )
-    parser.add_argument(
-        "--node", action=argparse.BooleanOptionalAction, default=True, help="start the node as well"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
+    parser.add_argument("--node", action=argparse.BooleanOptionalAction, default=True, help="start the node as well")
     parser.add_argument("--namespace", default="", help="namespace of the node")
-    parser.add_argument(
-        "--wait", type=float, default=90.0, help="seconds to wait until the node is ready"
-    )
-    parser.add_argument(
-        "--node-log", type=Path, help="file for the node's messages; default: standard error"
-    )
-    parser.add_argument(
-        "--offline", action="store_true", help="without ROS, as fast as it goes, dropping nothing"
-    )
-    parser.add_argument(
-        "--boxes", type=Path, help="with --offline: file for one JSON line of boxes per result"
-    )
-    parser.add_argument(
-        "--json", type=Path, help="file for the summary and the fate of every frame"
-    )
+    parser.add_argument("--wait", type=float, default=90.0, help="seconds to wait until the node is ready")
+    parser.add_argument("--node-log", type=Path, help="file for the node's messages; default: standard error")
+    parser.add_argument("--offline", action="store_true", help="without ROS, as fast as it goes, dropping nothing")
+    parser.add_argument("--boxes", type=Path, help="with --offline: file for one JSON line of boxes per result")
+    parser.add_argument("--json", type=Path, help="file for the summary and the fate of every frame")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,10 +69,15 @@ def run(args: argparse.Namespace) -> int:
     _refuse_what_does_nothing(args)
     path = args.params_file or Path(graph.params_file({}))
     if args.offline:
-        from occbev.nodes.offline import replay_offline
+        from occbev.streams.offline import replay_offline
 
         parameters = read_parameters(path, changes(args))
-        result = replay_offline(args.bag, parameters, args.record, args.boxes)
+        encode = None
+        if args.record:
+            from occbev.ros.outputs import encoder
+
+            encode = encoder(parameters)
+        result = replay_offline(args.bag, parameters, args.record, args.boxes, encode)
     else:
         try:
             result = _replay_live(args, path, read_parameters(path, changes(args)))
@@ -110,9 +97,11 @@ def run(args: argparse.Namespace) -> int:
 def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
     """Raise ValueError for an option that the chosen way to replay has no use for."""
     of_live = {
-        "--rate": args.rate != 1.0, "--no-node": not args.node, "--namespace": bool(args.namespace),
+        "--rate": args.rate != 1.0,
+        "--no-node": not args.node,
+        "--namespace": bool(args.namespace),
         "--node-log": args.node_log is not None,
-    }  # fmt: skip
+    }
     useless = [name for name, given in of_live.items() if given and args.offline]
     if useless:
         raise ValueError(f"{', '.join(useless)}: of no use with --offline, which runs no node")
@@ -131,12 +120,10 @@ def changes(args: argparse.Namespace) -> dict[str, str]:
     return given
 
 
-def _replay_live(
-    args: argparse.Namespace, path: Path, parameters: PerceptionParameters
-) -> dict[str, Any]:
+def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionParameters) -> dict[str, Any]:
     from occbev.allocator import keep_large_blocks
-    from occbev.nodes import player_node
-    from occbev.nodes.transport import use_large_image_profile
+    from occbev.ros import player_node
+    from occbev.ros.transport import use_large_image_profile
 
     with BagReader(args.bag) as bag, contextlib.ExitStack() as stack:
         planned = player_node.plan(bag, parameters, args.namespace)
@@ -169,9 +156,7 @@ def _replay_live(
         return _account(args, parameters, player, ledger)
 
 
-def _drive(
-    player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[bytes] | None, ledger: Path
-) -> None:
+def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[bytes] | None, ledger: Path) -> None:
     """Wait for the node, play, wait for the last results."""
 
     def alive() -> bool:
@@ -213,9 +198,7 @@ def drain(player: PlayerNode, ledger: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def perception_process(
-    args: argparse.Namespace, path: Path, ledger: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def perception_process(args: argparse.Namespace, path: Path, ledger: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the perception node as a child in a process group of its own; whatever happens, it ends with us."""
     values = {
         "params_file": path,
@@ -229,9 +212,12 @@ def perception_process(
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(args.node_log.open("wb")) if args.node_log else None
         process = subprocess.Popen(
-            command, stdout=log or sys.stderr, stderr=log or None, start_new_session=True,
+            command,
+            stdout=log or sys.stderr,
+            stderr=log or None,
+            start_new_session=True,
             env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
-        )  # fmt: skip
+        )
         try:
             yield process
         finally:
@@ -250,9 +236,13 @@ def _account(
     stand_ins = len({line["stamp_ns"] for line in lines} - set(book.anchors))
     summary = summarise(frames, published, stand_ins)
     return {
-        "bag": str(args.bag), "rate": args.rate, "offline": False, "summary": summary,
-        "player": {"lag_ms": round(book.lag_ns / 1e6, 2), "published": book.published}, "frames": frames,
-    }  # fmt: skip
+        "bag": str(args.bag),
+        "rate": args.rate,
+        "offline": False,
+        "summary": summary,
+        "player": {"lag_ms": round(book.lag_ns / 1e6, 2), "published": book.published},
+        "frames": frames,
+    }
 
 
 def _lines_from_results(player: PlayerNode) -> list[dict[str, Any]]:
@@ -265,26 +255,33 @@ def _lines_from_results(player: PlayerNode) -> list[dict[str, Any]]:
             passes[stamp] += 1
             arrived[key] = max(steady, arrived.get(key, 0))
     nearest = {
-        stamp: {
-            c: min(sent, key=lambda s: abs(s - stamp))
-            for c, sent in player.ledger.sent.items()
-            if sent
-        }
+        stamp: {c: min(sent, key=lambda s: abs(s - stamp)) for c, sent in player.ledger.sent.items() if sent}
         for stamp, _ in arrived
     }
     return [
-        {"stamp_ns": stamp, "outcome": "processed", "at_ns": steady, "images": nearest[stamp],
-         "cameras": sorted(nearest[stamp]), "missing": {}, "boxes": None, "stages_ms": {}, "published_ns": steady}
+        {
+            "stamp_ns": stamp,
+            "outcome": "processed",
+            "at_ns": steady,
+            "images": nearest[stamp],
+            "cameras": sorted(nearest[stamp]),
+            "missing": {},
+            "boxes": None,
+            "stages_ms": {},
+            "published_ns": steady,
+        }
         for (stamp, _), steady in sorted(arrived.items(), key=lambda item: item[1])
-    ]  # fmt: skip
+    ]
 
 
 def _print(summary: dict[str, Any]) -> None:
     console = Console(stderr=True, highlight=False)
     share = summary["frames_processed"] / max(1, summary["frames_in"])
     drops = ", ".join(f"{reason} {count}" for reason, count in summary["drops"].items()) or "none"
-    console.print(f"{summary['frames_processed']} of {summary['frames_in']} frames processed ({share:.1%}), "
-                  f"{summary['rate_hz']:.2f} Hz; dropped: {drops}")  # fmt: skip
+    console.print(
+        f"{summary['frames_processed']} of {summary['frames_in']} frames processed ({share:.1%}), "
+        f"{summary['rate_hz']:.2f} Hz; dropped: {drops}"
+    )
     table = Table("stage", "p50 ms", "p95 ms", title="latency", title_justify="left")
     for stage, values in summary["latency_ms"].items():
         table.add_row(stage, f"{values['p50']:.1f}", f"{values['p95']:.1f}")

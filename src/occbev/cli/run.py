@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from occbev import graph
-from occbev.nodes.parameters import PerceptionParameters, leaves
+from occbev.streams.parameters import PerceptionParameters, leaves
 
 GRACE_S = 8.0
 """How long a child may take to end before it is killed."""
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.params_file:
         values["params_file"] = str(args.params_file)
     check_file(graph.params_file(values))
-    from occbev.nodes.perception_node import main
+    from occbev.ros.perception_node import main
 
     with contextlib.ExitStack() as stack:
         if values["bag"]:
@@ -116,9 +116,7 @@ def typed(extra: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: a number is wanted and something else was given.
     """
-    numbers = {
-        leaf.name for leaf in leaves(PerceptionParameters) if isinstance(leaf.default, float)
-    }
+    numbers = {leaf.name for leaf in leaves(PerceptionParameters) if isinstance(leaf.default, float)}
     return {name: _number(name, text) if name in numbers else text for name, text in extra.items()}
 
 

@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from occbev import graph
-from occbev.bags import BagReader
 from occbev.cli.replay import changes, drain, perception_process
-from occbev.nodes.ledger import read_ledger
-from occbev.nodes.parameters import PerceptionParameters, read_parameters
-from occbev.replay import LOST, frames_of
-from occbev.soak import Watch, account
+from occbev.messages.bags import BagReader
+from occbev.reports.soak import Watch, account
+from occbev.reports.summaries import LOST, frames_of
+from occbev.streams.frame_log import read_ledger
+from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
-    from occbev.nodes.player_node import PlayerLedger
+    from occbev.ros.player_node import PlayerLedger
 
 MOST_LOST = 0.005
 """Largest share of frames that transport may lose on its way to the node."""
@@ -49,15 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params-file", type=Path, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
     parser.add_argument("--backend", default="", help="inference runtime")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=90.0, help="seconds to wait until the node is ready"
-    )
-    parser.add_argument(
-        "--node-log", type=Path, help="file for the node's messages; default: standard error"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
+    parser.add_argument("--wait", type=float, default=90.0, help="seconds to wait until the node is ready")
+    parser.add_argument("--node-log", type=Path, help="file for the node's messages; default: standard error")
     parser.add_argument("--json", type=Path, help="file for the figures")
 
 
@@ -77,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _soak(args: argparse.Namespace, path: Path, parameters: PerceptionParameters) -> dict[str, Any]:
     from occbev.allocator import keep_large_blocks
-    from occbev.nodes import player_node
-    from occbev.nodes.transport import use_large_image_profile
+    from occbev.ros import player_node
+    from occbev.ros.transport import use_large_image_profile
 
     with BagReader(args.bag) as bag, contextlib.ExitStack() as stack:
         planned = player_node.plan(bag, parameters)
@@ -115,9 +109,12 @@ def _stopped_after(seconds: float, stop: Any) -> Any:
 
 
 def _with_stamps(
-    record: dict[str, Any], args: argparse.Namespace, book: PlayerLedger, lines: list[dict[str, Any]],
+    record: dict[str, Any],
+    args: argparse.Namespace,
+    book: PlayerLedger,
+    lines: list[dict[str, Any]],
     anchor: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Add what became of every frame, and whether stamps increased within each pass of the bag."""
     frames = frames_of(book.anchors, book.sent, lines, anchor)
     outcomes = Counter(frame["outcome"] for frame in frames)
@@ -130,8 +127,14 @@ def _with_stamps(
     if unordered:
         broken.append(f"{unordered} results were published out of order")
     about = {"bag": str(args.bag), "rate": args.rate, "minutes": args.minutes, "passes": passes}
-    return {**about, "frames": len(frames), "outcomes": dict(outcomes), "out_of_order": unordered,
-            **record, "broken": broken}  # fmt: skip
+    return {
+        **about,
+        "frames": len(frames),
+        "outcomes": dict(outcomes),
+        "out_of_order": unordered,
+        **record,
+        "broken": broken,
+    }
 
 
 def _steps_back(stamps: list[int]) -> int:

@@ -13,19 +13,24 @@ from typing import Any, Protocol, cast
 
 from numpy.typing import NDArray
 
+from occbev.inference.model_package import ModelPackage
 from occbev.inference.tables import FORMS
-from occbev.model_package import ModelPackage
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 PER_CAMERA = {
-    "images": 1, "camera_valid": 1, "table_ray": 1, "table_projection": 1, "table_query": 0, "table_points": 0,
-}  # fmt: skip
+    "images": 1,
+    "camera_valid": 1,
+    "table_ray": 1,
+    "table_projection": 1,
+    "table_query": 0,
+    "table_points": 0,
+}
 """Input of a graph -> which of its axes is the number of cameras."""
 
 FACTORS = ("occupied", "kind", "kind_share")
-"""Outputs that take the place of `occupancy_logits`, see `occbev.postprocess.decode_factors`."""
+"""Outputs that take the place of `occupancy_logits`, see `occbev.inference.postprocess.decode_factors`."""
 
 
 class BackendError(ValueError):
@@ -106,9 +111,7 @@ RUNTIMES: dict[str, Runtime] = {
         ("model_int8.xml", "model.xml", "model.onnx"),
         "pip install openvino",
     ),
-    "onnxruntime": Runtime(
-        "onnx_backend", ("onnxruntime",), ("model.onnx",), "pip install onnxruntime"
-    ),
+    "onnxruntime": Runtime("onnx_backend", ("onnxruntime",), ("model.onnx",), "pip install onnxruntime"),
     "tensorrt": Runtime(
         "tensorrt_backend",
         ("tensorrt", "cuda"),
@@ -142,14 +145,13 @@ def choose_backend(name: str, package: ModelPackage) -> str:
     problems = {candidate: _problem(candidate, package) for candidate in AUTO}
     fitting = [candidate for candidate, problem in problems.items() if problem is None]
     if not fitting:
-        raise BackendError(
-            "no runtime can run this package: " + "; ".join(str(p) for p in problems.values())
-        )
+        raise BackendError("no runtime can run this package: " + "; ".join(str(p) for p in problems.values()))
     return fitting[0]
 
 
-def load_backend(package: ModelPackage, cameras: int, name: str = "auto",
-                 settings: RunSettings | None = None) -> Backend:  # fmt: skip
+def load_backend(
+    package: ModelPackage, cameras: int, name: str = "auto", settings: RunSettings | None = None
+) -> Backend:
     """Load the network of a package for a rig of `cameras` cameras.
 
     name: a key of RUNTIMES, or "auto". settings: CPU threads, None for the runtime's own choice;
@@ -162,9 +164,7 @@ def load_backend(package: ModelPackage, cameras: int, name: str = "auto",
     """
     most = package.model.max_cameras
     if cameras > most:
-        raise BackendError(
-            f"{package.model.name} takes at most {most} cameras, the rig has {cameras}"
-        )
+        raise BackendError(f"{package.model.name} takes at most {most} cameras, the rig has {cameras}")
     chosen = choose_backend(name, package)
     module = importlib.import_module(f"occbev.inference.{RUNTIMES[chosen].module}")
     backend: Backend = module.load(package, cameras, settings or RunSettings())

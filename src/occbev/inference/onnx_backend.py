@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from occbev.inference.backend import Arrays, BackendError, RunSettings, table_form
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
@@ -34,11 +34,7 @@ class OnnxBackend:
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; the outputs are fresh arrays."""
-        feed = {
-            name: np.ascontiguousarray(array)
-            for name, array in inputs.items()
-            if name in self._inputs
-        }
+        feed = {name: np.ascontiguousarray(array) for name, array in inputs.items() if name in self._inputs}
         return dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
 
 
@@ -53,7 +49,5 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OnnxBack
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exception types share no public base
-        raise BackendError(
-            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}"
-        ) from error
+        raise BackendError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
     return OnnxBackend(session, cameras)

@@ -19,7 +19,7 @@ from occbev.inference.backend import (
     RunSettings,
     table_form,
 )
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 
 INT8_GRAPH, GRAPHS = "model_int8.xml", ("model.xml", "model.onnx")
 """Files that are read: where bytes are multiplied fast the first, or else the first of the others that is there."""
@@ -33,9 +33,7 @@ class OpenVinoBackend:
 
     name, kept_outputs = "openvino", 2
 
-    def __init__(
-        self, compiled: openvino.CompiledModel, int8: bool = False, at_once: int = 1
-    ) -> None:
+    def __init__(self, compiled: openvino.CompiledModel, int8: bool = False, at_once: int = 1) -> None:
         self.at_once = at_once
         self._requests = cycle([compiled.create_infer_request() for _ in range(self.kept_outputs)])
         self._outputs = [port.get_any_name() for port in compiled.outputs]
@@ -79,9 +77,7 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OpenVino
     """Read, reshape to the rig and compile; see `load_backend`."""
     core = shared_core()
     options: dict[str, Any] = (
-        {"PERFORMANCE_HINT": "LATENCY"}
-        if settings.at_once == 1
-        else {"NUM_STREAMS": settings.at_once}
+        {"PERFORMANCE_HINT": "LATENCY"} if settings.at_once == 1 else {"NUM_STREAMS": settings.at_once}
     )
     if settings.threads is not None:
         options["INFERENCE_NUM_THREADS"] = settings.threads

@@ -28,9 +28,8 @@ from occbev.inference.backend import (
     start,
 )
 from occbev.inference.memory import Memory
-from occbev.inference.tables import TableCache
-from occbev.model_package import ModelPackage, find_package
-from occbev.postprocess import (
+from occbev.inference.model_package import ModelPackage, find_package
+from occbev.inference.postprocess import (
     BoxDecoding,
     OutputError,
     decode_boxes,
@@ -40,8 +39,9 @@ from occbev.postprocess import (
     unobserved,
     voxels_in_view,
 )
-from occbev.preprocess import PreparedImages, Preprocessor
-from occbev.query_boxes import QueryDecoding, decode_queries
+from occbev.inference.preprocess import PreparedImages, Preprocessor
+from occbev.inference.query_boxes import QueryDecoding, decode_queries
+from occbev.inference.tables import TableCache
 from occbev.results import Boxes3D, FrameSet, Occupancy, Perception, Timings
 from occbev.rig import CameraRig
 
@@ -61,27 +61,27 @@ class Pipeline:
     Not thread-safe, but that one set may be finished while the next has begun.
     """
 
-    def __init__(self, package: ModelPackage | Path | str, rig: CameraRig, backend: str | Backend = "auto",
-                 settings: RunSettings | None = None, decoding: BoxDecoding | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        package: ModelPackage | Path | str,
+        rig: CameraRig,
+        backend: str | Backend = "auto",
+        settings: RunSettings | None = None,
+        decoding: BoxDecoding | None = None,
+    ) -> None:
         """Load a network for a rig.
 
         package: loaded, or its folder, or the name of a shipped one. rig: cameras at the size they deliver.
         backend: a runtime's name (see `load_backend`) or a loaded backend. settings: for the former.
             A network with a memory runs on one set at a time, whatever they say. decoding: None for the defaults.
         """
-        self.package = (
-            package
-            if isinstance(package, ModelPackage)
-            else ModelPackage.load(find_package(package))
-        )
+        self.package = package if isinstance(package, ModelPackage) else ModelPackage.load(find_package(package))
         self.decoding = decoding or BoxDecoding()
         self._wanted, self._settings = backend, settings or RunSettings()
         if self.package.model.past_frames:
             self._settings = replace(self._settings, at_once=1)
         self._preprocessor = Preprocessor(self.package.model.image)
-        self._pool = ThreadPoolExecutor(
-            min(4, self._settings.threads or os.cpu_count() or 1), "decode"
-        )
+        self._pool = ThreadPoolExecutor(min(4, self._settings.threads or os.cpu_count() or 1), "decode")
         self._memory = Memory(self.package.model)
         self._loaded_for = 0
         self.set_rig(rig)
@@ -127,9 +127,7 @@ class Pipeline:
         With two frame sets at once the network only has begun, and what is returned waits for it.
         """
         if not frame_set.cameras:
-            raise ValueError(
-                f"frame set at {frame_set.stamp_ns} ns holds no image: {dict(frame_set.missing)}"
-            )
+            raise ValueError(f"frame set at {frame_set.stamp_ns} ns holds no image: {dict(frame_set.missing)}")
         clock = [time.perf_counter_ns()]
         decoded = self._preprocessor.decode_all(frame_set, self.rig, self._pool)
         clock.append(time.perf_counter_ns())
@@ -162,9 +160,7 @@ class Pipeline:
         self._memory.keep(wait(), frame_set.stamp_ns, pose)
         return lambda: perception
 
-    def _finished(
-        self, outputs: Arrays, prepared: PreparedImages, frame_set: FrameSet, clock: list[int]
-    ) -> Perception:
+    def _finished(self, outputs: Arrays, prepared: PreparedImages, frame_set: FrameSet, clock: list[int]) -> Perception:
         """Decode what the network said of one frame set. clock: when each stage before began, and the last ended."""
         begin_ns = time.perf_counter_ns()
         boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
@@ -198,16 +194,12 @@ class Pipeline:
             return load_backend(self.package, cameras, self._wanted, self._settings)
         return self._wanted
 
-    def _moved(
-        self, prepared: PreparedImages, frame_set: FrameSet, motion: Motion | None
-    ) -> CameraRig:
+    def _moved(self, prepared: PreparedImages, frame_set: FrameSet, motion: Motion | None) -> CameraRig:
         if motion is None:
             return prepared.rig
         absent = sorted(set(frame_set.cameras) - set(motion))
         if absent:
-            raise LookupError(
-                f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}"
-            )
+            raise LookupError(f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}")
         return prepared.rig.moved(motion.get(name, np.eye(4)) for name in prepared.rig.names)
 
     def _decoded(
@@ -219,9 +211,7 @@ class Pipeline:
         if not predicts_voxels(outputs):
             if boxes is None:
                 absent = [name for name in OUTPUTS if name not in outputs]
-                raise OutputError(
-                    f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}"
-                )
+                raise OutputError(f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}")
             return boxes, unobserved(model.grid, cameras)
         observed = self._observed(prepared.rig, prepared.camera_valid)
         min_free = model.occupancy.min_free
@@ -256,8 +246,14 @@ def predicts_voxels(outputs: Collection[str]) -> bool:
     return "occupancy_logits" in outputs or set(FACTORS) <= set(outputs)
 
 
-def voxels_of(outputs: Arrays, model: ModelConfig, min_free: float, cameras: tuple[str, ...] = (),
-              observed: NDArray[np.bool_] | None = None, pool: Executor | None = None) -> Occupancy:  # fmt: skip
+def voxels_of(
+    outputs: Arrays,
+    model: ModelConfig,
+    min_free: float,
+    cameras: tuple[str, ...] = (),
+    observed: NDArray[np.bool_] | None = None,
+    pool: Executor | None = None,
+) -> Occupancy:
     """Decode occupancy in base_link from a graph's outputs for one frame: factors or logits.
 
     min_free: least probability of free for a voxel to be free. observed, pool: see `decode_occupancy`.
@@ -265,9 +261,7 @@ def voxels_of(outputs: Arrays, model: ModelConfig, min_free: float, cameras: tup
     if set(FACTORS) <= set(outputs):
         occupied, kind, kind_share = (outputs[name][0] for name in FACTORS)
         free = len(model.occupancy_classes) - 1
-        return decode_factors(
-            occupied, kind, kind_share, free, model.grid, cameras, observed, min_free
-        )
+        return decode_factors(occupied, kind, kind_share, free, model.grid, cameras, observed, min_free)
     logits = outputs["occupancy_logits"][0]
     return decode_occupancy(logits, model.grid, cameras, observed, min_free, pool)
 

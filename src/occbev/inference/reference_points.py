@@ -35,9 +35,7 @@ def pillar_points(bev: BevGrid, z_range: tuple[float, float], heights: int) -> N
     return np.concatenate([ground, z[..., :1]], -1)
 
 
-def frame_to_images(
-    intrinsic: ArrayLike, cam2ego: ArrayLike, frame: str = "base_link"
-) -> NDArray[np.float64]:
+def frame_to_images(intrinsic: ArrayLike, cam2ego: ArrayLike, frame: str = "base_link") -> NDArray[np.float64]:
     """Return frame2img (N, 4, 4): points of a grid's frame to pixels times depth, depth, 1."""
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
     projection = np.tile(np.eye(4), (len(intrinsic), 1, 1))
@@ -63,9 +61,7 @@ def project(
     return place.astype(np.float32).reshape(*shape, 2), visible.reshape(shape)
 
 
-def reference_tables(
-    points: NDArray[np.float32], visible: NDArray[np.bool_], max_rows: int, max_slots: int
-) -> Tables:
+def reference_tables(points: NDArray[np.float32], visible: NDArray[np.bool_], max_rows: int, max_slots: int) -> Tables:
     """Return which queries each camera sees as tables of fixed size.
 
     points: (N, Q, D, 2). visible: (N, Q, D). max_rows: queries per camera. max_slots: cameras per query.
@@ -114,9 +110,7 @@ class EgoMotion:
         return cls(now[:3, 3] - before[:3, 3], yaws[1], turn)
 
 
-def bev_shift(
-    motion: EgoMotion, bev: BevGrid, reference_quirks: bool = False
-) -> NDArray[np.float32]:
+def bev_shift(motion: EgoMotion, bev: BevGrid, reference_quirks: bool = False) -> NDArray[np.float32]:
     """Return what to add to x and y in 0..1 of the grid to find a cell in the frame before, (2,).
 
     reference_quirks: as published, which takes the grid's y for forward in every frame.
@@ -130,9 +124,7 @@ def bev_shift(
     return (shift / extent).astype(np.float32)
 
 
-def align_table(
-    turn: float, bev: BevGrid, centre: tuple[float, float] | None = None
-) -> NDArray[np.int32]:
+def align_table(turn: float, bev: BevGrid, centre: tuple[float, float] | None = None) -> NDArray[np.int32]:
     """Return which cell of the frame before turns into each cell, (Y * X,); Y * X for none.
 
     turn: radians. centre: of the turn, column and row in cells; by default where the vehicle is.
@@ -164,9 +156,8 @@ def can_bus(
     yaw = yaw_from_rotation(pose[:3, :3]) % (2 * math.pi)
     delta, turn = (np.zeros(3), 0.0) if motion is None else (motion.delta, motion.turn)
     return np.concatenate(
-        [delta, wxyz_from_rotation(pose[:3, :3]), acceleration, rotation_rate, velocity,
-         [yaw, math.degrees(turn)]]
-    ).astype(np.float32)  # fmt: skip
+        [delta, wxyz_from_rotation(pose[:3, :3]), acceleration, rotation_rate, velocity, [yaw, math.degrees(turn)]]
+    ).astype(np.float32)
 
 
 def motion_tables(
@@ -189,9 +180,7 @@ def motion_tables(
     }
 
 
-def warp_table(
-    key2past: ArrayLike, bev: BevGrid, reference_quirks: bool = False
-) -> NDArray[np.float32]:
+def warp_table(key2past: ArrayLike, bev: BevGrid, reference_quirks: bool = False) -> NDArray[np.float32]:
     """Return where each cell of the key frame was in the past one, (Y, X, 2) as grid sampling takes it.
 
     key2past: (4, 4), the BEV's frame at the key time -> that of the past frame, BEV augmentation folded in;

@@ -32,8 +32,11 @@ RAY_CHANNELS = 4
 """Channels of `ray_table`."""
 
 FORMS = {
-    "bag": "table_offset", "gather": "table_cell", "slots": "table_slot", "projection": "table_projection",
-}  # fmt: skip
+    "bag": "table_offset",
+    "gather": "table_cell",
+    "slots": "table_slot",
+    "projection": "table_projection",
+}
 """Kind of tables -> the input of a graph that tells of it: two of Lift-Splat, that of BEVFormer and that of DETR3D."""
 
 
@@ -54,8 +57,9 @@ class LiftPoints:
         return len(self.cell)
 
 
-def lift_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int],
-                lift: LiftConfig, bev: BevGrid) -> LiftPoints:  # fmt: skip
+def lift_points(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], lift: LiftConfig, bev: BevGrid
+) -> LiftPoints:
     """Place every frustum point of every camera in the BEV (Philion & Fidler 2020, eq. 1-3).
 
     intrinsic: (N, 3, 3) of the network-size images, augmentation folded in.
@@ -67,8 +71,9 @@ def lift_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int,
     return place_points(points, lift, bev)
 
 
-def frustum_points(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int],
-                   lift: LiftConfig) -> NDArray[np.float64]:  # fmt: skip
+def frustum_points(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], lift: LiftConfig
+) -> NDArray[np.float64]:
     """Return where every depth bin of every feature cell is, (N, D, h, w, 3) in ego; see `lift_points`."""
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
     rays = feature_pixels(image_size, lift) @ np.swapaxes(
@@ -117,8 +122,9 @@ def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
     return depth.lo + (index + (0 if lift.reference_quirks else 0.5)) * depth.step
 
 
-def camera_parameters(intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike | None = None,
-                      bda: ArrayLike | None = None) -> NDArray[np.float32]:  # fmt: skip
+def camera_parameters(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike | None = None, bda: ArrayLike | None = None
+) -> NDArray[np.float32]:
     """Return what a camera-aware depth net reads of each camera, (N, 27) (Li et al. 2022, section 3.2).
 
     intrinsic: (N, 3, 3) of the source images. cam2ego: (N, 4, 4). src2img: (N, 3, 3), source to network
@@ -129,10 +135,17 @@ def camera_parameters(intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLi
     image = np.broadcast_to(np.eye(3) if src2img is None else np.asarray(src2img), (count, 3, 3))
     ego = np.broadcast_to(np.eye(3) if bda is None else np.asarray(bda)[:3, :3], (count, 3, 3))
     parts = [
-        intrinsic[:, 0, :1], intrinsic[:, 1, 1:2], intrinsic[:, 0, 2:], intrinsic[:, 1, 2:],
-        image[:, 0], image[:, 1],
-        ego[:, 0, :2], ego[:, 1, :2], ego[:, 2, 2:], cam2ego[:, :3].reshape(count, 12),
-    ]  # fmt: skip
+        intrinsic[:, 0, :1],
+        intrinsic[:, 1, 1:2],
+        intrinsic[:, 0, 2:],
+        intrinsic[:, 1, 2:],
+        image[:, 0],
+        image[:, 1],
+        ego[:, 0, :2],
+        ego[:, 1, :2],
+        ego[:, 2, 2:],
+        cam2ego[:, :3].reshape(count, 12),
+    ]
     return np.concatenate(parts, 1).astype(np.float32)
 
 
@@ -152,17 +165,13 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int, height_bins: i
     }
 
 
-def gather_capacities(
-    bev: BevGrid, max_points: int, height_bins: int = 1, max_cells: int = 0
-) -> tuple[int, ...]:
+def gather_capacities(bev: BevGrid, max_points: int, height_bins: int = 1, max_cells: int = 0) -> tuple[int, ...]:
     """Rows of each stage of the gather form, the reserved all-zero last row included.
 
     A cell's last row of a stage may be nearly empty, so that each cell that holds points takes one more.
     """
     cells = max_cells or bev.size * height_bins
-    return tuple(
-        max_points // GATHER_WIDTH**stage + cells + 1 for stage in range(1, GATHER_STAGES + 1)
-    )
+    return tuple(max_points // GATHER_WIDTH**stage + cells + 1 for stage in range(1, GATHER_STAGES + 1))
 
 
 def gather_tables(
@@ -182,31 +191,24 @@ def gather_tables(
     slots, row_cell = _group(points.cell)
     used = slots >= 0
     tables: Tables = {
-        "table_pixel": _padded(
-            np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]
-        ),
-        "table_depth": _padded(
-            np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]
-        ),
+        "table_pixel": _padded(np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]),
+        "table_depth": _padded(np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]),
         "table_weight": _padded(used.astype(np.float32), capacities[0]),
     }
     for stage in range(2, GATHER_STAGES + 1):
         zero_row = capacities[stage - 2] - 1
         slots, row_cell = _group(row_cell)
-        tables[f"table_stage{stage}"] = _padded(
-            np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row
-        )
+        tables[f"table_stage{stage}"] = _padded(np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row)
     if len(row_cell) and np.any(np.diff(row_cell) == 0):
-        raise TableCapacityError(
-            f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points"
-        )
+        raise TableCapacityError(f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points")
     cell = np.full(bev.size * height_bins, capacities[-1] - 1, np.int32)
     cell[row_cell] = np.arange(len(row_cell))
     return tables | {"table_cell": cell}
 
 
-def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int],
-              lift: LiftConfig) -> NDArray[np.float32]:  # fmt: skip
+def ray_table(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], lift: LiftConfig
+) -> NDArray[np.float32]:
     """Return what calibration says of each feature cell: (N, 4, h, w), camera-aware depth's input.
 
     Channels: slope of the ray across the camera's axis, which grows with the column; metres that it climbs
@@ -228,9 +230,7 @@ def ray_table(intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, i
     )
 
 
-def gate_parameters(
-    intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike
-) -> NDArray[np.float32]:
+def gate_parameters(intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike) -> NDArray[np.float32]:
     """Return what BEVDet's first BEVDepth reads of each camera, (N, 33): its matrices, row by row.
 
     Arguments as in `camera_parameters`.
@@ -240,14 +240,17 @@ def gate_parameters(
     image = np.broadcast_to(np.asarray(src2img, np.float64), (count, 3, 3))
     turn, shift = image.copy(), np.zeros((count, 3))
     turn[:, :2, 2], shift[:, :2] = 0, image[:, :2, 2]
-    parts = [intrinsic.reshape(count, 9), turn.reshape(count, 9), shift,
-             cam2ego[:, :3, :3].reshape(count, 9), cam2ego[:, :3, 3]]  # fmt: skip
+    parts = [
+        intrinsic.reshape(count, 9),
+        turn.reshape(count, 9),
+        shift,
+        cam2ego[:, :3, :3].reshape(count, 9),
+        cam2ego[:, :3, 3],
+    ]
     return np.concatenate(parts, 1).astype(np.float32)
 
 
-def calibration_table(
-    intrinsic: ArrayLike, cam2ego: ArrayLike, model: ModelConfig
-) -> NDArray[np.float32]:
+def calibration_table(intrinsic: ArrayLike, cam2ego: ArrayLike, model: ModelConfig) -> NDArray[np.float32]:
     """Return what the model's depth net reads of each camera: (N, K, h, w), or (N, K, 1, 1) if constant.
 
     intrinsic: (N, 3, 3) of network-size images. Published camera parameters are those of source images,
@@ -329,13 +332,9 @@ def feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.
     """Return the pixel (h * w, 3) as u, v, 1 that stands for each feature cell, row by row."""
     columns, rows = (size // lift.stride for size in image_size)
     if lift.reference_quirks:  # from the first pixel to the last one, both included
-        across, down = (
-            np.linspace(0, s - 1, n) for s, n in zip(image_size, (columns, rows), strict=True)
-        )
+        across, down = (np.linspace(0, s - 1, n) for s, n in zip(image_size, (columns, rows), strict=True))
     else:
-        across, down = (
-            (np.arange(n, dtype=np.float64) + 0.5) * lift.stride for n in (columns, rows)
-        )
+        across, down = ((np.arange(n, dtype=np.float64) + 0.5) * lift.stride for n in (columns, rows))
     u, v = np.meshgrid(across, down)
     return np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)
 
@@ -354,8 +353,6 @@ def _group(key: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]
 
 
 def _padded(rows: NDArray[np.generic], length: int, fill: int = 0) -> NDArray[np.int32]:
-    out = np.full(
-        (length, *rows.shape[1:]), fill, np.float32 if rows.dtype == np.float32 else np.int32
-    )
+    out = np.full((length, *rows.shape[1:]), fill, np.float32 if rows.dtype == np.float32 else np.int32)
     out[: len(rows)] = rows
     return out

@@ -17,7 +17,7 @@ from cuda.bindings import runtime as cuda
 from numpy.typing import NDArray
 
 from occbev.inference.backend import PER_CAMERA, Arrays, BackendError, RunSettings, table_form
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "occbev" / "tensorrt"
 LOGGER = logging.getLogger(__name__)
@@ -33,16 +33,14 @@ class TensorRtBackend:
         self._context = engine.create_execution_context()
         self._stream = _checked(cuda.cudaStreamCreate())
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        is_input = {
-            name: engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT for name in names
-        }
+        is_input = {name: engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT for name in names}
         self._inputs = [name for name in names if is_input[name]]
         self.form = table_form(self._inputs)
-        self._host = {name: np.empty(tuple(engine.get_tensor_shape(name)), tensorrt.nptype(engine.get_tensor_dtype(name)))
-                      for name in names}  # fmt: skip
-        self._buffer = {
-            name: _checked(cuda.cudaMalloc(array.nbytes)) for name, array in self._host.items()
+        self._host = {
+            name: np.empty(tuple(engine.get_tensor_shape(name)), tensorrt.nptype(engine.get_tensor_dtype(name)))
+            for name in names
         }
+        self._buffer = {name: _checked(cuda.cudaMalloc(array.nbytes)) for name, array in self._host.items()}
         for name, pointer in self._buffer.items():
             self._context.set_tensor_address(name, pointer)
 
@@ -72,7 +70,7 @@ class TensorRtBackend:
     def about(self) -> dict[str, str]:
         """Return the engine's file and the memory of the device, for diagnostics."""
         error, free, total = cuda.cudaMemGetInfo()
-        used = f"{(total - free) >> 20} of {total >> 20}" if error == cuda.cudaError_t.cudaSuccess else "unknown"  # fmt: skip
+        used = f"{(total - free) >> 20} of {total >> 20}" if error == cuda.cudaError_t.cudaSuccess else "unknown"
         return {"engine": str(self._path), "gpu_memory_mb": used}
 
     def _copy(self, name: str, target: int, source: int, kind: Any) -> None:
@@ -86,9 +84,7 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TensorRt
     key = f"{package.hash}-{cameras}-{device}-sm{properties.major}{properties.minor}-{tensorrt.__version__}-{precision}"
     path = CACHE / (re.sub(r"[^A-Za-z0-9.]+", "-", key) + ".engine")
     if not path.is_file():
-        LOGGER.warning(
-            "building a TensorRT engine for %s; this takes minutes and happens once", device
-        )
+        LOGGER.warning("building a TensorRT engine for %s; this takes minutes and happens once", device)
         _keep(path, _build(package.path("model.onnx"), cameras, precision))
     engine = tensorrt.Runtime(_logger()).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
@@ -117,9 +113,7 @@ def _build(path: Path, cameras: int, precision: str) -> bytes:
         config.set_flag(tensorrt.BuilderFlag.FP16)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise BackendError(
-            f"{path}: TensorRT {tensorrt.__version__} could not build an engine; its log says why"
-        )
+        raise BackendError(f"{path}: TensorRT {tensorrt.__version__} could not build an engine; its log says why")
     return bytes(engine)
 
 

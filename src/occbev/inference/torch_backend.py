@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from occbev.inference.backend import Arrays, BackendError, RunSettings
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
 from occbev_training.models.graphs import Graph, GraphError, make_graph
@@ -29,8 +29,7 @@ class TorchBackend:
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; the outputs are fresh arrays."""
         tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device)
-            for name in self._graph.inputs
+            name: torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self._graph.inputs
         }
         low = torch.autocast(self._device.type, torch.bfloat16, enabled=self._low_precision)
         with torch.inference_mode(), low:
@@ -51,8 +50,6 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TorchBac
     except GraphError as error:
         raise BackendError(f"{path}: {error}") from error
     except CheckpointError as error:
-        raise BackendError(
-            f"{error}; was it exported by another version of occbev_training?"
-        ) from error
+        raise BackendError(f"{error}; was it exported by another version of occbev_training?") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TorchBackend(graph, device, settings.precision == "auto" and device.type == "cuda")

@@ -18,9 +18,9 @@ from occbev.config import ImageConfig, ModelConfig
 from occbev.grid import BevGrid
 from occbev.inference.reference_points import frame_to_images, pillar_points, project
 from occbev_training.benchmarks.measure import bench_device, peak_bytes, speedup, waiting
-from occbev_training.export import ring_rig
-from occbev_training.models.bevformer import CameraPairs, SpatialCrossAttention, pair_cameras
-from occbev_training.models.deformable_attention import Levels, sample_by_grid
+from occbev_training.export.package import ring_rig
+from occbev_training.models.queries.bevformer import CameraPairs, SpatialCrossAttention, pair_cameras
+from occbev_training.models.queries.deformable_attention import Levels, sample_by_grid
 
 CAMERAS, CHANNELS, HEADS, HEIGHTS, POINTS = 6, 256, 8, 4, 8
 LEVELS = Levels(((116, 200), (58, 100), (29, 50), (15, 25)))
@@ -47,9 +47,7 @@ class Case:
         return padded_attention(self.attention, self.query, self.features, self.hits)
 
 
-def padded_attention(
-    attention: SpatialCrossAttention, query: Tensor, features: Tensor, hits: CameraPairs
-) -> Tensor:
+def padded_attention(attention: SpatialCrossAttention, query: Tensor, features: Tensor, hits: CameraPairs) -> Tensor:
     """Do what BEVFormer's code does: every camera's queries padded to the longest, all in one batch."""
     rows = hits.query.split(hits.per_image)
     points = hits.points.split(hits.per_image)
@@ -77,9 +75,7 @@ def make_case(cells: int, device: str = "cpu") -> Case:
     bev = BevGrid((-EXTENT, -EXTENT), (2 * EXTENT / cells,) * 2, (cells, cells))
     model = ModelConfig(image=ImageConfig(width=1600, height=928))
     rig = ring_rig(model, CAMERAS).cameras
-    matrices = frame_to_images(
-        np.stack([c.intrinsic for c in rig]), np.stack([c.cam2ego for c in rig])
-    )
+    matrices = frame_to_images(np.stack([c.intrinsic for c in rig]), np.stack([c.cam2ego for c in rig]))
     seen = project(pillar_points(bev, (-5.0, 3.0), HEIGHTS), matrices, (1600, 928))
     points, visible = (torch.from_numpy(array)[None].to(device) for array in seen)
     hits = pair_cameras(points, visible, torch.ones(1, CAMERAS, device=device))
@@ -102,13 +98,16 @@ def measure(rounds: int, forward: Case, backward: Case, device: str = "cpu") -> 
     if not difference < TOLERANCE:
         raise ValueError(f"the forms differ by {difference:.1e}: nothing to compare")
     values: dict[str, object] = {
-        "device": device, "threads": torch.get_num_threads(), "rounds": rounds,
-        "queries": forward.query.shape[1], "pairs": len(forward.hits.query), "difference": difference,
-    }  # fmt: skip
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "queries": forward.query.shape[1],
+        "pairs": len(forward.hits.query),
+        "difference": difference,
+    }
     ratios = {}
     forms = {"ours": _without_gradient(forward.ours), "padded": _without_gradient(forward.padded)}
-    both = {"ours": partial(_train, backward, backward.ours),
-            "padded": partial(_train, backward, backward.padded)}  # fmt: skip
+    both = {"ours": partial(_train, backward, backward.ours), "padded": partial(_train, backward, backward.padded)}
     for key, methods in (("forward", forms), ("forward_backward", both)):
         timings = interleaved(waiting(methods, device), rounds)
         values |= {f"{key}_{name}_ms": timing.wall_ms for name, timing in timings.items()}

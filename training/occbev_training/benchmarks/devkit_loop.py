@@ -27,7 +27,7 @@ def main(path: str) -> None:
     sides = {side: boxes_of(case, side) for side in ("pred", "gt")}
     evaluation = SimpleNamespace(
         cfg=config_factory("detection_cvpr_2019"), pred_boxes=sides["pred"], gt_boxes=sides["gt"], verbose=False
-    )  # fmt: skip
+    )
     start = time.process_time()
     metrics, _ = DetectionEval.evaluate(evaluation)
     milliseconds = 1e3 * (time.process_time() - start)
@@ -46,12 +46,19 @@ def boxes_of(case: dict[str, np.ndarray[Any, Any]], side: str) -> Any:
         *(case[f"{side}_{name}"] for name in columns), strict=True
     ):
         length, width, height = size.tolist()
-        rows[int(sample)].append(DetectionBox(
-            sample_token=str(sample), translation=(*xy.tolist(), 0.0), size=(width, length, height),
-            rotation=(math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)), velocity=tuple(velocity.tolist()),
-            num_pts=1, detection_name=str(case["classes"][label]), detection_score=float(score),
-            attribute_name=str(case["attributes"][attribute]) if attribute >= 0 else "",
-        ))  # fmt: skip
+        rows[int(sample)].append(
+            DetectionBox(
+                sample_token=str(sample),
+                translation=(*xy.tolist(), 0.0),
+                size=(width, length, height),
+                rotation=(math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)),
+                velocity=tuple(velocity.tolist()),
+                num_pts=1,
+                detection_name=str(case["classes"][label]),
+                detection_score=float(score),
+                attribute_name=str(case["attributes"][attribute]) if attribute >= 0 else "",
+            )
+        )
     for sample, boxes in rows.items():
         found.add_boxes(str(sample), boxes)
     return found

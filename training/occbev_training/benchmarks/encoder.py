@@ -30,9 +30,9 @@ from occbev.config import ModelConfig
 from occbev.inference.onnx_backend import PROVIDERS
 from occbev.inference.openvino_backend import shared_core
 from occbev_training.benchmarks.measure import bench_device, speedup, waiting
-from occbev_training.models.image_encoder import ImageEncoder, fold_block
-from occbev_training.models.image_necks import PyramidNeck, ResNetImageEncoder
-from occbev_training.models.resnet import ResNet
+from occbev_training.models.encoders.image_encoder import ImageEncoder, fold_block
+from occbev_training.models.encoders.image_necks import PyramidNeck, ResNetImageEncoder
+from occbev_training.models.encoders.resnet import ResNet
 
 CAMERAS = 6
 CALIBRATION_SETS = 2
@@ -100,15 +100,25 @@ def write_graphs(encoder: nn.Module, images: Tensor, folder: Path) -> tuple[Path
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            encoder, (images,), str(floats), input_names=["images"], opset_version=18,
-            dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+            encoder,
+            (images,),
+            str(floats),
+            input_names=["images"],
+            opset_version=18,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     quant_pre_process(str(floats), str(prepared))
     quantize_static(
-        str(prepared), str(integers), _RandomImages(tuple(images.shape)),
-        quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
+        str(prepared),
+        str(integers),
+        _RandomImages(tuple(images.shape)),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     return floats, integers
 
 
@@ -142,10 +152,7 @@ def _differences(methods: dict[str, Method]) -> dict[str, float]:
     with torch.no_grad():
         results = {name: _as_array(method()) for name, method in methods.items()}
     want = results.pop("eager")
-    return {
-        name: float(np.abs(got - want).mean() / np.abs(want).mean())
-        for name, got in results.items()
-    }
+    return {name: float(np.abs(got - want).mean() / np.abs(want).mean()) for name, got in results.items()}
 
 
 def _as_array(result: Any) -> NDArray[np.float32]:
@@ -158,8 +165,11 @@ def run(options: Options) -> Report:
     torch.set_num_threads(threads)
     device = bench_device()
     values: dict[str, Any] = {
-        "device": device, "rounds": options.rounds, "threads": threads, "cameras": CAMERAS,
-    }  # fmt: skip
+        "device": device,
+        "rounds": options.rounds,
+        "threads": threads,
+        "cameras": CAMERAS,
+    }
     ratios: dict[str, float] = {}
     for name, (encoder, size) in encoders().items():
         images = torch.randn(CAMERAS, 3, *size)

@@ -51,17 +51,25 @@ def run(options: Options) -> Report:
     truths = make_truths(SAMPLES, TRUTHS)
     predictions = make_predictions(truths, SAMPLES, BOXES)
     truth, predicted, origins = make_street()
-    times = interleaved({
-        "nds": lambda: score_boxes(predictions, truths),
-        "rayiou": lambda: ray_counts(truth, predicted, origins, GRIDS["occ3d"]),
-    }, options.rounds)  # fmt: skip
+    times = interleaved(
+        {
+            "nds": lambda: score_boxes(predictions, truths),
+            "rayiou": lambda: ray_counts(truth, predicted, origins, GRIDS["occ3d"]),
+        },
+        options.rounds,
+    )
     scores = score_boxes(predictions, truths)
     values: dict[str, Any] = {
-        "rounds": options.rounds, "samples": SAMPLES, "predictions": len(predictions), "truths": len(truths),
-        "equal_scores": len(predictions) - len(np.unique(predictions.score)), "nds": scores.nds,
-        "nds_ms": times["nds"].cpu_ms, "rayiou_ms": times["rayiou"].cpu_ms,
+        "rounds": options.rounds,
+        "samples": SAMPLES,
+        "predictions": len(predictions),
+        "truths": len(truths),
+        "equal_scores": len(predictions) - len(np.unique(predictions.score)),
+        "nds": scores.nds,
+        "nds_ms": times["nds"].cpu_ms,
+        "rayiou_ms": times["rayiou"].cpu_ms,
         "rays": ORIGINS * len(ray_directions()),
-    }  # fmt: skip
+    }
     ratios = {}
     try:
         record = run_devkit(predictions, truths, SAMPLES)
@@ -88,10 +96,17 @@ def make_truths(samples: int, boxes: int, seed: int = 0) -> BoxTable:
     velocity = random.normal(scale=3, size=(count, 2))
     velocity[random.random(count) < 0.1] = np.nan
     return BoxTable(
-        np.repeat(np.arange(samples), boxes), label, np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1),
-        random.uniform(0.5, 6, (count, 3)), random.uniform(-np.pi, np.pi, count), velocity,
-        _attributes(random, label), -np.ones(count), radius, np.zeros(count, bool),
-    )  # fmt: skip
+        np.repeat(np.arange(samples), boxes),
+        label,
+        np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1),
+        random.uniform(0.5, 6, (count, 3)),
+        random.uniform(-np.pi, np.pi, count),
+        velocity,
+        _attributes(random, label),
+        -np.ones(count),
+        radius,
+        np.zeros(count, bool),
+    )
 
 
 def make_predictions(truths: BoxTable, samples: int, boxes: int, seed: int = 1) -> BoxTable:
@@ -109,13 +124,23 @@ def make_predictions(truths: BoxTable, samples: int, boxes: int, seed: int = 1) 
         random.uniform(-np.pi, np.pi, count),
     )
     scattered = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
-    xy = np.where(near[:, None], truths.xy[source] + random.normal(scale=0.8, size=(count, 2)), scattered)  # fmt: skip
+    xy = np.where(near[:, None], truths.xy[source] + random.normal(scale=0.8, size=(count, 2)), scattered)
     size = np.where(near[:, None], truths.size[source], 2.0) * random.uniform(0.8, 1.2, (count, 3))
     yaw = truths.yaw[source] + random.normal(scale=0.3, size=count)
     velocity = np.nan_to_num(truths.velocity[source]) + random.normal(size=(count, 2))
     score = np.round(np.clip(random.normal(0.3 + 0.3 * near, 0.2), 0.01, 0.99), 2)
-    return BoxTable(sample, label, xy, size, yaw, velocity, _attributes(random, label), score,
-                    np.hypot(*xy.T), np.zeros(count, bool))  # fmt: skip
+    return BoxTable(
+        sample,
+        label,
+        xy,
+        size,
+        yaw,
+        velocity,
+        _attributes(random, label),
+        score,
+        np.hypot(*xy.T),
+        np.zeros(count, bool),
+    )
 
 
 def make_street(seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
@@ -126,7 +151,7 @@ def make_street(seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8], ND
     truth[:, 60:75, 2] = truth[:, 125:140, 2] = 13
     for side in (slice(20, 60), slice(140, 180)):
         for first in range(0, 200, 25):
-            truth[first : first + int(random.integers(12, 23)), side, 2 : int(random.integers(10, 17))] = 15  # fmt: skip
+            truth[first : first + int(random.integers(12, 23)), side, 2 : int(random.integers(10, 17))] = 15
     for _ in range(25):
         x, y = random.integers(5, 185), random.integers(62, 130)
         truth[x : x + 11, y : y + 5, 3:7] = 4
@@ -136,14 +161,14 @@ def make_street(seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8], ND
     predicted = np.roll(truth, 1, 0)
     wrong = random.random(truth.shape) < 0.002
     predicted[wrong] = random.integers(0, FREE + 1, np.count_nonzero(wrong))
-    origins = np.stack([np.linspace(-35, 35, ORIGINS), np.zeros(ORIGINS), np.full(ORIGINS, 1.84)], 1)  # fmt: skip
+    origins = np.stack([np.linspace(-35, 35, ORIGINS), np.zeros(ORIGINS), np.full(ORIGINS, 1.84)], 1)
     return truth, predicted, origins.astype(np.float32)
 
 
 def devkit_python() -> Path:
     """Return the Python of the devkit's environment; raises FileNotFoundError saying how to build it."""
     named = os.environ.get(DEVKIT_VARIABLE)
-    path = Path(named) if named else Path(__file__).parents[3] / ".venv" / "devkit" / "bin" / "python"  # fmt: skip
+    path = Path(named) if named else Path(__file__).parents[3] / ".venv" / "devkit" / "bin" / "python"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no nuscenes-devkit to compare with; 'make devkit' builds its environment,"
@@ -165,8 +190,9 @@ def run_devkit(predictions: BoxTable, truths: BoxTable, samples: int) -> dict[st
         _write_case(path, predictions, truths, samples)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)  # its packages are not ours
-        done = subprocess.run([str(python), devkit_loop.__file__, str(path)], capture_output=True, text=True,
-                              env=environment, check=False)  # fmt: skip
+        done = subprocess.run(
+            [str(python), devkit_loop.__file__, str(path)], capture_output=True, text=True, env=environment, check=False
+        )
     if done.returncode:
         raise DevkitError(f"{python}: {done.stderr.strip()[-600:]}")
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -181,7 +207,7 @@ def compare(ours: DetectionScores, theirs: dict[str, Any]) -> float:
             pairs[f"AP of {name} at {threshold}"] = ap, theirs["label_aps"][name][str(threshold)]
         for error in TP_ERRORS:
             want = theirs["label_tp_errors"][name][error]
-            pairs[f"{error} of {name}"] = ours.tp_errors[name][error], math.nan if want is None else want  # fmt: skip
+            pairs[f"{error} of {name}"] = ours.tp_errors[name][error], math.nan if want is None else want
     worst = 0.0
     for name, (mine, want) in pairs.items():
         difference = 0.0 if math.isnan(mine) and math.isnan(want) else abs(mine - want)
@@ -199,8 +225,10 @@ def _attributes(random: np.random.Generator, label: NDArray[np.int64]) -> NDArra
 
 def _write_case(path: Path, predictions: BoxTable, truths: BoxTable, samples: int) -> None:
     arrays: dict[str, Any] = {
-        "samples": samples, "classes": np.array(DETECTION_CLASSES), "attributes": np.array(ATTRIBUTES),
-    }  # fmt: skip
+        "samples": samples,
+        "classes": np.array(DETECTION_CLASSES),
+        "attributes": np.array(ATTRIBUTES),
+    }
     names = ("sample", "label", "xy", "size", "yaw", "velocity", "attribute", "score")
     for side, table in (("pred", predictions), ("gt", truths)):
         arrays |= {f"{side}_{name}": getattr(table, name) for name in names}

@@ -85,13 +85,16 @@ def load_copies() -> Copies:
     stamp = int(recording.key_stamp_ns[key])
     nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - stamp)))
     sweep = recording.sweep(nearest)
-    return _copies(f"{source}, {len(sweep.points)} returns", recording.rig, recording.frame_set(key), sweep,
-                   recording.trajectory.at(sweep.stamp_ns))  # fmt: skip
+    return _copies(
+        f"{source}, {len(sweep.points)} returns",
+        recording.rig,
+        recording.frame_set(key),
+        sweep,
+        recording.trajectory.at(sweep.stamp_ns),
+    )
 
 
-def _copies(
-    source: str, rig: CameraRig, frames: FrameSet, sweep: Sweep, ego2global: NDArray[np.float64]
-) -> Copies:
+def _copies(source: str, rig: CameraRig, frames: FrameSet, sweep: Sweep, ego2global: NDArray[np.float64]) -> Copies:
     """Repeat a sweep along a straight drive, with a noise of 2 cm; cameras keep their delays."""
     rng = np.random.default_rng(0)
     places = (np.arange(COPIES) - COPIES // 2) * SPACING
@@ -106,9 +109,7 @@ def _copies(
         name: None if f is None else CameraFrame(name, f.stamp_ns + late, b"", f.ego2global)
         for name, f in frames.frames.items()
     }
-    return Copies(
-        source, rig, FrameSet(int(stamps[COPIES // 2]), moved), sweeps, Trajectory(stamps, path)
-    )
+    return Copies(source, rig, FrameSet(int(stamps[COPIES // 2]), moved), sweeps, Trajectory(stamps, path))
 
 
 def run(options: Options) -> Report:
@@ -125,19 +126,14 @@ def run(options: Options) -> Report:
 
     def collapsed() -> NDArray[np.uint8]:
         return _states(
-            [
-                bundle_rays(r, m, grid, 0.8, True, scratch)
-                for r, m in zip(rays, motions, strict=True)
-            ],
+            [bundle_rays(r, m, grid, 0.8, True, scratch) for r, m in zip(rays, motions, strict=True)],
             grid,
         )
 
     def plain() -> NDArray[np.uint8]:
         return _plain_states(rays, motions, grid)
 
-    timing = interleaved(
-        {"label": full_label, "collapsed": collapsed, "plain": plain}, options.rounds
-    )
+    timing = interleaved({"label": full_label, "collapsed": collapsed, "plain": plain}, options.rounds)
     ours, theirs = collapsed(), plain()
     free = theirs == 1
     steps = _plain_steps(rays, motions, grid)
@@ -192,10 +188,16 @@ def _plain(end, origin, motion, lo, pitch, shape, state):  # type: ignore[no-unt
     o, e = np.empty(3), np.empty(3)
     for i in range(len(end)):
         for a in range(3):
-            o[a] = (motion[a, 0] * origin[i, 0] + motion[a, 1] * origin[i, 1]
-                    + motion[a, 2] * origin[i, 2] + motion[a, 3] - lo[a]) / pitch[a]  # fmt: skip
-            e[a] = (motion[a, 0] * end[i, 0] + motion[a, 1] * end[i, 1]
-                    + motion[a, 2] * end[i, 2] + motion[a, 3] - lo[a]) / pitch[a]  # fmt: skip
+            o[a] = (
+                motion[a, 0] * origin[i, 0]
+                + motion[a, 1] * origin[i, 1]
+                + motion[a, 2] * origin[i, 2]
+                + motion[a, 3]
+                - lo[a]
+            ) / pitch[a]
+            e[a] = (
+                motion[a, 0] * end[i, 0] + motion[a, 1] * end[i, 1] + motion[a, 2] * end[i, 2] + motion[a, 3] - lo[a]
+            ) / pitch[a]
         dx, dy, dz = e[0] - o[0], e[1] - o[1], e[2] - o[2]
         ix, iy, iz = int(np.floor(o[0])), int(np.floor(o[1])), int(np.floor(o[2]))
         jx, jy, jz = int(np.floor(e[0])), int(np.floor(e[1])), int(np.floor(e[2]))
@@ -203,7 +205,11 @@ def _plain(end, origin, motion, lo, pitch, shape, state):  # type: ignore[no-unt
         tx = ((ix + (sx > 0)) - o[0]) / dx if dx != 0 else np.inf
         ty = ((iy + (sy > 0)) - o[1]) / dy if dy != 0 else np.inf
         tz = ((iz + (sz > 0)) - o[2]) / dz if dz != 0 else np.inf
-        wx, wy, wz = abs(1 / dx) if dx != 0 else np.inf, abs(1 / dy) if dy != 0 else np.inf, abs(1 / dz) if dz != 0 else np.inf  # fmt: skip
+        wx, wy, wz = (
+            abs(1 / dx) if dx != 0 else np.inf,
+            abs(1 / dy) if dy != 0 else np.inf,
+            abs(1 / dz) if dz != 0 else np.inf,
+        )
         while 0 <= ix < nx and 0 <= iy < ny and 0 <= iz < nz:
             cell = (ix * ny + iy) * nz + iz
             if ix == jx and iy == jy and iz == jz:
@@ -230,9 +236,7 @@ def _plain(end, origin, motion, lo, pitch, shape, state):  # type: ignore[no-unt
     return steps
 
 
-def _plain_states(
-    rays: Sequence[Rays], motions: Sequence[NDArray[np.float64]], grid: VoxelGrid
-) -> NDArray[np.uint8]:
+def _plain_states(rays: Sequence[Rays], motions: Sequence[NDArray[np.float64]], grid: VoxelGrid) -> NDArray[np.uint8]:
     """Occupied, free and unobserved by the plain traversal."""
     state = np.zeros(grid.size, np.uint8)
     parts = (np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape))
@@ -241,19 +245,13 @@ def _plain_states(
     return state
 
 
-def _plain_steps(
-    rays: Sequence[Rays], motions: Sequence[NDArray[np.float64]], grid: VoxelGrid
-) -> int:
+def _plain_steps(rays: Sequence[Rays], motions: Sequence[NDArray[np.float64]], grid: VoxelGrid) -> int:
     state = np.zeros(grid.size, np.uint8)
     parts = (np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape))
-    return sum(
-        _plain(r.end, r.origin, m, *parts, state) for r, m in zip(rays, motions, strict=True)
-    )
+    return sum(_plain(r.end, r.origin, m, *parts, state) for r, m in zip(rays, motions, strict=True))
 
 
-def _python_ms(
-    cast: Callable[..., None], rays: Rays, motion: NDArray[np.float64], grid: VoxelGrid
-) -> float:
+def _python_ms(cast: Callable[..., None], rays: Rays, motion: NDArray[np.float64], grid: VoxelGrid) -> float:
     """Processor time in ms of one sweep cast in Python, extrapolated from some of its beams."""
     chosen = np.linspace(0, len(rays) - 1, PYTHON_RAYS).astype(int)
     state = np.zeros(grid.size, np.uint8)
@@ -264,9 +262,14 @@ def _python_ms(
 
 
 def _python(
-    end: NDArray[np.float64], origin: NDArray[np.float64], motion: NDArray[np.float64],
-    lo: NDArray[np.float64], pitch: NDArray[np.float64], shape: NDArray[np.int64], state: NDArray[np.uint8],
-) -> None:  # fmt: skip
+    end: NDArray[np.float64],
+    origin: NDArray[np.float64],
+    motion: NDArray[np.float64],
+    lo: NDArray[np.float64],
+    pitch: NDArray[np.float64],
+    shape: NDArray[np.int64],
+    state: NDArray[np.uint8],
+) -> None:
     """Cast rays as label scripts write it: one small array for each of cell, step and crossing."""
     cells = state.reshape(shape)
     for point, start in zip(end, origin, strict=True):
@@ -291,9 +294,7 @@ def _python(
             crossing[axis] += width[axis]
 
 
-def _throughput(
-    job: Callable[[int], float], rounds: int = 5, frames: int = 5
-) -> tuple[float, float, float]:
+def _throughput(job: Callable[[int], float], rounds: int = 5, frames: int = 5) -> tuple[float, float, float]:
     """Return frames per second of one process and of two beside each other, and the memory of one in MB.
 
     In turns, and medians: a processor's clock changes from one second to the next.
@@ -301,9 +302,7 @@ def _throughput(
     rates: tuple[list[float], list[float]] = ([], [])
     memory = 0.0
     with ExitStack() as stack:
-        pools = [
-            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(2)
-        ]
+        pools = [stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for _ in range(2)]
         for started in [pool.submit(job, 1) for pool in pools]:  # compile outside the measurement
             started.result()
         for workers in (1, 2) * rounds:

@@ -15,9 +15,7 @@ def bench_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def waiting(
-    methods: Mapping[str, Callable[[], object]], device: str
-) -> dict[str, Callable[[], object]]:
+def waiting(methods: Mapping[str, Callable[[], object]], device: str) -> dict[str, Callable[[], object]]:
     """Return the methods such that each call ends only when its work on the device is done."""
     return {name: _wait_after(method, device) for name, method in methods.items()}
 

@@ -19,7 +19,7 @@ from occbev.config import DepthConfig, ImageConfig, LiftConfig, ModelConfig
 from occbev.grid import BevGrid
 from occbev.inference.tables import LiftPoints, lift_points
 from occbev_training.benchmarks.measure import bench_device, peak_bytes, speedup, waiting
-from occbev_training.models.lift_splat import BatchedPoints, batch_points, splat
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_points, splat
 
 CAMERAS = 6
 BEV = BevGrid((-51.2, -51.2), (0.8, 0.8), (128, 128))
@@ -59,10 +59,13 @@ def make_case(bins: int = 118, channels: int = 80, seed: int = 0, device: str = 
     last = np.diff(points.cell, append=-1) != 0
     tables = batch_points([points], np.zeros((1, CAMERAS, 1, 1, 1), np.float32), model)
     return Case(
-        depth.to(device), context.to(device),
-        torch.from_numpy(points.depth).long().to(device), torch.from_numpy(last).to(device),
-        torch.from_numpy(points.cell[last]).long().to(device), tables.to(device),
-    )  # fmt: skip
+        depth.to(device),
+        context.to(device),
+        torch.from_numpy(points.depth).long().to(device),
+        torch.from_numpy(last).to(device),
+        torch.from_numpy(points.cell[last]).long().to(device),
+        tables.to(device),
+    )
 
 
 def _ring_points(model: ModelConfig) -> LiftPoints:
@@ -108,9 +111,7 @@ class _BorderSums(torch.autograd.Function):
         return gradient[run], None
 
 
-def forward_backward(
-    pool: Callable[[Case], Tensor], case: Case
-) -> Callable[[], tuple[Tensor, ...]]:
+def forward_backward(pool: Callable[[Case], Tensor], case: Case) -> Callable[[], tuple[Tensor, ...]]:
     """Return a call that pools and computes the gradients of depth and context."""
     depth, context = (v.clone().requires_grad_() for v in (case.depth, case.context))
     trainable = replace(case, depth=depth, context=context)
@@ -143,12 +144,15 @@ def run(options: Options) -> Report:
         output = BEV.size * case.context.shape[-1]
         ratios["peak_extra_vs_io"] = peak / (4 * (case.context.numel() + output))
     values = {
-        "device": device, "threads": torch.get_num_threads(), "rounds": options.rounds,
-        "points": len(case.order), "cells_hit": len(case.cells),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "points": len(case.order),
+        "cells_hit": len(case.cells),
         "relative_difference": difference,
         **{f"forward_{n}": vars(t) for n, t in forward.items()},
         **{f"forward_backward_{n}": vars(t) for n, t in both.items()},
-    }  # fmt: skip
+    }
     return Report("pooling", values, ratios)
 
 

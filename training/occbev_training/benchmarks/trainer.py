@@ -20,19 +20,13 @@ import torch
 from occbev.benchmarks import Options, Report
 from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
-from occbev_training import objectives
 from occbev_training.data.augment import AugmentConfig
-from occbev_training.data.cache import (
-    CachedSample,
-    CacheInfo,
-    SampleCache,
-    open_cache,
-    write_sample,
-)
+from occbev_training.data.cache import CachedSample, CacheInfo, SampleCache, open_cache, write_sample
 from occbev_training.data.datasets import SampleDataset, batches
+from occbev_training.engine.config import OptimConfig, TrainingConfig
+from occbev_training.engine.trainer import Trainer, tune_process
+from occbev_training.losses import objectives
 from occbev_training.models.build import build_model
-from occbev_training.train_config import OptimConfig, TrainingConfig
-from occbev_training.trainer import Trainer, tune_process
 
 CAMERAS = 6
 SAMPLES = 8
@@ -46,7 +40,7 @@ def run(options: Options) -> Report:
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(Path(folder) / "cache", ModelConfig())
-        shares = {stage: measure(stage, cache, Path(folder) / stage, options) for stage in ("pretrain", "finetune")}  # fmt: skip
+        shares = {stage: measure(stage, cache, Path(folder) / stage, options) for stage in ("pretrain", "finetune")}
     for stage, share in shares.items():
         values |= {f"{stage}_{name}": value for name, value in share.items()}
     for name in ("overhead_share", "data_wait_share"):  # the worse of the two stages
@@ -59,9 +53,15 @@ def measure(stage: str, cache: SampleCache, folder: Path, options: Options) -> d
     model, threads = ModelConfig(), options.threads or 1
     steps = WARM_STEPS + STEPS_PER_ROUND * options.rounds
     config = TrainingConfig(
-        stage=stage, steps=steps, batch=2, threads=threads, workers=1, log_every=STEPS_PER_ROUND,
-        validate_every=0, optim=OptimConfig(scales={}),
-    )  # fmt: skip
+        stage=stage,
+        steps=steps,
+        batch=2,
+        threads=threads,
+        workers=1,
+        log_every=STEPS_PER_ROUND,
+        validate_every=0,
+        optim=OptimConfig(scales={}),
+    )
     tune_process(threads)
     network = build_model(model, stage)
     objectives.prefer_channels_last(network)
@@ -71,7 +71,9 @@ def measure(stage: str, cache: SampleCache, folder: Path, options: Options) -> d
         weights = torch.ones(len(model.occupancy_classes))
         objective = objectives.FinetuneObjective(model, config.loss, weights)
     dataset = SampleDataset(cache, model, AugmentConfig(), seed=0)
-    trainer = Trainer(config, network, objective, lambda first: batches(dataset, config.batch, config.workers, first), folder)  # fmt: skip
+    trainer = Trainer(
+        config, network, objective, lambda first: batches(dataset, config.batch, config.workers, first), folder
+    )
     marks: list[tuple[float, Counter[str]]] = []
 
     def mark(line: Mapping[str, Any]) -> None:
@@ -94,10 +96,7 @@ def random_cache(root: Path, model: ModelConfig) -> SampleCache:
     drive = root / "random"
     drive.mkdir(parents=True)
     names = tuple(f"cam{i}" for i in range(CAMERAS))
-    files = {
-        f"{i:04d}.npz": write_sample(drive / f"{i:04d}.npz", random_sample(model, i))
-        for i in range(SAMPLES)
-    }
+    files = {f"{i:04d}.npz": write_sample(drive / f"{i:04d}.npz", random_sample(model, i)) for i in range(SAMPLES)}
     info = CacheInfo(model.image, names, model.grid)
     record = {"info": to_record(info), "labels": {"made": "at random"}, "files": files}
     (drive / "drive.json").write_text(json.dumps(record))
@@ -110,15 +109,20 @@ def random_sample(model: ModelConfig, seed: int) -> CachedSample:
     width, height, shape = model.image.width, model.image.height, model.grid.shape
     optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
     yaws = np.linspace(0, 2 * np.pi, CAMERAS, endpoint=False)
-    cam2ego = np.stack(
-        [make_transform(rotation_from_yaw(yaw) @ optical, (1.0, 0.0, 1.5)) for yaw in yaws]
-    )
+    cam2ego = np.stack([make_transform(rotation_from_yaw(yaw) @ optical, (1.0, 0.0, 1.5)) for yaw in yaws])
     intrinsic = np.array([[0.6 * width, 0, width / 2], [0, 0.6 * width, height / 2], [0, 0, 1]])
     returns, boxes = 4000 * CAMERAS, 40
     state = rng.choice(3, shape, p=(0.6, 0.35, 0.05)).astype(np.uint8)
     box = np.concatenate(
-        [rng.uniform(-40, 40, (boxes, 2)), rng.uniform(0, 1, (boxes, 1)), rng.uniform(1, 5, (boxes, 3)),
-         rng.uniform(-3, 3, (boxes, 1)), rng.normal(size=(boxes, 2))], 1)  # fmt: skip
+        [
+            rng.uniform(-40, 40, (boxes, 2)),
+            rng.uniform(0, 1, (boxes, 1)),
+            rng.uniform(1, 5, (boxes, 3)),
+            rng.uniform(-3, 3, (boxes, 1)),
+            rng.normal(size=(boxes, 2)),
+        ],
+        1,
+    )
     return CachedSample(
         images=rng.integers(0, 255, (CAMERAS, height, width, 3)).astype(np.uint8),
         camera_valid=np.ones(CAMERAS, bool),

@@ -25,10 +25,10 @@ from occbev_training.sources.recording import RecordingError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
+    parser.add_argument("--ego-box", action="store_true", help="propose the box of the vehicle's own returns")
     parser.add_argument(
-        "--ego-box", action="store_true", help="propose the box of the vehicle's own returns"
+        "--no-turns", action="store_true", help="skip the comparison of clocks by turns, which takes longest"
     )
-    parser.add_argument("--no-turns", action="store_true", help="skip the comparison of clocks by turns, which takes longest")  # fmt: skip
     add_bag_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -46,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
         found = {"ego_box": asdict(box)} if box else {"no_ego_box": reason} if reason else {}
         print(json.dumps(record | found))
         return 1 if failed else 0
-    table = Table(
-        "", "requirement", "found", title=f"{args.bag}: {'usable' if not failed else 'not usable'}"
-    )
+    table = Table("", "requirement", "found", title=f"{args.bag}: {'usable' if not failed else 'not usable'}")
     for verdict in verdicts:
         mark = "[green]ok" if verdict.ok else ("[red]MUST" if verdict.must else "[yellow]should")
         table.add_row(mark, verdict.requirement, verdict.text)
@@ -56,9 +54,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     if box is not None:
         corners = " ".join(f"{v:g}" for v in (*box.lo, *box.hi))
-        console.print(
-            f"ego box: lo {box.lo}, hi {box.hi}; pairs --ego-box {corners}", highlight=False
-        )
+        console.print(f"ego box: lo {box.lo}, hi {box.hi}; pairs --ego-box {corners}", highlight=False)
     elif reason:
         console.print(f"no ego box: {reason}", highlight=False, markup=False)
     return 1 if failed else 0

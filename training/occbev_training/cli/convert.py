@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from occbev.config import ConfigError, ModelConfig, load_config, to_record
-from occbev.model_package import ModelPackage, file_hash, write_package
+from occbev.inference.model_package import ModelPackage, file_hash, write_package
 from occbev.share import share_path
 from occbev_training.models.build import STAGES, build_model
 from occbev_training.models.checkpoints import CheckpointError, save_weights
@@ -31,13 +31,9 @@ from occbev_training.models.renaming import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "checkpoint", type=Path, help="published weights (.pth); no code in it is run"
-    )
+    parser.add_argument("checkpoint", type=Path, help="published weights (.pth); no code in it is run")
     parser.add_argument("--family", required=True, help="name of a configuration in config/models")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the package, new or empty"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the package, new or empty")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -48,10 +44,14 @@ def run(args: argparse.Namespace) -> int:
     stage, report, weights = convert(model, state, str(args.checkpoint))
     package = write_converted(args.out, model, stage, weights, args.checkpoint)
     record = {
-        "folder": str(args.out), "stage": stage, "converted": len(report.converted),
-        "dropped": len(report.dropped), "missing": len(report.missing),
-        "mismatched": len(report.mismatched), "package": package.hash,
-    }  # fmt: skip
+        "folder": str(args.out),
+        "stage": stage,
+        "converted": len(report.converted),
+        "dropped": len(report.dropped),
+        "missing": len(report.missing),
+        "mismatched": len(report.mismatched),
+        "package": package.hash,
+    }
     if args.json:
         print(json.dumps(record))
     else:
@@ -88,14 +88,8 @@ def convert(
             return stage, report, {own: state[name] for own, name in names.items()}
         reports[stage] = report
     stage, report = max(reports.items(), key=lambda entry: len(entry[1].converted))
-    first = {
-        what: names[0]
-        for what in ("dropped", "missing", "mismatched")
-        if (names := getattr(report, what))
-    }
-    raise CheckpointError(
-        f"{source}: not the weights of {model.name}: {report} ({stage}); first {first}"
-    )
+    first = {what: names[0] for what in ("dropped", "missing", "mismatched") if (names := getattr(report, what))}
+    raise CheckpointError(f"{source}: not the weights of {model.name}: {report} ({stage}); first {first}")
 
 
 def write_converted(
@@ -108,9 +102,10 @@ def write_converted(
     record = {"model": to_record(model), "stage": stage}
     save_weights(folder / "weights.safetensors", weights, record)
     provenance = {
-        "data": f"published weights of {model.name}", "stage": stage,
+        "data": f"published weights of {model.name}",
+        "stage": stage,
         "converted_from": {"file": source.name, "sha256": file_hash(source)},
-    }  # fmt: skip
+    }
     count = sum(value.numel() for value in weights.values())
     (folder / "README.md").write_text(
         f"# {model.name}\n\nPublished weights, converted from `{source.name}` without loss: {len(weights)}"

@@ -25,18 +25,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 from occbev_training.data.cache import open_cache
-from occbev_training.evaluate import Priors, fit_priors, score_priors
-from occbev_training.evaluation_report import draw_plots, draw_worst, write_json
-from occbev_training.held_out import CacheFrames, HeldOut, RootFrames, open_held_out
+from occbev_training.evaluation.data import CacheFrames, HeldOut, RootFrames, open_held_out
+from occbev_training.evaluation.frames import Priors, fit_priors, score_priors
+from occbev_training.evaluation.report import draw_plots, draw_worst, write_json
+from occbev_training.evaluation.result_files import official_scores, results_of, scenes_of, score_files
+from occbev_training.evaluation.run_package import WORST, PackageRun, RunOptions, run_in_processes
+from occbev_training.evaluation.scores import Scores
 from occbev_training.metrics.bootstrap import DRAWS
 from occbev_training.metrics.detection import THRESHOLDS, TP_ERRORS
 from occbev_training.metrics.nuscenes_results import read_results, write_results
 from occbev_training.metrics.occ3d_results import result_tokens
-from occbev_training.package_scores import WORST, PackageRun, RunOptions, run_in_processes
-from occbev_training.result_files import official_scores, results_of, scenes_of, score_files
-from occbev_training.scores import Scores
 from occbev_training.sources.discovery import read_names
 from occbev_training.sources.nuscenes import open_nuscenes
 
@@ -53,21 +53,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--results", type=Path, metavar="JSON", help="score this nuScenes result file instead of a package"
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--voxels", type=Path, metavar="FOLDER", help="score these Occ3D results, one <sample token>.npz a sample"
-    )  # fmt: skip
-    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")  # fmt: skip
-    parser.add_argument(
-        "--scenes", type=Path, metavar="FILE",
-        help="only these drives, one name a line; of result files by default those that they name",
-    )  # fmt: skip
-    parser.add_argument("--limit", type=int, help="score this many samples: evenly spaced, or the first of a network that remembers")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on it (default 1)")  # fmt: skip
-    parser.add_argument("--backend", default="auto", help="runtime, as for the node")
-    parser.add_argument(
-        "--precision", default="auto", help="auto, or f32 to forbid the hardware's fast type"
     )
+    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")
+    parser.add_argument(
+        "--scenes",
+        type=Path,
+        metavar="FILE",
+        help="only these drives, one name a line; of result files by default those that they name",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="score this many samples: evenly spaced, or the first of a network that remembers"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on it (default 1)")
+    parser.add_argument("--backend", default="auto", help="runtime, as for the node")
+    parser.add_argument("--precision", default="auto", help="auto, or f32 to forbid the hardware's fast type")
     parser.add_argument("--threads", type=int, help="CPU threads of the runtime, in each process")
     parser.add_argument(
         "--fit-priors",
@@ -75,27 +77,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CACHE",
         help="take the priors from these training drives",
     )
-    parser.add_argument(
-        "--priors", type=Path, help="where the fitted priors are written; by default nowhere"
-    )
+    parser.add_argument("--priors", type=Path, help="where the fitted priors are written; by default nowhere")
     parser.add_argument(
         "--calibrate",
         action="store_true",
         help="find the occupancy.min_free with the best occupied IoU on these drives, which should be validation"
         " drives; 'occbev-train export --calibration' takes the file of --json",
     )
+    parser.add_argument("--min-free", type=float, help="score with this occupancy.min_free instead of the package's")
     parser.add_argument(
-        "--min-free", type=float, help="score with this occupancy.min_free instead of the package's"
+        "--draws",
+        type=int,
+        default=DRAWS,
+        help=f"drives are drawn anew so often for the 95 %% intervals; 0 leaves them out (default {DRAWS})",
     )
     parser.add_argument(
-        "--draws", type=int, default=DRAWS,
-        help=f"drives are drawn anew so often for the 95 %% intervals; 0 leaves them out (default {DRAWS})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER",
+        "--out",
+        type=Path,
+        metavar="FOLDER",
         help="write metrics.json, plots, the worst frames as pictures and, of a nuScenes root, results.json",
-    )  # fmt: skip
-    parser.add_argument("--save-voxels", action="store_true", help="also write FOLDER/voxels/<sample token>.npz in the form of Occ3D")  # fmt: skip
+    )
+    parser.add_argument(
+        "--save-voxels", action="store_true", help="also write FOLDER/voxels/<sample token>.npz in the form of Occ3D"
+    )
     parser.add_argument("--json", type=Path, help="write all scores to this file")
 
 
@@ -111,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         draw_plots(record, args.out)
     _print(console, record)
     if args.out:
-        console.print(f"{args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}", highlight=False)  # fmt: skip
+        console.print(f"{args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}", highlight=False)
     return 0
 
 
@@ -129,7 +133,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.save_voxels and not args.out:
         raise ValueError("--save-voxels needs --out FOLDER")
     if args.workers < 1 or args.draws < 0 or (args.limit is not None and args.limit < 1):
-        raise ValueError(f"--workers {args.workers} and --limit {args.limit} must be at least 1, --draws {args.draws} at least 0")  # fmt: skip
+        raise ValueError(
+            f"--workers {args.workers} and --limit {args.limit} must be at least 1, --draws {args.draws} at least 0"
+        )
 
 
 def _of_files(args: argparse.Namespace, console: Console) -> Record:
@@ -138,16 +144,12 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
     results = None if args.results is None else read_results(args.results)
     scenes: Sequence[str] | None = drives
     if scenes is None:
-        named = (
-            result_tokens(args.voxels) & set(tables.tables["sample"])
-            if results is None
-            else results
-        )
+        named = result_tokens(args.voxels) & set(tables.tables["sample"]) if results is None else results
         scenes = scenes_of(tables, named)
     root = RootFrames(tables, scenes, with_images=False)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(root))
-        scores, _ = score_files(root, results, args.voxels, lambda done: progress.update(task, completed=done))  # fmt: skip
+        scores, _ = score_files(root, results, args.voxels, lambda done: progress.update(task, completed=done))
     scored = [str(path) for path in (args.results, args.voxels) if path is not None]
     return {"scored": scored, **_base_record(args, root, scores)}
 
@@ -159,21 +161,37 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
     priors = _priors(args, package, console)
     indices = _chosen(len(held_out), args.limit, package.model.past_frames > 0)
     voxels = args.out / "voxels" if args.save_voxels else None
-    options = RunOptions(args.backend, args.threads, args.precision, args.min_free, args.calibrate, voxels,
-                         WORST if args.out else 0, drives)  # fmt: skip
+    options = RunOptions(
+        args.backend,
+        args.threads,
+        args.precision,
+        args.min_free,
+        args.calibrate,
+        voxels,
+        WORST if args.out else 0,
+        drives,
+    )
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(indices))
-        done = run_in_processes(args.package, args.data, indices, options, args.workers,
-                                lambda done: progress.update(task, completed=done))  # fmt: skip
+        done = run_in_processes(
+            args.package, args.data, indices, options, args.workers, lambda done: progress.update(task, completed=done)
+        )
     scores = Scores.of(done.results(), package.model.occupancy_classes)
     if isinstance(held_out, RootFrames):
         scores = official_scores(scores, done.results(), held_out, indices)
     min_free = package.model.occupancy.min_free if args.min_free is None else args.min_free
     record = {
-        "package": {"name": package.model.name, "family": package.model.family, "hash": package.hash,
-                    "trained_on": package.trained_on, "runtime": done.device, "outputs": list(done.outputs)},
-        "min_free": min_free, **_base_record(args, held_out, scores),
-    }  # fmt: skip
+        "package": {
+            "name": package.model.name,
+            "family": package.model.family,
+            "hash": package.hash,
+            "trained_on": package.trained_on,
+            "runtime": done.device,
+            "outputs": list(done.outputs),
+        },
+        "min_free": min_free,
+        **_base_record(args, held_out, scores),
+    }
     if done.calibration is not None:
         record["calibration"] = done.calibration.as_record()
     if priors is not None and isinstance(held_out, CacheFrames):
@@ -183,14 +201,15 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
     return record
 
 
-def _write_files(args: argparse.Namespace, done: PackageRun, held_out: HeldOut, indices: list[int],
-                 scores: Scores, record: Record) -> None:  # fmt: skip
+def _write_files(
+    args: argparse.Namespace, done: PackageRun, held_out: HeldOut, indices: list[int], scores: Scores, record: Record
+) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     worst = [frame for frames in done.worst.values() for frame in frames]
     by = sorted({frame.by for frame in worst})
     record["worst"] = [
         line for kind in by for line in draw_worst([f for f in worst if f.by == kind], held_out, args.out)
-    ]  # fmt: skip
+    ]
     if isinstance(held_out, RootFrames) and scores.boxes is not None:
         write_results(args.out / "results.json", results_of(done.results(), held_out, indices))
 
@@ -198,9 +217,12 @@ def _write_files(args: argparse.Namespace, done: PackageRun, held_out: HeldOut, 
 def _base_record(args: argparse.Namespace, held_out: HeldOut, scores: Scores) -> Record:
     intervals = scores.intervals(args.draws) if args.draws else None
     return {
-        "data": held_out.source, "samples": len(scores.names), "drives": len(set(scores.drives)),
-        **scores.as_record(), "intervals": None if intervals is None else intervals.as_record(),
-    }  # fmt: skip
+        "data": held_out.source,
+        "samples": len(scores.names),
+        "drives": len(set(scores.drives)),
+        **scores.as_record(),
+        "intervals": None if intervals is None else intervals.as_record(),
+    }
 
 
 def _drives(args: argparse.Namespace) -> tuple[str, ...] | None:
@@ -233,7 +255,10 @@ def _print(console: Console, record: Record) -> None:
         console.print(_voxel_table(record["occupancy"]))
     measured = record["measured"]
     absent = [name for name in ("boxes", "occupancy", "rays") if name not in measured]
-    console.print(f"measured: {', '.join(measured) or 'nothing'}" + (f"; not predicted or not known: {', '.join(absent)}" if absent else ""))  # fmt: skip
+    console.print(
+        f"measured: {', '.join(measured) or 'nothing'}"
+        + (f"; not predicted or not known: {', '.join(absent)}" if absent else "")
+    )
     if "calibration" in record:
         best, now = record["calibration"], record["summary"]
         console.print(
@@ -250,7 +275,7 @@ def _summary_table(record: Record) -> Table:
         columns.append(f"95 % of draws of {intervals['units']} {intervals['drawn']}s")
     if priors:
         columns.append("training set's means")
-    table = Table(*columns, title=f"{record['samples']} samples of {record['drives']} drives, {record['data']}")  # fmt: skip
+    table = Table(*columns, title=f"{record['samples']} samples of {record['drives']} drives, {record['data']}")
     for name, value in record["summary"].items():
         row = [name, _number(value)]
         if intervals:
@@ -274,16 +299,16 @@ def _class_table(detection: Mapping[str, Any]) -> Table:
         of_class = detection["class_tp_errors"][name]
         cells = [float(np.mean(list(by.values()))), *by.values(), *(of_class[e] for e in TP_ERRORS)]
         table.add_row(name, str(detection["truths"][name]), *(_number(cell, 2) for cell in cells))
-    means = [detection["mAP"], *[None] * len(THRESHOLDS), *(detection["tp_errors"][e] for e in TP_ERRORS)]  # fmt: skip
+    means = [detection["mAP"], *[None] * len(THRESHOLDS), *(detection["tp_errors"][e] for e in TP_ERRORS)]
     total = sum(detection["truths"].values())
     table.add_row("mean", str(total), *(_number(cell, 2) for cell in means))
     return table
 
 
 def _range_table(rings: Mapping[str, Any]) -> Table:
-    table = Table("distance", "true", "mAP", "car AP 2 m", "pedestrian AP 2 m", title="boxes by range")  # fmt: skip
+    table = Table("distance", "true", "mAP", "car AP 2 m", "pedestrian AP 2 m", title="boxes by range")
     for name, ring in rings.items():
-        ap = [ring["AP"][label]["2.0"] if ring["truths"][label] else None for label in ("car", "pedestrian")]  # fmt: skip
+        ap = [ring["AP"][label]["2.0"] if ring["truths"][label] else None for label in ("car", "pedestrian")]
         table.add_row(name, str(sum(ring["truths"].values())), *map(_number, [ring["mAP"], *ap]))
     return table
 

@@ -20,13 +20,13 @@ from typing import Any
 from rich.console import Console
 
 from occbev.config import ConfigError, ModelConfig, load_config
-from occbev.model_package import ModelPackage
+from occbev.inference.model_package import ModelPackage
 from occbev_training.data.cache import open_cache
-from occbev_training.export import ExportError, export_package
+from occbev_training.export.package import ExportError, export_package
+from occbev_training.export.quantise import QuantisationError
 from occbev_training.metrics.calibration import calibrated_min_free
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
-from occbev_training.quantise import QuantisationError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights.safetensors of a fine-tuning run, or a package of weights",
     )
     parser.add_argument("folder", type=Path, help="where the package is written")
-    parser.add_argument(
-        "--model", type=Path, help="model configuration (YAML); a package has its own"
-    )
+    parser.add_argument("--model", type=Path, help="model configuration (YAML); a package has its own")
     parser.add_argument("--provenance", type=Path, help="JSON: data, steps, seeds of the training")
     parser.add_argument("--metrics", type=Path, help="JSON: held-out scores")
     parser.add_argument(
@@ -47,12 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="JSON of 'occbev-train evaluate --calibrate': its occupancy.min_free goes into the package",
     )
-    parser.add_argument(
-        "--add", type=Path, nargs="*", default=[], help="files to ship along, such as priors.npz"
-    )
-    parser.add_argument(
-        "--cameras", type=int, nargs="*", help="sizes of the rigs that graphs are checked on"
-    )
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="files to ship along, such as priors.npz")
+    parser.add_argument("--cameras", type=int, nargs="*", help="sizes of the rigs that graphs are checked on")
     parser.add_argument(
         "--int8",
         type=Path,
@@ -73,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
     frames = None if args.int8 is None else open_cache(args.int8)
     try:
         with console.status("exporting and checking the graphs on several rigs"):
-            package = export_package(
-                network, model, args.folder, *records, args.add, args.cameras or None, frames
-            )
+            package = export_package(network, model, args.folder, *records, args.add, args.cameras or None, frames)
     except (ExportError, QuantisationError) as error:
         Console(stderr=True).print(f"{model.name}: {error}", highlight=False)
         return 1
@@ -90,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"operators: {operators}", highlight=False)
     for runtime, outputs in package.metrics["export_difference"].items():
         worst = max(outputs.values())
-        console.print(
-            f"{runtime}: differs from torch by at most {worst:.1e} of an output's largest value"
-        )
+        console.print(f"{runtime}: differs from torch by at most {worst:.1e} of an output's largest value")
     if frames is not None:
         share = package.metrics["int8_agreement"]
         console.print(f"int8: agrees with float to {share:.3f} (soft intersection over union)")

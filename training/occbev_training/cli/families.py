@@ -16,20 +16,16 @@ from rich.console import Console
 
 from occbev.share import share_path
 from occbev_training.cli.convert import load_family
-from occbev_training.export import ExportError
-from occbev_training.families import HEADER, PUBLISHED, measure
+from occbev_training.export.package import ExportError
+from occbev_training.export.zoo import HEADER, PUBLISHED, measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("names", nargs="*", help="configurations in config/models; all by default")
     parser.add_argument("--golden", type=Path, help="folder of the published key tables")
-    parser.add_argument(
-        "--full-size", action="store_true", help="export at the published size, not reduced"
-    )
-    parser.add_argument(
-        "--no-export", dest="export", action="store_false", help="count and map weights alone"
-    )
+    parser.add_argument("--full-size", action="store_true", help="export at the published size, not reduced")
+    parser.add_argument("--no-export", dest="export", action="store_false", help="count and map weights alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object per network")
 
 

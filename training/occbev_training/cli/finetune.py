@@ -20,8 +20,12 @@ STAGE = "finetune"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_stage_arguments(parser)
-    parser.add_argument("--from", dest="start", type=Path,
-                        help="weights.safetensors of stage 1, or ImageNet weights (.pth) to train without it")  # fmt: skip
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        help="weights.safetensors of stage 1, or ImageNet weights (.pth) to train without it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,23 +17,22 @@ from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 
 BOUNDS = {
-    "precision": (0.97, 1.0), "recall": (0.97, 1.0), "observed": (0.9, 1.0),
-    "static_lost": (0.0, 0.015), "trails_removed": (0.95, 1.0),
-}  # fmt: skip
+    "precision": (0.97, 1.0),
+    "recall": (0.97, 1.0),
+    "observed": (0.9, 1.0),
+    "static_lost": (0.0, 0.015),
+    "trails_removed": (0.95, 1.0),
+}
 """What the labels are held to: lower and upper bound."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--drives", type=int, default=4, help="simulated drives")
-    parser.add_argument(
-        "--first-seed", type=int, default=10_000, help="seed of the first; 10000 on are validation"
-    )
+    parser.add_argument("--first-seed", type=int, default=10_000, help="seed of the first; 10000 on are validation")
     parser.add_argument("--keys", type=int, default=5, help="key frames of a drive")
     parser.add_argument("--every", type=int, default=2, help="compare every n-th key frame")
-    parser.add_argument(
-        "--window", type=float, default=1.0, help="seconds of sweeps on either side"
-    )
+    parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps on either side")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -41,8 +40,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison; 1 if a bound is broken."""
     console = Console(stderr=args.json)
     total: Comparison | None = None
-    jobs = [(seed, key) for seed in range(args.first_seed, args.first_seed + args.drives)
-            for key in range(0, args.keys, args.every)]  # fmt: skip
+    jobs = [
+        (seed, key)
+        for seed in range(args.first_seed, args.first_seed + args.drives)
+        for key in range(0, args.keys, args.every)
+    ]
     if not jobs:
         raise ValueError("nothing to compare: --drives and --keys must be positive")
     builder: LabelBuilder | None = None
@@ -65,24 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(console: Console, record: dict, keys: int) -> None:
-    table = Table(
-        "measure", "found", "bound", title=f"{keys} key frames against the simulator's truth"
-    )
+    table = Table("measure", "found", "bound", title=f"{keys} key frames against the simulator's truth")
     for name, value in record.items():
         if name != "paper":
             bound = BOUNDS.get(name)
-            text = (
-                ""
-                if bound is None
-                else f">= {bound[0]:g}"
-                if bound[1] == 1.0
-                else f"<= {bound[1]:g}"
-            )
+            text = "" if bound is None else f">= {bound[0]:g}" if bound[1] == 1.0 else f"<= {bound[1]:g}"
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value), text)
     console.print(table)
-    faults = Table(
-        "published recipe", "share", title="what its occupied voxels are, and its free ones"
-    )
+    faults = Table("published recipe", "share", title="what its occupied voxels are, and its free ones")
     for name, value in record["paper"].items():
         faults.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(faults)

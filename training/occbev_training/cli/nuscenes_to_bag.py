@@ -25,18 +25,12 @@ from occbev_training.sources.truth import write_truth
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "root", type=Path, help="nuScenes data root (holds v1.0-*, samples, sweeps)"
-    )
+    parser.add_argument("root", type=Path, help="nuScenes data root (holds v1.0-*, samples, sweeps)")
     parser.add_argument("out", type=Path, help="folder that gets one bag per scene, named after it")
     parser.add_argument("--scene", action="append", help="only this scene; may be given again")
     parser.add_argument("--version", help="folder of the tables, where the root holds several")
-    parser.add_argument(
-        "--storage", choices=("mcap", "sqlite3"), default="mcap", help="bag storage"
-    )
-    parser.add_argument(
-        "--truth", action="store_true", help="write boxes and labels to SCENE.truth too"
-    )
+    parser.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="bag storage")
+    parser.add_argument("--truth", action="store_true", help="write boxes and labels to SCENE.truth too")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
@@ -63,12 +57,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(recording: NuscenesRecording, path: Path, storage: str, console: Console) -> BagSummary:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(recording.name)
-        return write_bag(recording, path, storage,
-                         lambda done, total: progress.update(task, completed=done, total=total))  # fmt: skip
+        return write_bag(
+            recording, path, storage, lambda done, total: progress.update(task, completed=done, total=total)
+        )
 
 
 def _record(recording: NuscenesRecording, path: Path, summary: BagSummary) -> dict[str, Any]:
@@ -84,8 +83,10 @@ def _record(recording: NuscenesRecording, path: Path, summary: BagSummary) -> di
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:
-    console.print(f"[bold]{record['bag']}[/]: {sum(record['messages'].values())} messages, "
-                  f"{record['key_frames_with_images']} of {record['key_frames']} key frames have images")  # fmt: skip
+    console.print(
+        f"[bold]{record['bag']}[/]: {sum(record['messages'].values())} messages, "
+        f"{record['key_frames_with_images']} of {record['key_frames']} key frames have images"
+    )
     for topic, count in record["messages"].items():
         console.print(f"  {topic:<34} {count:>7}")
     for channel, count in record["absent_files"].items():

@@ -67,26 +67,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="bags, folders of bags, nuScenes roots, info .pkl files",
     )
-    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")  # fmt: skip
-    parser.add_argument("--labels", choices=VARIANTS, default="occbev", help="how labels are made (default: occbev, free of boxes)")  # fmt: skip
-    parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
+    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="seed of the first simulated drive"
+        "--labels", choices=VARIANTS, default="occbev", help="how labels are made (default: occbev, free of boxes)"
     )
+    parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=20, help="key frames of a simulated drive")
     add_bag_arguments(parser)
-    parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")  # fmt: skip
+    parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")
     parser.add_argument("--grid", default="occ3d", choices=sorted(GRIDS), help="voxel grid")
+    parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps on either side")
+    parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
     parser.add_argument(
-        "--window", type=float, default=1.0, help="seconds of sweeps on either side"
+        "--ego-box",
+        type=float,
+        nargs=6,
+        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+        help="the vehicle's body in base_link; bag-check --ego-box proposes one",
     )
-    parser.add_argument(
-        "--key-interval", type=float, default=0.5, help="seconds between key frames of a bag"
-    )
-    parser.add_argument("--ego-box", type=float, nargs=6, metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
-                        help="the vehicle's body in base_link; bag-check --ego-box proposes one")  # fmt: skip
-    parser.add_argument("--ego-masks", type=Path, help="folder of CAMERA.png, white where the vehicle itself is seen")  # fmt: skip
-    parser.add_argument("--max-range", type=float, default=60.0, help="metres up to which beams count")  # fmt: skip
+    parser.add_argument("--ego-masks", type=Path, help="folder of CAMERA.png, white where the vehicle itself is seen")
+    parser.add_argument("--max-range", type=float, default=60.0, help="metres up to which beams count")
     parser.add_argument("--min-cameras", type=int, help="fewest cameras; default all but one")
     parser.add_argument(
         "--min-support",
@@ -94,25 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="share of the expected sweeps that must be there",
     )
-    parser.add_argument(
-        "--no-gate", action="store_true", help="mark samples that break a limit, keep them"
-    )
+    parser.add_argument("--no-gate", action="store_true", help="mark samples that break a limit, keep them")
     parser.add_argument("--lidar", action="store_true", help="store the key sweep, too")
     parser.add_argument("--segment", type=int, default=200, help="key frames of one unit of work")
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument(
-        "--executor", choices=EXECUTORS, default="local", help="who does the work (default: local)"
-    )
-    parser.add_argument("--ray-address", help="running Ray cluster, such as auto; else one is started here")  # fmt: skip
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="who does the work (default: local)")
+    parser.add_argument("--ray-address", help="running Ray cluster, such as auto; else one is started here")
     parser.add_argument("--task-index", type=int, default=0, help="this task of an array job")
     parser.add_argument("--num-tasks", type=int, default=1, help="tasks of the array job")
     parser.add_argument("--join", action="store_true", help="only index what is finished")
-    parser.add_argument(
-        "--validation", type=float, default=0.1, help="share of the validation split"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of tables"
-    )
+    parser.add_argument("--validation", type=float, default=0.1, help="share of the validation split")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 @dataclass
@@ -127,9 +120,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the pairs, index them, print the quality table; 1 if no sample was kept or an input failed."""
     console = Console(stderr=args.json)
     if not console.is_terminal:
-        logging.getLogger("occbev_training").setLevel(
-            logging.ERROR
-        )  # the end names each problem once
+        logging.getLogger("occbev_training").setLevel(logging.ERROR)  # the end names each problem once
     config = _config(args)
     inputs = _Inputs()
     if not args.join:
@@ -147,17 +138,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> PairConfig:
-    body = (
-        EgoBox()
-        if args.ego_box is None
-        else EgoBox(tuple(args.ego_box[:3]), tuple(args.ego_box[3:]))
-    )
+    body = EgoBox() if args.ego_box is None else EgoBox(tuple(args.ego_box[:3]), tuple(args.ego_box[3:]))
     if args.ego_masks and not any(args.ego_masks.glob("*.png")):
         raise ValueError(f"--ego-masks {args.ego_masks}: no CAMERA.png in it")
-    label = LabelConfig(args.window, limits=RayLimits(max_range=args.max_range), ego_box=body,
-                        ego_masks=str(args.ego_masks) if args.ego_masks else "")  # fmt: skip
-    return PairConfig(label, GRIDS[args.grid], args.segment, args.min_cameras, args.min_support,
-                      gate=not args.no_gate, lidar=args.lidar, variant=args.labels)  # fmt: skip
+    label = LabelConfig(
+        args.window,
+        limits=RayLimits(max_range=args.max_range),
+        ego_box=body,
+        ego_masks=str(args.ego_masks) if args.ego_masks else "",
+    )
+    return PairConfig(
+        label,
+        GRIDS[args.grid],
+        args.segment,
+        args.min_cameras,
+        args.min_support,
+        gate=not args.no_gate,
+        lidar=args.lidar,
+        variant=args.labels,
+    )
 
 
 def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
@@ -189,9 +188,7 @@ def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
             continue
         for part in parts:
             if part.name in known:
-                raise ValueError(
-                    f"two inputs are named {part.name!r}; a name is the key of its samples"
-                )
+                raise ValueError(f"two inputs are named {part.name!r}; a name is the key of its samples")
             known.add(part.name)
             try:
                 part = part.checked() if isinstance(part, OpenBag) else part
@@ -218,8 +215,14 @@ def _with_progress(
     jobs: Sequence[Job], args: argparse.Namespace, config: PairConfig, console: Console
 ) -> Iterator[UnitReport | UnitFailure]:
     """Show key frames done, rate, time left and what was refused; without a terminal, a line for each unit."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[refused]}"))  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[refused]}"),
+    )
     refused: Counter[str] = Counter()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         total = sum(unit.last - unit.first for _, unit in jobs)
@@ -229,14 +232,16 @@ def _with_progress(
             speed = progress.tasks[0].finished_speed or progress.tasks[0].speed or 0.0
             progress.update(task, advance=1, rate=f"{speed:.1f}/s")
 
-        for result in run_jobs(jobs, args.out, config, args.workers, args.executor, args.ray_address, advance):  # fmt: skip
+        for result in run_jobs(jobs, args.out, config, args.workers, args.executor, args.ray_address, advance):
             if isinstance(result, UnitReport):
                 refused.update(result.refused)
                 progress.update(task, refused=_counts(refused))
                 if not console.is_terminal:
                     counts = _counts(Counter(result.refused))
-                    console.print(f"{result.unit.name}: {result.samples} pairs"
-                                  f"{f'; refused: {counts}' if counts else ''}", highlight=False)  # fmt: skip
+                    console.print(
+                        f"{result.unit.name}: {result.samples} pairs{f'; refused: {counts}' if counts else ''}",
+                        highlight=False,
+                    )
             yield result
 
 
@@ -259,22 +264,35 @@ def _report(
     rows = ShardReader(args.out).rows if sum(splits.values()) else []
     quality = _quality(rows, refused)
     record = {
-        "samples": len(rows), "splits": dict(splits), "refused": dict(refused), "missing_images": dict(missing),
-        "skipped_messages": dict(skipped), "problems": dict(problems), "quality": quality,
-    }  # fmt: skip
+        "samples": len(rows),
+        "splits": dict(splits),
+        "refused": dict(refused),
+        "missing_images": dict(missing),
+        "skipped_messages": dict(skipped),
+        "problems": dict(problems),
+        "quality": quality,
+    }
     if args.out.is_dir():
         (args.out / SUMMARY).write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
     if args.json:
         print(json.dumps(record, sort_keys=True))
         return
-    table = Table("measure", "bound", "median", "worst", "measured", "out of bounds", title=f"{len(rows)} pairs in {args.out}: {dict(splits)}")  # fmt: skip
+    table = Table(
+        "measure",
+        "bound",
+        "median",
+        "worst",
+        "measured",
+        "out of bounds",
+        title=f"{len(rows)} pairs in {args.out}: {dict(splits)}",
+    )
     for limit in LIMITS:
         if limit.name in quality:
             q = quality[limit.name]
-            bound = (
-                f">= {limit.at_least:g}" if limit.at_least > -np.inf else f"<= {limit.at_most:g}"
+            bound = f">= {limit.at_least:g}" if limit.at_least > -np.inf else f"<= {limit.at_most:g}"
+            table.add_row(
+                limit.text, bound, f"{q['median']:.4g}", f"{q['worst']:.4g}", str(q["measured"]), str(q["flagged"])
             )
-            table.add_row(limit.text, bound, f"{q['median']:.4g}", f"{q['worst']:.4g}", str(q["measured"]), str(q["flagged"]))  # fmt: skip
     console.print(table)
     for name, count in refused.most_common():
         if count:
@@ -296,9 +314,7 @@ def _print_problems(problems: Mapping[str, str], console: Console) -> None:
         console.print(f"left out: {name}: {reason}", highlight=False, markup=False)
 
 
-def _quality(
-    rows: Sequence[Mapping[str, Any]], refused: Counter[str]
-) -> dict[str, dict[str, float]]:
+def _quality(rows: Sequence[Mapping[str, Any]], refused: Counter[str]) -> dict[str, dict[str, float]]:
     """Return median, worst and counts of every measure."""
     quality = {}
     for limit in LIMITS:
@@ -306,7 +322,9 @@ def _quality(
         broken = sum(limit.name in row["flags"].split(",") for row in rows)
         if len(values):
             quality[limit.name] = {
-                "median": float(np.median(values)), "worst": float(values.min() if limit.at_least > -np.inf else values.max()),
-                "measured": len(values), "flagged": broken + refused[limit.name],
-            }  # fmt: skip
+                "median": float(np.median(values)),
+                "worst": float(values.min() if limit.at_least > -np.inf else values.max()),
+                "measured": len(values),
+                "flagged": broken + refused[limit.name],
+            }
     return quality

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev.config import ModelConfig, load_config
-from occbev_training.data.cache import PrepareConfig, prepare
-from occbev_training.data.frames import in_base_link
+from occbev_training.data.label_frame import in_base_link
+from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.sources.discovery import OpenScene, chosen_names, read_names
 from occbev_training.sources.nuscenes import open_nuscenes
@@ -29,19 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("cache", type=Path, help="folder of the cache")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--nuscenes", type=Path, metavar="ROOT", help="data root in the nuScenes schema"
-    )
-    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these scenes of ROOT, one name a line")  # fmt: skip
+    source.add_argument("--nuscenes", type=Path, metavar="ROOT", help="data root in the nuScenes schema")
+    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these scenes of ROOT, one name a line")
     source.add_argument("--simulate", type=int, metavar="DRIVES", help="simulate this many drives")
-    parser.add_argument(
-        "--first-seed", type=int, default=0, help="seed of the first simulated drive"
-    )
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
+    parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive")
     parser.add_argument(
-        "--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive"
+        "--model",
+        type=Path,
+        default=Path("config/models/occbev-tiny.yaml"),
+        help="model config: input size and voxel grid",
     )
-    parser.add_argument("--model", type=Path, default=Path("config/models/occbev-tiny.yaml"), help="model config: input size and voxel grid")  # fmt: skip
     parser.add_argument(
         "--label-window",
         type=float,
@@ -50,19 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--near-hits", type=int, default=2, help="sweeps that must hit a near voxel; 1 where there is hardly one"
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none"
     )
+    parser.add_argument("--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none")
     parser.add_argument("--workers", type=int, default=1, help="processes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Build the cache; prints each drive as it is finished."""
     model = in_base_link(load_config(args.model, ModelConfig))  # as training will ask for it
-    config = PrepareConfig(
-        model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits
-    )
+    config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
     if args.scenes and not args.nuscenes:
         raise ValueError("--scenes names scenes of --nuscenes ROOT")
     jobs = _nuscenes_jobs(args) if args.nuscenes else _simulated_jobs(args, model)
@@ -103,9 +98,7 @@ def _nuscenes_jobs(args: argparse.Namespace) -> dict[str, Callable[[], Recording
     return {scene: OpenScene(args.nuscenes, scene) for scene in scenes}
 
 
-def _simulated_jobs(
-    args: argparse.Namespace, model: ModelConfig
-) -> dict[str, Callable[[], Recording]]:
+def _simulated_jobs(args: argparse.Namespace, model: ModelConfig) -> dict[str, Callable[[], Recording]]:
     config = DriveConfig(
         keys=args.keys,
         key_rate=args.key_rate,

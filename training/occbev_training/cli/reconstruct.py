@@ -17,22 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from occbev.config import ConfigError, ModelConfig, load_config
-from occbev.rendering import stacked
+from occbev.reports.rendering import stacked
 from occbev_training.data.samples import open_samples
+from occbev_training.engine.config import TrainingConfig
+from occbev_training.engine.stages import predictor
+from occbev_training.evaluation.reconstruction import reconstruct, reconstruction_picture
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
-from occbev_training.reconstruction import reconstruct, reconstruction_picture
-from occbev_training.stages import predictor
-from occbev_training.train_config import TrainingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", type=Path, help="folder of a finished pre-training run")
     parser.add_argument("--data", type=Path, required=True, help="pair shards or sample cache")
-    parser.add_argument(
-        "--split", default="train", choices=("train", "validation"), help="of pair shards"
-    )
+    parser.add_argument("--split", default="train", choices=("train", "validation"), help="of pair shards")
     parser.add_argument("--samples", type=int, default=4, help="this many, evenly spaced")
     parser.add_argument("--out", type=Path, help="picture (PNG); by default none is drawn")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

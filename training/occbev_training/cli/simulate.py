@@ -36,21 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write to; a nuScenes root, bags/ and truth/",
     )
     parser.add_argument("--drives", type=int, default=1, help="number of drives (default 1)")
-    parser.add_argument(
-        "--first-seed", type=int, default=0, help="seed of the first drive (default 0)"
-    )
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first drive (default 0)")
     parser.add_argument("--keys", type=int, default=20, help="key frames per drive (default 20)")
+    parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second (default 2)")
+    parser.add_argument("--sweep-rate", type=float, default=10.0, help="LiDAR rotations per second (default 10)")
     parser.add_argument(
-        "--key-rate", type=float, default=2.0, help="key frames per second (default 2)"
+        "--image",
+        type=image_size,
+        default=(352, 128),
+        metavar="WxH",
+        help="picture size; 640x360 is a full frame, 352x128 (default) is what the network sees",
     )
-    parser.add_argument(
-        "--sweep-rate", type=float, default=10.0, help="LiDAR rotations per second (default 10)"
-    )
-    parser.add_argument("--image", type=image_size, default=(352, 128), metavar="WxH",
-                        help="picture size; 640x360 is a full frame, 352x128 (default) is what the network sees")  # fmt: skip
-    parser.add_argument(
-        "--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)"
-    )
+    parser.add_argument("--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
 
 
@@ -69,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Render all drives that are not there yet; returns 0."""
     if args.drives < 1 or args.workers < 1:
         raise ValueError(f"--drives {args.drives} and --workers {args.workers} must be at least 1")
-    config = DriveConfig(
-        args.keys, args.key_rate, args.image, lidar=LidarConfig(rate=args.sweep_rate)
-    )
+    config = DriveConfig(args.keys, args.key_rate, args.image, lidar=LidarConfig(rate=args.sweep_rate))
     seeds = list(range(args.first_seed, args.first_seed + args.drives))
     _record(args.out, config, seeds)
     os.environ.update(SINGLE_THREAD)
@@ -136,9 +131,7 @@ def _record(out: Path, config: DriveConfig, seeds: list[int]) -> None:
     settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     known = json.loads(path.read_text()) if path.exists() else {"config": settings, "seeds": []}
     if known["config"] != settings:
-        raise ValueError(
-            f"{path}: the drives there were made with other settings; choose another folder"
-        )
+        raise ValueError(f"{path}: the drives there were made with other settings; choose another folder")
     every = sorted({*known["seeds"], *seeds})
     splits = sorted({split_of(seed) for seed in every})
     out.mkdir(parents=True, exist_ok=True)

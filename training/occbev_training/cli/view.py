@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from occbev.rendering import write_picture
+from occbev.reports.rendering import write_picture
 from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.pictures import interactive_page, pair_picture
 
@@ -19,9 +19,7 @@ from occbev_training.occupancy.pictures import interactive_page, pair_picture
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("shards", type=Path, help="folder of shards, or one of them")
-    parser.add_argument(
-        "key", nargs="?", help="DRIVE/STAMP of a pair, or its number; none lists them"
-    )
+    parser.add_argument("key", nargs="?", help="DRIVE/STAMP of a pair, or its number; none lists them")
     parser.add_argument("--out", type=Path, default=Path("pair.png"), help="picture to write")
     parser.add_argument("--width", type=int, default=1500, help="its width in pixels")
 
@@ -35,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
         for number, row in enumerate(reader.rows):
             if one not in (None, row["shard"]):
                 continue
-            console.print(
-                f"{number:5d}  {row['key']}  {row['split']}  {row['flags']}", highlight=False
-            )
+            console.print(f"{number:5d}  {row['key']}  {row['split']}  {row['flags']}", highlight=False)
         return 0
     key = args.key
     if key.isdigit() and int(key) < len(reader):

@@ -74,16 +74,12 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if self.image_recipe not in ("occbev", "bevdet"):
-            raise ConfigError(
-                f"augment.image_recipe {self.image_recipe!r}: must be occbev or bevdet"
-            )
+            raise ConfigError(f"augment.image_recipe {self.image_recipe!r}: must be occbev or bevdet")
         if self.bev_scale[0] <= 0 or self.bev_scale[0] > self.bev_scale[1]:
             raise ConfigError(f"augment.bev_scale {self.bev_scale}: want 0 < low <= high")
 
 
-NO_AUGMENTATION = AugmentConfig(
-    0.0, True, 0.0, (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-)
+NO_AUGMENTATION = AugmentConfig(0.0, True, 0.0, (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 """Samples as they were recorded, for validation."""
 
 
@@ -151,9 +147,7 @@ class Draw:
         return out
 
 
-def draw_augmentation(
-    seed: int, cameras: int, size: tuple[int, int], config: AugmentConfig
-) -> Draw:
+def draw_augmentation(seed: int, cameras: int, size: tuple[int, int], config: AugmentConfig) -> Draw:
     """Draw one sample's augmentation; the same seed gives the same draw.
 
     size: (width, height) of the images.
@@ -224,9 +218,7 @@ def distort(image: NDArray[np.uint8], draw: Photometric) -> NDArray[np.uint8]:
     return np.clip(out[..., list(draw.order)], 0, 255).astype(np.uint8)
 
 
-def augment_image(
-    image: NDArray[np.uint8], draw: ImageDraw, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+def augment_image(image: NDArray[np.uint8], draw: ImageDraw, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Warp and recolour one (H, W, 3) RGB image; parts that the source does not cover get the mean colour."""
     out = image
     if not np.array_equal(draw.matrix, np.eye(3)):
@@ -312,9 +304,7 @@ def augment_voxels(
     return np.where(inside, moved, np.asarray(fill, volume.dtype))
 
 
-def _voxel_sources(
-    draw: Draw, grid: VoxelGrid
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+def _voxel_sources(draw: Draw, grid: VoxelGrid) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """Return where voxels come from: flat index over (X, Y), (X, Y); index along z, (Z,); (X, Y, Z) inside."""
     lo, pitch = np.array(grid.lo), np.array(grid.pitch)
     axes = [lo[i] + (np.arange(grid.shape[i]) + 0.5) * pitch[i] for i in range(3)]
@@ -340,9 +330,7 @@ def live_bits(alive: NDArray[np.bool_]) -> int:
     return int(sum(1 << i for i, ok in enumerate(alive) if ok))
 
 
-def _draw_image(
-    rng: np.random.Generator, size: tuple[int, int], mirrored: bool, config: AugmentConfig
-) -> ImageDraw:
+def _draw_image(rng: np.random.Generator, size: tuple[int, int], mirrored: bool, config: AugmentConfig) -> ImageDraw:
     flip = mirrored != (rng.random() < config.image_flip)
     if config.image_recipe == "bevdet":
         matrix = _published_matrix(rng, size, config.source)
@@ -356,9 +344,7 @@ def _draw_image(
     return ImageDraw(matrix, colour, gamma, noise, blur, photometric)
 
 
-def _published_matrix(
-    rng: np.random.Generator, size: tuple[int, int], source: tuple[int, int]
-) -> Float:
+def _published_matrix(rng: np.random.Generator, size: tuple[int, int], source: tuple[int, int]) -> Float:
     """Return the published augmentation of the recorded image, seen from the image at network size.
 
     Samples are stored as the fixed transform of testing left them, so that is undone first.
@@ -368,9 +354,7 @@ def _published_matrix(
     return drawn @ np.linalg.inv(stored)
 
 
-def _image_matrix(
-    rng: np.random.Generator, size: tuple[int, int], flip: bool, config: AugmentConfig
-) -> Float:
+def _image_matrix(rng: np.random.Generator, size: tuple[int, int], flip: bool, config: AugmentConfig) -> Float:
     """Scale about the middle of the lower edge, shift, rotate about the centre, mirror."""
     width, height = size
     scale = rng.uniform(*config.scale)

@@ -39,7 +39,7 @@ from occbev_training.data.augment import (
     live_bits,
 )
 from occbev_training.data.cache import CachedSample, CacheError
-from occbev_training.data.frames import boxes_in_frame, in_base_link
+from occbev_training.data.label_frame import boxes_in_frame, in_base_link
 from occbev_training.data.published_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
 from occbev_training.data.windows import (
@@ -51,8 +51,8 @@ from occbev_training.data.windows import (
     lift_history,
     past_indices,
 )
-from occbev_training.models.bevformer import BevFormerViews
 from occbev_training.models.geometry import Geometry, make_geometry
+from occbev_training.models.queries.bevformer import BevFormerViews
 
 SEMANTIC_VOXELS = 60_000
 """Voxels per sample whose semantics are supervised, drawn from those that the cameras see."""
@@ -125,9 +125,7 @@ class TrainingBatch:
         """Move every tensor."""
         if device.type == "cpu":
             return self
-        return TrainingBatch(
-            **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)}
-        )
+        return TrainingBatch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -157,19 +155,15 @@ class SampleDataset(Dataset[TrainingSample]):
         """
         info = cache.info
         if (info.image.width, info.image.height) != (model.image.width, model.image.height):
-            raise CacheError(f"{cache.root}: images are {info.image.width}x{info.image.height}, "
-                             f"{model.name} takes {model.image.width}x{model.image.height}")  # fmt: skip
+            raise CacheError(
+                f"{cache.root}: images are {info.image.width}x{info.image.height}, "
+                f"{model.name} takes {model.image.width}x{model.image.height}"
+            )
         wanted = in_base_link(model).grid  # labels always are
         if info.grid != wanted:
-            raise CacheError(
-                f"{cache.root}: labels are on grid {info.grid.hash}, {model.name} predicts {wanted.hash}"
-            )
-        if any(
-            abs(lo + hi) > 1e-6 for lo, hi in zip(info.grid.lo[:2], info.grid.hi[:2], strict=True)
-        ):
-            raise CacheError(
-                f"grid {info.grid.as_record()} is not centred on the ego: it cannot be flipped"
-            )
+            raise CacheError(f"{cache.root}: labels are on grid {info.grid.hash}, {model.name} predicts {wanted.hash}")
+        if any(abs(lo + hi) > 1e-6 for lo, hi in zip(info.grid.lo[:2], info.grid.hi[:2], strict=True)):
+            raise CacheError(f"grid {info.grid.as_record()} is not centred on the ego: it cannot be flipped")
         self.cache, self.model, self.augment, self.seed = cache, model, augment, seed
         self.order = None if order is None else np.asarray(order)
         self.history = history_length(model, history)
@@ -184,9 +178,7 @@ class SampleDataset(Dataset[TrainingSample]):
         if self.order is not None:
             index = int(self.order[index])
         size = (self.model.image.width, self.model.image.height)
-        seed = int(
-            np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] >> 1
-        )
+        seed = int(np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0] >> 1)
         cached = self.cache[index]
         draw = draw_augmentation(seed, len(cached.images), size, self.augment)
         sample = augmented(self.cache.name(index), cached, draw, self.model, self.unseen_voxels)
@@ -213,13 +205,20 @@ def sample_of(position: int, samples: int, seed: int) -> int:
     return int(np.random.default_rng([seed, epoch]).permutation(samples)[place])
 
 
-def batches(dataset: SampleDataset, batch: int, workers: int, first: int = 0, rank: int = 0,
-            world: int = 1) -> DataLoader[TrainingBatch]:  # fmt: skip
+def batches(
+    dataset: SampleDataset, batch: int, workers: int, first: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader[TrainingBatch]:
     """Return an endless loader that begins with forward pass `first`."""
     # Workers start afresh: a fork of a process in which runtimes hold threads and locks can crash.
-    return DataLoader(dataset, batch_sampler=PositionBatches(batch, first, rank, world), num_workers=workers,
-                      collate_fn=Collate(dataset.model), prefetch_factor=3 if workers else None,
-                      worker_init_fn=_begin_worker, multiprocessing_context="spawn" if workers else None)  # fmt: skip
+    return DataLoader(
+        dataset,
+        batch_sampler=PositionBatches(batch, first, rank, world),
+        num_workers=workers,
+        collate_fn=Collate(dataset.model),
+        prefetch_factor=3 if workers else None,
+        worker_init_fn=_begin_worker,
+        multiprocessing_context="spawn" if workers else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -232,9 +231,7 @@ class Collate:
         """Stack; volumes go from [x, y, z] to (Z, Y, X). A rig with fewer cameras than others gets black ones."""
         samples = _same_cameras(samples)
         valid = np.stack([s.camera_valid for s in samples])
-        geometry = make_geometry(
-            self.model, [s.intrinsic for s in samples], [s.cam2ego for s in samples], valid
-        )
+        geometry = make_geometry(self.model, [s.intrinsic for s in samples], [s.cam2ego for s in samples], valid)
         past: tuple[PastFrames, ...] = ()
         motion: MotionTables | None = None
         windows, keys = [s.past for s in samples], [s.view for s in samples]
@@ -282,37 +279,44 @@ def augmented(
     evidence = np.minimum(sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps, 255)
     size = (model.image.width, model.image.height)
     return TrainingSample(
-        name, augment_images(sample.images, draw), alive, intrinsic, cam2ego,
+        name,
+        augment_images(sample.images, draw),
+        alive,
+        intrinsic,
+        cam2ego,
         depth_labels(sample, draw, alive, model),
-        augment_voxels(sample.state, draw, model.grid, UNOBSERVED_STATE), visible,
+        augment_voxels(sample.state, draw, model.grid, UNOBSERVED_STATE),
+        visible,
         augment_voxels(evidence.astype(np.uint8), draw, model.grid),
-        boxes_in_frame(boxes[wanted], model.bev.frame), sample.labels[wanted],
-        augment_voxels(sample.semantics, draw, model.grid, FREE), supervised,
+        boxes_in_frame(boxes[wanted], model.bev.frame),
+        sample.labels[wanted],
+        augment_voxels(sample.semantics, draw, model.grid, FREE),
+        supervised,
         None if draw.grid_mask is None else grid_mask_image(draw.grid_mask, size),
-    )  # fmt: skip
+    )
 
 
-def with_past(sample: TrainingSample, samples: Samples, index: int, draw: Draw, model: ModelConfig,
-              length: int, vary: bool = True) -> TrainingSample:  # fmt: skip
+def with_past(
+    sample: TrainingSample, samples: Samples, index: int, draw: Draw, model: ModelConfig, length: int, vary: bool = True
+) -> TrainingSample:
     """Add the past frames of a sample, which share its draw; vary: as in `past_indices`, by the draw's seed."""
     if length == 0:
         return sample
     rng = np.random.default_rng(draw.seed + 2) if vary else None
     chosen = past_indices(samples, index, length, model.family, rng)
-    past = tuple(
-        None if i is None else _past_view(samples[i], draw, samples.moment(i).ego2global)
-        for i in chosen
-    )
+    past = tuple(None if i is None else _past_view(samples[i], draw, samples.moment(i).ego2global) for i in chosen)
     pose = augment_ego2global(samples.moment(index).ego2global, draw)
     return replace(sample, ego2global=pose, past=past)
 
 
 def _past_view(sample: CachedSample, draw: Draw, ego2global: NDArray[np.float64]) -> View:
     return View(
-        augment_images(sample.images, draw), draw.alive & sample.camera_valid,
-        augment_intrinsic(sample.intrinsic, draw), augment_cam2ego(sample.cam2ego, draw),
+        augment_images(sample.images, draw),
+        draw.alive & sample.camera_valid,
+        augment_intrinsic(sample.intrinsic, draw),
+        augment_cam2ego(sample.cam2ego, draw),
         augment_ego2global(ego2global, draw),
-    )  # fmt: skip
+    )
 
 
 def thinned(mask: NDArray[np.bool_], most: int, seed: int) -> NDArray[np.bool_]:
@@ -323,16 +327,13 @@ def thinned(mask: NDArray[np.bool_], most: int, seed: int) -> NDArray[np.bool_]:
     return mask & (np.random.default_rng(seed).random(mask.shape, np.float32) < most / count)
 
 
-def depth_labels(
-    sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], model: ModelConfig
-) -> NDArray[np.int64]:
+def depth_labels(sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], model: ModelConfig) -> NDArray[np.int64]:
     """Return the depth bin of the nearest return in each stride x stride patch, (N, h, w), or NO_DEPTH."""
     stride, config = model.lift.stride, model.lift.depth
     shape = (len(alive), model.image.height // stride, model.image.width // stride)
     pixel = augment_pixels(sample.lidar_camera, sample.lidar_pixel, draw)
     inside = (
-        np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
-        & alive[sample.lidar_camera]
+        np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1) & alive[sample.lidar_camera]
     )
     column, row = (pixel[inside] // stride).astype(np.int64).T
     nearest = np.full(shape, np.inf, np.float32)
@@ -340,13 +341,16 @@ def depth_labels(
     return depth_to_bin(nearest, config)
 
 
-def in_any_image(boxes: NDArray[np.float32], intrinsic: NDArray[np.float64], cam2ego: NDArray[np.float64],
-                 alive: NDArray[np.bool_], model: ModelConfig) -> NDArray[np.bool_]:  # fmt: skip
+def in_any_image(
+    boxes: NDArray[np.float32],
+    intrinsic: NDArray[np.float64],
+    cam2ego: NDArray[np.float64],
+    alive: NDArray[np.bool_],
+    model: ModelConfig,
+) -> NDArray[np.bool_]:
     """Return which of (M, 9) boxes have their centre or a corner in the image of a living camera."""
     points = (
-        np.concatenate([box_corners(boxes[:, :7]), boxes[:, None, :3]], axis=1)
-        if len(boxes)
-        else np.zeros((0, 9, 3))
+        np.concatenate([box_corners(boxes[:, :7]), boxes[:, None, :3]], axis=1) if len(boxes) else np.zeros((0, 9, 3))
     )
     seen = np.zeros(len(boxes), bool)
     for index in np.flatnonzero(alive):

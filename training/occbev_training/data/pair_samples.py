@@ -20,7 +20,7 @@ from occbev.classes import FREE, OCCUPIED_STATE
 from occbev.config import ImageConfig
 from occbev.geometry import project_points, transform_points
 from occbev.grid import VoxelGrid
-from occbev.preprocess import Preprocessor, network_camera
+from occbev.inference.preprocess import Preprocessor, network_camera
 from occbev.results import CameraFrame
 from occbev.rig import Camera
 from occbev_training.data.cache import (
@@ -171,12 +171,21 @@ def pair_to_sample(pair: PairSample, info: CacheInfo) -> CachedSample:
         fitted.append(network)
     label, shape3 = pair.label, info.grid.shape
     return CachedSample(
-        images, valid, np.stack([c.intrinsic for c in fitted]), np.stack([c.cam2ego for c in fitted]),
+        images,
+        valid,
+        np.stack([c.intrinsic for c in fitted]),
+        np.stack([c.cam2ego for c in fitted]),
         *_returns(pair, fitted, info.grid),
-        label.state, label.camera_visible, label.hit_sweeps, label.pass_sweeps,
-        np.zeros((0, 9), np.float32), np.zeros(0, np.int64), np.zeros(0, np.int64),
-        np.full(shape3, FREE, np.uint8), np.zeros(shape3, bool),
-    )  # fmt: skip
+        label.state,
+        label.camera_visible,
+        label.hit_sweeps,
+        label.pass_sweeps,
+        np.zeros((0, 9), np.float32),
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
+        np.full(shape3, FREE, np.uint8),
+        np.zeros(shape3, bool),
+    )
 
 
 def _camera(pair: PairSample, name: str) -> Camera:
@@ -201,10 +210,13 @@ def _returns(
             hit = (label.state == OCCUPIED_STATE) & (label.hit_sweeps > 0) & (seen > 0)
             points = grid.centres(np.argwhere(hit))
         pixel, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
-        inside = (depth > MIN_LIDAR_DEPTH) & np.all(
-            (pixel >= 0) & (pixel < (camera.width, camera.height)), axis=-1
+        inside = (depth > MIN_LIDAR_DEPTH) & np.all((pixel >= 0) & (pixel < (camera.width, camera.height)), axis=-1)
+        found.append(
+            (
+                np.full(np.count_nonzero(inside), index, np.uint8),
+                pixel[inside].astype(np.float32),
+                depth[inside].astype(np.float32),
+            )
         )
-        found.append((np.full(np.count_nonzero(inside), index, np.uint8),
-                      pixel[inside].astype(np.float32), depth[inside].astype(np.float32)))  # fmt: skip
     camera_index, pixels, depths = zip(*found, strict=True)
     return np.concatenate(camera_index), np.concatenate(pixels), np.concatenate(depths)

@@ -86,9 +86,7 @@ def image_matrix(draw: ImageDraw) -> Float:
 def bev_matrix(draw: BevDraw) -> Float:
     """Return ego2ego (3, 3), the linear map from real to augmented ego."""
     angle = np.deg2rad(draw.angle_deg)
-    turn = np.array(
-        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
-    )
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     mirror = np.diag([-1.0 if draw.flip_x else 1.0, -1.0 if draw.flip_y else 1.0, 1.0])
     return mirror @ (draw.scale * turn)
 
@@ -158,9 +156,12 @@ def points_to_image(points_cam: ArrayLike, intrinsic: ArrayLike, src2img: ArrayL
 
 
 def lidar_to_cam(
-    points: ArrayLike, lidar2ego: ArrayLike, ego2global: ArrayLike, cam2ego: ArrayLike,
+    points: ArrayLike,
+    lidar2ego: ArrayLike,
+    ego2global: ArrayLike,
+    cam2ego: ArrayLike,
     cam_ego2global: ArrayLike,
-) -> Float:  # fmt: skip
+) -> Float:
     """Move LiDAR points (M, 3) into a camera's frame through the ego poses of both instants."""
     lidar2global = np.asarray(ego2global) @ np.asarray(lidar2ego)
     cam2global = np.asarray(cam_ego2global) @ np.asarray(cam2ego)

@@ -75,9 +75,7 @@ def open_samples(
     if not (root / INDEX_NAME).exists():
         return open_cache(root, drives, labelled=stage == "pretrain")
     if stage != "pretrain":
-        raise CacheError(
-            f"{root}: pairs hold no boxes; fine-tune on a cache made by 'occbev-train prepare'"
-        )
+        raise CacheError(f"{root}: pairs hold no boxes; fine-tune on a cache made by 'occbev-train prepare'")
     from occbev_training.data.pair_samples import open_pairs
 
     return open_pairs(root, model.image, model.grid, split, drives, kept)
@@ -101,9 +99,7 @@ def balanced_order(samples: Samples, classes: int, seed: int) -> NDArray[np.int6
         raise CacheError(f"{samples.root}: no sample holds a box, so that none can be balanced")
     rng = np.random.default_rng([seed, classes])
     drawn = [
-        rng.choice(
-            holder, int(total / classes), replace=True
-        )  # len * (1 / classes) / (len / total)
+        rng.choice(holder, int(total / classes), replace=True)  # len * (1 / classes) / (len / total)
         for holder in holders
         if holder
     ]

@@ -121,11 +121,7 @@ def sample_from_members(key: str, members: Mapping[str, bytes], where: str) -> P
         meta = json.loads(members["meta.json"])
         label = decode_label(members["occ.bin"], f"{where}: {key}.occ.bin")
         order = calibration["order"]
-        images = {
-            order[int(name[3:].split(".")[0])]: data
-            for name, data in members.items()
-            if name.startswith("cam")
-        }
+        images = {order[int(name[3:].split(".")[0])]: data for name, data in members.items() if name.startswith("cam")}
         lidar = members.get("lidar.npy")
         points = None if lidar is None else np.load(io.BytesIO(lidar), allow_pickle=False)
     except ShardError:
@@ -203,9 +199,7 @@ def write_index(folder: Path, rows: Sequence[Mapping[str, Any]]) -> int:
     ordered = sorted((dict(row) for row in rows), key=lambda row: (row["drive"], row["stamp_ns"]))
     for number, row in enumerate(ordered):
         before, after = ordered[max(0, number - 1)], ordered[min(number + 1, len(ordered) - 1)]
-        row["previous"] = (
-            before["key"] if before is not row and before["drive"] == row["drive"] else None
-        )
+        row["previous"] = before["key"] if before is not row and before["drive"] == row["drive"] else None
         row["next"] = after["key"] if after is not row and after["drive"] == row["drive"] else None
     names = list(dict.fromkeys(name for row in ordered for name in row))
     table = pa.table({name: [row.get(name) for row in ordered] for name in names})
@@ -257,9 +251,7 @@ class ShardReader:
         except OSError as error:
             raise ShardError(f"{path}: {error}") from error
         if len(data) != row["length"]:
-            raise ShardError(
-                f"{path}: sample {key} is cut: {len(data)} of {row['length']} bytes at {row['offset']}"
-            )
+            raise ShardError(f"{path}: sample {key} is cut: {len(data)} of {row['length']} bytes at {row['offset']}")
         samples = list(read_tar(io.BytesIO(data), str(path)))
         if len(samples) != 1 or samples[0].key != key:
             raise ShardError(f"{path}: found {[s.key for s in samples]} where the index has {key}")
@@ -275,10 +267,7 @@ class ShardReader:
     def stream(self, split: str | None = None) -> Iterator[PairSample]:
         """Read every shard from front to back; `split` leaves out samples of other splits."""
         for shard in dict.fromkeys(row["shard"] for row in self.rows):
-            wanted = {
-                row["key"] for row in self.rows
-                if row["shard"] == shard and split in (None, row["split"])
-            }  # fmt: skip
+            wanted = {row["key"] for row in self.rows if row["shard"] == shard and split in (None, row["split"])}
             if wanted:
                 with (self.folder / shard).open("rb") as stream:
                     for sample in read_tar(stream, str(self.folder / shard)):

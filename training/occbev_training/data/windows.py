@@ -13,8 +13,8 @@ from torch import Tensor
 from occbev.config import ModelConfig
 from occbev.inference.reference_points import EgoMotion, can_bus, motion_tables
 from occbev_training.data.samples import Samples
-from occbev_training.models.bevformer import BevFormerViews
 from occbev_training.models.geometry import Geometry, make_geometry
+from occbev_training.models.queries.bevformer import BevFormerViews
 
 BEVFORMER_HISTORY = 2
 """Past frames of a BEVFormer where the config names no number: its tiny and small recipes."""
@@ -60,7 +60,7 @@ class PastFrames:
     def to(self, device: torch.device) -> PastFrames:
         """Move every tensor."""
         motion = None if self.motion is None else self.motion.to(device)
-        return PastFrames(self.images.to(device), self.camera_valid.to(device), self.geometry.to(device), motion)  # fmt: skip
+        return PastFrames(self.images.to(device), self.camera_valid.to(device), self.geometry.to(device), motion)
 
 
 def history_length(model: ModelConfig, asked: int = -1) -> int:
@@ -89,8 +89,9 @@ def past_indices(
     return [place if place >= 0 and samples.drive(place) == drive else None for place in places]
 
 
-def lift_history(windows: Sequence[Sequence[View | None]], keys: Sequence[View], model: ModelConfig
-                 ) -> tuple[PastFrames, ...]:  # fmt: skip
+def lift_history(
+    windows: Sequence[Sequence[View | None]], keys: Sequence[View], model: ModelConfig
+) -> tuple[PastFrames, ...]:
     """Return the past frames of a batch for Lift-Splat, newest first, lifted into the key frame's BEV.
 
     The key frame stands in for what is missing, as published.
@@ -106,8 +107,9 @@ def lift_history(windows: Sequence[Sequence[View | None]], keys: Sequence[View],
     return tuple(frames)
 
 
-def bevformer_history(windows: Sequence[Sequence[View | None]], keys: Sequence[View], model: ModelConfig
-                      ) -> tuple[tuple[PastFrames, ...], MotionTables | None, Tensor]:  # fmt: skip
+def bevformer_history(
+    windows: Sequence[Sequence[View | None]], keys: Sequence[View], model: ModelConfig
+) -> tuple[tuple[PastFrames, ...], MotionTables | None, Tensor]:
     """Return a BEVFormer's past frames, oldest first, the key frame's motion, and its can_bus (B, 18)."""
     steps: list[Sequence[View | None]] = [*zip(*[w[::-1] for w in windows], strict=True), keys]
     frames: list[PastFrames] = []
@@ -135,9 +137,7 @@ def _motion(before: View | None, now: View | None) -> EgoMotion | None:
 def _tables(motions: Sequence[EgoMotion | None], model: ModelConfig) -> MotionTables:
     former = model.bevformer
     assert former is not None
-    each = [
-        motion_tables(m, model.bev, former.turn_centre, former.reference_quirks) for m in motions
-    ]
+    each = [motion_tables(m, model.bev, former.turn_centre, former.reference_quirks) for m in motions]
     joined = (
         torch.from_numpy(np.concatenate([t[name] for t in each]))
         for name in ("state_known", "table_align", "table_shift")
@@ -158,9 +158,7 @@ def _into(key: View, view: View) -> NDArray[np.float64]:
     return ego2ego
 
 
-def _frame(
-    views: Sequence[View], cam2ego: Sequence[NDArray[np.float64]], model: ModelConfig
-) -> PastFrames:
+def _frame(views: Sequence[View], cam2ego: Sequence[NDArray[np.float64]], model: ModelConfig) -> PastFrames:
     valid = np.stack([view.camera_valid for view in views])
     geometry = make_geometry(model, [v.intrinsic for v in views], list(cam2ego), valid)
     images = torch.from_numpy(np.stack([view.images for view in views])).permute(0, 1, 4, 2, 3)

@@ -29,9 +29,12 @@ class Intervals:
     def as_record(self) -> dict[str, Any]:
         """The intervals as plain values."""
         return {
-            "drawn": self.unit, "units": self.units, "draws": self.draws, "confidence": self.confidence,
+            "drawn": self.unit,
+            "units": self.units,
+            "draws": self.draws,
+            "confidence": self.confidence,
             **{name: list(bound) for name, bound in self.bounds.items()},
-        }  # fmt: skip
+        }
 
 
 def draw_samples(drives: Sequence[str], draws: int = DRAWS, seed: int = 0) -> NDArray[np.int64]:
@@ -42,8 +45,13 @@ def draw_samples(drives: Sequence[str], draws: int = DRAWS, seed: int = 0) -> ND
     return times[:, unit].astype(np.int64)
 
 
-def bootstrap(score: Callable[[NDArray[np.int64]], Mapping[str, float]], drives: Sequence[str],
-              draws: int = DRAWS, confidence: float = CONFIDENCE, seed: int = 0) -> Intervals | None:  # fmt: skip
+def bootstrap(
+    score: Callable[[NDArray[np.int64]], Mapping[str, float]],
+    drives: Sequence[str],
+    draws: int = DRAWS,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> Intervals | None:
     """Return percentile intervals of scores (Efron 1979).
 
     score: how often each sample is taken (S,) -> name -> score. drives: (S,) the drive of each sample.

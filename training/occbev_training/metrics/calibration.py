@@ -44,8 +44,7 @@ class FreeThreshold:
         # [i, truth, other]: voxels that thresholds from the i-th on turn from free to their likeliest other class.
         self._doubtful = np.zeros((len(MIN_FREE) + 1, self.classes, self.classes), np.int64)
 
-    def add(self, truth: NDArray[np.uint8], decode: Callable[[float], Occupancy],
-            mask: NDArray[np.bool_]) -> None:  # fmt: skip
+    def add(self, truth: NDArray[np.uint8], decode: Callable[[float], Occupancy], mask: NDArray[np.bool_]) -> None:
         """Count one sample. truth, mask: (X, Y, Z). decode: what the network says at a threshold; the last class is free."""
         free = self.classes - 1
         likeliest = decode(0.0)
@@ -55,9 +54,7 @@ class FreeThreshold:
         counted = mask & called_free & (truth < self.classes)
         first = np.searchsorted(MIN_FREE, likeliest.confidence[counted], side="right")
         cell = (first * self.classes + truth[counted]) * self.classes + other[counted]
-        self._doubtful += np.bincount(cell, minlength=self._doubtful.size).reshape(
-            self._doubtful.shape
-        )
+        self._doubtful += np.bincount(cell, minlength=self._doubtful.size).reshape(self._doubtful.shape)
 
     def merge(self, other: FreeThreshold) -> None:
         """Add another's counts, such as another process's."""

@@ -138,8 +138,13 @@ class ClassOutcome:
         """Take each sample as often as `times` (S,) says, as if it had been recorded so often."""
         index = np.repeat(np.arange(len(self.matches.score)), times[self.matches.sample])
         matches = self.matches
-        matches = ClassMatches(matches.score[index], matches.sample[index], matches.truth[:, index],
-                               matches.prediction[index], matches.positives * times[: len(matches.positives)])  # fmt: skip
+        matches = ClassMatches(
+            matches.score[index],
+            matches.sample[index],
+            matches.truth[:, index],
+            matches.prediction[index],
+            matches.positives * times[: len(matches.positives)],
+        )
         errors = {name: values[index] for name, values in self.errors.items()}
         return replace(self, matches=matches, errors=errors, distance=self.distance[index])
 
@@ -202,10 +207,7 @@ class DetectionScores:
     @property
     def mean_tp_errors(self) -> dict[str, float]:
         """Error -> mean over the classes for which it is defined."""
-        return {
-            error: float(np.nanmean([by[error] for by in self.tp_errors.values()]))
-            for error in TP_ERRORS
-        }
+        return {error: float(np.nanmean([by[error] for by in self.tp_errors.values()])) for error in TP_ERRORS}
 
     @property
     def nds(self) -> float:
@@ -221,8 +223,7 @@ class DetectionScores:
             "AP": {name: {str(t): v for t, v in by.items()} for name, by in self.ap.items()},
             "tp_errors": self.mean_tp_errors,
             "class_tp_errors": {
-                name: {e: None if math.isnan(v) else v for e, v in by.items()}
-                for name, by in self.tp_errors.items()
+                name: {e: None if math.isnan(v) else v for e, v in by.items()} for name, by in self.tp_errors.items()
             },
             "precision": {
                 name: {str(t): [round(float(v), 6) for v in curve] for t, curve in by.items()}
@@ -234,9 +235,14 @@ class DetectionScores:
         }
 
 
-def evaluate_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotations],
-                       classes: Sequence[str] = DETECTION_CLASSES, max_range: float | None = None,
-                       min_points: int | None = None, ignore_excluded: bool = False) -> DetectionScores:  # fmt: skip
+def evaluate_detection(
+    predictions: Sequence[Boxes3D],
+    truths: Sequence[Annotations],
+    classes: Sequence[str] = DETECTION_CLASSES,
+    max_range: float | None = None,
+    min_points: int | None = None,
+    ignore_excluded: bool = False,
+) -> DetectionScores:
     """Score boxes against annotations, sample by sample in the ego frame.
 
     max_range: score within this many metres where that is nearer than the class's own range.
@@ -248,14 +254,17 @@ def evaluate_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotati
     Raises:
         ValueError: the two lists differ in length, or a sample has over 500 predictions.
     """
-    return match_detection(
-        predictions, truths, classes, max_range, min_points, ignore_excluded
-    ).scores()
+    return match_detection(predictions, truths, classes, max_range, min_points, ignore_excluded).scores()
 
 
-def match_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotations],
-                    classes: Sequence[str] = DETECTION_CLASSES, max_range: float | None = None,
-                    min_points: int | None = None, ignore_excluded: bool = False) -> DetectionOutcome:  # fmt: skip
+def match_detection(
+    predictions: Sequence[Boxes3D],
+    truths: Sequence[Annotations],
+    classes: Sequence[str] = DETECTION_CLASSES,
+    max_range: float | None = None,
+    min_points: int | None = None,
+    ignore_excluded: bool = False,
+) -> DetectionOutcome:
     """Match boxes against annotations as `evaluate_detection` does, to be scored in parts or resampled."""
     if len(predictions) != len(truths):
         raise ValueError(f"{len(predictions)} samples predicted, {len(truths)} annotated")
@@ -264,9 +273,7 @@ def match_detection(predictions: Sequence[Boxes3D], truths: Sequence[Annotations
     wanted = _table([truth.boxes for truth in truths])
     points = np.concatenate([np.zeros(0, np.int64), *(truth.lidar_points for truth in truths)])
     known = wanted.label < len(classes)
-    scored = _in_range(wanted, classes, max_range) & (
-        points >= (1 if min_points is None else min_points)
-    )
+    scored = _in_range(wanted, classes, max_range) & (points >= (1 if min_points is None else min_points))
     wanted = replace(wanted, ignored=~scored)[known if ignore_excluded else scored]
     outcome = match_boxes(predicted, wanted, classes)
     return replace(outcome, samples=len(truths))
@@ -278,14 +285,10 @@ def match_near(found: Sequence[Boxes3D], meant: Sequence[Annotations]) -> Detect
     Predictions that match a truth left out for its range or returns count neither way: finding a hidden
     car is neither rewarded nor punished.
     """
-    return match_detection(
-        found, meant, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True
-    )
+    return match_detection(found, meant, max_range=NEAR_RANGE, min_points=NEAR_POINTS, ignore_excluded=True)
 
 
-def score_boxes(
-    predictions: BoxTable, truths: BoxTable, classes: Sequence[str] = DETECTION_CLASSES
-) -> DetectionScores:
+def score_boxes(predictions: BoxTable, truths: BoxTable, classes: Sequence[str] = DETECTION_CLASSES) -> DetectionScores:
     """Score two tables whose filters were applied before; their labels index `classes`."""
     return match_boxes(predictions, truths, classes).scores()
 
@@ -305,9 +308,14 @@ def match_boxes(
         found, meant = predictions[predictions.label == label], truths[truths.label == label]
         matches = match_class(found, meant, samples)
         outcomes[name] = ClassOutcome(
-            name, matches, _errors_of_matches(name, found, meant, matches),
-            found.distance[matches.prediction], meant.distance, meant.sample, ~meant.ignored,
-        )  # fmt: skip
+            name,
+            matches,
+            _errors_of_matches(name, found, meant, matches),
+            found.distance[matches.prediction],
+            meant.distance,
+            meant.sample,
+            ~meant.ignored,
+        )
     return DetectionOutcome(outcomes, samples)
 
 
@@ -320,9 +328,7 @@ def check_box_counts(predictions: BoxTable) -> None:
         )
 
 
-def match_class(
-    predictions: BoxTable, truths: BoxTable, samples: int | None = None
-) -> ClassMatches:
+def match_class(predictions: BoxTable, truths: BoxTable, samples: int | None = None) -> ClassMatches:
     """Match one class greedily: by falling score (ties: later row first) each takes the nearest free truth.
 
     All samples advance together: round r handles the r-th best prediction of every sample.
@@ -347,9 +353,7 @@ def match_class(
     ignored = truths.ignored[rows]
     limits = np.array(THRESHOLDS)[:, None]
     for rank in range(int(counts[busy[0]])):
-        active = int(
-            np.searchsorted(-counts[busy], -rank, side="left")
-        )  # samples with more than rank
+        active = int(np.searchsorted(-counts[busy], -rank, side="left"))  # samples with more than rank
         at = slots[busy[:active], rank]
         offset = places[:active] - predictions.xy[order[at]][:, None]
         with np.errstate(invalid="ignore"):
@@ -357,9 +361,7 @@ def match_class(
         result = truth[:, at]
         _take(distance, blocked[:, :active], ~ignored[:active], rows[:active], limits, result)
         if ignored.any():
-            _take(
-                distance, blocked[:, :active], ignored[:active], rows[:active], limits, result, -2
-            )
+            _take(distance, blocked[:, :active], ignored[:active], rows[:active], limits, result, -2)
         truth[:, at] = result
     return matches
 
@@ -375,9 +377,7 @@ def usual_attributes(
 ) -> NDArray[np.int64]:
     """Return 1 for moving, 0 for still, -1 for classes without attributes or an unknown velocity."""
     speed = np.hypot(velocity[:, 0], velocity[:, 1])
-    without = np.isin(
-        label, [i for i, name in enumerate(classes) if name in ("barrier", "traffic_cone")]
-    )
+    without = np.isin(label, [i for i, name in enumerate(classes) if name in ("barrier", "traffic_cone")])
     return np.where(without | ~np.isfinite(speed), -1, speed > MOVING_SPEED).astype(np.int64)
 
 
@@ -386,9 +386,18 @@ def _table(samples: Sequence[Boxes3D]) -> BoxTable:
     label = np.concatenate([np.zeros(0, np.int64), *(boxes.label for boxes in samples)])
     score = np.concatenate([np.zeros(0), *(boxes.score for boxes in samples)])
     sample = np.repeat(np.arange(len(samples)), [len(boxes) for boxes in samples])
-    return BoxTable(sample, label, box[:, :2], box[:, 3:6], box[:, 6], box[:, 7:9],
-                    usual_attributes(label, box[:, 7:9]), score, np.hypot(box[:, 0], box[:, 1]),
-                    np.zeros(len(sample), bool))  # fmt: skip
+    return BoxTable(
+        sample,
+        label,
+        box[:, :2],
+        box[:, 3:6],
+        box[:, 6],
+        box[:, 7:9],
+        usual_attributes(label, box[:, 7:9]),
+        score,
+        np.hypot(box[:, 0], box[:, 1]),
+        np.zeros(len(sample), bool),
+    )
 
 
 def _velocity_known(table: BoxTable) -> BoxTable:
@@ -396,16 +405,12 @@ def _velocity_known(table: BoxTable) -> BoxTable:
     return replace(table, velocity=np.nan_to_num(table.velocity))
 
 
-def _in_range(
-    table: BoxTable, classes: Sequence[str], max_range: float | None
-) -> NDArray[np.bool_]:
+def _in_range(table: BoxTable, classes: Sequence[str], max_range: float | None) -> NDArray[np.bool_]:
     limit = np.array([min(CLASS_RANGE[name], max_range or np.inf) for name in classes] + [0.0])
     return table.distance < limit[np.minimum(table.label, len(classes))]
 
 
-def _by_sample(
-    sample: NDArray[np.int64], samples: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _by_sample(sample: NDArray[np.int64], samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (S, longest) positions of each sample's rows in order, -1 beyond, and the (S,) counts."""
     counts = np.bincount(sample, minlength=samples)
     order = np.argsort(sample, kind="stable")
@@ -415,8 +420,15 @@ def _by_sample(
     return table, counts
 
 
-def _take(distance: Array, blocked: NDArray[np.bool_], kind: NDArray[np.bool_], rows: NDArray[np.int64],
-          limits: Array, result: NDArray[np.int64], mark: int | None = None) -> None:  # fmt: skip
+def _take(
+    distance: Array,
+    blocked: NDArray[np.bool_],
+    kind: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    limits: Array,
+    result: NDArray[np.int64],
+    mark: int | None = None,
+) -> None:
     """Give each active sample's prediction its nearest free truth of a kind, for every threshold.
 
     distance, kind, rows: (A, G). blocked: (T, A, G), updated. result: (T, A), updated where it is -1.
@@ -465,9 +477,7 @@ def _scores_of(outcomes: Iterable[ClassOutcome]) -> DetectionScores:
     return DetectionScores(ap, errors, truths, predictions, precision)
 
 
-def _errors_of_matches(
-    name: str, predictions: BoxTable, truths: BoxTable, matches: ClassMatches
-) -> dict[str, Array]:
+def _errors_of_matches(name: str, predictions: BoxTable, truths: BoxTable, matches: ClassMatches) -> dict[str, Array]:
     """Return the five errors (P,) of predictions matched within 2 m; NaN for the others."""
     truth = matches.truth[THRESHOLDS.index(TP_THRESHOLD)]
     hit = truth >= 0
@@ -487,10 +497,11 @@ def _tp_errors(outcome: ClassOutcome, score_at_recall: Array) -> dict[str, float
     last = int(reached[-1]) if len(reached) else 0
     undefined = UNDEFINED_ERRORS.get(outcome.name, ())
     return {
-        error: math.nan if error in undefined
+        error: math.nan
+        if error in undefined
         else _mean_over_recalls(outcome.errors[error][hit], matches.score[hit], score_at_recall, last)
         for error in TP_ERRORS
-    }  # fmt: skip
+    }
 
 
 def match_errors(found: BoxTable, meant: BoxTable, *, half_turn: bool = False) -> dict[str, Array]:

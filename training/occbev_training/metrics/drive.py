@@ -78,9 +78,7 @@ def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
     corners = np.array(list(itertools.product(*zip(grid.lo, grid.hi, strict=True))))
     shift = transform_points(a2b, corners) - corners
     if np.all(np.abs(shift) < np.array(grid.pitch) / 2):
-        return (
-            occupancy  # motion is affine: no centre leaves its voxel if no corner moves half of one
-        )
+        return occupancy  # motion is affine: no centre leaves its voxel if no corner moves half of one
     centres = grid.centres().reshape(-1, 3)
     source, inside = grid.indices(transform_points(invert_transform(a2b), centres))
     at = tuple(source.T)
@@ -96,9 +94,7 @@ def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
     )
 
 
-def score_detection(
-    results: Sequence[KeyResult], truth: Truth, prior: Boxes3D | None = None
-) -> dict[str, Any]:
+def score_detection(results: Sequence[KeyResult], truth: Truth, prior: Boxes3D | None = None) -> dict[str, Any]:
     """Score boxes by the nuScenes rules: {mAP, NDS, AP, ..., AP_30m, AP_30m_prior}.
 
     prior: boxes that the training set alone would answer for every frame; None leaves its score out.

@@ -56,9 +56,7 @@ def read_results(path: Path) -> Results:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path}: no nuScenes result file: {error}") from error
     if not isinstance(results, dict):
-        raise ResultsError(
-            f"{path}: 'results' is a {type(results).__name__}, want sample token -> boxes"
-        )
+        raise ResultsError(f"{path}: 'results' is a {type(results).__name__}, want sample token -> boxes")
     return results
 
 
@@ -73,22 +71,22 @@ def result_boxes(sample: str, boxes: Boxes3D, ego2global: Array) -> list[Row]:
     Velocities are rotated, not translated; an unknown one becomes 0, which the format demands.
     """
     rows = []
-    for box, label, score in zip(
-        boxes.box.astype(np.float64), boxes.label, boxes.score, strict=True
-    ):
+    for box, label, score in zip(boxes.box.astype(np.float64), boxes.label, boxes.score, strict=True):
         box2global = ego2global @ make_transform(rotation_from_yaw(box[6]), box[:3])
         velocity = ego2global[:3, :3] @ np.array([*np.nan_to_num(box[7:9]), 0.0])
         name = DETECTION_CLASSES[int(label)]
-        rows.append({
-            "sample_token": sample,
-            "translation": box2global[:3, 3].tolist(),
-            "size": [box[4], box[3], box[5]],
-            "rotation": wxyz_from_rotation(box2global[:3, :3]).tolist(),
-            "velocity": velocity[:2].tolist(),
-            "detection_name": name,
-            "detection_score": float(score),
-            "attribute_name": usual_attribute(name, float(np.hypot(*velocity[:2]))),
-        })  # fmt: skip
+        rows.append(
+            {
+                "sample_token": sample,
+                "translation": box2global[:3, 3].tolist(),
+                "size": [box[4], box[3], box[5]],
+                "rotation": wxyz_from_rotation(box2global[:3, :3]).tolist(),
+                "velocity": velocity[:2].tolist(),
+                "detection_name": name,
+                "detection_score": float(score),
+                "attribute_name": usual_attribute(name, float(np.hypot(*velocity[:2]))),
+            }
+        )
     return rows
 
 
@@ -114,16 +112,12 @@ def ego_boxes(rows: Sequence[Row], global2ego: Array) -> Boxes3D:
     return Boxes3D(box.astype(np.float32), np.array(label, np.int64), score)
 
 
-def evaluate_results(
-    results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None
-) -> DetectionScores:
+def evaluate_results(results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None) -> DetectionScores:
     """Score results exactly as the official detection evaluation does; see `match_results`."""
     return match_results(results, root, samples).scores()
 
 
-def match_results(
-    results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None
-) -> DetectionOutcome:
+def match_results(results: Results, root: NuscenesRoot, samples: Sequence[str] | None = None) -> DetectionOutcome:
     """Filter and match results exactly as the official detection evaluation does.
 
     samples: tokens of the split; every sample of the root if None. The outcome numbers them in this order.
@@ -134,8 +128,10 @@ def match_results(
     samples = list(root.tables["sample"]) if samples is None else list(samples)
     if set(results) != set(samples):
         absent, extra = sorted(set(samples) - set(results)), sorted(set(results) - set(samples))
-        raise ResultsError(f"the results must hold exactly the {len(samples)} samples of the split; "
-                           f"missing {absent[:3]} ({len(absent)}), unknown {extra[:3]} ({len(extra)})")  # fmt: skip
+        raise ResultsError(
+            f"the results must hold exactly the {len(samples)} samples of the split; "
+            f"missing {absent[:3]} ({len(absent)}), unknown {extra[:3]} ({len(extra)})"
+        )
     number = {token: i for i, token in enumerate(samples)}
     ego = np.array([_ego_position(root, token) for token in samples]).reshape(-1, 3)
     racks = [_bike_racks(root, token) for token in samples]
@@ -149,9 +145,7 @@ def match_results(
     return replace(match_boxes(predicted, truth), samples=len(samples))
 
 
-def _result_table(
-    rows: Sequence[Row], number: Mapping[str, int], ego: Array
-) -> tuple[BoxTable, Array]:
+def _result_table(rows: Sequence[Row], number: Mapping[str, int], ego: Array) -> tuple[BoxTable, Array]:
     label_of = {name: i for i, name in enumerate(DETECTION_CLASSES)}
     try:
         sample = [number[row["sample_token"]] for row in rows]
@@ -164,9 +158,7 @@ def _result_table(
         raise ResultsError(f"a result box lacks or does not know {error}") from error
 
 
-def _truth_table(
-    root: NuscenesRoot, samples: Sequence[str], ego: Array
-) -> tuple[BoxTable, Array, NDArray[np.int64]]:
+def _truth_table(root: NuscenesRoot, samples: Sequence[str], ego: Array) -> tuple[BoxTable, Array, NDArray[np.int64]]:
     """Return all annotated boxes of detection classes, their heights and LiDAR + radar returns."""
     label_of = {name: i for i, name in enumerate(DETECTION_CLASSES)}
     rows: list[Row] = []
@@ -187,8 +179,15 @@ def _truth_table(
     return table, height, points
 
 
-def _make_table(rows: Sequence[Row], sample: Sequence[int], label: Sequence[int], velocity: Array,
-                attribute: Sequence[int], score: Array, ego: Array) -> tuple[BoxTable, Array]:  # fmt: skip
+def _make_table(
+    rows: Sequence[Row],
+    sample: Sequence[int],
+    label: Sequence[int],
+    velocity: Array,
+    attribute: Sequence[int],
+    score: Array,
+    ego: Array,
+) -> tuple[BoxTable, Array]:
     """Return global boxes and the heights of their centres. ego: (S, 3) where the vehicle was in each sample."""
     number = np.array(sample, np.int64)
     centre = np.array([row["translation"] for row in rows], np.float64).reshape(-1, 3)
@@ -196,8 +195,18 @@ def _make_table(rows: Sequence[Row], sample: Sequence[int], label: Sequence[int]
     rotation = rotation_from_wxyz(np.array([row["rotation"] for row in rows]).reshape(-1, 4))
     yaw = np.arctan2(rotation[:, 1, 0], rotation[:, 0, 0])
     distance = np.sqrt(np.sum((centre[:, :2] - ego[number, :2]) ** 2, axis=1))
-    table = BoxTable(number, np.array(label, np.int64), centre[:, :2], size, yaw, velocity,
-                     np.array(attribute, np.int64), score, distance, np.zeros(len(rows), bool))  # fmt: skip
+    table = BoxTable(
+        number,
+        np.array(label, np.int64),
+        centre[:, :2],
+        size,
+        yaw,
+        velocity,
+        np.array(attribute, np.int64),
+        score,
+        distance,
+        np.zeros(len(rows), bool),
+    )
     return table, centre[:, 2]
 
 
@@ -210,22 +219,20 @@ def _attribute_number(name: str) -> int:
 def _ego_position(root: NuscenesRoot, sample: str) -> Any:
     data = root.key_data(sample, LIDAR_CHANNEL)
     if data is None:
-        raise ResultsError(
-            f"sample {sample} has no {LIDAR_CHANNEL} key frame, ranges are measured from it"
-        )
+        raise ResultsError(f"sample {sample} has no {LIDAR_CHANNEL} key frame, ranges are measured from it")
     return root.row("ego_pose", data["ego_pose_token"])["translation"]
 
 
 def _bike_racks(root: NuscenesRoot, sample: str) -> list[tuple[Array, Array]]:
     """Return (rack2global, size l w h) of each bicycle rack of a sample."""
     rows = [row for row in root.annotations_of(sample) if root.category(row) == BIKE_RACK]
-    return [(make_transform(rotation_from_wxyz(row["rotation"]), row["translation"]),
-             np.array(row["size"])[[1, 0, 2]]) for row in rows]  # fmt: skip
+    return [
+        (make_transform(rotation_from_wxyz(row["rotation"]), row["translation"]), np.array(row["size"])[[1, 0, 2]])
+        for row in rows
+    ]
 
 
-def _kept(
-    table: BoxTable, height: Array, racks: Sequence[Sequence[tuple[Array, Array]]]
-) -> NDArray[np.bool_]:
+def _kept(table: BoxTable, height: Array, racks: Sequence[Sequence[tuple[Array, Array]]]) -> NDArray[np.bool_]:
     """Apply the official filters: class range from the ego vehicle, cycles in bicycle racks."""
     limit = np.array([CLASS_RANGE[name] for name in DETECTION_CLASSES])
     kept = table.distance < limit[table.label]

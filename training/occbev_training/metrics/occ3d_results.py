@@ -31,8 +31,9 @@ def result_tokens(folder: Path) -> set[str]:
     return nested | {path.stem for path in folder.glob("*.npz")}
 
 
-def read_occupancy(folder: Path, token: str, shape: tuple[int, ...],
-                   classes: int = len(OCCUPANCY_CLASSES)) -> NDArray[np.uint8]:  # fmt: skip
+def read_occupancy(
+    folder: Path, token: str, shape: tuple[int, ...], classes: int = len(OCCUPANCY_CLASSES)
+) -> NDArray[np.uint8]:
     """Read what `write_occupancy` or another code's export of the challenge wrote.
 
     Found as `<token>.npz` or `<scene>/<token>/labels.npz`; the array is arr_0, semantics or pred.
@@ -43,9 +44,7 @@ def read_occupancy(folder: Path, token: str, shape: tuple[int, ...],
     if not path.is_file():
         nested = sorted(folder.glob(f"*/{token}/*.npz"))
         if not nested:
-            raise ResultsError(
-                f"{folder}: no {token}.npz; the folder must hold one file for every sample"
-            )
+            raise ResultsError(f"{folder}: no {token}.npz; the folder must hold one file for every sample")
         path = nested[0]
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -56,9 +55,7 @@ def read_occupancy(folder: Path, token: str, shape: tuple[int, ...],
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ResultsError(f"{path}: {error}") from error
     if label.shape != tuple(shape) or not np.issubdtype(label.dtype, np.integer):
-        raise ResultsError(
-            f"{path}: {label.dtype} {label.shape}, want integers {tuple(shape)} [x, y, z]"
-        )
+        raise ResultsError(f"{path}: {label.dtype} {label.shape}, want integers {tuple(shape)} [x, y, z]")
     if label.min() < 0 or label.max() >= classes:
         raise ResultsError(f"{path}: class {label.max()}, classes are 0 to {classes - 1}")
     return label.astype(np.uint8)

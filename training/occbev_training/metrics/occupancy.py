@@ -33,8 +33,12 @@ MAX_ELEVATION = 0.21
 """Elevations in radians of the rays go on in steps until one reaches this."""
 
 
-def confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], mask: NDArray[np.bool_] | None = None,
-              classes: int = len(OCCUPANCY_CLASSES)) -> NDArray[np.int64]:  # fmt: skip
+def confusion(
+    truth: NDArray[np.uint8],
+    predicted: NDArray[np.uint8],
+    mask: NDArray[np.bool_] | None = None,
+    classes: int = len(OCCUPANCY_CLASSES),
+) -> NDArray[np.int64]:
     """Count voxels by (true class, predicted class), as (K, K).
 
     mask: which voxels count; all if None. A truth outside 0..K-1, such as 255, is not counted.
@@ -43,8 +47,10 @@ def confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], mask: NDAr
         ValueError: the shapes differ or a counted prediction is no class.
     """
     if truth.shape != predicted.shape or (mask is not None and mask.shape != truth.shape):
-        raise ValueError(f"truth {truth.shape}, prediction {predicted.shape} and mask "
-                         f"{None if mask is None else mask.shape} must have one shape")  # fmt: skip
+        raise ValueError(
+            f"truth {truth.shape}, prediction {predicted.shape} and mask "
+            f"{None if mask is None else mask.shape} must have one shape"
+        )
     if mask is not None:
         truth, predicted = truth[mask], predicted[mask]
     truth, predicted = truth.reshape(-1), predicted.reshape(-1)
@@ -80,8 +86,9 @@ def occupied_iou(counts: ArrayLike, free: int = FREE) -> float:
     return float(right / union) if union else math.nan
 
 
-def binary_counts(truth: NDArray[np.bool_], predicted: NDArray[np.bool_],
-                  mask: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:  # fmt: skip
+def binary_counts(
+    truth: NDArray[np.bool_], predicted: NDArray[np.bool_], mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
     """Count (both, only truth, only prediction) occupied voxels, as (3,)."""
     if mask is not None:
         truth, predicted = truth & mask, predicted & mask
@@ -106,8 +113,13 @@ def range_rings(grid: VoxelGrid) -> NDArray[np.uint8]:
     return (np.searchsorted(RING_EDGES, distance, side="right") - 1).astype(np.uint8)
 
 
-def grouped_counts(truth: NDArray[np.bool_], predicted: NDArray[np.bool_], group: NDArray[np.uint8],
-                   groups: int, mask: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:  # fmt: skip
+def grouped_counts(
+    truth: NDArray[np.bool_],
+    predicted: NDArray[np.bool_],
+    group: NDArray[np.uint8],
+    groups: int,
+    mask: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int64]:
     """Return `binary_counts` of each group, (groups, 3).
 
     group: (X, Y, Z), or (X, Y) for whole columns; what is outside 0..groups-1 is not counted.
@@ -124,8 +136,7 @@ def ring_names() -> tuple[str, ...]:
     """Return what the rings of RING_EDGES are called, such as "0-10 m"."""
     edges = [*RING_EDGES[1:], math.inf]
     return tuple(
-        f"{lo:g}-{hi:g} m" if math.isfinite(hi) else f"over {lo:g} m"
-        for lo, hi in zip(RING_EDGES, edges, strict=True)
+        f"{lo:g}-{hi:g} m" if math.isfinite(hi) else f"over {lo:g} m" for lo, hi in zip(RING_EDGES, edges, strict=True)
     )
 
 
@@ -149,8 +160,13 @@ class RayScores:
         return float(np.mean(list(self.by_threshold.values())))
 
 
-def ray_counts(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid,
-               classes: int = len(OCCUPANCY_CLASSES)) -> NDArray[np.int64]:  # fmt: skip
+def ray_counts(
+    truth: NDArray[np.uint8],
+    predicted: NDArray[np.uint8],
+    origins: ArrayLike,
+    grid: VoxelGrid,
+    classes: int = len(OCCUPANCY_CLASSES),
+) -> NDArray[np.int64]:
     """Count the rays of one sample, by class: (2 + T, K) of true ones, predicted ones, right ones by threshold.
 
     truth, predicted: (X, Y, Z), the last class free. origins: (O, 3) in base_link. Rays whose truth is free
@@ -202,8 +218,13 @@ def ray_origins(lidar2global: Array, key: int, ego2global: Array) -> NDArray[np.
     return positions.astype(np.float32)
 
 
-def cast_rays(labels: NDArray[np.uint8], origins: ArrayLike, grid: VoxelGrid, free: int = FREE,
-              rays: NDArray[np.float32] | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:  # fmt: skip
+def cast_rays(
+    labels: NDArray[np.uint8],
+    origins: ArrayLike,
+    grid: VoxelGrid,
+    free: int = FREE,
+    rays: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Follow rays to the first voxel that is not free.
 
     labels: (X, Y, Z), or several volumes (V, X, Y, Z), which one walk serves. origins: (O, 3) in the
@@ -241,9 +262,7 @@ def _caster() -> Callable[[NDArray[np.uint8], Floats, Floats, VoxelGrid, int], C
         return _cast_arrays
     walk = numba.njit(cache=True, nogil=True)(_walk_rays)
 
-    def cast(
-        volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int
-    ) -> Cast:
+    def cast(volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int) -> Cast:
         lo, pitch = np.asarray(grid.lo, np.float32), np.asarray(grid.pitch, np.float32)
         parts = [
             walk(*_coded(volumes[first : first + 7], free), origins, rays, lo, pitch, free)
@@ -269,8 +288,15 @@ def _coded(volumes: NDArray[np.uint8], free: int) -> tuple[NDArray[np.uint8], ND
     return padded, code
 
 
-def _walk_rays(labels: NDArray[np.uint8], code: NDArray[np.uint8], origins: Floats, rays: Floats, lo: Floats,
-               pitch: Floats, free: int) -> Cast:  # fmt: skip
+def _walk_rays(
+    labels: NDArray[np.uint8],
+    code: NDArray[np.uint8],
+    origins: Floats,
+    rays: Floats,
+    lo: Floats,
+    pitch: Floats,
+    free: int,
+) -> Cast:
     """Step each ray from voxel to voxel (Amanatides & Woo 1987) until every volume stopped it.
 
     The form that numba compiles; labels and code of `_coded`. Starts and directions are rounded through
@@ -358,9 +384,7 @@ def _walk_rays(labels: NDArray[np.uint8], code: NDArray[np.uint8], origins: Floa
     return label, length
 
 
-def _cast_arrays(
-    volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int
-) -> Cast:
+def _cast_arrays(volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int) -> Cast:
     """The same walk for all rays at once with numpy alone; slower, for machines without numba."""
     starts, directions = _voxel_rays(origins, rays, grid)
     results = [_walk_volume(volume, starts, directions, free) for volume in volumes]

@@ -13,15 +13,15 @@ from __future__ import annotations
 from torch import nn
 
 from occbev.config import ConfigError, ModelConfig
-from occbev_training.models.bev_encoder import BevEncoder
-from occbev_training.models.bevdet import build_bevdet
-from occbev_training.models.detection_head import DetectionHead
-from occbev_training.models.image_encoder import ImageEncoder
-from occbev_training.models.lift_splat import LiftSplat
+from occbev_training.models.encoders.image_encoder import ImageEncoder
+from occbev_training.models.heads.detection_head import DetectionHead
+from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.lift_splat.bev_encoder import BevEncoder
+from occbev_training.models.lift_splat.bevdet import build_bevdet
+from occbev_training.models.lift_splat.lift_splat import LiftSplat
+from occbev_training.models.lift_splat.temporal import TemporalFusion
 from occbev_training.models.network import OccBevNetwork
-from occbev_training.models.occupancy_head import OccupancyDecoder
-from occbev_training.models.query_networks import build_query_network
-from occbev_training.models.temporal import TemporalFusion
+from occbev_training.models.queries.query_networks import build_query_network
 
 STAGES = ("pretrain", "finetune")
 QUERY_FAMILIES = ("bevformer", "detr3d")
@@ -62,9 +62,7 @@ def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
     width = config.bev_encoder.out_channels
     detection = DetectionHead(width, config.detection, len(config.detection_classes))
     occupancy = _occupancy(config, len(config.occupancy_classes) - 1)
-    return OccBevNetwork(
-        *parts, occupancy_head=occupancy, detection_head=detection, temporal=temporal
-    )
+    return OccBevNetwork(*parts, occupancy_head=occupancy, detection_head=detection, temporal=temporal)
 
 
 def _occupancy(config: ModelConfig, kinds: int) -> OccupancyDecoder:

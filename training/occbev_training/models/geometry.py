@@ -23,16 +23,14 @@ from occbev.inference.reference_points import (
     pillar_points,
     project,
 )
-from occbev_training.models.bevformer import BevFormerViews, pair_cameras
-from occbev_training.models.detr3d import CameraViews
-from occbev_training.models.lift_splat import BatchedPoints, batch_geometry
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_geometry
+from occbev_training.models.queries.bevformer import BevFormerViews, pair_cameras
+from occbev_training.models.queries.detr3d import CameraViews
 
 Geometry: TypeAlias = BatchedPoints | BevFormerViews | CameraViews
 
 
-def make_geometry(
-    model: ModelConfig, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike
-) -> Geometry:
+def make_geometry(model: ModelConfig, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike) -> Geometry:
     """Return what a network of the model's family takes as geometry.
 
     intrinsic: (B, N, 3, 3) of network-size images. cam2ego: (B, N, 4, 4). camera_valid: (B, N).
@@ -48,9 +46,7 @@ def make_geometry(
     return _bevformer_views(model, frame2img, camera_valid)
 
 
-def _bevformer_views(
-    model: ModelConfig, frame2img: np.ndarray, camera_valid: ArrayLike
-) -> BevFormerViews:
+def _bevformer_views(model: ModelConfig, frame2img: np.ndarray, camera_valid: ArrayLike) -> BevFormerViews:
     former, size = model.bevformer, (model.image.width, model.image.height)
     assert former is not None, f"{model.name}: family bevformer needs the key bevformer"
     pillars = pillar_points(model.bev, former.z_range, former.heights)

@@ -12,33 +12,41 @@ from torch import Tensor, nn
 
 from occbev.inference.backend import FACTORS
 from occbev.inference.tables import GATHER_STAGES
-from occbev_training.models.bevdet import BevDetNetwork
-from occbev_training.models.bevformer import BevFormerViews, CameraSlots, Motion
-from occbev_training.models.centre_head import merge_tasks
-from occbev_training.models.detr3d import CameraViews
-from occbev_training.models.lift_splat import BatchedPoints, splat_by_gather
+from occbev_training.models.heads.centre_head import merge_tasks
+from occbev_training.models.lift_splat.bevdet import BevDetNetwork
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, splat_by_gather
+from occbev_training.models.lift_splat.temporal import warp_bev
 from occbev_training.models.network import NetworkOutput, OccBevNetwork
-from occbev_training.models.query_networks import BevFormerNetwork, Detr3dNetwork
-from occbev_training.models.temporal import warp_bev
+from occbev_training.models.queries.bevformer import BevFormerViews, CameraSlots, Motion
+from occbev_training.models.queries.detr3d import CameraViews
+from occbev_training.models.queries.query_networks import BevFormerNetwork, Detr3dNetwork
 
 HEADS: Mapping[str, str] = {
-    "reconstruction_logits": "occupancy_decoder", "occupancy_logits": "occupancy_head",
-    "heatmap": "detection_head", "box": "detection_head",
-}  # fmt: skip
+    "reconstruction_logits": "occupancy_decoder",
+    "occupancy_logits": "occupancy_head",
+    "heatmap": "detection_head",
+    "box": "detection_head",
+}
 """Output of a Lift-Splat graph -> the part of the network that makes it, in the graph's order."""
 
 QUERY_HEADS: Mapping[str, str] = {
-    "reconstruction_logits": "occupancy_decoder", "occupancy_logits": "occupancy_head",
-    "class_logits": "detection_head", "box_codes": "detection_head",
-}  # fmt: skip
+    "reconstruction_logits": "occupancy_decoder",
+    "occupancy_logits": "occupancy_head",
+    "class_logits": "detection_head",
+    "box_codes": "detection_head",
+}
 """The same of the families bevformer and detr3d."""
 
 SOURCES = ("images", "camera_valid")
 BAG_TABLES = ("table_pixel", "table_depth", "table_weight", "table_offset", "table_ray")
 GATHER_TABLES = (
-    "table_pixel", "table_depth", "table_weight",
-    *(f"table_stage{stage}" for stage in range(2, GATHER_STAGES + 1)), "table_cell", "table_ray",
-)  # fmt: skip
+    "table_pixel",
+    "table_depth",
+    "table_weight",
+    *(f"table_stage{stage}" for stage in range(2, GATHER_STAGES + 1)),
+    "table_cell",
+    "table_ray",
+)
 LIFT_STATE = ("state_in_bev", "state_known", "table_warp")
 BEVFORMER_STATE = ("can_bus", "state_in_bev", "state_known", "table_align", "table_shift")
 
@@ -240,17 +248,17 @@ class Detr3dGraph(Graph):
         super().__init__(network)
         self.outputs = _query_outputs(network)
 
-    def forward(
-        self, images: Tensor, camera_valid: Tensor, table_projection: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, camera_valid: Tensor, table_projection: Tensor) -> tuple[Tensor, ...]:
         """Return `outputs`."""
         output = self.network(images, camera_valid, CameraViews(table_projection))
         return _answers(output, self.outputs)
 
 
 LIFT_FORMS: Mapping[str, type[LiftGraph]] = {
-    "bag": BagGraph, "factored": FactoredGraph, "gather": GatherGraph,
-}  # fmt: skip
+    "bag": BagGraph,
+    "factored": FactoredGraph,
+    "gather": GatherGraph,
+}
 """Form of a Lift-Splat graph -> its class."""
 
 

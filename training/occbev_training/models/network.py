@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from occbev.inference.backend import FACTORS
-from occbev_training.models.bev_encoder import BevEncoder
-from occbev_training.models.detection_head import DetectionHead
-from occbev_training.models.image_encoder import ImageEncoder
-from occbev_training.models.lift_splat import BatchedPoints, LiftSplat
-from occbev_training.models.occupancy_head import OccupancyDecoder
-from occbev_training.models.temporal import TemporalFusion
+from occbev_training.models.encoders.image_encoder import ImageEncoder
+from occbev_training.models.heads.detection_head import DetectionHead
+from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.lift_splat.bev_encoder import BevEncoder
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat
+from occbev_training.models.lift_splat.temporal import TemporalFusion
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class NetworkOutput:
     depth_logits: (B, N, D, h, w), of Lift-Splat. reconstruction_logits: (B, 2, Z, Y, X), free and occupied.
     occupancy_logits: (B, K, Z, Y, X). heatmap: (B, K, Y, X) logits. box: (B, 10, Y, X).
     class_logits: (L, B, Q, K) and box_codes: (L, B, Q, 10) of every layer of a decoder of object queries, see
-    `occbev_training.models.query_head`. bev: (B, C, Y, X), what the next frame may remember.
+    `occbev_training.models.heads.query_head`. bev: (B, C, Y, X), what the next frame may remember.
     """
 
     depth_logits: Tensor | None = None
@@ -125,9 +125,7 @@ class OccBevNetwork(nn.Module):
         """Encode the splatted BEV (B, C, Y, X) and run the heads; the fields of `NetworkOutput`."""
         bev = self.bev_encoder(bev)
         return {
-            "reconstruction_logits": self.occupancy_decoder(bev)
-            if self.occupancy_decoder
-            else None,
+            "reconstruction_logits": self.occupancy_decoder(bev) if self.occupancy_decoder else None,
             "occupancy_logits": self.occupancy_head(bev) if self.occupancy_head else None,
             **self.centres(bev),
         }

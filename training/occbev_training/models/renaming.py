@@ -64,9 +64,7 @@ def published_name(own: str, rules: Rules) -> str:
     return own
 
 
-def load_published(
-    network: nn.Module, state: Mapping[str, Tensor], rules: Rules
-) -> ConversionReport:
+def load_published(network: nn.Module, state: Mapping[str, Tensor], rules: Rules) -> ConversionReport:
     """Load a published state dict into a network; the report says what did not fit.
 
     The network is not changed unless the conversion is complete.
@@ -104,11 +102,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    weights = (
-        {k: v for k, v in content.items() if isinstance(v, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+    weights = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not weights:
         raise CheckpointError(f"{path}: holds no weights, want a state dict")
     prefix = "module."  # of distributed training

@@ -88,9 +88,7 @@ def _depth_edges(points: NDArray[np.float64], camera: Camera) -> NDArray[np.int6
     return seen[behind > 1.1 * depth[seen] + 1.0]
 
 
-def _mean_gradient(
-    points: NDArray[np.float64], camera: Camera, gradient: NDArray[np.float32]
-) -> float:
+def _mean_gradient(points: NDArray[np.float64], camera: Camera, gradient: NDArray[np.float32]) -> float:
     pixels, depth = project_points(points, camera.intrinsic)
     cell = np.floor(pixels).astype(np.int64)
     height, width = gradient.shape

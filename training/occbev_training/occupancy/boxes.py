@@ -72,9 +72,7 @@ def read_tracks(recording: Recording) -> dict[str, Track]:
             place = np.array([*at[:3, 3], yaw_from_rotation(at[:3, :3])])
             rows.setdefault(instance, []).append((int(stamp), place, box[3:6].astype(np.float64)))
     if not rows:
-        raise RecordingError(
-            f"{recording.name}: no annotated boxes, which the boxes variant of labels needs"
-        )
+        raise RecordingError(f"{recording.name}: no annotated boxes, which the boxes variant of labels needs")
     return {
         instance: Track(
             np.array([stamp for stamp, _, _ in found], np.int64),
@@ -102,9 +100,7 @@ def returns_in_boxes(
         box2ego = global2ego @ box2global
         size = track.size * growth
         centre = box2ego[:3, 3]
-        near = np.flatnonzero(
-            (np.abs(rays.end - centre).max(axis=1) < np.linalg.norm(size) / 2 + 0.1) & ~taken
-        )
+        near = np.flatnonzero((np.abs(rays.end - centre).max(axis=1) < np.linalg.norm(size) / 2 + 0.1) & ~taken)
         box = np.array([*centre, *size, yaw_from_rotation(box2ego[:3, :3])])
         inside = near[points_in_box(rays.end[near], box)]
         inside = inside[rays.end[inside, 2] > centre[2] - track.size[2] / 2 + 0.1]  # not the road

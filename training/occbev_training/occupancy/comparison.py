@@ -64,12 +64,7 @@ class Counts:
     paper_missed: int
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            *(
-                a + b
-                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-            )
-        )
+        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -85,10 +80,7 @@ class Comparison:
     def as_record(self) -> dict[str, Any]:
         """Shares of what the acceptance names, and the recipe's faults as shares of its occupied voxels."""
         c = self.counts
-        paper = {
-            name: getattr(c, f"paper_{name}")
-            for name in ("right", "trail", "ego", "border", "other")
-        }
+        paper = {name: getattr(c, f"paper_{name}") for name in ("right", "trail", "ego", "border", "other")}
         occupied = max(1, sum(paper.values()))
         return {
             **self.scores.ratios,
@@ -118,14 +110,10 @@ def compare_key(builder: LabelBuilder, recording: MovingTruth, key: int) -> Comp
     trail = touched & ~now & ~solid
     ours = (static, static & ~occupied, trail, trail & occupied)
     paper = _judge_paper(recording, key, truth, label, touched & ~now)
-    return Comparison(
-        compare_with_truth(label, truth), Counts(*(int(m.sum()) for m in ours), *paper)
-    )
+    return Comparison(compare_with_truth(label, truth), Counts(*(int(m.sum()) for m in ours), *paper))
 
 
-def _hit_by_movers(
-    recording: MovingTruth, key: int, config: LabelConfig, grid: VoxelGrid
-) -> NDArray[np.bool_]:
+def _hit_by_movers(recording: MovingTruth, key: int, config: LabelConfig, grid: VoxelGrid) -> NDArray[np.bool_]:
     """Return the cells (X, Y, Z) that returns from movers fall in, over the label's window."""
     key_ns = int(recording.key_stamp_ns[key])
     global2ego = invert_transform(recording.trajectory.at(key_ns))
@@ -142,9 +130,7 @@ def _mover_points(recording: MovingTruth, index: int) -> NDArray[np.float64]:
     sweep = recording.sweep(index)
     lidar2global = recording.trajectory.at(sweep.stamp_ns) @ sweep.lidar2ego
     points = transform_points(lidar2global, compensated(sweep, recording.trajectory).points)
-    offset = (
-        np.zeros(len(points)) if sweep.time_offset is None else sweep.time_offset.astype(np.float64)
-    )
+    offset = np.zeros(len(points)) if sweep.time_offset is None else sweep.time_offset.astype(np.float64)
     edges = np.linspace(offset.min(), offset.max(), _TIME_STEPS + 1)
     step = np.clip(np.searchsorted(edges, offset, side="right") - 1, 0, _TIME_STEPS - 1)
     found = []

@@ -26,9 +26,14 @@ EXECUTORS = ("local", "ray")
 
 
 def run_jobs(
-    jobs: Sequence[Job], out: Path, config: PairConfig, workers: int = 1, executor: str = "local",
-    ray_address: str | None = None, on_key: Callable[[], None] = lambda: None,
-) -> Iterator[Result]:  # fmt: skip
+    jobs: Sequence[Job],
+    out: Path,
+    config: PairConfig,
+    workers: int = 1,
+    executor: str = "local",
+    ray_address: str | None = None,
+    on_key: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:
     """Make units and yield what became of each, in the order in which they end.
 
     on_key: called in this process for every key frame that is done; on Ray, for all of a unit at its end.
@@ -42,9 +47,7 @@ def run_jobs(
         yield from _in_processes(jobs, out, config, workers, on_key)
 
 
-def make_job(
-    job: Job, out: Path, config: PairConfig, on_key: Callable[[], None] = lambda: None
-) -> Result:
+def make_job(job: Job, out: Path, config: PairConfig, on_key: Callable[[], None] = lambda: None) -> Result:
     """Make one unit in this process."""
     opener, unit = job
     try:
@@ -102,9 +105,13 @@ def _told_job(job: Job, out: Path, config: PairConfig) -> Result:
 
 
 def _on_ray(
-    jobs: Sequence[Job], out: Path, config: PairConfig, workers: int, address: str | None,
+    jobs: Sequence[Job],
+    out: Path,
+    config: PairConfig,
+    workers: int,
+    address: str | None,
     on_key: Callable[[], None],
-) -> Iterator[Result]:  # fmt: skip
+) -> Iterator[Result]:
     """Hand the jobs to a Ray cluster, each on one processor, a few more than it has at a time.
 
     address: of a running cluster; None starts one here with `workers` processors. `out` must be a
@@ -116,8 +123,12 @@ def _on_ray(
         raise ValueError("--executor ray needs Ray: pip install 'occbev-training[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, num_cpus=None if address else workers, log_to_driver=False,
-                 include_dashboard=None if address else False)  # fmt: skip
+        ray.init(
+            address=address,
+            num_cpus=None if address else workers,
+            log_to_driver=False,
+            include_dashboard=None if address else False,
+        )
     remote = ray.remote(num_cpus=1, max_retries=3)(make_job)
     at_most = 2 * max(1, int(ray.cluster_resources().get("CPU", workers)))
     left = iter(jobs)

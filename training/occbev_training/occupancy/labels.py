@@ -112,8 +112,7 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if not self.window > 0 or not 1 <= self.max_sweeps <= MAX_SWEEPS:
             raise ValueError(
-                f"label window must be positive and max_sweeps 1..{MAX_SWEEPS}; "
-                f"got {self.window} and {self.max_sweeps}"
+                f"label window must be positive and max_sweeps 1..{MAX_SWEEPS}; got {self.window} and {self.max_sweeps}"
             )
         if self.ground_columns % 2 == 0:
             raise ValueError(f"ground_columns must be odd; got {self.ground_columns}")
@@ -128,9 +127,7 @@ class LabelConfig:
     @property
     def hash(self) -> str:
         """Twelve hex digits over every parameter, and over the masks that one of them names."""
-        digest = hashlib.sha256(
-            json.dumps(dataclasses.asdict(self) | {"ego_masks": ""}, sort_keys=True).encode()
-        )
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self) | {"ego_masks": ""}, sort_keys=True).encode())
         for path in sorted(Path(self.ego_masks).glob("*.png")) if self.ego_masks else []:
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()[:12]
@@ -223,9 +220,7 @@ class Examined:
 class LabelBuilder:
     """Makes the labels of one recording; sweeps stay decoded while neighbouring keys need them."""
 
-    def __init__(
-        self, recording: Recording, config: LabelConfig | None = None, grid: VoxelGrid | None = None
-    ) -> None:
+    def __init__(self, recording: Recording, config: LabelConfig | None = None, grid: VoxelGrid | None = None) -> None:
         self.recording = recording
         self.config = config or LabelConfig()
         self.grid = grid or GRIDS["occ3d"]
@@ -270,9 +265,7 @@ class LabelBuilder:
         ground = ground_cells(hits, grid, config.ground_height, config.ground_columns)
         skimmed = ground if config.ground_grazing else None
         evidence = cast(window.bundles, hits, grid, config.conflict_distance, skimmed)
-        decision = decide(
-            evidence, ground, self._far, grid, config, len(window.sweeps), window.reference_bits
-        )
+        decision = decide(evidence, ground, self._far, grid, config, len(window.sweeps), window.reference_bits)
         if window.objects:
             decision.state[self._boxed_cells(window)] = OCCUPIED_STATE
         # At the key time the vehicle itself is there: what was hit was there before or after it.
@@ -292,30 +285,26 @@ class LabelBuilder:
     def _axes(self) -> list[NDArray[np.float64]]:
         """The cells' centres along x, y and z, shaped to be broadcast: all centres at once take 15 MB."""
         grid = self.grid
-        lines = [lo + (np.arange(n) + 0.5) * pitch
-                 for lo, pitch, n in zip(grid.lo, grid.pitch, grid.shape, strict=True)]  # fmt: skip
+        lines = [
+            lo + (np.arange(n) + 0.5) * pitch for lo, pitch, n in zip(grid.lo, grid.pitch, grid.shape, strict=True)
+        ]
         return list(np.ix_(*lines))
 
     def _boxed_cells(self, window: Window) -> NDArray[np.int64]:
         """Return the cells in which returns carried with their boxes make an occupied cell."""
         cells, count = np.unique(np.concatenate(window.objects), return_counts=True)
-        now = [
-            cells for cells, at_key in zip(window.objects, window.reference, strict=True) if at_key
-        ]
-        return np.union1d(cells[count >= self.config.near_hits], np.concatenate([[], *now])).astype(
-            np.int64
-        )
+        now = [cells for cells, at_key in zip(window.objects, window.reference, strict=True) if at_key]
+        return np.union1d(cells[count >= self.config.near_hits], np.concatenate([[], *now])).astype(np.int64)
 
     @cached_property
     def _far(self) -> NDArray[np.bool_]:
         """Which cells (X*Y*Z,) are farther from the LiDAR at the key time than `far_range`."""
-        squares = [(centre - lidar) ** 2
-                   for centre, lidar in zip(self._axes, self.recording.lidar2ego[:3, 3], strict=True)]  # fmt: skip
+        squares = [
+            (centre - lidar) ** 2 for centre, lidar in zip(self._axes, self.recording.lidar2ego[:3, 3], strict=True)
+        ]
         return (np.sqrt(sum(squares)) > self.config.far_range).reshape(-1)
 
-    def _label(
-        self, key: int, window: Window, decision: Decision, frames: FrameSet | None
-    ) -> OccupancyLabel:
+    def _label(self, key: int, window: Window, decision: Decision, frames: FrameSet | None) -> OccupancyLabel:
         """Add visibility and counts to decided states."""
         shape, hits = self.grid.shape, decision.evidence.hits
         hit_sweeps = np.zeros(self.grid.size, np.uint8)
@@ -349,9 +338,7 @@ class LabelBuilder:
             try:
                 sweep = self.recording.sweep(index)
                 ego2global = trajectory.at(sweep.stamp_ns)
-                rays = deskewed_rays(
-                    sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits
-                )
+                rays = deskewed_rays(sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits)
             except PoseError:
                 self._rays[index] = "without_pose"
             except RecordingError as error:
@@ -359,9 +346,7 @@ class LabelBuilder:
                 self._rays[index] = "unreadable"
             else:
                 timed = sweep.time_offset is not None
-                self._rays[index] = SweepRays(
-                    sweep.stamp_ns, middle_ns(sweep), rays, timed, ego2global
-                )
+                self._rays[index] = SweepRays(sweep.stamp_ns, middle_ns(sweep), rays, timed, ego2global)
         return self._rays[index]
 
     def _bundle(self, sweep: SweepRays, global2key: NDArray[np.float64]) -> RayBundle:
@@ -375,17 +360,13 @@ class LabelBuilder:
     def _in_boxes(self, sweep: SweepRays) -> tuple[NDArray[np.bool_], list[BoxReturns]]:
         """Return which rays of a sweep end in a box, and each box's share of them."""
         global2ego = invert_transform(sweep.ego2global)
-        found = returns_in_boxes(
-            sweep.rays, sweep.stamp_ns, global2ego, self._tracks, self.config.box_growth
-        )
+        found = returns_in_boxes(sweep.rays, sweep.stamp_ns, global2ego, self._tracks, self.config.box_growth)
         inside = np.zeros(len(sweep.rays), np.bool_)
         for part in found:
             inside[part.rays] = True
         return inside, found
 
-    def _carried(
-        self, sweep: SweepRays, stamp_ns: int, global2key: NDArray[np.float64]
-    ) -> RayBundle:
+    def _carried(self, sweep: SweepRays, stamp_ns: int, global2key: NDArray[np.float64]) -> RayBundle:
         """Return a sweep's returns from boxes where their boxes are at the key time; they carve nothing."""
         places = [np.zeros((0, 3))]
         for part in self._in_boxes(sweep)[1]:
@@ -420,9 +401,7 @@ class LabelBuilder:
                 stats[f"points_{reason}"] = stats.get(f"points_{reason}", 0) + count
         return stats
 
-    def _visibility(
-        self, key: int, frames: FrameSet, state: NDArray[np.uint8]
-    ) -> NDArray[np.uint8]:
+    def _visibility(self, key: int, frames: FrameSet, state: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Mark what each camera sees from where it was at its own exposure."""
         visible = np.zeros(self.grid.shape, np.uint8)
         cameras = self.recording.rig.cameras
@@ -438,8 +417,7 @@ class LabelBuilder:
                 continue
             pose = trajectory.at(frame.stamp_ns) if frame.ego2global is None else frame.ego2global
             cam2ego = global2ego @ pose @ camera.cam2ego
-            mark_visible(self._rays_of(camera), cam2ego, state, self.grid, bit,
-                         self.config.unobserved_path, visible)  # fmt: skip
+            mark_visible(self._rays_of(camera), cam2ego, state, self.grid, bit, self.config.unobserved_path, visible)
         return visible
 
     def _rays_of(self, camera: Camera) -> CameraRays:
@@ -490,9 +468,7 @@ def read_ego_mask(camera: Camera, folder: str) -> NDArray[np.bool_] | None:
     return mask > 127
 
 
-def camera_rays(
-    camera: Camera, config: LabelConfig, ego_mask: NDArray[np.bool_] | None = None
-) -> CameraRays:
+def camera_rays(camera: Camera, config: LabelConfig, ego_mask: NDArray[np.bool_] | None = None) -> CameraRays:
     """Build a camera's rasters of rays: coarse ones for near cells, the finest for the far ones.
 
     ego_mask: (H, W) pixels that show the vehicle; their rays are NaN and see nothing.
@@ -583,8 +559,9 @@ def decide(
     state = _passed_cells(pass_sweeps, far, config.far_passes)
     ratio = config.dynamic_ratio if sweeps > config.few_sweeps else config.dynamic_ratio_few
     contradicted = evidence.conflicts >= np.maximum(config.dynamic_minimum, ratio * hits.count)
-    dynamic = _moving_components(hits.cell, hits.row, solid, contradicted & solid,
-                                 np.array(grid.shape), config.component_share)  # fmt: skip
+    dynamic = _moving_components(
+        hits.cell, hits.row, solid, contradicted & solid, np.array(grid.shape), config.component_share
+    )
     bits, hit_sweeps = np.uint64(reference), np.bitwise_count(hits.sweeps)
     hit_now = (hits.sweeps & bits) != 0
     outvoted = np.bitwise_count(evidence.conflict_sweeps) >= config.reference_ratio * hit_sweeps

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from occbev import __version__
 from occbev.geometry import invert_transform
 from occbev.grid import GRIDS, VoxelGrid
+from occbev.messages.image_headers import image_fault
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import CameraRig
 from occbev.trajectory import PoseError
@@ -45,7 +46,6 @@ from occbev_training.occupancy.quality import (
     observed_drop,
 )
 from occbev_training.sources.deskew import deskewed_rays
-from occbev_training.sources.images import image_fault
 from occbev_training.sources.recording import Recording, RecordingError
 
 logger = logging.getLogger(__name__)
@@ -95,9 +95,7 @@ class PairConfig:
         if self.variant not in VARIANTS:
             raise ValueError(f"pair variant {self.variant!r}; known are {', '.join(VARIANTS)}")
         if (self.variant == "boxes") != (self.label.objects == "boxes"):
-            label = dataclasses.replace(
-                self.label, objects="boxes" if self.variant == "boxes" else "evidence"
-            )
+            label = dataclasses.replace(self.label, objects="boxes" if self.variant == "boxes" else "evidence")
             object.__setattr__(self, "label", label)
         if self.segment < 1 or self.max_camera_dt <= 0 or self.max_standing < 0:
             raise ValueError(
@@ -194,8 +192,17 @@ def make_unit(
         raise
     _flag_observed_drop(writer.rows)
     skipped = getattr(recording, "skipped", {}) if unit.first == 0 else {}
-    report = UnitReport(unit, len(writer.rows), dict(sorted(refused.items())), writer.shards,
-                        config.hash, writer.rows, source, dict(sorted(missing.items())), skipped)  # fmt: skip
+    report = UnitReport(
+        unit,
+        len(writer.rows),
+        dict(sorted(refused.items())),
+        writer.shards,
+        config.hash,
+        writer.rows,
+        source,
+        dict(sorted(missing.items())),
+        skipped,
+    )
     _write_manifest(folder / f"{unit.name}.json", report)
     return report
 
@@ -338,8 +345,7 @@ def _sample(
     label, window = examined.label, examined.window
     stamp_ns = int(recording.key_stamp_ns[examined.key])
     images = {name: _encoded(frame) for name, frame in frames.frames.items() if frame is not None}
-    volumes = LabelVolumes(label.state, label.camera_visible, label.hit_sweeps, label.pass_sweeps,
-                           label.grid.hash)  # fmt: skip
+    volumes = LabelVolumes(label.state, label.camera_visible, label.hit_sweeps, label.pass_sweeps, label.grid.hash)
     meta = {
         "drive": recording.name,
         "stamp_ns": stamp_ns,
@@ -365,8 +371,14 @@ def _sample(
         "missing": dict(frames.missing),
     }
     key_name = f"{recording.name}/{stamp_ns}"
-    return PairSample(key_name, images, _calibration(recording, stamp_ns, frames), meta, volumes,
-                      _returns(recording, stamp_ns, config.label) if config.lidar else None)  # fmt: skip
+    return PairSample(
+        key_name,
+        images,
+        _calibration(recording, stamp_ns, frames),
+        meta,
+        volumes,
+        _returns(recording, stamp_ns, config.label) if config.lidar else None,
+    )
 
 
 def _deskew(recording: Recording, examined: Examined) -> str:
@@ -390,8 +402,12 @@ def _calibration(recording: Recording, stamp_ns: int, frames: FrameSet) -> dict[
             record["cam2ego_at_key"] = (global2ego @ pose @ camera.cam2ego).tolist()
         cameras[camera.name] = record
     lidar2ego = recording.lidar2ego.tolist()
-    return {"order": list(recording.rig.names), "cameras": cameras, "lidar2ego": lidar2ego,
-            "ego2global": recording.trajectory.at(stamp_ns).tolist()}  # fmt: skip
+    return {
+        "order": list(recording.rig.names),
+        "cameras": cameras,
+        "lidar2ego": lidar2ego,
+        "ego2global": recording.trajectory.at(stamp_ns).tolist(),
+    }
 
 
 def _encoded(frame: CameraFrame) -> bytes:
@@ -433,10 +449,7 @@ def _row(
 
 def _flag_observed_drop(rows: Sequence[dict[str, Any]]) -> None:
     """Mark samples that observe much less than the rest of their unit."""
-    numbers = [
-        {k: np.nan if v is None else v for k, v in row.items() if k.startswith("q3_")}
-        for row in rows
-    ]
+    numbers = [{k: np.nan if v is None else v for k, v in row.items() if k.startswith("q3_")} for row in rows]
     limit = next(limit for limit in LIMITS if limit.name == "q3_observed_drop")
     for row, drop in zip(rows, observed_drop(numbers), strict=True):
         row[limit.name] = drop
@@ -474,8 +487,11 @@ def read_manifest(path: Path, config: PairConfig) -> UnitReport | None:
 
 def _damaged(folder: Path, report: UnitReport) -> list[str]:
     """Return the shards of a unit that are gone or changed."""
-    return [shard for shard, digest in report.shards.items()
-            if not (folder / shard).exists() or file_hash(folder / shard) != digest]  # fmt: skip
+    return [
+        shard
+        for shard, digest in report.shards.items()
+        if not (folder / shard).exists() or file_hash(folder / shard) != digest
+    ]
 
 
 def read_reports(folder: Path) -> list[UnitReport]:
@@ -490,8 +506,7 @@ def read_reports(folder: Path) -> list[UnitReport]:
     damaged = [shard for report in found for shard in _damaged(folder, report)]
     if damaged:
         raise ShardError(
-            f"{folder}: {damaged} are gone or changed since they were made; give the command that made them "
-            "again"
+            f"{folder}: {damaged} are gone or changed since they were made; give the command that made them again"
         )
     configs = Counter(report.config_hash for report in found)
     if len(configs) > 1:

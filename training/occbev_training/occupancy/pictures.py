@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
-from occbev.rendering import Picture, beside, camera_mosaic, draw_points, stacked
+from occbev.reports.rendering import Picture, beside, camera_mosaic, draw_points, stacked
 from occbev.rig import Camera
 from occbev_training.data.shards import PairSample
 from occbev_training.occupancy.paper import FORWARD2LIDAR, PAPER_GRID
@@ -25,9 +25,7 @@ def grid_of(sample: PairSample) -> VoxelGrid:
     """Return the grid that a sample's label was made on; raises ValueError if its hash disagrees."""
     grid = VoxelGrid.from_record(dict(sample.meta["grid"]))
     if grid.hash != sample.label.grid_hash:
-        raise ValueError(
-            f"{sample.key}: label of grid {sample.label.grid_hash}, record of {grid.hash}"
-        )
+        raise ValueError(f"{sample.key}: label of grid {sample.label.grid_hash}, record of {grid.hash}")
     return grid
 
 
@@ -52,12 +50,12 @@ def pair_picture(sample: PairSample, width: int = 1500) -> Picture:
     parts.append(beside({name: _scaled(view, size) for name, view in evidence.items()}))
     grid = grid_of(sample)
     layers = np.linspace(1, grid.shape[2] - 1, 6).astype(int)
-    slices = {f"z {grid.lo[2] + (z + 0.5) * grid.pitch[2]:.1f} m": _scaled(_layer(sample, z), width // 6 - 14)
-              for z in dict.fromkeys(layers.tolist())}  # fmt: skip
+    slices = {
+        f"z {grid.lo[2] + (z + 0.5) * grid.pitch[2]:.1f} m": _scaled(_layer(sample, z), width // 6 - 14)
+        for z in dict.fromkeys(layers.tolist())
+    }
     parts.append(beside(slices))
-    parts.append(
-        beside({"cut along the drive, forward to the right": _scaled(_side(sample), width - 16)})
-    )
+    parts.append(beside({"cut along the drive, forward to the right": _scaled(_side(sample), width - 16)}))
     return stacked(parts)
 
 
@@ -85,8 +83,15 @@ def _cameras(sample: PairSample, width: int) -> Picture:
 def _camera_at_key(record: Mapping[str, Any]) -> Camera:
     """Return a camera as it stood at its own exposure, in ego at the key time."""
     camera = Camera.from_record(dict(record))
-    return Camera(camera.name, camera.width, camera.height, camera.intrinsic,
-                  np.array(record["cam2ego_at_key"]), camera.distortion_model, camera.distortion)  # fmt: skip
+    return Camera(
+        camera.name,
+        camera.width,
+        camera.height,
+        camera.intrinsic,
+        np.array(record["cam2ego_at_key"]),
+        camera.distortion_model,
+        camera.distortion,
+    )
 
 
 def _upright(plane: NDArray[Any]) -> NDArray[Any]:
@@ -131,9 +136,7 @@ def _low_above(sample: PairSample) -> Picture:
 
 def _height_above(sample: PairSample) -> Picture:
     occupied = sample.label.state == 2
-    top = np.where(
-        occupied.any(axis=2), occupied.shape[2] - np.argmax(occupied[:, :, ::-1], axis=2), 0
-    )
+    top = np.where(occupied.any(axis=2), occupied.shape[2] - np.argmax(occupied[:, :, ::-1], axis=2), 0)
     return _heat(top, occupied.shape[2])
 
 
@@ -152,9 +155,7 @@ def _layer(sample: PairSample, z: int) -> Picture:
 def _side(sample: PairSample) -> Picture:
     """Cut along the drive: forward to the right, up upwards, cells twice as high as wide."""
     middle = sample.label.state.shape[1] // 2
-    cut = _colours(
-        sample.label.state[:, middle], sample.label.camera_visible[:, middle]
-    )  # (X, Z, 3)
+    cut = _colours(sample.label.state[:, middle], sample.label.camera_visible[:, middle])  # (X, Z, 3)
     return np.repeat(np.ascontiguousarray(np.swapaxes(cut, 0, 1)[::-1]), 2, axis=0)
 
 
@@ -163,14 +164,10 @@ def interactive_page(sample: PairSample) -> str:
     grid, label = grid_of(sample), sample.label
     cells = np.argwhere(label.state == 2)
     at = tuple(cells.T)
-    table = np.concatenate(
-        [cells, label.hit_sweeps[at][:, None], label.camera_visible[at][:, None]], axis=1
-    )
+    table = np.concatenate([cells, label.hit_sweeps[at][:, None], label.camera_visible[at][:, None]], axis=1)
     data = base64.b64encode(np.ascontiguousarray(table, np.uint8).tobytes()).decode()
     if max(grid.shape) > 256:
-        raise ValueError(
-            f"the page holds grids of up to 256 cells a side; this one has {grid.shape}"
-        )
+        raise ValueError(f"the page holds grids of up to 256 cells a side; this one has {grid.shape}")
     record = {
         "lo": grid.lo,
         "pitch": grid.pitch,

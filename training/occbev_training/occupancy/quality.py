@@ -52,9 +52,7 @@ class Limit:
 
 
 LIMITS: tuple[Limit, ...] = (
-    Limit(
-        "q1_ends_in_occupied", "returns of a held-out sweep in or next to occupied", at_least=0.90
-    ),
+    Limit("q1_ends_in_occupied", "returns of a held-out sweep in or next to occupied", at_least=0.90),
     Limit("q1_through_occupied", "beams of a held-out sweep through occupied", at_most=0.10),
     Limit("q2_self_carve", "hit cells that one sweep alone would remove", at_most=0.04),
     Limit(
@@ -63,18 +61,14 @@ LIMITS: tuple[Limit, ...] = (
         at_most=0.30,
     ),
     Limit("q4_temporal_iou", "occupied cells that agree with the next key frame", at_least=0.85),
-    Limit(
-        "q5_ground_thickness", "spread of ground returns in a column over sweeps, m", at_most=0.15
-    ),
+    Limit("q5_ground_thickness", "spread of ground returns in a column over sweeps, m", at_most=0.15),
     Limit(
         "q6_camera_alignment",
         "share of cameras whose depth edges fit best as calibrated",
         at_least=0.3,
     ),
     Limit("q7_ego_leak", "occupied cells inside the vehicle", at_most=0),
-    Limit(
-        "q8_border_ratio", "occupied cells on a border plane against the plane within", at_most=2.0
-    ),
+    Limit("q8_border_ratio", "occupied cells on a border plane against the plane within", at_most=2.0),
     Limit("q9_deterministic", "same label from shuffled points", at_least=1.0),
 )
 """What good labels keep. Simulated streets whose labels are 99.8 % right set the bounds of Q1 and Q2:
@@ -126,14 +120,10 @@ def observed_by_ring(label: OccupancyLabel) -> NDArray[np.float64]:
     y = centres.lo[1] + (np.arange(centres.shape[1]) + 0.5) * centres.pitch[1]
     ring = np.digitize(np.hypot(x[:, None], y[None]), RANGE_RINGS)
     seen = (label.state > 0).mean(axis=2)
-    return np.array(
-        [seen[ring == i].mean() if (ring == i).any() else np.nan for i in range(len(RANGE_RINGS))]
-    )
+    return np.array([seen[ring == i].mean() if (ring == i).any() else np.nan for i in range(len(RANGE_RINGS))])
 
 
-def temporal_iou(
-    now: OccupancyLabel, later: OccupancyLabel, now2later: NDArray[np.float64]
-) -> float:
+def temporal_iou(now: OccupancyLabel, later: OccupancyLabel, now2later: NDArray[np.float64]) -> float:
     """Q4: overlap within one cell of two labels' occupied cells, where both have observed."""
     inter = total = 0.0
     for a, b, a2b in ((now, later, now2later), (later, now, invert_transform(now2later))):
@@ -162,9 +152,7 @@ def ground_thickness(window: Window, decision: Decision, grid: VoxelGrid) -> flo
         return np.nan
     column, height = np.concatenate(columns), np.concatenate(heights)
     # One height per column and sweep first: a column cut by the grid's layers counts once.
-    pair, inverse = np.unique(
-        np.stack([column, np.concatenate(sweeps)], 1), axis=0, return_inverse=True
-    )
+    pair, inverse = np.unique(np.stack([column, np.concatenate(sweeps)], 1), axis=0, return_inverse=True)
     inverse = inverse.ravel()
     mean = np.bincount(inverse, height) / np.maximum(1, np.bincount(inverse))
     _, group, count = np.unique(pair[:, 0], return_inverse=True, return_counts=True)
@@ -217,9 +205,7 @@ class _Shuffled:
         return dataclasses.replace(sweep, **parts)
 
 
-def is_deterministic(
-    builder: LabelBuilder, key: int, frames: FrameSet, label: OccupancyLabel
-) -> bool:
+def is_deterministic(builder: LabelBuilder, key: int, frames: FrameSet, label: OccupancyLabel) -> bool:
     """Q9: whether shuffled points give the same label to the last bit."""
     other = LabelBuilder(_Shuffled(builder.recording), builder.config, builder.grid)  # type: ignore[arg-type]
     return label_hash(other.build(key, frames)) == label_hash(label)
@@ -272,11 +258,7 @@ def observed_drop(keys: Sequence[Mapping[str, float]]) -> list[float]:
 
 def broken_limits(values: Mapping[str, float], limits: Iterable[Limit] = LIMITS) -> list[str]:
     """Return the names of the limits that a set of values breaks."""
-    return [
-        limit.name
-        for limit in limits
-        if limit.name in values and not limit.holds(values[limit.name])
-    ]
+    return [limit.name for limit in limits if limit.name in values and not limit.holds(values[limit.name])]
 
 
 @dataclass(frozen=True)
@@ -298,12 +280,7 @@ class TruthScores:
     passed: int
 
     def __add__(self, other: TruthScores) -> TruthScores:
-        return TruthScores(
-            *(
-                a + b
-                for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-            )
-        )
+        return TruthScores(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     @property
     def ratios(self) -> dict[str, float]:

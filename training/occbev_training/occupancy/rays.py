@@ -118,17 +118,21 @@ class BundleScratch:
     def rows(self, count: int) -> tuple[NDArray[Any], ...]:
         """Return slots, and one row per beam for at least `count` beams."""
         if count == 0 or len(self._rows[0]) < count:
-            self._rows = (np.empty((count, 8), np.int64), np.empty((count, 3)), np.empty((count, 3)),
-                          np.empty(count, np.int64), np.empty(count, np.bool_), np.empty(count, np.int64))  # fmt: skip
+            self._rows = (
+                np.empty((count, 8), np.int64),
+                np.empty((count, 3)),
+                np.empty((count, 3)),
+                np.empty(count, np.int64),
+                np.empty(count, np.bool_),
+                np.empty(count, np.int64),
+            )
         return self.slots, *self._rows
 
 
 def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
     """Count returns and their centroid per cell over all sweeps."""
     if len(bundles) > MAX_SWEEPS:
-        raise ValueError(
-            f"{len(bundles)} sweeps; a cell has one bit for each of at most {MAX_SWEEPS}"
-        )
+        raise ValueError(f"{len(bundles)} sweeps; a cell has one bit for each of at most {MAX_SWEEPS}")
     row = np.full(grid.size, -1, np.int32)
     for bundle in bundles:
         _note_hits(bundle.end_cell, bundle.hit, row)
@@ -137,8 +141,9 @@ def gather_hits(bundles: Sequence[RayBundle], grid: VoxelGrid) -> Hits:
     count, total = np.zeros(len(cell), np.int64), np.zeros((len(cell), 3), np.int64)
     sweeps = np.zeros(len(cell), np.uint64)
     for number, bundle in enumerate(bundles):
-        _add_hits(bundle.end_cell, bundle.hit, bundle.weight, bundle.end_mm,
-                  np.uint64(1 << number), row, count, total, sweeps)  # fmt: skip
+        _add_hits(
+            bundle.end_cell, bundle.hit, bundle.weight, bundle.end_mm, np.uint64(1 << number), row, count, total, sweeps
+        )
     centroid = total / np.maximum(count, 1)[:, None] / 1000.0 + np.array(grid.lo)
     return Hits(cell, count, sweeps, centroid, row)
 
@@ -163,9 +168,24 @@ def cast(
     conflict_sweeps = np.zeros(len(hits.cell), np.uint64)
     lo, pitch, shape = np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape)
     for number, bundle in enumerate(bundles):
-        _cast(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
-              lo, pitch, shape, np.uint64(1 << number), hits.row, hits.centroid, ground, distance,
-              seen, conflicts, conflict_sweeps)  # fmt: skip
+        _cast(
+            bundle.origin,
+            bundle.end,
+            bundle.end_cell,
+            bundle.weight,
+            bundle.margin,
+            lo,
+            pitch,
+            shape,
+            np.uint64(1 << number),
+            hits.row,
+            hits.centroid,
+            ground,
+            distance,
+            seen,
+            conflicts,
+            conflict_sweeps,
+        )
         _count_passes(seen, passes)
     return Evidence(hits, passes, conflicts, conflict_sweeps)
 
@@ -182,13 +202,24 @@ class CameraRays:
     until: tuple[float, ...]
 
 
-def beams_through(
-    bundle: RayBundle, hits: Hits, solid: NDArray[np.bool_], grid: VoxelGrid, distance: float
-) -> int:
+def beams_through(bundle: RayBundle, hits: Hits, solid: NDArray[np.bool_], grid: VoxelGrid, distance: float) -> int:
     """Count the beams of one sweep that contradict at least one of the hit cells chosen by `solid` (H,)."""
-    return int(_beams_through(bundle.origin, bundle.end, bundle.end_cell, bundle.weight, bundle.margin,
-                              np.array(grid.lo), np.array(grid.pitch), np.array(grid.shape),
-                              hits.row, hits.centroid, solid, distance))  # fmt: skip
+    return int(
+        _beams_through(
+            bundle.origin,
+            bundle.end,
+            bundle.end_cell,
+            bundle.weight,
+            bundle.margin,
+            np.array(grid.lo),
+            np.array(grid.pitch),
+            np.array(grid.shape),
+            hits.row,
+            hits.centroid,
+            solid,
+            distance,
+        )
+    )
 
 
 def mark_visible(
@@ -211,9 +242,18 @@ def mark_visible(
     unknown = np.zeros(start.shape, np.float32)
     marked = state.reshape(-1).copy()  # one volume to read and to write: each cell is one access
     for level, (direction, stop) in enumerate(zip(rays.directions, rays.until, strict=True), 1):
-        passed, walked = _see(direction, np.ascontiguousarray(cam2grid[:3], np.float64), stop,
-                              start, unknown, marked, np.array(grid.lo), np.array(grid.pitch),
-                              np.array(grid.shape), unobserved_limit)  # fmt: skip
+        passed, walked = _see(
+            direction,
+            np.ascontiguousarray(cam2grid[:3], np.float64),
+            stop,
+            start,
+            unknown,
+            marked,
+            np.array(grid.lo),
+            np.array(grid.pitch),
+            np.array(grid.shape),
+            unobserved_limit,
+        )
         if level < len(rays.until):
             start, unknown = _onward(passed, walked, start, unknown, stop)
     _set_seen(marked, np.uint8(1 << bit), visible.reshape(-1))
@@ -231,18 +271,21 @@ _ROUNDING = 1 << 10
 """More than rounding moves a crossing: one that is not this far from the ray's end is at the end."""
 
 
-def traverse(
-    origin: NDArray[np.float64], end: NDArray[np.float64], grid: VoxelGrid
-) -> NDArray[np.int64]:
+def traverse(origin: NDArray[np.float64], end: NDArray[np.float64], grid: VoxelGrid) -> NDArray[np.int64]:
     """Return the flat indices of the cells that one ray passes, in order, without its end cell."""
     cells, inside = grid.indices(np.asarray(end, np.float64)[None])
     end_cell = int(grid.flat(cells)[0]) if inside[0] else -1
     room = sum(grid.shape) + 3
     passed, leave = np.empty(room, np.int64), np.empty(room)
     lo, pitch = np.array(grid.lo), np.array(grid.pitch)
-    count = _walk((np.asarray(origin, np.float64) - lo) / pitch,
-                  (np.asarray(end, np.float64) - lo) / pitch,
-                  end_cell, np.array(grid.shape), passed, leave)  # fmt: skip
+    count = _walk(
+        (np.asarray(origin, np.float64) - lo) / pitch,
+        (np.asarray(end, np.float64) - lo) / pitch,
+        end_cell,
+        np.array(grid.shape),
+        passed,
+        leave,
+    )
     return passed[:count]
 
 
@@ -321,7 +364,7 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
     crosses, t0, _ = _clip(o[0], o[1], o[2], dx, dy, dz, nx, ny, nz, 0.0)
     if not crosses:
         return 0
-    ix, iy, iz = _start_cell(o[0], dx, nx, t0), _start_cell(o[1], dy, ny, t0), _start_cell(o[2], dz, nz, t0)  # fmt: skip
+    ix, iy, iz = _start_cell(o[0], dx, nx, t0), _start_cell(o[1], dy, ny, t0), _start_cell(o[2], dz, nz, t0)
     tx, wx, out_x, sx = _pace(o[0], dx, ix, nx)
     ty, wy, out_y, sy = _pace(o[1], dy, iy, ny)
     tz, wz, out_z, sz = _pace(o[2], dz, iz, nz)
@@ -346,14 +389,30 @@ def _walk(o, e, end_cell, shape, cells, leave):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _goes_by(centroid, r, origin, g, direction, square, distance):  # type: ignore[no-untyped-def]
     """Whether ray `g` passes centroid `r` nearer than `distance`; `square` is its direction's squared length."""
-    px, py, pz = centroid[r, 0] - origin[g, 0], centroid[r, 1] - origin[g, 1], centroid[r, 2] - origin[g, 2]  # fmt: skip
+    px, py, pz = centroid[r, 0] - origin[g, 0], centroid[r, 1] - origin[g, 1], centroid[r, 2] - origin[g, 2]
     along = px * direction[0] + py * direction[1] + pz * direction[2]
     return px * px + py * py + pz * pz - along * along / square < distance * distance
 
 
 @njit(cache=True, nogil=True)
-def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, centroid, ground, distance,
-          seen, conflicts, conflict_sweeps):  # type: ignore[no-untyped-def]  # fmt: skip
+def _cast(
+    origin,
+    end,
+    end_cell,
+    weight,
+    margin,
+    lo,
+    pitch,
+    shape,
+    bit,
+    row,
+    centroid,
+    ground,
+    distance,
+    seen,
+    conflicts,
+    conflict_sweeps,
+):  # type: ignore[no-untyped-def]
     """Add one sweep's rays to the evidence; `seen` keeps of each cell whether they pass it.
 
     The walk is that of `_walk` over flat cells.
@@ -368,7 +427,7 @@ def _cast(origin, end, end_cell, weight, margin, lo, pitch, shape, bit, row, cen
             crosses, t0, _ = _clip(ox, oy, oz, dx, dy, dz, nx, ny, nz, 0.0)
             if not crosses:
                 continue
-        ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)  # fmt: skip
+        ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)
         tx, wx, out_x, sx = _pace(ox, dx, ix, nx)
         ty, wy, out_y, sy = _pace(oy, dy, iy, ny)
         tz, wz, out_z, sz = _pace(oz, dz, iz, nz)
@@ -409,16 +468,13 @@ def _count_passes(seen, passes):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _beams_through(origin, end, end_cell, weight, margin, lo, pitch, shape, row, centroid, solid,
-                   distance):  # type: ignore[no-untyped-def]  # fmt: skip
+def _beams_through(origin, end, end_cell, weight, margin, lo, pitch, shape, row, centroid, solid, distance):  # type: ignore[no-untyped-def]
     """Add the weights of rays that go through the returns of a chosen cell."""
     room = shape[0] + shape[1] + shape[2] + 3
     cells, leave = np.empty(room, np.int64), np.empty(room, np.float64)
     total = 0
     for g in range(len(end)):
-        count = _walk(
-            (origin[g] - lo) / pitch, (end[g] - lo) / pitch, end_cell[g], shape, cells, leave
-        )
+        count = _walk((origin[g] - lo) / pitch, (end[g] - lo) / pitch, end_cell[g], shape, cells, leave)
         direction = (end[g, 0] - origin[g, 0], end[g, 1] - origin[g, 1], end[g, 2] - origin[g, 2])
         square = direction[0] ** 2 + direction[1] ** 2 + direction[2] ** 2
         latest = 1.0 - margin[g] / np.sqrt(square) if square > 0.0 else 0.0
@@ -469,8 +525,7 @@ def _set_seen(marked, bit, visible):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _see(direction, cam2grid, stop, start, unknown, marked, lo, pitch, shape,
-         unobserved_limit):  # type: ignore[no-untyped-def]  # fmt: skip
+def _see(direction, cam2grid, stop, start, unknown, marked, lo, pitch, shape, unobserved_limit):  # type: ignore[no-untyped-def]
     """Walk one raster of camera rays up to `stop`, from where `start` lets the children of each parent begin.
 
     Returns: which rays passed (V, U) and how far each went through unobserved cells (V, U).
@@ -478,7 +533,11 @@ def _see(direction, cam2grid, stop, start, unknown, marked, lo, pitch, shape,
     nx, ny, nz = shape[0], shape[1], shape[2]
     rows, columns = direction.shape[:2]
     passed, walked = np.zeros((rows, columns), np.uint8), np.zeros((rows, columns), np.float32)
-    ox, oy, oz = (cam2grid[0, 3] - lo[0]) / pitch[0], (cam2grid[1, 3] - lo[1]) / pitch[1], (cam2grid[2, 3] - lo[2]) / pitch[2]  # fmt: skip
+    ox, oy, oz = (
+        (cam2grid[0, 3] - lo[0]) / pitch[0],
+        (cam2grid[1, 3] - lo[1]) / pitch[1],
+        (cam2grid[2, 3] - lo[2]) / pitch[2],
+    )
     turn = np.empty((3, 3))
     for a in range(3):
         for b in range(3):
@@ -513,7 +572,7 @@ def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ign
 
     The walk is that of `_cast`.
     """
-    ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)  # fmt: skip
+    ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)
     tx, wx, out_x, sx = _pace(ox, dx, ix, nx)
     ty, wy, out_y, sy = _pace(oy, dy, iy, ny)
     tz, wz, out_z, sz = _pace(oz, dz, iz, nz)
@@ -592,8 +651,24 @@ _WEIGHT, _SPARE = 6, 7
 
 
 @njit(cache=True, nogil=True)
-def _bundle(end, origin, hit, ego2grid, lo, pitch, shape, margin, collapse,
-            slots, sums, out_origin, out_end, out_cell, out_hit, used):  # type: ignore[no-untyped-def]  # fmt: skip
+def _bundle(
+    end,
+    origin,
+    hit,
+    ego2grid,
+    lo,
+    pitch,
+    shape,
+    margin,
+    collapse,
+    slots,
+    sums,
+    out_origin,
+    out_end,
+    out_cell,
+    out_hit,
+    used,
+):  # type: ignore[no-untyped-def]
     """Carry beams into the grid frame, find end or exit cells, and sum beams that share one.
 
     `slots` maps an end cell (first half) or an exit cell (second half) to its bundle, -1 for none; it

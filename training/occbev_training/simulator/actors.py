@@ -39,9 +39,12 @@ class Parts:
         grey = linear(np.full(3, table.rng.uniform(0.1, 0.25)))
         glass = linear(np.array([0.16, 0.19, 0.22]) * table.rng.uniform(0.5, 1.5))
         white, red = linear(np.array([0.8, 0.8, 0.75])), linear(np.array([0.6, 0.08, 0.06]))
-        return cls(table.add(grey), table.add(glass, gloss=0.5),
-                   table.add(white, gloss=0.3, glow=(1.6, 1.5, 1.2)),
-                   table.add(red, gloss=0.2, glow=(0.9, 0.05, 0.03)))  # fmt: skip
+        return cls(
+            table.add(grey),
+            table.add(glass, gloss=0.5),
+            table.add(white, gloss=0.3, glow=(1.6, 1.5, 1.2)),
+            table.add(red, gloss=0.2, glow=(0.9, 0.05, 0.03)),
+        )
 
 
 def build_shape(name: str, table: MaterialTable, parts: Parts) -> Shape:
@@ -68,9 +71,7 @@ def _boxed(mesh: Mesh, label: int) -> Shape:
     return Shape(mesh.moved(shift, 0.0), (length, width, height), label)
 
 
-def _wheels(
-    builder: MeshBuilder, parts: Parts, axles: list[float], width: float, radius: float
-) -> None:
+def _wheels(builder: MeshBuilder, parts: Parts, axles: list[float], width: float, radius: float) -> None:
     for x in axles:
         for side in (-1, 1):
             outer = side * width / 2
@@ -90,9 +91,7 @@ def _lamps(builder: MeshBuilder, parts: Parts, length: float, width: float, z: f
         builder.box((-length / 2 + 0.04, y, z + 0.06), (0.1, 0.3, 0.18), parts.rear_lamp)
 
 
-def _car(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _car(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     kind = rng.choice(("sedan", "hatch", "van", "pickup"), p=(0.4, 0.3, 0.17, 0.13))
     length, width, height = _CAR_SIZE[kind] * rng.uniform(0.93, 1.07, 3)
     paint = table.draw(PLAIN) if rng.random() < 0.8 else table.draw()
@@ -114,9 +113,16 @@ def _car(
 
 
 def _hood(builder: MeshBuilder, x0: float, x1: float, side: float, belt: float, paint: int) -> None:
-    corners = [[x0, -side, 0.22], [x1, -side * 0.9, 0.25], [x1, side * 0.9, 0.25], [x0, side, 0.22],
-               [x0, -side * 0.95, belt], [x1 - 0.05, -side * 0.85, belt * 0.8],
-               [x1 - 0.05, side * 0.85, belt * 0.8], [x0, side * 0.95, belt]]  # fmt: skip
+    corners = [
+        [x0, -side, 0.22],
+        [x1, -side * 0.9, 0.25],
+        [x1, side * 0.9, 0.25],
+        [x0, side, 0.22],
+        [x0, -side * 0.95, belt],
+        [x1 - 0.05, -side * 0.85, belt * 0.8],
+        [x1 - 0.05, side * 0.85, belt * 0.8],
+        [x0, side * 0.95, belt],
+    ]
     builder.solid(corners, paint)
 
 
@@ -135,11 +141,7 @@ def _cabin(
     high = (rear_top, front_top, -width * 0.38, width * 0.38, height)
     builder.frustum(low, high, paint)
     corners = np.array(
-        [
-            [x, y, r[4]]
-            for r in (low, high)
-            for x, y in ((r[0], r[2]), (r[1], r[2]), (r[1], r[3]), (r[0], r[3]))
-        ]
+        [[x, y, r[4]] for r in (low, high) for x, y in ((r[0], r[2]), (r[1], r[2]), (r[1], r[3]), (r[0], r[3]))]
     )
     middle = corners.mean(0)
     for face in ((0, 1, 5, 4), (2, 3, 7, 6), (1, 2, 6, 5), (3, 0, 4, 7)):
@@ -150,9 +152,7 @@ def _cabin(
         builder.quads(inset + 0.012 * normal, parts.glass)
 
 
-def _truck(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _truck(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     length, width, height = rng.uniform(5.8, 9.5), rng.uniform(2.2, 2.6), rng.uniform(2.6, 3.7)
     cab, half, side = rng.uniform(1.6, 2.1), length / 2, width / 2
     top = min(height, rng.uniform(2.3, 2.8))
@@ -162,8 +162,17 @@ def _truck(
         (half - cab, half - 0.25, -side * 0.9, side * 0.9, top),
         paint,
     )
-    builder.quads([[[half - 0.08, -side * 0.8, 1.4], [half - 0.08, side * 0.8, 1.4],
-                    [half - 0.2, side * 0.78, top - 0.3], [half - 0.2, -side * 0.78, top - 0.3]]], parts.glass)  # fmt: skip
+    builder.quads(
+        [
+            [
+                [half - 0.08, -side * 0.8, 1.4],
+                [half - 0.08, side * 0.8, 1.4],
+                [half - 0.2, side * 0.78, top - 0.3],
+                [half - 0.2, -side * 0.78, top - 0.3],
+            ]
+        ],
+        parts.glass,
+    )
     for s in (-1, 1):
         builder.box((half - cab * 0.55, s * side * 0.93, 1.75), (cab * 0.6, 0.05, 0.6), parts.glass)
         builder.box((half - 0.15, s * (side + 0.12), 1.9), (0.12, 0.2, 0.4), parts.rubber)
@@ -186,9 +195,7 @@ def _truck(
     _lamps(builder, parts, length, width, 0.8)
 
 
-def _bus(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _bus(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     length, width, height = rng.uniform(9.5, 12.5), rng.uniform(2.45, 2.65), rng.uniform(2.9, 3.4)
     half, side, paint = length / 2, width / 2, table.draw()
     builder.frustum(
@@ -209,9 +216,7 @@ def _bus(
     _lamps(builder, parts, length, width, 0.75)
 
 
-def _trailer(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _trailer(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     length, width, height = rng.uniform(5.0, 11.0), rng.uniform(2.1, 2.6), rng.uniform(2.4, 3.8)
     floor = rng.uniform(0.8, 1.1)
     builder.box((0, 0, (height + floor) / 2), (length, width, height - floor), table.draw())
@@ -220,9 +225,7 @@ def _trailer(
     _wheels(builder, parts, [-length / 2 + 1.0, -length / 2 + 2.1], width, 0.45)
 
 
-def _construction_vehicle(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _construction_vehicle(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     paint, arm = table.draw(), table.draw()
     turn = rng.uniform(-0.5, 0.5)
     for y in (-0.95, 0.95):
@@ -239,15 +242,11 @@ def _construction_vehicle(
     builder.box((reach + 0.6, -0.4, 0.9), (0.8, 0.9, 0.7), parts.rubber)
 
 
-def _barrier(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _barrier(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     """Length lies along y, as the nuScenes class has it: barriers are wider than long."""
     paint, width, height = table.draw(), rng.uniform(1.4, 2.4), rng.uniform(0.85, 1.1)
     if rng.random() < 0.5:
-        builder.frustum(
-            (-0.3, 0.3, -width / 2, width / 2, 0), (-0.1, 0.1, -width / 2, width / 2, height), paint
-        )
+        builder.frustum((-0.3, 0.3, -width / 2, width / 2, 0), (-0.1, 0.1, -width / 2, width / 2, height), paint)
         return
     for z in (height - 0.15, height * 0.45):
         builder.box((0, 0, z), (0.08, width, 0.28), paint)
@@ -256,20 +255,14 @@ def _barrier(
         builder.box((0, y, 0.05), (0.6, 0.12, 0.1), parts.rubber)
 
 
-def _cone(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _cone(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     height, paint = rng.uniform(0.6, 1.0), table.draw()
     builder.box((0, 0, 0.03), (0.4, 0.4, 0.06), paint)
     builder.cylinder((0, 0, 0.05), (0, 0, height), (0.16, 0.03), paint, sides=9)
-    builder.cylinder(
-        (0, 0, height * 0.5), (0, 0, height * 0.68), (0.12, 0.09), table.draw(PLAIN), sides=9
-    )
+    builder.cylinder((0, 0, height * 0.5), (0, 0, height * 0.68), (0.12, 0.09), table.draw(PLAIN), sides=9)
 
 
-def _pedestrian(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _pedestrian(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     height = rng.uniform(1.5, 1.92) if rng.random() < 0.88 else rng.uniform(1.0, 1.4)
     stride = rng.uniform(0.0, 0.28)
     legs, coat = table.draw(), table.draw()
@@ -280,13 +273,19 @@ def _pedestrian(
         builder.box((0.0, 0.34, height * 0.3), (0.3, 0.14, 0.3), table.draw())
 
 
-def _person(builder: MeshBuilder, table: MaterialTable, height: float, stride: float, legs: int, coat: int, base: float,
-            rng: np.random.Generator) -> None:  # fmt: skip
+def _person(
+    builder: MeshBuilder,
+    table: MaterialTable,
+    height: float,
+    stride: float,
+    legs: int,
+    coat: int,
+    base: float,
+    rng: np.random.Generator,
+) -> None:
     hip, shoulder = base + 0.48 * height, base + 0.82 * height
     for side, step in ((-1, stride), (1, -stride)):
-        builder.cylinder(
-            (step, side * 0.1, base), (0, side * 0.09, hip), (0.075, 0.1), legs, sides=6
-        )
+        builder.cylinder((step, side * 0.1, base), (0, side * 0.09, hip), (0.075, 0.1), legs, sides=6)
         builder.cylinder(
             (-step * 0.9, side * 0.27, hip),
             (0, side * 0.22, shoulder - 0.04),
@@ -294,13 +293,9 @@ def _person(builder: MeshBuilder, table: MaterialTable, height: float, stride: f
             coat,
             sides=6,
         )
-    builder.frustum(
-        (-0.12, 0.12, -0.17, 0.17, hip - 0.06), (-0.11, 0.11, -0.21, 0.21, shoulder), coat
-    )
+    builder.frustum((-0.12, 0.12, -0.17, 0.17, hip - 0.06), (-0.11, 0.11, -0.21, 0.21, shoulder), coat)
     skin = table.add(linear(np.array([0.85, 0.66, 0.54]) * rng.uniform(0.35, 1.05)))
-    builder.blob(
-        (0.01, 0, base + 0.92 * height), (0.1, 0.085, 0.08 * height), skin, rng, roughness=0.05
-    )
+    builder.blob((0.01, 0, base + 0.92 * height), (0.1, 0.085, 0.08 * height), skin, rng, roughness=0.05)
     builder.blob(
         (-0.02, 0, base + 0.95 * height),
         (0.11, 0.095, 0.05 * height),
@@ -326,9 +321,7 @@ def _two_wheeler(
         ((-base, 0, radius), pedal),
         ((base, 0, radius), head),
     ):
-        builder.beam(
-            start, end, bar if end is not head or start is not saddle else bar * 1.3, frame
-        )
+        builder.beam(start, end, bar if end is not head or start is not saddle else bar * 1.3, frame)
     builder.beam((base * 0.66, -0.32, 1.03), (base * 0.66, 0.32, 1.03), 0.05, parts.rubber)
     if motor:
         builder.box((0.0, 0, 0.55), (0.7, 0.34, 0.42), frame)
@@ -337,9 +330,7 @@ def _two_wheeler(
     else:
         builder.box((-base * 0.5, 0, 0.9), (0.26, 0.16, 0.08), parts.rubber)
     if rng.random() < 0.6:
-        _person(
-            builder, table, rng.uniform(1.25, 1.45), -0.15, table.draw(), table.draw(), 0.35, rng
-        )
+        _person(builder, table, rng.uniform(1.25, 1.45), -0.15, table.draw(), table.draw(), 0.35, rng)
 
 
 def _ring(builder: MeshBuilder, x: float, radius: float, tyre: float, material: int) -> None:
@@ -349,28 +340,37 @@ def _ring(builder: MeshBuilder, x: float, radius: float, tyre: float, material: 
         builder.beam(start, end, tyre, material)
 
 
-def _bicycle(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _bicycle(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     _two_wheeler(builder, table, parts, rng, motor=False)
 
 
-def _motorcycle(
-    builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator
-) -> None:
+def _motorcycle(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.random.Generator) -> None:
     _two_wheeler(builder, table, parts, rng, motor=True)
 
 
 _CAR_SIZE = {
-    "sedan": np.array([4.7, 1.84, 1.46]), "hatch": np.array([4.1, 1.78, 1.52]),
-    "van": np.array([5.0, 1.98, 1.95]), "pickup": np.array([5.3, 1.95, 1.8]),
-}  # fmt: skip
-_CABIN = {"sedan": (-0.4, 0.24, -0.27, 0.07), "hatch": (-0.48, 0.24, -0.41, 0.07),
-          "van": (-0.49, 0.36, -0.47, 0.23), "pickup": (-0.12, 0.25, -0.09, 0.11)}  # fmt: skip
+    "sedan": np.array([4.7, 1.84, 1.46]),
+    "hatch": np.array([4.1, 1.78, 1.52]),
+    "van": np.array([5.0, 1.98, 1.95]),
+    "pickup": np.array([5.3, 1.95, 1.8]),
+}
+_CABIN = {
+    "sedan": (-0.4, 0.24, -0.27, 0.07),
+    "hatch": (-0.48, 0.24, -0.41, 0.07),
+    "van": (-0.49, 0.36, -0.47, 0.23),
+    "pickup": (-0.12, 0.25, -0.09, 0.11),
+}
 """Cabin's rear and front end at the belt, then at the roof, as shares of the length."""
 
 _SHAPES: dict[str, Callable[[MeshBuilder, MaterialTable, Parts, np.random.Generator], None]] = {
-    "car": _car, "truck": _truck, "bus": _bus, "trailer": _trailer, "construction_vehicle": _construction_vehicle,
-    "barrier": _barrier, "traffic_cone": _cone, "pedestrian": _pedestrian, "bicycle": _bicycle,
+    "car": _car,
+    "truck": _truck,
+    "bus": _bus,
+    "trailer": _trailer,
+    "construction_vehicle": _construction_vehicle,
+    "barrier": _barrier,
+    "traffic_cone": _cone,
+    "pedestrian": _pedestrian,
+    "bicycle": _bicycle,
     "motorcycle": _motorcycle,
-}  # fmt: skip
+}

@@ -53,14 +53,9 @@ def build_rig(rng: np.random.Generator, size: tuple[int, int]) -> CameraRig:
     scale = size[0] / FULL_SIZE[0]
     top = round(FULL_SIZE[1] * scale) - size[1]
     if top < 0:
-        raise ValueError(
-            f"image {size[0]}x{size[1]} is taller than 16:9: height must be at most {size[1] + top}"
-        )
+        raise ValueError(f"image {size[0]}x{size[1]} is taller than 16:9: height must be at most {size[1] + top}")
     return CameraRig(
-        tuple(
-            _camera(name, mount, rng).resized(scale, scale, (0, top), size)
-            for name, mount in MOUNTS.items()
-        )
+        tuple(_camera(name, mount, rng).resized(scale, scale, (0, top), size) for name, mount in MOUNTS.items())
     )
 
 
@@ -100,9 +95,7 @@ class Exposure:
 
 def pixel_rays(camera: Camera, step: int = 1) -> F32:
     """Unit directions (h, w, 3) in the optical frame through pixel centres, every `step`-th of them."""
-    u, v = np.meshgrid(
-        np.arange(0, camera.width, step) + step / 2, np.arange(0, camera.height, step) + step / 2
-    )
+    u, v = np.meshgrid(np.arange(0, camera.width, step) + step / 2, np.arange(0, camera.height, step) + step / 2)
     k = camera.intrinsic
     directions = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)], -1)
     return (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
@@ -125,8 +118,14 @@ class Painter:
         ahead = offset @ cam2world[:2, 2] / distance > np.cos(half)
         self.scene.place(pose, (distance < 15) | (ahead & (distance < 120)))
 
-    def picture(self, camera: Camera, ego2world: NDArray[np.float64], exposure: Exposure, rng: np.random.Generator,
-                supersample: float = 1.0) -> NDArray[np.uint8]:  # fmt: skip
+    def picture(
+        self,
+        camera: Camera,
+        ego2world: NDArray[np.float64],
+        exposure: Exposure,
+        rng: np.random.Generator,
+        supersample: float = 1.0,
+    ) -> NDArray[np.uint8]:
         """Render (H, W, 3) uint8 RGB of what `place_actors` has placed."""
         size = (round(camera.width * supersample), round(camera.height * supersample))
         fine = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
@@ -150,15 +149,21 @@ class Painter:
         colour[missed] = _sky(self.light, directions[missed])
         distance, rays = hits.distance[seen], directions[seen]
         openness = self._openness(hits, origin, directions, (camera.height, camera.width))[seen]
-        surface = self._shade(
-            seen, hits, origin, rays, openness, float(camera.intrinsic[0, 0]), ego2world
-        )
+        surface = self._shade(seen, hits, origin, rays, openness, float(camera.intrinsic[0, 0]), ego2world)
         share = np.exp(-self.light.haze * distance)[:, None]
         colour[seen] = surface * share + self.light.haze_colour * (1 - share)
         return colour
 
-    def _shade(self, seen: NDArray[np.int64], hits: Hits, origin: F32, rays: F32, openness: F32, focal: float,
-               ego2world: NDArray[np.float64]) -> F32:  # fmt: skip
+    def _shade(
+        self,
+        seen: NDArray[np.int64],
+        hits: Hits,
+        origin: F32,
+        rays: F32,
+        openness: F32,
+        focal: float,
+        ego2world: NDArray[np.float64],
+    ) -> F32:
         """Light (S, 3) that the seen surface points send back along their rays."""
         mesh, light = self.scene.mesh, self.light
         triangle, distance, normal = hits.triangle[seen], hits.distance[seen], hits.normal[seen]
@@ -229,12 +234,8 @@ def _sky(light: Light, directions: F32) -> F32:
     pale = np.exp(-up * 5.0)[:, None]
     colour = light.sky_colour * (1 - pale) + light.haze_colour * 1.25 * pale
     flat = directions[:, :2] / (up + 0.12)[:, None]
-    clouds = np.clip(noise(flat * 14.0 + 31.0, 0.12) * 1.6 - (1.0 - light.cloud), 0, 1) * np.clip(
-        up * 6, 0, 1
-    )
-    colour += (clouds * 0.35 * (1 - light.night))[:, None] * (
-        light.sky_colour.mean() * 1.5 - colour
-    )
+    clouds = np.clip(noise(flat * 14.0 + 31.0, 0.12) * 1.6 - (1.0 - light.cloud), 0, 1) * np.clip(up * 6, 0, 1)
+    colour += (clouds * 0.35 * (1 - light.night))[:, None] * (light.sky_colour.mean() * 1.5 - colour)
     towards = np.clip(directions @ light.sun, 0, 1)
     halo = 0.25 * towards**24 + 2.0 * (towards > 0.9994)
     return colour + (halo * (1 - 0.8 * light.cloud))[:, None] * light.sun_colour
@@ -253,12 +254,8 @@ def _headlights(points: F32, normal: F32, ego2world: NDArray[np.float64]) -> F32
     distance = np.maximum(np.linalg.norm(offset, axis=1), 1.0)
     direction = offset / distance[:, None]
     ahead = direction @ ego2world[:3, 0].astype(np.float32)
-    beam = np.clip((ahead - 0.86) / 0.1, 0, 1) * np.clip(
-        0.15 - np.einsum("rc,rc->r", direction, normal), 0, 1
-    )
-    return (0.07 + 60.0 * beam / (distance + 4.0) ** 1.6)[:, None] * np.array(
-        [1.0, 0.93, 0.8], np.float32
-    )
+    beam = np.clip((ahead - 0.86) / 0.1, 0, 1) * np.clip(0.15 - np.einsum("rc,rc->r", direction, normal), 0, 1)
+    return (0.07 + 60.0 * beam / (distance + 4.0) ** 1.6)[:, None] * np.array([1.0, 0.93, 0.8], np.float32)
 
 
 def _develop(radiance: F32, exposure: Exposure, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -272,7 +269,7 @@ def _develop(radiance: F32, exposure: Exposure, rng: np.random.Generator) -> NDA
 
 _TURN = np.arange(16) * 2.399963
 _UP = 1 - 2 * (np.arange(16) * 7 % 16 + 0.5) / 16
-_SCATTER = 0.95 * np.stack(
-    [np.sqrt(1 - _UP**2) * np.cos(_TURN), np.sqrt(1 - _UP**2) * np.sin(_TURN), _UP], -1
-).astype(np.float32)
+_SCATTER = 0.95 * np.stack([np.sqrt(1 - _UP**2) * np.cos(_TURN), np.sqrt(1 - _UP**2) * np.sin(_TURN), _UP], -1).astype(
+    np.float32
+)
 """Sixteen directions spread evenly over the sphere; added to a normal they favour it like a cosine."""

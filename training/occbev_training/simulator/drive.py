@@ -30,8 +30,10 @@ from occbev_training.simulator.world import build_world
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 
 SEED_RANGES: Mapping[str, range] = {
-    "train": range(10_000), "validation": range(10_000, 20_000), "test": range(20_000, 1_000_000),
-}  # fmt: skip
+    "train": range(10_000),
+    "validation": range(10_000, 20_000),
+    "test": range(20_000, 1_000_000),
+}
 """Which seeds a split may use: a drive seen in training is never scored."""
 
 _MARGIN = 1.1
@@ -67,13 +69,9 @@ class DriveConfig:
 
     def __post_init__(self) -> None:
         if self.keys < 1 or self.key_rate <= 0:
-            raise ValueError(
-                f"a drive needs key frames: keys {self.keys}, key_rate {self.key_rate}"
-            )
+            raise ValueError(f"a drive needs key frames: keys {self.keys}, key_rate {self.key_rate}")
         if abs(self.lidar.rate / self.key_rate - round(self.lidar.rate / self.key_rate)) > 1e-9:
-            raise ValueError(
-                f"key_rate {self.key_rate} must divide the LiDAR's {self.lidar.rate} rotations per second"
-            )
+            raise ValueError(f"key_rate {self.key_rate} must divide the LiDAR's {self.lidar.rate} rotations per second")
 
 
 class SimulatedDrive:
@@ -106,9 +104,7 @@ class SimulatedDrive:
         self.sweep_stamp_ns = self._stamps(self._sweep_times)
         self.key_stamp_ns = self.sweep_stamp_ns[self._key_sweeps]
         self._scene = StreetScene(self._world)
-        self._lidar = Lidar(
-            config.lidar, self._scene, self._world.materials, self._motion, self.lidar2ego
-        )
+        self._lidar = Lidar(config.lidar, self._scene, self._world.materials, self._motion, self.lidar2ego)
         self._painter = Painter(self._scene, self._world.materials, self._world.light)
         self._exposure = {name: Exposure.draw(rng, self._world.light) for name in self.rig.names}
         self._solids: Solids | None = None
@@ -143,9 +139,7 @@ class SimulatedDrive:
             ego2world = self._ego2world(time)
             self._painter.place_actors(camera, ego2world, time)
             rng = np.random.default_rng((self.seed, 2, key, number))
-            picture = self._painter.picture(
-                camera, ego2world, self._exposure[camera.name], rng, self._supersample
-            )
+            picture = self._painter.picture(camera, ego2world, self._exposure[camera.name], rng, self._supersample)
             stamp_ns = int(self._stamps(np.array([time]))[0])
             frames[camera.name] = CameraFrame(
                 camera.name, stamp_ns, self._encode(picture), self._world2global @ ego2world
@@ -183,9 +177,7 @@ class SimulatedDrive:
             self._solids = Solids(self._world)
         grid = self.config.grid
         semantics = self._solids.semantics(grid, ego2world, time)
-        return OccupancyTruth(
-            semantics, self._lidar_mask(key, ego2world), self._camera_mask(key, ego2world), grid
-        )
+        return OccupancyTruth(semantics, self._lidar_mask(key, ego2world), self._camera_mask(key, ego2world), grid)
 
     def _lidar_mask(self, key: int, ego2world: NDArray[np.float64]) -> NDArray[np.bool_]:
         scan, world2ego = self._scan(int(self._key_sweeps[key])), invert_transform(ego2world)
@@ -210,9 +202,7 @@ class SimulatedDrive:
             distance = self._scene.first(origins, world, 80.0).distance.reshape(rays.shape[:2])
             cam2ego = world2ego @ cam2world
             mark_ends(seen, grid, cam2ego, rays, distance)
-            mark_centres(
-                seen, self._in_view[number], cam2ego, camera, step, rays[..., 2] * distance
-            )
+            mark_centres(seen, self._in_view[number], cam2ego, camera, step, rays[..., 2] * distance)
         return seen.reshape(grid.shape)
 
     @cached_property
@@ -223,9 +213,7 @@ class SimulatedDrive:
         return [(flat, centres[flat].astype(np.float32)) for flat in chosen]
 
     def _scan_once(self, index: int) -> Scan:
-        return self._lidar.scan(
-            float(self._sweep_times[index]), np.random.default_rng((self.seed, 3, index))
-        )
+        return self._lidar.scan(float(self._sweep_times[index]), np.random.default_rng((self.seed, 3, index)))
 
     def _build_trajectory(self) -> Trajectory:
         times = self._motion.times
@@ -250,17 +238,13 @@ class SimulatedDrive:
         return self.config.supersample or (1.25 if self.config.image[0] < 400 else 1.0)
 
     def _encode(self, picture: NDArray[np.uint8]) -> bytes:
-        done, data = cv2.imencode(
-            ".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, self.config.jpeg_quality]
-        )
+        done, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, self.config.jpeg_quality])
         if not done:
             raise ValueError(f"OpenCV could not encode a picture of shape {picture.shape} as JPEG")
         return data.tobytes()
 
 
-def _may_see(
-    camera: Camera, centres: NDArray[np.float64], margin: float = 16.0
-) -> NDArray[np.bool_]:
+def _may_see(camera: Camera, centres: NDArray[np.float64], margin: float = 16.0) -> NDArray[np.bool_]:
     pixels, depth = project_points(transform_points(camera.ego2cam, centres), camera.intrinsic)
     size = np.array([camera.width, camera.height])
     return (depth > 0.05) & np.all((pixels > -margin) & (pixels < size + margin), axis=-1)

@@ -75,8 +75,14 @@ class EgoMotion:
 class Lidar:
     """The sensor on its vehicle in one street."""
 
-    def __init__(self, config: LidarConfig, scene: StreetScene, materials: Materials, motion: EgoMotion,
-                 lidar2ego: NDArray[np.float64]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: LidarConfig,
+        scene: StreetScene,
+        materials: Materials,
+        motion: EgoMotion,
+        lidar2ego: NDArray[np.float64],
+    ) -> None:
         """Aim the beams and find once where the vehicle's own body stops them."""
         self.config, self.scene, self.motion, self.lidar2ego = config, scene, motion, lidar2ego
         self._shine = materials.colour.mean(1) * 180 + 20 + 60 * materials.gloss
@@ -93,23 +99,23 @@ class Lidar:
         """Measure the rotation whose middle is at `time` seconds of the drive."""
         lidar2world = self._poses(time)
         self._place_actors(time, lidar2world[len(lidar2world) // 2])
-        rays = np.matmul(
-            self._beams, lidar2world[:, :3, :3].transpose(0, 2, 1).astype(np.float32)
-        ).reshape(-1, 3)
+        rays = np.matmul(self._beams, lidar2world[:, :3, :3].transpose(0, 2, 1).astype(np.float32)).reshape(-1, 3)
         origins = np.repeat(lidar2world[:, :3, 3].astype(np.float32), self.config.rings, axis=0)
         hits = self.scene.first(origins, rays, self.config.reach)
         distance = np.minimum(hits.distance, self._body)
-        heard = np.flatnonzero(
-            np.isfinite(distance) & (rng.random(len(distance)) >= self.config.drop)
-        )
+        heard = np.flatnonzero(np.isfinite(distance) & (rng.random(len(distance)) >= self.config.drop))
         distance = distance[heard] + rng.normal(0, self.config.noise, len(heard)).astype(np.float32)
         ways = rays[heard] * distance[:, None]
         facing = np.abs(np.einsum("rc,rc->r", rays[heard], hits.normal[heard]))
         shine = self._shine[self.scene.mesh.material[np.maximum(hits.triangle[heard], 0)]]
-        return Scan(self._beams.reshape(-1, 3)[heard] * distance[:, None],
-                    np.repeat(self._offset, self.config.rings)[heard].astype(np.float32),
-                    np.clip(shine * (0.4 + 0.6 * facing), 0, 255).astype(np.float32), origins[heard] + ways,
-                    origins[heard], (self._body < hits.distance)[heard])  # fmt: skip
+        return Scan(
+            self._beams.reshape(-1, 3)[heard] * distance[:, None],
+            np.repeat(self._offset, self.config.rings)[heard].astype(np.float32),
+            np.clip(shine * (0.4 + 0.6 * facing), 0, 255).astype(np.float32),
+            origins[heard] + ways,
+            origins[heard],
+            (self._body < hits.distance)[heard],
+        )
 
     def _poses(self, time: float) -> NDArray[np.float64]:
         """lidar2world (columns, 4, 4), blended between knots a few milliseconds apart."""

@@ -41,12 +41,17 @@ class MaterialTable:
     def __init__(self, rng: np.random.Generator) -> None:
         """Start an empty table that draws from `rng`."""
         self.rng = rng
-        self._rows: list[
-            tuple[NDArray[np.float32], NDArray[np.float32], int, float, float, NDArray[np.float32]]
-        ] = []
+        self._rows: list[tuple[NDArray[np.float32], NDArray[np.float32], int, float, float, NDArray[np.float32]]] = []
 
-    def add(self, colour: NDArray[np.float32], kind: int = PLAIN, second: NDArray[np.float32] | None = None,
-            scale: float = 1.0, gloss: float = 0.0, glow: tuple[float, float, float] = (0, 0, 0)) -> int:  # fmt: skip
+    def add(
+        self,
+        colour: NDArray[np.float32],
+        kind: int = PLAIN,
+        second: NDArray[np.float32] | None = None,
+        scale: float = 1.0,
+        gloss: float = 0.0,
+        glow: tuple[float, float, float] = (0, 0, 0),
+    ) -> int:
         """Add one material with linear RGB colours and return its row."""
         other = colour * 0.6 if second is None else second
         self._rows.append((colour, other, kind, scale, gloss, np.array(glow, np.float32)))
@@ -56,18 +61,27 @@ class MaterialTable:
         """Draw a painted surface from the distribution that everything shares."""
         rng = self.rng
         kinds = (PLAIN, NOISE, STRIPES, SLABS, BRICK, SPECKLE)
-        chosen = (
-            int(rng.choice(kinds, p=(0.5, 0.16, 0.1, 0.08, 0.06, 0.1))) if kind is None else kind
-        )
+        chosen = int(rng.choice(kinds, p=(0.5, 0.16, 0.1, 0.08, 0.06, 0.1))) if kind is None else kind
         scale = float(rng.uniform(0.15, 0.9))
-        return self.add(draw_colour(rng), chosen, draw_colour(rng) if rng.random() < 0.4 else None, scale,
-                        gloss=float(rng.choice((0.0, 0.05, 0.18), p=(0.5, 0.25, 0.25))))  # fmt: skip
+        return self.add(
+            draw_colour(rng),
+            chosen,
+            draw_colour(rng) if rng.random() < 0.4 else None,
+            scale,
+            gloss=float(rng.choice((0.0, 0.05, 0.18), p=(0.5, 0.25, 0.25))),
+        )
 
     def build(self) -> Materials:
         """Return the table as arrays."""
         colour, second, kind, scale, gloss, glow = zip(*self._rows, strict=True)
-        return Materials(np.array(colour, np.float32), np.array(second, np.float32), np.array(kind, np.int32),
-                         np.array(scale, np.float32), np.array(gloss, np.float32), np.array(glow, np.float32))  # fmt: skip
+        return Materials(
+            np.array(colour, np.float32),
+            np.array(second, np.float32),
+            np.array(kind, np.int32),
+            np.array(scale, np.float32),
+            np.array(gloss, np.float32),
+            np.array(glow, np.float32),
+        )
 
 
 def draw_colour(rng: np.random.Generator) -> NDArray[np.float32]:
@@ -91,8 +105,13 @@ def linear(display: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.asarray(display, np.float32) ** 2.2
 
 
-def albedo(materials: Materials, material: NDArray[np.int32], uv: NDArray[np.float32], footprint: NDArray[np.float32],
-           height: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:  # fmt: skip
+def albedo(
+    materials: Materials,
+    material: NDArray[np.int32],
+    uv: NDArray[np.float32],
+    footprint: NDArray[np.float32],
+    height: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Evaluate the textures of (R,) surface points.
 
     uv: (R, 2) metres along the surface. footprint: (R,) metres that a pixel covers there; finer
@@ -128,8 +147,10 @@ def noise(uv: NDArray[np.float32], per_metre: float) -> NDArray[np.float32]:
     scaled = np.mod(uv * np.float32(per_metre * _PER_METRE), _TABLE).astype(np.float32)
     padded = -len(scaled) % 256
     grid = np.pad(scaled, ((0, padded), (0, 0))).reshape(-1, 256, 2)
-    parts = [cv2.remap(_noise_table(), part[..., 0], part[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-             for part in np.array_split(grid, -(-len(grid) // 16384) or 1)]  # fmt: skip
+    parts = [
+        cv2.remap(_noise_table(), part[..., 0], part[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+        for part in np.array_split(grid, -(-len(grid) // 16384) or 1)
+    ]
     return np.concatenate(parts).reshape(-1)[: len(uv)]
 
 
@@ -149,9 +170,7 @@ def _noise_table() -> NDArray[np.float32]:
     return _TABLES["noise"]
 
 
-def _cell_hash(
-    a: NDArray[np.int64], b: NDArray[np.int64], c: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _cell_hash(a: NDArray[np.int64], b: NDArray[np.int64], c: NDArray[np.int64]) -> NDArray[np.float32]:
     """A number in [0, 1) for each lattice cell, the same each time."""
     mixed = (a * 73856093) ^ (b * 19349663) ^ (c * 83492791)
     mixed = (mixed ^ (mixed >> 13)) * 1274126177
@@ -162,47 +181,33 @@ Pattern = tuple[float, NDArray[np.float32], NDArray[np.float32]]
 """Mean share of the second colour, its share at each point, brightness factor at each point."""
 
 
-def _plain(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _plain(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     zero = np.zeros(len(uv), np.float32)
     return 0.0, zero, zero + 1
 
 
-def _speckle(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _speckle(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     fine = noise(uv, 4.0)
     return 0.1, 0.35 * np.clip(noise(uv, 0.6) - 0.55, 0, 1), 0.75 + 0.5 * fine
 
 
-def _brick(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _brick(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     row = np.floor(uv[:, 1] / (0.3 * scale))
     along = uv[:, 0] / scale + 0.5 * np.mod(row, 2)
     mortar = (np.mod(uv[:, 1] / (0.3 * scale), 1) < 0.15) | (np.mod(along, 1) < 0.06)
-    tone = _cell_hash(
-        row.astype(np.int64), np.floor(along).astype(np.int64), material.astype(np.int64)
-    )
+    tone = _cell_hash(row.astype(np.int64), np.floor(along).astype(np.int64), material.astype(np.int64))
     return 0.2, mortar.astype(np.float32), 0.8 + 0.4 * tone
 
 
-def _facade(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _facade(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     floor_height, bay = 3.1, 1.6 + 2.2 * scale
     floor, column = np.floor(uv[:, 1] / floor_height), np.floor(uv[:, 0] / bay)
     v, u = np.mod(uv[:, 1], floor_height) / floor_height, np.mod(uv[:, 0], bay) / bay
-    pick = _cell_hash(
-        column.astype(np.int64), np.zeros(len(uv), np.int64), material.astype(np.int64)
-    )
+    pick = _cell_hash(column.astype(np.int64), np.zeros(len(uv), np.int64), material.astype(np.int64))
     ground, door = floor < 0.5, pick < 0.25
     margin = 0.14 + 0.2 * (1 - np.clip(scale, 0, 1))
     window = (np.abs(u - 0.5) < 0.5 - margin) & (v > np.where(ground & door, 0.0, 0.3)) & (v < 0.84)
-    frame = window & (
-        (np.abs(u - 0.5) > 0.5 - margin - 0.03) | (np.abs(u - 0.5) < 0.015) | (v > 0.8)
-    )
+    frame = window & ((np.abs(u - 0.5) > 0.5 - margin - 0.03) | (np.abs(u - 0.5) < 0.015) | (v > 0.8))
     ledge = (v > 0.95).astype(np.float32)
     tone = _cell_hash(floor.astype(np.int64), column.astype(np.int64), material.astype(np.int64))
     return (
@@ -212,37 +217,35 @@ def _facade(
     )
 
 
-def _stripes(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _stripes(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     across = np.where(material % 2 == 0, uv[:, 0], uv[:, 1])
     return 0.5, (np.mod(across / scale, 1) < 0.5).astype(np.float32), np.ones(len(uv), np.float32)
 
 
-def _foliage(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _foliage(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     leaf = noise(uv, 3.0)
     return 0.4, np.clip(2.0 * noise(uv, 1.1) - 0.6, 0, 1), 0.45 + 1.1 * leaf
 
 
-def _slabs(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _slabs(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     a, b = uv[:, 0] / scale, uv[:, 1] / scale
     joint = (np.mod(a, 1) < 0.05) | (np.mod(b, 1) < 0.05)
-    tone = _cell_hash(
-        np.floor(a).astype(np.int64), np.floor(b).astype(np.int64), material.astype(np.int64)
-    )
+    tone = _cell_hash(np.floor(a).astype(np.int64), np.floor(b).astype(np.int64), material.astype(np.int64))
     return 0.1, 0.6 * joint.astype(np.float32), 0.88 + 0.24 * tone
 
 
-def _noise(
-    uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]
-) -> Pattern:
+def _noise(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
     return 0.5, np.clip(3 * noise(uv, 0.8) - 1, 0, 1), np.ones(len(uv), np.float32)
 
 
-_PATTERNS = {PLAIN: _plain, SPECKLE: _speckle, BRICK: _brick, FACADE: _facade, STRIPES: _stripes,
-             FOLIAGE: _foliage, SLABS: _slabs, NOISE: _noise}  # fmt: skip
+_PATTERNS = {
+    PLAIN: _plain,
+    SPECKLE: _speckle,
+    BRICK: _brick,
+    FACADE: _facade,
+    STRIPES: _stripes,
+    FOLIAGE: _foliage,
+    SLABS: _slabs,
+    NOISE: _noise,
+}
 _TABLES: dict[str, NDArray[np.float32]] = {}

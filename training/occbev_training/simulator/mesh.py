@@ -54,9 +54,7 @@ class Mesh:
         """Return the mesh turned by `yaw` about +z and then shifted to `position` (3,)."""
         rotation = rotation_from_yaw(yaw).astype(np.float32).T
         shift = np.asarray(position, np.float32)
-        return replace(
-            self, triangles=self.triangles @ rotation + shift, solid=self.solid @ rotation + shift
-        )
+        return replace(self, triangles=self.triangles @ rotation + shift, solid=self.solid @ rotation + shift)
 
 
 def join(meshes: Sequence[Mesh]) -> Mesh:
@@ -88,9 +86,7 @@ def surface_samples(mesh: Mesh, spacing: float) -> tuple[NDArray[np.float32], ND
         np.where(folded, 1 - v, v).astype(np.float32)[:, None],
     )
     points = a[owner] + u * (b - a)[owner] + v * (c - a)[owner]
-    return np.concatenate([points, mesh.solid]), np.concatenate(
-        [mesh.label[owner], mesh.solid_label]
-    )
+    return np.concatenate([points, mesh.solid]), np.concatenate([mesh.label[owner], mesh.solid_label])
 
 
 class MeshBuilder:
@@ -113,9 +109,7 @@ class MeshBuilder:
     ) -> None:
         """Add (Q, 4, 3) quads, corners in order around; uv (Q, 4, 2) defaults to metres along two edges."""
         corners = np.asarray(corners, np.float64).reshape(-1, 4, 3)
-        coordinates = (
-            _edge_uv(corners) if uv is None else np.asarray(uv, np.float64).reshape(-1, 4, 2)
-        )
+        coordinates = _edge_uv(corners) if uv is None else np.asarray(uv, np.float64).reshape(-1, 4, 2)
         for chosen in ([0, 1, 2], [0, 2, 3]):
             self._add(corners[:, chosen], coordinates[:, chosen], material, label)
 
@@ -137,19 +131,30 @@ class MeshBuilder:
         if filled:
             self._solid.append((_inside(corners), self.label if label is None else label))
 
-    def box(self, centre: ArrayLike, size: ArrayLike, material: int | Sequence[int], yaw: float = 0.0,
-            label: int | None = None, filled: bool = True) -> None:  # fmt: skip
+    def box(
+        self,
+        centre: ArrayLike,
+        size: ArrayLike,
+        material: int | Sequence[int],
+        yaw: float = 0.0,
+        label: int | None = None,
+        filled: bool = True,
+    ) -> None:
         """Add a box by its centre, size and yaw."""
         corners = _CORNER_SIGNS * np.asarray(size) / 2
         self.solid(corners @ rotation_from_yaw(yaw).T + np.asarray(centre), material, label, filled)
 
-    def frustum(self, low: Sequence[float], high: Sequence[float], material: int | Sequence[int],
-                label: int | None = None, filled: bool = True) -> None:  # fmt: skip
+    def frustum(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        material: int | Sequence[int],
+        label: int | None = None,
+        filled: bool = True,
+    ) -> None:
         """Add a body between two rectangles (x0, x1, y0, y1, z), the lower one first."""
         corners = [
-            [x, y, r[4]]
-            for r in (low, high)
-            for x, y in ((r[0], r[2]), (r[1], r[2]), (r[1], r[3]), (r[0], r[3]))
+            [x, y, r[4]] for r in (low, high) for x, y in ((r[0], r[2]), (r[1], r[2]), (r[1], r[3]), (r[0], r[3]))
         ]
         self.solid(corners, material, label, filled)
 
@@ -167,8 +172,15 @@ class MeshBuilder:
         offsets = np.array([-side - up, side - up, side + up, -side + up]) * width / 2
         self.solid(np.concatenate([start + offsets, end + offsets]), material, label, filled=False)
 
-    def cylinder(self, start: ArrayLike, end: ArrayLike, radii: tuple[float, float], material: int,
-                 label: int | None = None, sides: int = 8) -> None:  # fmt: skip
+    def cylinder(
+        self,
+        start: ArrayLike,
+        end: ArrayLike,
+        radii: tuple[float, float],
+        material: int,
+        label: int | None = None,
+        sides: int = 8,
+    ) -> None:
         """Add a closed (cone-shaped) cylinder between two points with a radius at each."""
         start, end = np.asarray(start, np.float64), np.asarray(end, np.float64)
         side, up = _across(end - start)
@@ -179,15 +191,21 @@ class MeshBuilder:
         for centre, rim in ((start, low), (end, high)):
             self._fan(centre, rim, material, label)
 
-    def blob(self, centre: ArrayLike, radii: ArrayLike, material: int, rng: np.random.Generator,
-             label: int | None = None, roughness: float = 0.15, detail: int = 1) -> None:  # fmt: skip
+    def blob(
+        self,
+        centre: ArrayLike,
+        radii: ArrayLike,
+        material: int,
+        rng: np.random.Generator,
+        label: int | None = None,
+        roughness: float = 0.15,
+        detail: int = 1,
+    ) -> None:
         """Add a lumpy ellipsoid."""
         vertices, faces = _icosphere(detail)
         radii = np.asarray(radii, np.float64)
         shape = vertices * (1 - roughness * rng.random((len(vertices), 1))) * radii
-        uv = np.stack(
-            [np.arctan2(vertices[:, 1], vertices[:, 0]) * radii[0], vertices[:, 2] * radii[2]], -1
-        )
+        uv = np.stack([np.arctan2(vertices[:, 1], vertices[:, 0]) * radii[0], vertices[:, 2] * radii[2]], -1)
         self._add((shape + np.asarray(centre))[faces], uv[faces], material, label)
         inside = rng.uniform(-1, 1, (int(min(400, 8 + 60 * np.prod(radii))), 3))
         inside = inside[np.linalg.norm(inside, axis=1) < 0.85] * radii
@@ -196,15 +214,25 @@ class MeshBuilder:
     def build(self) -> Mesh:
         """Return everything added so far as one mesh."""
         if not self._triangles:
-            return Mesh(np.zeros((0, 3, 3), np.float32), np.zeros((0, 3, 2), np.float32), np.zeros(0, np.int32),
-                        np.zeros(0, np.uint8), np.zeros((0, 3), np.float32), np.zeros(0, np.uint8))  # fmt: skip
+            return Mesh(
+                np.zeros((0, 3, 3), np.float32),
+                np.zeros((0, 3, 2), np.float32),
+                np.zeros(0, np.int32),
+                np.zeros(0, np.uint8),
+                np.zeros((0, 3), np.float32),
+                np.zeros(0, np.uint8),
+            )
         attributes = np.concatenate(self._attributes)
         solid = [points for points, _ in self._solid] or [np.zeros((0, 3))]
         solid_label = [np.full(len(points), label, np.uint8) for points, label in self._solid]
-        return Mesh(np.concatenate(self._triangles).astype(np.float32), np.concatenate(self._uv).astype(np.float32),
-                    attributes[:, 0].astype(np.int32), attributes[:, 1].astype(np.uint8),
-                    np.concatenate(solid).astype(np.float32),
-                    np.concatenate(solid_label or [np.zeros(0, np.uint8)]))  # fmt: skip
+        return Mesh(
+            np.concatenate(self._triangles).astype(np.float32),
+            np.concatenate(self._uv).astype(np.float32),
+            attributes[:, 0].astype(np.int32),
+            attributes[:, 1].astype(np.uint8),
+            np.concatenate(solid).astype(np.float32),
+            np.concatenate(solid_label or [np.zeros(0, np.uint8)]),
+        )
 
     def _fan(
         self,
@@ -242,12 +270,8 @@ def _inside(corners: NDArray[np.float64], spacing: float = 0.25) -> NDArray[np.f
     length = np.ptp(corners, axis=0)
     axes = [(np.arange(n) + 0.5) / n for n in np.maximum(1, np.ceil(length / spacing)).astype(int)]
     a, b, c = (v.ravel()[:, None] for v in np.meshgrid(*axes, indexing="ij"))
-    low = (1 - b) * ((1 - a) * corners[0] + a * corners[1]) + b * (
-        (1 - a) * corners[3] + a * corners[2]
-    )
-    high = (1 - b) * ((1 - a) * corners[4] + a * corners[5]) + b * (
-        (1 - a) * corners[7] + a * corners[6]
-    )
+    low = (1 - b) * ((1 - a) * corners[0] + a * corners[1]) + b * ((1 - a) * corners[3] + a * corners[2])
+    high = (1 - b) * ((1 - a) * corners[4] + a * corners[5]) + b * ((1 - a) * corners[7] + a * corners[6])
     return (1 - c) * low + c * high
 
 
@@ -269,8 +293,15 @@ def _icosphere(detail: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         vertices /= np.linalg.norm(vertices, axis=1, keepdims=True)
         edge = np.sort(np.linalg.norm(vertices[0] - vertices, axis=1))[1] * 1.01
         near = np.linalg.norm(vertices[:, None] - vertices, axis=-1) < edge
-        faces = np.array([(i, j, k) for i in range(12) for j in range(i) for k in range(j)
-                          if near[i, j] and near[j, k] and near[i, k]])  # fmt: skip
+        faces = np.array(
+            [
+                (i, j, k)
+                for i in range(12)
+                for j in range(i)
+                for k in range(j)
+                if near[i, j] and near[j, k] and near[i, k]
+            ]
+        )
         for _ in range(detail):
             vertices, faces = _subdivided(vertices, faces)
         _SPHERES[detail] = vertices, faces
@@ -281,12 +312,8 @@ def _subdivided(
     vertices: NDArray[np.float64], faces: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     a, b, c = (vertices[faces[:, k]] for k in range(3))
-    ab, bc, ca = (
-        (p + q) / np.linalg.norm(p + q, axis=1, keepdims=True) for p, q in ((a, b), (b, c), (c, a))
-    )
-    corners = np.concatenate(
-        [np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
-    )
+    ab, bc, ca = ((p + q) / np.linalg.norm(p + q, axis=1, keepdims=True) for p, q in ((a, b), (b, c), (c, a)))
+    corners = np.concatenate([np.stack(t, 1) for t in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
     unique, index = np.unique(np.round(corners.reshape(-1, 3), 9), axis=0, return_inverse=True)
     return unique, index.reshape(-1, 3)
 

@@ -43,9 +43,7 @@ class RayScene:
             self._scene = rtcore_scene.EmbreeScene()
             self._mesh = TriangleMesh(self._scene, np.ascontiguousarray(triangles, np.float32))
 
-    def first(
-        self, origins: F32, directions: F32, limit: F32
-    ) -> dict[str, NDArray[np.float32]] | None:
+    def first(self, origins: F32, directions: F32, limit: F32) -> dict[str, NDArray[np.float32]] | None:
         """Intersect rays no farther than `limit` (R,); None for an empty scene."""
         if self._scene is None:
             return None
@@ -82,9 +80,7 @@ class StreetScene:
 
     def place(self, pose: NDArray[np.float64], keep: NDArray[np.bool_] | None = None) -> None:
         """Put the moving actors at poses (A, 4); those outside `keep` (A,) are left out."""
-        self._rows = np.flatnonzero(
-            np.ones(len(self._owner), bool) if keep is None else keep[self._owner]
-        )
+        self._rows = np.flatnonzero(np.ones(len(self._owner), bool) if keep is None else keep[self._owner])
         owner = self._owner[self._rows]
         c, s = np.cos(pose[:, 3]), np.sin(pose[:, 3])
         zero, one = np.zeros_like(c), np.ones_like(c)

@@ -21,8 +21,7 @@ _drive: SimulatedDrive | None = None
 class RenderedDrive:
     """A `Recording` that holds every frame of a drive; equal to the `SimulatedDrive` of its seed."""
 
-    def __init__(self, seed: int, config: DriveConfig, workers: int = 2,
-                 progress: Progress | None = None) -> None:  # fmt: skip
+    def __init__(self, seed: int, config: DriveConfig, workers: int = 2, progress: Progress | None = None) -> None:
         """Render the whole drive; returns when the last process is done."""
         drive = SimulatedDrive(seed, config)
         self.name, self.rig, self.lidar2ego = drive.name, drive.rig, drive.lidar2ego
@@ -55,8 +54,9 @@ class RenderedDrive:
         return truth
 
 
-def _render(seed: int, config: DriveConfig, steps: list[tuple[str, int]], workers: int,
-            progress: Progress | None) -> dict[tuple[str, int], Any]:  # fmt: skip
+def _render(
+    seed: int, config: DriveConfig, steps: list[tuple[str, int]], workers: int, progress: Progress | None
+) -> dict[tuple[str, int], Any]:
     rendered: dict[tuple[str, int], Any] = {}
     # Embree's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")

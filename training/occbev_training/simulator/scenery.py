@@ -46,9 +46,7 @@ def _blocks(plan: Plan) -> list[tuple[float, float]]:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a > 6]
 
 
-def _placed(
-    mesh: Mesh, bend: Bend, s: float, d: float, z: float = _LOT_HEIGHT, yaw: float = 0.0
-) -> Mesh:
+def _placed(mesh: Mesh, bend: Bend, s: float, d: float, z: float = _LOT_HEIGHT, yaw: float = 0.0) -> Mesh:
     return mesh.moved(bend.at(s, d, z), float(bend.yaw(s)) + yaw)
 
 
@@ -69,8 +67,11 @@ def _front_row(
             floors = int(rng.integers(2, 7) if style == "town" else rng.integers(1, 4))
             depth, back = rng.uniform(8, 13), setback + rng.uniform(0, 0.6)
             building = _building(table, width, depth, floors)
-            meshes.append(_placed(building, bend, s + width / 2, side * (front + back + depth / 2),
-                                  yaw=0.0 if side < 0 else np.pi))  # fmt: skip
+            meshes.append(
+                _placed(
+                    building, bend, s + width / 2, side * (front + back + depth / 2), yaw=0.0 if side < 0 else np.pi
+                )
+            )
         else:
             meshes += _garden(bend, table, (s, s + width), side, (front + 1.5, front + 12))
         if setback > 2.5:
@@ -84,14 +85,10 @@ def _building(table: MaterialTable, width: float, depth: float, floors: int) -> 
     rng, builder = table.rng, MeshBuilder(MANMADE)
     height = floors * 3.1 + rng.uniform(0.2, 0.9)
     glass = (
-        linear(np.array([0.2, 0.24, 0.28]) * rng.uniform(0.5, 1.6))
-        if rng.random() < 0.7
-        else draw_colour(rng) * 0.4
+        linear(np.array([0.2, 0.24, 0.28]) * rng.uniform(0.5, 1.6)) if rng.random() < 0.7 else draw_colour(rng) * 0.4
     )
     lit = tuple(np.array([1.0, 0.75, 0.4]) * rng.uniform(0.2, 1.0))
-    wall = table.add(
-        draw_colour(rng), FACADE, glass, float(rng.uniform(0.1, 0.9)), gloss=0.0, glow=lit
-    )
+    wall = table.add(draw_colour(rng), FACADE, glass, float(rng.uniform(0.1, 0.9)), gloss=0.0, glow=lit)
     plain, roof = table.draw(), table.draw()
     side = wall if rng.random() < 0.6 else plain
     builder.box(
@@ -124,24 +121,26 @@ def _building(table: MaterialTable, width: float, depth: float, floors: int) -> 
     return builder.build()
 
 
-def _gable(
-    builder: MeshBuilder, width: float, depth: float, base: float, rise: float, roof: int
-) -> None:
+def _gable(builder: MeshBuilder, width: float, depth: float, base: float, rise: float, roof: int) -> None:
     x, y = width / 2 + 0.3, depth / 2 + 0.3
-    corners = [[-x, -y, base], [x, -y, base], [x, y, base], [-x, y, base],
-               [-x, -0.05, base + rise], [x, -0.05, base + rise], [x, 0.05, base + rise], [-x, 0.05, base + rise]]  # fmt: skip
+    corners = [
+        [-x, -y, base],
+        [x, -y, base],
+        [x, y, base],
+        [-x, y, base],
+        [-x, -0.05, base + rise],
+        [x, -0.05, base + rise],
+        [x, 0.05, base + rise],
+        [-x, 0.05, base + rise],
+    ]
     builder.solid(corners, roof, filled=False)
 
 
-def _garden(
-    bend: Bend, table: MaterialTable, s: tuple[float, float], side: int, d: tuple[float, float]
-) -> list[Mesh]:
+def _garden(bend: Bend, table: MaterialTable, s: tuple[float, float], side: int, d: tuple[float, float]) -> list[Mesh]:
     rng = table.rng
     number = int(rng.poisson((s[1] - s[0]) * (d[1] - d[0]) / 45))
     return [
-        _placed(
-            _tree(table, float(rng.uniform(3, 8))), bend, rng.uniform(*s), side * rng.uniform(*d)
-        )
+        _placed(_tree(table, float(rng.uniform(3, 8))), bend, rng.uniform(*s), side * rng.uniform(*d))
         for _ in range(number)
     ]
 
@@ -153,8 +152,11 @@ def _boundary(bend: Bend, table: MaterialTable, s: tuple[float, float], d: float
     if kind == "none":
         return builder.build()
     material = table.draw() if kind != "hedge" else _foliage(table)
-    height, thick = {"wall": (rng.uniform(0.6, 2.0), 0.25), "fence": (rng.uniform(0.9, 1.6), 0.08),
-                     "hedge": (rng.uniform(0.7, 1.6), 0.7)}[kind]  # fmt: skip
+    height, thick = {
+        "wall": (rng.uniform(0.6, 2.0), 0.25),
+        "fence": (rng.uniform(0.9, 1.6), 0.08),
+        "hedge": (rng.uniform(0.7, 1.6), 0.7),
+    }[kind]
     gate = rng.uniform(*s)
     for start in np.arange(s[0], s[1] - 0.5, 2.0):
         end = min(start + 2.0, s[1])
@@ -191,27 +193,32 @@ def _fence(
         builder.beam(post, post + [0, 0, height], 0.035 if 0 < share < 1 else 0.09, material)
 
 
-def _back_row(
-    plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tuple[float, float]
-) -> list[Mesh]:
+def _back_row(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tuple[float, float]) -> list[Mesh]:
     rng, meshes, s = table.rng, [], block[0]
     front = plan.front(side) + 17
     while s < block[1] - 8:
         width, depth = min(rng.uniform(12, 30), block[1] - s), rng.uniform(10, 14)
         if rng.random() < 0.65:
             building = _building(table, width, depth, int(rng.integers(2, 10)))
-            meshes.append(_placed(building, bend, s + width / 2, side * (front + rng.uniform(0, 6) + depth / 2),
-                                  yaw=0.0 if side < 0 else np.pi))  # fmt: skip
+            meshes.append(
+                _placed(
+                    building,
+                    bend,
+                    s + width / 2,
+                    side * (front + rng.uniform(0, 6) + depth / 2),
+                    yaw=0.0 if side < 0 else np.pi,
+                )
+            )
         else:
-            meshes += [_placed(_tree(table, float(rng.uniform(6, 11))), bend, s + x, side * (front + rng.uniform(0, 6)))
-                       for x in np.arange(1, width, 6.0)]  # fmt: skip
+            meshes += [
+                _placed(_tree(table, float(rng.uniform(6, 11))), bend, s + x, side * (front + rng.uniform(0, 6)))
+                for x in np.arange(1, width, 6.0)
+            ]
         s += width + rng.uniform(0, 6)
     return meshes
 
 
-def _furniture(
-    plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tuple[float, float]
-) -> list[Mesh]:
+def _furniture(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tuple[float, float]) -> list[Mesh]:
     """Lamps, street trees, signs, bins and posts in the band beside the kerb."""
     rng, meshes = table.rng, []
     d = side * (plan.kerb + 0.55)
@@ -223,16 +230,10 @@ def _furniture(
         places = np.arange(block[0] + rng.uniform(2, 8), block[1] - 2, step)
         places = places[rng.random(len(places)) < 0.8] + rng.uniform(-1, 1)
         trees = [_tree(table, size * rng.uniform(0.8, 1.2)) for _ in places]
-        meshes += [
-            _placed(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)
-        ]
+        meshes += [_placed(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)]
     for s in rng.uniform(*block, int(rng.poisson((block[1] - block[0]) / 12))):
         thing = rng.choice(4)
-        mesh = (
-            (_sign, _bin, _post, _kiosk)[thing](table)
-            if thing < 3 or rng.random() < 0.3
-            else _sign(table)
-        )
+        mesh = (_sign, _bin, _post, _kiosk)[thing](table) if thing < 3 or rng.random() < 0.3 else _sign(table)
         meshes.append(
             _placed(
                 mesh,
@@ -269,22 +270,16 @@ def _tree(table: MaterialTable, height: float) -> Mesh:
     )
     lean = rng.normal(0, 0.05 * height, 2)
     top = np.array([*lean, height * 0.75])
-    builder.cylinder(
-        (0, 0, -0.1), top, (0.035 * height * rng.uniform(0.7, 1.2), 0.05), bark, sides=7
-    )
+    builder.cylinder((0, 0, -0.1), top, (0.035 * height * rng.uniform(0.7, 1.2), 0.05), bark, sides=7)
     if rng.random() < 0.15:  # a conifer
         for z, share in ((0.3, 1.0), (0.5, 0.75), (0.7, 0.45)):
-            builder.cylinder(
-                (0, 0, z * height), (0, 0, (z + 0.3) * height), (crown * share, 0.05), leaf, sides=9
-            )
+            builder.cylinder((0, 0, z * height), (0, 0, (z + 0.3) * height), (crown * share, 0.05), leaf, sides=9)
         return builder.build()
     for _ in range(int(rng.integers(4, 8))):
         offset = rng.normal(0, 0.42, 3) * crown
         radii = crown * rng.uniform(0.5, 0.85) * np.array([1, 1, rng.uniform(0.7, 1.0)])
         z = max(trunk + radii[2] * 0.7, height - crown + offset[2] * 0.8)
-        builder.blob(
-            (lean[0] + offset[0], lean[1] + offset[1], z), radii, leaf, rng, roughness=0.3, detail=2
-        )
+        builder.blob((lean[0] + offset[0], lean[1] + offset[1], z), radii, leaf, rng, roughness=0.3, detail=2)
     return builder.build()
 
 
@@ -302,9 +297,7 @@ def _sign(table: MaterialTable) -> Mesh:
     height, size = rng.uniform(2.1, 2.8), rng.uniform(0.5, 0.8)
     builder.cylinder((0, 0, -0.1), (0, 0, height), (0.035, 0.035), table.draw(), sides=6)
     if rng.random() < 0.5:
-        builder.cylinder(
-            (-0.04, 0, height), (-0.08, 0, height), (size / 2, size / 2), table.draw(), sides=12
-        )
+        builder.cylinder((-0.04, 0, height), (-0.08, 0, height), (size / 2, size / 2), table.draw(), sides=12)
     else:
         builder.box((-0.06, 0, height), (0.03, size, size * rng.uniform(0.7, 1.3)), table.draw())
     return builder.build()
@@ -347,7 +340,5 @@ def _end_walls(plan: Plan, bend: Bend, table: MaterialTable) -> list[Mesh]:
             building = _building(table, 26.0, 12.0, int(table.rng.integers(2, 7)))
             near = plan.start if s < plan.start else plan.end
             shift = rotation_from_yaw(float(bend.yaw(near)))[:, 0] * (s - near)
-            meshes.append(
-                building.moved(bend.at(near, d) + shift, float(bend.yaw(near)) - np.pi / 2 + turn)
-            )
+            meshes.append(building.moved(bend.at(near, d) + shift, float(bend.yaw(near)) - np.pi / 2 + turn))
     return meshes

@@ -70,9 +70,7 @@ class Bend:
 
     def at(self, s: ArrayLike, d: ArrayLike, z: ArrayLike = 0.0) -> NDArray[np.float64]:
         """World points (..., 3) of plan points at height z above the ground plane."""
-        s, d, z = np.broadcast_arrays(
-            np.asarray(s, float), np.asarray(d, float), np.asarray(z, float)
-        )
+        s, d, z = np.broadcast_arrays(np.asarray(s, float), np.asarray(d, float), np.asarray(z, float))
         x, y, height = (np.interp(s, self.s, self.line[:, k]) for k in range(3))
         heading = np.interp(s, self.s, self.heading)
         beyond = np.maximum(np.abs(d) - LEVEL, 0.0)
@@ -151,10 +149,7 @@ def draw_plan(rng: np.random.Generator, start: float, end: float, turn_at: float
     while places[-1] < end - 70:
         places.append(places[-1] + rng.uniform(70, 130))
     places = [s for s in places if start + 40 < s < end - 25]
-    crossings = tuple(
-        Crossing(float(s), float(rng.uniform(3.2, 3.8)), float(rng.uniform(2.0, 3.5)))
-        for s in places
-    )
+    crossings = tuple(Crossing(float(s), float(rng.uniform(3.2, 3.8)), float(rng.uniform(2.0, 3.5))) for s in places)
     return Plan(start, end, float(rng.uniform(3.2, 3.7)), lanes, parking, strips, crossings)  # type: ignore[arg-type]
 
 
@@ -170,12 +165,14 @@ def build_ground(plan: Plan, bend: Bend, table: MaterialTable) -> Mesh:
     rng, builder = table.rng, MeshBuilder(ROAD)
     surface = _ground_materials(table)
     s_cuts, d_cuts = _cuts(plan)
-    kind = np.array([[_ground_class(plan, (a + b) / 2, (c + d) / 2) for c, d in zip(d_cuts, d_cuts[1:], strict=False)]
-                     for a, b in zip(s_cuts, s_cuts[1:], strict=False)])  # fmt: skip
+    kind = np.array(
+        [
+            [_ground_class(plan, (a + b) / 2, (c + d) / 2) for c, d in zip(d_cuts, d_cuts[1:], strict=False)]
+            for a, b in zip(s_cuts, s_cuts[1:], strict=False)
+        ]
+    )
     lots = {
-        (k, side): int(rng.choice((TERRAIN, FLAT, WALK), p=(0.55, 0.25, 0.2)))
-        for k in range(99)
-        for side in (-1, 1)
+        (k, side): int(rng.choice((TERRAIN, FLAT, WALK), p=(0.55, 0.25, 0.2))) for k in range(99) for side in (-1, 1)
     }
     for i, j in np.ndindex(kind.shape):
         if kind[i, j] < 0:
@@ -234,44 +231,45 @@ def _ground_materials(table: MaterialTable) -> dict[int, int]:
     odd = rng.random() < 0.2
     grass = linear_hsv(rng.uniform(0.12, 0.32), rng.uniform(0.25, 0.65), rng.uniform(0.25, 0.55))
     asphalt = linear(np.clip(rng.uniform(0.2, 0.55) + rng.normal(0, 0.012, 3), 0.1, 0.7))
-    walk = linear(
-        np.clip(
-            rng.uniform(0.35, 0.75) + np.array([0.03, 0.01, -0.02]) * rng.uniform(-1, 2), 0.1, 0.9
-        )
-    )
+    walk = linear(np.clip(rng.uniform(0.35, 0.75) + np.array([0.03, 0.01, -0.02]) * rng.uniform(-1, 2), 0.1, 0.9))
     return {
         ROAD: table.add(asphalt, SPECKLE, scale=0.25),
-        WALK: table.draw(SLABS)
-        if odd
-        else table.add(walk, SLABS, scale=float(rng.uniform(0.5, 1.5))),
+        WALK: table.draw(SLABS) if odd else table.add(walk, SLABS, scale=float(rng.uniform(0.5, 1.5))),
         TERRAIN: table.draw(NOISE) if odd else table.add(grass, FOLIAGE, scale=0.4),
-        FLAT: table.draw()
-        if odd
-        else table.add(asphalt * rng.uniform(0.7, 1.6), SPECKLE, scale=0.25),
+        FLAT: table.draw() if odd else table.add(asphalt * rng.uniform(0.7, 1.6), SPECKLE, scale=0.25),
         -1: table.add(walk * 0.85, SLABS, scale=1.0),
     }
 
 
-def _add_cell(builder: MeshBuilder, bend: Bend, s: NDArray[np.float64], d: NDArray[np.float64], height: float,
-              material: int, label: int) -> None:  # fmt: skip
+def _add_cell(
+    builder: MeshBuilder,
+    bend: Bend,
+    s: NDArray[np.float64],
+    d: NDArray[np.float64],
+    height: float,
+    material: int,
+    label: int,
+) -> None:
     along = np.linspace(s[0], s[1], max(2, int(np.ceil((s[1] - s[0]) / 2)) + 1))
     across = np.linspace(d[0], d[1], max(2, int(np.ceil((d[1] - d[0]) / 4)) + 1))
     i, j = (index.ravel() for index in np.indices((len(along) - 1, len(across) - 1)))
     corners_s = np.stack([along[i], along[i + 1], along[i + 1], along[i]], -1)
     corners_d = np.stack([across[j], across[j], across[j + 1], across[j + 1]], -1)
-    builder.quads(
-        bend.at(corners_s, corners_d, height), material, label, np.stack([corners_s, corners_d], -1)
-    )
+    builder.quads(bend.at(corners_s, corners_d, height), material, label, np.stack([corners_s, corners_d], -1))
 
 
-def _add_kerbs(builder: MeshBuilder, bend: Bend, s_cuts: NDArray[np.float64], d_cuts: NDArray[np.float64],
-               height: NDArray[np.float64], material: int) -> None:  # fmt: skip
+def _add_kerbs(
+    builder: MeshBuilder,
+    bend: Bend,
+    s_cuts: NDArray[np.float64],
+    d_cuts: NDArray[np.float64],
+    height: NDArray[np.float64],
+    material: int,
+) -> None:
     for i in range(len(s_cuts) - 1):
         for j in range(1, len(d_cuts) - 1):
             if height[i, j - 1] != height[i, j]:
-                along = np.linspace(
-                    s_cuts[i], s_cuts[i + 1], max(2, int((s_cuts[i + 1] - s_cuts[i]) / 3) + 1)
-                )
+                along = np.linspace(s_cuts[i], s_cuts[i + 1], max(2, int((s_cuts[i + 1] - s_cuts[i]) / 3) + 1))
                 _add_face(
                     builder,
                     bend,
@@ -294,8 +292,14 @@ def _add_kerbs(builder: MeshBuilder, bend: Bend, s_cuts: NDArray[np.float64], d_
                 )
 
 
-def _add_face(builder: MeshBuilder, bend: Bend, s: NDArray[np.float64], d: NDArray[np.float64],
-              heights: NDArray[np.float64], material: int) -> None:  # fmt: skip
+def _add_face(
+    builder: MeshBuilder,
+    bend: Bend,
+    s: NDArray[np.float64],
+    d: NDArray[np.float64],
+    heights: NDArray[np.float64],
+    material: int,
+) -> None:
     low, high = bend.at(s, d, min(heights)), bend.at(s, d, max(heights))
     builder.quads(np.stack([low[:-1], low[1:], high[1:], high[:-1]], 1), material, WALK)
 
@@ -345,9 +349,7 @@ def _add_crossing_paint(
         if zebra:
             for d in np.arange(-plan.kerb + 0.5, plan.kerb - 0.4, 1.1):
                 _patch(builder, bend, sorted((near, near + side * 2.6)), (d, d + 0.55), paint)
-            for s in np.arange(
-                crossing.s - crossing.half + 0.4, crossing.s + crossing.half - 0.4, 1.1
-            ):
+            for s in np.arange(crossing.s - crossing.half + 0.4, crossing.s + crossing.half - 0.4, 1.1):
                 _patch(
                     builder,
                     bend,
@@ -359,9 +361,7 @@ def _add_crossing_paint(
         _patch(builder, bend, (line, line + 0.35), (-half, 0) if side < 0 else (0, half), paint)
 
 
-def _stripe(
-    builder: MeshBuilder, bend: Bend, s0: float, s1: float, d: float, width: float, paint: int
-) -> None:
+def _stripe(builder: MeshBuilder, bend: Bend, s0: float, s1: float, d: float, width: float, paint: int) -> None:
     _patch(builder, bend, (s0, s1), (d - width / 2, d + width / 2), paint)
 
 

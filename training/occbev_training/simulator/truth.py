@@ -17,9 +17,30 @@ from occbev_training.simulator.raycast import F32
 from occbev_training.simulator.world import Actor, World
 from occbev_training.sources.recording import Annotations
 
-_RANK = np.array([OCCUPANCY_CLASSES.index(name) for name in (
-    "terrain", "other_flat", "sidewalk", "driveable_surface", "vegetation", "manmade", "others", "barrier", "trailer", "truck",
-    "bus", "construction_vehicle", "car", "motorcycle", "bicycle", "traffic_cone", "pedestrian")])  # fmt: skip
+_RANK = np.array(
+    [
+        OCCUPANCY_CLASSES.index(name)
+        for name in (
+            "terrain",
+            "other_flat",
+            "sidewalk",
+            "driveable_surface",
+            "vegetation",
+            "manmade",
+            "others",
+            "barrier",
+            "trailer",
+            "truck",
+            "bus",
+            "construction_vehicle",
+            "car",
+            "motorcycle",
+            "bicycle",
+            "traffic_cone",
+            "pedestrian",
+        )
+    ]
+)
 """Classes from the one that gives way in a shared voxel to the one that always stays."""
 
 _SPACING = 0.18
@@ -28,8 +49,9 @@ _TILE = 10.0
 """Side of the world tiles that static points are sorted by."""
 
 
-def annotate(actors: Sequence[Actor], ego2world: NDArray[np.float64], time: float, points: F32, prefix: str,
-             reach: float = 60.0) -> Annotations:  # fmt: skip
+def annotate(
+    actors: Sequence[Actor], ego2world: NDArray[np.float64], time: float, points: F32, prefix: str, reach: float = 60.0
+) -> Annotations:
     """Boxes of all actors within `reach` in the ego frame at `time`.
 
     points: (M, 3) returns of the key sweep in the ego frame, counted per box.
@@ -64,13 +86,9 @@ class Solids:
         self._points, self._label, tile = points[order], label[order], tile[order]
         starts = np.flatnonzero(np.concatenate([[True], np.any(np.diff(tile, axis=0), axis=1)]))
         self._tiles, self._starts = tile[starts], np.append(starts, len(points))
-        self._moving = [
-            (actor, *surface_samples(actor.shape.mesh, _SPACING)) for actor in world.moving_actors
-        ]
+        self._moving = [(actor, *surface_samples(actor.shape.mesh, _SPACING)) for actor in world.moving_actors]
 
-    def semantics(
-        self, grid: VoxelGrid, ego2world: NDArray[np.float64], time: float
-    ) -> NDArray[np.uint8]:
+    def semantics(self, grid: VoxelGrid, ego2world: NDArray[np.float64], time: float) -> NDArray[np.uint8]:
         """Label every voxel (X, Y, Z) of the grid; 17 where nothing is."""
         filled = np.full(grid.size, FREE, np.uint8)
         world2ego = invert_transform(ego2world).astype(np.float32)
@@ -102,21 +120,24 @@ class Solids:
         return filled.reshape(grid.shape)
 
 
-def seen_voxels(seen: NDArray[np.bool_], grid: VoxelGrid, origins: F32, directions: F32, length: F32,
-                step: float = 0.25, start: float = 0.0) -> None:  # fmt: skip
+def seen_voxels(
+    seen: NDArray[np.bool_],
+    grid: VoxelGrid,
+    origins: F32,
+    directions: F32,
+    length: F32,
+    step: float = 0.25,
+    start: float = 0.0,
+) -> None:
     """Mark in `seen` (X * Y * Z,) what rays (R, 3) cross between `start` and their `length` (R,), end included."""
     lo, pitch = np.array(grid.lo, np.float32), np.array(grid.pitch, np.float32)
-    near, far = _clip(
-        origins, directions, np.array(grid.lo, np.float32), np.array(grid.hi, np.float32)
-    )
+    near, far = _clip(origins, directions, np.array(grid.lo, np.float32), np.array(grid.hi, np.float32))
     first, last = np.maximum(near, start), np.minimum(far, length)
     used = np.flatnonzero(last > first)
     counts = np.ceil((last - first)[used] / step).astype(np.int64) + 1
     for part in np.array_split(np.arange(len(used)), max(1, int(counts.sum() // 2_000_000))):
         ray = np.repeat(used[part], counts[part])
-        number = np.arange(len(ray)) - np.repeat(
-            np.cumsum(counts[part]) - counts[part], counts[part]
-        )
+        number = np.arange(len(ray)) - np.repeat(np.cumsum(counts[part]) - counts[part], counts[part])
         way = np.minimum(first[ray] + np.float32(step) * number.astype(np.float32), last[ray])
         flat = np.zeros(len(ray), np.int32)
         for axis in range(3):
@@ -126,9 +147,7 @@ def seen_voxels(seen: NDArray[np.bool_], grid: VoxelGrid, origins: F32, directio
         seen[flat] = True
 
 
-def mark_ends(
-    seen: NDArray[np.bool_], grid: VoxelGrid, cam2ego: NDArray[np.float64], rays: F32, distance: F32
-) -> None:
+def mark_ends(seen: NDArray[np.bool_], grid: VoxelGrid, cam2ego: NDArray[np.float64], rays: F32, distance: F32) -> None:
     """Mark the voxels in which a camera's unit rays (h, w, 3) end after `distance` (h, w)."""
     hit = np.isfinite(distance)
     ends = transform_points(cam2ego, rays[hit] * (distance[hit] + np.float32(0.02))[:, None])
@@ -136,8 +155,14 @@ def mark_ends(
     seen[grid.flat(cells[inside])] = True
 
 
-def mark_centres(seen: NDArray[np.bool_], voxels: tuple[NDArray[np.int64], F32], cam2ego: NDArray[np.float64],
-                 camera: Camera, step: int, depth: F32) -> None:  # fmt: skip
+def mark_centres(
+    seen: NDArray[np.bool_],
+    voxels: tuple[NDArray[np.int64], F32],
+    cam2ego: NDArray[np.float64],
+    camera: Camera,
+    step: int,
+    depth: F32,
+) -> None:
     """Mark voxels whose centre no surface hides from a camera.
 
     voxels: flat indices (S,) and centres (S, 3) in the ego frame. depth: (h, w) of every `step`-th pixel.
@@ -159,14 +184,10 @@ def _clip(origins: F32, directions: F32, lo: F32, hi: F32) -> tuple[F32, F32]:
     """Where rays enter and leave a box; entry beyond exit for those that miss it."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (lo - origins) / directions, (hi - origins) / directions
-    return np.fmax.reduce(np.fmin(a, b), axis=1), np.fmin.reduce(
-        np.fmax(a, b), axis=1
-    ) - np.float32(1e-3)
+    return np.fmax.reduce(np.fmin(a, b), axis=1), np.fmin.reduce(np.fmax(a, b), axis=1) - np.float32(1e-3)
 
 
-def _fill(
-    filled: NDArray[np.uint8], grid: VoxelGrid, points: F32, label: NDArray[np.uint8]
-) -> None:
+def _fill(filled: NDArray[np.uint8], grid: VoxelGrid, points: F32, label: NDArray[np.uint8]) -> None:
     """Write labels of points into their voxels; of several the last one stays."""
     cell = np.floor((points - np.array(grid.lo, np.float32)) / np.array(grid.pitch, np.float32))
     inside = np.flatnonzero(np.all((cell >= 0) & (cell < np.array(grid.shape)), axis=1))
@@ -189,9 +210,7 @@ def _near_route(mesh: Mesh, route: NDArray[np.float64], reach: float) -> Mesh:
             np.minimum(least, away, out=least)
         return (least < reach) & (points[:, 2] < 9.0)
 
-    low = np.concatenate(
-        [mesh.triangles[..., :2].mean(1), mesh.triangles[..., 2].min(1, keepdims=True)], 1
-    )
+    low = np.concatenate([mesh.triangles[..., :2].mean(1), mesh.triangles[..., 2].min(1, keepdims=True)], 1)
     keep = close(low) & (np.ptp(mesh.triangles, axis=1).max(1) < 60)
     solid = close(mesh.solid)
     return Mesh(

@@ -109,9 +109,14 @@ def build_world(seed: int, duration: float) -> World:
     static += [a.shape.mesh.moved(a.track.pose[0, :3], a.track.pose[0, 3]) for a in parked]
     moving = tuple(a for a in cast.actors if a.track.moving)
     return World(
-        join(static), table.build(), parked, moving, ego,
-        _ground_tilt(line, route.travelled, bend) + _sway(rng, times), draw_light(rng),
-    )  # fmt: skip
+        join(static),
+        table.build(),
+        parked,
+        moving,
+        ego,
+        _ground_tilt(line, route.travelled, bend) + _sway(rng, times),
+        draw_light(rng),
+    )
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,7 @@ def _along(line: NDArray[np.float64], way: NDArray[np.float64]) -> NDArray[np.fl
     return np.stack([np.interp(way, pieces, line[:, k]) for k in range(2)], -1)
 
 
-def _ground_tilt(
-    line: NDArray[np.float64], travelled: NDArray[np.float64], bend: Bend
-) -> NDArray[np.float64]:
+def _ground_tilt(line: NDArray[np.float64], travelled: NDArray[np.float64], bend: Bend) -> NDArray[np.float64]:
     """Roll and pitch (P, 2) of a vehicle whose four wheels stand on the ground along its way."""
     front, back = (_along(line, travelled + k * WHEELBASE / 2) for k in (1, -1))
     apart = np.maximum(np.linalg.norm(front - back, axis=1), 1e-6)  # less where the way begins
@@ -277,11 +280,7 @@ class Cast:
     def _drive_one(self, direction: int, lane: int, s: float, pace: float, route: Route) -> None:
         """One vehicle in its lane; those in the ego's own direction keep its changing pace."""
         rng, plan = self.rng, self.plan
-        name = str(
-            rng.choice(
-                ("car", "truck", "bus", "motorcycle", "bicycle"), p=(0.73, 0.1, 0.05, 0.06, 0.06)
-            )
-        )
+        name = str(rng.choice(("car", "truck", "bus", "motorcycle", "bicycle"), p=(0.73, 0.1, 0.05, 0.06, 0.06)))
         d = -direction * (lane + 0.5) * plan.lane + rng.normal(0, 0.12)
         if direction > 0:
             travelled = route.travelled * (pace if lane else 1.0)
@@ -294,9 +293,7 @@ class Cast:
             )
         far = s + direction * (travelled[-1] + 30)
         line = np.array([[s, d], [far, d]])
-        stop = np.clip(
-            travelled, 0, max(0.0, (plan.end - s - 3) if direction > 0 else (s - plan.start - 3))
-        )
+        stop = np.clip(travelled, 0, max(0.0, (plan.end - s - 3) if direction > 0 else (s - plan.start - 3)))
         self.add(name, _track_along(line, stop, self.bend, self.times), margin=0.9)
 
     def _drive_across(self, s: float, half: float, direction: int) -> None:
@@ -332,11 +329,7 @@ class Cast:
             )
         )
         d = side * (plan.kerb - 1.12 + rng.normal(0, 0.06))
-        yaw = (
-            (0.0 if side < 0 else np.pi)
-            + rng.normal(0, 0.03)
-            + (np.pi if rng.random() < 0.1 else 0.0)
-        )
+        yaw = (0.0 if side < 0 else np.pi) + rng.normal(0, 0.03) + (np.pi if rng.random() < 0.1 else 0.0)
         self.add(name, self.standing(s, d, yaw), 0.1)
 
     def _works(self) -> None:
@@ -368,9 +361,7 @@ class Cast:
             if rng.random() < 0.45:
                 self.add(
                     "construction_vehicle",
-                    self.standing(
-                        s + rng.uniform(18, 24), side * (plan.kerb - 0.6), rng.uniform(-0.3, 0.3)
-                    ),
+                    self.standing(s + rng.uniform(18, 24), side * (plan.kerb - 0.6), rng.uniform(-0.3, 0.3)),
                     0.0,
                 )
 
@@ -382,18 +373,12 @@ class Cast:
                     self._walk_one(float(s), side)
             for _ in range(int(rng.integers(0, 4))):
                 s = rng.uniform(plan.start, plan.end)
-                name = str(
-                    rng.choice(
-                        ("bicycle", "motorcycle", "barrier", "traffic_cone"), p=(0.5, 0.2, 0.2, 0.1)
-                    )
-                )
+                name = str(rng.choice(("bicycle", "motorcycle", "barrier", "traffic_cone"), p=(0.5, 0.2, 0.2, 0.1)))
                 d = side * (plan.walk_middle(side) + rng.uniform(-0.6, 0.6))
                 self.add(name, self.standing(s, d, rng.uniform(0, 6.28), 0.13), 0.1)
         for crossing in plan.crossings:
             for _ in range(int(rng.integers(1, 5))):
-                self._cross_one(
-                    crossing.s + rng.choice((-1, 1)) * (crossing.half + 1.9 + rng.uniform(-1, 1))
-                )
+                self._cross_one(crossing.s + rng.choice((-1, 1)) * (crossing.half + 1.9 + rng.uniform(-1, 1)))
 
     def _walk_one(self, s: float, side: int) -> None:
         rng, d = self.rng, side * (self.plan.walk_middle(side) + self.rng.uniform(-0.8, 0.8))
@@ -402,10 +387,7 @@ class Cast:
             return
         direction = int(rng.choice((-1, 1)))
         way = self.times * rng.uniform(0.7, 1.7)
-        room = min(
-            [abs(c.s - s) - c.half for c in self.plan.crossings if (c.s - s) * direction > 0]
-            + [60.0]
-        )
+        room = min([abs(c.s - s) - c.half for c in self.plan.crossings if (c.s - s) * direction > 0] + [60.0])
         track = _track_along(
             np.array([[s, d], [s + direction * 80, d]]),
             np.minimum(way, room),
@@ -447,9 +429,7 @@ def _discs(pose: NDArray[np.float64], size: tuple[float, ...]) -> tuple[NDArray[
         length, width, along = width, length, across
     number = int(np.ceil(length / width))
     offsets = (np.arange(number) - (number - 1) / 2) * (length / number)
-    return pose[:, None, :2] + offsets[:, None] * along[:, None], 0.5 * float(
-        np.hypot(width, length / number)
-    )
+    return pose[:, None, :2] + offsets[:, None] * along[:, None], 0.5 * float(np.hypot(width, length / number))
 
 
 def draw_light(rng: np.random.Generator) -> Light:
@@ -467,20 +447,29 @@ def draw_light(rng: np.random.Generator) -> Light:
         np.float32,
     )
     strength, sky, haze, night, cloud = _WEATHER[name]
-    warmth = np.array(
-        [1.0, 0.93 if name != "dusk" else 0.62, 0.84 if name != "dusk" else 0.35], np.float32
-    )
-    blue = (
-        linear(np.array([0.62, 0.74, 0.92])) if cloud < 0.5 else linear(np.array([0.8, 0.82, 0.85]))
-    )
+    warmth = np.array([1.0, 0.93 if name != "dusk" else 0.62, 0.84 if name != "dusk" else 0.35], np.float32)
+    blue = linear(np.array([0.62, 0.74, 0.92])) if cloud < 0.5 else linear(np.array([0.8, 0.82, 0.85]))
     blue = blue * (1, 0.9, 1.0) if name == "dusk" else blue
     sky_colour = (blue * sky * rng.uniform(0.85, 1.15)).astype(np.float32)
     grey = sky_colour.mean() * np.array([1.08, 1.05, 1.05], np.float32)
-    return Light(sun, warmth * np.float32(strength * rng.uniform(0.85, 1.15)), sky_colour, grey.astype(np.float32),
-                 haze * rng.uniform(0.7, 1.3), night, cloud, name)  # fmt: skip
+    return Light(
+        sun,
+        warmth * np.float32(strength * rng.uniform(0.85, 1.15)),
+        sky_colour,
+        grey.astype(np.float32),
+        haze * rng.uniform(0.7, 1.3),
+        night,
+        cloud,
+        name,
+    )
 
 
-_WEATHER = {"sunny": (2.3, 0.8, 0.0012, 0.0, 0.15), "hazy": (1.6, 0.9, 0.006, 0.0, 0.4),
-            "overcast": (0.15, 1.25, 0.003, 0.0, 1.0), "fog": (0.1, 1.2, 0.025, 0.0, 1.0),
-            "dusk": (1.0, 0.35, 0.004, 0.45, 0.3), "night": (0.03, 0.035, 0.003, 1.0, 0.5)}  # fmt: skip
+_WEATHER = {
+    "sunny": (2.3, 0.8, 0.0012, 0.0, 0.15),
+    "hazy": (1.6, 0.9, 0.006, 0.0, 0.4),
+    "overcast": (0.15, 1.25, 0.003, 0.0, 1.0),
+    "fog": (0.1, 1.2, 0.025, 0.0, 1.0),
+    "dusk": (1.0, 0.35, 0.004, 0.45, 0.3),
+    "night": (0.03, 0.035, 0.003, 1.0, 0.5),
+}
 """Weather -> strength of sun and sky, haze per metre, darkness, cloud."""

@@ -47,11 +47,14 @@ NOTICEABLE = 0.01
 _SHOULD = {
     "IMU": ("sensor_msgs/msg/Imu",),
     "GNSS": ("sensor_msgs/msg/NavSatFix",),
-    "vehicle speed": ("geometry_msgs/msg/TwistStamped", "geometry_msgs/msg/TwistWithCovarianceStamped",
-                      "autoware_vehicle_msgs/msg/VelocityReport",
-                      "autoware_auto_vehicle_msgs/msg/VelocityReport"),
+    "vehicle speed": (
+        "geometry_msgs/msg/TwistStamped",
+        "geometry_msgs/msg/TwistWithCovarianceStamped",
+        "autoware_vehicle_msgs/msg/VelocityReport",
+        "autoware_auto_vehicle_msgs/msg/VelocityReport",
+    ),
     "diagnostics": ("diagnostic_msgs/msg/DiagnosticArray",),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,7 @@ class Verdict:
     must: bool = True
 
 
-def check_bag(
-    path: Path, options: BagOptions | None = None, measure_turns: bool = True
-) -> list[Verdict]:
+def check_bag(path: Path, options: BagOptions | None = None, measure_turns: bool = True) -> list[Verdict]:
     """Judge a bag; problems become verdicts, only a bag that cannot be opened raises RecordingError.
 
     measure_turns: also compare clocks by how LiDAR and cameras see the vehicle turn; takes seconds.
@@ -77,9 +78,7 @@ def check_bag(
         verdicts: list[Verdict] = []
         try:
             topics = options.topics or detect_topics(bag.topics, options.profile)
-            verdicts.append(
-                Verdict("topics", True, f"{len(topics.images)} cameras, profile {topics.profile}")
-            )
+            verdicts.append(Verdict("topics", True, f"{len(topics.images)} cameras, profile {topics.profile}"))
         except RecordingError as error:
             return [Verdict("topics", False, str(error))]
         try:
@@ -109,10 +108,7 @@ def read_times(
         stamp = bag.stamp(topic, data)
         found[topic].append((clock[topic].apply(stamp) if topic in clock else stamp, log_ns))
     empty: dict[str, list[tuple[int, int]]] = {topic: [] for topic in topics}
-    return {
-        topic: TopicTimes(*np.array(pairs, np.int64).reshape(-1, 2).T)
-        for topic, pairs in (empty | found).items()
-    }
+    return {topic: TopicTimes(*np.array(pairs, np.int64).reshape(-1, 2).T) for topic, pairs in (empty | found).items()}
 
 
 def _presence(bag: AnyBag, topics: BagTopics, times: Mapping[str, TopicTimes]) -> list[Verdict]:
@@ -120,12 +116,11 @@ def _presence(bag: AnyBag, topics: BagTopics, times: Mapping[str, TopicTimes]) -
     verdicts = []
     for name, topic in topics.images.items():
         rate = _rate(times[topic])
-        verdicts.append(Verdict(f"camera {name}", rate >= CAMERA_RATE,
-                                f"{topic}: {rate:.1f} Hz, at least {CAMERA_RATE:g} wanted"))  # fmt: skip
-    if topics.lidar is None:
         verdicts.append(
-            Verdict("lidar", False, "no sensor_msgs/PointCloud2 topic; vendor packets are not read")
+            Verdict(f"camera {name}", rate >= CAMERA_RATE, f"{topic}: {rate:.1f} Hz, at least {CAMERA_RATE:g} wanted")
         )
+    if topics.lidar is None:
+        verdicts.append(Verdict("lidar", False, "no sensor_msgs/PointCloud2 topic; vendor packets are not read"))
     else:
         rate = _rate(times[topics.lidar])
         verdicts.append(Verdict("lidar", rate > 0, f"{topics.lidar}: {rate:.1f} Hz"))
@@ -138,8 +133,9 @@ def _presence(bag: AnyBag, topics: BagTopics, times: Mapping[str, TopicTimes]) -
 
 def _odometry(where: str, rate: float) -> Verdict:
     """Poses often enough to interpolate between them."""
-    return Verdict("odometry", rate >= ODOMETRY_RATE,
-                   f"{where}: {rate:.1f} Hz, at least {ODOMETRY_RATE:g} wanted, 50 advised")  # fmt: skip
+    return Verdict(
+        "odometry", rate >= ODOMETRY_RATE, f"{where}: {rate:.1f} Hz, at least {ODOMETRY_RATE:g} wanted, 50 advised"
+    )
 
 
 def _rate(times: TopicTimes) -> float:
@@ -154,9 +150,13 @@ def _stamps(topic: str, times: TopicTimes) -> Verdict:
     """Stamps that are set, do not jump back and do not repeat. What is left out is counted, a jump divides the bag."""
     _, jumps, reasons = usable_stamps(times.stamp_ns.tolist())
     counts = ", ".join(f"{n} {reason}s" for reason, n in reasons.items())
-    return Verdict(f"stamps of {topic}", not jumps and not sum(reasons.values()),
-                   f"{counts}, {len(jumps)} jumps back, of {len(times.stamp_ns)}; they are left out, "
-                   "a jump back begins another drive", must=reasons["zero stamp"] > 0.1 * len(times.stamp_ns))  # fmt: skip
+    return Verdict(
+        f"stamps of {topic}",
+        not jumps and not sum(reasons.values()),
+        f"{counts}, {len(jumps)} jumps back, of {len(times.stamp_ns)}; they are left out, "
+        "a jump back begins another drive",
+        must=reasons["zero stamp"] > 0.1 * len(times.stamp_ns),
+    )
 
 
 def _clock(topic: str, times: TopicTimes) -> Verdict:
@@ -164,9 +164,12 @@ def _clock(topic: str, times: TopicTimes) -> Verdict:
     lag, drift = times.lag, times.drift
     median, jitter = float(np.median(lag)), float(np.percentile(np.abs(lag - np.median(lag)), 99))
     error = f" +- {times.drift_error * 1e6:.0f}" if np.isfinite(times.drift_error) else ""
-    return Verdict(f"clock of {topic}", clock_fault(times) is None,
-                   f"log - stamp: median {median * 1e3:.1f} ms, 99 % within {jitter * 1e3:.1f} ms, "
-                   f"drift {drift * 1e6:.0f}{error} ppm, largest step {times.largest_step * 1e3:.1f} ms")  # fmt: skip
+    return Verdict(
+        f"clock of {topic}",
+        clock_fault(times) is None,
+        f"log - stamp: median {median * 1e3:.1f} ms, 99 % within {jitter * 1e3:.1f} ms, "
+        f"drift {drift * 1e6:.0f}{error} ppm, largest step {times.largest_step * 1e3:.1f} ms",
+    )
 
 
 def clock_fault(times: TopicTimes) -> str | None:
@@ -192,9 +195,7 @@ def _counts(bag: AnyBag, times: Mapping[str, TopicTimes]) -> Verdict:
     except RecordingError as error:
         return Verdict("message counts", False, str(error))
     known = bag.expected is not None
-    return Verdict(
-        "message counts", True, "as promised" if known else "no metadata.yaml to compare with"
-    )
+    return Verdict("message counts", True, "as promised" if known else "no metadata.yaml to compare with")
 
 
 def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[Verdict]:
@@ -205,18 +206,26 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[
         return [Verdict("transforms and calibration", False, str(error))]
     try:
         verdicts = [
-            Verdict(f"camera_info and transform of {camera.name}", True,
-                    f"{camera.width}x{camera.height}, {camera.distortion_model}, in base_link at "
-                    f"{np.round(camera.cam2ego[:3, 3], 2).tolist()}")
+            Verdict(
+                f"camera_info and transform of {camera.name}",
+                True,
+                f"{camera.width}x{camera.height}, {camera.distortion_model}, in base_link at "
+                f"{np.round(camera.cam2ego[:3, 3], 2).tolist()}",
+            )
             for camera in recording.rig.cameras
-        ]  # fmt: skip
+        ]
         if len(recording.sweep_stamp_ns):
-            verdicts.append(Verdict("transform of the LiDAR", True,
-                                    f"in base_link at {np.round(recording.lidar2ego[:3, 3], 2).tolist()}"))  # fmt: skip
+            verdicts.append(
+                Verdict(
+                    "transform of the LiDAR",
+                    True,
+                    f"in base_link at {np.round(recording.lidar2ego[:3, 3], 2).tolist()}",
+                )
+            )
         parts = "" if recording.parts == 1 else f" in the first of {recording.parts} parts"
         verdicts.append(
             Verdict("key frames", True, f"{len(recording.key_stamp_ns)} of {len(recording.rig)} cameras{parts}")
-        )  # fmt: skip
+        )
         if recording.topics.odometry is None:
             stamps = recording.trajectory.stamp_ns
             verdicts.append(_odometry("poses of /tf", _rate(TopicTimes(stamps, stamps))))
@@ -241,8 +250,11 @@ def _poses(recording: Recording) -> Verdict:
             missing += 1
     path = recording.trajectory.ego2global[:, :3, 3]
     metres = float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum())
-    return Verdict("poses", missing <= 0.1 * len(stamps),
-                   f"{missing} of {len(stamps)} sweeps and key frames without one; {metres:.0f} m driven")  # fmt: skip
+    return Verdict(
+        "poses",
+        missing <= 0.1 * len(stamps),
+        f"{missing} of {len(stamps)} sweeps and key frames without one; {metres:.0f} m driven",
+    )
 
 
 def _point_times(recording: BagRecording) -> Verdict:
@@ -253,16 +265,15 @@ def _point_times(recording: BagRecording) -> Verdict:
         return Verdict("per-point time", False, str(error))
     assert found is not None
     if found.kind != "point_times":
-        hint = (
-            "fine only if the driver compensates motion itself"
-            if found.kind == "compensated"
-            else "less exact"
-        )
+        hint = "fine only if the driver compensates motion itself" if found.kind == "compensated" else "less exact"
         return Verdict("per-point time", False, f"{found.text}; {hint}", must=False)
     offset = recording.probed_offsets()
     low, high = float(np.nanmin(offset)), float(np.nanmax(offset))
-    return Verdict("per-point time", SPAN[0] <= high - low <= SPAN[1],
-                   f"{found.text}: {low * 1e3:.1f} to {high * 1e3:.1f} ms; a rotation lasts 20 to 250 ms")  # fmt: skip
+    return Verdict(
+        "per-point time",
+        SPAN[0] <= high - low <= SPAN[1],
+        f"{found.text}: {low * 1e3:.1f} to {high * 1e3:.1f} ms; a rotation lasts 20 to 250 ms",
+    )
 
 
 def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
@@ -271,8 +282,7 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
     trajectory = recording.trajectory
     if recording.topics.lidar is not None:
         runs = stretches_in_turns(recording.sweep_stamp_ns, trajectory)
-        turns = joined([lidar_turns(sweeps) for run in runs
-                        for sweeps in _readable(recording.sweep, run)])  # fmt: skip
+        turns = joined([lidar_turns(sweeps) for run in runs for sweeps in _readable(recording.sweep, run)])
         found[recording.topics.lidar] = measure_offset(turns, trajectory)
     for camera in recording.rig.cameras:
         stamps = recording.exposures(camera.name)
@@ -282,8 +292,7 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
         parts = []
         for run in stretches_in_turns(stamps, trajectory):
             seen = partial(_seen, recording, camera.name, stamps, size)
-            parts += [camera_turns(*zip(*images, strict=True), small)
-                      for images in _readable(seen, run)]  # fmt: skip
+            parts += [camera_turns(*zip(*images, strict=True), small) for images in _readable(seen, run)]
         found[recording.topics.images[camera.name]] = measure_offset(joined(parts), trajectory)
     return found
 
@@ -353,10 +362,7 @@ def fixed_clocks(path: Path, options: BagOptions) -> BagOptions:
     doubtful = [f"{topic}: {offset.text}" for topic, offset in measured.items() if offset.fault]
     if doubtful:
         raise RecordingError(f"{path}: clocks cannot be corrected: {'; '.join(doubtful)}")
-    clock = {
-        topic: rough.get(topic, ClockCorrection(0)).plus(offset.seconds)
-        for topic, offset in measured.items()
-    }
+    clock = {topic: rough.get(topic, ClockCorrection(0)).plus(offset.seconds) for topic, offset in measured.items()}
     return replace(options, topics=topics, clock=clock)
 
 
@@ -365,9 +371,7 @@ def _rough_clocks(path: Path, options: BagOptions) -> dict[str, ClockCorrection]
     recording = BagRecording(path, options)
     try:
         if recording.topics.odometry is None:
-            raise RecordingError(
-                f"{path}: clocks are compared with an odometry topic, and there is none"
-            )
+            raise RecordingError(f"{path}: clocks are compared with an odometry topic, and there is none")
         return by_log_times(recording.times(), recording.topics.odometry)
     finally:
         recording.close()
@@ -381,12 +385,9 @@ def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
         times = raw_times(bag, topics)
     finally:
         bag.close()
-    faults = [f"{topic}: {fault}" for topic, own in times.items()
-              if (fault := clock_fault(own)) is not None]  # fmt: skip
+    faults = [f"{topic}: {fault}" for topic, own in times.items() if (fault := clock_fault(own)) is not None]
     if faults:
-        raise RecordingError(
-            f"{path}: {'; '.join(faults)}. Give --clock-fix to measure and correct it"
-        )
+        raise RecordingError(f"{path}: {'; '.join(faults)}. Give --clock-fix to measure and correct it")
 
 
 def propose_ego_box(recording: Recording, sweeps: int = 40, share: float = 0.9) -> EgoBox | None:
@@ -403,15 +404,10 @@ def propose_ego_box(recording: Recording, sweeps: int = 40, share: float = 0.9) 
         except (PoseError, RecordingError):
             del places[len(used) :]
     if not used or np.linalg.norm(np.array(places) - places[0], axis=1).max() < 20.0:
-        raise RecordingError(
-            f"{recording.name}: it moves less than 20 m, so its own body does not stand out"
-        )
+        raise RecordingError(f"{recording.name}: it moves less than 20 m, so its own body does not stand out")
     pitch, reach, counts = 0.1, 6.0, {}
     for sweep in used:
-        points = (
-            np.asarray(sweep.points, np.float64) @ sweep.lidar2ego[:3, :3].T
-            + sweep.lidar2ego[:3, 3]
-        )
+        points = np.asarray(sweep.points, np.float64) @ sweep.lidar2ego[:3, :3].T + sweep.lidar2ego[:3, 3]
         near = points[np.abs(points).max(axis=1) < reach]
         for cell in np.unique(np.floor(near / pitch).astype(int), axis=0).tolist():
             counts[tuple(cell)] = counts.get(tuple(cell), 0) + 1

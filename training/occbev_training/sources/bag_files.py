@@ -76,8 +76,10 @@ def check_counts(bag: AnyBag, read: Mapping[str, int]) -> None:
     for topic, count in read.items():
         promised = bag.expected.get(topic) if bag.expected is not None else None
         if promised is not None and promised != count:
-            raise RecordingError(f"{bag.path}: {topic}: metadata promises {promised} messages, "
-                                 f"{count} were read; the bag is damaged or was cut")  # fmt: skip
+            raise RecordingError(
+                f"{bag.path}: {topic}: metadata promises {promised} messages, "
+                f"{count} were read; the bag is damaged or was cut"
+            )
 
 
 class Bag:
@@ -100,12 +102,8 @@ class Bag:
                 self._readers.append(self._stack.enter_context(Reader(file)))
         except _BROKEN as error:
             self.close()
-            raise RecordingError(
-                f"{file}: no readable ROS 2 bag: {str(error) or type(error).__name__}"
-            ) from error
-        self.topics: Mapping[str, str] = {
-            c.topic: c.msgtype for reader in self._readers for c in reader.connections
-        }
+            raise RecordingError(f"{file}: no readable ROS 2 bag: {str(error) or type(error).__name__}") from error
+        self.topics: Mapping[str, str] = {c.topic: c.msgtype for reader in self._readers for c in reader.connections}
 
     def __enter__(self) -> Bag:
         return self
@@ -148,9 +146,7 @@ class Bag:
         try:
             return header_stamp(data, at)
         except (IndexError, struct.error) as error:
-            raise RecordingError(
-                f"{self.path}: {topic}: a message without stamp: {error}"
-            ) from error
+            raise RecordingError(f"{self.path}: {topic}: a message without stamp: {error}") from error
 
     def _files(self) -> list[Path]:
         if not self.path.exists():
@@ -161,9 +157,7 @@ class Bag:
         if not metadata.is_file():
             found = sorted([*self.path.glob("*.mcap"), *self.path.glob("*.db3")])
             if not found:
-                raise RecordingError(
-                    f"{self.path}: no metadata.yaml, *.mcap or *.db3 in it, so it is no bag folder"
-                )
+                raise RecordingError(f"{self.path}: no metadata.yaml, *.mcap or *.db3 in it, so it is no bag folder")
             return found
         return self._read_metadata(metadata)
 
@@ -187,9 +181,7 @@ class Bag:
 
 
 def _outside(reader: Reader, start: int | None, stop: int | None) -> bool:
-    return (start is not None and reader.end_time <= start) or (
-        stop is not None and reader.start_time >= stop
-    )
+    return (start is not None and reader.end_time <= start) or (stop is not None and reader.start_time >= stop)
 
 
 def header_stamp(data: bytes, at: int = 4) -> int:

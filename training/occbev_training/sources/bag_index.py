@@ -164,17 +164,18 @@ class IndexedBag:
             raise RecordingError(f"{self._bag.path}: {error}") from error
         absent = [topic for topic in topics.all if topic not in self._bag.topics]
         if absent:
-            raise RecordingError(
-                f"{self._bag.path}: no topic {absent}; topics are {listed(self._bag.topics)}"
-            )
+            raise RecordingError(f"{self._bag.path}: no topic {absent}; topics are {listed(self._bag.topics)}")
         rig = self.options.rig
         if rig is not None and set(rig.names) != set(topics.images):
-            raise RecordingError(f"{self._bag.path}: the rig has cameras {list(rig.names)}, the bag "
-                                 f"{sorted(topics.images)}")  # fmt: skip
+            raise RecordingError(
+                f"{self._bag.path}: the rig has cameras {list(rig.names)}, the bag {sorted(topics.images)}"
+            )
         bare = sorted(set(topics.images) - set(topics.infos))
         if rig is None and bare:
-            raise RecordingError(f"{self._bag.path}: no camera_info of {bare} (profile {topics.profile}); "
-                                 "give their calibration as a rig file")  # fmt: skip
+            raise RecordingError(
+                f"{self._bag.path}: no camera_info of {bare} (profile {topics.profile}); "
+                "give their calibration as a rig file"
+            )
         return topics
 
     def _usable(self, contents: Contents) -> _Scan:
@@ -192,9 +193,7 @@ class IndexedBag:
             skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
         if topic := self.topics.odometry:
             poses = kept[topic]
-            keep, jumps, reasons = usable_stamps(
-                [self._bag.stamp(topic, data) for _, data in poses]
-            )
+            keep, jumps, reasons = usable_stamps([self._bag.stamp(topic, data) for _, data in poses])
             cuts += [poses[i][0] for i in jumps]
             kept[topic] = [poses[i] for i in keep]
             skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
@@ -214,9 +213,7 @@ class IndexedBag:
     def _part(self) -> Contents:
         """Return what is in the chosen part; calibrations and fixed transforms hold from before."""
         if not 0 <= self.options.part < self.parts:
-            raise RecordingError(
-                f"{self._bag.path}: no part {self.options.part}, it has {self.parts}"
-            )
+            raise RecordingError(f"{self._bag.path}: no part {self.options.part}, it has {self.parts}")
         first, last = self._stretches[self.options.part]
         index = {
             topic: entries.only([i for i, at in enumerate(entries.log_ns) if first <= at < last])
@@ -270,6 +267,4 @@ def usable_stamps(stamp_ns: Sequence[int]) -> tuple[list[int], list[int], dict[s
 
 def _same_calibration(one: Any, other: Any) -> bool:
     sizes = (one.width, one.height) == (other.width, other.height)
-    return sizes and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("k", "d", "p")
-    )
+    return sizes and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("k", "d", "p"))

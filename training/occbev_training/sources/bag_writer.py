@@ -74,8 +74,7 @@ def info_topic(camera: str) -> str:
     return f"/{camera.lower()}/camera_info"
 
 
-def write_bag(recording: Recording, path: Path, storage: str = "mcap",
-              progress: Progress | None = None) -> BagSummary:  # fmt: skip
+def write_bag(recording: Recording, path: Path, storage: str = "mcap", progress: Progress | None = None) -> BagSummary:
     """Write one recording as a bag folder; it appears at `path` only when it is complete.
 
     storage: "mcap" or "sqlite3".
@@ -112,9 +111,7 @@ class _BagWriter:
 
     def write(self, path: Path, plugin: StoragePlugin, progress: Progress | None) -> BagSummary:
         keys = len(self._recording.key_stamp_ns)
-        total = (
-            len(self._recording.trajectory.stamp_ns) + len(self._recording.sweep_stamp_ns) + keys
-        )
+        total = len(self._recording.trajectory.stamp_ns) + len(self._recording.sweep_stamp_ns) + keys
         with Writer(path, version=BAG_VERSION, storage_plugin=plugin) as writer:
             connections: dict[str, Any] = {}
             for done, (stamp, make) in enumerate(self._instants(), 1):
@@ -140,19 +137,12 @@ class _BagWriter:
         each camera fired.
         """
         recording = self._recording
-        known = [
-            (int(s), 1, partial(self._pose_messages, i))
-            for i, s in enumerate(recording.trajectory.stamp_ns)
-        ]
+        known = [(int(s), 1, partial(self._pose_messages, i)) for i, s in enumerate(recording.trajectory.stamp_ns)]
+        known += [(int(s), 2, partial(self._sweep_messages, i)) for i, s in enumerate(recording.sweep_stamp_ns)]
         known += [
-            (int(s), 2, partial(self._sweep_messages, i))
-            for i, s in enumerate(recording.sweep_stamp_ns)
+            (int(s) - LOOK_AHEAD_NS, 3, partial(self._exposures, i)) for i, s in enumerate(recording.key_stamp_ns)
         ]
-        known += [
-            (int(s) - LOOK_AHEAD_NS, 3, partial(self._exposures, i))
-            for i, s in enumerate(recording.key_stamp_ns)
-        ]
-        known.sort(key=lambda entry: entry[:2])  # fmt: skip
+        known.sort(key=lambda entry: entry[:2])
         first = (recording.trajectory.stamp_ns[0], *recording.sweep_stamp_ns[:1])
         yield int(min(first)), self._static_messages
         waiting: list[tuple[int, int, Messages]] = []
@@ -182,8 +172,9 @@ class _BagWriter:
 
     def _static_messages(self) -> Iterator[tuple[str, Any]]:
         stamp = int(self._recording.trajectory.stamp_ns[0])
-        transforms = [_transform(stamp, BASE_FRAME, camera.name.lower(), camera.cam2ego)
-                      for camera in self._recording.rig.cameras]  # fmt: skip
+        transforms = [
+            _transform(stamp, BASE_FRAME, camera.name.lower(), camera.cam2ego) for camera in self._recording.rig.cameras
+        ]
         transforms.append(_transform(stamp, BASE_FRAME, LIDAR_FRAME, self._recording.lidar2ego))
         yield TF_STATIC_TOPIC, _make("tf2_msgs/msg/TFMessage", transforms=transforms)
 
@@ -245,8 +236,7 @@ def _camera_info(camera: Camera, stamp_ns: int) -> Any:
     coefficients = camera.distortion or (0.0,) * 5
     projection = np.zeros((3, 4))
     projection[:, :3] = camera.intrinsic
-    region = _make("sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0,
-                   do_rectify=False)  # fmt: skip
+    region = _make("sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0, do_rectify=False)
     return _make(
         "sensor_msgs/msg/CameraInfo",
         header=_header(stamp_ns, camera.name.lower()),
@@ -266,26 +256,30 @@ def _camera_info(camera: Camera, stamp_ns: int) -> Any:
 def _odometry(stamp_ns: int, pose: Array, twist: Array) -> Any:
     point = _make("geometry_msgs/msg/Point", **_xyz(pose[:3, 3]))
     pose_message = _make("geometry_msgs/msg/Pose", position=point, orientation=_quaternion(pose))
-    linear, angular = (
-        _make("geometry_msgs/msg/Vector3", **_xyz(v)) for v in (twist[:3], twist[3:])
-    )
+    linear, angular = (_make("geometry_msgs/msg/Vector3", **_xyz(v)) for v in (twist[:3], twist[3:]))
     unknown = np.zeros(36)
     return _make(
         "nav_msgs/msg/Odometry",
         header=_header(stamp_ns, ODOM_FRAME),
         child_frame_id=BASE_FRAME,
         pose=_make("geometry_msgs/msg/PoseWithCovariance", pose=pose_message, covariance=unknown),
-        twist=_make("geometry_msgs/msg/TwistWithCovariance", covariance=unknown,
-                    twist=_make("geometry_msgs/msg/Twist", linear=linear, angular=angular)),
-    )  # fmt: skip
+        twist=_make(
+            "geometry_msgs/msg/TwistWithCovariance",
+            covariance=unknown,
+            twist=_make("geometry_msgs/msg/Twist", linear=linear, angular=angular),
+        ),
+    )
 
 
 def _transform(stamp_ns: int, parent: str, child: str, child2parent: Array) -> Any:
     translation = _make("geometry_msgs/msg/Vector3", **_xyz(child2parent[:3, 3]))
-    transform = _make("geometry_msgs/msg/Transform", translation=translation,
-                      rotation=_quaternion(child2parent))  # fmt: skip
-    return _make("geometry_msgs/msg/TransformStamped", header=_header(stamp_ns, parent),
-                 child_frame_id=child, transform=transform)  # fmt: skip
+    transform = _make("geometry_msgs/msg/Transform", translation=translation, rotation=_quaternion(child2parent))
+    return _make(
+        "geometry_msgs/msg/TransformStamped",
+        header=_header(stamp_ns, parent),
+        child_frame_id=child,
+        transform=transform,
+    )
 
 
 def _quaternion(a2b: Array) -> Any:
@@ -312,8 +306,17 @@ def _qos(topic: str) -> Qos:
     static = topic == TF_STATIC_TOPIC
     durability = QosDurability.TRANSIENT_LOCAL if static else QosDurability.VOLATILE
     never = QosTime(2147483647, 4294967295)
-    return Qos(QosHistory.KEEP_LAST, 100, QosReliability.RELIABLE, durability, never, never,
-               QosLiveliness.AUTOMATIC, never, False)  # fmt: skip
+    return Qos(
+        QosHistory.KEEP_LAST,
+        100,
+        QosReliability.RELIABLE,
+        durability,
+        never,
+        never,
+        QosLiveliness.AUTOMATIC,
+        never,
+        False,
+    )
 
 
 def _twists(stamps: Any, poses: Array) -> Array:

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
+from occbev.messages.image_headers import image_fault
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.sources.bag_index import BagOptions, Index, IndexedBag, topic_times
 from occbev_training.sources.bag_writer import TF_STATIC_TOPIC, TF_TOPIC
 from occbev_training.sources.clocks import TopicTimes
-from occbev_training.sources.images import image_fault
 from occbev_training.sources.nuscenes import CAMERA_ORDER
 from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
@@ -109,9 +109,7 @@ class BagRecording(IndexedBag):
                 missing[name] = f"broken image: {error}"
                 continue
             size = (camera.width, camera.height)
-            fault = (
-                image_fault(image, size) if isinstance(image, bytes) else _size_fault(image, size)
-            )
+            fault = image_fault(image, size) if isinstance(image, bytes) else _size_fault(image, size)
             if fault is not None:
                 missing[name] = f"broken image: {fault}"
                 continue
@@ -131,9 +129,7 @@ class BagRecording(IndexedBag):
     def times(self) -> dict[str, TopicTimes]:
         """Return stamps and log times of the usable messages of cameras, LiDAR and odometry."""
         found = {topic: topic_times(own.stamp_ns, own.log_ns) for topic, own in self._index.items()}
-        return found | (
-            {} if self.topics.odometry is None else {self.topics.odometry: self._odometry_times}
-        )
+        return found | ({} if self.topics.odometry is None else {self.topics.odometry: self._odometry_times})
 
     def annotations(self, key: int) -> None:
         """Bags hold no boxes."""
@@ -153,8 +149,9 @@ class BagRecording(IndexedBag):
         stamps = np.sort(self._index[str(topic)].stamp_ns)
         period = float(np.median(np.diff(stamps)) / 1e9) if len(stamps) > 1 else 0.1
         try:
-            return find_point_times(cloud, _points(cloud), raw_ns, period, self.options.point_times,
-                                    is_compensated(self.topics.profile))  # fmt: skip
+            return find_point_times(
+                cloud, _points(cloud), raw_ns, period, self.options.point_times, is_compensated(self.topics.profile)
+            )
         except RecordingError as error:
             raise RecordingError(f"{self._bag.path}: {topic}: {error}") from error
 
@@ -188,9 +185,7 @@ class BagRecording(IndexedBag):
                 return raw_ns, cloud
         raise RecordingError(f"{self._bag.path}: {problem}")
 
-    def _static_transforms(
-        self, kept: Mapping[str, Sequence[tuple[int, bytes]]]
-    ) -> dict[str, list[tuple[str, Array]]]:
+    def _static_transforms(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> dict[str, list[tuple[str, Array]]]:
         """Child frame -> (parent frame, child2parent) of every message that tells it."""
         topic = TF_STATIC_TOPIC if TF_STATIC_TOPIC in self._bag.topics else TF_TOPIC
         found: dict[str, dict[tuple[str, bytes], Array]] = {}
@@ -201,16 +196,17 @@ class BagRecording(IndexedBag):
                 matrix = _transform(t.transform.translation, t.transform.rotation)
                 known = found.setdefault(_frame(t.child_frame_id), {})
                 known.setdefault((_frame(t.header.frame_id), matrix.tobytes()), matrix)
-        return {child: [(parent, matrix) for (parent, _), matrix in known.items()]
-                for child, known in found.items()}  # fmt: skip
+        return {child: [(parent, matrix) for (parent, _), matrix in known.items()] for child, known in found.items()}
 
     def _sensor2base(self, frame: str, topic: str) -> Array:
         """Follow the fixed transforms from a sensor's frame to the vehicle's."""
         sensor2base, at = np.eye(4), _frame(frame)
         while at != self._base_frame:
             if at not in self._static:
-                raise RecordingError(f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} "
-                                     f"on {TF_STATIC_TOPIC}, which knows {sorted(self._static)}")  # fmt: skip
+                raise RecordingError(
+                    f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} "
+                    f"on {TF_STATIC_TOPIC}, which knows {sorted(self._static)}"
+                )
             at, step = self._agreed(at, topic)
             sensor2base = step @ sensor2base
         return sensor2base
@@ -220,11 +216,7 @@ class BagRecording(IndexedBag):
         (parent, first), *others = self._static[child]
         for other_parent, other in others:
             apart, turned = _difference(first, other)
-            if (
-                other_parent != parent
-                or apart > STATIC_TOLERANCE[0]
-                or turned > STATIC_TOLERANCE[1]
-            ):
+            if other_parent != parent or apart > STATIC_TOLERANCE[0] or turned > STATIC_TOLERANCE[1]:
                 raise RecordingError(
                     f"{self._bag.path}: {topic}: transforms of {child!r} conflict: to {parent!r} and to "
                     f"{other_parent!r}, {apart * 100:.1f} cm and {np.rad2deg(turned):.2f} degrees apart"
@@ -242,16 +234,15 @@ class BagRecording(IndexedBag):
             raise RecordingError(f"{self._bag.path}: {topic}: no CameraInfo")
         info = self._bag.parse(topic, messages[0][1])
         if not np.any(info.k):
-            raise RecordingError(
-                f"{self._bag.path}: {topic}: K is all zero, the camera is uncalibrated"
-            )
+            raise RecordingError(f"{self._bag.path}: {topic}: K is all zero, the camera is uncalibrated")
         cam2ego = self._sensor2base(info.header.frame_id, topic)
         size = (int(info.width), int(info.height))
         if "rect" in self.topics.images[name] or not np.any(info.d):
             intrinsic = info.p.reshape(3, 4)[:, :3] if np.any(info.p) else info.k.reshape(3, 3)
             return Camera(name, *size, np.array(intrinsic), cam2ego)
-        return Camera(name, *size, np.array(info.k).reshape(3, 3), cam2ego, info.distortion_model,
-                      tuple(info.d.tolist()))  # fmt: skip
+        return Camera(
+            name, *size, np.array(info.k).reshape(3, 3), cam2ego, info.distortion_model, tuple(info.d.tolist())
+        )
 
     def _lidar2ego(self) -> Array:
         topic = self.topics.lidar
@@ -271,21 +262,23 @@ class BagRecording(IndexedBag):
                 continue
             for t in message.transforms:
                 if _frame(t.child_frame_id) == self._base_frame:
-                    poses[_stamp_ns(t.header)] = _transform(
-                        t.transform.translation, t.transform.rotation
-                    )
+                    poses[_stamp_ns(t.header)] = _transform(t.transform.translation, t.transform.rotation)
         poses.pop(0, None)
         if not poses:
-            raise RecordingError(f"{self._bag.path}: no poses: neither an odometry topic nor a transform "
-                                 f"to {self._base_frame!r} on {TF_TOPIC}")  # fmt: skip
+            raise RecordingError(
+                f"{self._bag.path}: no poses: neither an odometry topic nor a transform "
+                f"to {self._base_frame!r} on {TF_TOPIC}"
+            )
         stamps = np.array(sorted(poses), np.int64)
         return Trajectory(stamps, np.stack([poses[int(stamp)] for stamp in stamps]))
 
     def _base_pose(self, message: Any) -> Array:
         """Return base2global of an Odometry or PoseStamped, which may tell of another frame of the vehicle."""
         if _frame(message.header.frame_id) == self._base_frame:
-            raise RecordingError(f"{self._bag.path}: {self.topics.odometry}: poses in {self._base_frame!r} itself do "
-                                 "not tell where the vehicle is; name another topic in a file for --topics")  # fmt: skip
+            raise RecordingError(
+                f"{self._bag.path}: {self.topics.odometry}: poses in {self._base_frame!r} itself do "
+                "not tell where the vehicle is; name another topic in a file for --topics"
+            )
         pose = getattr(message.pose, "pose", message.pose)
         child2global = _transform(pose.position, pose.orientation)
         child = _frame(getattr(message, "child_frame_id", "") or self._base_frame)
@@ -297,16 +290,14 @@ class BagRecording(IndexedBag):
         """Return (key stamp, camera -> message number) of each key frame, in time order."""
         default = "CAM_FRONT" if "CAM_FRONT" in self.rig.names else self.rig.names[0]
         anchor = self.rig[self.options.anchor or default].name
-        stamps = {
-            name: np.array(self._index[topic].stamp_ns, np.int64)
-            for name, topic in self.topics.images.items()
-        }
+        stamps = {name: np.array(self._index[topic].stamp_ns, np.int64) for name, topic in self.topics.images.items()}
         reach = {name: _half_period(of) for name, of in stamps.items()}
         middle = self._sweep_middle_ns()
         keys: dict[int, dict[str, int]] = {}
         for stamp in sorted(stamps[anchor].tolist()):
-            chosen = {name: near for name, of in stamps.items()
-                      if (near := _nearest(of, stamp, reach[name])) is not None}  # fmt: skip
+            chosen = {
+                name: near for name, of in stamps.items() if (near := _nearest(of, stamp, reach[name])) is not None
+            }
             latest = max(int(stamps[name][i]) for name, i in chosen.items())
             sweep = _nearest(self.sweep_stamp_ns + middle, latest, KEY_TOLERANCE)
             key = latest if sweep is None else int(self.sweep_stamp_ns[sweep]) + middle
@@ -314,9 +305,7 @@ class BagRecording(IndexedBag):
             if last is None or key - last >= max(self.options.key_interval * 1e9, 1):
                 keys[key] = chosen
         if not keys:
-            raise RecordingError(
-                f"{self._bag.path}: {self.topics.images[anchor]}: no image, so there is no key frame"
-            )
+            raise RecordingError(f"{self._bag.path}: {self.topics.images[anchor]}: no image, so there is no key frame")
         return list(keys.items())
 
     def _sweep_middle_ns(self) -> int:
@@ -380,9 +369,7 @@ def _stamp_ns(header: Any) -> int:
 
 def _transform(translation: Any, rotation: Any) -> Array:
     quaternion = (rotation.x, rotation.y, rotation.z, rotation.w)
-    return make_transform(
-        rotation_from_xyzw(quaternion), (translation.x, translation.y, translation.z)
-    )
+    return make_transform(rotation_from_xyzw(quaternion), (translation.x, translation.y, translation.z))
 
 
 def _image(message: Any, topic: str) -> NDArray[np.uint8] | bytes:
@@ -391,15 +378,13 @@ def _image(message: Any, topic: str) -> NDArray[np.uint8] | bytes:
         return bytes(message.data)
     channels = {"rgb8": 3, "bgr8": 3, "mono8": 1}.get(message.encoding)
     if channels is None:
-        raise RecordingError(
-            f"{topic}: encoding {message.encoding!r}; rgb8, bgr8 and mono8 are read"
-        )
+        raise RecordingError(f"{topic}: encoding {message.encoding!r}; rgb8, bgr8 and mono8 are read")
     if len(message.data) < message.height * message.step or message.step < message.width * channels:
-        raise BrokenImageError(f"{topic}: {len(message.data)} bytes for {message.width}x{message.height} "
-                             f"{message.encoding} with step {message.step}")  # fmt: skip
-    rows = np.asarray(message.data)[: message.height * message.step].reshape(
-        message.height, message.step
-    )
+        raise BrokenImageError(
+            f"{topic}: {len(message.data)} bytes for {message.width}x{message.height} "
+            f"{message.encoding} with step {message.step}"
+        )
+    rows = np.asarray(message.data)[: message.height * message.step].reshape(message.height, message.step)
     image = rows[:, : message.width * channels].reshape(message.height, message.width, channels)
     if message.encoding == "mono8":
         return np.repeat(image, 3, axis=2)
@@ -418,12 +403,14 @@ def _structured(message: Any, topic: str) -> NDArray[Any]:
         raise RecordingError(f"{topic}: a cloud without field {absent}; it has {sorted(known)}")
     order = ">" if message.is_bigendian else "<"
     try:
-        dtype = np.dtype({
-            "names": list(known),
-            "formats": [order + FIELD_DTYPES[f.datatype] for f in known.values()],
-            "offsets": [f.offset for f in known.values()],
-            "itemsize": message.point_step,
-        })  # fmt: skip
+        dtype = np.dtype(
+            {
+                "names": list(known),
+                "formats": [order + FIELD_DTYPES[f.datatype] for f in known.values()],
+                "offsets": [f.offset for f in known.values()],
+                "itemsize": message.point_step,
+            }
+        )
     except (KeyError, ValueError) as error:
         layout = [(f.name, f.offset, f.datatype) for f in message.fields]
         raise RecordingError(

@@ -126,8 +126,7 @@ def by_log_times(times: Mapping[str, TopicTimes], reference: str) -> dict[str, C
         drift = own.drift - base.drift if own.drifts or base.drifts else 0.0
         far = abs(offset) > CLOCK_OFFSET or drift != 0.0
         pivot = int(np.median(own.stamp_ns))
-        corrections[topic] = (ClockCorrection(round(offset * 1e9), drift, pivot) if far
-                              else ClockCorrection(0))  # fmt: skip
+        corrections[topic] = ClockCorrection(round(offset * 1e9), drift, pivot) if far else ClockCorrection(0)
     return corrections
 
 
@@ -154,8 +153,10 @@ class ClockOffset:
         """One line for people."""
         if self.fault:
             return self.fault
-        return (f"{self.seconds * 1e3:+.1f} ms against the odometry, known to "
-                f"{self.spread * 1e3:.1f} ms by {WINDOWS} windows, correlation {self.correlation:.2f}")  # fmt: skip
+        return (
+            f"{self.seconds * 1e3:+.1f} ms against the odometry, known to "
+            f"{self.spread * 1e3:.1f} ms by {WINDOWS} windows, correlation {self.correlation:.2f}"
+        )
 
 
 def measure_offset(turns: Turns, trajectory: Trajectory) -> ClockOffset:
@@ -169,14 +170,15 @@ def measure_offset(turns: Turns, trajectory: Trajectory) -> ClockOffset:
     seconds = (end - start) / 1e9
     chosen = _near_turns(np.abs(odometry[len(lags) // 2]) / np.maximum(seconds, 1e-6), start)
     if chosen.sum() < 10 * WINDOWS:
-        return ClockOffset(0.0, fault=f"not measurable: {int(chosen.sum())} pairs in turns faster than {TURNING} "
-                                      f"rad/s, {10 * WINDOWS} wanted")  # fmt: skip
+        return ClockOffset(
+            0.0,
+            fault=f"not measurable: {int(chosen.sum())} pairs in turns faster than {TURNING} "
+            f"rad/s, {10 * WINDOWS} wanted",
+        )
     rate, own = odometry[:, chosen] / seconds[chosen], turn[chosen] / seconds[chosen]
     whole = _correlation(rate, own)
     best, ratio = _peak(whole, lags)
-    parts = [
-        _peak(_correlation(rate[:, part], own[part]), lags)[0] for part in _without_each(len(own))
-    ]
+    parts = [_peak(_correlation(rate[:, part], own[part]), lags)[0] for part in _without_each(len(own))]
     # Estimates that share most of their samples lie close together whatever each window says: the
     # jackknife's standard error makes up for that.
     spread = float(np.sqrt((WINDOWS - 1) * np.var(parts)))
@@ -185,9 +187,7 @@ def measure_offset(turns: Turns, trajectory: Trajectory) -> ClockOffset:
     if abs(best) > LARGEST:
         faults.append(f"{best * 1e3:+.0f} ms is more than {LARGEST * 1e3:.0f} ms")
     if spread > AGREE:
-        faults.append(
-            f"{WINDOWS} windows tell it to {spread * 1e3:.1f} ms only, {AGREE * 1e3:.0f} ms allowed"
-        )
+        faults.append(f"{WINDOWS} windows tell it to {spread * 1e3:.1f} ms only, {AGREE * 1e3:.0f} ms allowed")
     if ratio < PEAK_RATIO:
         faults.append(f"the best peak is only {ratio:.2f} times the next, {PEAK_RATIO} wanted")
     if whole.max() < CORRELATED:
@@ -206,20 +206,18 @@ def _odometry_turns(
     time = (trajectory.stamp_ns - base) / 1e9
     yaw = np.unwrap([yaw_from_rotation(pose[:3, :3]) for pose in trajectory.ego2global])
     first, last = (start - base) / 1e9, (end - base) / 1e9
-    return np.stack([np.interp(last + lag, time, yaw) - np.interp(first + lag, time, yaw)
-                     for lag in lags])  # fmt: skip
+    return np.stack([np.interp(last + lag, time, yaw) - np.interp(first + lag, time, yaw) for lag in lags])
 
 
-def _near_turns(
-    rate: NDArray[np.float64], start: NDArray[np.int64], margin: float = 1.0
-) -> NDArray[np.bool_]:
+def _near_turns(rate: NDArray[np.float64], start: NDArray[np.int64], margin: float = 1.0) -> NDArray[np.bool_]:
     """Return which samples (P,) lie within a second of a turn: its beginning and end tell the time best."""
     turning = start[rate > TURNING] / 1e9
     if not len(turning):
         return np.zeros(len(start), np.bool_)
     place = np.clip(np.searchsorted(turning, start / 1e9), 1, max(1, len(turning) - 1))
-    near = np.minimum(np.abs(turning[np.minimum(place, len(turning) - 1)] - start / 1e9),
-                      np.abs(turning[place - 1] - start / 1e9))  # fmt: skip
+    near = np.minimum(
+        np.abs(turning[np.minimum(place, len(turning) - 1)] - start / 1e9), np.abs(turning[place - 1] - start / 1e9)
+    )
     return near <= margin
 
 
@@ -254,13 +252,10 @@ def joined(parts: Sequence[Turns]) -> Turns:
     if not parts:
         nothing = np.zeros(0, np.int64)
         return Turns(nothing, nothing, np.zeros(0))
-    return Turns(*(np.concatenate([getattr(part, name) for part in parts])
-                   for name in ("start_ns", "end_ns", "turn")))  # fmt: skip
+    return Turns(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("start_ns", "end_ns", "turn")))
 
 
-def stretches_in_turns(
-    stamp_ns: NDArray[np.int64], trajectory: Trajectory, most: int = 150
-) -> list[NDArray[np.int64]]:
+def stretches_in_turns(stamp_ns: NDArray[np.int64], trajectory: Trajectory, most: int = 150) -> list[NDArray[np.int64]]:
     """Return runs of neighbouring samples (numbers of `stamp_ns`, increasing) in and around turns.
 
     At most `most` pairs in all, the same number from each of `WINDOWS` stretches of the turns.
@@ -299,15 +294,11 @@ def _standing(sweep: Sweep) -> NDArray[np.float64]:
     points = transform_points(sweep.lidar2ego, sweep.points[np.isfinite(sweep.points).all(axis=1)])
     distance = np.linalg.norm(points[:, :2], axis=1)
     use = (points[:, 2] > 0.3) & (points[:, 2] < 3.0) & (distance > 4) & (distance < 40)
-    _, first = np.unique(
-        np.floor(points[use, :2] / 0.25).astype(np.int64), axis=0, return_index=True
-    )
+    _, first = np.unique(np.floor(points[use, :2] / 0.25).astype(np.int64), axis=0, return_index=True)
     return points[use, :2][np.sort(first)]
 
 
-def _match(
-    before: NDArray[np.float64], after: NDArray[np.float64], guess: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _match(before: NDArray[np.float64], after: NDArray[np.float64], guess: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return x, y and yaw (3,) that carry points of `after` onto the lines of `before` (ICP, trimmed)."""
     if min(len(before), len(after)) < 50:
         return np.full(3, np.nan)
@@ -334,9 +325,7 @@ def _match(
     return motion
 
 
-def camera_turns(
-    stamps: Sequence[int], images: Sequence[NDArray[np.uint8]], camera: Camera
-) -> Turns:
+def camera_turns(stamps: Sequence[int], images: Sequence[NDArray[np.uint8]], camera: Camera) -> Turns:
     """Return how the vehicle turned from each grey image (H, W) to the next, by tracked corners."""
     turns = [_image_turn(a, b, camera) for a, b in zip(images[:-1], images[1:], strict=True)]
     times = np.array(stamps, np.int64)
@@ -350,9 +339,7 @@ def _image_turn(before: NDArray[np.uint8], after: NDArray[np.uint8], camera: Cam
         return np.nan
     size = (21, 21)
     found, ok, _ = cv2.calcOpticalFlowPyrLK(before, after, corners, None, winSize=size, maxLevel=4)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(
-        after, before, found, None, winSize=size, maxLevel=4
-    )
+    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, found, None, winSize=size, maxLevel=4)
     use = (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & (np.abs(back - corners).max(axis=(1, 2)) < 0.5)
     if use.sum() < 30:
         return np.nan
@@ -361,9 +348,7 @@ def _image_turn(before: NDArray[np.uint8], after: NDArray[np.uint8], camera: Cam
     still = _rotation_alone(rays[0][:, 0], rays[1][:, 0], pixel)
     if still is not None:  # an essential matrix needs a motion to find
         return yaw_from_rotation(cam2ego @ still.T @ cam2ego.T)
-    matrix, inside = cv2.findEssentialMat(
-        rays[0], rays[1], np.eye(3), cv2.RANSAC, 0.999, 0.7 * pixel
-    )
+    matrix, inside = cv2.findEssentialMat(rays[0], rays[1], np.eye(3), cv2.RANSAC, 0.999, 0.7 * pixel)
     if matrix is None or matrix.shape != (3, 3):
         return np.nan
     _, rotation, _, _ = cv2.recoverPose(matrix, rays[0], rays[1], np.eye(3), mask=inside)

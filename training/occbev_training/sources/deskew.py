@@ -33,9 +33,7 @@ class EgoBox:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lo", tuple(float(v) for v in self.lo))
         object.__setattr__(self, "hi", tuple(float(v) for v in self.hi))
-        if not len(self.lo) == len(self.hi) == 3 or any(
-            a >= b for a, b in zip(self.lo, self.hi, strict=True)
-        ):
+        if not len(self.lo) == len(self.hi) == 3 or any(a >= b for a, b in zip(self.lo, self.hi, strict=True)):
             raise ValueError(f"ego box needs lo < hi on three axes; got lo {self.lo}, hi {self.hi}")
 
     def contains(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -65,9 +63,7 @@ class RayLimits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_range < self.max_range:
-            raise ValueError(
-                f"ray limits need 0 <= min_range < max_range; got {self.min_range}, {self.max_range}"
-            )
+            raise ValueError(f"ray limits need 0 <= min_range < max_range; got {self.min_range}, {self.max_range}")
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,7 @@ class Rays:
 
     def moved(self, a2b: NDArray[np.float64]) -> Rays:
         """Carry the rays from frame a into frame b."""
-        return replace(
-            self, end=_transform_each(a2b, self.end), origin=_transform_each(a2b, self.origin)
-        )
+        return replace(self, end=_transform_each(a2b, self.end), origin=_transform_each(a2b, self.origin))
 
 
 def middle_ns(sweep: Sweep) -> int:
@@ -113,9 +107,7 @@ def compensated(sweep: Sweep, trajectory: Trajectory) -> Sweep:
     motion = _ego_motion(sweep.time_offset, sweep.stamp_ns, sweep.stamp_ns, trajectory)
     ego2lidar = invert_transform(sweep.lidar2ego)
     points = _transform_each(motion, transform_points(sweep.lidar2ego, sweep.points))
-    return replace(
-        sweep, points=transform_points(ego2lidar, points).astype(np.float32), time_offset=None
-    )
+    return replace(sweep, points=transform_points(ego2lidar, points).astype(np.float32), time_offset=None)
 
 
 def deskewed_rays(
@@ -188,16 +180,21 @@ def _usable_returns(
     points = np.ascontiguousarray(sweep.points.reshape(-1, 3))
     times = np.zeros(len(points)) if sweep.time_offset is None else sweep.time_offset
     if len(times) != len(points):
-        raise ValueError(
-            f"sweep at {sweep.stamp_ns} ns: {len(points)} points but {len(times)} time offsets"
-        )
+        raise ValueError(f"sweep at {sweep.stamp_ns} ns: {len(points)} points but {len(times)} time offsets")
     end, hit = np.empty(points.shape), np.empty(len(points), np.bool_)
     kept = np.empty(len(points), np.int64)
     with np.errstate(invalid="ignore"):
         count, *lost, cut = _sorter()(
-            points, np.asarray(times, np.float64), np.ascontiguousarray(sweep.lidar2ego),
-            *np.array([ego_box.lo, ego_box.hi]), limits.min_range, limits.max_range, end, hit, kept
-        )  # fmt: skip
+            points,
+            np.asarray(times, np.float64),
+            np.ascontiguousarray(sweep.lidar2ego),
+            *np.array([ego_box.lo, ego_box.hi]),
+            limits.min_range,
+            limits.max_range,
+            end,
+            hit,
+            kept,
+        )
     dropped = dict(zip(("not_finite", "too_near", "ego_body"), lost, strict=True))
     end, hit, kept = end[:count].copy(), hit[:count].copy(), kept[:count].copy()
     if limits.isolated_filter:
@@ -217,7 +214,7 @@ def _sorter() -> Callable[..., tuple[int, int, int, int, int]]:
     return numba.njit(cache=True, nogil=True)(_sort_returns)  # type: ignore[no-any-return]
 
 
-def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, hit, kept):  # type: ignore[no-untyped-def]  # fmt: skip
+def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, hit, kept):  # type: ignore[no-untyped-def]
     """Write the ends of usable points in ego, cut at the maximum range; in one loop, for arrays cost more.
 
     Returns how many there are, how many points are not finite, too near and on the ego body, and how
@@ -259,8 +256,6 @@ def _isolated(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool
     near = np.linalg.norm(points, axis=1) < limits.isolated_range
     alone = np.zeros(len(points), np.bool_)
     if near.any():
-        around = cKDTree(points).query_ball_point(
-            points[near], limits.isolated_radius, return_length=True
-        )
+        around = cKDTree(points).query_ball_point(points[near], limits.isolated_radius, return_length=True)
         alone[near] = around - 1 < limits.isolated_neighbours
     return alone

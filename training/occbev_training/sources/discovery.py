@@ -240,9 +240,7 @@ def find_recordings(
     names = [opener.name for opener in found]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise RecordingError(
-            f"{path}: two bags are named {twice!r}; a name is the key of its samples"
-        )
+        raise RecordingError(f"{path}: two bags are named {twice!r}; a name is the key of its samples")
     return found
 
 

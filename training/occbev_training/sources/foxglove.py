@@ -71,9 +71,7 @@ class FoxgloveBag:
             self.close()
             raise RecordingError(f"{path}: has no summary section: the file was cut off")
         self._decoder = DecoderFactory()
-        self._schema = {
-            c.topic: summary.schemas.get(c.schema_id) for c in summary.channels.values()
-        }
+        self._schema = {c.topic: summary.schemas.get(c.schema_id) for c in summary.channels.values()}
         self._encoding = {c.topic: c.message_encoding for c in summary.channels.values()}
         names = {topic: "" if s is None else s.name for topic, s in self._schema.items()}
         self.topics: Mapping[str, str] = {t: ROS_TYPE.get(name, name) for t, name in names.items()}
@@ -110,9 +108,7 @@ class FoxgloveBag:
         try:
             return _CONVERT[schema.name](decode(data))
         except Exception as error:  # protobuf's implementations raise exceptions of their own
-            raise RecordingError(
-                f"{self.path}: {topic}: no {schema.name}: {type(error).__name__}: {error}"
-            ) from error
+            raise RecordingError(f"{self.path}: {topic}: no {schema.name}: {type(error).__name__}: {error}") from error
 
     def stamp(self, topic: str, data: bytes) -> int:
         """Return the message's own stamp in ns."""
@@ -121,9 +117,7 @@ class FoxgloveBag:
 
 
 def _header(stamp: Any, frame: str) -> SimpleNamespace:
-    return SimpleNamespace(
-        stamp=SimpleNamespace(sec=stamp.seconds, nanosec=stamp.nanos), frame_id=frame
-    )
+    return SimpleNamespace(stamp=SimpleNamespace(sec=stamp.seconds, nanosec=stamp.nanos), frame_id=frame)
 
 
 def _image(message: Any) -> SimpleNamespace:
@@ -133,29 +127,39 @@ def _image(message: Any) -> SimpleNamespace:
 
 def _calibration(message: Any) -> SimpleNamespace:
     return SimpleNamespace(
-        header=_header(message.timestamp, message.frame_id), width=message.width, height=message.height,
-        distortion_model=message.distortion_model or "plumb_bob", d=np.array(message.D, np.float64),
-        k=np.array(message.K, np.float64), p=np.array(message.P or np.zeros(12), np.float64),
-    )  # fmt: skip
+        header=_header(message.timestamp, message.frame_id),
+        width=message.width,
+        height=message.height,
+        distortion_model=message.distortion_model or "plumb_bob",
+        d=np.array(message.D, np.float64),
+        k=np.array(message.K, np.float64),
+        p=np.array(message.P or np.zeros(12), np.float64),
+    )
 
 
 def _cloud(message: Any) -> SimpleNamespace:
-    fields = [SimpleNamespace(name=f.name, offset=f.offset, datatype=ROS_DATATYPE.get(f.type, 0), count=1)
-              for f in message.fields]  # fmt: skip
+    fields = [
+        SimpleNamespace(name=f.name, offset=f.offset, datatype=ROS_DATATYPE.get(f.type, 0), count=1)
+        for f in message.fields
+    ]
     data = np.frombuffer(message.data, np.uint8)
     width = len(data) // max(1, message.point_stride)
     return SimpleNamespace(
-        header=_header(message.timestamp, message.frame_id), height=1, width=width, fields=fields,
-        is_bigendian=False, point_step=message.point_stride, row_step=len(data), data=data,
-    )  # fmt: skip
+        header=_header(message.timestamp, message.frame_id),
+        height=1,
+        width=width,
+        fields=fields,
+        is_bigendian=False,
+        point_step=message.point_stride,
+        row_step=len(data),
+        data=data,
+    )
 
 
 def _transform(message: Any) -> SimpleNamespace:
     header = _header(message.timestamp, message.parent_frame_id)
     transform = SimpleNamespace(translation=message.translation, rotation=message.rotation)
-    stamped = SimpleNamespace(
-        header=header, child_frame_id=message.child_frame_id, transform=transform
-    )
+    stamped = SimpleNamespace(header=header, child_frame_id=message.child_frame_id, transform=transform)
     return SimpleNamespace(header=header, transforms=[stamped])
 
 

@@ -53,12 +53,25 @@ _ALLOWED = {
 }
 """Every global that an info file may name -> which wrapper it becomes."""
 
-_FORBIDDEN = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID",
-              "POP", "POP_MARK", "DUP", "NEXT_BUFFER", "READONLY_BUFFER"}  # fmt: skip
+_FORBIDDEN = {
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "PERSID",
+    "BINPERSID",
+    "POP",
+    "POP_MARK",
+    "DUP",
+    "NEXT_BUFFER",
+    "READONLY_BUFFER",
+}
 """Opcodes that make objects in other ways, or hide from the scan what STACK_GLOBAL will find."""
 
-_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING",
-         "SHORT_BINSTRING"}  # fmt: skip
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _STORE = {"PUT", "BINPUT", "LONG_BINPUT"}
 _FETCH = {"GET", "BINGET", "LONG_BINGET"}
 _NOT_PUSHING = {"PROTO", "FRAME", "STOP", "MEMOIZE", *_STORE}
@@ -156,9 +169,7 @@ class _Array:
         if not whole or not isinstance(raw, bytes):
             raise UnsafePickleError(f"an array of shape {shape!r:.100} without raw bytes")
         if math.prod(shape) * dtype.dtype.itemsize != len(raw):
-            raise UnsafePickleError(
-                f"{len(raw)} bytes for an array {shape} of {dtype.dtype}, {math.prod(shape)} items"
-            )
+            raise UnsafePickleError(f"{len(raw)} bytes for an array {shape} of {dtype.dtype}, {math.prod(shape)} items")
         values = np.frombuffer(raw, dtype.dtype)
         self.values = values.reshape(shape, order="F" if fortran else "C")
 
@@ -198,8 +209,13 @@ def _encode(text: object = None, coding: object = None) -> bytes:
     return text.encode("latin1")
 
 
-_WRAPPERS = {"dtype": _make_dtype, "scalar": _make_scalar, "_reconstruct": _make_array,
-             "encode": _encode, "ndarray": _NDARRAY}  # fmt: skip
+_WRAPPERS = {
+    "dtype": _make_dtype,
+    "scalar": _make_scalar,
+    "_reconstruct": _make_array,
+    "encode": _encode,
+    "ndarray": _NDARRAY,
+}
 
 
 class _InfoUnpickler(pickle.Unpickler):

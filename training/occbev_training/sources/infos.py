@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import Array, make_transform, rotation_from_wxyz
+from occbev.messages.image_headers import encoded_size
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
-from occbev_training.sources.images import encoded_size
 from occbev_training.sources.info_pickle import read_infos
 from occbev_training.sources.nuscenes import CAMERA_ORDER, LIDAR_CHANNEL
 from occbev_training.sources.recording import RecordingError
@@ -80,9 +80,7 @@ def read_drives(json_path: Path) -> dict[str, list[_Key]]:
         try:
             keys.append(make(sample))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise RecordingError(
-                f"{json_path}: sample {number}: {type(error).__name__}: {error}"
-            ) from error
+            raise RecordingError(f"{json_path}: sample {number}: {type(error).__name__}: {error}") from error
     keys.sort(key=lambda key: key.lidar.stamp_ns)
     drives: dict[str, list[_Key]] = {}
     for before, key in zip([None, *keys[:-1]], keys, strict=True):
@@ -132,12 +130,16 @@ class InfoRecording:
         path = self._root / str(self._find(data))
         values = np.fromfile(path, "<f4")
         if len(values) % 5:
-            raise RecordingError(
-                f"{path}: {4 * len(values)} bytes are no rows of five float32 values"
-            )
+            raise RecordingError(f"{path}: {4 * len(values)} bytes are no rows of five float32 values")
         values = values.reshape(-1, 5)
-        return Sweep(np.ascontiguousarray(values[:, :3]), data.stamp_ns, data.sensor2ego,
-                     np.ascontiguousarray(values[:, 3]), None, "ego_pose")  # fmt: skip
+        return Sweep(
+            np.ascontiguousarray(values[:, :3]),
+            data.stamp_ns,
+            data.sensor2ego,
+            np.ascontiguousarray(values[:, 3]),
+            None,
+            "ego_pose",
+        )
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the encoded images of one key frame; a file that is not there is a missing camera."""
@@ -176,10 +178,10 @@ class InfoRecording:
             for name, data in key.cameras.items():
                 known = first.setdefault(name, data)
                 if not np.allclose(known.sensor2ego, data.sensor2ego, atol=1e-6):
-                    raise RecordingError(f"{self.name}: two calibrations of {name}, one rig per drive "
-                                         "is supported")  # fmt: skip
-        return CameraRig(tuple(self._camera(first[name]) for name in
-                               sorted(first, key=lambda n: (order.get(n, len(order)), n))))  # fmt: skip
+                    raise RecordingError(f"{self.name}: two calibrations of {name}, one rig per drive is supported")
+        return CameraRig(
+            tuple(self._camera(first[name]) for name in sorted(first, key=lambda n: (order.get(n, len(order)), n)))
+        )
 
     def _camera(self, data: _Data) -> Camera:
         """Info files do not say how large images are, so the first one that is there tells."""
@@ -194,8 +196,7 @@ class InfoRecording:
     def _trajectory(self, lidar: Mapping[int, _Data]) -> Trajectory:
         """Join the ego poses of cameras and LiDAR; where they share a stamp the LiDAR's wins."""
         cameras = [d for key in self._keys for d in key.cameras.values()]
-        poses = {d.stamp_ns: d.ego2global for d in (*cameras, *lidar.values())
-                 if d.ego2global is not None}  # fmt: skip
+        poses = {d.stamp_ns: d.ego2global for d in (*cameras, *lidar.values()) if d.ego2global is not None}
         stamps = np.array(sorted(poses), np.int64)
         return Trajectory(stamps, np.stack([poses[int(stamp)] for stamp in stamps]))
 
@@ -204,8 +205,7 @@ def _key_of_infos(sample: Mapping[str, Any]) -> _Key:
     """Read the layout before mmdet3d 1.1."""
     lidar2ego = _pose(sample["lidar2ego_translation"], sample["lidar2ego_rotation"])
     ego2global = _pose(sample["ego2global_translation"], sample["ego2global_rotation"])
-    lidar = _Data(LIDAR_CHANNEL, str(sample["lidar_path"]), _stamp_ns(sample["timestamp"]),
-                  lidar2ego, ego2global)  # fmt: skip
+    lidar = _Data(LIDAR_CHANNEL, str(sample["lidar_path"]), _stamp_ns(sample["timestamp"]), lidar2ego, ego2global)
     cameras = {
         _channel(name): _old_data(_channel(name), cam, np.array(cam["cam_intrinsic"], np.float64))
         for name, cam in sample["cams"].items()
@@ -215,26 +215,47 @@ def _key_of_infos(sample: Mapping[str, Any]) -> _Key:
 
 
 def _old_data(channel: str, row: Mapping[str, Any], intrinsic: Array | None = None) -> _Data:
-    return _Data(channel, str(row["data_path"]), _stamp_ns(row["timestamp"]),
-                 _pose(row["sensor2ego_translation"], row["sensor2ego_rotation"]),
-                 _pose(row["ego2global_translation"], row["ego2global_rotation"]), intrinsic)  # fmt: skip
+    return _Data(
+        channel,
+        str(row["data_path"]),
+        _stamp_ns(row["timestamp"]),
+        _pose(row["sensor2ego_translation"], row["sensor2ego_rotation"]),
+        _pose(row["ego2global_translation"], row["ego2global_rotation"]),
+        intrinsic,
+    )
 
 
 def _key_of_data_list(sample: Mapping[str, Any]) -> _Key:
     """Read the layout of mmdet3d 1.1 and later."""
     points = sample["lidar_points"]
-    lidar = _Data(LIDAR_CHANNEL, str(points["lidar_path"]), _stamp_ns(sample["timestamp"]),
-                  _matrix(points["lidar2ego"]), _matrix(sample["ego2global"]))  # fmt: skip
+    lidar = _Data(
+        LIDAR_CHANNEL,
+        str(points["lidar_path"]),
+        _stamp_ns(sample["timestamp"]),
+        _matrix(points["lidar2ego"]),
+        _matrix(sample["ego2global"]),
+    )
     cameras = {
-        _channel(name): _Data(_channel(name), str(cam["img_path"]), _stamp_ns(cam["timestamp"]), _matrix(cam["cam2ego"]),
-                         None, np.array(cam["cam2img"], np.float64)[:3, :3])
+        _channel(name): _Data(
+            _channel(name),
+            str(cam["img_path"]),
+            _stamp_ns(cam["timestamp"]),
+            _matrix(cam["cam2ego"]),
+            None,
+            np.array(cam["cam2img"], np.float64)[:3, :3],
+        )
         for name, cam in sample["images"].items()
-    }  # fmt: skip
+    }
     sweeps = tuple(
-        _Data(LIDAR_CHANNEL, str(s["lidar_points"]["lidar_path"]), _stamp_ns(s["timestamp"]),
-              _matrix(s["lidar_points"].get("lidar2ego", points["lidar2ego"])), _matrix(s["ego2global"]))
+        _Data(
+            LIDAR_CHANNEL,
+            str(s["lidar_points"]["lidar_path"]),
+            _stamp_ns(s["timestamp"]),
+            _matrix(s["lidar_points"].get("lidar2ego", points["lidar2ego"])),
+            _matrix(s["ego2global"]),
+        )
         for s in sample.get("lidar_sweeps", ())
-    )  # fmt: skip
+    )
     return _Key(lidar, cameras, sweeps)
 
 

@@ -54,8 +54,13 @@ CLASS_OF_CATEGORY: dict[str, str] = {
 """Detection class of each raw category that has one."""
 
 CAMERA_ORDER = (
-    "CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT",
-)  # fmt: skip
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
 """Order of the rig; cameras with other names follow by name."""
 
 LIDAR_CHANNEL = "LIDAR_TOP"
@@ -64,9 +69,17 @@ MAX_NEIGHBOUR_GAP = 1.5
 """Seconds to one neighbouring annotation beyond which a velocity is not known."""
 
 READ_TABLES = (
-    "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "sensor", "sample_annotation",
-    "instance", "category", "attribute",
-)  # fmt: skip
+    "scene",
+    "sample",
+    "sample_data",
+    "ego_pose",
+    "calibrated_sensor",
+    "sensor",
+    "sample_annotation",
+    "instance",
+    "category",
+    "attribute",
+)
 
 Row = dict[str, Any]
 
@@ -81,14 +94,10 @@ def open_nuscenes(root: Path | str, version: str | None = None) -> NuscenesRoot:
     found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
     if version is None:
         if len(found) != 1:
-            raise RecordingError(
-                f"{root}: want one folder of nuScenes tables, found {found}; name a version"
-            )
+            raise RecordingError(f"{root}: want one folder of nuScenes tables, found {found}; name a version")
         version = found[0]
     if version not in found:
-        raise RecordingError(
-            f"{root}: no nuScenes tables of version {version!r}, found {found or 'none'}"
-        )
+        raise RecordingError(f"{root}: no nuScenes tables of version {version!r}, found {found or 'none'}")
     tables = {table: _read_table(root / version / f"{table}.json") for table in READ_TABLES}
     return NuscenesRoot(root, version, tables)
 
@@ -230,26 +239,25 @@ class NuscenesRecording:
         data = [row for sample in samples for row in root.data_of(sample["token"])]
         self.absent = _count_absent(root, data)
         if self.absent:
-            log.warning(
-                "%s: %s: files not there, by channel: %s", root.path, self.name, self.absent
-            )
+            log.warning("%s: %s: files not there, by channel: %s", root.path, self.name, self.absent)
         if available_only:
             samples = [sample for sample in samples if self._has_image(sample["token"])]
         if not samples:
-            raise RecordingError(f"{root.path}: scene {self.name} has no key frame"
-                                 f"{' with an image' if available_only else ''}")  # fmt: skip
+            raise RecordingError(
+                f"{root.path}: scene {self.name} has no key frame{' with an image' if available_only else ''}"
+            )
         self.sample_tokens = tuple(str(sample["token"]) for sample in samples)
         self.lidar2ego, self.rig = self._calibration(data)
         self.trajectory = _trajectory(root, data)
         self._sweeps = sorted(
-            (row for row in data
-             if root.channel(row) == LIDAR_CHANNEL and root.has_file(row["filename"])),
+            (row for row in data if root.channel(row) == LIDAR_CHANNEL and root.has_file(row["filename"])),
             key=_timestamp,
-        )  # fmt: skip
+        )
         self.sweep_stamp_ns = _stamps_ns(self._sweeps)
         self._lidar_keys = [root.key_data(token, LIDAR_CHANNEL) for token in self.sample_tokens]
-        self.key_stamp_ns = _stamps_ns([lidar or sample for lidar, sample
-                                        in zip(self._lidar_keys, samples, strict=True)])  # fmt: skip
+        self.key_stamp_ns = _stamps_ns(
+            [lidar or sample for lidar, sample in zip(self._lidar_keys, samples, strict=True)]
+        )
 
     def sweep(self, index: int) -> Sweep:
         """Read one LiDAR file; nuScenes sweeps carry no per-point time, they are compensated."""
@@ -257,12 +265,16 @@ class NuscenesRecording:
         path = self._root.path / row["filename"]
         values = np.fromfile(path, "<f4")
         if len(values) % 5:
-            raise RecordingError(
-                f"{path}: {4 * len(values)} bytes are no rows of five float32 values"
-            )
+            raise RecordingError(f"{path}: {4 * len(values)} bytes are no rows of five float32 values")
         values = values.reshape(-1, 5)
-        return Sweep(np.ascontiguousarray(values[:, :3]), int(row["timestamp"]) * 1000, self.lidar2ego,
-                     np.ascontiguousarray(values[:, 3]), None, "ego_pose")  # fmt: skip
+        return Sweep(
+            np.ascontiguousarray(values[:, :3]),
+            int(row["timestamp"]) * 1000,
+            self.lidar2ego,
+            np.ascontiguousarray(values[:, 3]),
+            None,
+            "ego_pose",
+        )
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the encoded images of one key frame; a file that is not there is a missing camera."""
@@ -277,9 +289,7 @@ class NuscenesRecording:
                 missing[name] = f"no file {row['filename']}"
             else:
                 image = (self._root.path / row["filename"]).read_bytes()
-                frames[name] = CameraFrame(
-                    name, int(row["timestamp"]) * 1000, image, self._root.pose(row)
-                )
+                frames[name] = CameraFrame(name, int(row["timestamp"]) * 1000, image, self._root.pose(row))
         return FrameSet(int(self.key_stamp_ns[key]), frames, missing)
 
     def annotations(self, key: int) -> Annotations:
@@ -307,18 +317,12 @@ class NuscenesRecording:
     def key_pose(self, key: int) -> Array:
         """Return ego2global (4, 4) at the key stamp."""
         row = self._lidar_keys[key]
-        return (
-            self.trajectory.at(int(self.key_stamp_ns[key])) if row is None else self._root.pose(row)
-        )
+        return self.trajectory.at(int(self.key_stamp_ns[key])) if row is None else self._root.pose(row)
 
     def available(self, key: int) -> tuple[str, ...]:
         """Return the cameras of a key frame whose image files are there, without reading them."""
-        rows = (
-            (name, self._root.key_data(self.sample_tokens[key], name)) for name in self.rig.names
-        )
-        return tuple(
-            n for n, row in rows if row is not None and self._root.has_file(row["filename"])
-        )
+        rows = ((name, self._root.key_data(self.sample_tokens[key], name)) for name in self.rig.names)
+        return tuple(n for n, row in rows if row is not None and self._root.has_file(row["filename"]))
 
     def _has_image(self, sample: str) -> bool:
         rows = [row for row in self._root.data_of(sample) if row["is_key_frame"]]
@@ -331,24 +335,28 @@ class NuscenesRecording:
             channel = self._root.channel(row)
             known = first.setdefault(channel, row)
             if known["calibrated_sensor_token"] != row["calibrated_sensor_token"]:
-                raise RecordingError(f"{self._root.path}: scene {self.name} has two calibrations of {channel}, "
-                                     "one rig per scene is supported")  # fmt: skip
+                raise RecordingError(
+                    f"{self._root.path}: scene {self.name} has two calibrations of {channel}, "
+                    "one rig per scene is supported"
+                )
         if LIDAR_CHANNEL not in first:
-            raise RecordingError(
-                f"{self._root.path}: scene {self.name} has no {LIDAR_CHANNEL}, only {sorted(first)}"
-            )
+            raise RecordingError(f"{self._root.path}: scene {self.name} has no {LIDAR_CHANNEL}, only {sorted(first)}")
         sensor = {
             channel: self._root.row("calibrated_sensor", row["calibrated_sensor_token"])
             for channel, row in first.items()
         }
         order = {name: index for index, name in enumerate(CAMERA_ORDER)}
-        names = sorted((c for c in first if sensor[c]["camera_intrinsic"]),
-                       key=lambda c: (order.get(c, len(order)), c))  # fmt: skip
+        names = sorted((c for c in first if sensor[c]["camera_intrinsic"]), key=lambda c: (order.get(c, len(order)), c))
         cameras = tuple(
-            Camera(name, int(first[name]["width"]), int(first[name]["height"]),
-                   np.array(sensor[name]["camera_intrinsic"]), _transform(sensor[name]))
+            Camera(
+                name,
+                int(first[name]["width"]),
+                int(first[name]["height"]),
+                np.array(sensor[name]["camera_intrinsic"]),
+                _transform(sensor[name]),
+            )
             for name in names
-        )  # fmt: skip
+        )
         return _transform(sensor[LIDAR_CHANNEL]), CameraRig(cameras)
 
 
@@ -360,11 +368,13 @@ def read_occ3d(path: Path) -> OccupancyTruth:
             if name not in arrays:
                 raise RecordingError(f"{path}: no array {name!r}, it has {sorted(arrays)}")
             if arrays[name].shape != grid.shape:
-                raise RecordingError(
-                    f"{path}: {name} has shape {arrays[name].shape}, Occ3D has {grid.shape}"
-                )
-        return OccupancyTruth(arrays["semantics"].astype(np.uint8), arrays["mask_lidar"].astype(bool),
-                              arrays["mask_camera"].astype(bool), grid)  # fmt: skip
+                raise RecordingError(f"{path}: {name} has shape {arrays[name].shape}, Occ3D has {grid.shape}")
+        return OccupancyTruth(
+            arrays["semantics"].astype(np.uint8),
+            arrays["mask_lidar"].astype(bool),
+            arrays["mask_camera"].astype(bool),
+            grid,
+        )
 
 
 def _read_table(path: Path) -> dict[str, Row]:
@@ -416,8 +426,6 @@ def _ego_box(annotation: Row, velocity: Array, global2ego: Array) -> list[float]
     box2ego = global2ego @ _transform(annotation)
     width, length, height = annotation["size"]
     known = np.isfinite(velocity[:2]).all()
-    planar = (
-        np.array([*velocity[:2], 0.0]) if known else np.full(3, np.nan)
-    )  # z is annotation noise
+    planar = np.array([*velocity[:2], 0.0]) if known else np.full(3, np.nan)  # z is annotation noise
     vx, vy = (global2ego[:3, :3] @ planar)[:2]
     return [*box2ego[:3, 3], length, width, height, yaw_from_rotation(box2ego[:3, :3]), vx, vy]

@@ -33,9 +33,20 @@ from occbev_training.sources.deskew import compensated
 from occbev_training.sources.recording import Annotations, Recording, RecordingError
 
 TABLES = (
-    "scene", "sample", "sample_data", "ego_pose", "calibrated_sensor", "sensor", "sample_annotation",
-    "instance", "category", "attribute", "visibility", "log", "map",
-)  # fmt: skip
+    "scene",
+    "sample",
+    "sample_data",
+    "ego_pose",
+    "calibrated_sensor",
+    "sensor",
+    "sample_annotation",
+    "instance",
+    "category",
+    "attribute",
+    "visibility",
+    "log",
+    "map",
+)
 """Every table of the nuScenes schema."""
 
 LIDAR_CHANNEL = "LIDAR_TOP"
@@ -55,9 +66,15 @@ CATEGORY_OF_CLASS: dict[str, str] = {
 """The nuScenes category that each detection class is written as."""
 
 ATTRIBUTES = (
-    "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
-    "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
-)  # fmt: skip
+    "vehicle.moving",
+    "vehicle.stopped",
+    "vehicle.parked",
+    "cycle.with_rider",
+    "cycle.without_rider",
+    "pedestrian.sitting_lying_down",
+    "pedestrian.standing",
+    "pedestrian.moving",
+)
 
 VISIBILITY_LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
 
@@ -106,9 +123,7 @@ def merge_nuscenes(root: Path, version: str = "v1.0-sim") -> int:
     """
     names = written_drives(root, version)
     if not names:
-        raise RecordingError(
-            f"{_fragment_path(root, 'x', version).parent}: no finished drive to merge"
-        )
+        raise RecordingError(f"{_fragment_path(root, 'x', version).parent}: no finished drive to merge")
     merged: dict[str, dict[str, Row]] = {table: {} for table in TABLES}
     for name in names:
         fragment = json.loads(_fragment_path(root, name, version).read_text())
@@ -185,8 +200,7 @@ class _DriveWriter:
         _link(self._tables["sample"])
         for channel in (*self._recording.rig.names, LIDAR_CHANNEL):
             calibration = self._calibration_token(channel)
-            _link([row for row in self._tables["sample_data"]
-                   if row["calibrated_sensor_token"] == calibration])  # fmt: skip
+            _link([row for row in self._tables["sample_data"] if row["calibrated_sensor_token"] == calibration])
         return self._tables
 
     def _add(self, table: str, row_token: str, **fields: Any) -> str:
@@ -203,8 +217,14 @@ class _DriveWriter:
             self._add("attribute", token("attribute", name), name=name, description="")
         for number, level in enumerate(VISIBILITY_LEVELS, 1):
             self._add("visibility", str(number), level=level, description="")
-        log = self._add("log", token(self._name, "log"), logfile=self._name, vehicle="occbev",
-                        date_captured="", location="simulation")  # fmt: skip
+        log = self._add(
+            "log",
+            token(self._name, "log"),
+            logfile=self._name,
+            vehicle="occbev",
+            date_captured="",
+            location="simulation",
+        )
         blank = token("map", "blank")
         path = f"maps/{blank}.png"
         if not (self._root / path).is_file():  # official readers insist on a mask for every map
@@ -215,35 +235,67 @@ class _DriveWriter:
     def _calibration_rows(self) -> None:
         for camera in self._recording.rig.cameras:
             if any(camera.distortion):
-                raise RecordingError(f"{self._name}: camera {camera.name} has {camera.distortion_model} "
-                                     "distortion, nuScenes holds rectified images only")  # fmt: skip
+                raise RecordingError(
+                    f"{self._name}: camera {camera.name} has {camera.distortion_model} "
+                    "distortion, nuScenes holds rectified images only"
+                )
             self._calibration_row(camera.name, "camera", camera.cam2ego, camera.intrinsic.tolist())
         self._calibration_row(LIDAR_CHANNEL, "lidar", self._recording.lidar2ego, [])
 
-    def _calibration_row(
-        self, channel: str, modality: str, sensor2ego: Array, intrinsic: list[Any]
-    ) -> None:
+    def _calibration_row(self, channel: str, modality: str, sensor2ego: Array, intrinsic: list[Any]) -> None:
         sensor = self._add("sensor", token("sensor", channel), channel=channel, modality=modality)
-        self._add("calibrated_sensor", self._calibration_token(channel), sensor_token=sensor,
-                  **_pose(sensor2ego), camera_intrinsic=intrinsic)  # fmt: skip
+        self._add(
+            "calibrated_sensor",
+            self._calibration_token(channel),
+            sensor_token=sensor,
+            **_pose(sensor2ego),
+            camera_intrinsic=intrinsic,
+        )
 
     def _scene_rows(self) -> None:
-        scene = self._add("scene", token(self._name, "scene"), log_token=token(self._name, "log"),
-                          nbr_samples=len(self._samples), first_sample_token=self._samples[0],
-                          last_sample_token=self._samples[-1], name=self._name, description="")  # fmt: skip
+        scene = self._add(
+            "scene",
+            token(self._name, "scene"),
+            log_token=token(self._name, "log"),
+            nbr_samples=len(self._samples),
+            first_sample_token=self._samples[0],
+            last_sample_token=self._samples[-1],
+            name=self._name,
+            description="",
+        )
         for sample, stamp in zip(self._samples, self._recording.key_stamp_ns, strict=True):
-            self._add("sample", sample, timestamp=int(stamp) // 1000, prev="", next="",
-                      scene_token=scene)  # fmt: skip
+            self._add("sample", sample, timestamp=int(stamp) // 1000, prev="", next="", scene_token=scene)
 
-    def _data_row(self, sample: str, channel: str, stamp_ns: int, ego2global: Array, path: str, *,
-                  key: bool, fileformat: str, size: tuple[int, int] = (0, 0)) -> None:  # fmt: skip
+    def _data_row(
+        self,
+        sample: str,
+        channel: str,
+        stamp_ns: int,
+        ego2global: Array,
+        path: str,
+        *,
+        key: bool,
+        fileformat: str,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
         timestamp = int(stamp_ns) // 1000
         row = token(self._name, channel, timestamp)
         self._add("ego_pose", row, timestamp=timestamp, **_pose(ego2global))
-        self._add("sample_data", row, sample_token=sample, ego_pose_token=row,
-                  calibrated_sensor_token=self._calibration_token(channel), timestamp=timestamp,
-                  fileformat=fileformat, is_key_frame=key, height=size[1], width=size[0],
-                  filename=path, prev="", next="")  # fmt: skip
+        self._add(
+            "sample_data",
+            row,
+            sample_token=sample,
+            ego_pose_token=row,
+            calibrated_sensor_token=self._calibration_token(channel),
+            timestamp=timestamp,
+            fileformat=fileformat,
+            is_key_frame=key,
+            height=size[1],
+            width=size[0],
+            filename=path,
+            prev="",
+            next="",
+        )
 
     def _file_name(self, folder: str, channel: str, stamp_ns: int, suffix: str) -> str:
         return f"{folder}/{channel}/{self._name}__{channel}__{int(stamp_ns) // 1000}{suffix}"
@@ -259,22 +311,31 @@ class _DriveWriter:
             self._write_file(path, data)
             pose = frame.ego2global
             pose = self._recording.trajectory.at(frame.stamp_ns) if pose is None else pose
-            self._data_row(self._samples[key], camera.name, frame.stamp_ns, pose, path, key=True,
-                           fileformat=suffix[1:], size=(camera.width, camera.height))  # fmt: skip
+            self._data_row(
+                self._samples[key],
+                camera.name,
+                frame.stamp_ns,
+                pose,
+                path,
+                key=True,
+                fileformat=suffix[1:],
+                size=(camera.width, camera.height),
+            )
 
     def _write_occupancy(self, key: int) -> None:
         truth = self._recording.occupancy_truth(key)
         if truth is None:
             return
         if truth.grid != GRIDS["occ3d"]:
-            raise RecordingError(
-                f"{self._name}: occupancy truth on grid {truth.grid}, Occ3D needs {GRIDS['occ3d']}"
-            )
+            raise RecordingError(f"{self._name}: occupancy truth on grid {truth.grid}, Occ3D needs {GRIDS['occ3d']}")
         path = self._root / "gts" / self._name / self._samples[key] / "labels.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, semantics=truth.semantics.astype(np.uint8),
-                            mask_lidar=truth.mask_lidar.astype(np.uint8),
-                            mask_camera=truth.mask_camera.astype(np.uint8))  # fmt: skip
+        np.savez_compressed(
+            path,
+            semantics=truth.semantics.astype(np.uint8),
+            mask_lidar=truth.mask_lidar.astype(np.uint8),
+            mask_camera=truth.mask_camera.astype(np.uint8),
+        )
 
     def _write_sweeps(self) -> None:
         keys, sweeps = self._recording.key_stamp_ns, self._recording.sweep_stamp_ns
@@ -295,8 +356,10 @@ class _DriveWriter:
             away = np.abs(sweeps - stamp) / 1e9
             nearest = int(np.argmin(away)) if len(away) else -1
             if nearest < 0 or away[nearest] > MAX_KEY_TO_SWEEP or nearest in chosen:
-                raise RecordingError(f"{self._name}: key frame {key} at {stamp} ns has no LiDAR sweep of its "
-                                     f"own within {MAX_KEY_TO_SWEEP} s, which nuScenes needs")  # fmt: skip
+                raise RecordingError(
+                    f"{self._name}: key frame {key} at {stamp} ns has no LiDAR sweep of its "
+                    f"own within {MAX_KEY_TO_SWEEP} s, which nuScenes needs"
+                )
             chosen[nearest] = key
         return chosen
 
@@ -316,9 +379,7 @@ class _DriveWriter:
             values[:, 3] = sweep.intensity
         self._write_file(path, values.tobytes())
         pose = self._recording.trajectory.at(sweep.stamp_ns)
-        self._data_row(
-            sample, LIDAR_CHANNEL, sweep.stamp_ns, pose, path, key=is_key, fileformat="pcd"
-        )
+        self._data_row(sample, LIDAR_CHANNEL, sweep.stamp_ns, pose, path, key=is_key, fileformat="pcd")
 
     def _annotation_rows(self) -> None:
         rows: dict[str, list[Row]] = {}
@@ -336,13 +397,16 @@ class _DriveWriter:
         for instance, track in rows.items():
             _link(track)
             self._tables["sample_annotation"].extend(track)
-            self._add("instance", track[0]["instance_token"], category_token=category[instance],
-                      nbr_annotations=len(track), first_annotation_token=track[0]["token"],
-                      last_annotation_token=track[-1]["token"])  # fmt: skip
+            self._add(
+                "instance",
+                track[0]["instance_token"],
+                category_token=category[instance],
+                nbr_annotations=len(track),
+                first_annotation_token=track[0]["token"],
+                last_annotation_token=track[-1]["token"],
+            )
 
-    def _annotation(
-        self, annotations: Annotations, index: int, sample: str, ego2global: Array
-    ) -> Row:
+    def _annotation(self, annotations: Annotations, index: int, sample: str, ego2global: Array) -> Row:
         x, y, z, length, width, height, yaw, vx, vy = annotations.boxes.box[index].astype(float)
         box2ego = make_transform(rotation_from_yaw(yaw), (x, y, z))
         instance = token(self._name, "instance", annotations.instance[index])
@@ -377,9 +441,7 @@ def _pose(a2b: Array) -> Row:
 
 def _link(rows: Sequence[Row]) -> None:
     """Chain rows that are in time order by their prev and next tokens."""
-    ordered = (
-        sorted(rows, key=lambda row: row["timestamp"]) if rows and "timestamp" in rows[0] else rows
-    )
+    ordered = sorted(rows, key=lambda row: row["timestamp"]) if rows and "timestamp" in rows[0] else rows
     for before, after in zip(ordered[:-1], ordered[1:], strict=True):
         before["next"], after["prev"] = after["token"], before["token"]
 
@@ -391,8 +453,9 @@ def _encoded(frame: CameraFrame, camera: Camera) -> tuple[bytes, str]:
             return frame.image, ".jpg"
         if frame.image[:8] == b"\x89PNG\r\n\x1a\n":
             return frame.image, ".png"
-        raise RecordingError(f"camera {camera.name} at {frame.stamp_ns} ns: neither JPEG nor PNG, "
-                             f"begins with {frame.image[:8]!r}")  # fmt: skip
+        raise RecordingError(
+            f"camera {camera.name} at {frame.stamp_ns} ns: neither JPEG nor PNG, begins with {frame.image[:8]!r}"
+        )
     return encode_jpeg(frame.image), ".jpg"
 
 

@@ -59,8 +59,9 @@ class PointTimes:
         base = "absolute" if self.absolute else "from the stamp"
         return f"field {self.field} in {unit}, {base} ({FIELDS.get(self.field, 'named by hand')})"
 
-    def offsets(self, cloud: NDArray[np.void], points: NDArray[np.float32],
-                stamp_ns: int) -> NDArray[np.float32] | None:  # fmt: skip
+    def offsets(
+        self, cloud: NDArray[np.void], points: NDArray[np.float32], stamp_ns: int
+    ) -> NDArray[np.float32] | None:
         """Return seconds (M,) from the stamp of each point, or None where points are compensated.
 
         cloud: (M,) structured. points: (M, 3) of it.
@@ -73,9 +74,13 @@ class PointTimes:
 
 
 def find_point_times(
-    cloud: NDArray[np.void], points: NDArray[np.float32], stamp_ns: int, period: float,
-    mode: str = "auto", compensated: bool = False,
-) -> PointTimes:  # fmt: skip
+    cloud: NDArray[np.void],
+    points: NDArray[np.float32],
+    stamp_ns: int,
+    period: float,
+    mode: str = "auto",
+    compensated: bool = False,
+) -> PointTimes:
     """Decide from one cloud how the times of a recording's points are known.
 
     period: seconds of one rotation. mode: see `MODES`. compensated: what clouds without times are.
@@ -132,14 +137,10 @@ def spin_sense(points: NDArray[np.float32]) -> int:
     return int(np.sign(sense)) if abs(sense) > 0.6 else 0
 
 
-def _seconds(
-    values: NDArray[np.generic], scale: float, absolute: bool, stamp_ns: int
-) -> NDArray[np.float64]:
+def _seconds(values: NDArray[np.generic], scale: float, absolute: bool, stamp_ns: int) -> NDArray[np.float64]:
     """Return times in seconds from the stamp."""
     if absolute:
-        base = (
-            stamp_ns / 1e9 / scale
-        )  # subtracted before it is scaled: float64 holds no ns of the epoch
+        base = stamp_ns / 1e9 / scale  # subtracted before it is scaled: float64 holds no ns of the epoch
         return (values.astype(np.float64) - base) * scale
     return values.astype(np.float64) * scale
 
@@ -172,6 +173,8 @@ def _named(cloud: NDArray[np.void], names: Sequence[str], stamp_ns: int, mode: s
     found = _fitting(cloud[name], name, stamp_ns)
     if found is None:
         low, high = float(cloud[name].min()), float(cloud[name].max())
-        raise RecordingError(f"point times: field {name!r} runs from {low:g} to {high:g}: in no unit a rotation "
-                             f"of {SPAN[0]} to {SPAN[1]} s")  # fmt: skip
+        raise RecordingError(
+            f"point times: field {name!r} runs from {low:g} to {high:g}: in no unit a rotation "
+            f"of {SPAN[0]} to {SPAN[1]} s"
+        )
     return found

@@ -82,20 +82,45 @@ class Profile:
 
 
 PROFILES: tuple[Profile, ...] = (
-    Profile("occbev", r"/(?P<camera>cam_\w+)/image(_raw)?(/compressed)?", "/{camera}/camera_info",
-            ("/lidar_top/points",), ("/odometry",), compensated=True),
-    Profile("nuscenes2mcap", r"/(?P<camera>cam_\w+)/image_rect_compressed", "/{camera}/camera_info",
-            ("/lidar_top",), (), compensated=True, poses_in_tf=True),
-    Profile("nuscenes2bag", r"/?(?P<camera>cam_\w+)/raw", None, ("/?lidar_top",), ("/?odom",),
-            compensated=True),
-    Profile("ros2_dataset_bridge", r"/nuscenes/(?P<camera>cam_\w+)/image", "/nuscenes/{camera}/camera_info",
-            ("/nuscenes/lidar_top/data",), (), compensated=True),
-    Profile("autoware", r"/sensing/camera/(?P<camera>\w+)/image_(rect_color|raw)(/compressed)?",
-            "/sensing/camera/{camera}/camera_info",
-            (r"/sensing/lidar/top/pointcloud_raw(_ex)?", r"/sensing/lidar/top/pointcloud\w*",
-             r"/sensing/lidar/\w*top\w*/.*", r"/sensing/lidar/(?!concatenated).*"),
-            ("/localization/kinematic_state", "/localization/pose_twist_fusion_filter/pose")),
-)  # fmt: skip
+    Profile(
+        "occbev",
+        r"/(?P<camera>cam_\w+)/image(_raw)?(/compressed)?",
+        "/{camera}/camera_info",
+        ("/lidar_top/points",),
+        ("/odometry",),
+        compensated=True,
+    ),
+    Profile(
+        "nuscenes2mcap",
+        r"/(?P<camera>cam_\w+)/image_rect_compressed",
+        "/{camera}/camera_info",
+        ("/lidar_top",),
+        (),
+        compensated=True,
+        poses_in_tf=True,
+    ),
+    Profile("nuscenes2bag", r"/?(?P<camera>cam_\w+)/raw", None, ("/?lidar_top",), ("/?odom",), compensated=True),
+    Profile(
+        "ros2_dataset_bridge",
+        r"/nuscenes/(?P<camera>cam_\w+)/image",
+        "/nuscenes/{camera}/camera_info",
+        ("/nuscenes/lidar_top/data",),
+        (),
+        compensated=True,
+    ),
+    Profile(
+        "autoware",
+        r"/sensing/camera/(?P<camera>\w+)/image_(rect_color|raw)(/compressed)?",
+        "/sensing/camera/{camera}/camera_info",
+        (
+            r"/sensing/lidar/top/pointcloud_raw(_ex)?",
+            r"/sensing/lidar/top/pointcloud\w*",
+            r"/sensing/lidar/\w*top\w*/.*",
+            r"/sensing/lidar/(?!concatenated).*",
+        ),
+        ("/localization/kinematic_state", "/localization/pose_twist_fusion_filter/pose"),
+    ),
+)
 """The schemes that `detect_topics` knows; see the README for where they are used."""
 
 PROFILE_NAMES = ("auto", *(profile.name for profile in PROFILES))
@@ -125,9 +150,7 @@ def detect_topics(topics: Mapping[str, str], profile: str = "auto") -> BagTopics
     wanted = [known for known in PROFILES if profile in ("auto", known.name)]
     found = [match for known in wanted if (match := known.match(topics)) is not None]
     if profile != "auto" and not found:
-        raise RecordingError(
-            f"no camera of profile {profile}: {wanted[0].image}; topics are {listed(topics)}"
-        )
+        raise RecordingError(f"no camera of profile {profile}: {wanted[0].image}; topics are {listed(topics)}")
     best = max(found, key=lambda match: len(match.images), default=None)
     if best is None:
         return _by_neighbours(topics)
@@ -149,20 +172,17 @@ def _by_neighbours(topics: Mapping[str, str]) -> BagTopics:
         name = camera_name(folder.rpartition("/")[2])
         images[name], infos[name] = topic, f"{folder}/camera_info"
     if not images:
-        raise RecordingError(
-            f"no image topic with a camera_info beside it; topics are {listed(topics)}"
-        )
+        raise RecordingError(f"no image topic with a camera_info beside it; topics are {listed(topics)}")
     odometry = _only(topics, ODOMETRY, "odom") or _only(topics, POSE, "pose")
-    return BagTopics(
-        images, infos, _only(topics, CLOUD, "lidar"), odometry, "camera_info beside images"
-    )
+    return BagTopics(images, infos, _only(topics, CLOUD, "lidar"), odometry, "camera_info beside images")
 
 
 def _first(topics: Mapping[str, str], patterns: Sequence[str], types: Sequence[str]) -> str | None:
     """Return the topic that fits the earliest pattern; among several, the first by name."""
     for pattern in patterns:
-        fitting = sorted(name for name, kind in topics.items()
-                         if kind in types and re.fullmatch(pattern, name, re.IGNORECASE))  # fmt: skip
+        fitting = sorted(
+            name for name, kind in topics.items() if kind in types and re.fullmatch(pattern, name, re.IGNORECASE)
+        )
         if fitting:
             return fitting[0]
     return None
@@ -174,9 +194,7 @@ def _only(topics: Mapping[str, str], msgtype: str, hint: str) -> str | None:
     hinted = [name for name in found if hint in name.lower()]
     choice = found if len(found) < 2 else hinted
     if len(found) > 1 and len(hinted) != 1:
-        raise RecordingError(
-            f"several topics of type {msgtype}: {sorted(found)}; name one in a file for --topics"
-        )
+        raise RecordingError(f"several topics of type {msgtype}: {sorted(found)}; name one in a file for --topics")
     return choice[0] if choice else None
 
 
@@ -207,9 +225,7 @@ def load_topics(path: Path) -> BagTopics:
     infos: dict[str, str] = {}
     for name, entry in record["cameras"].items():
         if not isinstance(entry, dict) or "image" not in entry or set(entry) - {"image", "info"}:
-            raise RecordingError(
-                f"{path}: cameras.{name} wants image: TOPIC and info: TOPIC; got {entry}"
-            )
+            raise RecordingError(f"{path}: cameras.{name} wants image: TOPIC and info: TOPIC; got {entry}")
         images[str(name)] = str(entry["image"])
         if "info" in entry:
             infos[str(name)] = str(entry["info"])

@@ -56,8 +56,10 @@ class Truth:
             return None
         with np.load(path, allow_pickle=False) as arrays:
             grid = VoxelGrid.from_record(json.loads(str(arrays["grid"])))
-            masks = {name: np.unpackbits(arrays[name], count=grid.size).reshape(grid.shape).astype(bool)
-                     for name in ("mask_lidar", "mask_camera")}  # fmt: skip
+            masks = {
+                name: np.unpackbits(arrays[name], count=grid.size).reshape(grid.shape).astype(bool)
+                for name in ("mask_lidar", "mask_camera")
+            }
             return OccupancyTruth(arrays["semantics"], grid=grid, **masks)
 
     def nearest_key(self, stamp_ns: int, tolerance: float = 0.06) -> int | None:
@@ -95,8 +97,14 @@ def read_truth(folder: Path) -> Truth:
             raise RecordingError(f"{folder}: format {record['format']!r}, want {FORMAT!r}")
         with np.load(folder / "trajectory.npz", allow_pickle=False) as poses:
             trajectory = Trajectory(poses["stamp_ns"], poses["ego2global"])
-        return Truth(folder, record["name"], CameraRig.load(folder / "rig.yaml"), np.array(record["lidar2ego"]),
-                     trajectory, np.array(record["key_stamp_ns"], np.int64))  # fmt: skip
+        return Truth(
+            folder,
+            record["name"],
+            CameraRig.load(folder / "rig.yaml"),
+            np.array(record["lidar2ego"]),
+            trajectory,
+            np.array(record["key_stamp_ns"], np.int64),
+        )
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise RecordingError(f"{folder}: no truth folder of this project: {error}") from error
 
@@ -109,13 +117,17 @@ def _write(recording: Recording, folder: Path) -> None:
         if annotations is not None:
             (folder / "boxes" / f"{stamp}.json").write_text(json.dumps(_boxes_record(annotations)))
         if occupancy is not None:
-            np.savez_compressed(folder / "occupancy" / f"{stamp}.npz", semantics=occupancy.semantics,
-                                mask_lidar=np.packbits(occupancy.mask_lidar),
-                                mask_camera=np.packbits(occupancy.mask_camera),
-                                grid=json.dumps(occupancy.grid.as_record()))  # fmt: skip
+            np.savez_compressed(
+                folder / "occupancy" / f"{stamp}.npz",
+                semantics=occupancy.semantics,
+                mask_lidar=np.packbits(occupancy.mask_lidar),
+                mask_camera=np.packbits(occupancy.mask_camera),
+                grid=json.dumps(occupancy.grid.as_record()),
+            )
     recording.rig.save(folder / "rig.yaml")
-    np.savez_compressed(folder / "trajectory.npz", stamp_ns=recording.trajectory.stamp_ns,
-                        ego2global=recording.trajectory.ego2global)  # fmt: skip
+    np.savez_compressed(
+        folder / "trajectory.npz", stamp_ns=recording.trajectory.stamp_ns, ego2global=recording.trajectory.ego2global
+    )
     record = {
         "format": FORMAT,
         "name": recording.name,
@@ -137,7 +149,7 @@ def _boxes_record(annotations: Annotations) -> list[dict[str, Any]]:
             "velocity": [float(v) for v in boxes.box[i, 7:]] if np.isfinite(boxes.box[i, 7:]).all() else None,
         }
         for i in range(len(boxes))
-    ]  # fmt: skip
+    ]
 
 
 def _read_boxes(path: Path) -> Annotations:

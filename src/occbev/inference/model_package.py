@@ -1,0 +1,184 @@
+"""The model package: one folder with a network's graph, weights and everything that its training fixed.
+
+`config.yaml` holds the model configuration, provenance, metrics and the SHA-256 of every other file;
+nothing in a package is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from occbev.config import ConfigError, ModelConfig, from_record, to_record
+from occbev.share import share_path
+
+CONFIG_NAME = "config.yaml"
+SUFFIXES = (".safetensors", ".onnx", ".xml", ".bin", ".npz", ".md")
+"""Kinds of files that a package may hold: tensors, graphs and text, none of which can run code."""
+
+
+class PackageError(ValueError):
+    """A model package that cannot be used, saying which file and what would be right."""
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A verified model package.
+
+    provenance: data, steps, seeds and versions of the training. metrics: its held-out scores.
+    files: file name -> SHA-256, for every file but `config.yaml`.
+    """
+
+    folder: Path
+    model: ModelConfig
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path | str, verify: bool = True) -> ModelPackage:
+        """Read a package folder; with `verify`, every file is hashed and compared.
+
+        Raises:
+            PackageError: naming the folder, the file or key, and what is there instead.
+        """
+        folder = Path(folder)
+        record = _read_record(folder)
+        model = _read_model(folder, record)
+        package = cls(
+            folder,
+            model,
+            record.get("provenance") or {},
+            record.get("metrics") or {},
+            record.get("files") or {},
+        )
+        for name, digest in package.files.items():
+            _check_file(folder, name, digest if verify else None)
+        return package
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits over all files: names this package in caches and reports."""
+        lines = [f"{name} {digest}" for name, digest in sorted(self.files.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    @property
+    def trained_on(self) -> str:
+        """What the weights have seen, in words (`provenance.data`); to be said wherever results are shown."""
+        return str(self.provenance.get("data", "data that its provenance does not name"))
+
+    def has(self, name: str) -> bool:
+        """Whether the package holds a file of this name."""
+        return name in self.files
+
+    def path(self, *names: str) -> Path:
+        """Return the first of these files that the package holds.
+
+        Raises:
+            PackageError: listing the files that are there.
+        """
+        for name in names:
+            if name in self.files:
+                return self.folder / name
+        raise PackageError(f"{self.folder}: holds no {' or '.join(names)}; it has {sorted(self.files)}")
+
+
+def find_package(name_or_folder: str | Path) -> Path:
+    """Return the folder of a package given by path, or by the name of one shipped in config/models.
+
+    Raises:
+        PackageError: neither is there; names the shipped ones.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    shipped = _shipped_folder()
+    if shipped is not None and folder.name == str(name_or_folder) and (shipped / folder).is_dir():
+        return shipped / folder
+    names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_NAME}")) if shipped else []
+    raise PackageError(f"no model package {str(name_or_folder)!r}: no such folder, and the shipped ones are {names}")
+
+
+def write_package(
+    folder: Path, model: ModelConfig, provenance: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> ModelPackage:
+    """Seal a folder whose graphs and weights are already in it: hash them and write `config.yaml` last.
+
+    Raises:
+        PackageError: the folder holds nothing, or a kind of file that a package may not hold.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name != CONFIG_NAME)
+    strangers = [name for name in names if Path(name).suffix not in SUFFIXES or not (folder / name).is_file()]
+    if strangers or not names:
+        raise PackageError(f"{folder}: holds {strangers or 'nothing'}; a package holds files of {SUFFIXES}")
+    files = {name: file_hash(folder / name) for name in names}
+    record = {
+        "model": to_record(model),
+        "provenance": to_record(provenance),
+        "metrics": to_record(metrics),
+        "files": files,
+    }
+    partial = folder / f".{CONFIG_NAME}.partial"
+    partial.write_text(yaml.safe_dump(record, sort_keys=False))
+    os.replace(partial, folder / CONFIG_NAME)
+    return ModelPackage.load(folder)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
+        raise PackageError(f"{folder}: a model package needs {CONFIG_NAME}; found {found}")
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path}: not YAML: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
+        raise PackageError(f"{path}: key 'model' is missing; a package has model, provenance, metrics, files")
+    if not isinstance(record.get("files"), dict) or not record["files"]:
+        raise PackageError(f"{path}: key 'files' must map every file to its SHA-256")
+    return record
+
+
+def _read_model(folder: Path, record: dict[str, Any]) -> ModelConfig:
+    try:
+        return from_record(ModelConfig, record["model"], "model")
+    except ConfigError as error:
+        raise PackageError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
+def _check_file(folder: Path, name: str, digest: str | None) -> None:
+    path = folder / name
+    if Path(name).name != name or path.suffix not in SUFFIXES:
+        raise PackageError(f"{folder / CONFIG_NAME}: files.{name}: want a plain name ending in one of {SUFFIXES}")
+    if not path.is_file():
+        raise PackageError(
+            f"{folder}: {name} is listed in {CONFIG_NAME} but absent; found {sorted(p.name for p in folder.iterdir())}"
+        )
+    if digest is not None and file_hash(path) != digest:
+        raise PackageError(
+            f"{path}: its SHA-256 is {file_hash(path)}, {CONFIG_NAME} says {digest}: the file was changed or "
+            "its download is incomplete"
+        )
+
+
+def _shipped_folder() -> Path | None:
+    try:
+        return share_path("config/models")
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,315 @@
+"""From network outputs to boxes and voxels in base_link: the last stage before messages and files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.classes import DETECTION_CLASSES, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.geometry import box_corners, wrap_angle, yaw_from_rotation
+from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
+from occbev.results import Boxes3D, Occupancy
+from occbev.rig import CameraRig
+
+Floats = NDArray[np.float32]
+
+NMS_RADIUS: dict[str, float] = {
+    "car": 1.5,
+    "truck": 2.0,
+    "construction_vehicle": 2.0,
+    "bus": 2.5,
+    "trailer": 2.5,
+    "barrier": 0.7,
+    "motorcycle": 0.6,
+    "bicycle": 0.6,
+    "pedestrian": 0.3,
+    "traffic_cone": 0.3,
+}
+"""Centres of one class nearer than this (metres) are one object: under the width of its usual member."""
+
+LARGEST_SIZE = 40.0
+"""Metres; exp of a wild log size would overflow."""
+
+NEAR = 0.1
+"""Least depth in metres at which a camera sees a voxel."""
+
+CHUNK = 40_000
+"""Voxels decoded at a time: 18 classes of them fit a 3 MB cache."""
+
+NMS_METHODS = ("circle", "rotated", "none")
+
+
+class OutputError(ValueError):
+    """Network outputs that cannot be decoded: wrong shape, or not finite."""
+
+
+@dataclass(frozen=True)
+class BoxDecoding:
+    """How heat-map peaks become boxes."""
+
+    threshold: float = 0.1
+    """Least score of a box."""
+    max_boxes: int = 200
+    """Most boxes in one result, the best first."""
+    nms: str = "circle"
+    """Suppression within a class: circle (by centre distance), rotated (by overlap seen from above) or none."""
+    max_overlap: float = 0.2
+    """Overlap (intersection over union) above which rotated suppression drops the weaker box."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1 or self.max_boxes < 0 or self.nms not in NMS_METHODS:
+            raise ValueError(
+                f"want 0 < threshold < 1, max_boxes >= 0 and nms in {NMS_METHODS}; "
+                f"got {self.threshold}, {self.max_boxes}, {self.nms!r}"
+            )
+
+
+def decode_boxes(
+    heatmap: Floats,
+    box: Floats,
+    bev: BevGrid,
+    decoding: BoxDecoding | None = None,
+    cameras: tuple[str, ...] = (),
+    classes: Sequence[str] = DETECTION_CLASSES,
+) -> Boxes3D:
+    """Turn centre maps into boxes, best first (Zhou et al. 2019: a peak is its own 3 x 3 neighbourhood's maximum).
+
+    heatmap: (C, Y, X) logits. box: (10, Y, X): offset x, y in cells from the cell's lower corner, z of the
+        centre, log l, log w, log h, sin yaw, cos yaw, vx, vy.
+    Raises:
+        OutputError: shapes do not fit each other, or the heat map is not finite.
+    """
+    decoding = decoding or BoxDecoding()
+    _check_maps(heatmap, box, bev, classes)
+    label, row, column = _peaks(heatmap, decoding)
+    logit = heatmap[label, row, column]
+    values = box[:, row, column].T.astype(np.float64)  # (M, 10)
+    boxes = Boxes3D(_to_metres(values, row, column, bev), label.astype(np.int64), _sigmoid(logit), cameras)
+    if decoding.nms == "circle":
+        return boxes[circle_nms(boxes, np.array([NMS_RADIUS[name] for name in classes]))]
+    return boxes[rotated_nms(boxes, decoding.max_overlap)] if decoding.nms == "rotated" else boxes
+
+
+def move_boxes(boxes: Boxes3D, a2b: NDArray[np.float64]) -> Boxes3D:
+    """Move boxes from one upright frame of the vehicle into another; a2b: (4, 4)."""
+    if np.array_equal(a2b, np.eye(4)):
+        return boxes
+    rotation, box = a2b[:3, :3], boxes.box.astype(np.float64)
+    box[:, :3] = box[:, :3] @ rotation.T + a2b[:3, 3]
+    box[:, 6] = wrap_angle(box[:, 6] + yaw_from_rotation(rotation))
+    box[:, 7:9] = box[:, 7:9] @ rotation[:2, :2].T
+    return replace(boxes, box=box.astype(np.float32))
+
+
+def circle_nms(boxes: Boxes3D, radius: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which of (M,) boxes, best first, have no better kept one of their class within radius (C,) metres."""
+    offset = boxes.box[:, None, :2] - boxes.box[None, :, :2]
+    rivals = np.hypot(offset[..., 0], offset[..., 1]) < radius[boxes.label][:, None]
+    return _greedy(rivals & (boxes.label[:, None] == boxes.label[None, :]))
+
+
+def rotated_nms(boxes: Boxes3D, max_overlap: float) -> NDArray[np.bool_]:
+    """Return which of (M,) boxes, best first, overlap no better kept one of their class by more (seen from above)."""
+    size = len(boxes)
+    rivals = np.zeros((size, size), bool)
+    reach = np.hypot(boxes.box[:, 3], boxes.box[:, 4]) / 2
+    offset = boxes.box[:, None, :2] - boxes.box[None, :, :2]
+    near = np.hypot(offset[..., 0], offset[..., 1]) < reach[:, None] + reach[None, :]
+    near &= boxes.label[:, None] == boxes.label[None, :]
+    for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True):
+        rivals[i, j] = rivals[j, i] = bev_overlap(boxes.box[i], boxes.box[j]) > max_overlap
+    return _greedy(rivals)
+
+
+def bev_overlap(a: Floats, b: Floats) -> float:
+    """Return the intersection over union of two boxes x, y, z, l, w, h, yaw seen from above."""
+    quads = box_corners(np.stack([a[:7], b[:7]]))[:, [0, 1, 5, 4], :2]
+    origin = quads[0].mean(0)  # float32 corners far from the origin lose the area's last digits
+    first, second = np.ascontiguousarray(quads - origin, np.float32)
+    area, _ = cv2.intersectConvexConvex(first, second)
+    union = a[3] * a[4] + b[3] * b[4] - area
+    return float(area / union) if union > 0 else 0.0
+
+
+def decode_occupancy(
+    logits: Floats,
+    grid: VoxelGrid,
+    cameras: tuple[str, ...] = (),
+    observed: NDArray[np.bool_] | None = None,
+    min_free: float = 0.0,
+    pool: Executor | None = None,
+) -> Occupancy:
+    """Turn occupancy logits (K, Z, Y, X), the last class free, into labels with their softmax confidence.
+
+    observed: (X, Y, Z); where it is False the state is unobserved and the confidence 0. None: all observed.
+    min_free: least probability of free for a voxel to be free; below it the likeliest other class is the label.
+    pool: threads that share the work.
+    Raises:
+        OutputError: the volume does not fit the grid, or is not finite.
+    """
+    free, volume = len(logits) - 1, grid.shape[::-1]
+    if logits.shape[1:] != volume:
+        raise OutputError(f"occupancy logits {logits.shape} do not fit a grid of {grid.shape} [x, y, z]")
+    label, confidence = np.empty(grid.size, np.uint8), np.empty(grid.size, np.float32)
+    flat = logits.reshape(len(logits), -1)
+
+    def decide(start: int) -> None:
+        part = slice(start, start + CHUNK)
+        with np.errstate(invalid="ignore", over="ignore"):
+            _decide(flat[:, part], label[part], confidence[part], min_free)
+
+    for _ in (pool.map if pool else map)(decide, range(0, grid.size, CHUNK)):
+        pass
+    if not np.isfinite(confidence).all():
+        raise OutputError("occupancy logits hold values that are not finite")
+    decided = label.reshape(volume), confidence.reshape(volume)
+    return _occupancy(*decided, free, grid, cameras, observed)
+
+
+def decode_factors(
+    occupied: Floats,
+    kind: NDArray[np.uint8],
+    kind_share: Floats,
+    free: int,
+    grid: VoxelGrid,
+    cameras: tuple[str, ...] = (),
+    observed: NDArray[np.bool_] | None = None,
+    min_free: float = 0.0,
+) -> Occupancy:
+    """Decide on voxels as `decode_occupancy` does, from P(occupied) and the likeliest of P(kind | occupied).
+
+    occupied: (S, S, Z, Y / S, X / S), of each of the S x S voxels of a cell; the first axis is y.
+    kind, kind_share: (Z, Y / S, X / S), of each cell. free: the class that is free. Others: as of `decode_occupancy`.
+    Raises:
+        OutputError: the volume does not fit the grid, or is not finite.
+    """
+    split, (x, y, z) = occupied.shape[0], grid.shape
+    cells = (z, y // split, x // split)
+    if occupied.shape != (split, split, *cells) or not kind.shape == kind_share.shape == cells:
+        raise OutputError(
+            f"occupied {occupied.shape}, kind {kind.shape} and kind_share {kind_share.shape} do not fit a grid of {grid.shape} [x, y, z]"
+        )
+    if not (np.isfinite(occupied).all() and np.isfinite(kind_share).all()):
+        raise OutputError("probabilities of occupancy hold values that are not finite")
+    label = np.empty((*cells[:2], split, cells[2], split), np.uint8)
+    confidence = np.empty(label.shape, np.float32)
+    for row, column in np.ndindex(split, split):
+        likely = occupied[row, column]
+        share, rest = likely * kind_share, 1 - likely
+        is_free = (rest > share) & (rest >= np.float32(min_free))
+        label[:, :, row, :, column] = _chosen(is_free, np.uint8(free), kind)
+        confidence[:, :, row, :, column] = _chosen(is_free, rest, share)
+    volume = grid.shape[::-1]
+    decided = label.reshape(volume), confidence.reshape(volume)
+    return _occupancy(*decided, free, grid, cameras, observed)
+
+
+def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
+    """Return occupancy that says nothing of any voxel, for networks without an occupancy head."""
+    label, confidence = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.float32)
+    state = np.full(grid.shape, UNOBSERVED_STATE, np.uint8)
+    return Occupancy(label, confidence, state, grid, cameras)
+
+
+def voxels_in_view(rig: CameraRig, grid: VoxelGrid) -> NDArray[np.bool_]:
+    """Return (N, X, Y, Z): which voxel centres each camera of the rig has in its image.
+
+    A view of network order, the order of logits, so that masking them runs along memory.
+    """
+    axes = [lo + (np.arange(n) + 0.5) * pitch for lo, pitch, n in zip(grid.lo, grid.pitch, grid.shape, strict=True)]
+    x, y, z = (axis.astype(np.float32) for axis in axes)
+    inside = np.empty((len(rig), *grid.shape[::-1]), bool)
+    for index, camera in enumerate(rig.cameras):
+        # A projection is affine before its division, so a grid needs three outer sums and no list of points.
+        ego2img = (camera.intrinsic @ camera.ego2cam[:3]).astype(np.float32)
+        u, v, depth = (row[0] * x + (row[1] * y)[:, None] + (row[2] * z + row[3])[:, None, None] for row in ego2img)
+        in_columns = (u >= 0) & (u < camera.width * depth)
+        inside[index] = in_columns & (v >= 0) & (v < camera.height * depth) & (depth > NEAR)
+    return xyz_from_volume(inside)
+
+
+def _check_maps(heatmap: Floats, box: Floats, bev: BevGrid, classes: Sequence[str]) -> None:
+    plane = bev.shape[::-1]
+    if heatmap.shape != (len(classes), *plane) or box.shape != (10, *plane):
+        raise OutputError(
+            f"heat map {heatmap.shape} and box map {box.shape}; want {(len(classes), *plane)} and {(10, *plane)}"
+        )
+    if not np.isfinite(heatmap).all():
+        raise OutputError("the heat map holds values that are not finite")
+
+
+def _peaks(heatmap: Floats, decoding: BoxDecoding) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Return class, row and column of the best local maxima over the threshold, best first."""
+    logit = math.log(decoding.threshold / (1 - decoding.threshold))
+    channels_last = np.ascontiguousarray(np.moveaxis(heatmap, 0, -1), np.float32)  # (Y, X, C)
+    neighbourhood = cv2.dilate(channels_last, np.ones((3, 3), np.uint8)).reshape(channels_last.shape)
+    row, column, label = np.nonzero((channels_last >= neighbourhood) & (channels_last >= logit))
+    order = np.argsort(-heatmap[label, row, column], kind="stable")[: decoding.max_boxes]
+    return label[order], row[order], column[order]
+
+
+def _to_metres(values: NDArray[np.float64], row: NDArray[np.intp], column: NDArray[np.intp], bev: BevGrid) -> Floats:
+    centre = bev.metres(np.stack([column, row], -1) + values[:, :2])
+    size = np.exp(np.minimum(values[:, 3:6], math.log(LARGEST_SIZE)))
+    yaw = np.arctan2(values[:, 6], values[:, 7])[:, None]
+    return np.concatenate([centre, values[:, 2:3], size, yaw, values[:, 8:10]], 1).astype(np.float32)
+
+
+def _sigmoid(logit: Floats) -> Floats:
+    return (1 / (1 + np.exp(-logit.astype(np.float64)))).astype(np.float32)
+
+
+def _greedy(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Keep items in order; each kept one drops its later rivals (M, M)."""
+    keep = np.ones(len(rivals), bool)
+    for index in range(len(rivals)):
+        if keep[index]:
+            keep[index + 1 :] &= ~rivals[index, index + 1 :]
+    return keep
+
+
+def _occupancy(
+    label: NDArray[np.uint8],
+    confidence: Floats,
+    free: int,
+    grid: VoxelGrid,
+    cameras: tuple[str, ...],
+    observed: NDArray[np.bool_] | None,
+) -> Occupancy:
+    """Make the result of decided voxels (Z, Y, X)."""
+    label, confidence = xyz_from_volume(label), xyz_from_volume(confidence)
+    state = _chosen(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
+    if observed is not None:
+        state = _chosen(observed, state, np.uint8(UNOBSERVED_STATE))
+        confidence = confidence * observed
+    return Occupancy(label, confidence, state, grid, cameras)
+
+
+def _chosen(choice: NDArray[np.bool_], one: Any, other: Any) -> Any:
+    """Choose between finite numbers as np.where does, in half of its time: np.where goes number by number."""
+    return one * choice + other * ~choice
+
+
+def _decide(logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float) -> None:
+    """Write labels of (K, M) logits, the last class free, and their softmax; the planes stay in cache between passes.
+
+    Most voxels are free, so that the likeliest other class is looked for where one is not.
+    """
+    free = logits[-1]
+    best = np.maximum.reduce(logits[:-1], axis=0, dtype=np.float32)
+    top, total, term = np.maximum(best, free), np.zeros_like(best), np.empty_like(best)
+    for plane in logits:
+        np.subtract(plane, top, out=term)
+        total += np.exp(term, out=term)
+    np.divide(np.exp(np.subtract(free, top, out=term), out=term), total, out=confidence)
+    label[:] = len(logits) - 1
+    occupied = np.flatnonzero(~((free > best) & (confidence >= min_free)))
+    label[occupied] = logits[:-1, occupied].argmax(0)
+    confidence[occupied] = np.exp(best[occupied] - top[occupied]) / total[occupied]

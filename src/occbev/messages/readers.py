@@ -1,0 +1,270 @@
+"""Incoming ROS messages to arrays and records, by duck typing: any class with the right fields will do.
+
+Nothing here imports ROS, so the same code reads live messages and those that rosbags decodes. Sizes are
+checked before anything is allocated or decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.geometry import pose_from_xyzw
+from occbev.messages.image_headers import JPEG_START, PNG_START, encoded_size
+from occbev.rig import Camera
+
+MAX_IMAGE_PIXELS = 40_000_000
+"""Default for the largest image that is accepted."""
+
+CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1, "8UC1": 1, "8UC3": 3}
+"""Encodings whose pixels are whole bytes -> bytes per pixel. 8UC3 is taken as bgr8, as OpenCV means it."""
+
+TO_RGB = {
+    "bgr8": cv2.COLOR_BGR2RGB,
+    "8UC3": cv2.COLOR_BGR2RGB,
+    "rgba8": cv2.COLOR_RGBA2RGB,
+    "bgra8": cv2.COLOR_BGRA2RGB,
+    "mono8": cv2.COLOR_GRAY2RGB,
+    "8UC1": cv2.COLOR_GRAY2RGB,
+}
+
+# OpenCV names a Bayer pattern by the second row's second and third pixel, ROS by the first two rows.
+BAYER_TO_RGB = {
+    "bayer_rggb8": cv2.COLOR_BayerBG2RGB,
+    "bayer_bggr8": cv2.COLOR_BayerRG2RGB,
+    "bayer_gbrg8": cv2.COLOR_BayerGR2RGB,
+    "bayer_grbg8": cv2.COLOR_BayerGB2RGB,
+}
+
+YUV_TO_RGB = {
+    "yuv422": cv2.COLOR_YUV2RGB_UYVY,
+    "uyvy": cv2.COLOR_YUV2RGB_UYVY,
+    "yuv422_yuy2": cv2.COLOR_YUV2RGB_YUY2,
+    "yuyv": cv2.COLOR_YUV2RGB_YUY2,
+}
+
+ENCODINGS = (*CHANNELS, *BAYER_TO_RGB, *YUV_TO_RGB, "nv12")
+"""Encodings of raw images that are understood."""
+
+DISTORTION_MODELS = {
+    "": "plumb_bob",
+    "plumb_bob": "plumb_bob",
+    "rational_polynomial": "rational_polynomial",
+    "equidistant": "equidistant",
+    "fisheye": "equidistant",
+}
+"""CameraInfo's name -> ours."""
+
+FIELD_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
+"""PointField.datatype -> numpy's code."""
+
+
+class MessageError(ValueError):
+    """A message that cannot be used; the text says which value and what would be right."""
+
+
+def stamp_to_ns(stamp: Any) -> int:
+    """Read a builtin_interfaces Time."""
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+
+
+def image_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> NDArray[np.uint8]:
+    """Read a sensor_msgs/Image as (H, W, 3) uint8 RGB; for rgb8 a view of the message where that is possible.
+
+    Raises:
+        MessageError: unknown encoding, a size over `max_pixels`, or fewer bytes than the size needs.
+    """
+    height, width, step = int(message.height), int(message.width), int(message.step)
+    encoding = str(message.encoding)
+    if encoding not in ENCODINGS:
+        raise MessageError(f"encoding {encoding!r} is not understood; known are {', '.join(ENCODINGS)}")
+    _require_size(width, height, max_pixels)
+    data = np.frombuffer(message.data, np.uint8)
+    if encoding == "nv12":
+        return _nv12(data, width, height, step)
+    per_pixel = CHANNELS.get(encoding, 2 if encoding in YUV_TO_RGB else 1)
+    rows = _rows(data, height, step, width * per_pixel, encoding)
+    if encoding in BAYER_TO_RGB:
+        return _convert(np.ascontiguousarray(rows), BAYER_TO_RGB[encoding])
+    pixels = rows.reshape(height, width, per_pixel)
+    if encoding in YUV_TO_RGB:
+        return _convert(np.ascontiguousarray(pixels), YUV_TO_RGB[encoding])
+    return pixels if encoding == "rgb8" else _convert(np.ascontiguousarray(pixels), TO_RGB[encoding])
+
+
+def compressed_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> bytes:
+    """Return the JPEG or PNG bytes of a sensor_msgs/CompressedImage, its size checked in the header.
+
+    Raises:
+        MessageError: neither JPEG nor PNG, no readable size, or a size over `max_pixels`.
+    """
+    stated = str(message.format)
+    head = bytes(message.data[:16])
+    if not head.startswith((JPEG_START, PNG_START)):
+        raise MessageError(
+            f"format {stated!r} with bytes beginning {head[:8].hex(' ')!r}: only JPEG and PNG are understood"
+        )
+    data = bytes(message.data)
+    size = encoded_size(data)
+    if size is None:
+        raise MessageError(f"format {stated!r}: {len(data)} bytes without a readable image header")
+    _require_size(*size, max_pixels)
+    if data.startswith(PNG_START):
+        _require_sound_chunks(data)
+    return data
+
+
+def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectified: bool | None = None) -> Camera:
+    """Read a sensor_msgs/CameraInfo.
+
+    rectified: True takes P and no distortion, False K and D, None decides by D: all zero means rectified.
+    Binning and region of interest are applied, so that the camera fits the image that is sent.
+    Raises:
+        MessageError: uncalibrated (K is zero), no size, or an unknown distortion model.
+    """
+    if int(info.width) <= 0 or int(info.height) <= 0:
+        raise MessageError(f"CameraInfo states a size of {info.width}x{info.height}; both must be positive")
+    k, p = (
+        np.array(_field(info, "k")).reshape(3, 3),
+        np.array(_field(info, "p")).reshape(3, 4)[:, :3],
+    )
+    coefficients = tuple(float(v) for v in _field(info, "d"))
+    if rectified is None:
+        rectified = not any(coefficients)
+    intrinsic = p if rectified and p[0, 0] > 0 else k
+    if not np.all(np.isfinite(intrinsic)) or intrinsic[0, 0] <= 0 or intrinsic[1, 1] <= 0:
+        raise MessageError("CameraInfo holds no focal length (K is zero): the camera is not calibrated")
+    model, kept = "none", tuple[float, ...]()
+    if not rectified and any(coefficients):
+        model, kept = _distortion(str(info.distortion_model), coefficients)
+    camera = Camera(name, int(info.width), int(info.height), intrinsic, cam2ego, model, kept)
+    return _binned(camera, info)
+
+
+def pose_from_odometry(message: Any) -> NDArray[np.float64]:
+    """Read the pose of a nav_msgs/Odometry: child frame -> header frame (4, 4).
+
+    Raises:
+        MessageError: not finite, or the quaternion is not of unit length.
+    """
+    p, q = message.pose.pose.position, message.pose.pose.orientation
+    try:
+        return pose_from_xyzw((p.x, p.y, p.z), (q.x, q.y, q.z, q.w))
+    except ValueError as error:
+        raise MessageError(str(error)) from error
+
+
+def cloud_from_message(message: Any) -> NDArray[Any]:
+    """Read a sensor_msgs/PointCloud2 as a structured array (M,), one field per PointField, without copying.
+
+    Raises:
+        MessageError: a field type is unknown or the data are shorter than the header states.
+    """
+    order = ">" if message.is_bigendian else "<"
+    formats = []
+    for entry in message.fields:
+        if entry.datatype not in FIELD_TYPES:
+            raise MessageError(f"field {entry.name!r} has the unknown datatype {entry.datatype}")
+        code = order + FIELD_TYPES[entry.datatype]
+        formats.append(code if entry.count <= 1 else (code, (int(entry.count),)))
+    dtype = np.dtype(
+        {
+            "names": [f.name for f in message.fields],
+            "formats": formats,
+            "offsets": [int(f.offset) for f in message.fields],
+            "itemsize": int(message.point_step),
+        }
+    )
+    height, width, row_step = int(message.height), int(message.width), int(message.row_step)
+    data = np.frombuffer(message.data, np.uint8)
+    if len(data) < height * row_step or row_step < width * dtype.itemsize:
+        raise MessageError(
+            f"{len(data)} bytes for {height} rows of {width} points, {row_step} bytes a row, {dtype.itemsize} a point"
+        )
+    rows = data[: height * row_step].reshape(height, row_step)[:, : width * dtype.itemsize]
+    return np.ascontiguousarray(rows).reshape(-1).view(dtype)
+
+
+def _convert(image: NDArray[np.uint8], code: int) -> NDArray[np.uint8]:
+    """Change the colour space of a contiguous image."""
+    try:
+        return np.asarray(cv2.cvtColor(image, code), np.uint8)
+    except cv2.error as error:  # such as an odd width where chroma is shared by two columns
+        height, width = image.shape[:2]
+        raise MessageError(f"an image of {width}x{height} pixels cannot be converted: {error}") from error
+
+
+def _require_sound_chunks(data: bytes) -> None:
+    """Refuse a PNG whose chunks do not fit its bytes: OpenCV allocates what a chunk claims, up to 4 GB.
+
+    Animated ones are refused as well, since their frames have sizes of their own.
+    """
+    position = len(PNG_START)
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        if position == len(PNG_START) and (kind, length) != (b"IHDR", 13):
+            raise MessageError(f"a PNG that begins with a {kind!r} chunk of {length} bytes, not with its header")
+        if kind == b"acTL":
+            raise MessageError("an animated PNG; only still images are understood")
+        position += length + 12
+        if position > len(data):
+            raise MessageError(
+                f"a PNG of {len(data)} bytes with a {kind!r} chunk that claims {length}: it is cut or damaged"
+            )
+        if kind == b"IEND":
+            return
+
+
+def _require_size(width: int, height: int, max_pixels: int) -> None:
+    if width <= 0 or height <= 0:
+        raise MessageError(f"an image of {width}x{height} pixels has no content")
+    if width * height > max_pixels:
+        raise MessageError(f"an image of {width}x{height} pixels exceeds max_image_pixels = {max_pixels}")
+
+
+def _rows(data: NDArray[np.uint8], height: int, step: int, used: int, encoding: str) -> NDArray[np.uint8]:
+    """Return the used part of each row (height, used), a view that skips the padding."""
+    if step < used:
+        raise MessageError(f"step {step} is shorter than a {encoding} row of {used} bytes")
+    if len(data) < height * step - (step - used):
+        raise MessageError(f"{len(data)} bytes, but {height} rows of {step} bytes need {height * step}")
+    return np.lib.stride_tricks.as_strided(data, (height, used), (step, 1), writeable=False)
+
+
+def _nv12(data: NDArray[np.uint8], width: int, height: int, step: int) -> NDArray[np.uint8]:
+    if width % 2 or height % 2:
+        raise MessageError(f"nv12 needs an even size, got {width}x{height}")
+    rows = _rows(data, height * 3 // 2, step, width, "nv12")
+    return _convert(np.ascontiguousarray(rows), cv2.COLOR_YUV2RGB_NV12)
+
+
+def _field(info: Any, name: str) -> Any:
+    """Read a field that ROS 1 and rosbags spell in capitals."""
+    return getattr(info, name) if hasattr(info, name) else getattr(info, name.upper())
+
+
+def _distortion(model: str, coefficients: tuple[float, ...]) -> tuple[str, tuple[float, ...]]:
+    if not re.fullmatch("[a-z_]*", model) or model not in DISTORTION_MODELS:
+        known = ", ".join(sorted(set(DISTORTION_MODELS) - {""}))
+        raise MessageError(f"distortion model {model!r} is not understood; known are {known}")
+    ours = DISTORTION_MODELS[model]
+    wanted = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,)}[ours]
+    if len(coefficients) not in wanted:
+        raise MessageError(f"distortion model {ours} takes {wanted} coefficients, CameraInfo has {len(coefficients)}")
+    return ours, coefficients
+
+
+def _binned(camera: Camera, info: Any) -> Camera:
+    """Apply CameraInfo's region of interest (in full-resolution pixels), then its binning."""
+    roi = getattr(info, "roi", None)
+    if roi is not None and roi.width and roi.height:
+        camera = camera.resized(1, 1, (roi.x_offset, roi.y_offset), (int(roi.width), int(roi.height)))
+    bin_x, bin_y = max(1, int(info.binning_x)), max(1, int(info.binning_y))
+    if (bin_x, bin_y) == (1, 1):
+        return camera
+    return camera.resized(1 / bin_x, 1 / bin_y, (0, 0), (camera.width // bin_x, camera.height // bin_y))

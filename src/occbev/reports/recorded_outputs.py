@@ -1,0 +1,123 @@
+"""Read what the node published back from a bag: boxes and voxels by stamp, as a subscriber would have got them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rosbags.highlevel import AnyReader
+
+from occbev.classes import DETECTION_CLASSES, FREE, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.geometry import rotation_from_xyzw
+from occbev.grid import VoxelGrid
+from occbev.messages.bags import type_store
+from occbev.messages.readers import MessageError, cloud_from_message, stamp_to_ns
+from occbev.results import Boxes3D, Occupancy
+
+VELOCITY_MARKERS = "velocity"
+"""Namespace of the arrows that carry a box's velocity, which vision_msgs has no field for."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The results of one key time; None where that output was not published."""
+
+    stamp_ns: int
+    boxes: Boxes3D | None = None
+    occupancy: Occupancy | None = None
+
+
+def read_published(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
+    """Read every result of a recorded run, by stamp in nanoseconds.
+
+    grid: the voxel grid of the model that published.
+
+    Raises:
+        MessageError: a voxel lies outside the grid, or a class name is unknown.
+    """
+    results: dict[int, Published] = {}
+    velocities: dict[int, dict[int, tuple[float, float]]] = {}
+
+    def keep(stamp_ns: int, **values: Any) -> None:
+        results[stamp_ns] = replace(results.get(stamp_ns, Published(stamp_ns)), **values)
+
+    def detections(message: Any) -> None:
+        keep(stamp_to_ns(message.header.stamp), boxes=boxes_from_message(message))
+
+    def cloud(message: Any) -> None:
+        keep(stamp_to_ns(message.header.stamp), occupancy=occupancy_from_message(message, grid))
+
+    def markers(message: Any) -> None:
+        if message.markers:
+            velocities[stamp_to_ns(message.markers[0].header.stamp)] = velocities_from_message(message)
+
+    readers: dict[str, Callable[[Any], None]] = {
+        "vision_msgs/msg/Detection3DArray": detections,
+        "sensor_msgs/msg/PointCloud2": cloud,
+        "visualization_msgs/msg/MarkerArray": markers,
+    }
+    with AnyReader([bag], default_typestore=type_store()) as reader:
+        chosen = [c for c in reader.connections if c.msgtype in readers]
+        for connection, _, data in reader.messages(chosen):
+            readers[connection.msgtype](reader.deserialize(data, connection.msgtype))
+    return {stamp: _with_velocities(r, velocities.get(stamp, {})) for stamp, r in sorted(results.items())}
+
+
+def boxes_from_message(message: Any) -> Boxes3D:
+    """Read a vision_msgs/Detection3DArray; velocities are zero."""
+    rows, labels, scores = [], [], []
+    for detection in message.detections:
+        best = max(detection.results, key=lambda result: result.hypothesis.score).hypothesis
+        if best.class_id not in DETECTION_CLASSES:
+            raise MessageError(f"class {best.class_id!r} is none of {', '.join(DETECTION_CLASSES)}")
+        rows.append(_box(detection.bbox))
+        labels.append(DETECTION_CLASSES.index(best.class_id))
+        scores.append(best.score)
+    box = np.array(rows, np.float32).reshape(-1, 9)
+    return Boxes3D(box, np.array(labels, np.int64), np.array(scores, np.float32))
+
+
+def velocities_from_message(message: Any) -> dict[int, tuple[float, float]]:
+    """Read box index -> (vx, vy) from the arrows of a MarkerArray: each is one second of motion."""
+    found = {}
+    for marker in message.markers:
+        if marker.ns == VELOCITY_MARKERS and len(marker.points) == 2:
+            start, end = marker.points
+            found[int(marker.id)] = (end.x - start.x, end.y - start.y)
+    return found
+
+
+def occupancy_from_message(message: Any, grid: VoxelGrid) -> Occupancy:
+    """Read voxels from a PointCloud2; what was not published is free and unobserved."""
+    points = cloud_from_message(message)
+    centres = np.stack([points[axis] for axis in "xyz"], axis=-1)
+    voxels, inside = grid.indices(centres)
+    if not inside.all():
+        raise MessageError(f"voxel at {centres[~inside][0].tolist()} is outside the grid {grid.as_record()}")
+    at = tuple(voxels.T)
+    label = np.full(grid.shape, FREE, np.uint8)
+    confidence = np.zeros(grid.shape, np.float32)
+    state = np.full(grid.shape, UNOBSERVED_STATE, np.uint8)
+    label[at], confidence[at] = points["label"], points["confidence"]
+    state[at] = np.where(points["label"] == FREE, FREE_STATE, OCCUPIED_STATE)
+    return Occupancy(label, confidence, state, grid)
+
+
+def _box(bbox: Any) -> tuple[float, ...]:
+    centre, turn, size = bbox.center.position, bbox.center.orientation, bbox.size
+    rotation = rotation_from_xyzw((turn.x, turn.y, turn.z, turn.w))
+    yaw = float(np.arctan2(rotation[1, 0], rotation[0, 0]))
+    return (centre.x, centre.y, centre.z, size.x, size.y, size.z, yaw, 0.0, 0.0)
+
+
+def _with_velocities(result: Published, velocities: dict[int, tuple[float, float]]) -> Published:
+    if result.boxes is None or not velocities:
+        return result
+    box = result.boxes.box.copy()
+    for index, velocity in velocities.items():
+        if index < len(box):
+            box[index, 7:9] = velocity
+    return replace(result, boxes=replace(result.boxes, box=box))

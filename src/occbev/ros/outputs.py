@@ -1,0 +1,351 @@
+"""Results to ROS messages: boxes, markers, voxels, the plane, diagnostics. The only writer of output messages."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+from builtin_interfaces.msg import Duration, Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
+from nav_msgs.msg import OccupancyGrid
+from numpy.typing import NDArray
+from rclpy.serialization import serialize_message
+from sensor_msgs.msg import PointCloud2, PointField
+from std_msgs.msg import ColorRGBA, Header
+from visualization_msgs.msg import Marker, MarkerArray
+
+from occbev.classes import (
+    DETECTION_CLASSES,
+    DETECTION_COLOURS,
+    OCCUPANCY_CLASSES,
+    OCCUPANCY_COLOURS,
+    OCCUPIED_STATE,
+    UNOBSERVED_STATE,
+)
+from occbev.graph import OUTPUTS, resolve
+from occbev.grid import VoxelGrid, volume_from_xyz
+from occbev.messages.bags import BagMessage
+from occbev.results import Boxes3D, Occupancy, Perception
+from occbev.ros.compat import MissingCapability, require
+from occbev.streams.health import Status
+from occbev.streams.parameters import PerceptionParameters
+
+POINT_FIELDS = (
+    ("x", 0, PointField.FLOAT32),
+    ("y", 4, PointField.FLOAT32),
+    ("z", 8, PointField.FLOAT32),
+    ("rgb", 12, PointField.UINT32),
+    ("confidence", 16, PointField.FLOAT32),
+    ("label", 20, PointField.UINT8),
+)
+"""Name, offset and type of each field of a voxel."""
+
+POINT_FIELD_MESSAGES = [PointField(name=n, offset=o, datatype=t, count=1) for n, o, t in POINT_FIELDS]
+
+POINT_STEP = 24
+"""Bytes of a voxel; a multiple of eight, so that two fields are written at once."""
+
+GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
+"""Occupied voxels of these classes do not block the plane."""
+
+MemoryOrder = Literal["C", "F"]
+
+OCCUPIED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
+
+SLOWEST_ARROW = 0.5
+"""Boxes slower than this get no velocity arrow."""
+
+
+def time_from_ns(stamp_ns: int) -> Time:
+    """Make a builtin_interfaces Time."""
+    seconds, nanoseconds = divmod(int(stamp_ns), 1_000_000_000)
+    return Time(sec=seconds, nanosec=nanoseconds)
+
+
+def header_at(stamp_ns: int, frame: str) -> Header:
+    """Make a std_msgs Header."""
+    return Header(stamp=time_from_ns(stamp_ns), frame_id=frame)
+
+
+class DetectionWriter:
+    """Writes boxes as vision_msgs/Detection3DArray; a message is the last one's, filled again.
+
+    Making the objects of a hundred detections takes several times as long as filling them.
+    """
+
+    def __init__(self) -> None:
+        self._spare: list[Any] = []
+
+    def prepare(self, boxes: int) -> None:
+        """Make the objects of so many boxes, so that the first message does not pay for it."""
+        msg = require("vision_msgs.msg")
+        while len(self._spare) < boxes:
+            self._spare.append(_detection(msg))
+
+    def message(self, boxes: Boxes3D, header: Header) -> Any:
+        """Make the message, which the next one overwrites; centre and size as in `Boxes3D`.
+
+        Raises:
+            MissingCapability: vision_msgs is not installed.
+        """
+        msg = require("vision_msgs.msg")
+        self.prepare(len(boxes))
+        detections = self._spare[: len(boxes)]
+        for detection, box, label, score in zip(
+            detections, boxes.box.tolist(), boxes.label.tolist(), boxes.score.tolist(), strict=True
+        ):
+            detection.header = header
+            _place(detection.bbox.center, box)
+            size = detection.bbox.size
+            size.x, size.y, size.z = box[3:6]
+            hypothesis = detection.results[0].hypothesis
+            hypothesis.class_id, hypothesis.score = DETECTION_CLASSES[label], score
+        return msg.Detection3DArray(header=header, detections=detections)
+
+
+class MarkerWriter:
+    """Writes boxes as cubes and their velocities as arrows; a message is the last one's, filled again."""
+
+    def __init__(self) -> None:
+        self._cubes: list[Marker] = []
+        self._arrows: list[Marker] = []
+
+    def prepare(self, boxes: int) -> None:
+        """Make the objects of so many boxes, so that the first message does not pay for it."""
+        while len(self._cubes) < boxes:
+            self._cubes.append(_cube(len(self._cubes)))
+            self._arrows.append(_arrow(len(self._arrows)))
+
+    def message(self, boxes: Boxes3D, header: Header, lifetime_s: float = 0.5) -> MarkerArray:
+        """Make the message, which the next one overwrites, after a marker that deletes the last ones."""
+        seconds = int(lifetime_s)
+        lifetime = Duration(sec=seconds, nanosec=int((lifetime_s - seconds) * 1e9))
+        self.prepare(len(boxes))
+        markers = [Marker(header=header, ns="boxes", action=Marker.DELETEALL)]
+        labels, scores = boxes.label.tolist(), boxes.score.tolist()
+        for index, box in enumerate(boxes.box.tolist()):
+            cube, arrow = self._cubes[index], self._arrows[index]
+            _place(cube.pose, box)
+            cube.scale.x, cube.scale.y, cube.scale.z = box[3:6]
+            _paint(cube.color, DETECTION_COLOURS[labels[index]], 0.35 + 0.6 * scores[index])
+            markers.append(cube)
+            if math.hypot(box[7], box[8]) > SLOWEST_ARROW:
+                _point(arrow, box)
+                arrow.color = cube.color
+                markers.append(arrow)
+        for marker in markers[1:]:
+            marker.header, marker.lifetime = header, lifetime
+        return MarkerArray(markers=markers)
+
+
+class CloudWriter:
+    """Writes voxels as PointCloud2; half of each point comes from tables that are made once for a grid.
+
+    observed: also free voxels that were observed, not only occupied ones.
+    """
+
+    def __init__(self, observed: bool = False) -> None:
+        self.observed = observed
+        self._for: tuple[VoxelGrid, MemoryOrder] | None = None
+        self._columns = self._layers = np.zeros(0, np.uint64)
+
+    def message(self, occupancy: Occupancy, header: Header) -> PointCloud2:
+        """Make the cloud of one volume; points are voxel centres in the grid's frame."""
+        state = occupancy.state.ravel(memory_order(occupancy))
+        chosen = np.flatnonzero(state != UNOBSERVED_STATE if self.observed else state == OCCUPIED_STATE)
+        return self.message_of(occupancy, chosen, header)
+
+    def message_of(self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header) -> PointCloud2:
+        """Make the cloud of the voxels with the flat indices `chosen` (M,), in the volume's `memory_order`."""
+        self.prepare(occupancy.grid, memory_order(occupancy))
+        return cloud_message(self._points(occupancy, chosen), header)
+
+    def prepare(self, grid: VoxelGrid, order: MemoryOrder = "F") -> None:
+        """Make the tables of a grid, so that the first cloud does not pay for it.
+
+        Columns, in memory order: x and y as the eight bytes they are in a point. Layers and classes: z and rgb.
+        """
+        if self._for != (grid, order):
+            self._for = (grid, order)
+            centres = grid.centres().astype(np.float32)
+            columns = np.stack([centres[:, :, 0, axis].ravel(order) for axis in (0, 1)], axis=-1)
+            self._columns = columns.view(np.uint64)[:, 0]
+            colours = _packed_colours()
+            layers = np.empty((grid.shape[2], len(colours), 2), np.uint32)
+            layers[..., 0] = centres[0, 0, :, 2].view(np.uint32)[:, None]
+            layers[..., 1] = colours
+            self._layers = layers.view(np.uint64).ravel()
+
+    def _points(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> array[int]:
+        """Pack voxels as POINT_FIELDS says, eight bytes at a time."""
+        order = memory_order(occupancy)
+        column, layer = self._places(chosen, order)
+        labels = occupancy.label.ravel(order).take(chosen, mode="clip")
+        data = array("B", bytes(1)) * (POINT_STEP * len(chosen))
+        points = np.frombuffer(data, np.uint64).reshape(-1, POINT_STEP // 8)
+        points[:, 0] = self._columns.take(column, mode="clip")
+        points[:, 1] = self._layers.take(layer * len(OCCUPANCY_COLOURS) + labels, mode="clip")
+        points.view(np.float32)[:, 4] = occupancy.confidence.ravel(order).take(chosen, mode="clip")
+        points.view(np.uint32)[:, 5] = labels  # little-endian: the label byte first, then padding
+        return data
+
+    def _places(self, chosen: NDArray[np.intp], order: MemoryOrder) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Split flat indices into those of column and layer."""
+        columns, layers = len(self._columns), len(self._layers) // len(OCCUPANCY_COLOURS)
+        inner = columns if order == "F" else layers
+        slow = chosen // inner
+        fast = chosen - slow * inner
+        return (fast, slow) if order == "F" else (slow, fast)
+
+
+def memory_order(occupancy: Occupancy) -> MemoryOrder:
+    """Return the order in which a volume's voxels are flattened without a copy: "F" as networks give them, x fastest."""
+    return "F" if occupancy.state.flags.f_contiguous else "C"
+
+
+def cloud_message(data: array[int], header: Header) -> PointCloud2:
+    """Wrap packed voxels, laid out as POINT_FIELDS, in a message."""
+    count = len(data) // POINT_STEP
+    cloud = PointCloud2(header=header, height=1, width=count, is_bigendian=False, is_dense=True)
+    cloud.fields = POINT_FIELD_MESSAGES
+    cloud.point_step, cloud.row_step = POINT_STEP, len(data)
+    cloud.data = data
+    return cloud
+
+
+def plane_from_occupancy(occupancy: Occupancy) -> NDArray[np.int8]:
+    """Project voxels onto the ground as (Y, X): 100 blocked, 0 free or ground, -1 not observed."""
+    label, state = volume_from_xyz(occupancy.label), volume_from_xyz(occupancy.state)
+    blocks = state == OCCUPIED_STATE
+    for name in GROUND_CLASSES:  # faster than a table of 18 classes
+        blocks &= label != OCCUPANCY_CLASSES.index(name)
+    blocked, seen = blocks.any(axis=0), (state != UNOBSERVED_STATE).any(axis=0)
+    return np.where(blocked, OCCUPIED_CELL, np.where(seen, FREE_CELL, UNKNOWN_CELL)).astype(np.int8, order="C")
+
+
+def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
+    """Make a nav_msgs/OccupancyGrid, row-major from the corner with the smallest x and y.
+
+    Raises:
+        ValueError: voxels are not square seen from above.
+    """
+    grid = occupancy.grid
+    if abs(grid.pitch[0] - grid.pitch[1]) > 1e-9:
+        raise ValueError(f"an OccupancyGrid needs square cells; the grid's pitch is {grid.pitch}")
+    out = OccupancyGrid(header=header)
+    out.info.map_load_time = header.stamp
+    out.info.resolution = grid.pitch[0]
+    out.info.width, out.info.height = grid.shape[0], grid.shape[1]
+    out.info.origin.position.x, out.info.origin.position.y = grid.lo[0], grid.lo[1]
+    out.info.origin.orientation.w = 1.0
+    data = array("b")
+    data.frombytes(plane_from_occupancy(occupancy).data.cast("B"))
+    out.data = data
+    return out
+
+
+class ResultWriter:
+    """Makes the output messages of one result, each only when it is called for; the next result's overwrite them."""
+
+    def __init__(self) -> None:
+        self._detections, self._markers = DetectionWriter(), MarkerWriter()
+        self._cloud = CloudWriter()
+
+    def prepare(self, grid: VoxelGrid, boxes: int) -> None:
+        """Make what depends on the grid and the number of boxes alone."""
+        self._cloud.prepare(grid)
+        self._markers.prepare(boxes)
+        with suppress(MissingCapability):  # then there is no such publisher
+            self._detections.prepare(boxes)
+
+    def makers(self, perception: Perception, parameters: PerceptionParameters) -> dict[str, Callable[[], Any]]:
+        """Return output (a key of graph.OUTPUTS) -> what makes its message."""
+        header = header_at(perception.stamp_ns, parameters.base_frame)
+        boxes, occupancy = perception.boxes, perception.occupancy
+        strong = boxes[boxes.score >= parameters.detection.marker_threshold]
+        self._cloud.observed = parameters.occupancy.publish == "observed"
+        return {
+            "objects": lambda: self._detections.message(boxes, header),
+            "points": lambda: self._cloud.message(occupancy, header),
+            "grid": lambda: grid_message(occupancy, header),
+            "markers": lambda: self._markers.message(strong, header, parameters.marker_lifetime_s),
+        }
+
+
+def encoder(parameters: PerceptionParameters) -> Callable[[Perception], Iterator[BagMessage]]:
+    """Return a function that serialises a result as the node would publish it."""
+    writer = ResultWriter()
+
+    def encode(perception: Perception) -> Iterator[BagMessage]:
+        for key, make in writer.makers(perception, parameters).items():
+            topic = OUTPUTS[key]
+            yield BagMessage(resolve(topic.name), topic.type, perception.stamp_ns, bytes(serialize_message(make())))
+
+    return encode
+
+
+def diagnostics_message(statuses: Iterable[Status], stamp_ns: int, hardware: str = "") -> DiagnosticArray:
+    """Make a diagnostic_msgs/DiagnosticArray."""
+    out = DiagnosticArray(header=header_at(stamp_ns, ""))
+    for status in statuses:
+        values = [KeyValue(key=str(key), value=str(value)) for key, value in status.values.items()]
+        out.status.append(
+            DiagnosticStatus(
+                level=bytes([status.level]),
+                name=status.name,
+                message=status.text,
+                hardware_id=hardware,
+                values=values,
+            )
+        )
+    return out
+
+
+def _place(pose: Any, box: list[float]) -> None:
+    pose.position.x, pose.position.y, pose.position.z = box[0:3]
+    pose.orientation.z, pose.orientation.w = math.sin(box[6] / 2), math.cos(box[6] / 2)
+
+
+def _detection(msg: Any) -> Any:
+    """Make a detection of one hypothesis, whose pose is the box's."""
+    detection = msg.Detection3D(results=[msg.ObjectHypothesisWithPose()])
+    detection.results[0].pose.pose = detection.bbox.center
+    return detection
+
+
+def _cube(index: int) -> Marker:
+    return Marker(ns="boxes", id=index, type=Marker.CUBE)
+
+
+def _arrow(index: int) -> Marker:
+    return Marker(
+        ns="velocity",
+        id=index,
+        type=Marker.ARROW,
+        points=[Point(), Point()],
+        scale=Vector3(x=0.15, y=0.35, z=0.5),
+        pose=Pose(orientation=Quaternion(w=1.0)),
+    )
+
+
+def _point(arrow: Marker, box: list[float]) -> None:
+    """Let an arrow show one second of motion, from the roof of the box."""
+    start, end = arrow.points
+    start.x, start.y, start.z = box[0], box[1], box[2] + box[5] / 2
+    end.x, end.y, end.z = box[0] + box[7], box[1] + box[8], start.z
+
+
+def _paint(colour: ColorRGBA, rgb: NDArray[np.uint8], alpha: float) -> None:
+    colour.r, colour.g, colour.b = (float(v) / 255 for v in rgb)
+    colour.a = alpha
+
+
+def _packed_colours() -> NDArray[np.uint32]:
+    """0x00RRGGBB of each occupancy class."""
+    r, g, b = OCCUPANCY_COLOURS.astype(np.uint32).T
+    return (r << 16) | (g << 8) | b

@@ -1,0 +1,552 @@
+"""The perception node: messages in, boxes and voxels out. Thin: intake, pipeline and message writers do the work.
+
+Callbacks only hand messages to the intake; a worker runs the pipeline on the newest set, and publishes what came of it
+in a second thread while the next one runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import rclpy
+from rclpy.clock import Clock, ClockType, JumpThreshold  # type: ignore[attr-defined]
+from rclpy.duration import Duration
+from rclpy.executors import ExternalShutdownException
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from std_msgs.msg import Float32
+
+from occbev.allocator import keep_large_blocks
+from occbev.config import ConfigError
+from occbev.graph import (
+    CAMERA_INFO,
+    COMPRESSED,
+    DIAGNOSTICS,
+    FRAME_INPUTS,
+    LATENCIES,
+    NODE_NAME,
+    ODOMETRY,
+    OUTPUTS,
+    SENSOR,
+    Quality,
+    Topic,
+)
+from occbev.messages.readers import MessageError
+from occbev.results import Perception
+from occbev.ros import outputs
+from occbev.ros.compat import publisher_events, require, subscription_events
+from occbev.ros.executor import SparingExecutor
+from occbev.ros.transport import use_large_image_profile
+from occbev.ros.worker import Rest, Worker
+from occbev.streams.frame_log import PROCESSED, Ledger
+from occbev.streams.health import health
+from occbev.streams.intake import Intake, Job, Work
+from occbev.streams.parameters import (
+    QOS_PREFIX,
+    PerceptionParameters,
+    current,
+    declare,
+    is_ours,
+    unknown_overrides,
+)
+from occbev.streams.runner import Finish, LoadedPipeline, PipelineLike, perceive, uncompensated
+
+POLL_S = 0.02
+"""How often timeouts of the synchroniser are looked at."""
+
+REPEAT_S = 5.0
+"""The same complaint is logged at most this often."""
+
+KEPT_LATENCIES = 200
+"""Results over which diagnostics give percentiles."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """When a set was begun, was decoded and was out (monotonic)."""
+
+    begin_ns: int
+    decoded_ns: int
+    published_ns: int
+
+
+class PerceptionNode(LifecycleNode):
+    """Lifecycle: configure loads the model, activate subscribes, deactivate keeps the model."""
+
+    def __init__(
+        self,
+        make_pipeline: Callable[[PerceptionParameters], PipelineLike] = LoadedPipeline,
+        **options: Any,
+    ) -> None:
+        """Declare parameters; nothing is loaded yet. `options` go to rclpy's Node."""
+        super().__init__(NODE_NAME, **options)
+        try:
+            self.parameters = declare(self)
+        except ConfigError:
+            self.destroy_node()
+            raise
+        self.ledger = Ledger()
+        # Complete from the start: the worker writes while diagnostics go through it.
+        self.latencies: dict[str, deque[float]] = {what: deque(maxlen=KEPT_LATENCIES) for what in LATENCIES.values()}
+        self._make_pipeline = make_pipeline
+        self._pipeline: PipelineLike | None = None
+        self._intake: Intake | None = None
+        self._worker: Worker[Job] | None = None
+        self._inputs: list[Any] = []
+        self._timers_running: list[Any] = []
+        self._out: dict[str, Any] = {}
+        self._debug: dict[str, Any] = {}
+        self._diagnostics: Any = None
+        self._writer = outputs.ResultWriter()
+        self._said: dict[str, float] = {}
+        self._last_end_ns: int | None = None
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.add_on_set_parameters_callback(self._on_parameters)
+        self._report_unknown("")
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model and create the publishers."""
+        try:
+            self.parameters = current(self)
+            begin = time.monotonic()
+            self._pipeline = self._make_pipeline(self.parameters)
+            self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
+        except (ValueError, LookupError, OSError, ImportError) as error:
+            self.get_logger().error(f"cannot configure: {error}")
+            return TransitionCallbackReturn.FAILURE
+        self.ledger.open(self.parameters.ledger_path)
+        self._advertise()
+        self.get_logger().info(f"{self.parameters.model} is loaded after {time.monotonic() - begin:.1f} s")
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Subscribe and start to work."""
+        assert self._pipeline is not None
+        if self.is_overrun:
+            self.get_logger().error("cannot activate: the network still runs on the last set")
+            return TransitionCallbackReturn.FAILURE
+        try:
+            self._intake = Intake(self.parameters, self._pipeline.decode)
+        except (ValueError, OSError) as error:
+            self.get_logger().error(f"cannot activate: {error}")
+            return TransitionCallbackReturn.FAILURE
+        self._last_end_ns = None
+        self._worker = Worker(self._process, self._on_worker_error, self.parameters.waiting_sets)
+        self._subscribe(self._intake)
+        self._timers_running = [
+            self.create_timer(POLL_S, self._on_poll, clock=self._steady),
+            self.create_timer(1.0, self._on_second, clock=self._steady),
+        ]
+        self._report_unknown(QOS_PREFIX)  # they are known only once the topics are
+        self.get_logger().info(f"listening to {', '.join(self.parameters.names)}")
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop listening; the model stays loaded."""
+        self._stop()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Unload the model."""
+        self._unload()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop and unload."""
+        self.close()
+        return super().on_shutdown(state)
+
+    def close(self) -> None:
+        """Stop the threads and account for what was still waiting; may be called twice."""
+        self._stop()
+        self._unload()
+        self.ledger.close()
+
+    def destroy_node(self) -> None:
+        """Destroy the node, and the lifecycle parts that rclpy leaves to garbage collection, perhaps after its context."""
+        super().destroy_node()
+        for name in [n for n in vars(self) if n.startswith(("_service_", "_state_machine"))]:
+            delattr(self, name)
+
+    @property
+    def is_overrun(self) -> bool:
+        """Whether the network still runs on a set that was given up when the node was stopped."""
+        return self._intake is None and self._worker is not None and not self._worker.ended
+
+    def start(self) -> bool:
+        """Configure and activate from inside, as `autostart` asks; False where that failed."""
+        success = TransitionCallbackReturn.SUCCESS
+        return self.trigger_configure() == success and self.trigger_activate() == success
+
+    def build(self) -> bool:
+        """Load the model, as `build_only` asks, so that what its runtime builds is kept; False where that failed."""
+        return self.trigger_configure() == TransitionCallbackReturn.SUCCESS
+
+    def _advertise(self) -> None:
+        for key, topic in OUTPUTS.items():
+            try:
+                self._out[key] = self._publisher(topic)
+            except ImportError as error:
+                self._complain(key, f"{topic.name} is not published: {error}")
+        self._diagnostics = self._publisher(DIAGNOSTICS)
+        if self.parameters.debug_topics:
+            for name, what in LATENCIES.items():
+                self._debug[what] = self.create_publisher(Float32, f"~/debug/{name}", 5)
+
+    def _publisher(self, topic: Topic) -> Any:
+        events = publisher_events()(incompatible_qos=partial(self._on_incompatible_reader, topic.name))
+        return self.create_publisher(
+            message_class(topic.type),
+            topic.name,
+            qos_profile(topic.quality),
+            event_callbacks=events,
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+        )
+
+    def _subscribe(self, intake: Intake) -> None:
+        images = Quality(SENSOR.reliability, depth=self.parameters.queue_depth)
+        for camera in self.parameters.names:
+            for name, kind in self.parameters.image_topics(camera).items():
+                take = partial(self._on_image, camera, kind == COMPRESSED)
+                self._listen(Topic(name, kind, images, ""), take)
+            info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
+            self._listen(info, partial(intake.add_info, camera))
+        odometry = replace(ODOMETRY, name=self.parameters.ego_motion.odometry_topic)
+        self._listen(odometry, self._on_odometry)
+        for topic in FRAME_INPUTS:
+            static = topic.name.endswith("static")
+            try:
+                self._listen(topic, partial(self._on_transforms, static))
+            except ImportError as error:
+                self._complain("tf", f"{topic.name} is not read: {error}")
+        # A step back by less than a second is left to the synchroniser, which drops what is late.
+        step_back = Duration(seconds=-self.parameters.sync.reset_s)
+        threshold = JumpThreshold(min_forward=None, min_backward=step_back, on_clock_change=False)
+        self._jump = self.get_clock().create_jump_callback(threshold, post_callback=self._on_clock_jump)
+
+    def _listen(self, topic: Topic, take: Callable[[Any], None]) -> None:
+        events = subscription_events()(incompatible_qos=partial(self._on_incompatible, topic.name))
+        subscription = self.create_subscription(
+            message_class(topic.type),
+            topic.name,
+            take,
+            qos_profile(topic.quality),
+            event_callbacks=events,
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+        )
+        self._inputs.append(subscription)
+
+    def _stop(self) -> None:
+        for timer in self._timers_running:
+            self.destroy_timer(timer)
+        for subscription in self._inputs:
+            self.destroy_subscription(subscription)
+        self._timers_running, self._inputs = [], []
+        if self._worker is not None and self._intake is not None:
+            self._jump.unregister()
+            for job in self._worker.stop() + self._intake.flush(time.monotonic_ns()):
+                self.ledger.record(job.stamp_ns, "stopped")
+            self._account_for_drops()
+            self._intake.close()
+        self._intake = None
+
+    def _unload(self) -> None:
+        if self.is_overrun:
+            self.get_logger().warning("the network still runs: it is left to the process's end")
+        elif self._pipeline is not None:
+            self._pipeline.close()
+        self._pipeline = None
+        for publisher in [*self._out.values(), *self._debug.values(), self._diagnostics]:
+            if publisher is not None:
+                self.destroy_publisher(publisher)
+        self._out, self._debug, self._diagnostics = {}, {}, None
+
+    def _report_unknown(self, prefix: str) -> None:
+        for name, near in unknown_overrides(self, prefix).items():
+            hint = f"; did you mean {near}?" if near else ""
+            self.get_logger().warning(f"parameter {name} is unknown and has no effect{hint}")
+
+    def _on_image(self, camera: str, compressed: bool, message: Any) -> None:
+        if self._intake is not None:
+            self._dispatch(self._intake.add_image(camera, message, compressed, time.monotonic_ns()))
+
+    def _on_transforms(self, static: bool, message: Any) -> None:
+        if self._intake is not None:
+            now_ns = time.monotonic_ns()
+            for problem in self._intake.add_transforms(message, static, now_ns):
+                self._complain("transforms", problem)
+
+    def _on_odometry(self, message: Any) -> None:
+        try:
+            if self._intake is not None:
+                self._intake.add_odometry(message)
+        except MessageError as error:
+            self._complain(
+                "odometry",
+                f"odometry on {self.parameters.ego_motion.odometry_topic} is not used: {error}",
+            )
+
+    def _on_clock_jump(self, jump: Any) -> None:
+        if self._intake is not None:
+            self.get_logger().warning(f"ROS time jumped by {jump.delta.nanoseconds / 1e9:.2f} s: starting again")
+            self._dispatch(self._intake.clock_jumped(time.monotonic_ns()))
+
+    def _on_incompatible(self, topic: str, event: Any) -> None:
+        offered = ", ".join(_offers(self, topic)) or "unknown"
+        self._complain(
+            f"qos {topic}",
+            f"{topic}: a publisher's quality of service does not match ours; offered: {offered}",
+        )
+
+    def _on_incompatible_reader(self, topic: str, event: Any) -> None:
+        wanted = ", ".join(_qualities(self.get_subscriptions_info_by_topic, self, topic))
+        self._complain(
+            f"qos {topic}",
+            f"{topic}: a subscriber's quality of service does not match ours and gets nothing; wanted: {wanted or 'unknown'}",
+        )
+
+    def _on_poll(self) -> None:
+        if self._intake is not None:
+            self._dispatch(self._intake.poll(time.monotonic_ns()))
+            self._account_for_drops()
+
+    def _dispatch(self, jobs: Sequence[Job]) -> None:
+        """Hand sets to the worker, oldest first; the newest stays."""
+        for job in jobs:
+            replaced = self._worker.put(job) if self._worker is not None else job
+            if replaced is not None:
+                self.ledger.record(replaced.stamp_ns, "replaced_by_newer")
+
+    def _account_for_drops(self) -> None:
+        if self._intake is not None:
+            for stamp_ns, reason in self._intake.take_key_drops():
+                self.ledger.record(stamp_ns, reason)
+
+    def _process(self, job: Job) -> Rest | None:
+        """Worker's first thread: one set into the network."""
+        intake, pipeline, worker = self._intake, self._pipeline, self._worker
+        assert intake is not None
+        assert pipeline is not None
+        assert worker is not None
+        begin_ns = time.monotonic_ns()
+        work = intake.resolve(job)
+        for camera, reason in work.frame_set.missing.items():
+            self._complain(f"camera {camera}", partial(self._missing_text, camera, reason))
+        if work.motion_problem:
+            self._complain("motion", uncompensated(work.motion_problem))
+        finish = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
+        if finish is not None:
+            return partial(self._finish, worker, job, work, finish, begin_ns)
+        if worker.claim(job):
+            self._complain(
+                "too few",
+                f"nothing is published: fewer than {self.parameters.sync.min_cameras} usable cameras",
+            )
+            self.ledger.record(job.stamp_ns, "too_few_cameras")
+        return None
+
+    def _finish(self, worker: Worker[Job], job: Job, work: Work, finish: Finish, begin_ns: int) -> None:
+        """Worker's second thread: take what the network said, decode, publish and book it."""
+        perception = finish()
+        if not worker.claim(job):
+            return
+        decoded_ns = time.monotonic_ns()
+        published = self._publish(perception)
+        moments = Moments(begin_ns, decoded_ns, time.monotonic_ns())
+        self._enter(job, work, perception, moments, published)
+
+    def _publish(self, perception: Perception) -> list[str]:
+        """Publish what someone listens to; return which outputs those were."""
+        makers = self._writer.makers(perception, self.parameters)
+        wanted = [key for key, publisher in self._out.items() if publisher.get_subscription_count() > 0]
+        for key in wanted:
+            self._out[key].publish(makers[key]())
+        return wanted
+
+    def _enter(
+        self,
+        job: Job,
+        work: Work,
+        perception: Perception,
+        moments: Moments,
+        published: list[str],
+    ) -> None:
+        """Book a processed set: images, missing cameras, the latency of every stage."""
+        end_ns = moments.published_ns
+        stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
+        # What the stages do not account for is waiting, in the mailbox or for the set before.
+        stages["queue"] = (moments.decoded_ns - job.emitted_ns) / 1e6 - sum(stages.values())
+        stages["decode"] = stages.get("decode", 0.0) + work.decode_ns / 1e6
+        stages["sync"] = (job.emitted_ns - job.arrival_ns) / 1e6
+        stages["publish"] = (end_ns - moments.decoded_ns) / 1e6
+        stages["total"] = (end_ns - job.arrival_ns) / 1e6
+        rhythm = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}
+        if self._last_end_ns is not None:
+            rhythm["cyclic_time"] = (end_ns - self._last_end_ns) / 1e6
+        self._last_end_ns = end_ns
+        for name, value in {**stages, **rhythm}.items():
+            self.latencies[name].append(value)
+            if name in self._debug:
+                self._debug[name].publish(Float32(data=value))
+        self.ledger.record(
+            job.stamp_ns,
+            PROCESSED,
+            images={name: image.stamp_ns for name, image in job.images.items()},
+            cameras=list(perception.boxes.cameras),
+            missing=dict(perception.missing),
+            motion=work.motion is not None,
+            boxes=len(perception.boxes),
+            published=published,
+            stages_ms={n: round(v, 3) for n, v in stages.items()},
+            begin_ns=moments.begin_ns,
+            published_ns=end_ns,
+        )
+
+    def _on_worker_error(self, job: Job, error: Exception) -> None:
+        self.ledger.record(job.stamp_ns, "pipeline_error")
+        self._complain("pipeline", f"the set at {job.stamp_ns} ns failed: {type(error).__name__}: {error}")
+
+    def _on_second(self) -> None:
+        """Publish diagnostics and name cameras that never came."""
+        if self._intake is None:
+            return
+        now_ns = time.monotonic_ns()
+        about = self._pipeline.about() if self._pipeline is not None else {}
+        statuses = health(self._intake, self.ledger, self.latencies, about, now_ns)
+        silent = [camera for camera, watch in self._intake.watch.items() if not watch.arrivals]
+        if silent:
+            texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
+            self._complain("silent cameras", "; ".join(texts))
+        self._diagnostics.publish(outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds))
+
+    def _missing_text(self, camera: str, reason: str) -> str:
+        return f"camera {camera} is missing: {reason}{self._offer_hint(camera)}"
+
+    def _offer_hint(self, camera: str) -> str:
+        """Say how many publishers each image topic of a camera has, and what quality of service they offer."""
+        hints = []
+        for name in self.parameters.image_topics(camera):
+            offers = _offers(self, name)
+            hints.append(f"{len(offers)} publishers on {name}" + (f" ({', '.join(offers)})" if offers else ""))
+        return f" [{'; '.join(hints)}]"
+
+    def _on_parameters(self, changed: Sequence[Any]) -> Any:
+        from rcl_interfaces.msg import SetParametersResult
+
+        if not any(is_ours(parameter.name) for parameter in changed):
+            return SetParametersResult(successful=True)
+        try:
+            self.parameters = current(self, changed)
+        except ConfigError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        if self._intake is not None:
+            self._intake.retune(self.parameters)
+        if self._pipeline is not None:
+            self._pipeline.retune(self.parameters)
+        return SetParametersResult(successful=True)
+
+    def _complain(self, about: str, text: str | Callable[[], str]) -> None:
+        """Log a warning, the same one at most every few seconds; a text that is dear is made only then."""
+        now = time.monotonic()
+        if now - self._said.get(about, -REPEAT_S) >= REPEAT_S:
+            self._said[about] = now
+            self.get_logger().warning(text() if callable(text) else text)
+
+
+def message_class(name: str) -> Any:
+    """Import a message class by its full name, such as "sensor_msgs/msg/Image"."""
+    package, _, kind = name.split("/")
+    if package in ("vision_msgs", "tf2_msgs"):
+        require(package)
+    return getattr(importlib.import_module(f"{package}.msg"), kind)
+
+
+def qos_profile(quality: Quality) -> QoSProfile:
+    """Make rclpy's form of a quality of service."""
+    reliable, lasting = quality.reliability == "reliable", quality.durability == "transient_local"
+    return QoSProfile(
+        depth=quality.depth,
+        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL if lasting else DurabilityPolicy.VOLATILE,
+    )
+
+
+def _offers(node: Any, topic: str) -> list[str]:
+    """Return the quality of service of each publisher of a topic, in words."""
+    return _qualities(node.get_publishers_info_by_topic, node, topic)
+
+
+def _qualities(ask: Callable[[str], Any], node: Any, topic: str) -> list[str]:
+    profiles = [info.qos_profile for info in ask(node.resolve_topic_name(topic))]
+    return [f"{p.reliability.name}/{p.durability.name}" for p in profiles]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; returns the exit status."""
+    profile = use_large_image_profile()
+    kept = keep_large_blocks()
+    rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))
+    try:
+        return _run(f"Fast DDS profile {profile}; allocator tuned: {kept}")
+    except ConfigError as error:
+        print(f"perception: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 0
+    except Exception as error:
+        if rclpy.ok():
+            raise
+        # A signal took the context away, most likely while something was being made in it.
+        print(
+            f"perception: ended by a signal, during {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
+        return 0
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+        rclpy.try_shutdown()
+
+
+def _run(settings: str) -> int:
+    """Make the node, start it as its parameters ask and spin; whatever happens, it is closed.
+
+    A network that outlasts the node runs in a thread that nothing may be taken from: Python's end is skipped then.
+    """
+    node = PerceptionNode()
+    node.get_logger().debug(settings)
+    try:
+        if node.parameters.build_only:
+            return 0 if node.build() or not rclpy.ok() else 1
+        executor = SparingExecutor()
+        executor.add_node(node)
+        # A signal during the transitions makes them fail, but it is no failure.
+        if node.parameters.autostart and not node.start() and rclpy.ok():
+            return 1
+        executor.spin()
+        return 0
+    finally:
+        node.close()
+        if node.is_overrun:
+            atexit.register(_leave)
+        node.destroy_node()
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

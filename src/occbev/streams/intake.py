@@ -1,0 +1,322 @@
+"""Everything that comes in, until a frame set is ready for the pipeline: decode, synchronise, calibrate, place.
+
+It knows messages only by their fields, so the live node and offline replay use the same code.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occbev.inference.pipeline import motion_to_key
+from occbev.inference.preprocess import ImageError
+from occbev.messages.readers import (
+    MessageError,
+    compressed_from_message,
+    image_from_message,
+    pose_from_odometry,
+    stamp_to_ns,
+)
+from occbev.messages.tf import Buffer, InvalidArgumentException
+from occbev.results import CameraFrame, FrameSet
+from occbev.rig import Camera, CameraRig
+from occbev.streams.calibration import Calibration
+from occbev.streams.ego_motion import EgoMotion
+from occbev.streams.parameters import PerceptionParameters
+from occbev.streams.sync import FrameSynchronizer, MatchedSet
+from occbev.trajectory import PoseError
+
+Decode = Callable[[CameraFrame, Camera], CameraFrame]
+"""Turns the encoded bytes of a frame into an array."""
+
+WAITING_DECODES = 8
+"""Images per camera that may wait for a decoding thread; more would only grow old."""
+
+SPARSE = 8
+"""Rows and columns between the pixels that the checks for frozen and black images look at."""
+
+RECENT = 30
+"""Arrivals of a camera over which its rate is taken."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image that is ready, and how long that took."""
+
+    frame: CameraFrame
+    decode_ns: int
+
+
+Job = MatchedSet["Future[DecodedImage]"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Input of the pipeline. motion: camera -> ego at its exposure to ego at the key time, None if unknown.
+
+    decode_ns: of the slowest image. motion_problem: why there is no motion, "" if there is or it is switched off.
+    fresh: the first set since the start, a clock jump or a looped bag: what was before it must be forgotten.
+    """
+
+    frame_set: FrameSet
+    rig: CameraRig
+    motion: dict[str, NDArray[np.float64]] | None
+    decode_ns: int
+    motion_problem: str = ""
+    fresh: bool = False
+
+
+@dataclass
+class Watch:
+    """What an operator wants to know of one camera."""
+
+    arrivals: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    refused: Counter[str] = field(default_factory=Counter)
+    problem: str = ""
+    fingerprint: int = 0
+    repeats: int = 0
+
+    def note_pixels(self, fingerprint: int) -> None:
+        """Count how often in a row the same pixels came."""
+        self.repeats = self.repeats + 1 if fingerprint == self.fingerprint else 1
+        self.fingerprint = fingerprint
+
+    @property
+    def rate_hz(self) -> float:
+        """Images per second over the recent arrivals."""
+        if len(self.arrivals) < 2:
+            return 0.0
+        return (len(self.arrivals) - 1) * 1e9 / max(1, self.arrivals[-1] - self.arrivals[0])
+
+
+@dataclass
+class TransformWatch:
+    """What an operator wants to know of /tf and /tf_static. arrival_ns: of the newest moving transforms."""
+
+    arrival_ns: int | None = None
+    static_messages: int = 0
+    problem: str = ""
+    problem_ns: int = 0
+    problems: int = 0
+
+    def note(self, static: bool, now_ns: int, problems: list[str]) -> None:
+        """Book one message and what was wrong with it."""
+        if static:
+            self.static_messages += 1
+        else:
+            self.arrival_ns = now_ns
+        if problems:
+            self.problem, self.problem_ns = problems[-1], now_ns
+            self.problems += len(problems)
+
+
+class Intake:
+    """Takes messages, gives jobs; `resolve` turns a job into the pipeline's input and may run in another thread."""
+
+    def __init__(self, parameters: PerceptionParameters, decode: Decode) -> None:
+        self.parameters = parameters
+        self.buffer = Buffer()
+        self.calibration = Calibration(parameters, self.buffer)
+        self.ego = EgoMotion(parameters.ego_motion, self.buffer, parameters.base_frame, parameters.sync.reset_s)
+        self.sync: FrameSynchronizer[Future[DecodedImage]] = FrameSynchronizer(
+            parameters.names, parameters.anchor_camera, parameters.sync
+        )
+        self.watch = {name: Watch() for name in parameters.names}
+        self.transforms = TransformWatch()
+        self.motion_problem = ""
+        self._resolved_epoch: int | None = None
+        self._decode = decode
+        self._pool = ThreadPoolExecutor(parameters.decode_threads, "decode")
+        self._waiting: Counter[str] = Counter()
+        self._lock = threading.RLock()
+
+    def add_image(self, camera: str, message: Any, compressed: bool, now_ns: int) -> list[Job]:
+        """Take an Image or CompressedImage and start to decode it; return the sets that it completes."""
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        with self._lock:
+            watch = self.watch[camera]
+            watch.arrivals.append(now_ns)
+            self.calibration.note_image_frame(camera, str(message.header.frame_id))
+            if stamp_ns == 0:
+                watch.refused["no_stamp"] += 1
+                watch.problem = "its images carry no stamp (header.stamp is 0)"
+                return []
+            return self.sync.push(camera, stamp_ns, self._start(camera, message, compressed, stamp_ns), now_ns)
+
+    def add_info(self, camera: str, message: Any) -> None:
+        """Take a CameraInfo."""
+        with self._lock:
+            self.calibration.add_info(camera, message)
+
+    def add_odometry(self, message: Any) -> None:
+        """Take an Odometry; raises MessageError for one that cannot be a pose of the base frame."""
+        child = str(message.child_frame_id).lstrip("/")
+        if child not in ("", self.parameters.base_frame):
+            raise MessageError(f"child_frame_id {child!r}: want the base frame {self.parameters.base_frame!r}")
+        self.ego.add(stamp_to_ns(message.header.stamp), pose_from_odometry(message))
+
+    def add_transforms(self, message: Any, static: bool, now_ns: int) -> list[str]:
+        """Take a TFMessage; the good transforms of it are kept, what is wrong with the others is returned."""
+        problems = []
+        for transform in message.transforms:
+            try:
+                if static:
+                    self.buffer.set_transform_static(transform)
+                    continue
+                newest = self.buffer.newest_ns(transform.child_frame_id)
+                step_ns = int(self.parameters.sync.reset_s * 1e9)
+                if newest is not None and stamp_to_ns(transform.header.stamp) < newest - step_ns:
+                    self.buffer.clear()
+                self.buffer.set_transform(transform)
+            except InvalidArgumentException as error:
+                problems.append(str(error))
+        problems += self.buffer.take_conflicts()
+        self.transforms.note(static, now_ns, problems)
+        return problems
+
+    def poll(self, now_ns: int) -> list[Job]:
+        """Return the sets whose time is up."""
+        with self._lock:
+            return self.sync.poll(now_ns)
+
+    def flush(self, now_ns: int) -> list[Job]:
+        """Return what waits, at the end of a recording."""
+        with self._lock:
+            return self.sync.flush(now_ns)
+
+    def take_key_drops(self) -> list[tuple[int, str]]:
+        """Return (stamp_ns, reason) of key times dropped by the synchroniser since the last call."""
+        with self._lock:
+            return self.sync.take_key_drops()
+
+    def clock_jumped(self, now_ns: int) -> list[Job]:
+        """Start again after a backward jump of ROS time; static transforms and learned offsets stay."""
+        with self._lock:
+            self.buffer.clear()
+            self.ego.clear()
+            return self.sync.reset("clock_jump", now_ns)
+
+    def calibrated(self) -> Any:
+        """Return the rig as it is known now."""
+        with self._lock:
+            return self.calibration.now()
+
+    def resolve(self, job: Job) -> Work:
+        """Wait for the images of a set and put calibration and ego motion beside them.
+
+        Cameras that cannot be used are left out, with the reason in `frame_set.missing`.
+        """
+        calibrated = self.calibrated()
+        frames: dict[str, CameraFrame | None] = dict.fromkeys(self.parameters.names)
+        missing, slowest = dict(job.missing), 0
+        for name, image in job.images.items():
+            try:
+                decoded = image.payload.result(timeout=5.0)
+            except (ImageError, MessageError) as error:
+                missing[name] = str(error)
+                continue
+            except Exception as error:  # whatever else a decoder fails of costs its camera, not the set
+                missing[name] = f"camera {name}: its image was not decoded: {type(error).__name__}: {error}"
+                continue
+            if name in calibrated.problems:
+                missing[name] = calibrated.problems[name]
+                continue
+            frames[name], slowest = decoded.frame, max(slowest, decoded.decode_ns)
+        frame_set = FrameSet(job.stamp_ns, frames, missing)
+        self._note_problems(job, missing)
+        work = self._with_motion(frame_set, calibrated.rig, slowest)
+        self.motion_problem = work.motion_problem
+        fresh, self._resolved_epoch = job.epoch != self._resolved_epoch, job.epoch
+        return replace(work, fresh=fresh)
+
+    def retune(self, parameters: PerceptionParameters) -> None:
+        """Take parameters of which only those have changed that may while the node runs."""
+        with self._lock:
+            self.parameters = parameters
+            self.sync.retune(parameters.sync)
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, camera: str, message: Any, compressed: bool, stamp_ns: int) -> Future[DecodedImage]:
+        """Check a message and give it to a decoding thread; a bad one becomes a future that already failed."""
+        future: Future[DecodedImage]
+        try:
+            limit = self.parameters.max_image_pixels
+            image = compressed_from_message(message, limit) if compressed else image_from_message(message, limit)
+            self._refuse_frozen(camera, image)
+            if self._waiting[camera] >= WAITING_DECODES:
+                raise MessageError(f"{WAITING_DECODES} of its images wait to be decoded: the machine is too slow")
+        except MessageError as error:
+            self.watch[camera].refused["bad_image"] += 1
+            future = Future()
+            future.set_exception(MessageError(f"camera {camera}: {error}"))
+            return future
+        self._waiting[camera] += 1
+        future = self._pool.submit(self._decoded, CameraFrame(camera, stamp_ns, image), self.calibration.camera(camera))
+        future.add_done_callback(lambda _: self._finished(camera))
+        return future
+
+    def _refuse_frozen(self, camera: str, image: bytes | NDArray[np.uint8]) -> None:
+        limit, watch = self.parameters.frozen_after, self.watch[camera]
+        watch.note_pixels(fingerprint(image))
+        if limit and watch.repeats >= limit:
+            raise MessageError(f"it is frozen: the same pixels came {watch.repeats} times in a row")
+
+    def _finished(self, camera: str) -> None:
+        with self._lock:
+            self._waiting[camera] -= 1
+
+    def _decoded(self, frame: CameraFrame, camera: Camera | None) -> DecodedImage:
+        """Decode in a thread; without calibration the bytes stay, since the useful size is not known yet."""
+        begin = time.perf_counter_ns()
+        try:
+            frame = frame if camera is None else self._decode(frame, camera)
+            self._refuse_black(frame)
+        except Exception:
+            self.watch[frame.camera].refused["bad_image"] += 1
+            raise
+        return DecodedImage(frame, time.perf_counter_ns() - begin)
+
+    def _refuse_black(self, frame: CameraFrame) -> None:
+        limit, image = self.parameters.black_below, frame.image
+        if limit and not isinstance(image, bytes):
+            brightest = int(image[::SPARSE, ::SPARSE].max())
+            if brightest < limit:
+                raise ImageError(frame.camera, f"it is black: its brightest value is {brightest}")
+
+    def _with_motion(self, frame_set: FrameSet, rig: CameraRig, decode_ns: int) -> Work:
+        present = [frame for frame in frame_set.frames.values() if frame is not None]
+        if not present:
+            return Work(frame_set, rig, None, decode_ns)
+        stamps = [frame_set.stamp_ns, *(frame.stamp_ns for frame in present)]
+        self.ego.wait_until(max(stamps), self.parameters.ego_motion.wait_s)
+        try:
+            poses = self.ego.poses(stamps)
+        except PoseError as error:
+            return Work(frame_set, rig, None, decode_ns, str(error))
+        if poses is None:
+            return Work(frame_set, rig, None, decode_ns)
+        placed = {f.camera: replace(f, ego2global=p) for f, p in zip(present, poses[1:], strict=True)}
+        frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
+        return Work(frame_set, rig, motion_to_key(frame_set, poses[0]), decode_ns)
+
+    def _note_problems(self, job: Job, missing: dict[str, str]) -> None:
+        with self._lock:
+            for name, watch in self.watch.items():
+                watch.problem = missing.get(name, "")
+
+
+def fingerprint(image: bytes | NDArray[np.uint8]) -> int:
+    """Return a checksum of encoded bytes, or of some rows of an image."""
+    return zlib.crc32(image if isinstance(image, bytes) else np.ascontiguousarray(image[::SPARSE]).data)

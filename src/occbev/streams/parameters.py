@@ -1,0 +1,377 @@
+"""Parameters of the perception node: one dataclass is the schema, ROS declarations and YAML follow from it.
+
+What training fixed (grids, classes, normalisation) is not here: it travels in the model package.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from occbev.config import ConfigError, bounded, from_record
+from occbev.graph import CAMERAS, COMPRESSED, IMAGE, ODOMETRY, camera_topics
+from occbev.messages.readers import MAX_IMAGE_PIXELS
+from occbev.streams.sync import SyncConfig
+
+QOS_PREFIX = "qos_overrides."
+"""How ROS 2 names the quality of service of a node's topics: qos_overrides.<topic>.<publisher|subscription>.<policy>."""
+
+
+@dataclass(frozen=True)
+class CameraParameters:
+    """Where one camera's images and calibration come from."""
+
+    topic: str = ""
+    """Image topic; one that ends in "compressed" carries CompressedImage. Empty: ~/input/<camera>/image and its compressed form."""
+    info_topic: str = ""
+    """CameraInfo topic; empty: ~/input/<camera>/camera_info."""
+    frame_id: str = ""
+    """Optical frame, where the messages' own frame_id is wrong or empty."""
+    extrinsic: tuple[float, ...] = ()
+    """Camera to base_link as x, y, z, qx, qy, qz, qw, used where TF has no such transform; empty for none."""
+    image_is_rectified: str = "auto"
+    """true uses P and no distortion, false K and D; auto is true for a topic with "rect" in its name or a zero D."""
+
+    def __post_init__(self) -> None:
+        if len(self.extrinsic) not in (0, 7):
+            raise ConfigError(f"extrinsic: want 7 numbers x, y, z, qx, qy, qz, qw, got {len(self.extrinsic)}")
+        if self.image_is_rectified not in ("auto", "true", "false"):
+            raise ConfigError(f"image_is_rectified {self.image_is_rectified!r}: must be auto, true or false")
+
+    def rectified(self) -> bool | None:
+        """Whether images are rectified; None leaves it to the distortion in CameraInfo."""
+        if self.image_is_rectified != "auto":
+            return self.image_is_rectified == "true"
+        return True if "rect" in self.topic else None
+
+
+@dataclass(frozen=True)
+class EgoMotionParameters:
+    """How the vehicle moved between the exposures of one set."""
+
+    source: str = "auto"
+    """odometry, tf, none, or auto: odometry if it comes, else TF."""
+    odometry_topic: str = ODOMETRY.name
+    """Topic of nav_msgs/Odometry of the base frame."""
+    fixed_frame: str = "odom"
+    """Frame of TF that does not move."""
+    wait_s: float = bounded(0.1, 0.0, 1.0)
+    """How long a set waits for the pose at its last exposure."""
+
+    def __post_init__(self) -> None:
+        if self.source not in ("auto", "odometry", "tf", "none"):
+            raise ConfigError(f"source {self.source!r}: must be auto, odometry, tf or none")
+
+
+@dataclass(frozen=True)
+class DetectionParameters:
+    """Boxes that are put out."""
+
+    score_threshold: float = bounded(0.1, 0.0001, 0.9999, live=True)
+    """Least score of a box."""
+    max_boxes: int = bounded(100, 0, 500, live=True)
+    """Most boxes of one result, the best first."""
+    marker_threshold: float = bounded(0.3, 0.0, 1.0, live=True)
+    """Least score of a box that is drawn as a marker."""
+
+
+@dataclass(frozen=True)
+class OccupancyParameters:
+    """Voxels that are put out."""
+
+    publish: str = field(default="occupied", metadata={"live": True})
+    """occupied, or observed for free voxels as well."""
+
+    def __post_init__(self) -> None:
+        if self.publish not in ("occupied", "observed"):
+            raise ConfigError(f"publish {self.publish!r}: must be occupied or observed")
+
+
+@dataclass(frozen=True)
+class PerceptionParameters:
+    """All parameters of the perception node."""
+
+    model: str = "occbev-tiny"
+    """Model package: a folder, or the name of a shipped one."""
+    backend: str = "auto"
+    """Inference runtime: openvino, onnxruntime, tensorrt, torch or auto."""
+    threads: int = bounded(0, 0, 256)
+    """CPU threads of the runtime; 0 leaves it to the runtime."""
+    sets_at_once: int = bounded(0, 0, 2)
+    """Sets in the network at once, OpenVINO's: 1 for least latency, 2 for most sets; 0: 2 on one or two cores, else 1."""
+    rig: str = ""
+    """Rig YAML to use in place of CameraInfo and TF; empty: calibration comes from the topics."""
+    base_frame: str = "base_link"
+    """Frame of all results: x forward, y left, z up."""
+    anchor: str = ""
+    """Camera whose images are the key times; empty: CAM_FRONT, or the first camera."""
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    """How images of different cameras are joined."""
+    ego_motion: EgoMotionParameters = field(default_factory=EgoMotionParameters)
+    """Compensation of the vehicle's motion between exposures."""
+    detection: DetectionParameters = field(default_factory=DetectionParameters)
+    """Boxes that are put out."""
+    occupancy: OccupancyParameters = field(default_factory=OccupancyParameters)
+    """Voxels that are put out."""
+    marker_lifetime_s: float = bounded(0.5, 0.0, 60.0, live=True)
+    """After how long markers vanish when nothing new comes."""
+    decode_threads: int = bounded(2, 1, 64)
+    """Threads that decode images as they arrive."""
+    queue_depth: int = bounded(5, 1, 100)
+    """Images of one camera that the middleware may queue."""
+    waiting_sets: int = bounded(1, 1, 100)
+    """Sets that may wait while the network runs; the oldest is dropped for a newer one."""
+    frozen_after: int = bounded(10, 0, 1000, live=True)
+    """A camera that sent the same pixels this often in a row is left out; 0 trusts it."""
+    black_below: int = bounded(4, 0, 255, live=True)
+    """An image whose brightest value lies below this is left out as black; 0 trusts it."""
+    max_image_pixels: int = bounded(MAX_IMAGE_PIXELS, 1, 10**9, live=True)
+    """Larger images are refused before anything is allocated."""
+    debug_topics: bool = False
+    """Publish the latency of every stage under ~/debug."""
+    ledger_path: str = ""
+    """File that gets one JSON line for every key time: processed, or dropped and why; empty for none."""
+    autostart: bool = True
+    """Configure and activate at start, without a lifecycle manager."""
+    build_only: bool = False
+    """Load the model, which builds and keeps a TensorRT engine, and end; for the command line."""
+    cameras: Mapping[str, CameraParameters] = field(
+        default_factory=lambda: {name: CameraParameters() for name in CAMERAS}
+    )
+    """Cameras by name, in order; in ROS the order is `cameras.names`."""
+
+    def __post_init__(self) -> None:
+        if not self.cameras:
+            raise ConfigError("cameras.names is empty: name at least one camera")
+        if self.anchor and self.anchor not in self.cameras:
+            raise ConfigError(f"anchor {self.anchor!r} is not one of cameras.names {list(self.cameras)}")
+        if self.sync.min_cameras > len(self.cameras):
+            raise ConfigError(f"sync.min_cameras {self.sync.min_cameras} exceeds the {len(self.cameras)} cameras")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Camera names in order."""
+        return tuple(self.cameras)
+
+    @property
+    def anchor_camera(self) -> str:
+        """The camera whose images are the key times."""
+        return self.anchor or ("CAM_FRONT" if "CAM_FRONT" in self.cameras else self.names[0])
+
+    def image_topics(self, camera: str) -> dict[str, str]:
+        """Return image topic -> message type of one camera."""
+        topic = self.cameras[camera].topic
+        if topic:
+            return {topic: COMPRESSED if topic.endswith("compressed") else IMAGE}
+        return {t.name: t.type for t in camera_topics(camera)[:2]}
+
+    def info_topic(self, camera: str) -> str:
+        """Return the calibration topic of one camera."""
+        return self.cameras[camera].info_topic or camera_topics(camera)[2].name
+
+
+def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> PerceptionParameters:
+    """Read a ROS parameter file: every `ros__parameters` in it, in order, laid over each other.
+
+    changes: dotted name -> value in YAML, laid over the file.
+
+    Raises:
+        ConfigError: naming the file and the dotted key.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+        merged: dict[str, Any] = {}
+        for node in (document or {}).values():
+            merged.update(node["ros__parameters"])
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a ROS parameter file (node name, then ros__parameters): {error!r}") from error
+    values = {name: _parsed(name, text) for name, text in (changes or {}).items()}
+    try:
+        return parameters_from_record(_nested(values, merged))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}:={text}: not a value in YAML") from error
+
+
+def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
+    """Build parameters from nested plain values, `cameras.names` giving the order."""
+    record = {key: value for key, value in record.items() if key != "use_sim_time" and not key.startswith("qos_")}
+    cameras = dict(record.pop("cameras", {}) or {})
+    names = list(cameras.pop("names", CAMERAS))
+    strangers = sorted(set(cameras) - set(names))
+    if strangers:
+        near = difflib.get_close_matches(strangers[0], names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"cameras.{strangers[0]} is not in cameras.names {names}{hint}")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"cameras.names holds a camera twice: {names}")
+    record["cameras"] = {name: cameras.get(name, {}) for name in names}
+    parameters = from_record(PerceptionParameters, record)
+    for leaf in leaves(PerceptionParameters):
+        _check_range(leaf, attrgetter(leaf.name)(parameters))
+    return parameters
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter: dotted name, default, help text, range, and whether it may change while the node runs."""
+
+    name: str
+    default: Any
+    text: str
+    range: tuple[float, float] | None = None
+    live: bool = False
+
+
+@cache
+def leaves(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
+    """List the parameters of a dataclass, nested ones with dotted names; mappings are left out."""
+    return tuple(_leaves(schema, prefix))
+
+
+def _leaves(schema: type, prefix: str) -> Iterator[Leaf]:
+    texts, hints = field_texts(schema), typing.get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[entry.name]):
+            yield from leaves(hints[entry.name], f"{prefix}{entry.name}.")
+        elif typing.get_origin(hints[entry.name]) is not Mapping:
+            yield Leaf(
+                prefix + entry.name,
+                entry.default,
+                texts[entry.name],
+                entry.metadata.get("range"),
+                entry.metadata.get("live", False),
+            )
+
+
+def field_texts(schema: type) -> dict[str, str]:
+    """Return field -> the docstring under it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    texts = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_text:
+            texts[statement.target.id] = str(following.value.value)
+    return texts
+
+
+def declare(node: Any) -> PerceptionParameters:
+    """Declare every parameter on a node and return their values.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+    for leaf in leaves(PerceptionParameters):
+        _declare(node, leaf)
+    names = Leaf(
+        "cameras.names",
+        list(CAMERAS),
+        "Cameras in order; each has its own cameras.<name>.* parameters.",
+    )
+    _declare(node, names)
+    for camera in node.get_parameter("cameras.names").value:
+        for leaf in leaves(CameraParameters, f"cameras.{camera}."):
+            _declare(node, leaf)
+    return current(node)
+
+
+def _declare(node: Any, leaf: Leaf) -> None:
+    """Declare one parameter; a given value of a wrong type or out of range is named before rclpy sees it."""
+    given = node._parameter_overrides.get(leaf.name)
+    if given is not None:
+        node._parameter_overrides[leaf.name] = type(given)(leaf.name, value=_fitting(leaf, given.value))
+    node.declare_parameter(leaf.name, _plain(leaf.default), _descriptor(leaf))
+
+
+def _fitting(leaf: Leaf, value: Any) -> Any:
+    """Return a value in the type of its parameter: 5 is a double where one is wanted."""
+    wanted = type(leaf.default)
+    if wanted in (tuple, list):
+        return value
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{leaf.name} is {value!r}: want a {_TYPE_NAMES[wanted]}")
+    _check_range(leaf, value)
+    return value
+
+
+def _check_range(leaf: Leaf, value: Any) -> None:
+    if leaf.range is not None and not leaf.range[0] <= value <= leaf.range[1]:
+        low, high = leaf.range
+        raise ConfigError(f"{leaf.name} is {value}: must be between {low} and {high}")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+
+
+def current(node: Any, changed: Sequence[Any] = ()) -> PerceptionParameters:
+    """Return the declared parameters' values, with `changed` rclpy parameters laid over them."""
+    values = {name: parameter.value for name, parameter in node._parameters.items()}
+    values.update({parameter.name: parameter.value for parameter in changed})
+    return parameters_from_record(_nested({n: v for n, v in values.items() if is_ours(n)}))
+
+
+def unknown_overrides(node: Any, prefix: str = "") -> dict[str, str]:
+    """Return given but undeclared parameters -> the nearest declared name, "" where none is near.
+
+    prefix: QOS_PREFIX for those of the topics, which are declared as topics are made; else all of ours.
+    """
+    declared = list(node._parameters)
+    chosen = is_ours if not prefix else lambda name: name.startswith(prefix)
+    given = [name for name in node._parameter_overrides if name not in declared and chosen(name)]
+    return {name: next(iter(difflib.get_close_matches(name, declared, 1)), "") for name in given}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a parameter is of this node's schema, not one that rclpy declares."""
+    return not name.startswith(("use_sim_time", "start_type_description", QOS_PREFIX))
+
+
+def _nested(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Turn dotted names into nested mappings, over those of `onto`."""
+    record: dict[str, Any] = {} if onto is None else onto
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        place = record
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = list(value) if hasattr(value, "tolist") or isinstance(value, tuple) else value
+    return record
+
+
+def _plain(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _descriptor(leaf: Leaf) -> Any:
+    from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+
+    descriptor = ParameterDescriptor(name=leaf.name, description=leaf.text, read_only=not leaf.live)
+    if isinstance(leaf.default, tuple):
+        descriptor.dynamic_typing = True  # an empty list in YAML has no type
+    if leaf.range and isinstance(leaf.default, float):
+        low, high = map(float, leaf.range)
+        descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high)]
+    elif leaf.range:
+        low, high = map(int, leaf.range)
+        descriptor.integer_range = [IntegerRange(from_value=low, to_value=high)]
+    return descriptor

@@ -1,0 +1,531 @@
+"""Synchronisation: N stamped camera streams become frame sets of one instant, or counted drops.
+
+It knows no ROS and opens no image: stamps are integer nanoseconds, payloads are opaque, and the
+caller says what time it is. One camera is the anchor; each of its images is one key time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
+
+from occbev.config import bounded
+
+T = TypeVar("T")
+
+LEARNED_MATCHES = 15
+"""Matches over which a camera's offset is the median, and anchor gaps that give the period."""
+
+WARM_UP_GAPS, ANCHOR_GAPS = 2, 3
+"""Gaps between stamps that must be seen before the period counts as known: of any cameras, of the anchor."""
+
+SILENT_AFTER = 3
+"""Sets in a row without a camera after which sets no longer wait for it."""
+
+RELEARN_AFTER = 5
+"""Sets in a row without a camera that still delivers after which its offset is learned anew."""
+
+LOCKED_SHARE, ACQUIRE_SHARE = 0.45, 0.5
+"""Largest share of the anchor's period that a match may be off, once and before the offset is known."""
+
+REMEMBERED_STAMPS = 16
+"""Stamps of each camera that are kept to recognise an image that is sent twice."""
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """How images of different cameras are joined."""
+
+    tolerance_s: float = bounded(0.05, 0.001, 1.0, live=True)
+    """Furthest that an image may be from its camera's expected time; half a period is never exceeded."""
+    timeout_s: float = bounded(0.2, 0.01, 10.0, live=True)
+    """How long after the anchor's arrival a set waits for the other cameras."""
+    min_cameras: int = bounded(1, 1, 64, live=True)
+    """Fewest cameras of a set; with fewer nothing is put out."""
+    acquire_s: float = bounded(0.05, 0.001, 1.0, live=True)
+    """Furthest that an image may be from the anchor while neither its offset nor the period is known."""
+    reset_s: float = bounded(1.0, 0.1, 3600.0)
+    """Step back of a camera's stamps that counts as a clock jump or a looped bag."""
+    queue: int = bounded(30, 1, 1000, live=True)
+    """Images of one camera that wait for an anchor."""
+
+    def __post_init__(self) -> None:
+        for name in ("tolerance_s", "timeout_s", "acquire_s", "reset_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"sync.{name} is {getattr(self, name)}, must be positive")
+        if self.min_cameras < 1 or self.queue < 1:
+            raise ValueError(f"sync.min_cameras {self.min_cameras} and sync.queue {self.queue} must be at least 1")
+
+
+class StampedImage(NamedTuple, Generic[T]):
+    """One image as the caller handed it in; `number` orders equal stamps without looking at payloads."""
+
+    stamp_ns: int
+    number: int
+    payload: T
+
+
+@dataclass(frozen=True)
+class MatchedSet(Generic[T]):
+    """Images of one instant.
+
+    stamp_ns: the key time. images: camera -> image, only those present. missing: camera -> reason.
+    epoch: counts clock jumps; stamps increase strictly within one epoch.
+    arrival_ns, emitted_ns: caller's clock when the anchor came and when the set left.
+    """
+
+    stamp_ns: int
+    images: Mapping[str, StampedImage[T]]
+    missing: Mapping[str, str]
+    epoch: int
+    arrival_ns: int
+    emitted_ns: int
+
+
+@dataclass
+class SyncStatistics:
+    """What became of everything: `keys == complete + partial + sum(dropped_keys.values()) + pending`."""
+
+    received: Counter[str] = field(default_factory=Counter)
+    """Camera -> images pushed."""
+    used: Counter[str] = field(default_factory=Counter)
+    """Camera -> images that left in a set."""
+    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+    """Camera -> reason -> images that were not used."""
+    keys: int = 0
+    """Key times: anchor images, and images that stood in for a dead anchor."""
+    complete: int = 0
+    """Sets put out with every camera."""
+    partial: int = 0
+    """Sets put out with cameras missing."""
+    dropped_keys: Counter[str] = field(default_factory=Counter)
+    """Reason -> key times without a set."""
+    resets: Counter[str] = field(default_factory=Counter)
+    """Reason -> resets."""
+
+
+@dataclass
+class _Key(Generic[T]):
+    """A key time that waits for its images. owner: the camera that made it, whose image never moves."""
+
+    stamp_ns: int
+    arrival_ns: int
+    owner: str
+    images: dict[str, StampedImage[T]]
+
+
+class _Stream(Generic[T]):
+    """What is known of one camera: its unmatched images, its offset to the anchor, whether it is alive."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pool: list[StampedImage[T]] = []
+        self.newest_ns: int | None = None
+        self.arrival_ns: int | None = None
+        self.recent: deque[int] = deque(maxlen=REMEMBERED_STAMPS)
+        self.matches: deque[int] = deque()
+        self.ordered: list[int] = []
+        self.offset_ns = 0
+        self.misses = 0
+        self.awaited = True
+
+    @property
+    def locked(self) -> bool:
+        return bool(self.matches)
+
+    def learn(self, offset_ns: int) -> None:
+        ordered = self.ordered
+        if len(ordered) == LEARNED_MATCHES:
+            del ordered[bisect_left(ordered, self.matches.popleft())]
+        self.matches.append(offset_ns)
+        insort(ordered, offset_ns)
+        self.offset_ns = ordered[len(ordered) // 2]
+
+    def unlearn(self) -> None:
+        self.matches.clear()
+        self.ordered.clear()
+        self.offset_ns = 0
+
+    def take_nearest(self, expected_ns: int, window_ns: int) -> StampedImage[T] | None:
+        """Remove and return the waiting image nearest to `expected_ns`, if one is within the window."""
+        pool = self.pool
+        best = bisect_left(pool, (expected_ns,))
+        if best == len(pool) or (best and expected_ns - pool[best - 1].stamp_ns <= pool[best].stamp_ns - expected_ns):
+            best -= 1
+        if not pool or abs(pool[best].stamp_ns - expected_ns) > window_ns:
+            return None
+        return pool.pop(best)
+
+
+class FrameSynchronizer(Generic[T]):
+    """Joins images to sets by an anchor camera and each camera's learned offset to it.
+
+    An image belongs to the key time whose anchor stamp + offset it is nearest to. Offsets are medians
+    of recent matches, so the tolerance can stay far below half a period even where cameras fire one
+    after the other. A set leaves when it is complete, or `timeout_s` after its anchor came.
+    """
+
+    def __init__(self, cameras: Sequence[str], anchor: str | None = None, config: SyncConfig | None = None) -> None:
+        self.cameras = tuple(cameras)
+        self.anchor = self.cameras[0] if anchor is None else anchor
+        self.config = config or SyncConfig()
+        if self.anchor not in self.cameras or len(set(self.cameras)) != len(self.cameras):
+            raise ValueError(f"anchor {self.anchor!r} must be one of the cameras, each named once: {self.cameras}")
+        self.period_ns: int | None = None
+        self.retune(self.config)
+        self.statistics = SyncStatistics(dropped={name: Counter() for name in self.cameras})
+        self.epoch = 0
+        self._streams: dict[str, _Stream[T]] = {name: _Stream(name) for name in self.cameras}
+        self._pending: list[_Key[T]] = []
+        self._anchor_gaps: deque[int] = deque(maxlen=LEARNED_MATCHES)
+        self._first_gaps: list[int] = []
+        self._last_ns: int | None = None
+        self._last_owner = self.anchor
+        self._started_ns: int | None = None
+        self._earlier_pass: tuple[int, int] | None = None
+        self._number = 0
+        self._key_drops: deque[tuple[int, str]] = deque(maxlen=1000)
+
+    def retune(self, config: SyncConfig) -> None:
+        """Go on with other settings; raises ValueError if they ask for more cameras than there are."""
+        if config.min_cameras > len(self.cameras):
+            raise ValueError(f"sync.min_cameras {config.min_cameras} exceeds the {len(self.cameras)} cameras")
+        self.config = config
+        self._timeout_ns = int(config.timeout_s * 1e9)
+        self._tolerance_ns = int(config.tolerance_s * 1e9)
+        self._acquire_ns = int(config.acquire_s * 1e9)
+        self._reset_ns = int(config.reset_s * 1e9)
+        self._set_period(self.period_ns)
+
+    def take_key_drops(self) -> list[tuple[int, str]]:
+        """Return (stamp_ns, reason) of the key times that were dropped since the last call."""
+        drops = list(self._key_drops)
+        self._key_drops.clear()
+        return drops
+
+    @property
+    def pending(self) -> int:
+        """Key times that still wait."""
+        return len(self._pending)
+
+    @property
+    def next_deadline_ns(self) -> int | None:
+        """When `poll` will next have something to do, on the caller's clock."""
+        return self._pending[0].arrival_ns + self._timeout_ns if self._pending else None
+
+    def offset_ns(self, camera: str) -> int | None:
+        """Learned offset of a camera to the anchor, None while it is unknown."""
+        stream = self._streams[camera]
+        return stream.offset_ns if stream.locked or camera == self.anchor else None
+
+    def is_silent(self, camera: str) -> bool:
+        """Whether sets no longer wait for this camera."""
+        return not self._streams[camera].awaited
+
+    def push(self, camera: str, stamp_ns: int, payload: T, now_ns: int) -> list[MatchedSet[T]]:
+        """Take one image and return the sets that it completes, oldest first.
+
+        now_ns: a clock that only goes forward. Raises KeyError for an unknown camera.
+        """
+        stream = self._streams.get(camera)
+        if stream is None:
+            raise KeyError(f"camera {camera!r} is not one of {self.cameras}")
+        self.statistics.received[camera] += 1
+        if self._started_ns is None:
+            self._started_ns = now_ns
+        if self._earlier_pass is not None and self._is_straggler(stamp_ns, *self._earlier_pass):
+            self._drop_anchored(camera, stamp_ns, "previous_pass")
+            return []
+        finished = []
+        if stream.newest_ns is not None and stamp_ns < stream.newest_ns - self._reset_ns:
+            finished = self._restart_at(camera, stamp_ns, now_ns)
+        if stamp_ns in stream.recent:
+            self._drop_anchored(camera, stamp_ns, "duplicate")
+            return finished
+        self._observe(stream, stamp_ns, now_ns)
+        self._number += 1
+        self._accept(stream, StampedImage(stamp_ns, self._number, payload), now_ns)
+        return finished + self._release(now_ns)
+
+    def poll(self, now_ns: int) -> list[MatchedSet[T]]:
+        """Return the sets whose time is up."""
+        return self._release(now_ns)
+
+    def flush(self, now_ns: int) -> list[MatchedSet[T]]:
+        """Put out what waits, as at the end of a recording."""
+        finished = []
+        while self._pending:
+            finished += self._finish(self._pending.pop(0), now_ns)
+        for stream in self._streams.values():
+            self._drop_many(stream, len(stream.pool), "unmatched")
+            stream.pool.clear()
+        return finished
+
+    def reset(self, reason: str, now_ns: int) -> list[MatchedSet[T]]:
+        """Forget every stamp but no offset, as after a clock jump; return what could still be joined."""
+        finished = self.flush(now_ns)
+        self.statistics.resets[reason] += 1
+        self.epoch += 1
+        self._last_ns = None
+        self._earlier_pass = None
+        for stream in self._streams.values():
+            stream.newest_ns = None
+            stream.recent.clear()
+        return finished
+
+    def _restart_at(self, camera: str, stamp_ns: int, now_ns: int) -> list[MatchedSet[T]]:
+        """Begin a new pass because `camera` stepped back; remember where the old one ended."""
+        end_ns = max(s.newest_ns for s in self._streams.values() if s.newest_ns is not None)
+        finished = self.reset("stamps_went_back", now_ns)
+        self._earlier_pass = (stamp_ns, end_ns)
+        return finished
+
+    def _is_straggler(self, stamp_ns: int, start_ns: int, end_ns: int) -> bool:
+        """Whether an image belongs to the pass before the last reset: nearer to its end than to the new start."""
+        if stamp_ns > end_ns + 2 * (self.period_ns or 0) or abs(stamp_ns - start_ns) < (end_ns - start_ns) // 2:
+            # Past the old end it was one wrong stamp and no new pass; well into the new pass nothing old comes.
+            if not start_ns <= stamp_ns <= start_ns + self._reset_ns // 2:
+                self._earlier_pass = None
+            return False
+        return True
+
+    def _observe(self, stream: _Stream[T], stamp_ns: int, now_ns: int) -> None:
+        """Learn the period from the gap to the camera's newest stamp."""
+        gap = 0 if stream.newest_ns is None else stamp_ns - stream.newest_ns
+        stream.recent.append(stamp_ns)
+        stream.arrival_ns = now_ns
+        if gap < 0:
+            return
+        stream.newest_ns = stamp_ns
+        if gap == 0:
+            return
+        gaps = self._anchor_gaps
+        if stream.name == self.anchor:
+            gaps.append(gap)
+            if len(gaps) >= ANCHOR_GAPS:
+                # The lower quartile stays right while most of the gaps are widened by lost images.
+                self._set_period(sorted(gaps)[len(gaps) // 4])
+        if len(gaps) < ANCHOR_GAPS and len(self._first_gaps) < LEARNED_MATCHES:
+            self._first_gaps.append(gap)
+            if len(self._first_gaps) >= WARM_UP_GAPS:
+                self._begin_with_period(min(self._first_gaps))
+
+    def _begin_with_period(self, period_ns: int) -> None:
+        """Match everything again where the first guess of the period shrinks the windows."""
+        if self.period_ns is not None and self.period_ns <= period_ns:
+            return
+        self._set_period(period_ns)
+        for key in self._pending:
+            for name in [n for n in key.images if n != key.owner]:
+                insort(self._streams[name].pool, key.images.pop(name))
+        for key in self._pending:
+            self._collect(key)
+
+    def _set_period(self, period_ns: int | None) -> None:
+        """Take a period, and what follows from it and the settings."""
+        self.period_ns = period_ns
+        if period_ns is None:
+            self._locked_ns, self._unlocked_ns = self._tolerance_ns, self._acquire_ns
+            self._patience_ns = 10 * self._timeout_ns
+        else:
+            self._locked_ns = min(self._tolerance_ns, int(LOCKED_SHARE * period_ns))
+            self._unlocked_ns = int(ACQUIRE_SHARE * period_ns)
+            self._patience_ns = max(2 * self._timeout_ns, 3 * period_ns)
+
+    def _window_ns(self, stream: _Stream[T]) -> int:
+        """Furthest that an image of this camera may be from where it is expected."""
+        return self._locked_ns if stream.matches or stream.name == self.anchor else self._unlocked_ns
+
+    def _accept(self, stream: _Stream[T], image: StampedImage[T], now_ns: int) -> None:
+        if stream.name == self.anchor:
+            if not self._place(stream, image, substitutes_only=True):
+                self._open_key(stream, image, image.stamp_ns, now_ns)
+        elif not self._place(stream, image):
+            if stream.name == self._substitute(now_ns):
+                self._open_key(stream, image, image.stamp_ns - stream.offset_ns, now_ns)
+            else:
+                self._keep(stream, image)
+
+    def _substitute(self, now_ns: int) -> str | None:
+        """The camera that stands in for the anchor: the first that delivers while the anchor does not."""
+        patience = self._patience_ns
+        if now_ns - self._last_arrival(self.anchor) <= patience:
+            return None
+        return next(
+            (n for n in self.cameras if n != self.anchor and now_ns - self._last_arrival(n) <= patience),
+            None,
+        )
+
+    def _last_arrival(self, camera: str) -> int:
+        arrival = self._streams[camera].arrival_ns
+        return arrival if arrival is not None else (self._started_ns or 0)
+
+    def _open_key(self, stream: _Stream[T], image: StampedImage[T], stamp_ns: int, now_ns: int) -> None:
+        """Make a key time of an image and give it what already waits."""
+        if self._is_late_key(stamp_ns, stream.name):
+            self._drop(stream.name, "late")
+            self._drop_key(stamp_ns, "late")
+            return
+        self.statistics.keys += 1
+        key = _Key(stamp_ns, now_ns, stream.name, {stream.name: image})
+        self._collect(key)
+        place = len(self._pending)
+        while place and self._pending[place - 1].stamp_ns > stamp_ns:
+            place -= 1
+        self._pending.insert(place, key)
+
+    def _is_late_key(self, stamp_ns: int, owner: str) -> bool:
+        if any(key.stamp_ns == stamp_ns for key in self._pending):
+            return True
+        if self._last_ns is None:
+            return False
+        # A set of the same instant may have left under a stand-in, whose key time is only an estimate.
+        margin = 0 if owner == self._last_owner else (self.period_ns or 0) // 2
+        return stamp_ns <= self._last_ns + margin
+
+    def _collect(self, key: _Key[T]) -> None:
+        for name, stream in self._streams.items():
+            if name not in key.images and stream.pool:
+                image = stream.take_nearest(key.stamp_ns + stream.offset_ns, self._window_ns(stream))
+                if image is not None:
+                    key.images[name] = image
+
+    def _place(self, stream: _Stream[T], image: StampedImage[T], substitutes_only: bool = False) -> bool:
+        """Put an image into the waiting key that it is nearest to; False if there is none for it."""
+        keys = [k for k in self._pending if k.owner != self.anchor] if substitutes_only else self._pending
+        if not keys:
+            return False
+        expected = image.stamp_ns - stream.offset_ns
+        key = keys[0]
+        distance = abs(key.stamp_ns - expected)
+        for other in keys[1:]:
+            if abs(other.stamp_ns - expected) < distance:
+                key, distance = other, abs(other.stamp_ns - expected)
+        if distance > self._window_ns(stream):
+            return False
+        earlier = key.images.get(stream.name)
+        if earlier is None:
+            key.images[stream.name] = image
+        elif key.owner != stream.name and distance < abs(earlier.stamp_ns - stream.offset_ns - key.stamp_ns):
+            key.images[stream.name] = image
+            self._keep(stream, earlier)
+        else:
+            return False
+        return True
+
+    def _keep(self, stream: _Stream[T], image: StampedImage[T]) -> None:
+        """Let an image wait for a key time to come, or drop it where none can come any more."""
+        window = self._window_ns(stream)
+        expected = image.stamp_ns - stream.offset_ns
+        if self._last_ns is not None and self.period_ns is not None:
+            if abs(expected - self._last_ns) <= (window if stream.locked else self.period_ns):
+                stream.awaited = True  # it came for the last set, only too late: it is alive
+            if expected + window <= self._last_ns or (stream.locked and expected - window <= self._last_ns):
+                self._drop(stream.name, "late")
+                return
+        insort(stream.pool, image)
+        horizon = self._horizon_ns()
+        stale = 0
+        if horizon is not None:
+            stale = bisect_left(stream.pool, (horizon + stream.offset_ns - window,))
+        if stale:
+            del stream.pool[:stale]
+            self._drop_many(stream, stale, "unmatched")
+        if len(stream.pool) > self.config.queue:
+            stream.pool.pop(0)
+            self._drop(stream.name, "queue_full")
+
+    def _horizon_ns(self) -> int | None:
+        return self._pending[0].stamp_ns if self._pending else self._last_ns
+
+    def _release(self, now_ns: int) -> list[MatchedSet[T]]:
+        """Finish key times in order: each when nothing more is waited for, or when its time is up."""
+        finished: list[MatchedSet[T]] = []
+        while self._pending:
+            key = self._pending[0]
+            if not self._is_ready(key) and now_ns - key.arrival_ns < self._timeout_ns:
+                break
+            finished += self._finish(self._pending.pop(0), now_ns)
+        return finished
+
+    def _is_ready(self, key: _Key[T]) -> bool:
+        if self.period_ns is None:  # a neighbouring sweep cannot be told apart yet
+            return False
+        if len(key.images) == len(self.cameras):
+            return True
+        if len(key.images) < self.config.min_cameras:
+            return False
+        for name, stream in self._streams.items():  # noqa: SIM110 - a generator is slower, and this runs for every image
+            if stream.awaited and name not in key.images:
+                return False
+        return True
+
+    def _finish(self, key: _Key[T], now_ns: int) -> list[MatchedSet[T]]:
+        """Turn a key into a set, or into a counted drop where too few cameras came."""
+        self._last_ns, self._last_owner = key.stamp_ns, key.owner
+        missing = {n: self._miss(s, now_ns) for n, s in self._streams.items() if n not in key.images}
+        if len(key.images) < self.config.min_cameras:
+            self.statistics.dropped_keys["too_few_cameras"] += 1
+            self._key_drops.append((key.stamp_ns, "too_few_cameras"))
+            for name in key.images:
+                self.statistics.dropped[name]["too_few_cameras"] += 1
+            return []
+        for name, image in key.images.items():
+            self.statistics.used[name] += 1
+            stream = self._streams[name]
+            stream.misses, stream.awaited = 0, True
+            if name not in (self.anchor, key.owner):  # the owner's stamp made the key time
+                stream.learn(image.stamp_ns - key.stamp_ns)
+        if missing:
+            self.statistics.partial += 1
+        else:
+            self.statistics.complete += 1
+        images = {name: key.images[name] for name in self.cameras if name in key.images}
+        return [MatchedSet(key.stamp_ns, images, missing, self.epoch, key.arrival_ns, now_ns)]
+
+    def _why_missing(self, stream: _Stream[T]) -> str:
+        if stream.arrival_ns is None:
+            return "no image received yet"
+        if stream.misses > SILENT_AFTER:
+            return f"no matching image for {stream.misses} sets"
+        return f"no image within {self._window_ns(stream) / 1e6:.0f} ms of its expected time"
+
+    def _miss(self, stream: _Stream[T], now_ns: int) -> str:
+        """Note that a set left without this camera, and say why."""
+        reason = self._why_missing(stream)
+        stream.misses += 1
+        if stream.misses >= SILENT_AFTER:
+            stream.awaited = False
+        still_delivers = stream.arrival_ns is not None and now_ns - stream.arrival_ns < 2 * (self.period_ns or 0)
+        if stream.misses % RELEARN_AFTER == 0 and still_delivers and stream.name != self.anchor:
+            stream.unlearn()
+        return reason
+
+    def _drop_anchored(self, camera: str, stamp_ns: int, reason: str) -> None:
+        """Drop an image before it was looked at; an anchor's is a key time as well."""
+        self._drop(camera, reason)
+        if camera == self.anchor:
+            self._drop_key(stamp_ns, reason)
+
+    def _drop(self, camera: str, reason: str) -> None:
+        self.statistics.dropped[camera][reason] += 1
+
+    def _drop_key(self, stamp_ns: int, reason: str) -> None:
+        self.statistics.keys += 1
+        self.statistics.dropped_keys[reason] += 1
+        self._key_drops.append((stamp_ns, reason))
+
+    def _drop_many(self, stream: _Stream[T], count: int, reason: str) -> None:
+        if count:
+            self.statistics.dropped[stream.name][reason] += count
+
+
+def total_drops(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add reason -> count mappings of several cameras."""
+    total: Counter[str] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return dict(total)

@@ -1,0 +1,84 @@
+"""Waiting for ego poses: only where one can still come; needs no ROS."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from occbev.messages.tf import Buffer
+from occbev.streams.ego_motion import EgoMotion
+from occbev.streams.parameters import EgoMotionParameters
+
+S = 10**9
+LONG_S = 2.0
+"""What a wait that should not be would take."""
+
+
+class Poses:
+    """Ego motion of one source, and a way to feed it."""
+
+    def __init__(self, source: str) -> None:
+        self.buffer = Buffer()
+        parameters = EgoMotionParameters(source=source)
+        self.ego = EgoMotion(parameters, self.buffer, "base_link")
+        self._source = source
+
+    def add(self, stamp_ns: int) -> None:
+        if self._source == "odometry":
+            self.ego.add(stamp_ns, np.eye(4))
+        else:
+            self.buffer.set_transform(_transform(stamp_ns))
+
+    def waited_s(self, stamp_ns: int) -> float:
+        begin = time.monotonic()
+        self.ego.wait_until(stamp_ns, LONG_S)
+        return time.monotonic() - begin
+
+
+def _transform(stamp_ns: int) -> Any:
+    stamp = SimpleNamespace(sec=stamp_ns // S, nanosec=stamp_ns % S)
+    return SimpleNamespace(
+        header=SimpleNamespace(frame_id="odom", stamp=stamp),
+        child_frame_id="base_link",
+        transform=SimpleNamespace(
+            translation=SimpleNamespace(x=1.0, y=0.0, z=0.0),
+            rotation=SimpleNamespace(x=0.0, y=0.0, z=0.0, w=1.0),
+        ),
+    )
+
+
+@pytest.mark.parametrize("source", ["odometry", "tf"])
+@pytest.mark.parametrize(
+    ("history", "stamp_ns"),
+    [([], 50 * S), ([60 * S, 61 * S], 50 * S), ([40 * S, 41 * S], 50 * S), ([49 * S, 50 * S], 50 * S)],
+    ids=["nothing ever came", "the stamp is older than all", "poses have stopped", "it is there"],
+)
+def test_nothing_waits_for_a_pose_that_cannot_come(source: str, history: list[int], stamp_ns: int) -> None:
+    poses = Poses(source)
+    for known in history:
+        poses.add(known)
+    assert poses.waited_s(stamp_ns) < LONG_S / 4
+
+
+@pytest.mark.parametrize("source", ["odometry", "tf"])
+def test_a_pose_that_is_a_little_late_is_waited_for(source: str) -> None:
+    poses = Poses(source)
+    poses.add(49 * S)
+    timer = threading.Timer(0.1, poses.add, [50 * S + 1])
+    timer.start()
+    assert 0.05 < poses.waited_s(49 * S + S // 2) < LONG_S / 4
+    timer.join()
+
+
+def test_a_clock_jump_ends_the_wait() -> None:
+    poses = Poses("odometry")
+    poses.add(49 * S)
+    timer = threading.Timer(0.1, poses.ego.clear)
+    timer.start()
+    assert poses.waited_s(49 * S + S // 2) < LONG_S / 4
+    timer.join()

@@ -1,0 +1,162 @@
+"""Outgoing messages: every field that a subscriber relies on."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="output messages are rclpy's")
+
+from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPANCY_COLOURS
+from occbev.grid import GRIDS, VoxelGrid
+from occbev.messages.readers import cloud_from_message
+from occbev.results import Boxes3D, Occupancy
+from occbev.ros import outputs
+from occbev.ros.compat import capabilities, require
+
+HEADER = outputs.header_at(1_600_000_000_123_456_789, "base_link")
+
+
+def boxes() -> Boxes3D:
+    box = np.array([[10, 2, 0.9, 4.5, 1.9, 1.6, math.pi / 2, 0.0, 8.0], [5, -3, 1, 0.7, 0.6, 1.7, 0, 0.1, 0]])
+    return Boxes3D(box.astype(np.float32), np.array([0, 8]), np.array([0.9, 0.4], np.float32))
+
+
+def volume(grid: VoxelGrid | None = None, share: float = 0.05) -> Occupancy:
+    grid = grid or GRIDS["tiny"]
+    rng = np.random.default_rng(0)
+    occupied = rng.random(grid.shape) < share
+    label = np.where(occupied, rng.integers(0, FREE, grid.shape), FREE).astype(np.uint8)
+    state = np.where(occupied, 2, rng.integers(0, 2, grid.shape)).astype(np.uint8)
+    return Occupancy(label, rng.random(grid.shape).astype(np.float32), state, grid)
+
+
+def test_stamps_keep_their_nanoseconds() -> None:
+    assert (HEADER.stamp.sec, HEADER.stamp.nanosec) == (1_600_000_000, 123_456_789)
+
+
+def test_detections_carry_centre_size_heading_and_class() -> None:
+    pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
+    message = outputs.DetectionWriter().message(boxes(), HEADER)
+    first = message.detections[0]
+    assert (first.bbox.center.position.x, first.bbox.size.x) == (10.0, 4.5)
+    assert first.bbox.size.y == pytest.approx(1.9)
+    assert first.bbox.center.orientation.z == pytest.approx(math.sin(math.pi / 4))
+    hypotheses = [d.results[0].hypothesis for d in message.detections]
+    assert [h.class_id for h in hypotheses] == [DETECTION_CLASSES[0], DETECTION_CLASSES[8]]
+    assert hypotheses[0].score == pytest.approx(0.9)
+    assert message.header.frame_id == "base_link"
+
+
+def test_markers_delete_the_last_ones_first_and_expire() -> None:
+    message = outputs.MarkerWriter().message(boxes(), HEADER, lifetime_s=0.4)
+    actions = [m.action for m in message.markers]
+    assert actions == [outputs.Marker.DELETEALL, 0, 0, 0]
+    kinds = [m.type for m in message.markers[1:]]
+    assert sorted(kinds) == [outputs.Marker.ARROW, outputs.Marker.CUBE, outputs.Marker.CUBE]
+    assert all(m.lifetime.nanosec == 400_000_000 for m in message.markers[1:])
+    arrow = next(m for m in message.markers if m.type == outputs.Marker.ARROW and m.action == 0)
+    assert arrow.points[1].y - arrow.points[0].y == pytest.approx(8.0)
+    keys = {(m.ns, m.id) for m in message.markers[1:]}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("kind", ["DetectionWriter", "MarkerWriter"])
+def test_a_message_that_is_filled_again_holds_nothing_of_the_last_one(kind: str) -> None:
+    if kind == "DetectionWriter":
+        pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
+    make, both = getattr(outputs, kind), boxes()
+    later, used = outputs.header_at(1_700_000_000_000_000_000, "base_link"), make()
+    for few, header in ((both, HEADER), (both[::-1], later), (both[1:], HEADER), (both, later)):
+        assert used.message(few, header) == make().message(few, header)
+    assert len(getattr(used.message(both[:0], later), "detections", ())) == 0
+
+
+def as_networks_give_it(occupancy: Occupancy) -> Occupancy:
+    """The same voxels with x fastest in memory."""
+    arrays = (occupancy.label, occupancy.confidence, occupancy.state)
+    return Occupancy(*(np.asfortranarray(array) for array in arrays), occupancy.grid)
+
+
+def test_clouds_and_planes_do_not_depend_on_the_memory_of_a_volume() -> None:
+    occupancy, writer = volume(), outputs.CloudWriter(True)
+    other = as_networks_give_it(occupancy)
+    assert (outputs.memory_order(occupancy), outputs.memory_order(other)) == ("C", "F")
+    clouds = [cloud_from_message(writer.message(o, HEADER)) for o in (occupancy, other, occupancy)]
+    np.testing.assert_array_equal(clouds[0], clouds[2])
+    np.testing.assert_array_equal(np.sort(clouds[0]), np.sort(clouds[1]))
+    planes = [outputs.plane_from_occupancy(o) for o in (occupancy, other)]
+    np.testing.assert_array_equal(*planes)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_clouds_read_back_what_the_volume_holds(observed: bool) -> None:
+    writer = outputs.CloudWriter(observed)
+    for grid in (GRIDS["tiny"], VoxelGrid((0, 0, 0), (1, 1, 1), (4, 5, 6)), GRIDS["tiny"]):
+        occupancy = volume(grid)
+        message = writer.message(occupancy, HEADER)
+        chosen = np.argwhere(occupancy.state > 0 if observed else occupancy.state == 2)
+        points = cloud_from_message(message)
+        assert message.width == len(chosen) == len(points)
+        centres = np.stack([points["x"], points["y"], points["z"]], -1)
+        np.testing.assert_allclose(centres, grid.centres(chosen), atol=1e-5)
+        labels = occupancy.label[tuple(chosen.T)]
+        np.testing.assert_array_equal(points["label"], labels)
+        np.testing.assert_array_equal(points["confidence"], occupancy.confidence[tuple(chosen.T)])
+        r, g, b = OCCUPANCY_COLOURS[labels].astype(np.uint32).T
+        np.testing.assert_array_equal(points["rgb"], (r << 16) | (g << 8) | b)
+
+
+def test_an_empty_volume_is_an_empty_cloud() -> None:
+    message = outputs.CloudWriter().message(volume(share=0.0), HEADER)
+    assert (message.width, len(message.data), message.height) == (0, 0, 1)
+
+
+def test_upstream_reads_our_clouds() -> None:
+    point_cloud2 = pytest.importorskip("sensor_msgs_py.point_cloud2", reason="not on PyPI")
+    occupancy = volume()
+    message = outputs.CloudWriter().message(occupancy, HEADER)
+    theirs = point_cloud2.read_points(message)
+    np.testing.assert_array_equal(theirs["label"], cloud_from_message(message)["label"])
+
+
+def test_the_plane_is_row_major_from_the_lower_left_corner() -> None:
+    grid = VoxelGrid((-2, -1, 0), (0.5, 0.5, 0.5), (8, 4, 3))
+    label = np.full(grid.shape, FREE, np.uint8)
+    state = np.ones(grid.shape, np.uint8)
+    state[:, 3] = 0
+    car, road = OCCUPANCY_CLASSES.index("car"), OCCUPANCY_CLASSES.index("driveable_surface")
+    label[6, 1, 1], state[6, 1, 1] = car, 2
+    label[2, 0, 0], state[2, 0, 0] = road, 2
+    nothing = np.zeros(grid.shape, np.float32)
+    message = outputs.grid_message(Occupancy(label, nothing, state, grid), HEADER)
+    plane = np.array(message.data, np.int8).reshape(message.info.height, message.info.width)
+    assert plane.shape == (4, 8)
+    assert plane[1, 6] == 100
+    assert plane[0, 2] == 0
+    assert (plane[3] == -1).all()
+    assert (message.info.origin.position.x, message.info.origin.position.y) == (-2.0, -1.0)
+    assert message.info.resolution == pytest.approx(0.5)
+
+
+def test_oblong_cells_are_refused() -> None:
+    occupancy = volume(VoxelGrid((0, 0, 0), (1, 2, 1), (3, 3, 3)))
+    with pytest.raises(ValueError, match="square cells"):
+        outputs.grid_message(occupancy, HEADER)
+
+
+def test_diagnostics_carry_levels_and_values() -> None:
+    message = outputs.diagnostics_message([outputs.Status("occbev: sync", 1, "late", {"drops": 3})], 5, "rig")
+    (status,) = message.status
+    assert (status.level, status.name, status.hardware_id) == (b"\x01", "occbev: sync", "rig")
+    assert (status.values[0].key, status.values[0].value) == ("drops", "3")
+
+
+def test_capabilities_name_what_installs_them() -> None:
+    absent = [c for c in capabilities() if not c.present]
+    assert all("install" in c.remedy for c in absent)
+    for capability in absent:
+        with pytest.raises(ImportError, match=f"{capability.name} is needed for"):
+            require(capability.name)

@@ -1,0 +1,450 @@
+"""The perception node over real DDS, with a stub in place of the network: stamps, outputs, faults, accounts."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+
+from occbev.config import ConfigError
+from occbev.streams.frame_log import read_ledger
+
+pytestmark = pytest.mark.ros
+
+NAMES = {"CAM_FRONT", "CAM_LEFT", "CAM_RIGHT"}
+
+
+def stamps(messages: list[Any]) -> list[int]:
+    return [m.header.stamp.sec * 10**9 + m.header.stamp.nanosec for m in messages]
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["jpeg", "raw"])
+def test_every_set_is_published_with_its_key_time(make_bench: Callable[..., Any], raw: bool) -> None:
+    bench = make_bench(raw).ready()
+    keys = bench.vehicle.drive(8)
+    bench.finished(8)
+    assert bench.node.ledger.outcomes == {"processed": 8}
+    for key in ("objects", "points", "grid"):
+        bench.wait(lambda key=key: len(bench.received[key]) == 8)
+        assert stamps(bench.received[key]) == keys
+        assert {m.header.frame_id for m in bench.received[key]} == {"base_link"}
+    bench.wait(lambda: len(bench.received["markers"]) == 8)
+    frame_set = bench.pipeline.seen[0]
+    assert set(frame_set.cameras) == NAMES
+    image = frame_set.frames["CAM_LEFT"].image
+    assert image.shape == (48, 64, 3)
+    if raw:
+        np.testing.assert_array_equal(image, bench.vehicle.rgb)
+    assert bench.pipeline.rigs[-1]["CAM_FRONT"].intrinsic[0, 0] == 50
+
+
+def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_path: Path) -> None:
+    bench = make_bench().ready()
+    keys = bench.vehicle.drive(5)
+    bench.finished(5)
+    lines = read_ledger(tmp_path / "ledger.jsonl")
+    assert [line["stamp_ns"] for line in lines] == keys
+    first = lines[0]
+    assert (first["outcome"], set(first["cameras"]), first["boxes"]) == ("processed", NAMES, 1)
+    assert set(first["published"]) == {"objects", "points", "grid", "markers"}
+    assert {"sync", "decode", "inference", "publish", "total"} <= set(first["stages_ms"])
+
+
+def test_a_slow_pipeline_drops_old_sets_and_counts_them(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(delay_s=0.15, waiting_sets=1).ready()
+    keys = bench.vehicle.drive(20, period_s=0.04)
+    bench.finished(20)
+    outcomes = bench.node.ledger.outcomes
+    assert outcomes["processed"] + outcomes["replaced_by_newer"] == 20
+    assert outcomes["replaced_by_newer"] >= 5
+    assert bench.pipeline.seen[-1].stamp_ns == keys[-1]
+
+
+def test_ego_motion_comes_from_odometry(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    for i in range(40):
+        bench.vehicle.odometry(900_000_000 + i * 20_000_000, x=0.2 * i)  # 10 m/s
+    bench.wait(lambda: bench.node._intake.ego.source == "odometry")
+    bench.vehicle.drive(4, spread_ns=10_000_000)
+    bench.finished(4)
+    motion = bench.pipeline.motions[0]
+    forward = {name: m[0, 3] for name, m in motion.items()}
+    assert forward == pytest.approx({"CAM_FRONT": 0.0, "CAM_LEFT": 0.1, "CAM_RIGHT": 0.2}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"data": b"\xff\xd8\xff" + bytes(200)}, "without a readable image header"),
+        ({"data": "half"}, "cut short"),
+        ({"data": b"BM" + bytes(100), "format": "bmp"}, "only JPEG and PNG are understood"),
+    ],
+    ids=["no header", "truncated", "bmp"],
+)
+def test_a_bad_image_costs_one_camera_not_the_node(
+    make_bench: Callable[..., Any], fields: dict[str, Any], text: str
+) -> None:
+    bench = make_bench().ready()
+    if fields["data"] == "half":
+        fields = {"data": bench.vehicle.jpeg[: len(bench.vehicle.jpeg) // 2]}
+    for i in range(5):
+        stamp = 10**9 + i * 50_000_000
+        bench.vehicle.image("CAM_FRONT", stamp)
+        bench.vehicle.image("CAM_RIGHT", stamp)
+        bench.vehicle.image("CAM_LEFT", stamp, **fields)
+    bench.finished(5)
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    bench.finished(8)
+    assert bench.node.ledger.outcomes["pipeline_error"] == 0
+    reasons = {r for s in bench.pipeline.seen for r in s.missing.values()}
+    assert any(text in reason for reason in reasons), reasons
+    assert any("camera CAM_LEFT is missing" in line and text in line for line in bench.logged)
+    assert set(bench.pipeline.seen[-1].cameras) == NAMES
+    assert bench.node._intake.watch["CAM_LEFT"].refused["bad_image"] == 5
+
+
+def test_an_unknown_encoding_is_named_with_the_known_ones(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(raw=True).ready()
+    for i in range(4):
+        for camera in NAMES:
+            encoding = "mono16" if camera == "CAM_RIGHT" else "rgb8"
+            bench.vehicle.image(camera, 10**9 + i * 50_000_000, encoding=encoding)
+    bench.finished(4)
+    assert all("CAM_RIGHT" in s.missing for s in bench.pipeline.seen)
+    assert any("encoding 'mono16' is not understood; known are rgb8" in line for line in bench.logged)
+    bench.wait(lambda: bench.statuses().get("CAM_RIGHT") and bench.statuses()["CAM_RIGHT"].level > 0)
+    assert "mono16" in bench.statuses()["CAM_RIGHT"].text
+
+
+def test_an_image_header_that_claims_gigabytes_is_refused(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(raw=True).ready()
+    for i in range(4):
+        for camera in NAMES:
+            huge = {"height": 60_000, "width": 60_000, "step": 180_000} if camera == "CAM_LEFT" else {}
+            bench.vehicle.image(camera, 10**9 + i * 50_000_000, **huge)
+    bench.finished(4)
+    assert any("exceeds max_image_pixels" in line for line in bench.logged)
+    assert bench.node.ledger.outcomes == {"processed": 4}
+
+
+def test_missing_camera_info_and_transform_are_named_with_a_remedy(
+    make_bench: Callable[..., Any],
+) -> None:
+    bench = make_bench()
+    bench.vehicle.calibrate(cameras=("CAM_FRONT",))
+    bench.vehicle.info("CAM_RIGHT", 1)
+    bench.wait(
+        lambda: (
+            set(bench.node._intake.calibrated().problems) == {"CAM_LEFT", "CAM_RIGHT"}
+            and "transform" in bench.node._intake.calibrated().problems["CAM_RIGHT"]
+        )
+    )
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    assert all(s.cameras == ("CAM_FRONT",) for s in bench.pipeline.seen)
+    missing = bench.pipeline.seen[0].missing
+    assert "no CameraInfo on ~/input/cam_left/camera_info" in missing["CAM_LEFT"]
+    assert "no transform 'cam_right' -> 'base_link'" in missing["CAM_RIGHT"]
+    assert "cameras.CAM_RIGHT.extrinsic" in missing["CAM_RIGHT"]
+    bench.vehicle.calibrate()
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.vehicle.drive(2, start_ns=2 * 10**9)
+    bench.finished(5)
+    assert set(bench.pipeline.seen[-1].cameras) == NAMES
+
+
+def test_an_uncalibrated_camera_is_left_out_until_its_info_changes(
+    make_bench: Callable[..., Any],
+) -> None:
+    bench = make_bench()
+    bench.vehicle.calibrate()
+    bench.vehicle.info("CAM_LEFT", 2, focal=0.0)
+    bench.wait(lambda: "not calibrated" in bench.node._intake.calibrated().problems.get("CAM_LEFT", ""))
+    bench.vehicle.info("CAM_LEFT", 3, focal=70.0)
+    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    assert bench.pipeline.rigs[-1]["CAM_LEFT"].intrinsic[0, 0] == 70
+
+
+def test_a_silent_camera_is_named_with_topic_and_publishers(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    bench.vehicle.drive(12, cameras=("CAM_FRONT", "CAM_LEFT"))
+    bench.finished(12)
+    assert bench.node.ledger.outcomes == {"processed": 12}
+    bench.wait(lambda: "CAM_RIGHT" in bench.statuses())
+    status = bench.statuses()["CAM_RIGHT"]
+    assert (status.level, status.values["age_s"]) == (2, "never")
+    assert "~/input/cam_right/image" in status.text
+    bench.wait(
+        lambda: any("no image of camera CAM_RIGHT" in t or "camera CAM_RIGHT is missing" in t for t in bench.logged)
+    )
+    line = next(t for t in bench.logged if "CAM_RIGHT" in t)
+    assert "1 publishers on ~/input/cam_right/image/compressed (RELIABLE/VOLATILE)" in line
+
+
+def test_too_few_cameras_publish_nothing_and_say_so(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(sync__min_cameras=3, sync__timeout_s=0.05).ready()
+    bench.vehicle.drive(5, cameras=("CAM_FRONT", "CAM_LEFT"))
+    bench.finished(5)
+    assert bench.node.ledger.outcomes == {"too_few_cameras": 5}
+    assert bench.received["objects"] == []
+
+
+def test_a_pipeline_that_raises_is_counted_and_lives_on(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    run = bench.pipeline.run
+    bench.pipeline.run = lambda *_: 1 / 0
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    bench.pipeline.run = run
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    bench.finished(6)
+    assert bench.node.ledger.outcomes == {"pipeline_error": 3, "processed": 3}
+    assert any("ZeroDivisionError" in line for line in bench.logged)
+
+
+def test_a_looped_recording_goes_on_in_the_next_pass(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    for second in range(3):
+        bench.vehicle.odometry(10**9 * (second + 10), 0.0)
+    first = bench.vehicle.drive(10, start_ns=10 * 10**9)
+    second_pass = bench.vehicle.drive(10, start_ns=3 * 10**9)
+    bench.finished(20)
+    assert bench.node.ledger.outcomes["processed"] >= 18
+    seen = [s.stamp_ns for s in bench.pipeline.seen]
+    assert set(seen) <= set(first) | set(second_pass)
+    assert len(set(seen) & set(second_pass)) >= 9
+    assert bench.node._intake.sync.epoch == 1
+
+
+def test_restart_in_place_keeps_the_model(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    pipeline = bench.pipeline
+    assert bench.transition("deactivate") == "SUCCESS"
+    assert bench.transition("activate") == "SUCCESS"
+    assert bench.pipeline is pipeline
+    bench.wait(bench.connected)
+    bench.ready()
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    bench.finished(6)
+    assert bench.node.ledger.outcomes["processed"] == 6
+
+
+def test_configuring_again_goes_on_with_the_ledger_and_one_publisher_of_diagnostics(
+    make_bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    bench = make_bench().ready()
+    bench.vehicle.drive(2)
+    bench.finished(2)
+    for transition in ("deactivate", "cleanup", "configure", "activate"):
+        assert bench.transition(transition) == "SUCCESS"
+    bench.wait(bench.connected)
+    bench.ready()
+    bench.vehicle.drive(2, start_ns=2 * 10**9)
+    bench.finished(4)
+    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 4
+    bench.wait(lambda: bench.vehicle.node.count_publishers("/diagnostics") == 1)
+
+
+def test_a_complaint_that_is_not_logged_is_not_worded(make_bench: Callable[..., Any]) -> None:
+    from occbev.ros.perception_node import PerceptionNode
+
+    bench, worded = make_bench(active=False), []
+    for _ in range(2):
+        PerceptionNode._complain(bench.node, "this", lambda: worded.append(1) or "text")
+    assert worded == [1]
+
+
+def test_a_decoder_that_fails_costs_its_camera_not_the_set(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    intake = bench.node._intake
+    decode = intake._decode
+    intake._decode = lambda f, c: 1 / 0 if f.camera == "CAM_LEFT" else decode(f, c)
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    assert bench.node.ledger.outcomes == {"processed": 3}
+    assert "not decoded: ZeroDivisionError" in bench.pipeline.seen[0].missing["CAM_LEFT"]
+    assert intake.watch["CAM_LEFT"].refused["bad_image"] == 3
+
+
+def test_live_parameters_are_checked_and_taken(make_bench: Callable[..., Any]) -> None:
+    from rclpy.parameter import Parameter
+
+    bench = make_bench().ready()
+    (bad,) = bench.node.set_parameters([Parameter("occupancy.publish", value="everything")])
+    assert (bad.successful, "must be occupied or observed" in bad.reason) == (False, True)
+    (good,) = bench.node.set_parameters([Parameter("occupancy.publish", value="observed")])
+    assert good.successful
+    (fixed,) = bench.node.set_parameters([Parameter("model", value="other")])
+    assert not fixed.successful
+    bench.vehicle.drive(2)
+    bench.finished(2)
+    bench.wait(lambda: len(bench.received["points"]) == 2)
+    assert bench.received["points"][-1].width == 40 * 40 * 8
+
+
+def test_thresholds_change_while_the_node_runs(make_bench: Callable[..., Any]) -> None:
+    from rclpy.parameter import Parameter
+
+    bench = make_bench(sync__timeout_s=1).ready()  # a whole number where a double is wanted
+    assert bench.node.parameters.sync.timeout_s == 1.0
+    values = {"detection.score_threshold": 0.6, "sync.min_cameras": 3, "black_below": 0}
+    for result in bench.node.set_parameters([Parameter(n, value=v) for n, v in values.items()]):
+        assert result.successful, result.reason
+    assert bench.pipeline.retuned.detection.score_threshold == 0.6
+    assert bench.node._intake.sync.config.min_cameras == 3
+    (refused,) = bench.node.set_parameters([Parameter("sync.min_cameras", value=4)])
+    assert "exceeds the 3 cameras" in refused.reason
+    bench.vehicle.drive(3, cameras=("CAM_FRONT", "CAM_LEFT"))
+    bench.finished(3)
+    assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"threads": -1}, "threads is -1: must be between 0 and 256"),
+        ({"sync__timeout_s": "soon"}, "sync.timeout_s is 'soon': want a number"),
+        ({"decode_threads": 2.5}, "decode_threads is 2.5: want a whole number"),
+    ],
+)
+def test_values_that_cannot_be_are_named(make_bench: Callable[..., Any], values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_bench(active=False, **values)
+
+
+@pytest.mark.parametrize("values", [{}, {"threads": -1}], ids=["whole", "refused"])
+def test_a_node_that_is_gone_leaves_no_part_of_dds_to_garbage_collection(
+    values: dict[str, Any], stub_pipeline: Any, assert_nothing_runs: Callable[[], None]
+) -> None:
+    import rclpy
+    from rclpy.parameter import Parameter
+
+    from occbev.ros.perception_node import PerceptionNode
+
+    context, kept = rclpy.Context(), []
+    rclpy.init(context=context)
+    overrides = [Parameter(name, value=value) for name, value in values.items()]
+    gc.disable()
+    try:
+        kept.append(PerceptionNode(stub_pipeline, context=context, parameter_overrides=overrides))
+        assert kept[0].start()
+        kept[0].close()
+        kept[0].destroy_node()
+    except ConfigError as error:
+        kept.append(error)
+    finally:
+        rclpy.shutdown(context=context)
+        assert_nothing_runs()
+        gc.enable()
+
+
+def run_main(lines: str) -> subprocess.Popen[str]:
+    """Run the node's main() in a process of its own, since it sets signal handlers; `lines` come before it."""
+    script = f"{textwrap.dedent(lines)}\nsys.exit(p.main([]))"
+    imports = "import sys, time, rclpy; from occbev.ros import perception_node as p"
+    command = [sys.executable, "-c", f"{imports}\n{script}"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(("cause", "status"), [("rclpy.shutdown()", 0), ("pass", 1)])
+def test_a_signal_before_the_node_exists_is_no_failure(cause: str, status: int) -> None:
+    process = run_main(f"""
+        def interrupted():
+            {cause}
+            raise RuntimeError("the given context is not valid")
+        p.PerceptionNode = interrupted
+    """)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == status, text
+
+
+def test_a_slow_network_does_not_hold_up_the_end_nor_fail_it() -> None:
+    process = run_main("""
+        from types import SimpleNamespace
+        from occbev.grid import GRIDS
+        from occbev.streams.sync import MatchedSet
+        class Busy(p.PerceptionNode):
+            def __init__(self):
+                network = SimpleNamespace(grid=GRIDS["tiny"], decode=None, about=dict, close=lambda: print("closed"))
+                super().__init__(lambda parameters: network)
+            def start(self):
+                started = super().start()
+                self._worker.put(MatchedSet(1, {}, {}, 0, 0, 0))
+                return started
+        def network(*_):
+            print("at work", flush=True)
+            time.sleep(60)
+        p.PerceptionNode, p.perceive = Busy, network
+    """)
+    assert process.stdout is not None
+    assert any(line == "at work\n" for line in process.stdout)
+    process.terminate()
+    begin = time.monotonic()
+    text, _ = process.communicate(timeout=50)
+    assert process.returncode == 0, text
+    assert time.monotonic() - begin < 30
+    assert "closed" not in text
+
+
+def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alone(
+    make_bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    bench = make_bench().ready()
+    go, pipeline = threading.Event(), bench.pipeline
+    run = pipeline.run
+    pipeline.run = lambda *values: (go.wait(60), run(*values))[1]
+    bench.vehicle.drive(2)
+    bench.wait(lambda: bench.node._intake.sync.statistics.complete == 2)
+    node = bench.node
+    bench.stop()
+    outcomes = [line["outcome"] for line in read_ledger(tmp_path / "ledger.jsonl")]
+    assert outcomes == ["stopped", "stopped"]
+    assert (node.is_overrun, pipeline.closed) == (True, False)
+    go.set()
+    bench.wait(lambda: not node.is_overrun)
+    assert (node.ledger.outcomes, len(pipeline.seen)) == ({"stopped": 2}, 1)
+
+
+def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) -> None:
+    from nav_msgs.msg import Odometry
+
+    bench = make_bench().ready()
+    message = Odometry(child_frame_id="gps")
+    message.pose.pose.orientation.w = 1.0
+    bench.vehicle.publishers["vehicle"][2].publish(message)
+    bench.wait(lambda: any("child_frame_id 'gps'" in line for line in bench.logged))
+    assert bench.node._intake.ego.source == "none"
+
+
+def test_random_bytes_never_stop_the_node(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(sync__timeout_s=0.05).ready()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        data = bytearray(bench.vehicle.jpeg)
+        for place in rng.integers(0, len(data), 6):
+            data[place] = rng.integers(0, 256)
+        stamp = 10**9 + i * 50_000_000
+        bench.vehicle.image("CAM_LEFT", stamp, array("B", bytes(data)).tobytes()[: rng.integers(1, len(data))])
+        bench.vehicle.image("CAM_FRONT", stamp)
+        bench.vehicle.image("CAM_RIGHT", stamp)
+        bench.wait(lambda i=i: sum(bench.node.ledger.outcomes.values()) >= i - 2)
+    bench.finished(40)
+    assert set(bench.node.ledger.outcomes) <= {"processed", "replaced_by_newer"}

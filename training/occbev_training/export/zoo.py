@@ -1,0 +1,243 @@
+"""The networks in config/models: their reduced forms for checks, and what is published of each."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from occbev.config import (
+    BevEncoderConfig,
+    DepthConfig,
+    DetectionHeadConfig,
+    ModelConfig,
+    OccupancyHeadConfig,
+)
+from occbev.grid import VoxelGrid
+from occbev_training.export.package import check_graphs, write_onnx
+from occbev_training.models.build import build_model
+from occbev_training.models.graphs import GraphError, make_graph
+from occbev_training.models.renaming import load_published
+
+REDUCED_CELLS = 16
+"""Cells along each side of a reduced BEV."""
+
+
+def reduced(model: ModelConfig) -> ModelConfig:
+    """Return the same architecture with small images, a small BEV and narrow layers: seconds on a CPU.
+
+    Every kind of part, frame, quirk and the number of frames, tasks and levels stay.
+    """
+    side = (REDUCED_CELLS, REDUCED_CELLS)
+    grid = VoxelGrid((-16.0, -16.0, -1.0), (2.0, 2.0, 0.8), (*side, 8), model.grid.frame)
+    lift = replace(
+        model.lift,
+        depth=DepthConfig(1.0, 25.0, 4.0, model.lift.depth.spacing),
+        height_bins=8 if model.lift.height_bins > 1 else 1,
+        max_points=2048,
+        channels=8,
+    )
+    return replace(
+        model,
+        image=replace(model.image, width=96, height=64),
+        encoder=replace(model.encoder, backbone="tf_efficientnet_lite0", channels=16),
+        lift=lift,
+        bev=replace(model.bev, lo=(-16.0, -16.0), pitch=(2.0, 2.0), shape=side),
+        bev_encoder=BevEncoderConfig((8, 16, 32), model.bev_encoder.blocks, 16),
+        grid=grid,
+        occupancy=OccupancyHeadConfig(8, 4, 4, model.occupancy.min_free),
+        detection=DetectionHeadConfig(8),
+        **_reduced_parts(model),
+    )
+
+
+def _reduced_parts(model: ModelConfig) -> dict[str, object]:
+    parts: dict[str, object] = {}
+    if model.bevdet is not None:
+        parts["bevdet"] = replace(
+            model.bevdet,
+            depth=14,
+            neck_channels=32,
+            pyramid_channels=8,
+            bev_hidden=16,
+            occupancy_hidden=16,
+            source_width=192,
+            source_height=144,
+        )
+    if model.resnet is not None:
+        parts["resnet"] = replace(model.resnet, depth=14, channels=32)
+    if model.bevformer is not None:
+        centre = None if model.bevformer.turn_centre is None else (8.0, 8.0)
+        parts["bevformer"] = replace(
+            model.bevformer,
+            channels=32,
+            heads=4,
+            hidden=32,
+            layers=2,
+            turn_centre=centre,
+            max_rows=REDUCED_CELLS**2,
+        )
+    if model.query_head is not None:
+        parts["query_head"] = replace(model.query_head, queries=20, layers=2, heads=4, hidden=32)
+    return parts
+
+
+def wake(network: nn.Module) -> nn.Module:
+    """Give weights that begin at zero random values, as after training, so that every part has its say.
+
+    Deformable offsets and attention weights begin at zero, and fresh norms let deep random nets say next to nothing.
+    """
+    for name, weight in network.named_parameters():
+        if any(part in name for part in ("sampling_offsets.weight", "attention_weights.weight")):
+            nn.init.normal_(weight, std=0.3)
+        elif "conv_offset.weight" in name:
+            nn.init.normal_(weight, std=0.02)
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
+# --- what is published -----------------------------------------------------------------------
+
+_LIFT = ("lss_geometry", "lss_bev_pool")
+_DEPTH = (*_LIFT, "bevdepth_gt")
+_VOXELS = (*_LIFT, "occ3d_miou")
+_FORMER = ("bevformer_a_msda", "bevformer_b_sca", "bevformer_c_tsa", "bevformer_g_focal")
+_EGO = (*_FORMER, "bevformer_b2_projection_ego", "bevformer_f_occ_decoder")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a published network.
+
+    table: name of its key table. fixtures: arrays that its parts are held to by the tests.
+    score: as published on nuScenes val, "" if none is known. stage: of the published weights.
+    """
+
+    table: str = ""
+    fixtures: tuple[str, ...] = ()
+    score: str = ""
+    stage: str = "finetune"
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "occbev-tiny": Published(),
+    "occbev-small": Published(),
+    "occbev-base": Published(),
+    "occ_bev_sweep2": Published("occ_bev_sweep2", _EGO, "", "pretrain"),
+    "bevformer_tiny": Published("bevformer_tiny", _FORMER, "NDS 35.4, mAP 25.2"),
+    "bevformer_small": Published("bevformer_small", _FORMER, "NDS 47.9, mAP 37.0"),
+    "bevformer_base": Published("bevformer_base", _FORMER, "NDS 51.7, mAP 41.6; with Occ-BEV 53.4, 43.8"),
+    "bevformer_base_occ": Published("bevformer_base_occ", (*_EGO, "occ3d_miou"), "mIoU 23.67"),
+    "bevformer_small_occ": Published("", (*_EGO, "occ3d_miou")),
+    "detr3d_r101": Published("detr3d_r101", ("detr3d_h_cross_attn", "bevformer_g_focal"), "NDS 42.2, mAP 34.7"),
+    "bevdet_r50": Published("bevdet-r50", _LIFT, "NDS 35.0, mAP 28.3"),
+    "bevdet4d_r50": Published("bevdet4d-r50", _LIFT, "NDS 44.7, mAP 31.4 (CBGS)"),
+    "bevdepth4d_r50": Published("bevdepth4d-r50-bevdet-dev3", _DEPTH, "NDS 48.3, mAP 36.1 (CBGS)"),
+    "bevdepth_r50_first": Published("bevdepth-r50-bevdet-master", _DEPTH, "NDS 40.6, mAP 33.3"),
+    "bevdepth_r50_megvii": Published("bevdepth-r50-megvii", _DEPTH),
+    "bevdepth4d_r50_megvii": Published("bevdepth-r50-megvii-2key-da", _DEPTH, "NDS 48.05, mAP 34.84 (CBGS)"),
+    "bevdet_occ_r50": Published("bevdet-occ-r50", _VOXELS, "mIoU 31.60"),
+    "bevdet_occ_r50_4d_stereo": Published("bevdet-occ-r50-4d-stereo", _VOXELS, "mIoU 36.1"),
+    "flashocc_r50_m0": Published("flashocc-r50-m0", _VOXELS, "mIoU 31.95"),
+    "flashocc_r50_m1": Published("flashocc-r50", _VOXELS, "mIoU 32.08"),
+}
+"""Configuration in config/models -> what is published of it."""
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One network, as measured by `measure`.
+
+    parameters: in millions. keys: weights of the published table that found their place, out of all, or None.
+    parity: largest difference of ONNX Runtime from torch relative to an output's largest value; None if the network
+        has no graph, for the reason in `refused`, or if none was asked for. operators: of the ONNX graph.
+    """
+
+    name: str
+    family: str
+    parameters: float
+    keys: tuple[int, int] | None
+    parity: float | None
+    refused: str
+    operators: tuple[str, ...]
+
+    def cells(self) -> list[str]:
+        """The row of the README's table; scores of our own weights stand in another table there."""
+        published = PUBLISHED.get(self.name, Published())
+        parity = "not exported" if self.refused else "not measured"
+        return [
+            f"`{self.name}`",
+            self.family,
+            f"{self.parameters:.2f}",
+            "-" if self.keys is None else f"{self.keys[0]} of {self.keys[1]}",
+            " ".join(published.fixtures) or "-",
+            parity if self.parity is None else f"{self.parity:.0e}",
+            published.score or "-",
+            "see above" if self.name == SCORED else "-",
+        ]
+
+
+SCORED = "occbev-tiny"
+"""The network whose weights are shipped, and so scored."""
+
+HEADER = (
+    "model",
+    "view transform",
+    "M parameters",
+    "keys converted",
+    "golden fixtures",
+    "ONNX against torch",
+    "published, nuScenes val",
+    "measured here",
+)
+
+
+def measure(
+    name: str, model: ModelConfig, golden: Path | None, full_size: bool = False, export: bool = True
+) -> FamilyRow:
+    """Build a network, map its published keys and, with `export`, write and check its ONNX graph.
+
+    golden: folder of the key tables. full_size: export as configured, not `reduced`, which takes minutes and memory.
+    Raises: ExportError if the graph differs from torch or holds an operator that it must not.
+    """
+    published = PUBLISHED.get(name, Published())
+    with torch.device("meta"):
+        network = build_model(model, published.stage)
+    parameters = sum(p.numel() for p in network.parameters()) / 1e6
+    keys = None
+    if published.table and golden is not None:
+        keys = converted_keys(network, golden / f"{published.table}_state_dict.json")
+    parity, refused, operators = None, "", ()
+    if export:
+        shrunk = model if full_size else reduced(model)
+        parity, refused, operators = exported(shrunk, published.stage)
+    return FamilyRow(name, model.family, parameters, keys, parity, refused, operators)
+
+
+def converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
+    """Return how many weights of a published table have their place in a network on the meta device, and all."""
+    shapes = json.loads(table.read_text())
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    report = load_published(network, state, network.published_names)  # type: ignore[arg-type]
+    return len(report.converted), len(shapes)
+
+
+def exported(model: ModelConfig, stage: str) -> tuple[float | None, str, tuple[str, ...]]:
+    """Export a network with random weights; returns its parity, why it has no graph, and the graph's operators."""
+    torch.manual_seed(0)
+    network = wake(build_model(model, stage)).eval()
+    try:
+        graph = make_graph(network)
+    except GraphError as error:
+        return None, str(error), ()
+    with tempfile.TemporaryDirectory() as folder:
+        operators = write_onnx(graph, model, Path(folder) / "model.onnx")
+        parity = check_graphs(network, model, Path(folder), cameras=(6, 5))
+    return max(parity.onnxruntime.values()), "", tuple(sorted(operators))

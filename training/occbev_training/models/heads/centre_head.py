@@ -1,0 +1,64 @@
+"""CenterPoint head of the published Lift-Splat networks: tasks of classes, six branches each (Yin et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from occbev_training.models.heads.detection_head import BOX_CHANNELS
+from occbev_training.models.layers import conv_bn_relu
+
+BOX_BRANCHES = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
+"""Branches whose outputs, one after the other, are the box channels of the detection head."""
+
+
+class CentreHead(nn.Module):
+    """Heat maps of every class, and one box per task in every cell."""
+
+    def __init__(self, inputs: int, tasks: Sequence[int], width: int = 64) -> None:
+        """tasks: number of classes of each task, in class order."""
+        super().__init__()
+        self.classes = tuple(tasks)
+        self.shared = conv_bn_relu(inputs, width, 3)
+        self.tasks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    name: nn.Sequential(conv_bn_relu(width, width, 3), nn.Conv2d(width, outputs, 3, padding=1))
+                    for name, outputs in (*BOX_BRANCHES.items(), ("heatmap", classes))
+                }
+            )
+            for classes in tasks
+        )
+        for task in self.tasks:
+            nn.init.constant_(task["heatmap"][-1].bias, -2.19)  # as in `detection_head`
+
+    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn (B, C, Y, X) into heat map logits (B, K, Y, X) and boxes (B, tasks * 10, Y, X)."""
+        shared = self.shared(bev)
+        heatmap = torch.cat([task["heatmap"](shared) for task in self.tasks], 1)
+        box = torch.cat([task[name](shared) for task in self.tasks for name in BOX_BRANCHES], 1)
+        return heatmap, box
+
+
+def split_tasks(heatmap: Tensor, box: Tensor, tasks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Return (heat map, box (B, 10, Y, X)) of every task."""
+    boxes = box.split(BOX_CHANNELS, 1)
+    return list(zip(heatmap.split(list(tasks), 1), boxes, strict=True))
+
+
+def merge_tasks(heatmap: Tensor, box: Tensor, tasks: Sequence[int]) -> Tensor:
+    """Return in each cell the box of the task whose best class scores highest there, (B, 10, Y, X).
+
+    Runtimes take one box per cell; two tasks that both find an object in one cell are rare.
+    """
+    if len(tasks) == 1:
+        return box
+    split = split_tasks(heatmap, box, tasks)
+    best, merged = split[0][0].amax(1, keepdim=True), split[0][1]
+    for scores, boxes in split[1:]:
+        score = scores.amax(1, keepdim=True)
+        merged = torch.where(score > best, boxes, merged)
+        best = torch.maximum(score, best)
+    return merged

@@ -1,0 +1,274 @@
+"""Networks of the BEVFormer and DETR3D families: ResNet and pyramid, view transform, heads.
+
+Part names are those of `occbev_training.models.network`, so that pre-training hands parts on by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from occbev.config import ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
+from occbev_training.models.encoders.fpn import FeaturePyramid
+from occbev_training.models.encoders.resnet import ResNet
+from occbev_training.models.heads.query_head import QueryHead
+from occbev_training.models.heads.voxel_decoder import VoxelDecoder
+from occbev_training.models.network import NetworkOutput
+from occbev_training.models.queries.bevformer import BevFormer, BevFormerViews, Motion
+from occbev_training.models.queries.deformable_attention import DeformableAttention, Levels
+from occbev_training.models.queries.detr3d import CameraSampling, CameraScene, CameraViews, PillarSampling
+
+_Part = TypeVar("_Part")
+_TRANSFORMER = "pts_bbox_head.transformer"
+_LAYER = r"(coder\.layers\.\d+)"
+
+PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
+    (r"^image_encoder\.backbone\.", "img_backbone."),
+    (r"^image_encoder\.neck\.lateral\.(\d+)\.", r"img_neck.lateral_convs.\1.conv."),
+    (r"^image_encoder\.neck\.output\.(\d+)\.", r"img_neck.fpn_convs.\1.conv."),
+    (r"^view_transform\.bev_embedding\.", "pts_bbox_head.bev_embedding."),
+    (r"^view_transform\.row_embed\.", "pts_bbox_head.positional_encoding.row_embed."),
+    (r"^view_transform\.column_embed\.", "pts_bbox_head.positional_encoding.col_embed."),
+    (r"^view_transform\.camera_embeds$", f"{_TRANSFORMER}.cams_embeds"),
+    (r"^view_transform\.level_embeds$", f"{_TRANSFORMER}.level_embeds"),
+    (r"^view_transform\.can_bus\.", f"{_TRANSFORMER}.can_bus_mlp."),
+    (r"^view_transform\.layers\.", f"{_TRANSFORMER}.encoder.layers."),
+    (r"^detection_head\.layers\.", f"{_TRANSFORMER}.decoder.layers."),
+    (r"^detection_head\.reference_points\.", f"{_TRANSFORMER}.reference_points."),
+    (r"^detection_head\.classifiers\.", "pts_bbox_head.cls_branches."),
+    (r"^detection_head\.regressors\.", "pts_bbox_head.reg_branches."),
+    (r"^detection_head\.(query_embedding|code_weights)", r"pts_bbox_head.\1"),
+    (r"^occupancy_(?:decoder|head)\.blocks\.", f"{_TRANSFORMER}.decoder."),
+    (r"^occupancy_(?:decoder|head)\.predict\.", f"{_TRANSFORMER}.predicter."),
+    (_LAYER + r"\.temporal\.", r"\1.attentions.0."),
+    (_LAYER + r"\.attention\.", r"\1.attentions.0.attn."),
+    (_LAYER + r"\.(?:spatial|cross)\.", r"\1.attentions.1."),
+    (_LAYER + r"\.ffn\.0\.", r"\1.ffns.0.layers.0.0."),
+    (_LAYER + r"\.ffn\.3\.", r"\1.ffns.0.layers.1."),
+)
+"""Rules from our weight names to those of the published checkpoints of both families."""
+
+
+class PyramidEncoder(nn.Module):
+    """Images to feature maps of several strides."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.backbone = ResNet(
+            config.depth,
+            config.stages,
+            config.caffe_style,
+            config.deformable_stages,
+            config.frozen_stages,
+            frozen_norms=True,
+        )
+        self.neck = FeaturePyramid(self.backbone.widths, config.channels, config.levels)
+
+    def load_imagenet(self, path: Path) -> tuple[str, ...]:
+        """Load the backbone's weights, see `ResNet.load_imagenet`."""
+        return self.backbone.load_imagenet(path)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Turn (M, 3, H, W) into maps (M, C, H_l, W_l), finest first."""
+        maps: list[Tensor] = self.neck(self.backbone(images))
+        return maps
+
+
+@dataclass(frozen=True)
+class BevScene:
+    """The BEV as decoder queries read it. value: (B, Y * X, C)."""
+
+    value: Tensor
+    levels: Levels
+
+
+class BevAttention(DeformableAttention):
+    """Object queries read the BEV around the ground position of their reference."""
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, position: Tensor, reference: Tensor, scene: BevScene
+    ) -> Tensor:
+        """Return (B, Q, C) of query and position (B, Q, C) and reference (B, Q, 3) in 0..1."""
+        return super().forward(query, position, scene.value, reference[..., :2], scene.levels)
+
+
+class BevFormerNetwork(nn.Module):
+    """Images, calibration and the BEV of the frame before to boxes and occupancy."""
+
+    published_names = PUBLISHED_NAMES
+
+    def __init__(
+        self,
+        image_encoder: PyramidEncoder,
+        view_transform: BevFormer,
+        occupancy_decoder: VoxelDecoder | None = None,
+        occupancy_head: VoxelDecoder | None = None,
+        detection_head: QueryHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.view_transform = view_transform
+        self.occupancy_decoder = occupancy_decoder
+        self.occupancy_head = occupancy_head
+        self.detection_head = detection_head
+
+    def forward(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        geometry: BevFormerViews,
+    ) -> NetworkOutput:
+        """Run every part that is there.
+
+        images: (B, N, 3, H, W) normalised. camera_valid: (B, N), which `geometry` was made with.
+        """
+        maps = self.image_encoder(images.flatten(0, 1))
+        bev = self.view_transform(maps, geometry.hits, geometry.can_bus, geometry.motion)
+        logits, codes = None, None
+        if self.detection_head:
+            shape = (int(bev.shape[2]), int(bev.shape[3]))
+            scene = BevScene(bev.flatten(2).transpose(1, 2), Levels((shape,)))
+            logits, codes = self.detection_head(scene, len(bev))
+        return NetworkOutput(
+            reconstruction_logits=self.occupancy_decoder(bev) if self.occupancy_decoder else None,
+            occupancy_logits=self.occupancy_head(bev) if self.occupancy_head else None,
+            class_logits=logits,
+            box_codes=codes,
+            bev=bev,
+        )
+
+
+@dataclass(frozen=True)
+class PastFrame:
+    """One frame of the history of a training sample.
+
+    images: (B, N, 3, H, W). views: as of a first frame. known, align, shift: as in `Motion`, from the frame before.
+    """
+
+    images: Tensor
+    views: BevFormerViews
+    known: Tensor
+    align: Tensor
+    shift: Tensor
+
+
+def remember(network: BevFormerNetwork, frames: Sequence[PastFrame]) -> Tensor | None:
+    """Return the BEV (B, C, Y, X) after frames in order, oldest first; None if there are none.
+
+    Nothing is learned from the past: it is seen in eval mode and without gradients (Li et al. 2022, section 4.2).
+    """
+    was_training, bev = network.training, None
+    network.eval()
+    with torch.no_grad():
+        for frame in frames:
+            motion = bev if bev is None else Motion(bev, frame.known, frame.align, frame.shift)
+            maps = network.image_encoder(frame.images.flatten(0, 1))
+            bev = network.view_transform(maps, frame.views.hits, frame.views.can_bus, motion)
+    network.train(was_training)
+    return bev
+
+
+class Detr3dNetwork(nn.Module):
+    """Images and projection matrices to boxes; in pre-training to occupancy."""
+
+    published_names = PUBLISHED_NAMES
+
+    def __init__(
+        self,
+        image_encoder: PyramidEncoder,
+        detection_head: QueryHead | None = None,
+        view_transform: PillarSampling | None = None,
+        occupancy_decoder: VoxelDecoder | None = None,
+    ) -> None:
+        """view_transform, occupancy_decoder: of pre-training, whose image encoder detection begins from."""
+        super().__init__()
+        self.image_encoder, self.detection_head = image_encoder, detection_head
+        self.view_transform, self.occupancy_decoder = view_transform, occupancy_decoder
+
+    def forward(self, images: Tensor, camera_valid: Tensor, geometry: CameraViews) -> NetworkOutput:
+        """images: (B, N, 3, H, W) normalised. camera_valid: (B, N)."""
+        maps = self.image_encoder(images.flatten(0, 1))
+        scene = CameraScene(maps, geometry.frame2img, camera_valid)
+        logits, codes, reconstruction = None, None, None
+        if self.detection_head is not None:
+            logits, codes = self.detection_head(scene, len(images))
+        if self.view_transform is not None and self.occupancy_decoder is not None:
+            reconstruction = self.occupancy_decoder(self.view_transform(scene))
+        return NetworkOutput(reconstruction_logits=reconstruction, class_logits=logits, box_codes=codes)
+
+
+def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | Detr3dNetwork:
+    """Build a network of the families bevformer and detr3d with random weights.
+
+    stage: "pretrain" or "finetune", see `occbev_training.models.build`.
+    """
+    encoder = PyramidEncoder(_required(config.resnet, "resnet", config))
+    if config.family == "detr3d":
+        return _build_detr3d(config, stage, encoder)
+    former = _required(config.bevformer, "bevformer", config)
+    view = BevFormer(former, config.bev, len(encoder.neck.output))
+    if stage == "pretrain":
+        return BevFormerNetwork(encoder, view, occupancy_decoder=_voxels(config, former.channels, 2))
+    occupancy = None
+    if former.occupancy:
+        occupancy = _voxels(config, former.channels, len(config.occupancy_classes))
+    detection = None
+    if config.query_head:
+        head = config.query_head
+        detection = _query_head(
+            config,
+            head,
+            former.channels,
+            lambda: BevAttention(former.channels, head.heads, 1, head.points, head.dropout),
+        )
+    if occupancy is None and detection is None:
+        raise ConfigError(f"{config.name}: set query_head or bevformer.occupancy, else it has no head")
+    return BevFormerNetwork(encoder, view, occupancy_head=occupancy, detection_head=detection)
+
+
+def _build_detr3d(config: ModelConfig, stage: str, encoder: PyramidEncoder) -> Detr3dNetwork:
+    head = _required(config.query_head, "query_head", config)
+    resnet = _required(config.resnet, "resnet", config)
+    if stage == "pretrain":
+        view = PillarSampling(resnet.channels, config.bev, head.z_range)
+        decoder = _voxels(config, resnet.channels, 2)
+        return Detr3dNetwork(encoder, view_transform=view, occupancy_decoder=decoder)
+    extent = _extent(config, head)
+    detection = _query_head(
+        config,
+        head,
+        resnet.channels,
+        lambda: CameraSampling(resnet.channels, config.max_cameras, resnet.levels, extent, head.dropout),
+    )
+    return Detr3dNetwork(encoder, detection)
+
+
+def _query_head(
+    config: ModelConfig, head: QueryHeadConfig, channels: int, attention: Callable[[], nn.Module]
+) -> QueryHead:
+    classes = len(config.detection_classes)
+    return QueryHead(head, channels, classes, _extent(config, head), attention)
+
+
+def _extent(config: ModelConfig, head: QueryHeadConfig) -> tuple[Sequence[float], Sequence[float]]:
+    return (*config.bev.lo, head.z_range[0]), (*config.bev.hi, head.z_range[1])
+
+
+def _voxels(config: ModelConfig, channels: int, classes: int) -> VoxelDecoder:
+    if config.grid.bev != config.bev:
+        raise ConfigError(
+            f"{config.name}: the voxel decoder gives one column per BEV cell, but grid is"
+            f" {config.grid.bev} and bev {config.bev}"
+        )
+    return VoxelDecoder(channels, config.grid.shape[2], classes)
+
+
+def _required(value: _Part | None, key: str, config: ModelConfig) -> _Part:
+    if value is None:
+        raise ConfigError(f"{config.name}: family {config.family!r} needs the key {key!r}")
+    return value
