@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from occbev.benchmarks import Report, interleaved
+from occbev.benchmarks import Report, run_interleaved
 from occbev.benchmarks.pipeline import (
-    encoded_frames,
+    encode_frames,
     plain_network_images,
     plain_occupancy,
     six_cameras,
@@ -21,7 +21,7 @@ from occbev.inference.preprocess import Preprocessor
 
 def test_rounds_are_interleaved_after_one_that_is_not_measured() -> None:
     calls: list[str] = []
-    timings = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    timings = run_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert calls == ["a", "b"] * 4
     assert set(timings) == {"a", "b"}
     assert all(0 <= t.wall_ms <= t.p95_ms for t in timings.values())
@@ -35,7 +35,7 @@ def test_the_report_names_the_machine() -> None:
 
 def test_the_plain_preprocessing_makes_nearly_the_same_images() -> None:
     config, rig = ImageConfig(), six_cameras()
-    frames = encoded_frames(rig)
+    frames = encode_frames(rig)
     ours = Preprocessor(config).prepare(frames, rig).images
     plain = plain_network_images(frames, config.width, config.height, np.array(config.mean), np.array(config.std))
     assert ours.shape == plain.shape

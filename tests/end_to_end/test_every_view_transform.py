@@ -16,7 +16,7 @@ from occbev.cli import main  # noqa: E402
 from occbev.config import ModelConfig, load_config, to_record  # noqa: E402
 from occbev.inference.model_package import write_package  # noqa: E402
 from occbev_training.export.package import write_onnx  # noqa: E402
-from occbev_training.export.zoo import reduced, wake  # noqa: E402
+from occbev_training.export.zoo import randomise_zero_init, reduced  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.graphs import make_graph  # noqa: E402
@@ -39,7 +39,7 @@ def package(repository: Path, folder: Path, name: str, backend: str) -> Path:
     """The reduced network of a configuration with random weights, as a package for one runtime."""
     model = reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
     torch.manual_seed(0)
-    network = wake(build_model(model, "finetune")).eval()
+    network = randomise_zero_init(build_model(model, "finetune")).eval()
     folder.mkdir()
     if backend == "torch":
         record = {"model": to_record(model)}

@@ -19,7 +19,7 @@ pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces"
 
 from occbev.cli import main
 from occbev.messages.bags import BagReader, type_store
-from occbev.streams.frame_log import read_ledger
+from occbev.streams.frame_log import read_frame_log
 
 pytestmark = [pytest.mark.ros, pytest.mark.slow]
 
@@ -139,7 +139,7 @@ def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_ledger(
     player = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while sum(line["outcome"] == "processed" for line in read_ledger(ledger)) < 3:
+        while sum(line["outcome"] == "processed" for line in read_frame_log(ledger)) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.terminate()
@@ -148,7 +148,7 @@ def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_ledger(
         player.terminate()
         player.wait()
     assert ledger.read_text().endswith("\n")
-    stamps = [line["stamp_ns"] for line in read_ledger(ledger)]
+    stamps = [line["stamp_ns"] for line in read_frame_log(ledger)]
     assert len(stamps) == len(set(stamps))
 
 

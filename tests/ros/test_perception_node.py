@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
 from occbev.config import ConfigError
-from occbev.streams.frame_log import read_ledger
+from occbev.streams.frame_log import read_frame_log
 
 pytestmark = pytest.mark.ros
 
@@ -54,7 +54,7 @@ def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_pat
     bench = make_bench().ready()
     keys = bench.vehicle.drive(5)
     bench.finished(5)
-    lines = read_ledger(tmp_path / "ledger.jsonl")
+    lines = read_frame_log(tmp_path / "ledger.jsonl")
     assert [line["stamp_ns"] for line in lines] == keys
     first = lines[0]
     assert (first["outcome"], set(first["cameras"]), first["boxes"]) == ("processed", NAMES, 1)
@@ -257,7 +257,7 @@ def test_configuring_again_goes_on_with_the_ledger_and_one_publisher_of_diagnost
     bench.ready()
     bench.vehicle.drive(2, start_ns=2 * 10**9)
     bench.finished(4)
-    assert len(read_ledger(tmp_path / "ledger.jsonl")) == 4
+    assert len(read_frame_log(tmp_path / "ledger.jsonl")) == 4
     bench.wait(lambda: bench.vehicle.node.count_publishers("/diagnostics") == 1)
 
 
@@ -415,7 +415,7 @@ def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alon
     bench.wait(lambda: bench.node._intake.sync.statistics.complete == 2)
     node = bench.node
     bench.stop()
-    outcomes = [line["outcome"] for line in read_ledger(tmp_path / "ledger.jsonl")]
+    outcomes = [line["outcome"] for line in read_frame_log(tmp_path / "ledger.jsonl")]
     assert outcomes == ["stopped", "stopped"]
     assert (node.is_overrun, pipeline.closed) == (True, False)
     go.set()

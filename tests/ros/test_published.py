@@ -17,7 +17,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.grid import GRIDS
 from occbev.messages.readers import MessageError
-from occbev.reports.recorded_outputs import _typestore, read_published
+from occbev.reports.recorded_outputs import _typestore, read_recorded
 from occbev.results import Boxes3D, Occupancy
 from occbev.ros import outputs
 
@@ -63,7 +63,7 @@ def recorded(tmp_path: Path) -> Path:
 
 
 def test_boxes_come_back_with_class_score_and_velocity(recorded: Path) -> None:
-    results = read_published(recorded, GRID)
+    results = read_recorded(recorded, GRID)
     assert list(results) == [STAMP]
     found = results[STAMP].boxes
     assert found is not None
@@ -73,7 +73,7 @@ def test_boxes_come_back_with_class_score_and_velocity(recorded: Path) -> None:
 
 
 def test_voxels_come_back_and_the_rest_is_free(recorded: Path) -> None:
-    found = read_published(recorded, GRID)[STAMP].occupancy
+    found = read_recorded(recorded, GRID)[STAMP].occupancy
     assert found is not None
     np.testing.assert_array_equal(found.label, occupancy().label)
     np.testing.assert_array_equal(found.state == OCCUPIED_STATE, occupancy().state == OCCUPIED_STATE)
@@ -83,14 +83,14 @@ def test_voxels_come_back_and_the_rest_is_free(recorded: Path) -> None:
 def test_voxels_of_another_grid_are_refused(recorded: Path) -> None:
     small = GRIDS["tiny"].__class__((0, 0, 0), (0.8, 0.8, 0.8), (5, 5, 5))
     with pytest.raises(MessageError, match="is outside the grid"):
-        read_published(recorded, small)
+        read_recorded(recorded, small)
 
 
 def test_an_output_that_was_not_published_is_none(tmp_path: Path) -> None:
     header = outputs.header_at(STAMP, "base_link")
     message = outputs.DetectionWriter().message(Boxes3D.empty(), header)
     bag = record(tmp_path / "run", {"vision_msgs/msg/Detection3DArray": message})
-    result = read_published(bag, GRID)[STAMP]
+    result = read_recorded(bag, GRID)[STAMP]
     assert result.boxes is not None
     assert len(result.boxes) == 0
     assert result.occupancy is None

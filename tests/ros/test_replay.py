@@ -20,7 +20,7 @@ from occbev.cli import main
 from occbev.inference.preprocess import decode_image
 from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter, type_store
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
-from occbev.streams.frame_log import read_ledger
+from occbev.streams.frame_log import read_frame_log
 from occbev.streams.parameters import PerceptionParameters, parameters_from_record
 
 pytestmark = pytest.mark.ros
@@ -177,7 +177,7 @@ def test_a_bag_goes_through_the_node_and_its_answers_into_a_bag(
     bench = make_bench(wait=False, **overrides())
     with BagReader(path) as bag, BagWriter(tmp_path / "out") as writer:
         book = play(bench, bag, parameters, writer=writer)
-    lines = read_ledger(tmp_path / "ledger.jsonl")
+    lines = read_frame_log(tmp_path / "ledger.jsonl")
     frames = frames_of(book.anchors, book.sent, lines, "CAM_FRONT")
     summary = summarise(frames, {t: len(m) for t, m in book.received.items()})
     assert (summary["frames_in"], summary["frames_processed"], summary["drops"]) == (12, 12, {})
@@ -260,7 +260,7 @@ def test_a_looped_bag_is_accounted_for_pass_by_pass(
     with BagReader(path) as bag:
         book = play(bench, bag, parameters, passes=2)
     assert len(book.anchors) == 50
-    frames = frames_of(book.anchors, book.sent, read_ledger(tmp_path / "ledger.jsonl"), "CAM_FRONT")
+    frames = frames_of(book.anchors, book.sent, read_frame_log(tmp_path / "ledger.jsonl"), "CAM_FRONT")
     outcomes = [frame["outcome"] for frame in frames]
     # What is on its way when time goes back may be dropped, on a busy machine more of it; all of it is counted.
     assert set(outcomes) <= {"processed", "late", "previous_pass", "duplicate"}

@@ -42,14 +42,14 @@ def test_the_sync_benchmark_reports_its_keys(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_cloud_benchmark_compares_equal_clouds(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rclpy", reason="needs ROS 2")
     from occbev.messages.readers import cloud_from_message
-    from occbev.ros.bench_clouds import labelled_volume
+    from occbev.ros.bench_clouds import make_labelled_volume
     from occbev.ros.outputs import CloudWriter, header_at
 
     assert main(["bench", "clouds", "--rounds", "1", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["values"]["voxels"] == 30_000
     assert record["ratios"]["vs_structured_create_cloud"] > 0
-    cloud = cloud_from_message(CloudWriter().message(labelled_volume(500), header_at(1, "base_link")))
+    cloud = cloud_from_message(CloudWriter().message(make_labelled_volume(500), header_at(1, "base_link")))
     assert len(cloud) == 500
 
 

@@ -12,8 +12,8 @@ from occbev.config import ModelConfig
 from occbev.grid import VoxelGrid
 from occbev.inference.postprocess import decode_occupancy
 from occbev.results import Occupancy
-from occbev_training.metrics.calibration import MIN_FREE, FreeThreshold, calibrated_min_free
-from occbev_training.metrics.occupancy import confusion, occupied_iou
+from occbev_training.metrics.calibration import MIN_FREE, FreeThreshold, fit_min_free
+from occbev_training.metrics.occupancy import confusion, score_occupied_iou
 
 GRID = VoxelGrid((-2.0, -3.0, -1.0), (0.5, 0.5, 0.5), (8, 12, 4))
 CLASSES = 5
@@ -52,7 +52,7 @@ def test_the_best_threshold_beats_the_likeliest_class() -> None:
     for seed in range(3):
         truth, logits, mask = _sample(seed)
         threshold.add(truth, _decoder(logits), mask)
-    scores = [occupied_iou(threshold.counts(index), CLASSES - 1) for index in range(len(MIN_FREE))]
+    scores = [score_occupied_iou(threshold.counts(index), CLASSES - 1) for index in range(len(MIN_FREE))]
     best = threshold.best()
     assert best.occupancy_iou == max(scores) > scores[0] + 0.02
     assert best.min_free == pytest.approx(MIN_FREE[int(np.argmax(scores))])
@@ -75,11 +75,11 @@ def test_nothing_to_calibrate_on_is_an_error() -> None:
 
 
 def test_reports_without_a_threshold_are_refused() -> None:
-    assert calibrated_min_free({"calibration": {"min_free": 0.625}}, "r.json") == 0.625
+    assert fit_min_free({"calibration": {"min_free": 0.625}}, "r.json") == 0.625
     with pytest.raises(ValueError, match=r"r\.json.*--calibrate"):
-        calibrated_min_free({"summary": {}}, "r.json")
+        fit_min_free({"summary": {}}, "r.json")
     with pytest.raises(ValueError, match=r"1\.5"):
-        calibrated_min_free({"calibration": {"min_free": 1.5}}, "r.json")
+        fit_min_free({"calibration": {"min_free": 1.5}}, "r.json")
 
 
 def test_export_takes_the_threshold_of_a_report(tmp_path) -> None:

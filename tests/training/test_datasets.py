@@ -30,7 +30,7 @@ from occbev_training.data.datasets import (
     sample_of,
     thinned,
 )
-from occbev_training.occupancy.prepare import PrepareConfig, prepare, resampled_truth
+from occbev_training.occupancy.prepare import PrepareConfig, prepare, resample_truth
 from occbev_training.sources.recording import OccupancyTruth
 
 MODEL = ModelConfig(
@@ -288,12 +288,12 @@ def test_dense_truth_comes_onto_another_grid() -> None:
     mask = np.ones(source.shape, bool)
     mask[0, 0, 1] = mask[3] = False
     fine = VoxelGrid((-2.0, -2.0, 0.0), (0.5, 0.5, 0.5), (8, 8, 4))
-    got, seen = resampled_truth(semantics, mask, source, fine)
+    got, seen = resample_truth(semantics, mask, source, fine)
     wanted = np.where(mask, semantics, 17)
     np.testing.assert_array_equal(got, wanted.repeat(2, 0).repeat(2, 1).repeat(2, 2))
     np.testing.assert_array_equal(seen, mask.repeat(2, 0).repeat(2, 1).repeat(2, 2))
     coarse = VoxelGrid((-4.0, -4.0, 0.0), (2.0, 2.0, 2.0), (4, 4, 1))
-    got, seen = resampled_truth(semantics, mask, source, coarse)
+    got, seen = resample_truth(semantics, mask, source, coarse)
     assert got[1, 2, 0] == 4
     assert (np.delete(got.ravel(), 6) == 17).all()  # the unseen road stays unknown
     assert seen[1:3, 1:3].all()

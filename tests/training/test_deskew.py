@@ -15,7 +15,7 @@ from occbev.geometry import (
 from occbev.results import Sweep
 from occbev.trajectory import PoseError, Trajectory
 from occbev_training.sources import deskew
-from occbev_training.sources.deskew import EgoBox, RayLimits, compensated, deskewed_rays
+from occbev_training.sources.deskew import EgoBox, RayLimits, compensated, deskew_rays
 
 LIDAR2EGO = make_transform(rotation_from_rpy(0.01, -0.02, -np.pi / 2), [0.94, 0.0, 1.84])
 START_NS = 1_700_000_000_000_000_000
@@ -64,7 +64,7 @@ def test_compensated_points_are_where_the_sensor_was_at_the_stamp(scene, traject
 def test_every_ray_has_the_end_and_the_origin_of_its_own_instant(scene, trajectory) -> None:
     world, sweep = scene
     reference = START_NS + 1_230_000_000
-    rays = deskewed_rays(sweep, trajectory, reference)
+    rays = deskew_rays(sweep, trajectory, reference)
     global2ego = invert_transform(pose(1.23))
     assert len(rays) == len(world)
     assert rays.hit.all()
@@ -77,8 +77,8 @@ def test_every_ray_has_the_end_and_the_origin_of_its_own_instant(scene, trajecto
 def test_rays_at_the_sweep_then_moved_equal_rays_at_the_reference(scene, trajectory) -> None:
     _, sweep = scene
     reference = START_NS + 400_000_000
-    direct = deskewed_rays(sweep, trajectory, reference)
-    moved = deskewed_rays(sweep, trajectory, sweep.stamp_ns).moved(trajectory.relative(sweep.stamp_ns, reference))
+    direct = deskew_rays(sweep, trajectory, reference)
+    moved = deskew_rays(sweep, trajectory, sweep.stamp_ns).moved(trajectory.relative(sweep.stamp_ns, reference))
     assert np.abs(direct.end - moved.end).max() < 1e-9
     assert np.abs(direct.origin - moved.origin).max() < 1e-9
 
@@ -88,7 +88,7 @@ def test_drops_are_counted_in_the_given_order(trajectory) -> None:
     points = transform_points(invert_transform(LIDAR2EGO), ego)
     points = np.vstack([points, [[np.nan, 1, 1], [9, 9, np.inf]]]).astype(np.float32)
     sweep = Sweep(points, START_NS, LIDAR2EGO)
-    rays = deskewed_rays(sweep, trajectory, START_NS)
+    rays = deskew_rays(sweep, trajectory, START_NS)
     assert dict(rays.dropped) == {
         "not_finite": 2,
         "too_near": 1,
@@ -104,7 +104,7 @@ def test_isolated_returns_are_dropped_only_near_the_sensor(trajectory) -> None:
     wall = np.stack(np.meshgrid([10.0], np.arange(-1, 1, 0.2), np.arange(0, 1, 0.2)), -1).reshape(-1, 3)
     lonely = np.array([[6.0, 3.0, 0.0], [30.0, 3.0, 0.0]])
     sweep = Sweep(np.vstack([wall, lonely]).astype(np.float32), START_NS, np.eye(4))
-    rays = deskewed_rays(sweep, trajectory, START_NS, limits=RayLimits(isolated_filter=True))
+    rays = deskew_rays(sweep, trajectory, START_NS, limits=RayLimits(isolated_filter=True))
     assert rays.dropped["isolated"] == 1
     assert len(rays) == len(wall) + 1
     assert not np.any(np.all(np.isclose(rays.end, lonely[0]), axis=1))
@@ -113,7 +113,7 @@ def test_isolated_returns_are_dropped_only_near_the_sensor(trajectory) -> None:
 @pytest.mark.parametrize("offsets", [None, np.zeros(0, np.float32)])
 def test_an_empty_sweep_gives_no_rays(trajectory, offsets) -> None:
     sweep = Sweep(np.zeros((0, 3), np.float32), START_NS, LIDAR2EGO, time_offset=offsets)
-    assert len(deskewed_rays(sweep, trajectory, START_NS)) == 0
+    assert len(deskew_rays(sweep, trajectory, START_NS)) == 0
     assert len(compensated(sweep, trajectory).points) == 0
 
 
@@ -122,7 +122,7 @@ def test_points_with_a_broken_time_are_dropped(scene, trajectory) -> None:
     offsets = sweep.time_offset.copy()
     offsets[:5] = np.nan
     broken = Sweep(sweep.points, sweep.stamp_ns, sweep.lidar2ego, time_offset=offsets)
-    assert deskewed_rays(broken, trajectory, sweep.stamp_ns).dropped["not_finite"] == 5
+    assert deskew_rays(broken, trajectory, sweep.stamp_ns).dropped["not_finite"] == 5
     assert np.isnan(compensated(broken, trajectory).points[:5]).all()
 
 
@@ -130,7 +130,7 @@ def test_a_sweep_that_the_poses_do_not_cover_is_refused(scene, trajectory) -> No
     _, sweep = scene
     late = Sweep(sweep.points, START_NS + 2_040_000_000, LIDAR2EGO, time_offset=sweep.time_offset)
     with pytest.raises(PoseError, match="no pose at"):
-        deskewed_rays(late, trajectory, START_NS)
+        deskew_rays(late, trajectory, START_NS)
 
 
 def test_an_impossible_ego_box_or_range_is_refused() -> None:
@@ -146,9 +146,9 @@ def test_the_compiled_loop_sorts_as_the_plain_one(trajectory, monkeypatch) -> No
     points = rng.uniform(-70, 70, (400, 3)) * rng.choice([0.01, 1.0], (400, 1))
     points[:3] = np.nan
     sweep = Sweep(points.astype(np.float32), START_NS, LIDAR2EGO)
-    compiled = deskewed_rays(sweep, trajectory, START_NS)
+    compiled = deskew_rays(sweep, trajectory, START_NS)
     monkeypatch.setattr(deskew, "_sorter", lambda: deskew._sort_returns)
-    plain = deskewed_rays(sweep, trajectory, START_NS)
+    plain = deskew_rays(sweep, trajectory, START_NS)
     assert min(plain.dropped.values()) > 0
     assert compiled.dropped == plain.dropped
     for name in ("end", "origin", "hit"):

@@ -16,7 +16,7 @@ from occbev_training.models.queries.detr3d import CameraSampling, CameraScene  #
 EXTENT = ((-8.0, -6.0, -2.0), (8.0, 6.0, 2.0))
 
 
-def normalised(matrices: torch.Tensor, width: int, height: int) -> torch.Tensor:
+def normalise_images(matrices: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Turn matrices to pixels into matrices to 0..1."""
     scale = torch.diag(torch.tensor([1 / width, 1 / height, 1, 1], dtype=torch.float64))
     return (scale @ matrices.double()).float()
@@ -31,7 +31,7 @@ def test_published_cross_attention(shared: Path) -> None:
     height, width = arrays["img_shape"].tolist()
     scene = CameraScene(
         [arrays[f"feat{i}"][0].float() for i in (0, 1)],
-        normalised(arrays["lidar2img"], width, height)[None],
+        normalise_images(arrays["lidar2img"], width, height)[None],
         torch.ones(1, 6),
     )
     query, position = (arrays[name].transpose(0, 1) for name in ("query", "query_pos"))

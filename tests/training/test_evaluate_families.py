@@ -37,7 +37,7 @@ REMEMBER = {"occbev-small", "bevdepth4d_r50", "bevformer_small_occ"}
 
 def _package(model: ModelConfig, folder: Path) -> ModelPackage:
     torch.manual_seed(0)
-    network = families.wake(build_model(model, "finetune")).eval()
+    network = families.randomise_zero_init(build_model(model, "finetune")).eval()
     save_weights(folder / "weights.safetensors", network.state_dict(), {})
     return write_package(folder, model, {"data": "nothing"}, {})
 

@@ -31,7 +31,7 @@ from occbev_training.export.package import (  # noqa: E402
     run_torch,
     write_onnx,
 )
-from occbev_training.export.zoo import reduced, wake  # noqa: E402
+from occbev_training.export.zoo import randomise_zero_init, reduced  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.geometry import make_geometry  # noqa: E402
@@ -66,7 +66,7 @@ def model_of(repository: Path, name: str) -> ModelConfig:
 
 def network_of(model: ModelConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    return wake(build_model(model, "finetune")).eval()
+    return randomise_zero_init(build_model(model, "finetune")).eval()
 
 
 def other_rig(model: ModelConfig, cameras: int) -> CameraRig:
@@ -80,7 +80,9 @@ def other_rig(model: ModelConfig, cameras: int) -> CameraRig:
 
 
 @pytest.fixture(scope="module", params=EXPORTED)
-def exported(request, repository: Path, tmp_path_factory) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
+def export_reduced(
+    request, repository: Path, tmp_path_factory
+) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
     model = model_of(repository, request.param)
     network, path = network_of(model), tmp_path_factory.mktemp("onnx") / "model.onnx"
     write_onnx(make_graph(network), model, path)

@@ -13,11 +13,11 @@ from occbev_training.sources.deskew import compensated
 from occbev_training.sources.nuscenes import open_nuscenes
 from occbev_training.sources.nuscenes_writer import (
     TABLES,
+    find_written_drives,
     merge_nuscenes,
     usual_attribute,
     write_drive,
     write_nuscenes,
-    written_drives,
 )
 from occbev_training.sources.recording import RecordingError
 
@@ -97,7 +97,7 @@ def test_key_without_a_sweep_is_an_error(tmp_path: Path, tiny_recording) -> None
     tiny_recording.sweep_stamp_ns = tiny_recording.sweep_stamp_ns[:3]
     with pytest.raises(RecordingError, match="key frame 1 at"):
         write_nuscenes([tiny_recording], tmp_path)
-    assert written_drives(tmp_path) == []
+    assert find_written_drives(tmp_path) == []
 
 
 def test_drives_written_apart_are_joined_once(tmp_path: Path, make_recording) -> None:
@@ -125,7 +125,7 @@ def test_finished_drives_are_not_written_again(tmp_path: Path, make_recording) -
 
     write_nuscenes([Untouchable(), make_recording("tiny-1", keys=2)], tmp_path)
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert written_drives(tmp_path) == ["tiny-0", "tiny-1"]
+    assert find_written_drives(tmp_path) == ["tiny-0", "tiny-1"]
 
 
 def test_same_drive_gives_the_same_tables(tmp_path: Path, make_recording) -> None:

@@ -15,7 +15,7 @@ from occbev.inference.preprocess import Preprocessor
 from occbev_training.losses.objectives import (
     at_voxels,
     keep_large_depthwise_in_float32,
-    normalised,
+    normalise_images,
     prefer_channels_last,
 )
 
@@ -24,7 +24,7 @@ from occbev_training.losses.objectives import (
 def test_training_normalises_as_the_robot_does(order: str) -> None:
     config = ImageConfig(width=64, height=32, channel_order=order)
     pixels = np.random.default_rng(0).integers(0, 255, (1, 2, 32, 64, 3)).astype(np.uint8)
-    got = normalised(torch.from_numpy(pixels).permute(0, 1, 4, 2, 3), config)
+    got = normalise_images(torch.from_numpy(pixels).permute(0, 1, 4, 2, 3), config)
     want = np.stack([Preprocessor(config).normalise(image) for image in pixels[0]])
     np.testing.assert_allclose(got[0].numpy(), want, atol=1e-5)
     if order == "rgb":

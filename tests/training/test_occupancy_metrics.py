@@ -20,13 +20,13 @@ from occbev_training.metrics.occupancy import (
     confusion,
     grouped_counts,
     mean_iou,
-    occupied_iou,
     range_rings,
     ray_counts,
     ray_directions,
     ray_origins,
     ray_scores,
     ring_names,
+    score_occupied_iou,
 )
 
 GOLDEN = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "golden"
@@ -51,7 +51,7 @@ def test_confusion_by_hand() -> None:
     assert counts.tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 1]]
     np.testing.assert_allclose(class_ious(counts), [1 / 2, 1 / 2, 1 / 3])
     assert mean_iou(counts, free=2) == pytest.approx(0.5)
-    assert occupied_iou(counts, free=2) == pytest.approx(2 / 4)
+    assert score_occupied_iou(counts, free=2) == pytest.approx(2 / 4)
     masked = confusion(truth, guess, np.array([1, 1, 0, 0, 1, 0], bool), 3)
     assert masked.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 

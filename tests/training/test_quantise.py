@@ -23,7 +23,7 @@ from occbev_training.export.quantise import (  # noqa: E402
     _frames,
     agreement,
     check_frames,
-    kept_convolutions,
+    find_float_convolutions,
     module_of,
 )
 from occbev_training.models.build import build_network  # noqa: E402
@@ -69,7 +69,7 @@ def test_the_int8_graph_takes_the_place_of_the_rounded_one(package: ModelPackage
 
 def test_convolutions_are_bytes_except_the_kept_ones(package: ModelPackage) -> None:
     graph = openvino_backend.shared_core().read_model(package.path("model_int8.xml"))
-    kept, bytes_of = set(kept_convolutions(graph)), {}
+    kept, bytes_of = set(find_float_convolutions(graph)), {}
     for op in graph.get_ordered_ops():
         if op.get_type_name() not in ("Convolution", "GroupConvolution"):
             continue

@@ -14,7 +14,7 @@ from occbev_training.models.checkpoints import CheckpointError  # noqa: E402
 from occbev_training.models.renaming import (  # noqa: E402
     load_published,
     published_names,
-    read_published,
+    read_recorded,
     to_published,
 )
 
@@ -65,7 +65,7 @@ def test_checkpoints_may_be_wrapped_and_prefixed(tmp_path: Path, wrapper: str | 
     state = {f"module.{k}": v for k, v in small().state_dict().items()}
     path = tmp_path / "epoch_24.pth"
     torch.save({wrapper: state, "epoch": 24} if wrapper else state, path)
-    assert set(read_published(path)) == set(small().state_dict())
+    assert set(read_recorded(path)) == set(small().state_dict())
 
 
 class Planted:
@@ -77,7 +77,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"state_dict": Planted()}))
     with pytest.raises(CheckpointError, match=r"evil\.pth"):
-        read_published(path)
+        read_recorded(path)
     assert "ran" not in capsys.readouterr().out
 
 
@@ -85,4 +85,4 @@ def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.pth"
     torch.save({"epoch": 3}, path)
     with pytest.raises(CheckpointError, match="no weights"):
-        read_published(path)
+        read_recorded(path)

@@ -15,7 +15,7 @@ from occbev_training.evaluation.scores import (
     count_occupancy,
     found_share,
 )
-from occbev_training.metrics.occupancy import confusion, occupied_iou
+from occbev_training.metrics.occupancy import confusion, score_occupied_iou
 from occbev_training.sources.recording import Annotations
 
 GRID = VoxelGrid((-12.0, -12.0, 0.0), (1.0, 1.0, 1.0), (24, 24, 3))
@@ -64,10 +64,10 @@ def test_frames_without_dense_truth_are_left_out_and_draws_keep_step() -> None:
     scores = Scores.of(frames)
     assert scores.measured == ("occupancy",)
     total = sum(c.confusion for c in counts if c is not None)
-    assert scores.summary()["occupancy_iou"] == occupied_iou(total)
+    assert scores.summary()["occupancy_iou"] == score_occupied_iou(total)
     times = np.array([0, 5, 0, 2, 0])
     drawn = scores._drawn(times)
-    assert drawn["occupancy_iou"] == occupied_iou(counts[3].confusion)
+    assert drawn["occupancy_iou"] == score_occupied_iou(counts[3].confusion)
     lo, hi = scores.intervals(40).bounds["occupancy_iou"]
     assert lo <= scores.summary()["occupancy_iou"] <= hi
     assert "detection" not in scores.as_record()

@@ -40,7 +40,7 @@ from occbev.config import (
 )
 from occbev.grid import GRIDS, BevGrid
 from occbev_training.cli import main
-from occbev_training.cli.pretrain import assigned, overridden
+from occbev_training.cli.pretrain import overridden, parse_assignments
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, open_cache
 from occbev_training.engine.config import OptimConfig, TrainingConfig
@@ -293,22 +293,22 @@ def test_the_pace_shortens_the_plan_and_gives_back_what_it_took(
     plans = []
     for step, now in ((0, 0.0), (10, 20.0), (20, 40.0), (60, 50.0), (100, 60.0)):
         clock[0] = now
-        plans.append(pace.planned(step, 200))
+        plans.append(pace.plan_groups(step, 200))
     assert plans == [200, 50, 50, 143, 200]  # slow at first, then fast
     clock[0] = 130.0
-    assert pace.planned(101, 200) == 101  # the time is over: stop here
+    assert pace.plan_groups(101, 200) == 101  # the time is over: stop here
 
 
 def test_configs_are_checked_and_overridden_by_name() -> None:
     for changes in ({"stage": "both"}, {"precision": "int8"}, {"batch": 0}):
         with pytest.raises(ConfigError):
             TrainingConfig(**changes)  # type: ignore[arg-type]
-    arguments = ["--optim.lr", "2e-4", *assigned(["augment.blur=0", "steps=7"])]
+    arguments = ["--optim.lr", "2e-4", *parse_assignments(["augment.blur=0", "steps=7"])]
     config = overridden(TrainingConfig(), [*arguments, "--freeze_norms", "true"])
     assert config.freeze_norms
     assert (config.optim.lr, config.augment.blur, config.steps) == (2e-4, 0.0, 7)
     with pytest.raises(ConfigError, match="KEY=VALUE"):
-        assigned(["optim.lr"])
+        parse_assignments(["optim.lr"])
     with pytest.raises(SystemExit):
         overridden(config, ["--optim.rate", "1"])
 

@@ -54,7 +54,7 @@ class Report:
         }
 
 
-def interleaved(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def run_interleaved(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Time methods round-robin after one unmeasured round, so that a busy moment hits all of them."""
     wall: dict[str, list[float]] = {name: [] for name in methods}
     cpu: dict[str, list[float]] = {name: [] for name in methods}

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.benchmarks import Options, Report, Timing, interleaved
+from occbev.benchmarks import Options, Report, Timing, run_interleaved
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.inference.backend import RUNTIMES, BackendError, RunSettings
 from occbev.inference.model_package import ModelPackage, find_package
@@ -42,14 +42,14 @@ CHOICES = {
 def run(options: Options) -> Report:
     """Time whole frames on every runtime that is installed, then single stages against plain ones."""
     package, rig = ModelPackage.load(find_package(options.model)), six_cameras()
-    frame_set = encoded_frames(rig)
+    frame_set = encode_frames(rig)
     lines, skipped = _pipelines(package, rig, options.threads)
     stages: dict[str, list[Perception]] = {name: [] for name in lines}
-    whole = interleaved(
+    whole = run_interleaved(
         {name: _recorded(line, frame_set, stages[name]) for name, line in lines.items()},
         options.rounds,
     )
-    parts = interleaved(_single_stages(next(iter(lines.values())), frame_set), options.rounds)
+    parts = run_interleaved(_single_stages(next(iter(lines.values())), frame_set), options.rounds)
     values = {
         "runtimes": {name: _record(lines[name], whole[name], stages[name][1:]) for name in lines},
         "skipped": skipped,
@@ -78,7 +78,7 @@ def six_cameras() -> CameraRig:
     return CameraRig(tuple(cameras))
 
 
-def encoded_frames(rig: CameraRig) -> FrameSet:
+def encode_frames(rig: CameraRig) -> FrameSet:
     """One frame set of JPEG images with the detail of a street: noise at several scales."""
     generator = np.random.default_rng(0)
     frames = {}

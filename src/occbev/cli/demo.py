@@ -76,19 +76,19 @@ def run(args: argparse.Namespace) -> int:
     package = ModelPackage.load(find_package(args.model))
     CONSOLE.print(f"[bold]occbev demo[/]: {package.model.name}, trained on {package.trained_on}")
     with clock("simulate"):
-        drive = _simulated(args, config)
+        drive = _simulate(args, config)
     with clock("replay"):
-        played = _played(args.out / "run", drive, package)
+        played = _play(args.out / "run", drive, package)
     with clock("score"):
-        results, scores = _scored(played, drive, package)
+        results, scores = _score(played, drive, package)
     summary = _summary(args, package, played, scores)
     with clock("report"):
         scenes = _scenes(results, drive)
-        write_report(args.out / "report.html", _timed(summary, clock), scenes, played.latencies)
+        write_report(args.out / "report.html", _time(summary, clock), scenes, played.latencies)
         if scenes:
             cover = cover_picture(scenes[len(scenes) // 2])
             write_picture(str(args.out / "picture.jpg"), cover)
-    summary = _timed(summary, clock)
+    summary = _time(summary, clock)
     (args.out / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
     _print(summary, args.out)
     return 0 if results and played.accounted else 1
@@ -125,7 +125,7 @@ def _drive_config(args: argparse.Namespace) -> DriveConfig:
     return DriveConfig(keys=keys, key_rate=args.key_rate, image=_size(args.image))
 
 
-def _simulated(args: argparse.Namespace, config: DriveConfig) -> KeptDrive:
+def _simulate(args: argparse.Namespace, config: DriveConfig) -> KeptDrive:
     """Make the drive, or take the one that an earlier run kept."""
     from occbev_training.simulator.drive_cache import keep_drive
 
@@ -190,7 +190,7 @@ class Played:
         ]
 
 
-def _played(folder: Path, drive: KeptDrive, package: ModelPackage) -> Played:
+def _play(folder: Path, drive: KeptDrive, package: ModelPackage) -> Played:
     """Start node and player, each a process of its own, and record what the node publishes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -214,16 +214,16 @@ def _own_graph() -> dict[str, str]:
     return {**own, **os.environ}
 
 
-def _scored(played: Played, drive: KeptDrive, package: ModelPackage) -> tuple[list[KeyResult], dict[str, Any]]:
+def _score(played: Played, drive: KeptDrive, package: ModelPackage) -> tuple[list[KeyResult], dict[str, Any]]:
     """Score what the node published, and the means of the training set beside it."""
-    from occbev.reports.recorded_outputs import read_published
+    from occbev.reports.recorded_outputs import read_recorded
     from occbev_training.evaluation.frames import Priors
     from occbev_training.metrics.drive import results_at_keys, score_detection, score_occupancy
     from occbev_training.sources.truth import read_truth
 
     truth = read_truth(drive.truth)
     priors = Priors.load(package.path("priors.npz")) if package.has("priors.npz") else None
-    published = read_published(played.bag, package.model.grid)
+    published = read_recorded(played.bag, package.model.grid)
     results = results_at_keys(published.values(), truth)
     return results, {
         "frames_scored": len(results),
@@ -255,7 +255,7 @@ def _summary(
     }
 
 
-def _timed(summary: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+def _time(summary: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
     return {**summary, "seconds": {**clock.seconds, "total": round(clock.total, 1)}}
 
 
@@ -299,7 +299,7 @@ def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:
     assert annotations is not None
     return Moment(
         (stamp - int(truth.key_stamp_ns[0])) / 1e9,
-        {name: _decoded(frame) for name, frame in seen.items()},
+        {name: _decode_frames(frame) for name, frame in seen.items()},
         truth.rig.ordered(tuple(seen)).moved(motions),
         result.boxes,
         annotations.boxes[annotations.lidar_points > 0],
@@ -308,7 +308,7 @@ def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:
     )
 
 
-def _decoded(frame: CameraFrame) -> NDArray[np.uint8]:
+def _decode_frames(frame: CameraFrame) -> NDArray[np.uint8]:
     if not isinstance(frame.image, bytes):
         return frame.image
     image = cv2.imdecode(np.frombuffer(frame.image, np.uint8), cv2.IMREAD_COLOR)

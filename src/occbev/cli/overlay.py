@@ -160,13 +160,13 @@ def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameRe
         sweep_index = nearest_sweep(recording, stamp_ns, args.max_gap)
         if sweep_index is None or written >= args.frames:
             continue
-        frame_set = _posed(recording.frame_set(key))
+        frame_set = _set_pose(recording.frame_set(key))
         if frame_set.cameras:
             yield _overlay_frame(recording, key, sweep_index, frame_set, pipeline, args.out)
             written += 1
 
 
-def _posed(frame_set: FrameSet) -> FrameSet:
+def _set_pose(frame_set: FrameSet) -> FrameSet:
     """Count cameras without an ego pose as missing: nothing can be moved to them."""
     unposed = {
         name: "no ego pose at its exposure"

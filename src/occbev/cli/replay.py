@@ -29,7 +29,7 @@ from occbev import graph
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
-from occbev.streams.frame_log import LedgerReader, read_ledger
+from occbev.streams.frame_log import LedgerReader, read_frame_log
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _account(
 ) -> dict[str, Any]:
     """Join the player's ledger and the node's."""
     book = player.ledger
-    lines = read_ledger(ledger) if args.node else _lines_from_results(player)
+    lines = read_frame_log(ledger) if args.node else _lines_from_results(player)
     unrecorded = LOST if args.node else UNANSWERED
     frames = frames_of(book.anchors, book.sent, lines, parameters.anchor_camera, unrecorded)
     published = {topic: len(messages) for topic, messages in book.received.items()}

@@ -29,7 +29,7 @@ from occbev.cli.replay import changes, drain, perception_process
 from occbev.messages.bags import BagReader
 from occbev.reports.soak import Watch, account
 from occbev.reports.summaries import LOST, frames_of
-from occbev.streams.frame_log import read_ledger
+from occbev.streams.frame_log import read_frame_log
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
@@ -88,17 +88,17 @@ def _soak(args: argparse.Namespace, path: Path, parameters: PerceptionParameters
         stack.enter_context(player_node.Spinner(player))
         player.wait_for_perception(args.wait, lambda: node.poll() is None)
         begin_ns = time.monotonic_ns()
-        with Watch(node.pid) as watch, _stopped_after(args.minutes * 60, player.stop):
+        with Watch(node.pid) as watch, _stop_after(args.minutes * 60, player.stop):
             player.play(lambda _: None, lambda: node.poll() is None, sys.maxsize)
         end_ns = time.monotonic_ns()
         drain(player, ledger)
-        lines = read_ledger(ledger)
+        lines = read_frame_log(ledger)
         record = account(watch.samples, lines, (begin_ns, end_ns))
         return _with_stamps(record, args, player.ledger, lines, parameters.anchor_camera)
 
 
 @contextlib.contextmanager
-def _stopped_after(seconds: float, stop: Any) -> Any:
+def _stop_after(seconds: float, stop: Any) -> Any:
     timer = threading.Timer(seconds, stop)
     timer.daemon = True
     timer.start()

@@ -98,7 +98,7 @@ def find_package(name_or_folder: str | Path) -> Path:
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
-    shipped = _shipped_folder()
+    shipped = _find_shipped()
     if shipped is not None and folder.name == str(name_or_folder) and (shipped / folder).is_dir():
         return shipped / folder
     names = sorted(path.parent.name for path in shipped.glob(f"*/{CONFIG_NAME}")) if shipped else []
@@ -177,7 +177,7 @@ def _check_file(folder: Path, name: str, digest: str | None) -> None:
         )
 
 
-def _shipped_folder() -> Path | None:
+def _find_shipped() -> Path | None:
     try:
         return share_path("config/models")
     except FileNotFoundError:

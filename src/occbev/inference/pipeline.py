@@ -133,7 +133,7 @@ class Pipeline:
         clock.append(time.perf_counter_ns())
         prepared = self._preprocessor.prepare(decoded, self.rig, self._pool)
         clock.append(time.perf_counter_ns())
-        moved = self._moved(prepared, frame_set, motion)
+        moved = self._move_rig(prepared, frame_set, motion)
         tables = self._tables.tables(moved, prepared.camera_valid)
         pose = key_pose(frame_set, motion) if self._memory.active else None
         past = self._memory.inputs(frame_set.stamp_ns, pose)
@@ -148,7 +148,7 @@ class Pipeline:
             outputs = wait()
             if not has_run:
                 clock.append(time.perf_counter_ns())
-            return self._finished(outputs, prepared, frame_set, clock)
+            return self._finish(outputs, prepared, frame_set, clock)
 
         if self.backend.kept_outputs > 1 and not self._memory.active:
             return finish
@@ -160,10 +160,10 @@ class Pipeline:
         self._memory.keep(wait(), frame_set.stamp_ns, pose)
         return lambda: perception
 
-    def _finished(self, outputs: Arrays, prepared: PreparedImages, frame_set: FrameSet, clock: list[int]) -> Perception:
+    def _finish(self, outputs: Arrays, prepared: PreparedImages, frame_set: FrameSet, clock: list[int]) -> Perception:
         """Decode what the network said of one frame set. clock: when each stage before began, and the last ended."""
         begin_ns = time.perf_counter_ns()
-        boxes, occupancy = self._decoded(outputs, prepared, frame_set.cameras)
+        boxes, occupancy = self._decode(outputs, prepared, frame_set.cameras)
         stage_ns = [*np.diff(clock).tolist(), time.perf_counter_ns() - begin_ns]
         timings = Timings(dict(zip(STAGES, stage_ns, strict=True)))
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
@@ -183,7 +183,7 @@ class Pipeline:
         runs = [start(self.backend, inputs) for _ in range(self.backend.kept_outputs)]
         with suppress(OutputError):  # if it is the network's fault, real frames will say so
             for wait in runs:
-                self._decoded(wait(), prepared, self.rig.names)
+                self._decode(wait(), prepared, self.rig.names)
 
     def close(self) -> None:
         """End the decoding threads."""
@@ -194,7 +194,7 @@ class Pipeline:
             return load_backend(self.package, cameras, self._wanted, self._settings)
         return self._wanted
 
-    def _moved(self, prepared: PreparedImages, frame_set: FrameSet, motion: Motion | None) -> CameraRig:
+    def _move_rig(self, prepared: PreparedImages, frame_set: FrameSet, motion: Motion | None) -> CameraRig:
         if motion is None:
             return prepared.rig
         absent = sorted(set(frame_set.cameras) - set(motion))
@@ -202,9 +202,7 @@ class Pipeline:
             raise LookupError(f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}")
         return prepared.rig.moved(motion.get(name, np.eye(4)) for name in prepared.rig.names)
 
-    def _decoded(
-        self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]
-    ) -> tuple[Boxes3D, Occupancy]:
+    def _decode(self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]) -> tuple[Boxes3D, Occupancy]:
         """Decode what the network says; boxes that it does not predict are none, voxels are unobserved."""
         model = self.package.model
         boxes = boxes_of(outputs, model, self.decoding, cameras)
@@ -213,12 +211,12 @@ class Pipeline:
                 absent = [name for name in OUTPUTS if name not in outputs]
                 raise OutputError(f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}")
             return boxes, unobserved(model.grid, cameras)
-        observed = self._observed(prepared.rig, prepared.camera_valid)
+        observed = self._find_observed(prepared.rig, prepared.camera_valid)
         min_free = model.occupancy.min_free
         occupancy = voxels_of(outputs, model, min_free, cameras, observed, self._pool)
         return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
 
-    def _observed(self, rig: CameraRig, camera_valid: NDArray[np.float32]) -> NDArray[np.bool_]:
+    def _find_observed(self, rig: CameraRig, camera_valid: NDArray[np.float32]) -> NDArray[np.bool_]:
         """The voxels that some valid camera sees, kept for the last rig: projecting a grid takes longer than a network."""
         view = self._view  # the other thread may take another rig
         if view is None or view.rig_hash != rig.hash:

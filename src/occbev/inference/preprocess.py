@@ -109,13 +109,13 @@ class Preprocessor:
         fit = Fit.cover(camera.width, camera.height, self.config)
         fitted = network_camera(camera, self.config)
         if camera.distortion:
-            image = self._rectified(_scaled(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
-            return self._filled(image), fitted
+            image = self._rectify(_scale(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
+            return self._fill(image), fitted
         (x, y), (width, height) = fit.crop, (self.config.width, self.config.height)
-        image, skipped = _scaled_below(image, fit.scaled, y)
-        return self._filled(image[y - skipped : y - skipped + height, x : x + width]), fitted
+        image, skipped = _scale_below(image, fit.scaled, y)
+        return self._fill(image[y - skipped : y - skipped + height, x : x + width]), fitted
 
-    def _filled(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _fill(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Fill rows that are empty below."""
         if len(image) == self.config.height:
             return np.ascontiguousarray(image)
@@ -167,7 +167,7 @@ class Preprocessor:
             )
         return out
 
-    def _rectified(self, scaled: NDArray[np.uint8], camera: Camera, fitted: Camera) -> NDArray[np.uint8]:
+    def _rectify(self, scaled: NDArray[np.uint8], camera: Camera, fitted: Camera) -> NDArray[np.uint8]:
         """Undistort and crop in one pass, at network resolution: the area filter has already run."""
         known = self._maps.get(camera.name)
         if known is None or not _same_optics(known[0], camera):
@@ -241,7 +241,7 @@ def network_camera(camera: Camera, config: ImageConfig) -> Camera:
     return replace(fitted, distortion_model="none", distortion=())
 
 
-def _scaled(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+def _scale(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Scale to (width, height): averaging areas where that is smaller, nearly so by less than two, see `_smoothing`."""
     if size == (image.shape[1], image.shape[0]):
         return image
@@ -263,18 +263,18 @@ def _smoothing(ratio: float) -> NDArray[np.float64]:
     return np.array([side, 1 - 2 * side, side])
 
 
-def _scaled_below(image: NDArray[np.uint8], size: tuple[int, int], first: int) -> tuple[NDArray[np.uint8], int]:
+def _scale_below(image: NDArray[np.uint8], size: tuple[int, int], first: int) -> tuple[NDArray[np.uint8], int]:
     """Scale to (width, height), leaving out rows above the scaled row `first` where averages do not reach over.
 
     Returns: the scaled image below, and how many scaled rows were left out.
     """
     rows = len(image)
     if size[1] > rows:
-        return _scaled(image, size), 0
+        return _scale(image, size), 0
     common = math.gcd(rows, size[1])  # so many times whole rows meet whole rows
     skipped = max(0, first - 1) // (size[1] // common) * (size[1] // common)
     above = skipped * rows // size[1]
-    return _scaled(image[above:], (size[0], size[1] - skipped)), skipped
+    return _scale(image[above:], (size[0], size[1] - skipped)), skipped
 
 
 def _normalisation(config: ImageConfig) -> NDArray[np.float32]:

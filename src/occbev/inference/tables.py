@@ -158,9 +158,9 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int, height_bins: i
     check_capacity("frustum points", len(points) + 1, max_points, CAPACITY)
     offset = np.searchsorted(points.cell, np.arange(bev.size * height_bins)).astype(np.int32)
     return {
-        "table_pixel": _padded(points.pixel, max_points),
-        "table_depth": _padded(points.depth, max_points),
-        "table_weight": _padded(np.ones(len(points), np.float32), max_points),
+        "table_pixel": _pad(points.pixel, max_points),
+        "table_depth": _pad(points.depth, max_points),
+        "table_weight": _pad(np.ones(len(points), np.float32), max_points),
         "table_offset": offset,
     }
 
@@ -191,14 +191,14 @@ def gather_tables(
     slots, row_cell = _group(points.cell)
     used = slots >= 0
     tables: Tables = {
-        "table_pixel": _padded(np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]),
-        "table_depth": _padded(np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]),
-        "table_weight": _padded(used.astype(np.float32), capacities[0]),
+        "table_pixel": _pad(np.where(used, points.pixel[slots] if len(points) else 0, 0), capacities[0]),
+        "table_depth": _pad(np.where(used, points.depth[slots] if len(points) else 0, 0), capacities[0]),
+        "table_weight": _pad(used.astype(np.float32), capacities[0]),
     }
     for stage in range(2, GATHER_STAGES + 1):
         zero_row = capacities[stage - 2] - 1
         slots, row_cell = _group(row_cell)
-        tables[f"table_stage{stage}"] = _padded(np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row)
+        tables[f"table_stage{stage}"] = _pad(np.where(slots >= 0, slots, zero_row), capacities[stage - 1], zero_row)
     if len(row_cell) and np.any(np.diff(row_cell) == 0):
         raise TableCapacityError(f"a BEV cell holds over {GATHER_WIDTH**GATHER_STAGES} frustum points")
     cell = np.full(bev.size * height_bins, capacities[-1] - 1, np.int32)
@@ -352,7 +352,7 @@ def _group(key: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]
     return slots, key[opens_row]
 
 
-def _padded(rows: NDArray[np.generic], length: int, fill: int = 0) -> NDArray[np.int32]:
+def _pad(rows: NDArray[np.generic], length: int, fill: int = 0) -> NDArray[np.int32]:
     out = np.full((length, *rows.shape[1:]), fill, np.float32 if rows.dtype == np.float32 else np.int32)
     out[: len(rows)] = rows
     return out

@@ -31,7 +31,7 @@ class TensorRtBackend:
     def __init__(self, engine: Any, device: str, path: Path) -> None:
         self._engine, self.device, self._path = engine, device, path
         self._context = engine.create_execution_context()
-        self._stream = _checked(cuda.cudaStreamCreate())
+        self._stream = _check(cuda.cudaStreamCreate())
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         is_input = {name: engine.get_tensor_mode(name) == tensorrt.TensorIOMode.INPUT for name in names}
         self._inputs = [name for name in names if is_input[name]]
@@ -40,7 +40,7 @@ class TensorRtBackend:
             name: np.empty(tuple(engine.get_tensor_shape(name)), tensorrt.nptype(engine.get_tensor_dtype(name)))
             for name in names
         }
-        self._buffer = {name: _checked(cuda.cudaMalloc(array.nbytes)) for name, array in self._host.items()}
+        self._buffer = {name: _check(cuda.cudaMalloc(array.nbytes)) for name, array in self._host.items()}
         for name, pointer in self._buffer.items():
             self._context.set_tensor_address(name, pointer)
 
@@ -64,7 +64,7 @@ class TensorRtBackend:
                 self._buffer[name],
                 cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost,
             )
-        _checked(cuda.cudaStreamSynchronize(self._stream))
+        _check(cuda.cudaStreamSynchronize(self._stream))
         return outputs
 
     def about(self) -> dict[str, str]:
@@ -74,12 +74,12 @@ class TensorRtBackend:
         return {"engine": str(self._path), "gpu_memory_mb": used}
 
     def _copy(self, name: str, target: int, source: int, kind: Any) -> None:
-        _checked(cuda.cudaMemcpyAsync(target, source, self._host[name].nbytes, kind, self._stream))
+        _check(cuda.cudaMemcpyAsync(target, source, self._host[name].nbytes, kind, self._stream))
 
 
 def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TensorRtBackend:
     """Take the engine from the cache or build it, which takes minutes; see `load_backend`."""
-    properties, precision = _checked(cuda.cudaGetDeviceProperties(0)), settings.precision
+    properties, precision = _check(cuda.cudaGetDeviceProperties(0)), settings.precision
     device = properties.name.split(b"\0")[0].decode()
     key = f"{package.hash}-{cameras}-{device}-sm{properties.major}{properties.minor}-{tensorrt.__version__}-{precision}"
     path = CACHE / (re.sub(r"[^A-Za-z0-9.]+", "-", key) + ".engine")
@@ -129,7 +129,7 @@ def _logger() -> Any:
     return tensorrt.Logger(tensorrt.Logger.WARNING)
 
 
-def _checked(answer: tuple[Any, ...]) -> Any:
+def _check(answer: tuple[Any, ...]) -> Any:
     """Unwrap cuda-python's (error, value...) tuples."""
     error, *values = answer
     if error != cuda.cudaError_t.cudaSuccess:

@@ -142,7 +142,7 @@ def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectifi
     if not rectified and any(coefficients):
         model, kept = _distortion(str(info.distortion_model), coefficients)
     camera = Camera(name, int(info.width), int(info.height), intrinsic, cam2ego, model, kept)
-    return _binned(camera, info)
+    return _apply_binning(camera, info)
 
 
 def pose_from_odometry(message: Any) -> NDArray[np.float64]:
@@ -259,7 +259,7 @@ def _distortion(model: str, coefficients: tuple[float, ...]) -> tuple[str, tuple
     return ours, coefficients
 
 
-def _binned(camera: Camera, info: Any) -> Camera:
+def _apply_binning(camera: Camera, info: Any) -> Camera:
     """Apply CameraInfo's region of interest (in full-resolution pixels), then its binning."""
     roi = getattr(info, "roi", None)
     if roi is not None and roi.width and roi.height:

@@ -168,7 +168,7 @@ class Buffer:
             return bool(between) and all(frame.static for frame in between)
 
     def _store(self, transform: Any, authority: str, static: bool) -> None:
-        parent, child, sample = _checked(transform, authority)
+        parent, child, sample = _check(transform, authority)
         with self._changed:
             frame = self._frames.get(child) or _Frame(static)
             kept = static or not frame.static
@@ -323,7 +323,7 @@ class Buffer:
         return _between(before, after, share).matrix()
 
 
-def _checked(transform: Any, authority: str) -> tuple[str, str, _Sample]:
+def _check(transform: Any, authority: str) -> tuple[str, str, _Sample]:
     """Read a TransformStamped, refusing what would spoil the tree."""
     parent = clean_frame(transform.header.frame_id)
     child = clean_frame(transform.child_frame_id)

@@ -30,7 +30,7 @@ class Published:
     occupancy: Occupancy | None = None
 
 
-def read_published(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
+def read_recorded(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
     """Read every result of a recorded run, by stamp in nanoseconds.
 
     grid: the voxel grid of the model that published.

@@ -123,7 +123,7 @@ def draw_points(
     for index in np.argsort(-depth):
         cv2.circle(
             image,
-            _fixed(pixels[index]),
+            _fix_view(pixels[index]),
             radius << SHIFT,
             colours[index].tolist(),
             -1,
@@ -164,9 +164,9 @@ def camera_mosaic(images: Mapping[str, Picture], width: int = 1600, columns: int
     for name, image in images.items():
         height = round(tile_width * image.shape[0] / image.shape[1])
         scaled = np.asarray(cv2.resize(image, (tile_width, height), interpolation=cv2.INTER_AREA), np.uint8)
-        tiles.append(_captioned(scaled, name))
+        tiles.append(_add_caption(scaled, name))
     tallest = max(tile.shape[0] for tile in tiles)
-    tiles = [_padded(tile, tile_width, tallest) for tile in tiles]
+    tiles = [_pad(tile, tile_width, tallest) for tile in tiles]
     tiles += [np.full_like(tiles[0], PAPER)] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
 
@@ -251,7 +251,7 @@ def beside(pictures: Mapping[str, Picture], gap: int = 12) -> Picture:
 def stacked(pictures: Sequence[Picture], gap: int = 12) -> Picture:
     """Put pictures below each other on paper as wide as the widest."""
     width = max(picture.shape[1] for picture in pictures)
-    rows = [_padded(picture, width, picture.shape[0] + gap) for picture in pictures]
+    rows = [_pad(picture, width, picture.shape[0] + gap) for picture in pictures]
     return np.vstack(rows)
 
 
@@ -273,7 +273,7 @@ SHIFT = 3
 """Fractional bits of drawing coordinates."""
 
 
-def _fixed(pixel: ArrayLike) -> tuple[int, int]:
+def _fix_view(pixel: ArrayLike) -> tuple[int, int]:
     """Pixel coordinates for cv2: centres at integers, SHIFT fractional bits, clipped far outside any picture."""
     u, v = np.round((np.clip(pixel, -4000, 12000) - 0.5) * (1 << SHIFT)).astype(int).tolist()
     return u, v
@@ -287,13 +287,13 @@ def _pixel(pixel: ArrayLike) -> tuple[int, int]:
 def _line(image: Picture, start: ArrayLike, end: ArrayLike, colour: Colour, style: BoxStyle) -> None:
     start, end = np.asarray(start, np.float64), np.asarray(end, np.float64)
     if not style.dashed:
-        cv2.line(image, _fixed(start), _fixed(end), colour, style.thickness, cv2.LINE_AA, SHIFT)
+        cv2.line(image, _fix_view(start), _fix_view(end), colour, style.thickness, cv2.LINE_AA, SHIFT)
         return
     length = float(np.hypot(*(end - start)))
     dashes = min(200, max(1, int(length / (6 + 3 * style.thickness))))
     for index in range(dashes):
         first, last = (start + (end - start) * (index + share) / dashes for share in (0.0, 0.55))
-        cv2.line(image, _fixed(first), _fixed(last), colour, style.thickness, cv2.LINE_AA, SHIFT)
+        cv2.line(image, _fix_view(first), _fix_view(last), colour, style.thickness, cv2.LINE_AA, SHIFT)
 
 
 def _box_colour(boxes: Boxes3D, index: int, style: BoxStyle) -> Colour:
@@ -306,7 +306,7 @@ def _draw_box(image: Picture, camera: Camera, corners: NDArray[np.float64], colo
     if corners[:, 2].min() > NEAR and not style.dashed:
         face = project_points(corners[list(FRONT_FACE)], camera.intrinsic)[0]
         tinted = image.copy()
-        cv2.fillConvexPoly(tinted, np.array([_fixed(p) for p in face]), colour, cv2.LINE_AA, SHIFT)
+        cv2.fillConvexPoly(tinted, np.array([_fix_view(p) for p in face]), colour, cv2.LINE_AA, SHIFT)
         cv2.addWeighted(tinted, 0.3, image, 0.7, 0, dst=image)
     for a, b in BOX_EDGES:
         segment = _cut_near(corners[a], corners[b])
@@ -335,14 +335,14 @@ def _label_box(image: Picture, camera: Camera, corners: NDArray[np.float64], box
         _text(image, text, (int(u), int(v) - 3), 0.4, ON_DARK)
 
 
-def _captioned(image: Picture, name: str) -> Picture:
+def _add_caption(image: Picture, name: str) -> Picture:
     image = image.copy()
     cv2.rectangle(image, (0, 0), (_text_width(name, 0.5) + 14, 22), (20, 20, 24), -1)
     _text(image, name, (7, 16), 0.5, ON_DARK)
     return image
 
 
-def _padded(picture: Picture, width: int, height: int) -> Picture:
+def _pad(picture: Picture, width: int, height: int) -> Picture:
     out = np.full((height, width, 3), PAPER, np.uint8)
     out[: picture.shape[0], : picture.shape[1]] = picture
     return out
@@ -364,7 +364,7 @@ def _above(points: ArrayLike, size: int, reach: float) -> NDArray[np.float64]:
 
 def _draw_rings(picture: Picture, reach: float) -> None:
     size = len(picture)
-    centre = _fixed(_above([0, 0], size, reach))
+    centre = _fix_view(_above([0, 0], size, reach))
     for metres in range(10, int(reach * 1.4), 10):
         cv2.circle(
             picture,
@@ -382,7 +382,7 @@ def _draw_rings(picture: Picture, reach: float) -> None:
 
 def _draw_ego(picture: Picture, reach: float) -> None:
     outline = _above([[3.9, 0.0], [3.2, 0.95], [-1.0, 0.95], [-1.0, -0.95], [3.2, -0.95]], len(picture), reach)
-    corners = np.array([_fixed(point) for point in outline])
+    corners = np.array([_fix_view(point) for point in outline])
     cv2.fillConvexPoly(picture, corners, INK, cv2.LINE_AA, SHIFT)
 
 
@@ -391,7 +391,7 @@ def _draw_box_above(picture: Picture, box: NDArray[np.float32], reach: float, co
     outline = _above(corners, len(picture), reach)
     if not style.dashed:
         tinted = picture.copy()
-        cv2.fillConvexPoly(tinted, np.array([_fixed(p) for p in outline]), colour, cv2.LINE_AA, SHIFT)
+        cv2.fillConvexPoly(tinted, np.array([_fix_view(p) for p in outline]), colour, cv2.LINE_AA, SHIFT)
         cv2.addWeighted(tinted, 0.35, picture, 0.65, 0, dst=picture)
     for index in range(4):
         _line(picture, outline[index], outline[(index + 1) % 4], colour, style)

@@ -50,7 +50,7 @@ class Moment:
 def compose_scene(moment: Moment) -> Scene:
     """Draw one moment: cameras; boxes and voxels from above; voxels in perspective, prediction then truth."""
     shown = moment.boxes[moment.boxes.score >= SHOWN_SCORE]
-    predicted = _seen_alike(moment.occupancy, moment.true_occupancy)
+    predicted = _mask_alike(moment.occupancy, moment.true_occupancy)
     width, height = VIEW_SIZE
     return Scene(
         moment.time,
@@ -99,7 +99,7 @@ def _cameras(moment: Moment, shown: Boxes3D) -> Image:
     return camera_mosaic(drawn, MOSAIC_WIDTH)
 
 
-def _seen_alike(occupancy: Occupancy, truth: Occupancy) -> Occupancy:
+def _mask_alike(occupancy: Occupancy, truth: Occupancy) -> Occupancy:
     """Show a prediction where the truth is known, so that the two pictures compare the same voxels."""
     hidden = truth.state == UNOBSERVED_STATE
     state, label = occupancy.state.copy(), occupancy.label.copy()

@@ -66,7 +66,7 @@ def _outcomes(
     for line in node:
         lines.setdefault(line["stamp_ns"], []).append(line)
     return {
-        stamp: iter([o for group in _passes(times) for o in _paired(group, lines.get(stamp, []))])
+        stamp: iter([o for group in _passes(times) for o in _pair(group, lines.get(stamp, []))])
         for stamp, times in sent.items()
     }
 
@@ -78,7 +78,7 @@ def _passes(times: Sequence[int]) -> list[tuple[int, float, float]]:
     return [(sum(a <= t < b for t in times), a, b) for a, b in zip(starts, ends, strict=True)]
 
 
-def _paired(group: tuple[int, float, float], lines: list[Mapping[str, Any]]) -> list[Mapping[str, Any] | None]:
+def _pair(group: tuple[int, float, float], lines: list[Mapping[str, Any]]) -> list[Mapping[str, Any] | None]:
     """Return the outcomes of one pass; a duplicate's drop does not hide its twin, which was processed."""
     count, begin, end = group
     own = [line for line in lines if begin <= line["at_ns"] < end]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from occbev.benchmarks import Options, Report, interleaved
+from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.classes import FREE, OCCUPANCY_COLOURS, OCCUPIED_STATE
 from occbev.grid import GRIDS, xyz_from_volume
 from occbev.results import Occupancy
@@ -21,7 +21,7 @@ def run(options: Options) -> Report:
     from occbev.ros.outputs import POINT_FIELDS, CloudWriter, header_at, memory_order
 
     keep_large_blocks()  # as the node does
-    occupancy, header = labelled_volume(VOXELS), header_at(1, "base_link")
+    occupancy, header = make_labelled_volume(VOXELS), header_at(1, "base_link")
     writer = CloudWriter()
     dtype = np.dtype(
         {
@@ -32,10 +32,10 @@ def run(options: Options) -> Report:
         }
     )
     chosen = np.flatnonzero(occupancy.state.ravel(memory_order(occupancy)) == OCCUPIED_STATE)
-    timings = interleaved(
+    timings = run_interleaved(
         {
             "ours": lambda: writer.message(occupancy, header),
-            "structured": lambda: _structured(occupancy, dtype, header),
+            "structured": lambda: _write_structured(occupancy, dtype, header),
             "ours_of_chosen": lambda: writer.message_of(occupancy, chosen, header),
         },
         options.rounds,
@@ -50,7 +50,7 @@ def run(options: Options) -> Report:
     return Report("clouds", values, {"vs_structured_create_cloud": round(ratio, 2)})
 
 
-def labelled_volume(count: int) -> Occupancy:
+def make_labelled_volume(count: int) -> Occupancy:
     """Make an Occ3D volume with `count` occupied voxels, in memory as the pipeline gives it."""
     grid, rng = GRIDS["occ3d"], np.random.default_rng(0)
     state = np.ones(grid.size, np.uint8)
@@ -62,7 +62,7 @@ def labelled_volume(count: int) -> Occupancy:
     return Occupancy(label, confidence, state, grid)
 
 
-def _structured(occupancy: Occupancy, dtype: np.dtype[Any], header: Any) -> Any:
+def _write_structured(occupancy: Occupancy, dtype: np.dtype[Any], header: Any) -> Any:
     """The usual way: a structured array, field by field, then a message with its bytes."""
     from sensor_msgs.msg import PointCloud2, PointField
 

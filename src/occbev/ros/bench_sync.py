@@ -109,7 +109,7 @@ def run(options: Options) -> Report:
     worst = _unlucky()
     values = {
         "mixed_sets": sum(_is_mixed({i.payload for i in s.images.values()}) for s in sets),
-        "mixed_sets_approximate_time": sum(_searched(stream, 0.1, False) for stream in lossy),
+        "mixed_sets_approximate_time": sum(_search(stream, 0.1, False) for stream in lossy),
         "complete_share_jitter40": round(share, 4),
         "non_increasing": sum(_non_increasing(matched(stream, 0.1)[0]) for stream in lossy + jittered),
         "us_per_message": round(statistics.median(costs["ours"].values()), 2),
@@ -154,7 +154,7 @@ def matched(stream: Sequence[Arrival], tolerance_s: float) -> tuple[list[Matched
     return sets + sync.flush(stream[-1].arrival_ns), sync
 
 
-def _searched(stream: Sequence[Arrival], slop_s: float, with_ros_time: bool) -> int:
+def _search(stream: Sequence[Arrival], slop_s: float, with_ros_time: bool) -> int:
     """Run the classic search over a stream; return its mixed sets."""
     search = ApproximateTime(CAMERAS, slop_s, with_ros_time=with_ros_time)
     sets = [search.push(image.camera, image.stamp_ns, image.sweep) for image in stream]
@@ -167,7 +167,7 @@ def _costs(streams: Mapping[str, Sequence[Arrival]], rounds: int) -> dict[str, d
     for _ in range(rounds):
         for name, stream in streams.items():
             methods: dict[str, Callable[[], object]] = {"ours": partial(matched, stream, 0.05)}
-            methods |= {key: partial(_searched, stream, 0.05, ros) for key, ros in baselines().items()}
+            methods |= {key: partial(_search, stream, 0.05, ros) for key, ros in baselines().items()}
             for key, method in methods.items():
                 samples.setdefault(key, {}).setdefault(name, []).append(_cpu_us(method) / len(stream))
     return {key: {name: statistics.median(us) for name, us in by.items()} for key, by in samples.items()}

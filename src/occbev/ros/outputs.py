@@ -175,7 +175,7 @@ class CloudWriter:
             centres = grid.centres().astype(np.float32)
             columns = np.stack([centres[:, :, 0, axis].ravel(order) for axis in (0, 1)], axis=-1)
             self._columns = columns.view(np.uint64)[:, 0]
-            colours = _packed_colours()
+            colours = _pack_colours()
             layers = np.empty((grid.shape[2], len(colours), 2), np.uint32)
             layers[..., 0] = centres[0, 0, :, 2].view(np.uint32)[:, None]
             layers[..., 1] = colours
@@ -345,7 +345,7 @@ def _paint(colour: ColorRGBA, rgb: NDArray[np.uint8], alpha: float) -> None:
     colour.a = alpha
 
 
-def _packed_colours() -> NDArray[np.uint32]:
+def _pack_colours() -> NDArray[np.uint32]:
     """0x00RRGGBB of each occupancy class."""
     r, g, b = OCCUPANCY_COLOURS.astype(np.uint32).T
     return (r << 16) | (g << 8) | b

@@ -60,7 +60,7 @@ from occbev.streams.parameters import (
     is_ours,
     unknown_overrides,
 )
-from occbev.streams.runner import Finish, LoadedPipeline, PipelineLike, perceive, uncompensated
+from occbev.streams.runner import Finish, LoadedPipeline, PipelineLike, describe_uncompensated, perceive
 
 POLL_S = 0.02
 """How often timeouts of the synchroniser are looked at."""
@@ -344,7 +344,7 @@ class PerceptionNode(LifecycleNode):
         for camera, reason in work.frame_set.missing.items():
             self._complain(f"camera {camera}", partial(self._missing_text, camera, reason))
         if work.motion_problem:
-            self._complain("motion", uncompensated(work.motion_problem))
+            self._complain("motion", describe_uncompensated(work.motion_problem))
         finish = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
         if finish is not None:
             return partial(self._finish, worker, job, work, finish, begin_ns)

@@ -138,7 +138,7 @@ class PlayerNode(Node):
         for topic, kind in self._outputs.items():
             self._record(topic, kind)
 
-    def unmatched(self) -> list[str]:
+    def find_unmatched(self) -> list[str]:
         """Return what must still be discovered before nothing can be lost."""
         deaf = [t for t in self._plan.needed if self._publishers_of[t].get_subscription_count() == 0]
         return deaf + [topic for topic in self._outputs if self.count_publishers(topic) == 0]
@@ -150,7 +150,7 @@ class PlayerNode(Node):
             TimeoutError: naming the topics nobody has subscribed to. ChildProcessError: `alive` turned false.
         """
         deadline = time.monotonic() + seconds
-        while missing := self.unmatched():
+        while missing := self.find_unmatched():
             if not alive():
                 raise ChildProcessError("the perception node ended before it was ready; see its messages above")
             if time.monotonic() > deadline:

@@ -72,6 +72,6 @@ class LedgerReader:
         return [json.loads(line) for line in data.splitlines()]
 
 
-def read_ledger(path: Path) -> list[dict[str, Any]]:
+def read_frame_log(path: Path) -> list[dict[str, Any]]:
     """Read a whole ledger file, none where there is no file."""
     return LedgerReader(path).new()

@@ -263,8 +263,10 @@ class Intake:
             future.set_exception(MessageError(f"camera {camera}: {error}"))
             return future
         self._waiting[camera] += 1
-        future = self._pool.submit(self._decoded, CameraFrame(camera, stamp_ns, image), self.calibration.camera(camera))
-        future.add_done_callback(lambda _: self._finished(camera))
+        future = self._pool.submit(
+            self._decode_image, CameraFrame(camera, stamp_ns, image), self.calibration.camera(camera)
+        )
+        future.add_done_callback(lambda _: self._note_finished(camera))
         return future
 
     def _refuse_frozen(self, camera: str, image: bytes | NDArray[np.uint8]) -> None:
@@ -273,11 +275,11 @@ class Intake:
         if limit and watch.repeats >= limit:
             raise MessageError(f"it is frozen: the same pixels came {watch.repeats} times in a row")
 
-    def _finished(self, camera: str) -> None:
+    def _note_finished(self, camera: str) -> None:
         with self._lock:
             self._waiting[camera] -= 1
 
-    def _decoded(self, frame: CameraFrame, camera: Camera | None) -> DecodedImage:
+    def _decode_image(self, frame: CameraFrame, camera: Camera | None) -> DecodedImage:
         """Decode in a thread; without calibration the bytes stay, since the useful size is not known yet."""
         begin = time.perf_counter_ns()
         try:

@@ -19,7 +19,7 @@ from occbev.results import Perception
 from occbev.streams.frame_log import PROCESSED
 from occbev.streams.intake import Intake, Job
 from occbev.streams.parameters import PerceptionParameters
-from occbev.streams.runner import LoadedPipeline, PipelineLike, perceive, uncompensated
+from occbev.streams.runner import LoadedPipeline, PipelineLike, describe_uncompensated, perceive
 
 LOG = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class OfflineReplay:
         for camera, reason in work.frame_set.missing.items():
             self._complain(camera + reason[:40], f"camera {camera} is missing: {reason}")
         if work.motion_problem:
-            self._complain("motion", uncompensated(work.motion_problem))
+            self._complain("motion", describe_uncompensated(work.motion_problem))
         finish = perceive(self._pipeline, work, self.parameters.sync.min_cameras, self._complain)
         if finish is None:
             self._enter(job.stamp_ns, "too_few_cameras")

@@ -197,14 +197,14 @@ def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> Per
             merged.update(node["ros__parameters"])
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a ROS parameter file (node name, then ros__parameters): {error!r}") from error
-    values = {name: _parsed(name, text) for name, text in (changes or {}).items()}
+    values = {name: _parse(name, text) for name, text in (changes or {}).items()}
     try:
-        return parameters_from_record(_nested(values, merged))
+        return parameters_from_record(_nest(values, merged))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _parsed(name: str, text: str) -> Any:
+def _parse(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -327,7 +327,7 @@ def current(node: Any, changed: Sequence[Any] = ()) -> PerceptionParameters:
     """Return the declared parameters' values, with `changed` rclpy parameters laid over them."""
     values = {name: parameter.value for name, parameter in node._parameters.items()}
     values.update({parameter.name: parameter.value for parameter in changed})
-    return parameters_from_record(_nested({n: v for n, v in values.items() if is_ours(n)}))
+    return parameters_from_record(_nest({n: v for n, v in values.items() if is_ours(n)}))
 
 
 def unknown_overrides(node: Any, prefix: str = "") -> dict[str, str]:
@@ -346,7 +346,7 @@ def is_ours(name: str) -> bool:
     return not name.startswith(("use_sim_time", "start_type_description", QOS_PREFIX))
 
 
-def _nested(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+def _nest(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict[str, Any]:
     """Turn dotted names into nested mappings, over those of `onto`."""
     record: dict[str, Any] = {} if onto is None else onto
     for name, value in values.items():

@@ -134,7 +134,7 @@ def perceive(pipeline: PipelineLike, work: Work, fewest: int, complain: Complain
     return None
 
 
-def uncompensated(motion_problem: str) -> str:
+def describe_uncompensated(motion_problem: str) -> str:
     """What to tell an operator of a set whose cameras could not be brought to one instant."""
     return f"ego motion between exposures is not compensated: {motion_problem}"
 

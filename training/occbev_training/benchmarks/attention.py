@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from occbev.benchmarks import Options, Report, interleaved
+from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.config import ImageConfig, ModelConfig
 from occbev.grid import BevGrid
 from occbev.inference.reference_points import frame_to_images, pillar_points, project
@@ -109,7 +109,7 @@ def measure(rounds: int, forward: Case, backward: Case, device: str = "cpu") -> 
     forms = {"ours": _without_gradient(forward.ours), "padded": _without_gradient(forward.padded)}
     both = {"ours": partial(_train, backward, backward.ours), "padded": partial(_train, backward, backward.padded)}
     for key, methods in (("forward", forms), ("forward_backward", both)):
-        timings = interleaved(waiting(methods, device), rounds)
+        timings = run_interleaved(waiting(methods, device), rounds)
         values |= {f"{key}_{name}_ms": timing.wall_ms for name, timing in timings.items()}
         ratios[f"{key}_vs_padded"] = speedup(timings["padded"], timings["ours"], device)
     peaks = {name: _peak(method, device) for name, method in forms.items()}

@@ -25,7 +25,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
-from occbev.benchmarks import Options, Report, interleaved
+from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.config import ModelConfig
 from occbev.inference.onnx_backend import PROVIDERS
 from occbev.inference.openvino_backend import shared_core
@@ -177,7 +177,7 @@ def run(options: Options) -> Report:
             methods, differences, values["onnxruntime_provider"] = methods_of(
                 encoder, images, Path(folder), threads, device=device
             )
-            timings = interleaved(methods, options.rounds)
+            timings = run_interleaved(methods, options.rounds)
         for method, timing in timings.items():
             values[f"{name}_{method}"] = dict(vars(timing))
             if method != "eager":

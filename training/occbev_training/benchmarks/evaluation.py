@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.benchmarks import Options, Report, interleaved
+from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.classes import DETECTION_CLASSES, FREE
 from occbev.grid import GRIDS
 from occbev_training.benchmarks import devkit_loop
@@ -51,7 +51,7 @@ def run(options: Options) -> Report:
     truths = make_truths(SAMPLES, TRUTHS)
     predictions = make_predictions(truths, SAMPLES, BOXES)
     truth, predicted, origins = make_street()
-    times = interleaved(
+    times = run_interleaved(
         {
             "nds": lambda: score_boxes(predictions, truths),
             "rayiou": lambda: ray_counts(truth, predicted, origins, GRIDS["occ3d"]),

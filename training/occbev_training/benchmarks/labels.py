@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from occbev.benchmarks import Options, Report, interleaved
+from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.geometry import invert_transform, make_transform
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import CameraFrame, FrameSet, Sweep
@@ -28,7 +28,7 @@ from occbev.rig import CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.occupancy.rays import BundleScratch, Hits, RayBundle, bundle_rays, cast
-from occbev_training.sources.deskew import Rays, deskewed_rays
+from occbev_training.sources.deskew import Rays, deskew_rays
 
 COPIES, SPACING, PERIOD_NS = 10, 0.5, 50_000_000
 PYTHON_RAYS = 600
@@ -124,7 +124,7 @@ def run(options: Options) -> Report:
     rays, motions = _rays(recording)
     scratch = BundleScratch(grid)
 
-    def collapsed() -> NDArray[np.uint8]:
+    def collapse_labels() -> NDArray[np.uint8]:
         return _states(
             [bundle_rays(r, m, grid, 0.8, True, scratch) for r, m in zip(rays, motions, strict=True)],
             grid,
@@ -133,8 +133,8 @@ def run(options: Options) -> Report:
     def plain() -> NDArray[np.uint8]:
         return _plain_states(rays, motions, grid)
 
-    timing = interleaved({"label": full_label, "collapsed": collapsed, "plain": plain}, options.rounds)
-    ours, theirs = collapsed(), plain()
+    timing = run_interleaved({"label": full_label, "collapsed": collapse_labels, "plain": plain}, options.rounds)
+    ours, theirs = collapse_labels(), plain()
     free = theirs == 1
     steps = _plain_steps(rays, motions, grid)
     arrays_ms = _python_ms(_python, rays[0], motions[0], grid)
@@ -165,7 +165,7 @@ def _rays(recording: Copies) -> tuple[list[Rays], list[NDArray[np.float64]]]:
     """Return each sweep's rays in its own ego frame, and the motion (4, 4) into the key's."""
     key = int(recording.key_stamp_ns[0])
     global2key = invert_transform(recording.trajectory.at(key))
-    rays = [deskewed_rays(s, recording.trajectory, s.stamp_ns) for s in recording.sweeps]
+    rays = [deskew_rays(s, recording.trajectory, s.stamp_ns) for s in recording.sweeps]
     return rays, [global2key @ recording.trajectory.at(s.stamp_ns) for s in recording.sweeps]
 
 

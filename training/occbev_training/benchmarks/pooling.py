@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from occbev.benchmarks import Options, Report, interleaved
+from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.config import DepthConfig, ImageConfig, LiftConfig, ModelConfig
 from occbev.grid import BevGrid
 from occbev.inference.tables import LiftPoints, lift_points
@@ -133,9 +133,9 @@ def run(options: Options) -> Report:
     trained = {n: forward_backward(f, case) for n, f in pools.items()}
     difference = _check_equal(case)
     with torch.no_grad():
-        forward = interleaved(waiting(calls, device), options.rounds)
+        forward = run_interleaved(waiting(calls, device), options.rounds)
         peak = peak_bytes(calls["bag"]) if device == "cpu" else None
-    both = interleaved(waiting(trained, device), options.rounds)
+    both = run_interleaved(waiting(trained, device), options.rounds)
     ratios = {
         "forward_vs_cumsum": speedup(forward["cumsum"], forward["bag"], device),
         "forward_backward_vs_cumsum": speedup(both["cumsum"], both["bag"], device),

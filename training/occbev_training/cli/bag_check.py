@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
-from occbev_training.sources.bag_check import check_bag, fixed_clocks, propose_ego_box
+from occbev_training.sources.bag_check import check_bag, fix_clocks, propose_ego_box
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.deskew import EgoBox
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the verdicts."""
     options = bag_options(args)
     if args.clock_fix:
-        options = fixed_clocks(args.bag, options)
+        options = fix_clocks(args.bag, options)
     verdicts = check_bag(args.bag, options, not args.no_turns)
     failed = [verdict for verdict in verdicts if verdict.must and not verdict.ok]
     box, reason = _ego_box(args.bag, options) if args.ego_box and not failed else (None, "")

@@ -25,7 +25,7 @@ from occbev_training.models.renaming import (
     Rules,
     load_published,
     published_names,
-    read_published,
+    read_recorded,
 )
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and print what became of every weight."""
     model = load_family(args.family)
-    state = read_published(args.checkpoint)
+    state = read_recorded(args.checkpoint)
     stage, report, weights = convert(model, state, str(args.checkpoint))
     package = write_converted(args.out, model, stage, weights, args.checkpoint)
     record = {

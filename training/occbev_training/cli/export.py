@@ -24,7 +24,7 @@ from occbev.inference.model_package import ModelPackage
 from occbev_training.data.cache import open_cache
 from occbev_training.export.package import ExportError, export_package
 from occbev_training.export.quantise import QuantisationError
-from occbev_training.metrics.calibration import calibrated_min_free
+from occbev_training.metrics.calibration import fit_min_free
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export, check the graphs against torch, and print what was written; 1 if a graph is refused."""
     model, weights, provenance = _source(args.weights, args.model)
-    model = _calibrated(model, args.calibration)
+    model = _calibrate(model, args.calibration)
     network = build_model(model, "finetune")
     load_strictly(network, read_weights(weights)[0], str(weights))
     console = Console(stderr=args.json)
@@ -100,10 +100,10 @@ def _source(weights: Path, model: Path | None) -> tuple[ModelConfig, Path, dict[
     return load_config(model, ModelConfig), weights, {}
 
 
-def _calibrated(model: ModelConfig, report: Path | None) -> ModelConfig:
+def _calibrate(model: ModelConfig, report: Path | None) -> ModelConfig:
     if report is None:
         return model
-    min_free = calibrated_min_free(_read(report), str(report))
+    min_free = fit_min_free(_read(report), str(report))
     return replace(model, occupancy=replace(model.occupancy, min_free=min_free))
 
 

@@ -169,7 +169,7 @@ def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
         try:
             root = args.data_root
             if path.suffix == ".pkl":
-                path, root = _converted(path, args.out), root or path.parent
+                path, root = _convert(path, args.out), root or path.parent
             openers += find_recordings(path, options, clocks, root)
         except RecordingError as error:
             inputs.problems[str(path)] = str(error)
@@ -201,7 +201,7 @@ def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
     return inputs
 
 
-def _converted(path: Path, out: Path) -> Path:
+def _convert(path: Path, out: Path) -> Path:
     """Turn an info .pkl into JSON beside the shards, once for each content."""
     if not path.is_file():
         raise RecordingError(f"{path}: no such file")

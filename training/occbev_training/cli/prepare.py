@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
     if args.scenes and not args.nuscenes:
         raise ValueError("--scenes names scenes of --nuscenes ROOT")
-    jobs = _nuscenes_jobs(args) if args.nuscenes else _simulated_jobs(args, model)
+    jobs = _nuscenes_jobs(args) if args.nuscenes else _make_simulated_jobs(args, model)
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -98,7 +98,7 @@ def _nuscenes_jobs(args: argparse.Namespace) -> dict[str, Callable[[], Recording
     return {scene: OpenScene(args.nuscenes, scene) for scene in scenes}
 
 
-def _simulated_jobs(args: argparse.Namespace, model: ModelConfig) -> dict[str, Callable[[], Recording]]:
+def _make_simulated_jobs(args: argparse.Namespace, model: ModelConfig) -> dict[str, Callable[[], Recording]]:
     config = DriveConfig(
         keys=args.keys,
         key_rate=args.key_rate,

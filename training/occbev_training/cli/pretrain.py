@@ -91,7 +91,7 @@ def run_stage(args: argparse.Namespace, stage: str, start: Path | None) -> int:
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False)],
     )
-    config, inputs = _asked_for(args)
+    config, inputs = _parse_options(args)
     if config.stage != stage:
         raise ConfigError(f"{args.config}: stage is {config.stage}, the command is {stage}")
     if start is not None:
@@ -101,13 +101,13 @@ def run_stage(args: argparse.Namespace, stage: str, start: Path | None) -> int:
     return 0 if finished else 130
 
 
-def _asked_for(args: argparse.Namespace) -> tuple[TrainingConfig, StageInputs]:
+def _parse_options(args: argparse.Namespace) -> tuple[TrainingConfig, StageInputs]:
     """Return config and inputs: those of a file, or those of a run folder, with what the options change."""
     repeats = args.config.is_dir()
     config = load_config(args.config / RUN_CONFIG if repeats else args.config, TrainingConfig)
     if repeats:
         config = replace(config, model=str(args.config / RUN_MODEL))
-    arguments = [*assigned(args.assignments), *args.more]
+    arguments = [*parse_assignments(args.assignments), *args.more]
     if args.steps is not None:
         arguments += ["--steps", str(args.steps), "--epochs", "0"]
     config = overridden(config, [*arguments, "--help"] if args.config_help else arguments)
@@ -132,7 +132,7 @@ def overridden(config: TrainingConfig, arguments: Sequence[str]) -> TrainingConf
     return changed
 
 
-def assigned(items: Sequence[str]) -> list[str]:
+def parse_assignments(items: Sequence[str]) -> list[str]:
     """Turn KEY=VALUE pairs into options."""
     wrong = [item for item in items if "=" not in item]
     if wrong:

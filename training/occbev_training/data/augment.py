@@ -333,7 +333,7 @@ def live_bits(alive: NDArray[np.bool_]) -> int:
 def _draw_image(rng: np.random.Generator, size: tuple[int, int], mirrored: bool, config: AugmentConfig) -> ImageDraw:
     flip = mirrored != (rng.random() < config.image_flip)
     if config.image_recipe == "bevdet":
-        matrix = _published_matrix(rng, size, config.source)
+        matrix = _reference_matrix(rng, size, config.source)
     else:
         matrix = _image_matrix(rng, size, flip, config)
     noise = rng.uniform(0, config.noise) if config.noise and rng.random() < 0.5 else 0.0
@@ -344,7 +344,7 @@ def _draw_image(rng: np.random.Generator, size: tuple[int, int], mirrored: bool,
     return ImageDraw(matrix, colour, gamma, noise, blur, photometric)
 
 
-def _published_matrix(rng: np.random.Generator, size: tuple[int, int], source: tuple[int, int]) -> Float:
+def _reference_matrix(rng: np.random.Generator, size: tuple[int, int], source: tuple[int, int]) -> Float:
     """Return the published augmentation of the recorded image, seen from the image at network size.
 
     Samples are stored as the fixed transform of testing left them, so that is undone first.

@@ -125,12 +125,12 @@ class TrainingBatch:
         """Move every tensor."""
         if device.type == "cpu":
             return self
-        return TrainingBatch(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+        return TrainingBatch(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
+        return tuple(_move(v, device) for v in value)
     return value.to(device) if hasattr(value, "to") else value
 
 
@@ -254,7 +254,7 @@ class Collate:
             labels=tuple(torch.from_numpy(s.labels) for s in samples),
             semantics=_volumes([s.semantics for s in samples]),
             semantics_mask=_volumes([s.semantics_mask for s in samples]),
-            shown=_shown(samples),
+            shown=_choose_order(samples),
             past=past,
             motion=motion,
         )
@@ -364,10 +364,10 @@ def in_any_image(
 
 def _same_cameras(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
     most = max(len(s.images) for s in samples)
-    return [s if len(s.images) == most else _padded(s, most) for s in samples]
+    return [s if len(s.images) == most else _pad(s, most) for s in samples]
 
 
-def _padded(sample: TrainingSample, cameras: int) -> TrainingSample:
+def _pad(sample: TrainingSample, cameras: int) -> TrainingSample:
     """Add cameras that see nothing; what they would be calibrated to does not matter."""
     names = ("images", "camera_valid", "intrinsic", "cam2ego")
     past = tuple(view and replace(view, **_grown(view, names, cameras)) for view in sample.past)
@@ -391,7 +391,7 @@ def _grown(record: Any, names: Sequence[str], cameras: int) -> dict[str, Any]:
     return out
 
 
-def _shown(samples: Sequence[TrainingSample]) -> Tensor | None:
+def _choose_order(samples: Sequence[TrainingSample]) -> Tensor | None:
     if all(s.shown is None for s in samples):
         return None
     whole = np.ones(samples[0].images.shape[1:3], bool)

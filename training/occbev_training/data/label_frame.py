@@ -29,9 +29,9 @@ def in_base_link(model: ModelConfig) -> ModelConfig:
         grid = replace(grid, lo=(*grid.lo[:2], grid.lo[2] + LIDAR_HEIGHT), frame="base_link")
     if model.bev.frame != "base_link":
         if former is not None:
-            former = replace(former, z_range=_raised(former.z_range))
+            former = replace(former, z_range=_raise(former.z_range))
         if head is not None:
-            head = replace(head, z_range=_raised(head.z_range))
+            head = replace(head, z_range=_raise(head.z_range))
     return replace(
         model,
         bev=replace(model.bev, frame="base_link"),
@@ -41,7 +41,7 @@ def in_base_link(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _raised(heights: tuple[float, float]) -> tuple[float, float]:
+def _raise(heights: tuple[float, float]) -> tuple[float, float]:
     return heights[0] + LIDAR_HEIGHT, heights[1] + LIDAR_HEIGHT
 
 

@@ -14,14 +14,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed
 
 
-def agreed(decision: list[Any]) -> list[Any]:
+def broadcast_decision(decision: list[Any]) -> list[Any]:
     """Return what the first process decided."""
     if distributed.is_available() and distributed.is_initialized():
         broadcast_object_list(decision)
     return decision
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_values(value: Any) -> list[Any]:
     """Return the value of every process, in order of rank."""
     if distributed.is_available() and distributed.is_initialized():
         found: list[Any] = gather_object([value])

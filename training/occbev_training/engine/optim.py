@@ -52,7 +52,7 @@ def learning_rate_factor(step: int, planned: int, config: OptimConfig, epoch_ste
     epoch_steps: optimiser steps of one epoch, which the step schedule and `by_epoch` count in.
     """
     warmup = config.warmup_steps or max(1, round(config.warmup * planned))
-    regular = _scheduled(step, planned, warmup, config, epoch_steps)
+    regular = _schedule(step, planned, warmup, config, epoch_steps)
     if step >= warmup:
         return regular
     if config.warmup_from:
@@ -60,7 +60,7 @@ def learning_rate_factor(step: int, planned: int, config: OptimConfig, epoch_ste
     return regular * (step + 1) / warmup
 
 
-def _scheduled(step: int, planned: int, warmup: int, config: OptimConfig, epoch_steps: int | None) -> float:
+def _schedule(step: int, planned: int, warmup: int, config: OptimConfig, epoch_steps: int | None) -> float:
     if config.schedule == "constant":
         return 1.0
     counts_epochs = config.schedule == "step" or config.by_epoch
@@ -127,7 +127,7 @@ class Pace:
         self._end = time.monotonic() + seconds
         self._marks: deque[tuple[int, float]] = deque(maxlen=lines)
 
-    def planned(self, step: int, wanted: int) -> int:
+    def plan_groups(self, step: int, wanted: int) -> int:
         """Return after how many steps to end: `wanted`, or fewer if the time is too short for it."""
         now = time.monotonic()
         self._marks.append((step, now))

@@ -87,7 +87,7 @@ def train_stage(
     """
     tune_process(config.threads)
     torch.manual_seed(config.seed)
-    model = trained_model(config)
+    model = model_to_train(config)
     samples = _training_samples(config, model, inputs, folder)
     network = build_model(model, config.stage)
     _require_labels(model, network)
@@ -134,7 +134,7 @@ def _require_labels(model: ModelConfig, network: nn.Module) -> None:
         )
 
 
-def trained_model(config: TrainingConfig) -> ModelConfig:
+def model_to_train(config: TrainingConfig) -> ModelConfig:
     """Return the model config that a run trains, in the frame that it asks for."""
     model = load_config(Path(config.model), ModelConfig)
     return in_base_link(model) if config.frame == "base_link" else model
@@ -257,7 +257,7 @@ def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageI
             "the samples were made anew; begin a new run"
         )
     if inputs.validation is not None:
-        shared = set(samples.drives) & set(_held_out(config, model, inputs.validation).drives)
+        shared = set(samples.drives) & set(_open_evaluation_data(config, model, inputs.validation).drives)
         if shared:
             raise CacheError(
                 f"{inputs.data} and {inputs.validation} share drives {sorted(shared)[:3]}: "
@@ -266,7 +266,7 @@ def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageI
     return samples
 
 
-def _held_out(config: TrainingConfig, model: ModelConfig, root: Path) -> Samples:
+def _open_evaluation_data(config: TrainingConfig, model: ModelConfig, root: Path) -> Samples:
     return open_samples(root, model, config.stage, "validation")
 
 
@@ -300,7 +300,7 @@ def _validation(
 ) -> Callable[[nn.Module], Mapping[str, float]] | None:
     if root is None:
         return None
-    held_out = _held_out(config, model, root)
+    held_out = _open_evaluation_data(config, model, root)
     if (held_out.info.image, held_out.info.grid) != (samples.info.image, samples.info.grid):
         raise CacheError(f"{root}: made with {held_out.info}, the training samples with {samples.info}")
     indices = np.unique(

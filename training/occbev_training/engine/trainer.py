@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from occbev.allocator import keep_large_blocks
 from occbev.config import save_config
 from occbev_training.engine.config import TrainingConfig
-from occbev_training.engine.distributed import agreed, gathered, random_state, restore_random_state
+from occbev_training.engine.distributed import broadcast_decision, gather_values, random_state, restore_random_state
 from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.models.checkpoints import save_weights
 
@@ -147,7 +147,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything needed to go on, atomically; all processes call it together."""
-        states = gathered(random_state())
+        states = gather_values(random_state())
         if self.accelerator.is_main_process:
             self._write_checkpoint(states)
         self.accelerator.wait_for_everyone()
@@ -194,21 +194,21 @@ class Trainer:
         while progress.step < progress.planned:
             if self._stop_asked():
                 return False
-            with self._timed("step"):
+            with self._time_step("step"):
                 log.add(self._step(batches))
             progress.step += 1
             progress.seconds = seconds_before + time.monotonic() - begun
             due = False
             if progress.step % config.log_every == 0:
                 if pace is not None:
-                    progress.planned = pace.planned(progress.step, self.wanted_steps)
+                    progress.planned = pace.plan_groups(progress.step, self.wanted_steps)
                 due = time.monotonic() - saved > config.checkpoint_minutes * 60
                 # All processes follow the first one: they must take the same steps and save together.
-                progress.planned, due = agreed([progress.planned, due])
+                progress.planned, due = broadcast_decision([progress.planned, due])
                 log.write(progress, {"lr": self.optimizer.param_groups[0]["lr"]})
             last = progress.step >= progress.planned
             if self.validate and (last or (config.validate_every and progress.step % config.validate_every == 0)):
-                log.write_validation(progress, self._validated())
+                log.write_validation(progress, self._validate())
             if due:
                 log.flush()
                 self.save_checkpoint()
@@ -232,7 +232,7 @@ class Trainer:
         waited, samples, names = 0.0, 0, []
         for number in range(self.config.accumulate):
             asked = time.monotonic()
-            with self._timed("data"):
+            with self._time_step("data"):
                 batch = next(batches).to(self.accelerator.device)
             waited += time.monotonic() - asked
             samples += len(batch.names)
@@ -241,20 +241,20 @@ class Trainer:
                 terms = self._pass(batch, names)
             for name, term in terms.items():
                 values[name] = values.get(name, 0.0) + term / self.config.accumulate
-        with self._timed("optimiser"):
+        with self._time_step("optimiser"):
             norm = self._update(names)
         self.ema.update(self._bare())
         return values | {"gradient_norm": norm, "samples": samples, "wait": waited}
 
     def _pass(self, batch: Any, names: list[str]) -> dict[str, float]:
         """Run the network forward and back; returns the loss terms and their sum."""
-        with self._timed("forward"), self._autocast():
+        with self._time_step("forward"), self._autocast():
             terms = self.objective(self.network, batch)
             total = torch.stack(list(terms.values())).sum()
             values = torch.stack([*terms.values(), total]).detach().tolist()  # one wait for the device
         named = dict(zip((*terms, "total"), values, strict=True))
         self._require_finite(named, names)
-        with self._timed("backward"):
+        with self._time_step("backward"):
             self.scaler.scale(total / self.config.accumulate).backward()
         return named
 
@@ -287,7 +287,7 @@ class Trainer:
             flag = torch.tensor(float(bool(bad)), device=self.accelerator.device)
             if not float(self.accelerator.reduce(flag, "sum")):
                 return
-            found = [(b, s) for b, s in gathered((bad, samples)) if b]
+            found = [(b, s) for b, s in gather_values((bad, samples)) if b]
             bad, samples = found[0]
         if bad:
             raise TrainingError(
@@ -295,7 +295,7 @@ class Trainer:
                 f"the last checkpoint is in {self.folder / 'checkpoint'}"
             )
 
-    def _validated(self) -> Mapping[str, float]:
+    def _validate(self) -> Mapping[str, float]:
         assert self.validate is not None
         scores: Mapping[str, float] = {}
         if self.accelerator.is_main_process:
@@ -356,7 +356,7 @@ class Trainer:
         return torch.autocast(kind, AUTOCAST[precision], enabled=precision != "fp32")
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def _time_step(self, part: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - begun
@@ -395,7 +395,7 @@ class MetricsLog:
     def write(self, progress: Progress, extra: Mapping[str, float]) -> None:
         """Write the means since the last line, the speed, and the share of time spent waiting for data."""
         seconds = time.monotonic() - self._since
-        every = gathered(self._sums)
+        every = gather_values(self._sums)
         sums = {name: sum(one.get(name, 0.0) for one in every) for name in self._sums}
         samples, waited = sums.pop("samples", 0.0), sums.pop("wait", 0.0) / len(every)
         means = {name: value / max(1, self._steps) / len(every) for name, value in sums.items()}

@@ -119,7 +119,7 @@ class CacheFrames:
             drive,
             "",
             FrameSet(stamp_ns, frames, missing),
-            cached_rig(sample, names),
+            read_cached_rig(sample, names),
             None,
             pose,
             annotations_of({name: getattr(sample, name) for name in TRUTH}),
@@ -260,7 +260,7 @@ def token_of(recording: Recording, key: int) -> str:
     return recording.sample_tokens[key] if isinstance(recording, NuscenesRecording) else ""
 
 
-def cached_rig(sample: CachedSample, names: Sequence[str]) -> CameraRig:
+def read_cached_rig(sample: CachedSample, names: Sequence[str]) -> CameraRig:
     """Return the cameras of one cached sample."""
     height, width = sample.images.shape[1:3]
     return CameraRig(

@@ -62,9 +62,9 @@ def reconstruction_picture(
         if valid
     }
     extent = grid.shape[1] / grid.shape[0]
-    above = {title: _scaled(view, size, round(size / extent)) for title, view in views.items()}
+    above = {title: _scale(view, size, round(size / extent)) for title, view in views.items()}
     half, height = width // 2 - 16, round(width / 2 * grid.shape[2] / grid.shape[0])
-    across = {title: _scaled(view, half, height) for title, view in sides.items()}
+    across = {title: _scale(view, half, height) for title, view in sides.items()}
     return stacked([camera_mosaic(images, width), beside(above), beside(across)])
 
 
@@ -96,5 +96,5 @@ def _side(occupied: NDArray[np.bool_]) -> Picture:
     return (np.array(_PAPER) + share * (_HIGH - _PAPER)).astype(np.uint8)
 
 
-def _scaled(picture: Picture, width: int, height: int) -> Picture:
+def _scale(picture: Picture, width: int, height: int) -> Picture:
     return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)

@@ -109,7 +109,7 @@ def _images_with_boxes(frame: HeldOutFrame, boxes: Boxes3D | None) -> dict[str, 
         image = taken.image
         if isinstance(image, bytes):
             image = decode_image(image, camera.name)
-        image, camera = _enlarged(image, camera)
+        image, camera = _enlarge(image, camera)
         if boxes is not None:
             image = rendering.draw_boxes(image, camera, boxes[boxes.score >= SHOWN])
         if frame.annotations is not None:
@@ -118,7 +118,7 @@ def _images_with_boxes(frame: HeldOutFrame, boxes: Boxes3D | None) -> dict[str, 
     return pictures
 
 
-def _enlarged(image: NDArray[np.uint8], camera: Camera) -> tuple[NDArray[np.uint8], Camera]:
+def _enlarge(image: NDArray[np.uint8], camera: Camera) -> tuple[NDArray[np.uint8], Camera]:
     """Scale a small image up before it is drawn on, so that lines stay thin."""
     times = -(-LEAST_WIDTH // image.shape[1])
     if times == 1:
@@ -159,7 +159,7 @@ def _precision_recall(detection: Record, path: Path) -> Path:
             axes.set_xlabel("recall", fontsize=8)
         if number % 5 == 0:
             axes.set_ylabel("precision", fontsize=8)
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
 def _tp_errors(detection: Record, path: Path) -> Path:
@@ -175,7 +175,7 @@ def _tp_errors(detection: Record, path: Path) -> Path:
         axes.set_yticks(range(len(names)), [n.replace("_", " ") for n in names] if number == 0 else [""] * len(names))
         axes.invert_yaxis()
         axes.tick_params(labelsize=7)
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
 def _by_range(record: Record, path: Path) -> Path:
@@ -196,7 +196,7 @@ def _by_range(record: Record, path: Path) -> Path:
         axes.set_ylim(0, 1)
         axes.grid(axis="y", alpha=0.25)
         axes.tick_params(axis="y", labelsize=7)
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -205,7 +205,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def _saved(figure: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

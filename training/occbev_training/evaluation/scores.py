@@ -33,11 +33,11 @@ from occbev_training.metrics.occupancy import (
     confusion,
     grouped_counts,
     mean_iou,
-    occupied_iou,
     range_rings,
     ray_counts,
     ray_scores,
     ring_names,
+    score_occupied_iou,
 )
 from occbev_training.sources.recording import Annotations
 
@@ -98,7 +98,7 @@ class OccupancyCounts:
     @property
     def iou(self) -> float:
         """IoU of occupied against free in this frame alone."""
-        return occupied_iou(self.confusion, len(self.confusion) - 1)
+        return score_occupied_iou(self.confusion, len(self.confusion) - 1)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Scores:
 
     def intervals(self, draws: int = DRAWS, seed: int = 0) -> Intervals | None:
         """Return confidence intervals of the headline numbers by drawing drives anew."""
-        return bootstrap(self._drawn, self.drives, draws, seed=seed) if self.measured else None
+        return bootstrap(self._draw, self.drives, draws, seed=seed) if self.measured else None
 
     def as_record(self) -> dict[str, Any]:
         """Everything as plain values; what is undefined is None."""
@@ -228,7 +228,7 @@ class Scores:
             record["occupancy"] = self._occupancy_record()
         return record
 
-    def _drawn(self, times: NDArray[np.int64]) -> dict[str, float]:
+    def _draw(self, times: NDArray[np.int64]) -> dict[str, float]:
         numbers: dict[str, float] = {}
         if self.boxes is not None and self.near_boxes is not None:
             drawn = (part.scores_resampled(times) for part in (self.boxes, self.near_boxes))
@@ -242,7 +242,7 @@ class Scores:
         index = [i for i, _ in self.scored_voxels]
         counts = np.tensordot(times[index], np.stack([c.confusion for _, c in self.scored_voxels]), 1)
         numbers = {
-            "occupancy_iou": occupied_iou(counts, free),
+            "occupancy_iou": score_occupied_iou(counts, free),
             "occupancy_miou": mean_iou(counts, free),
         }
         rays = self._rays_of(times)
@@ -261,9 +261,9 @@ class Scores:
         seen_by = np.sum([c.seen_by for _, c in self.scored_voxels], axis=0)
         ious = class_ious(self.counts)
         record = {
-            "iou": occupied_iou(self.counts, free),
+            "iou": score_occupied_iou(self.counts, free),
             "mIoU": mean_iou(self.counts, free),
-            "class_iou": _known(dict(zip(self.occupancy_classes, ious, strict=True))),
+            "class_iou": _drop_unknown(dict(zip(self.occupancy_classes, ious, strict=True))),
             "iou_by_range": _ious(ring_names(), rings),
             "iou_by_visibility": _ious(VISIBILITY, seen_by),
         }
@@ -273,7 +273,7 @@ class Scores:
             of_class = dict(zip(names, self.rays.class_iou.mean(0), strict=True))
             record["RayIoU"] = self.rays.ray_iou
             record["RayIoU_by_threshold"] = {f"{t:g}": v for t, v in by.items()}
-            record["class_RayIoU"] = _known(of_class)
+            record["class_RayIoU"] = _drop_unknown(of_class)
         return record
 
 
@@ -326,5 +326,5 @@ def _ious(names: Sequence[str], counts: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def _known(values: Mapping[str, float]) -> dict[str, float | None]:
+def _drop_unknown(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: float(v) if np.isfinite(v) else None for name, v in values.items()}

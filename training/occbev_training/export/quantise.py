@@ -23,7 +23,7 @@ from occbev.inference.openvino_backend import shared_core
 from occbev.inference.preprocess import Preprocessor
 from occbev.inference.tables import TableCache
 from occbev_training.data.cache import CachedSample, SampleCache
-from occbev_training.evaluation.data import cached_rig
+from occbev_training.evaluation.data import read_cached_rig
 
 KEPT = (
     "image_encoder.trunk.conv_stem",
@@ -68,7 +68,7 @@ def quantise(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> t
         nncf.Dataset(frames[COMPARED_FRAMES:]),
         preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations
         subset_size=len(frames) - COMPARED_FRAMES,
-        ignored_scope=nncf.IgnoredScope(names=kept_convolutions(folded), types=_other_types(folded)),
+        ignored_scope=nncf.IgnoredScope(names=find_float_convolutions(folded), types=_other_types(folded)),
     )
     compared = frames[:COMPARED_FRAMES]
     pairs = zip(_probabilities(graph, compared), _probabilities(quantised, compared), strict=True)
@@ -98,7 +98,7 @@ def described(cache: SampleCache) -> str:
     )
 
 
-def kept_convolutions(graph: openvino.Model) -> list[str]:
+def find_float_convolutions(graph: openvino.Model) -> list[str]:
     """Return the names of the convolutions that stay as they are."""
     return [
         op.get_friendly_name()
@@ -143,7 +143,7 @@ def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> li
         arrays: Arrays = {
             "images": images[None],
             "camera_valid": sample.camera_valid[None].astype(np.float32),
-            **tables.tables(cached_rig(sample, cache.info.cameras)),
+            **tables.tables(read_cached_rig(sample, cache.info.cameras)),
             **Memory(model).inputs(0, None),
         }
         return {name: array for name, array in arrays.items() if name in names}

@@ -52,11 +52,11 @@ def reduced(model: ModelConfig) -> ModelConfig:
         grid=grid,
         occupancy=OccupancyHeadConfig(8, 4, 4, model.occupancy.min_free),
         detection=DetectionHeadConfig(8),
-        **_reduced_parts(model),
+        **_reduce_parts(model),
     )
 
 
-def _reduced_parts(model: ModelConfig) -> dict[str, object]:
+def _reduce_parts(model: ModelConfig) -> dict[str, object]:
     parts: dict[str, object] = {}
     if model.bevdet is not None:
         parts["bevdet"] = replace(
@@ -87,7 +87,7 @@ def _reduced_parts(model: ModelConfig) -> dict[str, object]:
     return parts
 
 
-def wake(network: nn.Module) -> nn.Module:
+def randomise_zero_init(network: nn.Module) -> nn.Module:
     """Give weights that begin at zero random values, as after training, so that every part has its say.
 
     Deformable offsets and attention weights begin at zero, and fresh norms let deep random nets say next to nothing.
@@ -213,15 +213,15 @@ def measure(
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     keys = None
     if published.table and golden is not None:
-        keys = converted_keys(network, golden / f"{published.table}_state_dict.json")
+        keys = count_converted_keys(network, golden / f"{published.table}_state_dict.json")
     parity, refused, operators = None, "", ()
     if export:
         shrunk = model if full_size else reduced(model)
-        parity, refused, operators = exported(shrunk, published.stage)
+        parity, refused, operators = export_reduced(shrunk, published.stage)
     return FamilyRow(name, model.family, parameters, keys, parity, refused, operators)
 
 
-def converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
+def count_converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
     """Return how many weights of a published table have their place in a network on the meta device, and all."""
     shapes = json.loads(table.read_text())
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -229,10 +229,10 @@ def converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
     return len(report.converted), len(shapes)
 
 
-def exported(model: ModelConfig, stage: str) -> tuple[float | None, str, tuple[str, ...]]:
+def export_reduced(model: ModelConfig, stage: str) -> tuple[float | None, str, tuple[str, ...]]:
     """Export a network with random weights; returns its parity, why it has no graph, and the graph's operators."""
     torch.manual_seed(0)
-    network = wake(build_model(model, stage)).eval()
+    network = randomise_zero_init(build_model(model, stage)).eval()
     try:
         graph = make_graph(network)
     except GraphError as error:

@@ -147,10 +147,10 @@ def decode_tasks(
     for index, (scores, boxes) in enumerate(split_tasks(heatmap.detach(), box.detach(), tasks)):
         for sample, found in enumerate(samples):
             candidates = _candidates(scores[sample], boxes[sample], bev, decoding)
-            kept = _suppressed(candidates, index, first, decoding)
+            kept = _suppress(candidates, index, first, decoding)
             found.append(Boxes3D(kept.box, kept.label + first, kept.score))
         first += tasks[index]
-    return [_joined(found) for found in samples]
+    return [_join(found) for found in samples]
 
 
 def circle_nms(boxes: Boxes3D, radius: float) -> NDArray[np.bool_]:
@@ -218,7 +218,7 @@ def _candidates(scores: Tensor, boxes: Tensor, bev: BevGrid, decoding: TaskDecod
     return Boxes3D(*(value.cpu().numpy() for value in found))
 
 
-def _suppressed(boxes: Boxes3D, task: int, first: int, decoding: TaskDecoding) -> Boxes3D:
+def _suppress(boxes: Boxes3D, task: int, first: int, decoding: TaskDecoding) -> Boxes3D:
     if decoding.nms == "circle":
         return boxes[circle_nms(boxes, decoding.radii[task])][: decoding.kept]
     scaled = boxes.box.copy()
@@ -227,6 +227,6 @@ def _suppressed(boxes: Boxes3D, task: int, first: int, decoding: TaskDecoding) -
     return boxes[rotated_nms(alike, decoding.overlap)][: decoding.kept]
 
 
-def _joined(parts: Sequence[Boxes3D]) -> Boxes3D:
+def _join(parts: Sequence[Boxes3D]) -> Boxes3D:
     fields = (np.concatenate([getattr(p, n) for p in parts]) for n in ("box", "label", "score"))
     return Boxes3D(*fields)

@@ -107,7 +107,7 @@ class FinetuneObjective:
         probability = logits.float().softmax(1)[0, :, 0, 0].split(counts, 1)  # (K, M) of each sample
         labels = semantics.flatten().long().split(counts)
         for name, weight, region in (
-            ("occupied", weights.occupied, occupied_iou),
+            ("occupied", weights.occupied, score_occupied_iou),
             ("lovasz", weights.lovasz, losses.lovasz_softmax),
             ("geometric_scale", weights.geometric_scale, losses.geometric_scale_loss),
             ("semantic_scale", weights.semantic_scale, losses.semantic_scale_loss),
@@ -124,7 +124,7 @@ def _within(boxes: Tensor, bev: BevGrid) -> Tensor:
     return ((boxes[:, :2] >= lo) & (boxes[:, :2] <= hi)).all(1)
 
 
-def occupied_iou(probability: Tensor, labels: Tensor) -> Tensor:
+def score_occupied_iou(probability: Tensor, labels: Tensor) -> Tensor:
     """Lovasz surrogate of the occupied IoU; probability (K, M), labels (M,), both of one sample."""
     return losses.lovasz(1 - probability[FREE], labels != FREE)
 
@@ -195,11 +195,11 @@ def _past_frame(frame: PastFrames, model: ModelConfig) -> PastFrame:
 
 def shown(images: Tensor, camera_valid: Tensor, pixels: Tensor | None, image: ImageConfig) -> Tensor:
     """Return network input of (B, N, 3, h, w) uint8 images; cameras and pixels that are not shown are zero."""
-    out = normalised(images, image) * camera_valid[:, :, None, None, None]
+    out = normalise_images(images, image) * camera_valid[:, :, None, None, None]
     return out if pixels is None else out * pixels[:, None, None]
 
 
-def normalised(images: Tensor, image: ImageConfig) -> Tensor:
+def normalise_images(images: Tensor, image: ImageConfig) -> Tensor:
     """Turn (B, N, 3, h, w) uint8 RGB into network input; the memory order of the images is kept."""
     if image.channel_order == "bgr_swapped":
         images = images.flip(2)

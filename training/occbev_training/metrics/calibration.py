@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import OCCUPANCY_CLASSES
 from occbev.results import Occupancy
-from occbev_training.metrics.occupancy import confusion, mean_iou, occupied_iou
+from occbev_training.metrics.occupancy import confusion, mean_iou, score_occupied_iou
 
 MIN_FREE = np.round(np.linspace(0, 1, 201), 3).astype(np.float32)
 """Thresholds that are tried."""
@@ -70,7 +70,7 @@ class FreeThreshold:
     def choice(self, index: int) -> FreeChoice:
         """Return what threshold `MIN_FREE[index]` scores."""
         counts, free = self.counts(index), self.classes - 1
-        scores = occupied_iou(counts, free), mean_iou(counts, free)
+        scores = score_occupied_iou(counts, free), mean_iou(counts, free)
         return FreeChoice(round(float(MIN_FREE[index]), 3), *scores)
 
     def best(self) -> FreeChoice:
@@ -96,7 +96,7 @@ class FreeThreshold:
         }
 
 
-def calibrated_min_free(record: Mapping[str, Any], where: str) -> float:
+def fit_min_free(record: Mapping[str, Any], where: str) -> float:
     """Return the threshold that a report of `occbev-train evaluate --calibrate` recommends.
 
     Raises:

@@ -139,9 +139,9 @@ def match_results(results: Results, root: NuscenesRoot, samples: Sequence[str] |
     rows = [row for rows in results.values() for row in rows]
     predicted, heights = _result_table(rows, number, ego)
     check_box_counts(predicted)
-    predicted = predicted[_kept(predicted, heights, racks)]
+    predicted = predicted[_select(predicted, heights, racks)]
     truth, heights, points = _truth_table(root, samples, ego)
-    truth = truth[_kept(truth, heights, racks) & (points > 0)]
+    truth = truth[_select(truth, heights, racks) & (points > 0)]
     return replace(match_boxes(predicted, truth), samples=len(samples))
 
 
@@ -232,7 +232,7 @@ def _bike_racks(root: NuscenesRoot, sample: str) -> list[tuple[Array, Array]]:
     ]
 
 
-def _kept(table: BoxTable, height: Array, racks: Sequence[Sequence[tuple[Array, Array]]]) -> NDArray[np.bool_]:
+def _select(table: BoxTable, height: Array, racks: Sequence[Sequence[tuple[Array, Array]]]) -> NDArray[np.bool_]:
     """Apply the official filters: class range from the ego vehicle, cycles in bicycle racks."""
     limit = np.array([CLASS_RANGE[name] for name in DETECTION_CLASSES])
     kept = table.distance < limit[table.label]

@@ -77,7 +77,7 @@ def mean_iou(counts: ArrayLike, free: int = FREE) -> float:
     return float(np.nanmean(ious)) if np.isfinite(ious).any() else math.nan
 
 
-def occupied_iou(counts: ArrayLike, free: int = FREE) -> float:
+def score_occupied_iou(counts: ArrayLike, free: int = FREE) -> float:
     """Return the IoU of occupied (any class but free) against free, from the same counts."""
     counts = np.asarray(counts, np.float64)
     occupied = np.arange(len(counts)) != free
@@ -265,7 +265,7 @@ def _caster() -> Callable[[NDArray[np.uint8], Floats, Floats, VoxelGrid, int], C
     def cast(volumes: NDArray[np.uint8], origins: Floats, rays: Floats, grid: VoxelGrid, free: int) -> Cast:
         lo, pitch = np.asarray(grid.lo, np.float32), np.asarray(grid.pitch, np.float32)
         parts = [
-            walk(*_coded(volumes[first : first + 7], free), origins, rays, lo, pitch, free)
+            walk(*_encode(volumes[first : first + 7], free), origins, rays, lo, pitch, free)
             for first in range(0, len(volumes), 7)
         ]
         label, length = zip(*parts, strict=True)
@@ -274,7 +274,7 @@ def _caster() -> Callable[[NDArray[np.uint8], Floats, Floats, VoxelGrid, int], C
     return cast
 
 
-def _coded(volumes: NDArray[np.uint8], free: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _encode(volumes: NDArray[np.uint8], free: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return labels (V, X + 2, Y + 2, Z + 2) of at most 7 volumes and their codes (X + 2, Y + 2, Z + 2)."""
     shape = tuple(n + 2 for n in volumes.shape[1:])
     padded = np.full((len(volumes), *shape), free, np.uint8)
@@ -299,7 +299,7 @@ def _walk_rays(
 ) -> Cast:
     """Step each ray from voxel to voxel (Amanatides & Woo 1987) until every volume stopped it.
 
-    The form that numba compiles; labels and code of `_coded`. Starts and directions are rounded through
+    The form that numba compiles; labels and code of `_encode`. Starts and directions are rounded through
     float32 as the reference does. Ties go to z, then y, then x, and an axis with a zero direction is never
     stepped.
     """

@@ -81,7 +81,7 @@ def transfer(source_state: Mapping[str, Tensor], network: nn.Module) -> Transfer
 
     A weight whose part kept its name (resuming, or the same stage) is carried as well.
     """
-    offered = _renamed(source_state, network.state_dict())
+    offered = _rename(source_state, network.state_dict())
     own = network.state_dict()
     carried = [n for n in own if n in offered and offered[n].shape == own[n].shape]
     mismatched = [n for n in own if n in offered and offered[n].shape != own[n].shape]
@@ -94,7 +94,7 @@ def transfer(source_state: Mapping[str, Tensor], network: nn.Module) -> Transfer
     )
 
 
-def _renamed(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     present = {name.split(".")[0] for name in target}
     renamed = {}
     for name, value in source.items():

@@ -102,7 +102,7 @@ class LiftGraph(Graph):
         """
         network = self.network
         if not self.temporal:
-            return self._selected(self._heads(bev))
+            return self._select(self._heads(bev))
         assert state_in_bev is not None
         assert state_known is not None
         assert table_warp is not None
@@ -112,12 +112,12 @@ class LiftGraph(Graph):
         history = past.split(bev.shape[1], 1)
         state = torch.cat([bev, *history[:-1]], 1)
         heads = self._heads(network.temporal(bev, history))
-        return self._selected({**heads, "state_out_bev": state})
+        return self._select({**heads, "state_out_bev": state})
 
     def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         return self.network.heads(bev)
 
-    def _selected(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+    def _select(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
         if "box" in self.outputs and self.tasks:
             box = merge_tasks(results["heatmap"], results["box"], self.tasks)
             results = {**results, "box": box}

@@ -90,7 +90,7 @@ def to_published(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]
     return {name: state[own] for own, name in published_names(state, rules).items()}
 
 
-def read_published(path: Path) -> dict[str, Tensor]:
+def read_recorded(path: Path) -> dict[str, Tensor]:
     """Read the weights of a published checkpoint without running any of its code.
 
     Raises: CheckpointError naming the file.

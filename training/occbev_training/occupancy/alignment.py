@@ -14,7 +14,7 @@ from occbev.geometry import project_points, transform_points
 from occbev.results import FrameSet
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
-from occbev_training.sources.deskew import deskewed_rays
+from occbev_training.sources.deskew import deskew_rays
 from occbev_training.sources.recording import Recording
 
 
@@ -56,7 +56,7 @@ def _edge_scores(
     """Mean gradient at depth edges: as calibrated first, then perturbed; None with too few edges."""
     stamps = recording.sweep_stamp_ns
     sweep = recording.sweep(int(np.argmin(np.abs(stamps - recording.key_stamp_ns[key]))))
-    rays = deskewed_rays(sweep, recording.trajectory, stamp_ns)
+    rays = deskew_rays(sweep, recording.trajectory, stamp_ns)
     points = transform_points(camera.ego2cam, rays.end[rays.hit])
     edges = points[_depth_edges(points, camera)]
     if len(edges) < 50:

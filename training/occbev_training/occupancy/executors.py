@@ -66,7 +66,7 @@ def _in_processes(
     context = get_context("spawn")
     told = context.Queue()
     with ProcessPoolExecutor(workers, context, _begin, (told,)) as pool:
-        open_jobs: set[Future[Result]] = {pool.submit(_told_job, job, out, config) for job in jobs}
+        open_jobs: set[Future[Result]] = {pool.submit(_run_job_and_report, job, out, config) for job in jobs}
         try:
             while open_jobs:
                 done, open_jobs = wait(open_jobs, 0.2, FIRST_COMPLETED)
@@ -100,7 +100,7 @@ def _begin(told: Any) -> None:
     _TOLD[:] = [told]
 
 
-def _told_job(job: Job, out: Path, config: PairConfig) -> Result:
+def _run_job_and_report(job: Job, out: Path, config: PairConfig) -> Result:
     return make_job(job, out, config, lambda: _TOLD[0].put(None))
 
 

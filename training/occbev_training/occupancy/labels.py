@@ -40,7 +40,7 @@ from occbev_training.occupancy.rays import (
     joined,
     mark_visible,
 )
-from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskewed_rays, middle_ns
+from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskew_rays, middle_ns
 from occbev_training.sources.recording import Recording, RecordingError
 
 logger = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class LabelBuilder:
         reference = tuple(abs(sweep.middle_ns - stamp_ns) <= half for sweep in sweeps)
         if self.config.objects != "boxes":
             return Window(tuple(sweeps), tuple(bundles), reference, lost)
-        carried = [self._carried(sweep, stamp_ns, global2key) for sweep in sweeps]
+        carried = [self._carry_over(sweep, stamp_ns, global2key) for sweep in sweeps]
         bundles = [joined(bundle, moved) for bundle, moved in zip(bundles, carried, strict=True)]
         objects = tuple(np.unique(moved.end_cell[moved.hit]) for moved in carried)
         return Window(tuple(sweeps), tuple(bundles), reference, lost, objects)
@@ -267,7 +267,7 @@ class LabelBuilder:
         evidence = cast(window.bundles, hits, grid, config.conflict_distance, skimmed)
         decision = decide(evidence, ground, self._far, grid, config, len(window.sweeps), window.reference_bits)
         if window.objects:
-            decision.state[self._boxed_cells(window)] = OCCUPIED_STATE
+            decision.state[self._cells_in_boxes(window)] = OCCUPIED_STATE
         # At the key time the vehicle itself is there: what was hit was there before or after it.
         own = self._own_cells
         decision.state[own[decision.state[own] == OCCUPIED_STATE]] = UNOBSERVED_STATE
@@ -290,7 +290,7 @@ class LabelBuilder:
         ]
         return list(np.ix_(*lines))
 
-    def _boxed_cells(self, window: Window) -> NDArray[np.int64]:
+    def _cells_in_boxes(self, window: Window) -> NDArray[np.int64]:
         """Return the cells in which returns carried with their boxes make an occupied cell."""
         cells, count = np.unique(np.concatenate(window.objects), return_counts=True)
         now = [cells for cells, at_key in zip(window.objects, window.reference, strict=True) if at_key]
@@ -338,7 +338,7 @@ class LabelBuilder:
             try:
                 sweep = self.recording.sweep(index)
                 ego2global = trajectory.at(sweep.stamp_ns)
-                rays = deskewed_rays(sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits)
+                rays = deskew_rays(sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits)
             except PoseError:
                 self._rays[index] = "without_pose"
             except RecordingError as error:
@@ -366,7 +366,7 @@ class LabelBuilder:
             inside[part.rays] = True
         return inside, found
 
-    def _carried(self, sweep: SweepRays, stamp_ns: int, global2key: NDArray[np.float64]) -> RayBundle:
+    def _carry_over(self, sweep: SweepRays, stamp_ns: int, global2key: NDArray[np.float64]) -> RayBundle:
         """Return a sweep's returns from boxes where their boxes are at the key time; they carve nothing."""
         places = [np.zeros((0, 3))]
         for part in self._in_boxes(sweep)[1]:
@@ -488,12 +488,12 @@ def camera_rays(camera: Camera, config: LabelConfig, ego_mask: NDArray[np.bool_]
     for level in finer:
         rays = pixel_rays(camera, rows * 2**level // step, columns * 2**level // step)
         # Within 4 um at 60 m, for half the memory of a worker's largest tables.
-        rasters.append(_unmasked(rays, ego_mask).astype(np.float32))
+        rasters.append(_remove_masked(rays, ego_mask).astype(np.float32))
     until = [min(config.camera_near * 2**level, config.camera_range) for level in finer]
     return CameraRays(tuple(rasters), (*until[:-1], config.camera_range))
 
 
-def _unmasked(rays: NDArray[np.float64], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+def _remove_masked(rays: NDArray[np.float64], mask: NDArray[np.bool_] | None) -> NDArray[np.float64]:
     """Make rays (V, U, 3) through masked pixels NaN."""
     if mask is not None:
         rows, columns = rays.shape[:2]
@@ -511,12 +511,12 @@ def pixel_rays(camera: Camera, rows: int, columns: int) -> NDArray[np.float64]:
     u = (np.arange(columns) + 0.5) * camera.width / columns
     v = (np.arange(rows) + 0.5) * camera.height / rows
     pixels = np.stack(np.meshgrid(u, v), -1).reshape(-1, 2)
-    rays = np.concatenate([_undistorted(camera, pixels), np.ones((len(pixels), 1))], axis=1)
+    rays = np.concatenate([_undistort(camera, pixels), np.ones((len(pixels), 1))], axis=1)
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
     return rays.reshape(rows, columns, 3)
 
 
-def _undistorted(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+def _undistort(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the slopes x/z, y/z (R, 2) of the rays through pixels (R, 2) of the native image."""
     k = camera.intrinsic
     if camera.distortion_model == "none" or not any(camera.distortion):
@@ -556,7 +556,7 @@ def decide(
     """
     hits, solid = evidence.hits, ~ground
     pass_sweeps = evidence.passes
-    state = _passed_cells(pass_sweeps, far, config.far_passes)
+    state = _count_passes(pass_sweeps, far, config.far_passes)
     ratio = config.dynamic_ratio if sweeps > config.few_sweeps else config.dynamic_ratio_few
     contradicted = evidence.conflicts >= np.maximum(config.dynamic_minimum, ratio * hits.count)
     dynamic = _moving_components(
@@ -577,7 +577,7 @@ def decide(
 
 
 @njit(cache=True, nogil=True)
-def _passed_cells(passes, far, far_passes):  # type: ignore[no-untyped-def]
+def _count_passes(passes, far, far_passes):  # type: ignore[no-untyped-def]
     """Return free (1) or unobserved (0) by the number of sweeps that passed each cell."""
     state = np.zeros(len(passes), np.uint8)
     for cell in range(len(passes)):

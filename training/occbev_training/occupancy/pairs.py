@@ -45,7 +45,7 @@ from occbev_training.occupancy.quality import (
     measure_key,
     observed_drop,
 )
-from occbev_training.sources.deskew import deskewed_rays
+from occbev_training.sources.deskew import deskew_rays
 from occbev_training.sources.recording import Recording, RecordingError
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def _samples(
     previous: Examined | None = None
     for key in range(unit.first, unit.last):
         if key in chosen:
-            examined, frames = _examined(builder, key, config, at_least, refused)
+            examined, frames = _examine(builder, key, config, at_least, refused)
             if examined is not None and config.variant == "occbev_paper":
                 values = {"q8_border_ratio": border_ratio(examined.label)}
                 sample = _sample(recording, examined, frames, config, values)
@@ -256,7 +256,7 @@ def _builder(recording: Recording, config: PairConfig) -> LabelBuilder:
     return kind(recording, config.label, config.grid)
 
 
-def _examined(
+def _examine(
     builder: LabelBuilder, key: int, config: PairConfig, min_cameras: int, refused: Counter[str]
 ) -> tuple[Examined | None, FrameSet]:
     """Label one key frame, or count why it cannot be labelled."""
@@ -344,7 +344,7 @@ def _sample(
     """Put together what is stored of one key frame."""
     label, window = examined.label, examined.window
     stamp_ns = int(recording.key_stamp_ns[examined.key])
-    images = {name: _encoded(frame) for name, frame in frames.frames.items() if frame is not None}
+    images = {name: _encode(frame) for name, frame in frames.frames.items() if frame is not None}
     volumes = LabelVolumes(label.state, label.camera_visible, label.hit_sweeps, label.pass_sweeps, label.grid.hash)
     meta = {
         "drive": recording.name,
@@ -410,7 +410,7 @@ def _calibration(recording: Recording, stamp_ns: int, frames: FrameSet) -> dict[
     }
 
 
-def _encoded(frame: CameraFrame) -> bytes:
+def _encode(frame: CameraFrame) -> bytes:
     """Return the original bytes of an image, or a PNG of raw pixels: nothing is lost either way."""
     if isinstance(frame.image, bytes):
         return frame.image
@@ -420,7 +420,7 @@ def _encoded(frame: CameraFrame) -> bytes:
 def _returns(recording: Recording, stamp_ns: int, label: LabelConfig) -> NDArray[np.float32]:
     nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - stamp_ns)))
     sweep = recording.sweep(nearest)
-    rays = deskewed_rays(sweep, recording.trajectory, stamp_ns, label.ego_box, label.limits)
+    rays = deskew_rays(sweep, recording.trajectory, stamp_ns, label.ego_box, label.limits)
     return rays.end[rays.hit].astype(np.float32)
 
 
@@ -468,7 +468,7 @@ def _write_manifest(path: Path, report: UnitReport) -> None:
     temporary.replace(path)
 
 
-def _parsed_manifest(path: Path) -> UnitReport | None:
+def _parse_manifest(path: Path) -> UnitReport | None:
     """Read a unit's manifest; None where the file is none."""
     try:
         record = json.loads(path.read_text())
@@ -479,13 +479,13 @@ def _parsed_manifest(path: Path) -> UnitReport | None:
 
 def read_manifest(path: Path, config: PairConfig) -> UnitReport | None:
     """Read a unit's manifest; None if it is absent, made otherwise, or if a shard of it is gone or changed."""
-    report = _parsed_manifest(path)
+    report = _parse_manifest(path)
     if report is None or report.config_hash != config.hash:
         return None
-    return None if _damaged(path.parent, report) else report
+    return None if _describe_damage(path.parent, report) else report
 
 
-def _damaged(folder: Path, report: UnitReport) -> list[str]:
+def _describe_damage(folder: Path, report: UnitReport) -> list[str]:
     """Return the shards of a unit that are gone or changed."""
     return [
         shard
@@ -501,9 +501,9 @@ def read_reports(folder: Path) -> list[UnitReport]:
         ShardError: a shard is gone or changed, or they were made with more than one configuration, or
             those of a drive from more than one input.
     """
-    reports = [_parsed_manifest(path) for path in sorted(folder.glob("*.json"))]
+    reports = [_parse_manifest(path) for path in sorted(folder.glob("*.json"))]
     found = [report for report in reports if report is not None]
-    damaged = [shard for report in found for shard in _damaged(folder, report)]
+    damaged = [shard for report in found for shard in _describe_damage(folder, report)]
     if damaged:
         raise ShardError(
             f"{folder}: {damaged} are gone or changed since they were made; give the command that made them again"

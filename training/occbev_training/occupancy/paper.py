@@ -46,7 +46,7 @@ def paper_label(recording: Recording, key: int, keyframes: int = 2) -> Occupancy
     clouds = [_cloud(recording, int(i), int(keys[key]), int(i) in key_sweeps) for i in chosen]
     points = np.concatenate([np.zeros((0, 3)), *clouds])
     inside = (np.abs(points[:, :2]) <= 60).all(axis=1) & (np.abs(points[:, 2]) <= 10)
-    points = transform_points(_LIDAR2FORWARD, _thinned(points[inside], 0.2))
+    points = transform_points(_LIDAR2FORWARD, _thin(points[inside], 0.2))
     cells = np.floor((np.clip(points, _LOW, _HIGH) - _LOW) / PAPER_GRID.pitch).astype(np.int64)
     state = np.full(_SHAPE, FREE_STATE, np.uint8)
     state[tuple(cells.T)] = OCCUPIED_STATE
@@ -72,7 +72,7 @@ def _cloud(recording: Recording, index: int, key_ns: int, is_key: bool) -> NDArr
     return transform_points(lidar2key, points[np.isfinite(points).all(axis=1)])
 
 
-def _thinned(points: NDArray[np.float64], size: float) -> NDArray[np.float64]:
+def _thin(points: NDArray[np.float64], size: float) -> NDArray[np.float64]:
     """Replace the points of each cube of `size` by their mean."""
     _, place, count = np.unique(
         np.floor(points / size).astype(np.int64), axis=0, return_inverse=True, return_counts=True

@@ -41,21 +41,21 @@ def pair_picture(sample: PairSample, width: int = 1500) -> Picture:
         "height of the highest occupied cell": _height_above(sample),
         "cameras that see a column": _heat(_count_bits(label.camera_visible).max(axis=2), 3),
     }
-    parts.append(beside({name: _scaled(view, size) for name, view in views.items()}))
+    parts.append(beside({name: _scale(view, size) for name, view in views.items()}))
     evidence = {
         "sweeps that hit a column": _heat(label.hit_sweeps.max(axis=2), 21),
         "sweeps that passed a column": _heat(label.pass_sweeps.max(axis=2), 21),
         "what stands 0.2 to 1 m above the road": _low_above(sample),
     }
-    parts.append(beside({name: _scaled(view, size) for name, view in evidence.items()}))
+    parts.append(beside({name: _scale(view, size) for name, view in evidence.items()}))
     grid = grid_of(sample)
     layers = np.linspace(1, grid.shape[2] - 1, 6).astype(int)
     slices = {
-        f"z {grid.lo[2] + (z + 0.5) * grid.pitch[2]:.1f} m": _scaled(_layer(sample, z), width // 6 - 14)
+        f"z {grid.lo[2] + (z + 0.5) * grid.pitch[2]:.1f} m": _scale(_layer(sample, z), width // 6 - 14)
         for z in dict.fromkeys(layers.tolist())
     }
     parts.append(beside(slices))
-    parts.append(beside({"cut along the drive, forward to the right": _scaled(_side(sample), width - 16)}))
+    parts.append(beside({"cut along the drive, forward to the right": _scale(_side(sample), width - 16)}))
     return stacked(parts)
 
 
@@ -99,7 +99,7 @@ def _upright(plane: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(plane[::-1, ::-1])
 
 
-def _scaled(picture: Picture, width: int) -> Picture:
+def _scale(picture: Picture, width: int) -> Picture:
     height = round(picture.shape[0] * width / picture.shape[1])
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
 

@@ -27,7 +27,7 @@ from occbev.rig import CameraRig
 from occbev_training.data.cache import FORMAT, MIN_LIDAR_DEPTH, CachedSample, CacheError, CacheInfo, write_sample
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
-from occbev_training.sources.deskew import deskewed_rays
+from occbev_training.sources.deskew import deskew_rays
 from occbev_training.sources.recording import Recording
 
 
@@ -128,7 +128,7 @@ def prepare(
 
 
 def _prepare_job(name: str, opener: Callable[[], Recording], root: Path, config: PrepareConfig) -> tuple[str, int]:
-    done = _finished(root / name / "drive.json", config)
+    done = _count_finished(root / name / "drive.json", config)
     if done is not None:
         return name, done
     try:
@@ -137,7 +137,7 @@ def _prepare_job(name: str, opener: Callable[[], Recording], root: Path, config:
         raise CacheError(f"drive {name}: {error}") from error
 
 
-def _finished(marker: Path, config: PrepareConfig) -> int | None:
+def _count_finished(marker: Path, config: PrepareConfig) -> int | None:
     """Return how many samples a finished drive has, None of one that is not.
 
     Raises:
@@ -195,7 +195,7 @@ def _lidar_pixels(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Project the sweep nearest to the key time into every image: camera, pixel, depth of each return."""
     nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - key_ns)))
-    rays = deskewed_rays(recording.sweep(nearest), recording.trajectory, key_ns)
+    rays = deskew_rays(recording.sweep(nearest), recording.trajectory, key_ns)
     points = rays.end[rays.hit]
     cameras, pixels, depths = [], [], []
     for index, camera in enumerate(rig.cameras):
@@ -220,10 +220,10 @@ def _truth(recording: Recording, key: int, grid: VoxelGrid) -> tuple[NDArray[np.
         return np.full(grid.shape, FREE, np.uint8), np.zeros(grid.shape, bool)
     if truth.grid == grid:
         return truth.semantics, truth.mask_camera
-    return resampled_truth(truth.semantics, truth.mask_camera, truth.grid, grid)
+    return resample_truth(truth.semantics, truth.mask_camera, truth.grid, grid)
 
 
-def resampled_truth(
+def resample_truth(
     semantics: NDArray[np.uint8], mask: NDArray[np.bool_], source: VoxelGrid, target: VoxelGrid
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Bring dense labels onto another grid: class and mask, both in the target's shape.

@@ -344,7 +344,7 @@ def _pace(o, d, cell, size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _stepped(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz):  # type: ignore[no-untyped-def]
+def _step(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz):  # type: ignore[no-untyped-def]
     """Return the flat cell behind the next crossing, ties x before y before z, and the crossings after it."""
     if tz < min(tx, ty):
         return cell + sz, tx, ty, tz + wz
@@ -456,7 +456,7 @@ def _cast(
                     conflict_sweeps[r] |= bit
             if t >= stop:
                 break
-            cell, tx, ty, tz = _stepped(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz)
+            cell, tx, ty, tz = _step(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz)
 
 
 @njit(cache=True, nogil=True)
@@ -591,7 +591,7 @@ def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ign
         if ended or leave >= stop:
             break
         t = leave
-        cell, tx, ty, tz = _stepped(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz)
+        cell, tx, ty, tz = _step(cell, tx, ty, tz, wx, wy, wz, sx, sy, sz)
     return ended or leave < _ONE - _ROUNDING, dark
 
 
@@ -622,7 +622,7 @@ def _millimetres(value):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _moved(m, points, i, lo):  # type: ignore[no-untyped-def]
+def _move(m, points, i, lo):  # type: ignore[no-untyped-def]
     """Move point `i` by a (3, 4) transform; the result counts from the grid's corner."""
     x, y, z = points[i, 0], points[i, 1], points[i, 2]
     return (
@@ -641,7 +641,7 @@ def _exit(o, e, pitch, shape):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _clamped(value, size):  # type: ignore[no-untyped-def]
+def _clamp(value, size):  # type: ignore[no-untyped-def]
     """Return the cell of a coordinate that lies on the grid up to rounding."""
     return min(max(int(np.floor(value)), 0), size - 1)
 
@@ -677,11 +677,11 @@ def _bundle(
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
     count, one = 0, len(origin) == 1
-    o = _moved(ego2grid, origin, 0, lo) if one else (0.0, 0.0, 0.0)
+    o = _move(ego2grid, origin, 0, lo) if one else (0.0, 0.0, 0.0)
     for i in range(len(end)):
-        e = _moved(ego2grid, end, i, lo)
+        e = _move(ego2grid, end, i, lo)
         if not one:
-            o = _moved(ego2grid, origin, i, lo)
+            o = _move(ego2grid, origin, i, lo)
         cx, cy, cz = np.floor(e[0] / pitch[0]), np.floor(e[1] / pitch[1]), np.floor(e[2] / pitch[2])
         inside = cx >= 0 and cx < nx and cy >= 0 and cy < ny and cz >= 0 and cz < nz
         beyond, key = 0, -1
@@ -702,8 +702,8 @@ def _bundle(
                     o[1] + (e[1] - o[1]) * t1,
                     o[2] + (e[2] - o[2]) * t1,
                 )
-                exit_x, exit_y = _clamped(e[0] / pitch[0], nx), _clamped(e[1] / pitch[1], ny)
-                key = nx * ny * nz + (exit_x * ny + exit_y) * nz + _clamped(e[2] / pitch[2], nz)
+                exit_x, exit_y = _clamp(e[0] / pitch[0], nx), _clamp(e[1] / pitch[1], ny)
+                key = nx * ny * nz + (exit_x * ny + exit_y) * nz + _clamp(e[2] / pitch[2], nz)
         group = slots[key] if key >= 0 else -1
         if group < 0:
             group = count

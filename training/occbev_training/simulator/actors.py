@@ -52,7 +52,7 @@ def build_shape(name: str, table: MaterialTable, parts: Parts) -> Shape:
     label = DETECTION_CLASSES.index(name)
     builder = MeshBuilder(OCCUPANCY_OF_DETECTION[label])
     _SHAPES[name](builder, table, parts, table.rng)
-    return _boxed(builder.build(), label)
+    return _make_box(builder.build(), label)
 
 
 def ego_body() -> Mesh:
@@ -63,7 +63,7 @@ def ego_body() -> Mesh:
     return builder.build()
 
 
-def _boxed(mesh: Mesh, label: int) -> Shape:
+def _make_box(mesh: Mesh, label: int) -> Shape:
     """Shift a mesh so that its bounds are centred over the origin and stand on the ground."""
     low, high = mesh.triangles.min((0, 1)), mesh.triangles.max((0, 1))
     shift = np.array([-(low[0] + high[0]) / 2, -(low[1] + high[1]) / 2, -low[2]])

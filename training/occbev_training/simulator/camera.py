@@ -186,7 +186,7 @@ class Painter:
         shiny = np.flatnonzero(gloss > 0)
         mirrored = rays[shiny, 2] + 2 * facing[shiny] * normal[shiny, 2]
         fresnel = (gloss[shiny] * (0.35 + 0.65 * (1 - facing[shiny]) ** 3))[:, None]
-        colour[shiny] += fresnel * (_reflected(light, mirrored) - colour[shiny])
+        colour[shiny] += fresnel * (_reflect(light, mirrored) - colour[shiny])
         return colour + self._glow(material, glass, uv)
 
     def _sunlight(self, points: F32, normal: F32) -> F32:
@@ -197,7 +197,7 @@ class Painter:
         lit = np.flatnonzero(cosine > 0.01)
         start = points[lit] + 0.02 * normal[lit]
         towards = np.broadcast_to(self.light.sun, start.shape).astype(np.float32)
-        cosine[lit[self.scene.blocked(start, towards, 80.0)]] = 0.0
+        cosine[lit[self.scene.find_blocked(start, towards, 80.0)]] = 0.0
         return cosine
 
     def _openness(self, hits: Hits, origin: F32, directions: F32, shape: tuple[int, int]) -> F32:
@@ -216,7 +216,7 @@ class Painter:
         towards = _SCATTER[number[near]] + normal
         towards /= np.linalg.norm(towards, axis=1, keepdims=True)
         share = np.ones(len(pick), np.float32)
-        share[near[self.scene.blocked(start, towards, 2.0)]] = 0.2
+        share[near[self.scene.find_blocked(start, towards, 2.0)]] = 0.2
         coarse = cv2.blur(share.reshape(len(rows), len(columns)), (4, 4))
         return cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_LINEAR).ravel()
 
@@ -241,7 +241,7 @@ def _sky(light: Light, directions: F32) -> F32:
     return colour + (halo * (1 - 0.8 * light.cloud))[:, None] * light.sun_colour
 
 
-def _reflected(light: Light, rise: F32) -> F32:
+def _reflect(light: Light, rise: F32) -> F32:
     """What glass and paint mirror in directions of slope `rise` (R,): sky above, a dark street below."""
     up = np.clip(0.5 + 2.5 * rise[:, None], 0, 1)
     return light.sky_colour * (0.25 + 0.95 * up)

@@ -23,9 +23,9 @@ from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera
 from occbev.trajectory import Trajectory
 from occbev_training.simulator.camera import MOUNTS, Exposure, Painter, build_rig, pixel_rays
-from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mounted
+from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mount_lidar
 from occbev_training.simulator.raycast import StreetScene
-from occbev_training.simulator.truth import Solids, annotate, mark_centres, mark_ends, seen_voxels
+from occbev_training.simulator.truth import Solids, annotate, find_seen_voxels, mark_centres, mark_ends
 from occbev_training.simulator.world import build_world
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 
@@ -95,7 +95,7 @@ class SimulatedDrive:
         self._start_ns = 1_600_000_000_000_000_000 + seed * 1_000_000_000_000
         rng = np.random.default_rng((seed, 1))
         self.rig = build_rig(rng, config.image)
-        self.lidar2ego = mounted(config.lidar)
+        self.lidar2ego = mount_lidar(config.lidar)
         self._world2global = make_transform(
             rotation_from_yaw(rng.uniform(-np.pi, np.pi)), [*rng.uniform(300, 2000, 2), 0.0]
         )
@@ -185,7 +185,7 @@ class SimulatedDrive:
         origins = transform_points(world2ego, scan.origin[~scan.ego]).astype(np.float32)
         length = np.linalg.norm(ends - origins, axis=1)
         seen = np.zeros(self.config.grid.size, bool)
-        seen_voxels(seen, self.config.grid, origins, (ends - origins) / length[:, None], length)
+        find_seen_voxels(seen, self.config.grid, origins, (ends - origins) / length[:, None], length)
         return seen.reshape(self.config.grid.shape)
 
     def _camera_mask(self, key: int, ego2world: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -137,7 +137,7 @@ class Lidar:
         self.scene.place(pose, np.linalg.norm(offset, axis=1) < self.config.reach + 8)
 
 
-def mounted(config: LidarConfig) -> NDArray[np.float64]:
+def mount_lidar(config: LidarConfig) -> NDArray[np.float64]:
     """lidar2ego (4, 4): the sensor's x to the right, y forward, z up."""
     return make_transform(rotation_from_rpy(0.0, 0.0, -np.pi / 2), config.position)
 

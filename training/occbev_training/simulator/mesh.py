@@ -303,12 +303,12 @@ def _icosphere(detail: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
             ]
         )
         for _ in range(detail):
-            vertices, faces = _subdivided(vertices, faces)
+            vertices, faces = _subdivide(vertices, faces)
         _SPHERES[detail] = vertices, faces
     return _SPHERES[detail]
 
 
-def _subdivided(
+def _subdivide(
     vertices: NDArray[np.float64], faces: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     a, b, c = (vertices[faces[:, k]] for k in range(3))

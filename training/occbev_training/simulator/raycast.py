@@ -49,7 +49,7 @@ class RayScene:
             return None
         return self._scene.run(origins, directions, dists=limit, query="INTERSECT", output=True)  # type: ignore[no-any-return]
 
-    def blocked(self, origins: F32, directions: F32, limit: F32) -> NDArray[np.bool_]:
+    def find_blocked(self, origins: F32, directions: F32, limit: F32) -> NDArray[np.bool_]:
         """Tell which rays hit anything within `limit`."""
         if self._scene is None:
             return np.zeros(len(origins), bool)
@@ -111,12 +111,12 @@ class StreetScene:
         distance[triangle < 0] = np.inf
         return Hits(distance, triangle, np.stack([u, v], -1), _facing(normal, directions))
 
-    def blocked(self, origins: F32, directions: F32, reach: float) -> NDArray[np.bool_]:
+    def find_blocked(self, origins: F32, directions: F32, reach: float) -> NDArray[np.bool_]:
         """Tell which rays (R,) hit anything within `reach`."""
         limit = np.full(len(origins), reach, np.float32)
-        blocked = self._static.blocked(origins, directions, limit)
+        blocked = self._static.find_blocked(origins, directions, limit)
         free = np.flatnonzero(~blocked)
-        blocked[free] = self._moving.blocked(origins[free], directions[free], limit[free])
+        blocked[free] = self._moving.find_blocked(origins[free], directions[free], limit[free])
         return blocked
 
 

@@ -46,7 +46,7 @@ def _blocks(plan: Plan) -> list[tuple[float, float]]:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a > 6]
 
 
-def _placed(mesh: Mesh, bend: Bend, s: float, d: float, z: float = _LOT_HEIGHT, yaw: float = 0.0) -> Mesh:
+def _place(mesh: Mesh, bend: Bend, s: float, d: float, z: float = _LOT_HEIGHT, yaw: float = 0.0) -> Mesh:
     return mesh.moved(bend.at(s, d, z), float(bend.yaw(s)) + yaw)
 
 
@@ -68,9 +68,7 @@ def _front_row(
             depth, back = rng.uniform(8, 13), setback + rng.uniform(0, 0.6)
             building = _building(table, width, depth, floors)
             meshes.append(
-                _placed(
-                    building, bend, s + width / 2, side * (front + back + depth / 2), yaw=0.0 if side < 0 else np.pi
-                )
+                _place(building, bend, s + width / 2, side * (front + back + depth / 2), yaw=0.0 if side < 0 else np.pi)
             )
         else:
             meshes += _garden(bend, table, (s, s + width), side, (front + 1.5, front + 12))
@@ -140,7 +138,7 @@ def _garden(bend: Bend, table: MaterialTable, s: tuple[float, float], side: int,
     rng = table.rng
     number = int(rng.poisson((s[1] - s[0]) * (d[1] - d[0]) / 45))
     return [
-        _placed(_tree(table, float(rng.uniform(3, 8))), bend, rng.uniform(*s), side * rng.uniform(*d))
+        _place(_tree(table, float(rng.uniform(3, 8))), bend, rng.uniform(*s), side * rng.uniform(*d))
         for _ in range(number)
     ]
 
@@ -201,7 +199,7 @@ def _back_row(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tu
         if rng.random() < 0.65:
             building = _building(table, width, depth, int(rng.integers(2, 10)))
             meshes.append(
-                _placed(
+                _place(
                     building,
                     bend,
                     s + width / 2,
@@ -211,7 +209,7 @@ def _back_row(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tu
             )
         else:
             meshes += [
-                _placed(_tree(table, float(rng.uniform(6, 11))), bend, s + x, side * (front + rng.uniform(0, 6)))
+                _place(_tree(table, float(rng.uniform(6, 11))), bend, s + x, side * (front + rng.uniform(0, 6)))
                 for x in np.arange(1, width, 6.0)
             ]
         s += width + rng.uniform(0, 6)
@@ -224,18 +222,18 @@ def _furniture(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: t
     d = side * (plan.kerb + 0.55)
     lamp, spacing = _lamp(table, rng.uniform(5.5, 9)), rng.uniform(20, 34)
     lamps = np.arange(block[0] + rng.uniform(1, 15), block[1], spacing)
-    meshes += [_placed(lamp, bend, s, d, 0.1, yaw=-side * np.pi / 2) for s in lamps]
+    meshes += [_place(lamp, bend, s, d, 0.1, yaw=-side * np.pi / 2) for s in lamps]
     if rng.random() < 0.55:
         size, step = rng.uniform(4, 8), rng.uniform(6, 14)
         places = np.arange(block[0] + rng.uniform(2, 8), block[1] - 2, step)
         places = places[rng.random(len(places)) < 0.8] + rng.uniform(-1, 1)
         trees = [_tree(table, size * rng.uniform(0.8, 1.2)) for _ in places]
-        meshes += [_placed(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)]
+        meshes += [_place(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)]
     for s in rng.uniform(*block, int(rng.poisson((block[1] - block[0]) / 12))):
         thing = rng.choice(4)
         mesh = (_sign, _bin, _post, _kiosk)[thing](table) if thing < 3 or rng.random() < 0.3 else _sign(table)
         meshes.append(
-            _placed(
+            _place(
                 mesh,
                 bend,
                 float(s),

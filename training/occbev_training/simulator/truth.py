@@ -120,7 +120,7 @@ class Solids:
         return filled.reshape(grid.shape)
 
 
-def seen_voxels(
+def find_seen_voxels(
     seen: NDArray[np.bool_],
     grid: VoxelGrid,
     origins: F32,

@@ -230,7 +230,7 @@ class Cast:
         self.actors: list[Actor] = []
         self._checked = times[:: int(TRACK_RATE // 4)]
         self._discs, self._radii = [], []
-        self._remember(*_discs(_shifted(ego.at(self._checked), 1.4), (4.9, 2.1)))
+        self._remember(*_discs(_shift(ego.at(self._checked), 1.4), (4.9, 2.1)))
 
     def fill(self, route: Route) -> None:
         """Place moving traffic first, then what stands, then people."""
@@ -394,7 +394,7 @@ class Cast:
             self.bend,
             self.times,
         )
-        self.add("pedestrian", _raised(track, 0.13), 0.15)
+        self.add("pedestrian", _raise_by(track, 0.13), 0.15)
 
     def _cross_one(self, s: float) -> None:
         """Someone who walks over the main road, if a gap in the traffic allows."""
@@ -407,11 +407,11 @@ class Cast:
                 return
 
 
-def _raised(track: Track, height: float) -> Track:
+def _raise_by(track: Track, height: float) -> Track:
     return Track(track.times, track.pose + np.array([0, 0, height, 0]))
 
 
-def _shifted(pose: NDArray[np.float64], forward: float) -> NDArray[np.float64]:
+def _shift(pose: NDArray[np.float64], forward: float) -> NDArray[np.float64]:
     moved = pose.copy()
     moved[:, 0] += forward * np.cos(pose[:, 3])
     moved[:, 1] += forward * np.sin(pose[:, 3])

@@ -267,7 +267,7 @@ def _point_times(recording: BagRecording) -> Verdict:
     if found.kind != "point_times":
         hint = "fine only if the driver compensates motion itself" if found.kind == "compensated" else "less exact"
         return Verdict("per-point time", False, f"{found.text}; {hint}", must=False)
-    offset = recording.probed_offsets()
+    offset = recording.probe_offsets()
     low, high = float(np.nanmin(offset)), float(np.nanmax(offset))
     return Verdict(
         "per-point time",
@@ -291,7 +291,7 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
         small = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
         parts = []
         for run in stretches_in_turns(stamps, trajectory):
-            seen = partial(_seen, recording, camera.name, stamps, size)
+            seen = partial(_describe_topics, recording, camera.name, stamps, size)
             parts += [camera_turns(*zip(*images, strict=True), small) for images in _readable(seen, run)]
         found[recording.topics.images[camera.name]] = measure_offset(joined(parts), trajectory)
     return found
@@ -311,7 +311,7 @@ def _readable(read: Callable[[int], T], run: NDArray[np.int64]) -> Iterator[list
         yield stretch
 
 
-def _seen(
+def _describe_topics(
     recording: BagRecording,
     camera: str,
     stamps: NDArray[np.int64],
@@ -346,7 +346,7 @@ def _turn_verdicts(recording: BagRecording) -> list[Verdict]:
     return verdicts
 
 
-def fixed_clocks(path: Path, options: BagOptions) -> BagOptions:
+def fix_clocks(path: Path, options: BagOptions) -> BagOptions:
     """Return options that correct the clocks of a part: by log times where they are far off, then by turns.
 
     Raises:

@@ -145,7 +145,7 @@ class IndexedBag:
         """Read a bag; raises RecordingError saying which topic or count is wrong."""
         self.options = options or BagOptions()
         self._bag = open_bag(path)
-        self.topics = self._found_topics()
+        self.topics = self._find_topics()
         self._scan = self._usable(_contents(self._bag, self.topics))
         self._stretches = _stretches(self._scan.cuts)
         self.parts = len(self._stretches)
@@ -155,7 +155,7 @@ class IndexedBag:
         """Close the bag."""
         self._bag.close()
 
-    def _found_topics(self) -> BagTopics:
+    def _find_topics(self) -> BagTopics:
         """Return the topics that were given, after a look whether they are there, or find them."""
         given = self.options.topics
         try:

@@ -81,7 +81,7 @@ class BagRecording(IndexedBag):
         number = int(self._sweep_order[index])
         raw_ns = self._index[topic].raw_ns[number]
         message = self._message(topic, self._index[topic].log_ns[number], raw_ns)
-        cloud = _structured(message, topic)
+        cloud = _read_cloud(message, topic)
         points, offsets = _points(cloud), None
         if self.point_times is not None:
             offsets = self.point_times.offsets(cloud, points, raw_ns)
@@ -155,7 +155,7 @@ class BagRecording(IndexedBag):
         except RecordingError as error:
             raise RecordingError(f"{self._bag.path}: {topic}: {error}") from error
 
-    def probed_offsets(self) -> NDArray[np.float32]:
+    def probe_offsets(self) -> NDArray[np.float32]:
         """Return the seconds (M,) from the stamp of the points of a cloud in the middle; empty without times."""
         offsets = None
         if self.point_times is not None and self._probe is not None:
@@ -177,7 +177,7 @@ class BagRecording(IndexedBag):
         for number in dict.fromkeys([middle, 0, len(index.stamp_ns) - 1, middle // 2]):
             raw_ns = index.raw_ns[number]
             try:
-                cloud = _structured(self._message(topic, index.log_ns[number], raw_ns), topic)
+                cloud = _read_cloud(self._message(topic, index.log_ns[number], raw_ns), topic)
             except RecordingError as error:
                 problem = error
                 continue
@@ -207,11 +207,11 @@ class BagRecording(IndexedBag):
                     f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} "
                     f"on {TF_STATIC_TOPIC}, which knows {sorted(self._static)}"
                 )
-            at, step = self._agreed(at, topic)
+            at, step = self._agree_on_parent(at, topic)
             sensor2base = step @ sensor2base
         return sensor2base
 
-    def _agreed(self, child: str, topic: str) -> tuple[str, Array]:
+    def _agree_on_parent(self, child: str, topic: str) -> tuple[str, Array]:
         """Return the parent and transform of a frame; raises RecordingError where publishers differ."""
         (parent, first), *others = self._static[child]
         for other_parent, other in others:
@@ -312,7 +312,7 @@ class BagRecording(IndexedBag):
         """Return how long after its stamp the middle of a sweep is, 0 where the stamp is near the middle."""
         if self.point_times is None or self.point_times.kind == "compensated":
             return 0
-        offset = self.probed_offsets()
+        offset = self.probe_offsets()
         low, high = float(np.nanmin(offset)), float(np.nanmax(offset))
         middle = (low + high) / 2
         return round(middle * 1e3) * 1_000_000 if abs(middle) > 0.2 * (high - low) else 0
@@ -395,7 +395,7 @@ def _points(cloud: NDArray[np.void]) -> NDArray[np.float32]:
     return np.stack([cloud[axis] for axis in "xyz"], 1).astype(np.float32)
 
 
-def _structured(message: Any, topic: str) -> NDArray[Any]:
+def _read_cloud(message: Any, topic: str) -> NDArray[Any]:
     """View a PointCloud2 as a structured array, honouring offsets, padding and endianness."""
     known = {f.name: f for f in message.fields}
     absent = [axis for axis in "xyz" if axis not in known]

@@ -110,7 +110,7 @@ def compensated(sweep: Sweep, trajectory: Trajectory) -> Sweep:
     return replace(sweep, points=transform_points(ego2lidar, points).astype(np.float32), time_offset=None)
 
 
-def deskewed_rays(
+def deskew_rays(
     sweep: Sweep,
     trajectory: Trajectory,
     reference_ns: int,
@@ -138,7 +138,7 @@ def deskewed_rays(
     return Rays(end, np.broadcast_to(origin, end.shape), hit, dropped)
 
 
-def _moved(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+def _move(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Move points (3, M), in columns of x, y and z, by one (4, 4) or by M transforms (3, 4, M).
 
     The same bits whatever their order: a matrix product rounds a row by its place in the block, so
@@ -149,8 +149,8 @@ def _moved(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.
 
 
 def _transform_each(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As `_moved`, of points (M, 3)."""
-    return np.ascontiguousarray(_moved(a2b, points.T).T)
+    """As `_move`, of points (M, 3)."""
+    return np.ascontiguousarray(_move(a2b, points.T).T)
 
 
 def _ego_motion(
@@ -198,7 +198,7 @@ def _usable_returns(
     dropped = dict(zip(("not_finite", "too_near", "ego_body"), lost, strict=True))
     end, hit, kept = end[:count].copy(), hit[:count].copy(), kept[:count].copy()
     if limits.isolated_filter:
-        alone = _isolated(points[kept].astype(np.float64), limits)
+        alone = _isolate(points[kept].astype(np.float64), limits)
         end, hit, kept = end[~alone], hit[~alone], kept[~alone]
         dropped["isolated"], cut = int(np.count_nonzero(alone)), int(np.count_nonzero(~hit))
     return end, hit, kept, dropped | {"beyond_max_range": cut}
@@ -249,7 +249,7 @@ def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, h
     return count, not_finite, too_near, body, cut
 
 
-def _isolated(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool_]:
+def _isolate(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool_]:
     """Return which of (M, 3) points are near the sensor and have too few neighbours."""
     from scipy.spatial import cKDTree
 

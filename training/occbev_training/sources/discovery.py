@@ -98,10 +98,10 @@ class OpenBag:
 
         Raises RecordingError where an offset cannot be told with confidence.
         """
-        from occbev_training.sources.bag_check import fixed_clocks
+        from occbev_training.sources.bag_check import fix_clocks
 
         fix = self.check_clocks == "fix"
-        options = fixed_clocks(self.path, self.options) if fix else self.options
+        options = fix_clocks(self.path, self.options) if fix else self.options
         return replace(self, options=options, check_clocks="ignore")
 
     def keys(self) -> int:

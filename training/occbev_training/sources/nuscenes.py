@@ -212,16 +212,16 @@ class NuscenesRoot:
 
     @cached_property
     def _data_of_sample(self) -> dict[str, list[Row]]:
-        return _grouped(self.tables["sample_data"].values(), "sample_token")
+        return _group(self.tables["sample_data"].values(), "sample_token")
 
     @cached_property
     def _annotations_of_sample(self) -> dict[str, list[Row]]:
-        return _grouped(self.tables["sample_annotation"].values(), "sample_token")
+        return _group(self.tables["sample_annotation"].values(), "sample_token")
 
     @cached_property
     def samples_of_scene(self) -> dict[str, list[Row]]:
         """Scene token -> its samples in time order."""
-        groups = _grouped(self.tables["sample"].values(), "scene_token")
+        groups = _group(self.tables["sample"].values(), "scene_token")
         return {scene: sorted(rows, key=_timestamp) for scene, rows in groups.items()}
 
 
@@ -387,7 +387,7 @@ def _read_table(path: Path) -> dict[str, Row]:
         raise RecordingError(f"{path}: not a table of rows with tokens: {error}") from error
 
 
-def _grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+def _group(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)

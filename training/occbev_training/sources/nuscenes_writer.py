@@ -98,7 +98,7 @@ def is_written(root: Path, name: str, version: str = "v1.0-sim") -> bool:
     return _fragment_path(root, name, version).is_file()
 
 
-def written_drives(root: Path, version: str = "v1.0-sim") -> list[str]:
+def find_written_drives(root: Path, version: str = "v1.0-sim") -> list[str]:
     """Names of all finished fragments, sorted."""
     return sorted(path.stem for path in _fragment_path(root, "x", version).parent.glob("*.json"))
 
@@ -121,7 +121,7 @@ def merge_nuscenes(root: Path, version: str = "v1.0-sim") -> int:
     Raises:
         RecordingError: no fragment is there.
     """
-    names = written_drives(root, version)
+    names = find_written_drives(root, version)
     if not names:
         raise RecordingError(f"{_fragment_path(root, 'x', version).parent}: no finished drive to merge")
     merged: dict[str, dict[str, Row]] = {table: {} for table in TABLES}
@@ -189,7 +189,7 @@ class _DriveWriter:
 
     def write(self) -> Tables:
         """Write all files; returns the finished tables."""
-        self._shared_rows()
+        self._share_rows()
         self._calibration_rows()
         self._scene_rows()
         for key in range(len(self._samples)):
@@ -210,7 +210,7 @@ class _DriveWriter:
     def _calibration_token(self, channel: str) -> str:
         return token(self._name, "calibrated_sensor", channel)
 
-    def _shared_rows(self) -> None:
+    def _share_rows(self) -> None:
         for name in CATEGORY_OF_CLASS.values():
             self._add("category", token("category", name), name=name, description="")
         for name in ATTRIBUTES:
@@ -306,7 +306,7 @@ class _DriveWriter:
             frame = frames[camera.name]
             if frame is None:
                 continue
-            data, suffix = _encoded(frame, camera)
+            data, suffix = _encode(frame, camera)
             path = self._file_name("samples", camera.name, frame.stamp_ns, suffix)
             self._write_file(path, data)
             pose = frame.ego2global
@@ -344,7 +344,7 @@ class _DriveWriter:
             sweep = compensated(self._recording.sweep(index), self._recording.trajectory)
             key = key_sweep.get(index)
             if key is not None and int(keys[key]) != sweep.stamp_ns:
-                sweep = self._moved(sweep, int(keys[key]))
+                sweep = self._move(sweep, int(keys[key]))
             near = int(np.argmin(np.abs(keys - stamp))) if key is None else key
             self._write_sweep(sweep, self._samples[near], is_key=key is not None)
 
@@ -363,7 +363,7 @@ class _DriveWriter:
             chosen[nearest] = key
         return chosen
 
-    def _moved(self, sweep: Sweep, stamp_ns: int) -> Sweep:
+    def _move(self, sweep: Sweep, stamp_ns: int) -> Sweep:
         """Carry a compensated sweep to another stamp (the static world's view of it)."""
         motion = self._recording.trajectory.relative(sweep.stamp_ns, stamp_ns)
         chain = invert_transform(sweep.lidar2ego) @ motion @ sweep.lidar2ego
@@ -446,7 +446,7 @@ def _link(rows: Sequence[Row]) -> None:
         before["next"], after["prev"] = after["token"], before["token"]
 
 
-def _encoded(frame: CameraFrame, camera: Camera) -> tuple[bytes, str]:
+def _encode(frame: CameraFrame, camera: Camera) -> tuple[bytes, str]:
     """Return the bytes of an image file and its suffix, original bytes where there are some."""
     if isinstance(frame.image, bytes):
         if frame.image[:3] == b"\xff\xd8\xff":

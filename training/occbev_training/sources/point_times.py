@@ -95,7 +95,7 @@ def find_point_times(
     if mode in ("clockwise", "counterclockwise"):
         return PointTimes("azimuth", spin=1 if mode == "counterclockwise" else -1, period=period)
     if mode not in ("auto", "azimuth"):
-        return _named(cloud, names, stamp_ns, mode)
+        return _find_named(cloud, names, stamp_ns, mode)
     if mode == "auto":
         for name in FIELDS:
             found = _fitting(cloud[name], name, stamp_ns) if name in names else None
@@ -160,7 +160,7 @@ def _fitting(values: NDArray[np.generic], name: str, stamp_ns: int) -> PointTime
     return None
 
 
-def _named(cloud: NDArray[np.void], names: Sequence[str], stamp_ns: int, mode: str) -> PointTimes:
+def _find_named(cloud: NDArray[np.void], names: Sequence[str], stamp_ns: int, mode: str) -> PointTimes:
     """Read FIELD[:UNIT[:absolute]]."""
     name, unit, base = (*mode.split(":"), "", "")[:3]
     if name not in names or unit not in ("", *_SCALES) or base not in ("", "absolute", "stamp"):

@@ -101,8 +101,8 @@ class PlaneNeck(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Turn stage outputs into (B, outputs, *size)."""
-        joined = torch.cat([maps[0], _resized(maps[-1], maps[0].shape[2:])], 1)
-        return self.up(_resized(self.conv(joined), size))
+        joined = torch.cat([maps[0], _resize(maps[-1], maps[0].shape[2:])], 1)
+        return self.up(_resize(self.conv(joined), size))
 
 
 class PlaneEncoder(nn.Module):
@@ -135,7 +135,7 @@ class VolumeEncoder(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         """Turn (B, C, Z, Y, X) into (B, channels, Z, Y, X)."""
         maps = self.backbone(volume)
-        return self.neck(torch.cat([_resized(m, maps[0].shape[2:]) for m in maps], 1))
+        return self.neck(torch.cat([_resize(m, maps[0].shape[2:]) for m in maps], 1))
 
 
 class TrunkEncoder(nn.Module):
@@ -171,7 +171,7 @@ def _conv3d_norm(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm3d(outputs))
 
 
-def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x.shape[2:]) == tuple(size):
         return x
     mode = "bilinear" if x.ndim == 4 else "trilinear"

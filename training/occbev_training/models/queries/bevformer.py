@@ -97,11 +97,11 @@ class BevFormerViews:
 
     def to(self, device: torch.device | str) -> BevFormerViews:
         """Move every tensor."""
-        motion = None if self.motion is None else _moved(self.motion, device)
-        return BevFormerViews(_moved(self.hits, device), self.can_bus.to(device), motion)
+        motion = None if self.motion is None else _move(self.motion, device)
+        return BevFormerViews(_move(self.hits, device), self.can_bus.to(device), motion)
 
 
-def _moved(record: _Record, device: torch.device | str) -> _Record:
+def _move(record: _Record, device: torch.device | str) -> _Record:
     """Return a dataclass whose tensors are on a device."""
     values = (getattr(record, f.name) for f in fields(record))
     return type(record)(*(v.to(device) if isinstance(v, Tensor) else v for v in values))

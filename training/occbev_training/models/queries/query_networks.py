@@ -207,10 +207,10 @@ def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | D
 
     stage: "pretrain" or "finetune", see `occbev_training.models.build`.
     """
-    encoder = PyramidEncoder(_required(config.resnet, "resnet", config))
+    encoder = PyramidEncoder(_require(config.resnet, "resnet", config))
     if config.family == "detr3d":
         return _build_detr3d(config, stage, encoder)
-    former = _required(config.bevformer, "bevformer", config)
+    former = _require(config.bevformer, "bevformer", config)
     view = BevFormer(former, config.bev, len(encoder.neck.output))
     if stage == "pretrain":
         return BevFormerNetwork(encoder, view, occupancy_decoder=_voxels(config, former.channels, 2))
@@ -232,8 +232,8 @@ def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | D
 
 
 def _build_detr3d(config: ModelConfig, stage: str, encoder: PyramidEncoder) -> Detr3dNetwork:
-    head = _required(config.query_head, "query_head", config)
-    resnet = _required(config.resnet, "resnet", config)
+    head = _require(config.query_head, "query_head", config)
+    resnet = _require(config.resnet, "resnet", config)
     if stage == "pretrain":
         view = PillarSampling(resnet.channels, config.bev, head.z_range)
         decoder = _voxels(config, resnet.channels, 2)
@@ -268,7 +268,7 @@ def _voxels(config: ModelConfig, channels: int, classes: int) -> VoxelDecoder:
     return VoxelDecoder(channels, config.grid.shape[2], classes)
 
 
-def _required(value: _Part | None, key: str, config: ModelConfig) -> _Part:
+def _require(value: _Part | None, key: str, config: ModelConfig) -> _Part:
     if value is None:
         raise ConfigError(f"{config.name}: family {config.family!r} needs the key {key!r}")
     return value
