@@ -52,8 +52,14 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Arrays and key tables that came out of running the published code; see their READMEs."""
+    return ROOT / "tests/golden"
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with golden arrays and published data, which are not part of the repository."""
+    """Folder with published data, which is not part of the repository."""
     if not SHARED.is_dir():
         pytest.skip(f"no shared data in {SHARED}; set OCCBEV_SHARED to its folder")
     return SHARED

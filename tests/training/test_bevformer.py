@@ -34,8 +34,8 @@ MODEL = ModelConfig(
 )
 
 
-def golden(shared: Path, name: str) -> dict[str, torch.Tensor]:
-    with np.load(shared / "golden" / name) as arrays:
+def golden(golden_folder: Path, name: str) -> dict[str, torch.Tensor]:
+    with np.load(golden_folder / name) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
@@ -61,8 +61,8 @@ def seen(arrays: dict[str, torch.Tensor], prefix: str = "") -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("name", ["bevformer_b_sca.npz", "bevformer_b2_projection_ego.npz"])
-def test_published_projection(shared: Path, name: str) -> None:
-    arrays = golden(shared, name)
+def test_published_projection(golden_folder: Path, name: str) -> None:
+    arrays = golden(golden_folder, name)
     if "ego2lidar" in arrays:  # the BEV is in ego axes
         arrays["lidar2img"] = arrays["lidar2img"] @ arrays["ego2lidar"]
     points, visible = seen(arrays)
@@ -74,8 +74,8 @@ def test_published_projection(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bevformer_b_sca.npz", "bevformer_b2_projection_ego.npz"])
-def test_published_pillars(shared: Path, name: str) -> None:
-    arrays = golden(shared, name)
+def test_published_pillars(golden_folder: Path, name: str) -> None:
+    arrays = golden(golden_folder, name)
     lo, hi = (arrays["pc_range"][i : i + 3].double().numpy() for i in (0, 3))
     rows, columns = arrays["bev_hw"].tolist()
     bev = BevGrid(lo[:2], (hi - lo)[:2] / (columns, rows), (columns, rows))
@@ -84,8 +84,8 @@ def test_published_pillars(shared: Path, name: str) -> None:
     np.testing.assert_allclose(points, want, atol=1e-4)
 
 
-def test_published_cross_attention(shared: Path) -> None:
-    arrays = golden(shared, "bevformer_b_sca.npz")
+def test_published_cross_attention(golden_folder: Path) -> None:
+    arrays = golden(golden_folder, "bevformer_b_sca.npz")
     hits = bevformer.pair_cameras(*seen(arrays), torch.ones(1, 6))
     levels = Levels(tuple(map(tuple, arrays["spatial_shapes"].tolist())))
     with torch.no_grad():
@@ -94,8 +94,8 @@ def test_published_cross_attention(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(("quirks", "want"), [(False, "b2.output_per_sample"), (True, "b2.output_reference")])
-def test_published_cross_attention_of_a_batch(shared: Path, quirks: bool, want: str) -> None:
-    arrays = golden(shared, "bevformer_b_sca.npz")
+def test_published_cross_attention_of_a_batch(golden_folder: Path, quirks: bool, want: str) -> None:
+    arrays = golden(golden_folder, "bevformer_b_sca.npz")
     hits = bevformer.pair_cameras(*seen(arrays, "b2."), torch.ones(2, 6), quirks)
     levels = Levels(tuple(map(tuple, arrays["spatial_shapes"].tolist())))
     features = arrays["b2.value"].float().permute(2, 0, 1, 3).flatten(0, 1)
@@ -104,8 +104,8 @@ def test_published_cross_attention_of_a_batch(shared: Path, quirks: bool, want: 
     torch.testing.assert_close(got, arrays[want], **CLOSE)
 
 
-def test_table_form_equals_pair_form(shared: Path) -> None:
-    arrays = golden(shared, "bevformer_b_sca.npz")
+def test_table_form_equals_pair_form(golden_folder: Path) -> None:
+    arrays = golden(golden_folder, "bevformer_b_sca.npz")
     points, visible = seen(arrays)
     valid = torch.tensor([1.0, 1, 0, 1, 1, 1])
     pairs = bevformer.pair_cameras(points, visible, valid[None])
@@ -134,8 +134,8 @@ def temporal(arrays: dict[str, torch.Tensor]) -> tuple[bevformer.TemporalSelfAtt
         ("output_prev_pretrain_quirk", True, (1, 1)),
     ],
 )
-def test_published_temporal_attention(shared: Path, want: str, past: bool, shifts: tuple) -> None:
-    arrays = golden(shared, "bevformer_c_tsa.npz")
+def test_published_temporal_attention(golden_folder: Path, want: str, past: bool, shifts: tuple) -> None:
+    arrays = golden(golden_folder, "bevformer_c_tsa.npz")
     attention, levels = temporal(arrays)
     query = arrays["query"]
     slots = (arrays["prev_bev"], arrays["cur_bev_value"]) if past else (query, query)
@@ -147,8 +147,8 @@ def test_published_temporal_attention(shared: Path, want: str, past: bool, shift
 
 
 @pytest.mark.parametrize(("quirks", "want"), [(False, "b2.output_per_sample"), (True, "b2.output_reference")])
-def test_published_temporal_attention_of_a_batch(shared: Path, quirks: bool, want: str) -> None:
-    arrays = golden(shared, "bevformer_c_tsa.npz")
+def test_published_temporal_attention_of_a_batch(golden_folder: Path, quirks: bool, want: str) -> None:
+    arrays = golden(golden_folder, "bevformer_c_tsa.npz")
     attention, levels = temporal(arrays)
     centre = arrays["ref_2d"][:, :, 0].expand(2, -1, -1)
     references = torch.stack([centre + arrays["b2.shift_xy"][:, None], centre], 2)
@@ -168,8 +168,8 @@ def voxel_decoder(arrays: dict[str, torch.Tensor]) -> VoxelDecoder:
     return decoder
 
 
-def test_published_voxel_decoder(shared: Path) -> None:
-    arrays = golden(shared, "bevformer_f_occ_decoder.npz")
+def test_published_voxel_decoder(golden_folder: Path) -> None:
+    arrays = golden(golden_folder, "bevformer_f_occ_decoder.npz")
     decoder = voxel_decoder(arrays).eval()
     with torch.no_grad():
         logits = decoder(arrays["bev_embed_bchw"])  # (B, K, Z, Y, X)
@@ -181,8 +181,8 @@ def test_published_voxel_decoder(shared: Path) -> None:
     torch.testing.assert_close(masked, arrays["loss_occ_masked"], **CLOSE)
 
 
-def test_published_voxel_decoder_in_training(shared: Path) -> None:
-    arrays = golden(shared, "bevformer_f_occ_decoder.npz")
+def test_published_voxel_decoder_in_training(golden_folder: Path) -> None:
+    arrays = golden(golden_folder, "bevformer_f_occ_decoder.npz")
     decoder = voxel_decoder(arrays).train()
     with torch.no_grad():
         logits = decoder(arrays["bev_embed_bchw"]).permute(0, 4, 3, 2, 1)

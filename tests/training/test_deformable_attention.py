@@ -15,8 +15,8 @@ FORMS = (da.sample_by_grid, da.sample_by_bags)
 LEVELS = da.Levels(((3, 5), (2, 2)))
 
 
-def golden(shared: Path, name: str) -> dict[str, torch.Tensor]:
-    with np.load(shared / "golden" / name) as arrays:
+def golden(golden_folder: Path, name: str) -> dict[str, torch.Tensor]:
+    with np.load(golden_folder / name) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
@@ -29,8 +29,8 @@ def operands(seed: int = 0, spread: float = 1.0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_published_outputs_and_gradients(shared: Path, form) -> None:
-    arrays = golden(shared, "bevformer_a_msda.npz")
+def test_published_outputs_and_gradients(golden_folder: Path, form) -> None:
+    arrays = golden(golden_folder, "bevformer_a_msda.npz")
     levels = da.Levels(tuple(map(tuple, arrays["spatial_shapes"].tolist())))
     names = ("value", "sampling_locations", "attention_weights")
     inputs = [arrays[name].clone().requires_grad_() for name in names]
@@ -41,8 +41,8 @@ def test_published_outputs_and_gradients(shared: Path, form) -> None:
         torch.testing.assert_close(tensor.grad, arrays[f"grad_{name}"], atol=1e-4, rtol=1e-4)
 
 
-def test_published_decoder_attention(shared: Path) -> None:
-    arrays = golden(shared, "bevformer_a_msda.npz")
+def test_published_decoder_attention(golden_folder: Path) -> None:
+    arrays = golden(golden_folder, "bevformer_a_msda.npz")
     attention = da.DeformableAttention(32, 8, 1, 4)
     prefix = "w.dec."
     attention.load_state_dict({k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)})

@@ -22,8 +22,8 @@ def normalise_images(matrices: torch.Tensor, width: int, height: int) -> torch.T
     return (scale @ matrices.double()).float()
 
 
-def test_published_cross_attention(shared: Path) -> None:
-    with np.load(shared / "golden" / "detr3d_h_cross_attn.npz") as file:
+def test_published_cross_attention(golden_folder: Path) -> None:
+    with np.load(golden_folder / "detr3d_h_cross_attn.npz") as file:
         arrays = {key: torch.from_numpy(file[key]) for key in file.files}
     extent = tuple(tuple(arrays["pc_range"][i : i + 3].tolist()) for i in (0, 3))
     attention = CameraSampling(32, 6, 2, extent)

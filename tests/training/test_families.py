@@ -44,13 +44,13 @@ def test_the_readme_says_what_the_code_knows(repository: Path) -> None:
             assert float(row[5]) <= 1e-4
 
 
-def test_every_fixture_is_read_by_a_test(repository: Path, shared: Path) -> None:
+def test_every_fixture_is_read_by_a_test(repository: Path, golden_folder: Path) -> None:
     sources = "\n".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
     for name, published in PUBLISHED.items():
         for fixture in published.fixtures:
-            assert (shared / "golden" / f"{fixture}.npz").is_file(), name
+            assert (golden_folder / f"{fixture}.npz").is_file(), name
             assert fixture in sources, f"{fixture} of {name} is held by no test"
-    tables = {path.name for path in (shared / "golden").glob("*_state_dict.json")}
+    tables = {path.name for path in golden_folder.glob("*_state_dict.json")}
     assert {f"{p.table}_state_dict.json" for p in PUBLISHED.values() if p.table} == tables
 
 
@@ -69,8 +69,8 @@ def test_reduced_forms_keep_every_part(repository: Path, name: str) -> None:
     assert small.image.width * small.image.height <= 96 * 64
 
 
-def test_the_report_counts_parameters_and_keys(shared: Path, capsys) -> None:
-    golden = str(shared / "golden")
+def test_the_report_counts_parameters_and_keys(golden_folder: Path, capsys) -> None:
+    golden = str(golden_folder)
     assert main(["families", "bevformer_tiny", "--golden", golden, "--no-export", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["keys"] == [643, 643]

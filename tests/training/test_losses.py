@@ -49,8 +49,8 @@ def car(x: float, y: float, yaw: float = 0.3) -> list[float]:
     return [x, y, 0.7, 4.5, 1.9, 1.6, yaw, 2.0, -1.0]
 
 
-def test_focal_equals_the_published_one(shared: Path) -> None:
-    golden = np.load(shared / "golden/bevformer_g_focal.npz", allow_pickle=False)
+def test_focal_equals_the_published_one(golden_folder: Path) -> None:
+    golden = np.load(golden_folder / "bevformer_g_focal.npz", allow_pickle=False)
     logits = torch.from_numpy(golden["occ.logits"]).requires_grad_()
     target = torch.nn.functional.one_hot(torch.from_numpy(golden["occ.labels"]), 2).float()
     loss = sigmoid_focal(logits, target)
@@ -59,8 +59,8 @@ def test_focal_equals_the_published_one(shared: Path) -> None:
     np.testing.assert_allclose(logits.grad, golden["occ.grad_logits"], atol=1e-6, rtol=1e-4)
 
 
-def test_depth_loss_equals_the_published_one(shared: Path) -> None:
-    golden = np.load(shared / "golden/bevdepth_gt.npz", allow_pickle=False)
+def test_depth_loss_equals_the_published_one(golden_folder: Path) -> None:
+    golden = np.load(golden_folder / "bevdepth_gt.npz", allow_pickle=False)
     logits = torch.from_numpy(golden["depth_pred"])[None].log()
     bins = torch.from_numpy(golden["bins_index"])[None]
     assert 3 * float(depth_loss(logits, bins, "bce")) == pytest.approx(float(golden["loss_depth"]), rel=1e-5)

@@ -300,9 +300,9 @@ def test_weights_file_round_trip_and_refusals(network: OccBevNetwork, tmp_path: 
         read_weights(path)
 
 
-def test_splat_equals_the_published_pooling(shared: Path) -> None:
+def test_splat_equals_the_published_pooling(golden_folder: Path) -> None:
     """bev_pool_v2's own result and gradients, for its own tables."""
-    golden = np.load(shared / "golden/lss_bev_pool.npz", allow_pickle=False)
+    golden = np.load(golden_folder / "lss_bev_pool.npz", allow_pickle=False)
     depth = torch.from_numpy(golden["depth"]).requires_grad_()
     feature = torch.from_numpy(golden["feat"]).requires_grad_()
     cell = golden["ranks_bev"]

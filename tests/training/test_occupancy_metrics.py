@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,7 @@ from occbev_training.metrics.occupancy import (
     score_occupied_iou,
 )
 
-GOLDEN = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden arrays: {GOLDEN} is not there")
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 SMALL = VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 0.5), (16, 16, 8))
 
@@ -84,7 +82,6 @@ def test_binary_iou_by_hand() -> None:
     assert math.isnan(binary_iou([0, 0, 0]))
 
 
-@needs_golden
 @pytest.mark.parametrize("mask", ["camera", "lidar", "none"])
 def test_golden_miou(mask: str) -> None:
     with np.load(GOLDEN / "occ3d_miou.npz", allow_pickle=False) as golden:
@@ -101,7 +98,6 @@ def test_golden_miou(mask: str) -> None:
         assert 100 * mean_iou(counts) == golden[f"miou_{mask}"]
 
 
-@needs_golden
 def test_golden_rays(either_walk: None) -> None:
     with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
         np.testing.assert_array_equal(ray_directions(), golden["rays"])
@@ -116,7 +112,6 @@ def test_golden_rays(either_walk: None) -> None:
                 assert np.mean(away < 1e-3) >= 0.998
 
 
-@needs_golden
 def test_golden_scores_of_all_rays() -> None:
     pytest.importorskip("numba")
     with np.load(GOLDEN / "rayiou.npz", allow_pickle=False) as golden:
@@ -201,7 +196,6 @@ def test_rays_of_the_preset() -> None:
     assert GRIDS["occ3d"].shape == (200, 200, 16)
 
 
-@needs_golden
 def test_golden_rays_of_all_directions() -> None:
     """Every fourth ray, which is all that the golden file holds, out of a walk of all of them."""
     pytest.importorskip("numba")

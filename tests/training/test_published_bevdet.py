@@ -44,8 +44,8 @@ def on_meta(config: ModelConfig, stage: str = "finetune") -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_published_weight_has_its_place(repository: Path, shared: Path, name: str) -> None:
-    path = shared / "golden" / f"{TABLES[name]}_state_dict.json"
+def test_every_published_weight_has_its_place(repository: Path, golden_folder: Path, name: str) -> None:
+    path = golden_folder / f"{TABLES[name]}_state_dict.json"
     table = json.loads(path.read_text())
     config = model_config(repository, name)
     network, rules = on_meta(config), rules_for(config)

@@ -31,14 +31,14 @@ def build(repository: Path, name: str, stage: str) -> torch.nn.Module:
         return build_model(config, stage)
 
 
-def published(shared: Path, name: str) -> dict[str, torch.Tensor]:
-    table = json.loads((shared / "golden" / f"{name}_state_dict.json").read_text())
+def published(golden_folder: Path, name: str) -> dict[str, torch.Tensor]:
+    table = json.loads((golden_folder / f"{name}_state_dict.json").read_text())
     return {key: torch.empty(shape, device="meta") for key, shape in table.items()}
 
 
 @pytest.mark.parametrize(("name", "stage", "millions"), FAMILIES)
-def test_every_key_both_ways(repository: Path, shared: Path, name: str, stage: str, millions: float) -> None:
-    model, table = build(repository, name, stage), published(shared, name)
+def test_every_key_both_ways(repository: Path, golden_folder: Path, name: str, stage: str, millions: float) -> None:
+    model, table = build(repository, name, stage), published(golden_folder, name)
     report = load_published(model, table, model.published_names)
     assert report.complete, str(report)
     assert len(report.converted) == len(table)
@@ -47,11 +47,11 @@ def test_every_key_both_ways(repository: Path, shared: Path, name: str, stage: s
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_values_survive_both_ways(repository: Path, shared: Path) -> None:
+def test_values_survive_both_ways(repository: Path, golden_folder: Path) -> None:
     model = build(repository, "bevformer_tiny", "finetune").to_empty(device="cpu")
     state = {
         k: torch.rand(v.shape).to(torch.int64 if v.ndim == 0 else torch.float32)
-        for k, v in published(shared, "bevformer_tiny").items()
+        for k, v in published(golden_folder, "bevformer_tiny").items()
     }
     assert load_published(model, state, model.published_names).complete
     back = to_published(model.state_dict(), model.published_names)
@@ -62,9 +62,9 @@ def test_small_occupancy_has_the_published_number_of_entries(repository: Path) -
     assert len(build(repository, "bevformer_small_occ", "finetune").state_dict()) == 789
 
 
-def test_a_checkpoint_of_another_family_is_refused(repository: Path, shared: Path) -> None:
+def test_a_checkpoint_of_another_family_is_refused(repository: Path, golden_folder: Path) -> None:
     model = build(repository, "bevformer_small", "finetune")
-    report = load_published(model, published(shared, "bevformer_base"), model.published_names)
+    report = load_published(model, published(golden_folder, "bevformer_base"), model.published_names)
     assert not report.complete
     assert report.dropped
     assert report.mismatched

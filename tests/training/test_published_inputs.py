@@ -30,24 +30,24 @@ SOURCE = (1600, 900)
 Arrays = dict[str, NDArray[np.float32]]
 
 
-def golden(shared: Path, name: str) -> Arrays:
-    with np.load(shared / "golden" / f"{name}.npz", allow_pickle=False) as arrays:
+def golden(golden_folder: Path, name: str) -> Arrays:
+    with np.load(golden_folder / f"{name}.npz", allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files}
 
 
 @pytest.fixture(scope="module")
-def geometry(shared: Path) -> Arrays:
-    return golden(shared, "lss_geometry")
+def geometry(golden_folder: Path) -> Arrays:
+    return golden(golden_folder, "lss_geometry")
 
 
 @pytest.fixture(scope="module")
-def pool(shared: Path) -> Arrays:
-    return golden(shared, "lss_bev_pool")
+def pool(golden_folder: Path) -> Arrays:
+    return golden(golden_folder, "lss_bev_pool")
 
 
 @pytest.fixture(scope="module")
-def depth_gt(shared: Path) -> Arrays:
-    return golden(shared, "bevdepth_gt")
+def depth_gt(golden_folder: Path) -> Arrays:
+    return golden(golden_folder, "bevdepth_gt")
 
 
 def close(got: object, want: object) -> None:

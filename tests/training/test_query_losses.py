@@ -27,8 +27,8 @@ LABELS = torch.tensor([2, 0, 3])
 
 
 @pytest.fixture
-def focal(shared: Path) -> dict[str, torch.Tensor]:
-    with np.load(shared / "golden" / "bevformer_g_focal.npz") as arrays:
+def focal(golden_folder: Path) -> dict[str, torch.Tensor]:
+    with np.load(golden_folder / "bevformer_g_focal.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 

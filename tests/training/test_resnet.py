@@ -41,8 +41,8 @@ def test_caffe_style_strides_in_the_first_convolution() -> None:
 
 
 @pytest.mark.parametrize("name", ["bevformer_base", "detr3d_r101"])
-def test_deformable_names_are_the_published_ones(shared: Path, name: str) -> None:
-    table = json.loads((shared / "golden" / f"{name}_state_dict.json").read_text())
+def test_deformable_names_are_the_published_ones(golden_folder: Path, name: str) -> None:
+    table = json.loads((golden_folder / f"{name}_state_dict.json").read_text())
     want = {k[len("img_backbone.") :]: v for k, v in table.items() if k.startswith("img_backbone.")}
     with torch.device("meta"):
         network = ResNet(101, (2, 3, 4), caffe_style=True, deformable_stages=(3, 4))
