@@ -15,7 +15,7 @@ from occbev.inference.preprocess import (
     Fit,
     ImageError,
     Preprocessor,
-    _scaled,
+    _scale,
     decode_image,
     jpeg_size,
     network_camera,
@@ -78,7 +78,7 @@ def test_rows_that_are_cut_away_need_not_be_scaled(size: tuple[int, int]) -> Non
     image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     camera = Camera("c", *size, [[300, 0, 200], [0, 300, 120], [0, 0, 1]], np.eye(4))
     fit = Fit.cover(*size, config)
-    whole = _scaled(image, fit.scaled)
+    whole = _scale(image, fit.scaled)
     pixels, _ = Preprocessor(config).network_image(image, camera)
     np.testing.assert_array_equal(pixels, whole[fit.crop[1] : fit.crop[1] + 128])
 
@@ -99,7 +99,7 @@ def test_scaling_by_up_to_two_averages_nearly_as_areas_do(size: tuple[int, int])
     image, wanted = a_picture(*size), (352, 198)
     areas = cv2.resize(image, wanted, interpolation=cv2.INTER_AREA).astype(int)
     plain = cv2.resize(image, wanted, interpolation=cv2.INTER_LINEAR).astype(int)
-    got = _scaled(image, wanted)
+    got = _scale(image, wanted)
     assert np.abs(got - areas).mean() < 1
     assert np.abs(got.mean((0, 1)) - image.mean((0, 1))).max() < 0.5
     if size == (640, 360):

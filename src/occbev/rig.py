@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from occbev.geometry import (
     invert_transform,
     make_transform,
-    project_points,
     rotation_from_xyzw,
     transform_points,
     xyzw_from_rotation,
 )
-
-DISTORTION_MODELS = ("none", "plumb_bob", "rational_polynomial", "equidistant")
+from occbev.lens import Lens, LensError
 
 
 class RigError(ValueError):
@@ -59,10 +58,15 @@ class Camera:
             raise RigError(f"camera {self.name}: the rotation of cam2ego is not orthonormal")
         if self.width <= 0 or self.height <= 0:
             raise RigError(f"camera {self.name}: size {self.width}x{self.height} must be positive")
-        if self.distortion_model not in DISTORTION_MODELS:
-            raise RigError(
-                f"camera {self.name}: distortion model {self.distortion_model!r}, known are {DISTORTION_MODELS}"
-            )
+        try:
+            _ = self.lens
+        except LensError as error:
+            raise RigError(f"camera {self.name}: {error}") from error
+
+    @cached_property
+    def lens(self) -> Lens:
+        """How the camera maps directions of its own frame to pixels and back."""
+        return Lens(self.intrinsic, self.distortion_model, self.distortion)
 
     @property
     def ego2cam(self) -> NDArray[np.float64]:
@@ -70,12 +74,16 @@ class Camera:
         return invert_transform(self.cam2ego)
 
     def project(self, points: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-        """Project (M, 3) points of base_link through the rectified pinhole.
+        """Project (M, 3) points of base_link through the lens.
 
-        Returns: pixels (M, 2), depth (M,) and which are deeper than 0.1 m and inside the image.
+        Returns: pixels (M, 2), depth (M,) and which are farther than 0.1 m and inside the image. Pixels of points
+            that the lens cannot see are NaN.
         """
-        pixels, depth = project_points(transform_points(self.ego2cam, points), self.intrinsic)
-        inside = (depth > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
+        points_cam = transform_points(self.ego2cam, points).reshape(-1, 3)
+        pixels, seen = self.lens.project(points_cam)
+        depth = points_cam[:, 2]
+        distance = np.linalg.norm(points_cam, axis=1) if self.lens.is_fisheye else depth
+        inside = seen & (distance > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
         return pixels, depth, inside
 
     def resized(self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]) -> Camera:

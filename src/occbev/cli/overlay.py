@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from occbev.geometry import invert_transform, project_points, transform_points
+from occbev.geometry import invert_transform, transform_points
 from occbev.inference.pipeline import Pipeline, motion_to_key
 from occbev.inference.preprocess import decode_image
 from occbev.reports.rendering import (
@@ -119,8 +119,8 @@ def lidar_in_camera(
     assert frame.ego2global is not None, "frames without a pose are left out before"
     lidar2ego = invert_transform(frame.ego2global) @ lidar_ego2global @ sweep.lidar2ego
     points = transform_points(lidar2ego, sweep.points)
-    pixels, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
-    inside = (depth > LEAST_DEPTH) & np.all((pixels >= 0) & (pixels < (camera.width, camera.height)), axis=1)
+    _, depth, inside = camera.project(points)
+    inside &= depth > LEAST_DEPTH
     median = float(np.median(depth[inside])) if inside.any() else None
     return points[inside], Coverage(int(inside.sum()), median)
 

@@ -108,7 +108,7 @@ class Preprocessor:
         camera = match_size(camera, image)
         fit = Fit.cover(camera.width, camera.height, self.config)
         fitted = network_camera(camera, self.config)
-        if camera.distortion:
+        if not camera.lens.is_pinhole:
             image = self._rectify(_scale(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
             return self._fill(image), fitted
         (x, y), (width, height) = fit.crop, (self.config.width, self.config.height)
@@ -171,10 +171,8 @@ class Preprocessor:
         """Undistort and crop in one pass, at network resolution: the area filter has already run."""
         known = self._maps.get(camera.name)
         if known is None or not _same_optics(known[0], camera):
-            known = (
-                camera,
-                *_rectification_maps(camera, fitted, scaled.shape[1] / camera.width, scaled.shape[0] / camera.height),
-            )
+            lens = camera.lens.scaled(scaled.shape[1] / camera.width, scaled.shape[0] / camera.height)
+            known = camera, *lens.maps(fitted.intrinsic, (fitted.width, fitted.height))
             self._maps[camera.name] = known
         return np.asarray(
             cv2.remap(
@@ -304,21 +302,3 @@ def _same_optics(a: Camera, b: Camera) -> bool:
     return (
         (a.width, a.height, a.distortion_model, a.distortion) == (b.width, b.height, b.distortion_model, b.distortion)
     ) and np.array_equal(a.intrinsic, b.intrinsic)
-
-
-def _rectification_maps(
-    camera: Camera, fitted: Camera, scale_x: float, scale_y: float
-) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
-    """Where each network pixel lies in the scaled, still distorted image; fixed-point maps for cv2.remap."""
-    # OpenCV puts pixel centres at integers, Camera at + 0.5: shift the principal points.
-    half = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
-    source, target = (
-        np.diag([scale_x, scale_y, 1.0]) @ camera.intrinsic - half,
-        fitted.intrinsic - half,
-    )
-    size, coefficients = (fitted.width, fitted.height), np.array(camera.distortion)
-    build = (
-        cv2.fisheye.initUndistortRectifyMap if camera.distortion_model == "equidistant" else cv2.initUndistortRectifyMap
-    )
-    first, second = build(source, coefficients, np.eye(3), target, size, cv2.CV_16SC2)
-    return np.asarray(first, np.int16), np.asarray(second, np.uint16)

@@ -5,7 +5,7 @@ Drawing functions return a new picture, so that they chain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -59,6 +59,9 @@ FRONT_FACE = (0, 1, 2, 3)
 NEAR = 0.3
 """Metres; edges are cut where they come nearer to the camera than this."""
 
+CURVE_PIECES = 16
+"""Straight pieces by which an edge is drawn through a lens that bends it."""
+
 
 @dataclass(frozen=True)
 class BoxStyle:
@@ -105,7 +108,7 @@ def draw_boxes(image: Picture, camera: Camera, boxes: Boxes3D, style: BoxStyle =
     corners = transform_points(camera.ego2cam, box_corners(boxes.box[:, :7]))
     far_first = np.argsort(-corners[..., 2].mean(1))
     for index in far_first:
-        if corners[index, :, 2].max() > NEAR:
+        if camera.lens.is_fisheye or corners[index, :, 2].max() > NEAR:
             _draw_box(image, camera, corners[index], _box_colour(boxes, index, style), style)
             if style.labels:
                 _label_box(image, camera, corners[index], boxes, index)
@@ -303,16 +306,26 @@ def _box_colour(boxes: Boxes3D, index: int, style: BoxStyle) -> Colour:
 
 def _draw_box(image: Picture, camera: Camera, corners: NDArray[np.float64], colour: Colour, style: BoxStyle) -> None:
     """Draw the edges of one box given by its (8, 3) corners in the camera frame."""
-    if corners[:, 2].min() > NEAR and not style.dashed:
+    if corners[:, 2].min() > NEAR and not style.dashed and camera.lens.is_pinhole:
         face = project_points(corners[list(FRONT_FACE)], camera.intrinsic)[0]
         tinted = image.copy()
         cv2.fillConvexPoly(tinted, np.array([_fix_view(p) for p in face]), colour, cv2.LINE_AA, SHIFT)
         cv2.addWeighted(tinted, 0.3, image, 0.7, 0, dst=image)
     for a, b in BOX_EDGES:
-        segment = _cut_near(corners[a], corners[b])
-        if segment is not None:
-            start, end = project_points(segment, camera.intrinsic)[0]
+        for start, end in _image_segments(camera, corners[a], corners[b]):
             _line(image, start, end, colour, style)
+
+
+def _image_segments(camera: Camera, a: NDArray[np.float64], b: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """Yield the straight pieces, pixels (2, 2), by which a segment of the camera frame shows in its image."""
+    if camera.lens.is_pinhole:
+        segment = _cut_near(a, b)
+        if segment is not None:
+            yield project_points(segment, camera.intrinsic)[0]
+        return
+    pixels, seen = camera.lens.project(a + np.linspace(0, 1, CURVE_PIECES + 1)[:, None] * (b - a))
+    for i in np.flatnonzero(seen[:-1] & seen[1:]):
+        yield pixels[i : i + 2]
 
 
 def _cut_near(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64] | None:
@@ -327,9 +340,10 @@ def _cut_near(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _label_box(image: Picture, camera: Camera, corners: NDArray[np.float64], boxes: Boxes3D, index: int) -> None:
-    if corners[:, 2].min() <= NEAR:
+    pixels, seen = camera.lens.project(corners)
+    if not seen.all() or (corners[:, 2].min() <= NEAR and not camera.lens.is_fisheye):
         return
-    u, v = project_points(corners, camera.intrinsic)[0].min(0)
+    u, v = pixels.min(0)
     if 0 <= u < image.shape[1] and 0 <= v < image.shape[0]:
         text = f"{DETECTION_CLASSES[boxes.label[index]]} {boxes.score[index]:.2f}"
         _text(image, text, (int(u), int(v) - 3), 0.4, ON_DARK)

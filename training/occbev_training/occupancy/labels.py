@@ -506,33 +506,12 @@ def _remove_masked(rays: NDArray[np.float64], mask: NDArray[np.bool_] | None) ->
 def pixel_rays(camera: Camera, rows: int, columns: int) -> NDArray[np.float64]:
     """Return unit directions (rows, columns, 3) in the camera frame, evenly over the image.
 
-    They go through the real lens and do not depend on the image's resolution.
+    They go through the real lens and do not depend on the image's resolution; NaN where the lens shows nothing.
     """
     u = (np.arange(columns) + 0.5) * camera.width / columns
     v = (np.arange(rows) + 0.5) * camera.height / rows
-    pixels = np.stack(np.meshgrid(u, v), -1).reshape(-1, 2)
-    rays = np.concatenate([_undistort(camera, pixels), np.ones((len(pixels), 1))], axis=1)
-    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-    return rays.reshape(rows, columns, 3)
-
-
-def _undistort(camera: Camera, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the slopes x/z, y/z (R, 2) of the rays through pixels (R, 2) of the native image."""
-    k = camera.intrinsic
-    if camera.distortion_model == "none" or not any(camera.distortion):
-        y = (pixels[:, 1] - k[1, 2]) / k[1, 1]
-        return np.stack([(pixels[:, 0] - k[0, 2] - k[0, 1] * y) / k[0, 0], y], axis=-1)
-    import cv2
-
-    enough = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 50, 1e-8)
-    source, distortion = pixels[:, None], np.array(camera.distortion)
-    if camera.distortion_model == "equidistant":
-        slopes = cv2.fisheye.undistortPoints(source, k, distortion, criteria=enough)
-    elif hasattr(cv2, "undistortPointsIter"):  # OpenCV 4; in OpenCV 5 it is the plain function
-        slopes = cv2.undistortPointsIter(source, k, distortion, np.eye(3), np.eye(3), enough)
-    else:
-        slopes = cv2.undistortPoints(source, k, distortion, criteria=enough)
-    return slopes.reshape(-1, 2)
+    pixels = np.stack(np.meshgrid(u, v), -1)
+    return camera.lens.unproject(pixels).reshape(rows, columns, 3)
 
 
 def ground_cells(hits: Hits, grid: VoxelGrid, height: float, columns: int) -> NDArray[np.bool_]:

@@ -344,6 +344,10 @@ def _image_turn(before: NDArray[np.uint8], after: NDArray[np.uint8], camera: Cam
     if use.sum() < 30:
         return np.nan
     rays = [_rays(points[use], camera) for points in (corners, found)]
+    known = np.isfinite(rays[0] + rays[1]).all(axis=(1, 2))
+    if known.sum() < 30:
+        return np.nan
+    rays = [own[known] for own in rays]
     cam2ego, pixel = camera.cam2ego[:3, :3], 1.0 / camera.intrinsic[0, 0]
     still = _rotation_alone(rays[0][:, 0], rays[1][:, 0], pixel)
     if still is not None:  # an essential matrix needs a motion to find
@@ -371,7 +375,6 @@ def _rotation_alone(
 
 
 def _rays(corners: NDArray[np.float32], camera: Camera) -> NDArray[np.float64]:
-    distortion = np.array(camera.distortion) if camera.distortion else None
-    if camera.distortion_model == "equidistant" and distortion is not None:
-        return cv2.fisheye.undistortPoints(corners.astype(np.float64), camera.intrinsic, distortion)
-    return cv2.undistortPoints(corners.astype(np.float64), camera.intrinsic, distortion)
+    """Return the slopes x / z, y / z (C, 1, 2) of corners (C, 1, 2); NaN where the lens shows nothing."""
+    rays = camera.lens.unproject(corners)
+    return np.asarray(rays[:, None, :2] / rays[:, None, 2:])
