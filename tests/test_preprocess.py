@@ -73,7 +73,7 @@ def test_a_point_stays_on_its_pixel(width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(800, 450), (640, 480), (817, 461)])
-def test_rows_that_are_cut_away_need_not_be_scaled(size: tuple[int, int]) -> None:
+def test_rows_that_are_cut_away_need_not_be_scale(size: tuple[int, int]) -> None:
     config = ImageConfig(width=352, height=128)
     image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     camera = Camera("c", *size, [[300, 0, 200], [0, 300, 120], [0, 0, 1]], np.eye(4))
@@ -217,7 +217,7 @@ def test_reduced_decode_is_close_and_keeps_the_intrinsics() -> None:
     assert decode_image(jpeg(smooth_image(641, 361)), "front", (64, 36)).shape == (361, 641, 3)
 
 
-def test_a_frame_of_another_size_and_equal_aspect_is_scaled() -> None:
+def test_a_frame_of_another_size_and_equal_aspect_is_scale() -> None:
     source = camera(width=1280, height=720)
     _, fitted = Preprocessor(SMALL).network_image(smooth_image(640, 360), source)
     np.testing.assert_allclose(fitted.intrinsic, network_camera(source, SMALL).intrinsic, atol=1e-9)

@@ -87,6 +87,6 @@ def test_export_takes_the_threshold_of_a_report(tmp_path) -> None:
     report = tmp_path / "report.json"
     report.write_text('{"calibration": {"min_free": 0.7}}')
     model = ModelConfig()
-    chosen = export._calibrated(model, report)
+    chosen = export._calibrate(model, report)
     assert chosen == replace(model, occupancy=replace(model.occupancy, min_free=0.7))
-    assert export._calibrated(model, None) is model
+    assert export._calibrate(model, None) is model

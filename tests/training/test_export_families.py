@@ -80,9 +80,7 @@ def other_rig(model: ModelConfig, cameras: int) -> CameraRig:
 
 
 @pytest.fixture(scope="module", params=EXPORTED)
-def export_reduced(
-    request, repository: Path, tmp_path_factory
-) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
+def exported(request, repository: Path, tmp_path_factory) -> Iterator[tuple[str, ModelConfig, torch.nn.Module, Path]]:
     model = model_of(repository, request.param)
     network, path = network_of(model), tmp_path_factory.mktemp("onnx") / "model.onnx"
     write_onnx(make_graph(network), model, path)

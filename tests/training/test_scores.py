@@ -66,7 +66,7 @@ def test_frames_without_dense_truth_are_left_out_and_draws_keep_step() -> None:
     total = sum(c.confusion for c in counts if c is not None)
     assert scores.summary()["occupancy_iou"] == score_occupied_iou(total)
     times = np.array([0, 5, 0, 2, 0])
-    drawn = scores._drawn(times)
+    drawn = scores._draw(times)
     assert drawn["occupancy_iou"] == score_occupied_iou(counts[3].confusion)
     lo, hi = scores.intervals(40).bounds["occupancy_iou"]
     assert lo <= scores.summary()["occupancy_iou"] <= hi
