@@ -17,7 +17,7 @@ pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment
 
 from tests.training.test_pairs import CONFIG, drive
 
-from occbev_training.data.shards import file_hash
+from occbev.files import file_hash
 from occbev_training.occupancy.executors import Job, run_jobs
 from occbev_training.occupancy.pairs import UnitFailure, join_units, my_share, units_of
 from occbev_training.sources.recording import RecordingError

@@ -11,6 +11,7 @@ import pytest
 from occbev.classes import FREE, FREE_STATE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.geometry import invert_transform, make_transform, rotation_from_yaw
 from occbev.grid import GRIDS
+from occbev.inference.postprocess import move_boxes
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
@@ -76,7 +77,7 @@ def truth(tmp_path: Path) -> Truth:
 def perfect(offset_ns: int = 0) -> list[Result]:
     """Right results stamped `offset_ns` after each key stamp, in the ego frame of that stamp."""
     back = make_transform(np.eye(3), [-SPEED * offset_ns / 1e9, 0, 0])
-    return [Result(int(k) + offset_ns, drive.move_boxes(boxes(), back), volume(semantics())) for k in KEYS]
+    return [Result(int(k) + offset_ns, move_boxes(boxes(), back), volume(semantics())) for k in KEYS]
 
 
 def test_right_results_score_one(truth: Truth) -> None:
@@ -126,10 +127,10 @@ def test_a_volume_stays_under_a_motion_that_takes_no_centre_out_of_its_voxel() -
 
 def test_boxes_turn_with_the_frame_and_come_back() -> None:
     a2b = make_transform(rotation_from_yaw(2.9), [3.0, -1, 0.2])
-    there = drive.move_boxes(boxes(), a2b)
+    there = move_boxes(boxes(), a2b)
     assert there.box[0, 6] == pytest.approx(0.3 + 2.9 - 2 * np.pi, abs=1e-5)
     np.testing.assert_allclose(there.box[0, 7:9], [5 * np.cos(2.9), 5 * np.sin(2.9)], atol=1e-5)
-    np.testing.assert_allclose(drive.move_boxes(there, invert_transform(a2b)).box, boxes().box, atol=1e-5)
+    np.testing.assert_allclose(move_boxes(there, invert_transform(a2b)).box, boxes().box, atol=1e-5)
 
 
 def test_only_voxels_in_sight_are_scored(truth: Truth) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment
 
 from tests.training.traced_drive import GRID, KEY_NS, Block, TracedDrive
 
+from occbev.files import file_hash
 from occbev.results import CameraFrame, FrameSet
 from occbev_training.data.shards import (
     LabelVolumes,
@@ -22,7 +23,6 @@ from occbev_training.data.shards import (
     ShardReader,
     decode_label,
     encode_label,
-    file_hash,
 )
 from occbev_training.occupancy.labels import LabelConfig
 from occbev_training.occupancy.pairs import (

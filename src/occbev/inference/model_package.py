@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from occbev.config import ConfigError, ModelConfig, from_record, to_record
+from occbev.files import file_hash
 from occbev.share import share_path
 
 CONFIG_NAME = "config.yaml"
@@ -128,15 +129,6 @@ def write_package(
     partial.write_text(yaml.safe_dump(record, sort_keys=False))
     os.replace(partial, folder / CONFIG_NAME)
     return ModelPackage.load(folder)
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

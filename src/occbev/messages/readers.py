@@ -7,6 +7,7 @@ checked before anything is allocated or decoded.
 from __future__ import annotations
 
 import re
+import struct
 from typing import Any
 
 import cv2
@@ -65,6 +66,12 @@ FIELD_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8:
 
 class MessageError(ValueError):
     """A message that cannot be used; the text says which value and what would be right."""
+
+
+def header_stamp(data: bytes, at: int = 4) -> int:
+    """Read header.stamp, the first field of every stamped message, from its CDR bytes; at: where it begins."""
+    seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, at)
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def stamp_to_ns(stamp: Any) -> int:

@@ -6,7 +6,6 @@ It also records what the perception node answers, so that one process knows both
 from __future__ import annotations
 
 import contextlib
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from rosgraph_msgs.msg import Clock
 
 from occbev.graph import CLOCK, OUTPUTS, TF_STATIC, Quality, resolve
 from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter
+from occbev.messages.readers import header_stamp
 from occbev.ros.executor import SparingExecutor
 from occbev.ros.outputs import time_from_ns
 from occbev.ros.perception_node import message_class, qos_profile
@@ -265,17 +265,10 @@ class Spinner:
                 self._executor.spin_once(timeout_sec=0.1)
 
 
-def header_stamp(data: bytes) -> int:
-    """Read the stamp at the beginning of a serialised message whose first field is a std_msgs/Header."""
-    order = "<" if data[1] & 1 else ">"
-    seconds, nanoseconds = struct.unpack_from(f"{order}iI", data, 4)
-    return int(seconds) * 1_000_000_000 + int(nanoseconds)
-
-
 def output_stamp(kind: str, data: bytes) -> int:
     """Read the stamp of a serialised output; a MarkerArray carries it in its first marker."""
     if kind.endswith("MarkerArray"):
-        return header_stamp(data[:4] + data[8:]) if len(data) >= 16 else 0
+        return header_stamp(data, 8) if len(data) >= 16 else 0
     return header_stamp(data)
 
 

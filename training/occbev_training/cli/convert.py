@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from occbev.config import ConfigError, ModelConfig, load_config, to_record
-from occbev.inference.model_package import ModelPackage, file_hash, write_package
+from occbev.files import file_hash
+from occbev.inference.model_package import ModelPackage, write_package
 from occbev.share import share_path
 from occbev_training.models.build import STAGES, build_model
 from occbev_training.models.checkpoints import CheckpointError, save_weights

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from occbev.files import file_hash
 from occbev.grid import GRIDS
 from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
-from occbev_training.data.shards import ShardReader, file_hash
+from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.executors import EXECUTORS, Job, run_jobs
 from occbev_training.occupancy.labels import LabelConfig
 from occbev_training.occupancy.pairs import (

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ImageConfig, from_record
+from occbev.files import file_hash
 from occbev.grid import GRIDS, VoxelGrid
 
 FORMAT = 1
@@ -208,6 +209,6 @@ def write_sample(path: Path, sample: CachedSample) -> str:
             entry._compresslevel = 1  # type: ignore[attr-defined]
             with archive.open(entry, "w") as member:
                 np.lib.format.write_array(member, np.ascontiguousarray(getattr(sample, f.name)), allow_pickle=False)
-    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    digest = file_hash(temporary)
     os.replace(temporary, path)
     return digest

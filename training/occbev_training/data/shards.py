@@ -6,7 +6,6 @@ A sample's members are `<drive>/<stamp>.cam<i>.jpg`, `.calib.json`, `.meta.json`
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -21,6 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from occbev.files import file_hash
 
 INDEX_NAME = "index.parquet"
 SHARD_BYTES = 256 * 1024 * 1024
@@ -296,15 +297,6 @@ def read_tar(stream: IO[bytes], where: str) -> Iterator[PairSample]:
         raise ShardError(f"{where}: {error}") from error
     if members:
         yield sample_from_members(key, members, where)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

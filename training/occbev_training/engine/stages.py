@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -24,6 +23,7 @@ from occbev.config import (
     save_config,
     to_record,
 )
+from occbev.files import file_hash
 from occbev.geometry import frame2ego
 from occbev.inference.query_boxes import decode_queries
 from occbev_training.data.cache import CacheError
@@ -170,7 +170,7 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
     """Load the weights to begin from; returns the record of what was carried over."""
     if start is None:
         return {"start": None}
-    digest = hashlib.sha256(start.read_bytes()).hexdigest()
+    digest = file_hash(start)
     if start.suffix == ".safetensors":
         state, _ = read_weights(start)
         report = transfer(state, network)

@@ -11,13 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import FREE, UNOBSERVED_STATE
-from occbev.geometry import (
-    invert_transform,
-    rotation_from_yaw,
-    transform_points,
-    wrap_angle,
-    yaw_from_rotation,
-)
+from occbev.geometry import invert_transform, transform_points
+from occbev.inference.postprocess import move_boxes
 from occbev.results import Boxes3D, Occupancy
 from occbev_training.metrics.detection import evaluate_detection, match_near
 from occbev_training.metrics.occupancy import (
@@ -60,16 +55,6 @@ def results_at_keys(results: Iterable[Result], truth: Truth) -> list[KeyResult]:
             boxes = move_boxes(result.boxes, motion)
             joined[key] = KeyResult(key, boxes, move_occupancy(result.occupancy, motion))
     return [joined[key] for key in sorted(joined)]
-
-
-def move_boxes(boxes: Boxes3D, a2b: NDArray[np.float64]) -> Boxes3D:
-    """Carry boxes from one ego frame into another; (4, 4) `a2b` is nearly level."""
-    yaw = yaw_from_rotation(a2b[:3, :3])
-    box = boxes.box.astype(np.float64)
-    box[:, :3] = transform_points(a2b, box[:, :3])
-    box[:, 6] = wrap_angle(box[:, 6] + yaw)
-    box[:, 7:9] = box[:, 7:9] @ rotation_from_yaw(yaw)[:2, :2].T
-    return replace(boxes, box=box.astype(np.float32))
 
 
 def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:

@@ -26,6 +26,7 @@ from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import FrameSet
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
+from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.boxes import BoxReturns, read_tracks, returns_in_boxes
 from occbev_training.occupancy.rays import (
     MAX_SWEEPS,
@@ -148,6 +149,11 @@ class OccupancyLabel:
     pass_sweeps: NDArray[np.uint8]
     stats: Mapping[str, int]
     grid: VoxelGrid
+
+    @property
+    def volumes(self) -> LabelVolumes:
+        """What of it is stored."""
+        return LabelVolumes(self.state, self.camera_visible, self.hit_sweeps, self.pass_sweeps, self.grid.hash)
 
 
 @dataclass(frozen=True)

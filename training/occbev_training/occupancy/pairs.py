@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev import __version__
+from occbev.files import file_hash
 from occbev.geometry import invert_transform
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.messages.image_headers import image_fault
@@ -29,11 +30,9 @@ from occbev.rig import CameraRig
 from occbev.trajectory import PoseError
 from occbev_training.data.shards import (
     SHARD_BYTES,
-    LabelVolumes,
     PairSample,
     ShardError,
     ShardWriter,
-    file_hash,
     write_index,
 )
 from occbev_training.occupancy.labels import Decision, Examined, LabelBuilder, LabelConfig
@@ -345,7 +344,7 @@ def _sample(
     label, window = examined.label, examined.window
     stamp_ns = int(recording.key_stamp_ns[examined.key])
     images = {name: _encode(frame) for name, frame in frames.frames.items() if frame is not None}
-    volumes = LabelVolumes(label.state, label.camera_visible, label.hit_sweeps, label.pass_sweeps, label.grid.hash)
+    volumes = label.volumes
     meta = {
         "drive": recording.name,
         "stamp_ns": stamp_ns,

@@ -270,8 +270,4 @@ def _labeller(recording: Recording, config: PrepareConfig) -> Callable[[int, Fra
         return lambda key, frames: LabelVolumes(nothing, nothing, nothing, nothing, config.grid.hash)
     builder = LabelBuilder(recording, label_config, config.grid)
 
-    def label(key: int, frames: FrameSet) -> LabelVolumes:
-        made = builder.build(key, frames)
-        return LabelVolumes(made.state, made.camera_visible, made.hit_sweeps, made.pass_sweeps, config.grid.hash)
-
-    return label
+    return lambda key, frames: builder.build(key, frames).volumes

@@ -17,6 +17,7 @@ from rosbags.rosbag2 import Reader
 from rosbags.rosbag2.errors import ReaderError
 from rosbags.serde import SerdeError
 
+from occbev.messages.readers import header_stamp
 from occbev_training.sources.bag_writer import TYPESTORE
 from occbev_training.sources.foxglove import FoxgloveBag, is_foxglove
 from occbev_training.sources.recording import RecordingError
@@ -182,9 +183,3 @@ class Bag:
 
 def _outside(reader: Reader, start: int | None, stop: int | None) -> bool:
     return (start is not None and reader.end_time <= start) or (stop is not None and reader.start_time >= stop)
-
-
-def header_stamp(data: bytes, at: int = 4) -> int:
-    """Read header.stamp, the first field of every stamped message, from its CDR bytes."""
-    seconds, nanoseconds = struct.unpack_from("<iI" if data[1] & 1 else ">iI", data, at)
-    return int(seconds) * 1_000_000_000 + int(nanoseconds)

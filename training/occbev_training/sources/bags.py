@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
+from occbev.graph import CAMERAS
 from occbev.messages.image_headers import image_fault
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
@@ -21,7 +22,6 @@ from occbev.trajectory import Trajectory
 from occbev_training.sources.bag_index import BagOptions, Index, IndexedBag, topic_times
 from occbev_training.sources.bag_writer import TF_STATIC_TOPIC, TF_TOPIC
 from occbev_training.sources.clocks import TopicTimes
-from occbev_training.sources.nuscenes import CAMERA_ORDER
 from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
 from occbev_training.sources.topics import is_compensated
@@ -224,7 +224,7 @@ class BagRecording(IndexedBag):
         return parent, first
 
     def _rig(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> CameraRig:
-        order = {name: i for i, name in enumerate(CAMERA_ORDER)}
+        order = {name: i for i, name in enumerate(CAMERAS)}
         names = sorted(self.topics.images, key=lambda name: (order.get(name, len(order)), name))
         return CameraRig(tuple(self._camera(name, kept[self.topics.infos[name]]) for name in names))
 

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import Array, make_transform, rotation_from_wxyz
+from occbev.graph import CAMERAS
 from occbev.messages.image_headers import encoded_size
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.sources.info_pickle import read_infos
-from occbev_training.sources.nuscenes import CAMERA_ORDER, LIDAR_CHANNEL
+from occbev_training.sources.nuscenes import LIDAR_CHANNEL, read_lidar_file
 from occbev_training.sources.recording import RecordingError
 
 MAX_KEY_GAP = 1.5
@@ -128,18 +129,8 @@ class InfoRecording:
         """Read one LiDAR file; its points are compensated to its stamp."""
         data = self._sweeps[index]
         path = self._root / str(self._find(data))
-        values = np.fromfile(path, "<f4")
-        if len(values) % 5:
-            raise RecordingError(f"{path}: {4 * len(values)} bytes are no rows of five float32 values")
-        values = values.reshape(-1, 5)
-        return Sweep(
-            np.ascontiguousarray(values[:, :3]),
-            data.stamp_ns,
-            data.sensor2ego,
-            np.ascontiguousarray(values[:, 3]),
-            None,
-            "ego_pose",
-        )
+        points, intensity = read_lidar_file(path)
+        return Sweep(points, data.stamp_ns, data.sensor2ego, intensity, None, "ego_pose")
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the encoded images of one key frame; a file that is not there is a missing camera."""
@@ -172,7 +163,7 @@ class InfoRecording:
         return None
 
     def _rig(self) -> CameraRig:
-        order = {name: i for i, name in enumerate(CAMERA_ORDER)}
+        order = {name: i for i, name in enumerate(CAMERAS)}
         first: dict[str, _Data] = {}
         for key in self._keys:
             for name, data in key.cameras.items():

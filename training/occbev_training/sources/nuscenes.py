@@ -27,6 +27,7 @@ from occbev.geometry import (
     rotation_from_wxyz,
     yaw_from_rotation,
 )
+from occbev.graph import CAMERAS
 from occbev.grid import GRIDS
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
@@ -52,16 +53,6 @@ CLASS_OF_CATEGORY: dict[str, str] = {
     "vehicle.truck": "truck",
 }
 """Detection class of each raw category that has one."""
-
-CAMERA_ORDER = (
-    "CAM_FRONT_LEFT",
-    "CAM_FRONT",
-    "CAM_FRONT_RIGHT",
-    "CAM_BACK_LEFT",
-    "CAM_BACK",
-    "CAM_BACK_RIGHT",
-)
-"""Order of the rig; cameras with other names follow by name."""
 
 LIDAR_CHANNEL = "LIDAR_TOP"
 
@@ -263,18 +254,8 @@ class NuscenesRecording:
         """Read one LiDAR file; nuScenes sweeps carry no per-point time, they are compensated."""
         row = self._sweeps[index]
         path = self._root.path / row["filename"]
-        values = np.fromfile(path, "<f4")
-        if len(values) % 5:
-            raise RecordingError(f"{path}: {4 * len(values)} bytes are no rows of five float32 values")
-        values = values.reshape(-1, 5)
-        return Sweep(
-            np.ascontiguousarray(values[:, :3]),
-            int(row["timestamp"]) * 1000,
-            self.lidar2ego,
-            np.ascontiguousarray(values[:, 3]),
-            None,
-            "ego_pose",
-        )
+        points, intensity = read_lidar_file(path)
+        return Sweep(points, int(row["timestamp"]) * 1000, self.lidar2ego, intensity, None, "ego_pose")
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the encoded images of one key frame; a file that is not there is a missing camera."""
@@ -345,7 +326,7 @@ class NuscenesRecording:
             channel: self._root.row("calibrated_sensor", row["calibrated_sensor_token"])
             for channel, row in first.items()
         }
-        order = {name: index for index, name in enumerate(CAMERA_ORDER)}
+        order = {name: index for index, name in enumerate(CAMERAS)}
         names = sorted((c for c in first if sensor[c]["camera_intrinsic"]), key=lambda c: (order.get(c, len(order)), c))
         cameras = tuple(
             Camera(
@@ -375,6 +356,15 @@ def read_occ3d(path: Path) -> OccupancyTruth:
             arrays["mask_camera"].astype(bool),
             grid,
         )
+
+
+def read_lidar_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Read one LiDAR file: points (M, 3) in the sensor frame and their intensity (M,); raises RecordingError."""
+    values = np.fromfile(path, "<f4")
+    if len(values) % 5:
+        raise RecordingError(f"{path}: {4 * len(values)} bytes are no rows of five float32 values")
+    values = values.reshape(-1, 5)
+    return np.ascontiguousarray(values[:, :3]), np.ascontiguousarray(values[:, 3])
 
 
 def _read_table(path: Path) -> dict[str, Row]:

@@ -30,23 +30,10 @@ from occbev.grid import GRIDS
 from occbev.results import CameraFrame, Sweep
 from occbev.rig import Camera
 from occbev_training.sources.deskew import compensated
+from occbev_training.sources.nuscenes import READ_TABLES
 from occbev_training.sources.recording import Annotations, Recording, RecordingError
 
-TABLES = (
-    "scene",
-    "sample",
-    "sample_data",
-    "ego_pose",
-    "calibrated_sensor",
-    "sensor",
-    "sample_annotation",
-    "instance",
-    "category",
-    "attribute",
-    "visibility",
-    "log",
-    "map",
-)
+TABLES = (*READ_TABLES, "visibility", "log", "map")
 """Every table of the nuScenes schema."""
 
 LIDAR_CHANNEL = "LIDAR_TOP"
