@@ -16,8 +16,9 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.grid import GRIDS
+from occbev.messages.bags import type_store
 from occbev.messages.readers import MessageError
-from occbev.reports.recorded_outputs import _typestore, read_recorded
+from occbev.reports.recorded_outputs import read_recorded
 from occbev.results import Boxes3D, Occupancy
 from occbev.ros import outputs
 
@@ -41,7 +42,7 @@ def occupancy() -> Occupancy:
 
 def record(path: Path, messages: dict[str, Any]) -> Path:
     """Write messages, type name -> message, as a recorder writes them."""
-    store = _typestore()
+    store = type_store()
     with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         for number, (msgtype, message) in enumerate(messages.items()):
             connection = writer.add_connection(f"/perception/output/{number}", msgtype, typestore=store)
