@@ -94,7 +94,7 @@ def test_a_run_killed_for_good_resumes_to_the_same_bytes(made, tmp_path: Path) -
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), str(ROOT / "training")])
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
     deadline = time.monotonic() + 300
-    while not ((tmp_path / "one-000000.json").exists() and list(tmp_path.glob(".two*.tmp"))):
+    while not ((tmp_path / "one-000000.json").exists() and list(tmp_path.glob(".two*.partial"))):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.files import file_hash
+from occbev.files import file_hash, partial_path, replace_file
 
 INDEX_NAME = "index.parquet"
 SHARD_BYTES = 256 * 1024 * 1024
@@ -174,7 +174,7 @@ class ShardWriter:
 
     def _open(self) -> None:
         self._shard = f"{self.name}-{len(self.shards):04d}.tar"
-        self._temporary = self.folder / f".{self._shard}.tmp"
+        self._temporary = partial_path(self.folder / self._shard)
         self._stream = self._temporary.open("wb")
         self._tar = tarfile.open(fileobj=self._stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
@@ -204,9 +204,8 @@ def write_index(folder: Path, rows: Sequence[Mapping[str, Any]]) -> int:
         row["next"] = after["key"] if after is not row and after["drive"] == row["drive"] else None
     names = list(dict.fromkeys(name for row in ordered for name in row))
     table = pa.table({name: [row.get(name) for row in ordered] for name in names})
-    temporary = folder / f".{INDEX_NAME}.tmp"
-    pq.write_table(table, temporary)
-    temporary.replace(folder / INDEX_NAME)
+    with replace_file(folder / INDEX_NAME) as temporary:
+        pq.write_table(table, temporary)
     return len(ordered)
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import queue
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from occbev.trajectory import PoseError
-from occbev_training.data.shards import ShardError
 from occbev_training.occupancy.pairs import PairConfig, Unit, UnitFailure, UnitReport, make_unit
 from occbev_training.sources.discovery import Opener
-from occbev_training.sources.recording import RecordingError
+from occbev_training.sources.recording import leave_out
+from occbev_training.workers import start_workers
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ Job = tuple[Opener, Unit]
 Result = UnitReport | UnitFailure
 
 EXECUTORS = ("local", "ray")
+
+KILLED = "its worker process was ended from outside, or by a library that crashed: is there memory enough for it?"
 
 
 def run_jobs(
@@ -37,71 +40,86 @@ def run_jobs(
     """Make units and yield what became of each, in the order in which they end.
 
     on_key: called in this process for every key frame that is done; on Ray, for all of a unit at its end.
-    A unit that fails because of its recording is reported; the others go on.
+    A unit that fails, whatever the reason, is reported; the others go on.
     """
     if executor == "ray":
         yield from _on_ray(jobs, out, config, workers, ray_address, on_key)
     elif workers <= 1:
         yield from (make_job(job, out, config, on_key) for job in jobs)
     else:
-        yield from _in_processes(jobs, out, config, workers, on_key)
+        yield from _LocalWorkers(out, config, on_key).run(jobs, workers)
 
 
 def make_job(job: Job, out: Path, config: PairConfig, on_key: Callable[[], None] = lambda: None) -> Result:
     """Make one unit in this process."""
     opener, unit = job
-    try:
+    problems: dict[str, str] = {}
+    with leave_out(problems, unit.name):
         recording = opener()
         unit = replace(unit, last=min(unit.last, len(recording.key_stamp_ns)))
         return make_unit(recording, unit, out, config, on_key, opener.fingerprint)
-    except (RecordingError, PoseError, ShardError) as error:
-        logger.warning("%s: %s", unit.name, error)
-        return UnitFailure(unit, str(error))
+    logger.warning("%s: %s", unit.name, problems[unit.name])
+    return UnitFailure(unit, problems[unit.name])
 
 
-def _in_processes(
-    jobs: Sequence[Job], out: Path, config: PairConfig, workers: int, on_key: Callable[[], None]
-) -> Iterator[Result]:
-    """Run the jobs in fresh interpreters, which tell of every key frame over a queue."""
-    context = get_context("spawn")
-    told = context.Queue()
-    with ProcessPoolExecutor(workers, context, _begin, (told,)) as pool:
-        open_jobs: set[Future[Result]] = {pool.submit(_run_job_and_report, job, out, config) for job in jobs}
-        try:
-            while open_jobs:
-                done, open_jobs = wait(open_jobs, 0.2, FIRST_COMPLETED)
-                _pass_on(told, on_key)
-                for future in done:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    _pass_on(told, on_key)
+class _LocalWorkers:
+    """Runs jobs in fresh interpreters, which report every key frame over a queue."""
+
+    def __init__(self, out: Path, config: PairConfig, on_key: Callable[[], None]) -> None:
+        self.out, self.config, self.on_key = out, config, on_key
+
+    def run(self, jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+        """Yield the result of every job; one that ends its worker process costs no other."""
+        waiting = deque(jobs)
+        while waiting:
+            for job in (yield from self._drain(waiting, workers)):
+                if (yield from self._drain(deque([job]), 1)):
+                    logger.warning("%s: %s", job[1].name, KILLED)
+                    yield UnitFailure(job[1], KILLED)
+
+    def _drain(self, waiting: deque[Job], workers: int) -> Generator[Result, None, list[Job]]:
+        """Run jobs until none waits or a worker process dies; returns the jobs that were running then."""
+        reports = multiprocessing.get_context("spawn").Queue()
+        running: dict[Future[Result], Job] = {}
+        with start_workers(workers, _listen, reports) as pool:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < workers:
+                        future = pool.submit(_run_job_and_report, waiting[0], self.out, self.config)
+                        running[future] = waiting.popleft()
+                    done, _ = wait(running, 0.2, FIRST_COMPLETED)
+                    self._pass_on(reports)
+                    for future in done:
+                        result = future.result()
+                        del running[future]
+                        yield result
+            except BrokenProcessPool:
+                return list(running.values())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        self._pass_on(reports)
+        return []
+
+    def _pass_on(self, reports: Any) -> None:
+        while True:
+            try:
+                reports.get_nowait()
+            except queue.Empty:
+                return
+            self.on_key()
 
 
-def _pass_on(told: Any, on_key: Callable[[], None]) -> None:
-    while True:
-        try:
-            told.get_nowait()
-        except queue.Empty:
-            return
-        on_key()
+_REPORTS: list[Any] = []
+"""This worker's way to report key frames."""
 
 
-_TOLD: list[Any] = []
-"""This worker's way to tell of key frames."""
-
-
-def _begin(told: Any) -> None:
-    """Prepare a worker: processes are the unit of parallel work, so libraries add no threads of their own."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    _TOLD[:] = [told]
+def _listen(reports: Any) -> None:
+    _REPORTS[:] = [reports]
 
 
 def _run_job_and_report(job: Job, out: Path, config: PairConfig) -> Result:
-    return make_job(job, out, config, lambda: _TOLD[0].put(None))
+    return make_job(job, out, config, lambda: _REPORTS[0].put(None))
 
 
 def _on_ray(
@@ -143,7 +161,18 @@ def _on_ray(
             unit = running.pop(done)
             for _ in range(unit.first, unit.last):
                 on_key()
-            yield ray.get(done)
+            yield _result_on_ray(done, unit)
     finally:
         if started:
             ray.shutdown()
+
+
+def _result_on_ray(task: Any, unit: Unit) -> Result:
+    """Return what became of a unit; one whose worker died more often than it is tried again has failed."""
+    import ray
+
+    problems: dict[str, str] = {}
+    with leave_out(problems, unit.name):
+        result: Result = ray.get(task)
+        return result
+    return UnitFailure(unit, problems[unit.name])

@@ -42,7 +42,7 @@ from occbev_training.occupancy.rays import (
     mark_visible,
 )
 from occbev_training.sources.deskew import EgoBox, RayLimits, Rays, deskew_rays, middle_ns
-from occbev_training.sources.recording import Recording, RecordingError
+from occbev_training.sources.recording import Recording, RecordingError, describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -347,8 +347,8 @@ class LabelBuilder:
                 rays = deskew_rays(sweep, trajectory, sweep.stamp_ns, config.ego_box, config.limits)
             except PoseError:
                 self._rays[index] = "without_pose"
-            except RecordingError as error:
-                logger.warning("%s sweep %d: %s", self.recording.name, index, error)
+            except Exception as error:  # whatever a reader or decompressor raises costs this sweep alone
+                logger.warning("%s sweep %d: %s", self.recording.name, index, describe_error(error))
                 self._rays[index] = "unreadable"
             else:
                 timed = sweep.time_offset is not None

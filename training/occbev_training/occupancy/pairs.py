@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev import __version__
-from occbev.files import file_hash
+from occbev.files import file_hash, remove_abandoned, replace_file
 from occbev.geometry import invert_transform
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.messages.image_headers import image_fault
@@ -45,7 +45,7 @@ from occbev_training.occupancy.quality import (
     observed_drop,
 )
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording, RecordingError
+from occbev_training.sources.recording import Recording, describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ class UnitReport:
     """Camera -> kept samples without its image; each sample holds the reason."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Topic and reason -> messages of the recording that were left out, told by its first unit."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """What was refused or missing -> the first case of it, in words with its key frame, topic and value."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,26 @@ class UnitFailure:
 
     unit: Unit
     reason: str
+
+
+@dataclass
+class Refusals:
+    """Key frames that became no pair.
+
+    counts: reason -> how many. first: reason -> the first one in words: key frame, topic or file, value.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, reason: str) -> None:
+        """Count one key frame."""
+        self.counts[name] += 1
+        self.explain(name, reason)
+
+    def explain(self, name: str, reason: str) -> None:
+        """Note a reason, where it is the first of its name."""
+        self.first.setdefault(name, reason)
 
 
 def units_of(drive: str, keys: int, segment: int) -> list[Unit]:
@@ -179,63 +201,130 @@ def make_unit(
             progress()
         return done
     folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder, unit.name)
     writer = ShardWriter(folder, unit.name, config.shard_bytes)
-    refused, missing = Counter[str](), Counter[str]()
+    refused, missing = Refusals(), Counter[str]()
     try:
         for sample, values, broken in _samples(recording, unit, config, refused, progress):
             writer.add(sample, _row(recording, sample, values, broken))
-            missing.update(sample.meta["missing"].keys())
+            for camera, reason in sample.meta["missing"].items():
+                missing[camera] += 1
+                refused.explain(camera, f"{sample.key}: {reason}")
         writer.finish()
     except BaseException:
         writer.abort()
         raise
     _flag_observed_drop(writer.rows)
-    skipped = getattr(recording, "skipped", {}) if unit.first == 0 else {}
     report = UnitReport(
         unit,
         len(writer.rows),
-        dict(sorted(refused.items())),
+        dict(sorted(refused.counts.items())),
         writer.shards,
         config.hash,
         writer.rows,
         source,
         dict(sorted(missing.items())),
-        skipped,
+        getattr(recording, "skipped", {}) if unit.first == 0 else {},
+        dict(sorted(refused.first.items())),
     )
     _write_manifest(folder / f"{unit.name}.json", report)
     return report
 
 
+Measured = tuple[PairSample, dict[str, float], list[str]]
+"""A sample, its measures, and the limits that it breaks."""
+
+
 def _samples(
-    recording: Recording,
-    unit: Unit,
-    config: PairConfig,
-    refused: Counter[str],
-    progress: Callable[[], None],
-) -> Iterator[tuple[PairSample, dict[str, float], list[str]]]:
-    """Yield the unit's samples with their measures and the limits they break."""
-    builder = _builder(recording, config)
+    recording: Recording, unit: Unit, config: PairConfig, refused: Refusals, progress: Callable[[], None]
+) -> Iterator[Measured]:
+    """Yield the unit's samples; a key frame that cannot be read costs no other."""
+    maker = _SampleMaker(recording, config, refused)
     chosen, standing = _moving_keys(recording, config)
-    refused["standing"] += sum(unit.first <= key < unit.last for key in standing)
-    at_least = config.min_cameras if config.min_cameras is not None else len(recording.rig) - 1
-    previous: Examined | None = None
+    refused.counts["standing"] += sum(unit.first <= key < unit.last for key in standing)
     for key in range(unit.first, unit.last):
         if key in chosen:
-            examined, frames = _examine(builder, key, config, at_least, refused)
-            if examined is not None and config.variant == "occbev_paper":
-                values = {"q8_border_ratio": border_ratio(examined.label)}
-                sample = _sample(recording, examined, frames, config, values)
-                yield sample, values, broken_limits(values)
-            elif examined is not None:
-                thorough = config.thorough_every > 0 and key % config.thorough_every == 0
-                values = measure_key(builder, examined, frames, previous, thorough)
-                previous, broken = examined, broken_limits(values)
-                stopping = [name for name in broken if name not in FLAG_ONLY]
-                if config.gate and stopping:
-                    refused[stopping[0]] += 1
-                else:
-                    yield _sample(recording, examined, frames, config, values), values, broken
+            made = maker.make(key)
+            if made is not None:
+                yield made
         progress()
+
+
+class _SampleMaker:
+    """Labels, measures and gates key frames in order; what is refused is counted in `refused`."""
+
+    def __init__(self, recording: Recording, config: PairConfig, refused: Refusals) -> None:
+        self.recording, self.config, self.refused = recording, config, refused
+        self._builder = _builder(recording, config)
+        all_but_one = max(1, len(recording.rig) - 1)
+        self._min_cameras = config.min_cameras if config.min_cameras is not None else all_but_one
+        self._previous: Examined | None = None
+
+    def make(self, key: int) -> Measured | None:
+        """Make the sample of one key frame, or count why there is none."""
+        try:
+            return self._make(key)
+        except Exception as error:  # whatever a reader or decoder raises of one key frame's data
+            logger.debug("%s key %d", self.recording.name, key, exc_info=True)
+            self._refuse(key, "unreadable", describe_error(error))
+            return None
+
+    def _make(self, key: int) -> Measured | None:
+        examined, frames = self._examine(key)
+        if examined is None:
+            return None
+        values = self._measure(key, examined, frames)
+        broken = broken_limits(values)
+        stopping = [] if self.config.variant == "occbev_paper" else [n for n in broken if n not in FLAG_ONLY]
+        if self.config.gate and stopping:
+            self._refuse(key, stopping[0], f"{values[stopping[0]]:.4g}, want {_bound(stopping[0])}")
+            return None
+        return _sample(self.recording, examined, frames, self.config, values), values, broken
+
+    def _measure(self, key: int, examined: Examined, frames: FrameSet) -> dict[str, float]:
+        if self.config.variant == "occbev_paper":
+            return {"q8_border_ratio": border_ratio(examined.label)}
+        every = self.config.thorough_every
+        thorough = every > 0 and key % every == 0
+        values = measure_key(self._builder, examined, frames, self._previous, thorough)
+        self._previous = examined
+        return values
+
+    def _examine(self, key: int) -> tuple[Examined | None, FrameSet]:
+        """Label one key frame, or count why it cannot be labelled."""
+        whole = _whole_images(self.recording.frame_set(key), self.recording.rig)
+        frames = _near_frames(whole, self.config.max_camera_dt)
+        if len(frames.cameras) < self._min_cameras:
+            self._refuse(key, "too_few_cameras", self._count_cameras(frames))
+            return None, frames
+        try:
+            examined = self._builder.examine(key, frames)
+        except PoseError as error:
+            self._refuse(key, "no_pose", str(error))
+            return None, frames
+        stats = examined.label.stats
+        expected = stats["sweeps_expected"]
+        if stats["sweeps"] < self.config.min_support * expected or not stats["reference_sweeps"]:
+            lost = "".join(f", {name} {count}" for name, count in examined.window.lost.items())
+            at_key = "" if stats["reference_sweeps"] else ", none of them at the key time"
+            self._refuse(key, "low_support", f"{stats['sweeps']} of {expected} sweeps within the window{at_key}{lost}")
+            return None, frames
+        return examined, frames
+
+    def _count_cameras(self, frames: FrameSet) -> str:
+        name, reason = next(iter(frames.missing.items()), ("", "none is calibrated"))
+        count = f"{len(frames.cameras)} of {len(self.recording.rig)} cameras, want {self._min_cameras}"
+        return f"{count}; first missing: {name}: {reason}"
+
+    def _refuse(self, key: int, name: str, reason: str) -> None:
+        text = f"{self.recording.name} key {key}: {reason}"
+        logger.info("%s: %s", name, text)
+        self.refused.add(name, text)
+
+
+def _bound(name: str) -> str:
+    limit = next(limit for limit in LIMITS if limit.name == name)
+    return f">= {limit.at_least:g}" if limit.at_least > -np.inf else f"<= {limit.at_most:g}"
 
 
 class _PaperBuilder(LabelBuilder):
@@ -253,35 +342,6 @@ class _PaperBuilder(LabelBuilder):
 def _builder(recording: Recording, config: PairConfig) -> LabelBuilder:
     kind = _PaperBuilder if config.variant == "occbev_paper" else LabelBuilder
     return kind(recording, config.label, config.grid)
-
-
-def _examine(
-    builder: LabelBuilder, key: int, config: PairConfig, min_cameras: int, refused: Counter[str]
-) -> tuple[Examined | None, FrameSet]:
-    """Label one key frame, or count why it cannot be labelled."""
-    stamp_ns = int(builder.recording.key_stamp_ns[key])
-    try:
-        whole = _whole_images(builder.recording.frame_set(key), builder.recording.rig)
-        frames = _near_frames(whole, config.max_camera_dt)
-    except RecordingError as error:
-        logger.warning("%s key %d: %s", builder.recording.name, key, error)
-        refused["unreadable"] += 1
-        return None, FrameSet(stamp_ns, {})
-    if len(frames.cameras) < min_cameras:
-        refused["too_few_cameras"] += 1
-        return None, frames
-    try:
-        examined = builder.examine(key, frames)
-    except PoseError as error:
-        logger.info("%s key %d: %s", builder.recording.name, key, error)
-        refused["no_pose"] += 1
-        return None, frames
-    stats = examined.label.stats
-    enough = stats["sweeps"] >= config.min_support * stats["sweeps_expected"]
-    if not enough or not stats["reference_sweeps"]:
-        refused["low_support"] += 1
-        return None, frames
-    return examined, frames
 
 
 def _whole_images(frames: FrameSet, rig: CameraRig) -> FrameSet:
@@ -462,9 +522,8 @@ def _number(value: float) -> float | None:
 
 
 def _write_manifest(path: Path, report: UnitReport) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(report), sort_keys=True, indent=1))
-    temporary.replace(path)
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(report), sort_keys=True, indent=1))
 
 
 def _parse_manifest(path: Path) -> UnitReport | None:
@@ -531,7 +590,7 @@ def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
     Without any sample no index is written. Raises ShardError as `read_reports`.
 
     shares: split -> share, by drive and by place: drives that met within 100 m of each other in one
-    location share a split, and no drive is ever divided.
+    location share a split, and no drive is ever divided. No split of two groups or more stays empty.
     """
     rows = [dict(row) for report in read_reports(folder) for row in report.rows]
     if not rows:
@@ -557,9 +616,20 @@ def assign_splits(rows: Sequence[Mapping[str, Any]], shares: Mapping[str, float]
         place = (str(row["location"]), int(row["cell_x"]), int(row["cell_y"]))
         one, other = root(first.setdefault(place, str(row["drive"]))), root(str(row["drive"]))
         group[max(one, other)] = min(one, other)
+    groups = {root(drive) for drive in group}
+    split = _draw_splits(groups, {name: share for name, share in shares.items() if share > 0})
+    return {drive: split[root(drive)] for drive in group}
+
+
+def _draw_splits(groups: Collection[str], shares: Mapping[str, float]) -> dict[str, str]:
+    """Draw a split for each group by its name; a split that none fell into gets the one that fell nearest to it."""
     names, edges = list(shares), np.cumsum(list(shares.values())) / sum(shares.values())
-    result = {}
-    for drive in group:
-        draw = int(hashlib.sha256(root(drive).encode()).hexdigest()[:8], 16) / 2**32
-        result[drive] = names[int(np.searchsorted(edges, draw, side="right"))]
-    return result
+    draw = {group: int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 for group in sorted(groups)}
+    split = {group: names[int(np.searchsorted(edges, at, side="right"))] for group, at in draw.items()}
+    for number, name in enumerate(names):
+        held = Counter(split.values())
+        spare = [group for group in split if held[split[group]] > 1]
+        if spare and not held[name]:
+            middle = edges[number] - shares[name] / sum(shares.values()) / 2
+            split[min(spare, key=lambda group: abs(draw[group] - middle))] = name
+    return split

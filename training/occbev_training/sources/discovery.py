@@ -44,9 +44,24 @@ class Opener(Protocol):
 
 
 def _fingerprint(how: object, files: Iterable[Path] = ()) -> str:
-    """Hash how a recording is read, and its files by name and size."""
-    sizes = sorted((path.name, path.stat().st_size) for path in files if path.is_file())
-    return hashlib.sha256(json.dumps([how, sizes], sort_keys=True).encode()).hexdigest()[:12]
+    """Hash how a recording is read, and its files by name and content."""
+    contents = sorted((path.name, _content_hash(path)) for path in files if path.is_file())
+    return hashlib.sha256(json.dumps([how, contents], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _content_hash(path: Path) -> str:
+    status = path.stat()
+    return _hash_once(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=65536)
+def _hash_once(path: Path, *status: int) -> str:
+    """Hash a file, once a process as long as its size, time and inode stay: units of one bag share it."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _bag_options() -> BagOptions:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +16,31 @@ from occbev.results import Boxes3D, FrameSet, Sweep
 from occbev.rig import CameraRig
 from occbev.trajectory import Trajectory
 
+logger = logging.getLogger(__name__)
+
 
 class RecordingError(ValueError):
     """A recording that cannot be used, saying which file, topic or table and what would be right."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error as one line; one that is not of this project is named by its kind, too."""
+    text = " ".join(str(error).split())
+    known = type(error).__module__.startswith("occbev")
+    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+@contextmanager
+def leave_out(problems: MutableMapping[str, str], name: str) -> Iterator[None]:
+    """Run the reading of one input: whatever it raises becomes its line in `problems`, and the rest goes on.
+
+    Readers, databases and decompressors raise nearly anything for a damaged file. Ctrl-C still stops.
+    """
+    try:
+        yield
+    except Exception as error:
+        logger.debug("%s", name, exc_info=True)
+        problems[name] = describe_error(error)
 
 
 @dataclass(frozen=True)
