@@ -29,7 +29,7 @@ from occbev_training.metrics.detection import (
     check_box_counts,
     match_boxes,
 )
-from occbev_training.sources.nuscenes import CLASS_OF_CATEGORY, LIDAR_CHANNEL, NuscenesRoot, Row
+from occbev_training.sources.nuscenes import NuscenesRoot, Row
 from occbev_training.sources.nuscenes_writer import ATTRIBUTES, usual_attribute
 
 META = {
@@ -166,7 +166,7 @@ def _truth_table(root: NuscenesRoot, samples: Sequence[str], ego: Array) -> tupl
     label: list[int] = []
     for number, token in enumerate(samples):
         for row in root.annotations_of(token):
-            name = CLASS_OF_CATEGORY.get(root.category(row))
+            name = root.class_of(row)
             if name is not None:
                 rows.append(row)
                 sample.append(number)
@@ -217,9 +217,9 @@ def _attribute_number(name: str) -> int:
 
 
 def _ego_position(root: NuscenesRoot, sample: str) -> Any:
-    data = root.key_data(sample, LIDAR_CHANNEL)
+    data = root.key_data(sample, root.lidar_channel)
     if data is None:
-        raise ResultsError(f"sample {sample} has no {LIDAR_CHANNEL} key frame, ranges are measured from it")
+        raise ResultsError(f"sample {sample} has no {root.lidar_channel} key frame, ranges are measured from it")
     return root.row("ego_pose", data["ego_pose_token"])["translation"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from occbev_training.sources.infos import InfoRecording, read_drives
-from occbev_training.sources.nuscenes import NuscenesRoot, open_nuscenes
+from occbev_training.sources.nuscenes import NuscenesRoot, RootOptions, find_tables, open_nuscenes
 from occbev_training.sources.recording import Recording, RecordingError
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ class OpenInfos:
 
     @property
     def fingerprint(self) -> str:
-        """The info file."""
-        return _fingerprint("infos", [self.infos])
+        """The info file and the drive's files."""
+        return _fingerprint("infos", [self.infos, *self._recording().files])
 
     def keys(self) -> int:
         """Number of key frames of which an image is there."""
@@ -166,15 +167,19 @@ class OpenInfos:
 
     def __call__(self) -> Recording:
         """Open the drive."""
+        return self._recording()
+
+    def _recording(self) -> InfoRecording:
         return InfoRecording(self.drive, read_drives(self.infos)[self.drive], self.root)
 
 
 @dataclass(frozen=True)
 class OpenScene:
-    """Opens one scene of a nuScenes root."""
+    """Opens one scene of a nuScenes-like root."""
 
     root: Path
     scene: str
+    options: RootOptions = field(default_factory=RootOptions)
 
     @property
     def name(self) -> str:
@@ -183,8 +188,10 @@ class OpenScene:
 
     @property
     def fingerprint(self) -> str:
-        """The tables."""
-        return _fingerprint("nuscenes", self.root.glob("v*/*.json"))
+        """The tables, the files of this scene, and how they are read."""
+        root = _root(self.root, self.options)
+        how = ["nuscenes", asdict(self.options)]
+        return _fingerprint(how, [*root.folder.glob("*.json"), *root.recording(self.scene).files])
 
     def keys(self) -> int:
         """Number of key frames whose files are there."""
@@ -192,7 +199,7 @@ class OpenScene:
 
     def __call__(self) -> Recording:
         """Open the scene."""
-        return _root(self.root).recording(self.scene, available_only=True)
+        return _root(self.root, self.options).recording(self.scene, available_only=True)
 
 
 @dataclass(frozen=True)
@@ -224,8 +231,8 @@ class Simulate:
 
 
 @lru_cache(maxsize=2)
-def _root(root: Path) -> NuscenesRoot:
-    return open_nuscenes(root)
+def _root(root: Path, options: RootOptions) -> NuscenesRoot:
+    return open_nuscenes(root, options=options)
 
 
 def find_recordings(
@@ -233,30 +240,51 @@ def find_recordings(
     options: BagOptions | None = None,
     check_clocks: str = "refuse",
     data_root: Path | None = None,
+    root_options: RootOptions | None = None,
 ) -> list[Opener]:
-    """List the recordings of a nuScenes root, of a converted info file, of a bag, or of a folder of bags, by name.
+    """List the recordings of a nuScenes-like root, of a converted info file, of a bag, or of a folder of these.
 
     options: how bags are read. data_root: where the files of an info file are; its folder if None.
+    root_options: how nuScenes-like roots are read.
 
     Raises:
-        RecordingError: there is none, or two have the same name.
+        RecordingError: there is none.
     """
-    if path.is_dir() and any(path.glob("v*/scene.json")):
-        return [OpenScene(path, scene) for scene in _root(path).scenes]
     if path.is_file() and path.suffix == ".json":
         return [OpenInfos(path, data_root or path.parent, drive) for drive in read_drives(path)]
-    options = options or _bag_options()
-    found: list[Opener] = [OpenBag(bag, options, check_clocks) for bag in _bags(path)]
+    options, root_options = options or _bag_options(), root_options or RootOptions()
+    found: list[Opener] = []
+    for place in _places(path):
+        if place.is_dir() and find_tables(place):
+            found += [OpenScene(place, scene, root_options) for scene in _root(place, root_options).scenes]
+        else:
+            found.append(OpenBag(place, options, check_clocks))
     if not found:
         raise RecordingError(
-            f"{path}: neither a nuScenes root (a folder with v*/scene.json), nor an info file, nor a bag "
+            f"{path}: neither a nuScenes root (a folder with v*/scene.json, or a T4 one with annotation/scene.json), "
+            "nor an info file, nor a bag "
             f"(a folder with metadata.yaml, or a file ending in {' or '.join(BAG_SUFFIXES)})"
         )
-    names = [opener.name for opener in found]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RecordingError(f"{path}: two bags are named {twice!r}; a name is the key of its samples")
     return found
+
+
+def holds_recordings(path: Path) -> bool:
+    """Whether a path is, or holds, anything that `find_recordings` or `convert_infos` reads."""
+    return path.suffix == ".pkl" or next(_places(path), None) is not None
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Yield roots and bags at or below a path: what holds one is not searched further."""
+    if (
+        (path.is_dir() and find_tables(path))
+        or (path / "metadata.yaml").is_file()
+        or (path.is_file() and path.suffix in BAG_SUFFIXES)
+    ):
+        yield path
+    elif path.is_dir():
+        for child in sorted(path.iterdir()):
+            if child.is_dir() or child.suffix in BAG_SUFFIXES:
+                yield from _places(child)
 
 
 def read_names(path: Path) -> tuple[str, ...]:
@@ -266,13 +294,19 @@ def read_names(path: Path) -> tuple[str, ...]:
         RecordingError: no such file, or no name in it.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in _read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise RecordingError(f"{path}: no list of drives: {error}") from error
     names = tuple(line for line in lines if line and not line.startswith("#"))
     if not names:
         raise RecordingError(f"{path}: names no drive; want one name a line")
     return names
+
+
+def _read_text(path: Path) -> str:
+    """Read text in UTF-8, or in UTF-16 where a byte order mark says so; the mark is no part of it."""
+    data = path.read_bytes()
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 def chosen_names(found: Sequence[str], wanted: Sequence[str] | None, where: Path) -> list[str]:
@@ -287,13 +321,3 @@ def chosen_names(found: Sequence[str], wanted: Sequence[str] | None, where: Path
             f"{where}: {len(missing)} of the drives asked for are not among its {len(found)}: {missing[:3]}"
         )
     return [name for name in found if wanted is None or name in set(wanted)]
-
-
-def _bags(path: Path) -> Iterator[Path]:
-    """Yield bags at or below a path: folders with metadata before single files."""
-    if (path / "metadata.yaml").is_file() or (path.is_file() and path.suffix in BAG_SUFFIXES):
-        yield path
-    elif path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() or child.suffix in BAG_SUFFIXES:
-                yield from _bags(child)

@@ -25,7 +25,8 @@ from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.sources.info_pickle import read_infos
-from occbev_training.sources.nuscenes import LIDAR_CHANNEL, read_lidar_file
+from occbev_training.sources.lidar_files import read_lidar_file
+from occbev_training.sources.nuscenes import LIDAR_CHANNEL
 from occbev_training.sources.recording import RecordingError
 
 MAX_KEY_GAP = 1.5
@@ -74,7 +75,7 @@ def read_drives(json_path: Path) -> dict[str, list[_Key]]:
     Raises:
         RecordingError: naming the file and the sample whose key is missing or of the wrong kind.
     """
-    record = json.loads(json_path.read_text())
+    record = json.loads(json_path.read_bytes())
     make = _key_of_data_list if "data_list" in record else _key_of_infos
     keys = []
     for number, sample in enumerate(_samples(record, json_path)):
@@ -131,6 +132,13 @@ class InfoRecording:
         path = self._root / str(self._find(data))
         points, intensity = read_lidar_file(path)
         return Sweep(points, data.stamp_ns, data.sensor2ego, intensity, None, "ego_pose")
+
+    @property
+    def files(self) -> list[Path]:
+        """Every image and sweep of the drive that is on disk."""
+        cameras = [data for key in self._keys for data in key.cameras.values()]
+        places = [self._find(data) for data in (*cameras, *self._sweeps)]
+        return [self._root / place for place in places if place is not None]
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the encoded images of one key frame; a file that is not there is a missing camera."""

@@ -1,7 +1,7 @@
 """Read nuScenes tables as recordings, without the devkit and without guessing.
 
-Any root in the nuScenes schema serves: the dataset's own, a part of it, or one that
-`nuscenes_writer` made. Files that the tables name but the disk lacks are counted and reported.
+Any root in the nuScenes schema serves: the dataset's own, a part of it, one of Autoware's T4 format, or one
+that `nuscenes_writer` made. Files that the tables name but the disk lacks are counted and reported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,29 +32,19 @@ from occbev.grid import GRIDS
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
+from occbev_training.sources.categories import ClassMap, class_of, is_dropped_on_purpose
+from occbev_training.sources.lidar_files import COLUMNS, read_lidar_file
 from occbev_training.sources.recording import Annotations, OccupancyTruth, RecordingError
 
 log = logging.getLogger(__name__)
 
-CLASS_OF_CATEGORY: dict[str, str] = {
-    "movable_object.barrier": "barrier",
-    "vehicle.bicycle": "bicycle",
-    "vehicle.bus.bendy": "bus",
-    "vehicle.bus.rigid": "bus",
-    "vehicle.car": "car",
-    "vehicle.construction": "construction_vehicle",
-    "vehicle.motorcycle": "motorcycle",
-    "human.pedestrian.adult": "pedestrian",
-    "human.pedestrian.child": "pedestrian",
-    "human.pedestrian.construction_worker": "pedestrian",
-    "human.pedestrian.police_officer": "pedestrian",
-    "movable_object.trafficcone": "traffic_cone",
-    "vehicle.trailer": "trailer",
-    "vehicle.truck": "truck",
-}
-"""Detection class of each raw category that has one."""
-
 LIDAR_CHANNEL = "LIDAR_TOP"
+
+LIDAR_CHANNELS = (LIDAR_CHANNEL, "LIDAR_CONCAT")
+"""Channels of the LiDAR in order of preference: nuScenes' and T4's, whose clouds are in base_link."""
+
+T4_TABLES = "annotation"
+"""Folder of the tables in Autoware's T4 format."""
 
 MAX_NEIGHBOUR_GAP = 1.5
 """Seconds to one neighbouring annotation beyond which a velocity is not known."""
@@ -75,22 +65,59 @@ READ_TABLES = (
 Row = dict[str, Any]
 
 
-def open_nuscenes(root: Path | str, version: str | None = None) -> NuscenesRoot:
-    """Read the tables of a nuScenes data root; a version is needed only where several are there.
+@dataclass(frozen=True)
+class RootOptions:
+    """How a root is read.
+
+    version: folder of the tables, where there are several. classes: classes of categories that have none here.
+    lidar_columns: float32 values of a point. lidar_origin: where beams begin in base_link, of merged clouds
+    that are calibrated to base_link itself.
+    """
+
+    version: str | None = None
+    classes: ClassMap = ()
+    lidar_columns: int = COLUMNS
+    lidar_origin: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class TablesPlace:
+    """Where the tables of one version lie, and the folder that their file names are relative to."""
+
+    version: str
+    tables: Path
+    files: Path
+
+
+def find_tables(root: Path) -> list[TablesPlace]:
+    """List the versions of tables of a root: ROOT/v1.0-*, or T4's ROOT/annotation or ROOT/VERSION/annotation."""
+    versions = sorted(path.parent for path in root.glob("*/sample_data.json"))
+    if versions:
+        return [TablesPlace(tables.name, tables, root) for tables in versions]
+    numbered = sorted(path.parent for path in root.glob(f"*/{T4_TABLES}/sample_data.json"))
+    numbered = [tables for tables in numbered if tables.parent.name.isdecimal()]
+    return [TablesPlace(tables.parent.name, tables, tables.parent) for tables in numbered]
+
+
+def open_nuscenes(root: Path | str, version: str | None = None, options: RootOptions | None = None) -> NuscenesRoot:
+    """Read the tables of a nuScenes-like data root; a version is needed only where several are there.
 
     Raises:
         RecordingError: no such folder, version or table, saying which are there.
     """
-    root = Path(root)
-    found = sorted(path.parent.name for path in root.glob("*/sample_data.json"))
+    root, options = Path(root), options or RootOptions()
+    version = version or options.version
+    found = {place.version: place for place in find_tables(root)}
     if version is None:
         if len(found) != 1:
-            raise RecordingError(f"{root}: want one folder of nuScenes tables, found {found}; name a version")
-        version = found[0]
+            remedy = "give --version" if found else f"want ROOT/v1.0-*/sample_data.json or ROOT/{T4_TABLES}/"
+            raise RecordingError(f"{root}: want one folder of nuScenes tables, found {sorted(found)}; {remedy}")
+        version = next(iter(found))
     if version not in found:
-        raise RecordingError(f"{root}: no nuScenes tables of version {version!r}, found {found or 'none'}")
-    tables = {table: _read_table(root / version / f"{table}.json") for table in READ_TABLES}
-    return NuscenesRoot(root, version, tables)
+        raise RecordingError(f"{root}: no nuScenes tables of version {version!r}, found {sorted(found) or 'none'}")
+    place = found[version]
+    tables = {table: _read_table(place.tables / f"{table}.json") for table in READ_TABLES}
+    return NuscenesRoot(place.files, version, tables, place.tables, options)
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,8 @@ class NuscenesRoot:
     path: Path
     version: str
     tables: Mapping[str, Mapping[str, Row]]
+    folder: Path
+    options: RootOptions = field(default_factory=RootOptions)
 
     @property
     def scenes(self) -> tuple[str, ...]:
@@ -112,7 +141,7 @@ class NuscenesRoot:
             return self.tables[table][row_token]
         except KeyError:
             raise RecordingError(
-                f"{self.path / self.version / table}.json: no row {row_token!r}, but another table names it"
+                f"{self.folder / table}.json: no row {row_token!r}, but another table names it"
             ) from None
 
     def recordings(
@@ -142,6 +171,10 @@ class NuscenesRoot:
                 self._listings[folder] = frozenset()
         return name in self._listings[folder]
 
+    def has_data(self, data: Row) -> bool:
+        """Tell whether the file of a sample_data row is on disk; T4 marks rows whose data are not valid."""
+        return bool(data.get("is_valid", True)) and self.has_file(data["filename"])
+
     def pose(self, data: Row) -> Array:
         """Return ego2global (4, 4) of a sample_data row, at that sensor's own exposure."""
         return _transform(self.row("ego_pose", data["ego_pose_token"]))
@@ -165,10 +198,33 @@ class NuscenesRoot:
                 return row
         return None
 
+    @cached_property
+    def lidar_channel(self) -> str:
+        """The channel of the LiDAR: a known name, or the only sensor of that modality."""
+        sensors = {str(row["channel"]): row.get("modality") for row in self.tables["sensor"].values()}
+        named = [channel for channel in LIDAR_CHANNELS if channel in sensors]
+        others = [channel for channel, modality in sensors.items() if modality == "lidar"]
+        if not named and len(others) != 1:
+            raise RecordingError(
+                f"{self.folder / 'sensor.json'}: want a LiDAR channel {' or '.join(LIDAR_CHANNELS)}, it has "
+                f"{others or sorted(sensors)}"
+            )
+        return (named or others)[0]
+
     def category(self, annotation: Row) -> str:
         """Return the raw category of an annotation."""
         instance = self.row("instance", annotation["instance_token"])
         return str(self.row("category", instance["category_token"])["name"])
+
+    def class_of(self, annotation: Row) -> str | None:
+        """Return the detection class of an annotation, None where its category has none."""
+        return class_of(self.category(annotation), self.options.classes)
+
+    def count_classless(self, samples: Iterable[str]) -> Counter[str]:
+        """Count the annotations of samples whose category has no class, those left out on purpose aside."""
+        names = [self.category(row) for sample in samples for row in self.annotations_of(sample)]
+        own = self.options.classes
+        return Counter(n for n in names if class_of(n, own) is None and not is_dropped_on_purpose(n, own))
 
     def attribute(self, annotation: Row) -> str:
         """Return the attribute of an annotation, "" where it has none."""
@@ -229,6 +285,7 @@ class NuscenesRecording:
         samples = root.samples_of_scene.get(scene["token"], [])
         data = [row for sample in samples for row in root.data_of(sample["token"])]
         self.absent = _count_absent(root, data)
+        self._files = [row["filename"] for row in data if root.has_data(row)]
         if self.absent:
             log.warning("%s: %s: files not there, by channel: %s", root.path, self.name, self.absent)
         if available_only:
@@ -241,11 +298,11 @@ class NuscenesRecording:
         self.lidar2ego, self.rig = self._calibration(data)
         self.trajectory = _trajectory(root, data)
         self._sweeps = sorted(
-            (row for row in data if root.channel(row) == LIDAR_CHANNEL and root.has_file(row["filename"])),
+            (row for row in data if root.channel(row) == root.lidar_channel and root.has_data(row)),
             key=_timestamp,
         )
         self.sweep_stamp_ns = _stamps_ns(self._sweeps)
-        self._lidar_keys = [root.key_data(token, LIDAR_CHANNEL) for token in self.sample_tokens]
+        self._lidar_keys = [root.key_data(token, root.lidar_channel) for token in self.sample_tokens]
         self.key_stamp_ns = _stamps_ns(
             [lidar or sample for lidar, sample in zip(self._lidar_keys, samples, strict=True)]
         )
@@ -253,8 +310,10 @@ class NuscenesRecording:
     def sweep(self, index: int) -> Sweep:
         """Read one LiDAR file; nuScenes sweeps carry no per-point time, they are compensated."""
         row = self._sweeps[index]
-        path = self._root.path / row["filename"]
-        points, intensity = read_lidar_file(path)
+        points, intensity = read_lidar_file(self._root.path / row["filename"], self._root.options.lidar_columns)
+        origin = self._root.options.lidar_origin
+        if origin is not None:
+            points = points - np.array(origin, np.float32)
         return Sweep(points, int(row["timestamp"]) * 1000, self.lidar2ego, intensity, None, "ego_pose")
 
     def frame_set(self, key: int) -> FrameSet:
@@ -266,7 +325,7 @@ class NuscenesRecording:
             frames[name] = None
             if row is None:
                 missing[name] = f"sample {self.sample_tokens[key]} has no {name} record"
-            elif not self._root.has_file(row["filename"]):
+            elif not self._root.has_data(row):
                 missing[name] = f"no file {row['filename']}"
             else:
                 image = (self._root.path / row["filename"]).read_bytes()
@@ -277,7 +336,7 @@ class NuscenesRecording:
         """Return the boxes of the ten detection classes in the ego frame of the LiDAR key."""
         global2ego = invert_transform(self.key_pose(key))
         rows = self._root.annotations_of(self.sample_tokens[key])
-        names = [CLASS_OF_CATEGORY.get(self._root.category(row)) for row in rows]
+        names = [self._root.class_of(row) for row in rows]
         kept = [(row, name) for row, name in zip(rows, names, strict=True) if name is not None]
         box = [_ego_box(row, self._root.velocity(row), global2ego) for row, _ in kept]
         boxes = Boxes3D(
@@ -295,6 +354,16 @@ class NuscenesRecording:
             return None
         return read_occ3d(path)
 
+    @property
+    def classless(self) -> Counter[str]:
+        """Category -> annotations of the key frames that have no class here."""
+        return self._root.count_classless(self.sample_tokens)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every image and sweep of the scene that is on disk."""
+        return [self._root.path / name for name in self._files]
+
     def key_pose(self, key: int) -> Array:
         """Return ego2global (4, 4) at the key stamp."""
         row = self._lidar_keys[key]
@@ -303,11 +372,11 @@ class NuscenesRecording:
     def available(self, key: int) -> tuple[str, ...]:
         """Return the cameras of a key frame whose image files are there, without reading them."""
         rows = ((name, self._root.key_data(self.sample_tokens[key], name)) for name in self.rig.names)
-        return tuple(n for n, row in rows if row is not None and self._root.has_file(row["filename"]))
+        return tuple(n for n, row in rows if row is not None and self._root.has_data(row))
 
     def _has_image(self, sample: str) -> bool:
         rows = [row for row in self._root.data_of(sample) if row["is_key_frame"]]
-        return any(row["width"] > 0 and self._root.has_file(row["filename"]) for row in rows)
+        return any(row["width"] > 0 and self._root.has_data(row) for row in rows)
 
     def _calibration(self, data: Iterable[Row]) -> tuple[Array, CameraRig]:
         """Return lidar2ego and the rig of the scene, whose calibration must not change on the way."""
@@ -315,30 +384,55 @@ class NuscenesRecording:
         for row in data:
             channel = self._root.channel(row)
             known = first.setdefault(channel, row)
-            if known["calibrated_sensor_token"] != row["calibrated_sensor_token"]:
+            if not self._same_calibration(known, row):
                 raise RecordingError(
                     f"{self._root.path}: scene {self.name} has two calibrations of {channel}, "
                     "one rig per scene is supported"
                 )
-        if LIDAR_CHANNEL not in first:
-            raise RecordingError(f"{self._root.path}: scene {self.name} has no {LIDAR_CHANNEL}, only {sorted(first)}")
-        sensor = {
-            channel: self._root.row("calibrated_sensor", row["calibrated_sensor_token"])
-            for channel, row in first.items()
-        }
+        lidar = self._root.lidar_channel
+        if lidar not in first:
+            raise RecordingError(f"{self._root.path}: scene {self.name} has no {lidar}, only {sorted(first)}")
+        sensor = {channel: self._sensor(row) for channel, row in first.items()}
         order = {name: index for index, name in enumerate(CAMERAS)}
         names = sorted((c for c in first if sensor[c]["camera_intrinsic"]), key=lambda c: (order.get(c, len(order)), c))
-        cameras = tuple(
-            Camera(
-                name,
-                int(first[name]["width"]),
-                int(first[name]["height"]),
-                np.array(sensor[name]["camera_intrinsic"]),
-                _transform(sensor[name]),
+        cameras = tuple(_camera(name, first[name], sensor[name]) for name in names)
+        return self._lidar2ego(_transform(sensor[lidar])), CameraRig(cameras)
+
+    def _lidar2ego(self, calibrated: Array) -> Array:
+        """Return where beams begin: the calibration, or the origin that was given for clouds in base_link."""
+        origin = self._root.options.lidar_origin
+        if origin is None:
+            return calibrated
+        if not np.allclose(calibrated, np.eye(4), atol=1e-6):
+            raise RecordingError(
+                f"{self._root.path}: {self._root.lidar_channel} is calibrated at {calibrated[:3, 3].round(3).tolist()}; "
+                "--lidar-origin is for clouds in base_link"
             )
+        return make_transform(np.eye(3), origin)
+
+    def _sensor(self, data: Row) -> Row:
+        return self._root.row("calibrated_sensor", data["calibrated_sensor_token"])
+
+    def _same_calibration(self, one: Row, other: Row) -> bool:
+        """Whether two rows of one channel have the same calibration, under whatever tokens."""
+        if one["calibrated_sensor_token"] == other["calibrated_sensor_token"]:
+            return True
+        names = ("translation", "rotation", "camera_intrinsic", "camera_distortion")
+        first, second = self._sensor(one), self._sensor(other)
+        return all(
+            np.array_equal(np.shape(first.get(name) or []), np.shape(second.get(name) or []))
+            and np.allclose(first.get(name) or [], second.get(name) or [], rtol=0, atol=1e-6)
             for name in names
         )
-        return _transform(sensor[LIDAR_CHANNEL]), CameraRig(cameras)
+
+
+def _camera(name: str, data: Row, sensor: Row) -> Camera:
+    """Return a camera; T4 tables hold distortion (k1, k2, p1, p2, k3), nuScenes' images are rectified."""
+    size = int(data["width"]), int(data["height"])
+    distortion = tuple(float(v) for v in sensor.get("camera_distortion") or ())
+    model = "plumb_bob" if any(distortion) else "none"
+    intrinsic = np.array(sensor["camera_intrinsic"], np.float64)
+    return Camera(name, *size, intrinsic, _transform(sensor), model, distortion if any(distortion) else ())
 
 
 def read_occ3d(path: Path) -> OccupancyTruth:
@@ -358,23 +452,20 @@ def read_occ3d(path: Path) -> OccupancyTruth:
         )
 
 
-def read_lidar_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Read one LiDAR file: points (M, 3) in the sensor frame and their intensity (M,); raises RecordingError."""
-    values = np.fromfile(path, "<f4")
-    if len(values) % 5:
-        raise RecordingError(f"{path}: {4 * len(values)} bytes are no rows of five float32 values")
-    values = values.reshape(-1, 5)
-    return np.ascontiguousarray(values[:, :3]), np.ascontiguousarray(values[:, 3])
-
-
 def _read_table(path: Path) -> dict[str, Row]:
     try:
         rows = json.loads(path.read_bytes())
-        return {row["token"]: row for row in rows}
+        table = {row["token"]: row for row in rows}
     except FileNotFoundError as error:
         raise RecordingError(f"{path}: no such table") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"{path}: not a table of rows with tokens: {error}") from error
+    if len(table) != len(rows):
+        twice = next(token for token, count in Counter(row["token"] for row in rows).items() if count > 1)
+        raise RecordingError(
+            f"{path}: {len(rows) - len(table)} rows repeat a token, first {twice!r}; tokens are unique"
+        )
+    return table
 
 
 def _group(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
@@ -397,12 +488,12 @@ def _transform(row: Row) -> Array:
 
 
 def _count_absent(root: NuscenesRoot, data: Iterable[Row]) -> dict[str, int]:
-    return dict(Counter(root.channel(row) for row in data if not root.has_file(row["filename"])))
+    return dict(Counter(root.channel(row) for row in data if not root.has_data(row)))
 
 
 def _trajectory(root: NuscenesRoot, data: Sequence[Row]) -> Trajectory:
     """Join every ego pose of a scene; where sensors share a stamp the LiDAR's pose wins."""
-    ordered = sorted(data, key=lambda row: root.channel(row) == LIDAR_CHANNEL)
+    ordered = sorted(data, key=lambda row: root.channel(row) == root.lidar_channel)
     poses = {_timestamp(row) * 1000: row["ego_pose_token"] for row in ordered}
     stamps = np.array(sorted(poses), np.int64)
     rows = [root.row("ego_pose", poses[int(stamp)]) for stamp in stamps]

@@ -1,0 +1,150 @@
+"""Inputs of the commands that read recordings, and where they write: one boundary around each input."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
+from occbev_training.data.shards import file_hash
+from occbev_training.sources.categories import ClassMap, read_class_map
+from occbev_training.sources.discovery import (
+    OpenBag,
+    Opener,
+    chosen_names,
+    find_recordings,
+    holds_recordings,
+    read_names,
+)
+from occbev_training.sources.infos import convert_infos
+from occbev_training.sources.lidar_files import COLUMNS
+from occbev_training.sources.nuscenes import RootOptions
+from occbev_training.sources.recording import RecordingError, leave_out
+
+INPUTS_HELP = "bags, folders of bags, nuScenes or T4 roots, info .pkl files"
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how recordings are read: bags, nuScenes-like roots and info files."""
+    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")
+    parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")
+    add_root_arguments(parser)
+    add_bag_arguments(parser)
+
+
+def add_root_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how nuScenes-like roots are read."""
+    roots = parser.add_argument_group("nuScenes-like roots")
+    add_version_arguments(roots)
+    roots.add_argument(
+        "--lidar-columns", type=int, default=COLUMNS, metavar="N", help=f"float32 values of a point (default {COLUMNS})"
+    )
+
+
+def add_version_arguments(parser: argparse._ActionsContainer) -> None:
+    """Declare which tables of a root are read, and what their categories are."""
+    parser.add_argument("--version", help="folder of the tables, where a root holds several")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help='YAML lines such as "forklift: construction_vehicle"; null drops'
+    )
+
+
+def class_map(args: argparse.Namespace) -> ClassMap:
+    """Read the file of --classes."""
+    return () if args.classes is None else read_class_map(args.classes)
+
+
+def root_options(args: argparse.Namespace) -> RootOptions:
+    """Turn the arguments of `add_root_arguments`, or of `add_version_arguments`, into options."""
+    return RootOptions(args.version, class_map(args), getattr(args, "lidar_columns", COLUMNS))
+
+
+def split_output(paths: Sequence[Path], out: Path | None, what: str, alone: bool = False) -> tuple[list[Path], Path]:
+    """Return inputs and output of `INPUT ... --out OUT`, or of the older `OUT INPUT ...` where that is unambiguous.
+
+    what: name of the output in errors. alone: the first position may be the output without any input.
+
+    Raises:
+        ValueError: no output is named.
+    """
+    if out is not None:
+        return list(paths), out
+    if not paths or (len(paths) == 1 and not alone) or holds_recordings(paths[0]):
+        first = f": {paths[0]} is an input" if paths and holds_recordings(paths[0]) else ""
+        raise ValueError(f"name {what} with --out FOLDER{first}")
+    return list(paths[1:]), paths[0]
+
+
+@dataclass
+class FoundInputs:
+    """Recordings that can be opened, and inputs that cannot be used -> why."""
+
+    openers: list[Opener] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def find_inputs(
+    args: argparse.Namespace,
+    paths: Sequence[Path],
+    converted: Path,
+    key_interval: float,
+    more: Sequence[Opener] = (),
+    inspect: Callable[[Opener], None] = lambda opener: None,
+) -> FoundInputs:
+    """Find the recordings of all inputs; whatever one of them raises is its line in `problems`, no more.
+
+    args: of `add_input_arguments`. converted: folder for info files as JSON. more: openers of other origin.
+    inspect: called with each recording's opener; what it raises counts as a problem of that recording.
+
+    Raises:
+        RecordingError: --scenes names a drive that no input has.
+        ValueError: there is no input at all.
+    """
+    found = FoundInputs()
+    wholes = list(more)
+    for path in paths:
+        with leave_out(found.problems, str(path)):
+            wholes += _recordings_of(path, args, converted, key_interval)
+    if args.scenes:
+        names = set(chosen_names([opener.name for opener in wholes], read_names(args.scenes), args.scenes))
+        wholes = [opener for opener in wholes if opener.name in names]
+    if not wholes and not found.problems:
+        raise ValueError("no input: name bags or nuScenes roots, or give --simulate")
+    for whole in wholes:
+        with leave_out(found.problems, whole.name):
+            for part in whole.parts() if isinstance(whole, OpenBag) else [whole]:
+                _add(found, part, inspect)
+    return found
+
+
+def _add(found: FoundInputs, part: Opener, inspect: Callable[[Opener], None]) -> None:
+    name = part.name
+    if name in {opener.name for opener in found.openers}:
+        found.problems[f"{name} (again)"] = (
+            "an earlier input has this name, which is the key of its samples; rename one"
+        )
+        return
+    with leave_out(found.problems, name):
+        part = part.checked() if isinstance(part, OpenBag) else part
+        inspect(part)
+        found.openers.append(part)
+
+
+def _recordings_of(path: Path, args: argparse.Namespace, converted: Path, key_interval: float) -> list[Opener]:
+    clocks = "fix" if args.clock_fix else "ignore" if args.ignore_clocks else "refuse"
+    root = args.data_root
+    if path.suffix == ".pkl":
+        path, root = _convert(path, converted), root or path.parent
+    return find_recordings(path, bag_options(args, key_interval), clocks, root, root_options(args))
+
+
+def _convert(path: Path, folder: Path) -> Path:
+    """Turn an info .pkl into JSON in `folder`, once for each content."""
+    if not path.is_file():
+        raise RecordingError(f"{path}: no such file")
+    converted = folder / f"{path.stem}-{file_hash(path)[:12]}.json"
+    if not converted.is_file():
+        convert_infos(path, converted)
+    return converted
