@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from occbev.files import file_hash
 from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
-from occbev_training.data.shards import file_hash
 from occbev_training.sources.categories import ClassMap, read_class_map
 from occbev_training.sources.discovery import (
     OpenBag,

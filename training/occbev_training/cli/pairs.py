@@ -1,13 +1,14 @@
 """Turn unlabelled drives into pre-training pairs: three-state labels, measured, gated, in shards.
 
-    occbev-train pairs OUT BAG_OR_FOLDER_OR_NUSCENES_ROOT_OR_INFOS.pkl ... --workers 2
-    occbev-train pairs OUT --simulate 4 --first-seed 0
-    occbev-train pairs OUT ROOT --task-index 3 --num-tasks 16    # one task of an array job
-    occbev-train pairs OUT --join                                # index what the tasks made
-    occbev-train pairs OUT BAGS --executor ray --ray-address auto
+    occbev-train pairs BAG_OR_FOLDER_OR_NUSCENES_ROOT_OR_INFOS.pkl ... --out OUT --workers 2
+    occbev-train pairs --out OUT --simulate 4 --first-seed 0
+    occbev-train pairs ROOT --out OUT --task-index 3 --num-tasks 16    # one task of an array job
+    occbev-train pairs --out OUT --join                                # index what the tasks made
+    occbev-train pairs BAGS --out OUT --executor ray --ray-address auto
 
-Finished stretches are kept when the command is given again; the same input gives the same bytes.
-An input that cannot be read is named and left out; the status is then 1, also where no pair was made.
+Finished stretches stay when the command is given again; the same input gives the same bytes. An input whose
+content changed is made anew. An input that cannot be read is named and left out, and costs no other; the
+status is then 1, also where no pair was made.
 """
 
 from __future__ import annotations
@@ -17,43 +18,36 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from occbev.files import file_hash
+from occbev.files import replace_file
 from occbev.grid import GRIDS
-from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
+from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs, split_output
 from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.executors import EXECUTORS, Job, run_jobs
 from occbev_training.occupancy.labels import LabelConfig
 from occbev_training.occupancy.pairs import (
     VARIANTS,
     PairConfig,
+    Unit,
     UnitFailure,
     UnitReport,
     join_units,
     my_share,
     read_reports,
+    remove_units_beyond,
     units_of,
 )
 from occbev_training.occupancy.quality import LIMITS
 from occbev_training.sources.deskew import EgoBox, RayLimits
-from occbev_training.sources.discovery import (
-    OpenBag,
-    Opener,
-    Simulate,
-    chosen_names,
-    find_recordings,
-    read_names,
-)
-from occbev_training.sources.infos import convert_infos
-from occbev_training.sources.recording import RecordingError
+from occbev_training.sources.discovery import Opener, Simulate
 
 SUMMARY = "quality.json"
 """The quality table and what was refused, kept beside the shards."""
@@ -61,22 +55,15 @@ SUMMARY = "quality.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("out", type=Path, help="folder of the shards")
-    parser.add_argument(
-        "inputs",
-        type=Path,
-        nargs="*",
-        help="bags, folders of bags, nuScenes roots, info .pkl files",
-    )
-    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")
+    parser.add_argument("inputs", type=Path, nargs="*", help=INPUTS_HELP)
+    parser.add_argument("--out", type=Path, help="folder of the shards")
     parser.add_argument(
         "--labels", choices=VARIANTS, default="occbev", help="how labels are made (default: occbev, free of boxes)"
     )
     parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=20, help="key frames of a simulated drive")
-    add_bag_arguments(parser)
-    parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")
+    add_input_arguments(parser)
     parser.add_argument("--grid", default="occ3d", choices=sorted(GRIDS), help="voxel grid")
     parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps on either side")
     parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
@@ -109,33 +96,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-@dataclass
-class _Inputs:
-    """What the inputs hold: jobs, and inputs or units that cannot be used -> why."""
-
-    jobs: list[Job] = field(default_factory=list)
-    problems: dict[str, str] = field(default_factory=dict)
-
-
 def run(args: argparse.Namespace) -> int:
     """Make the pairs, index them, print the quality table; 1 if no sample was kept or an input failed."""
     console = Console(stderr=args.json)
     if not console.is_terminal:
         logging.getLogger("occbev_training").setLevel(logging.ERROR)  # the end names each problem once
+    args.inputs, args.out = split_output(args.inputs, args.out, "the pairs", bool(args.simulate or args.join))
     config = _config(args)
-    inputs = _Inputs()
+    problems: dict[str, str] = {}
     if not args.join:
-        inputs = _find_inputs(args, config)
-        for result in _with_progress(inputs.jobs, args, config, console):
+        jobs, problems = _find_jobs(args, config)
+        for result in _with_progress(jobs, args, config, console):
             if isinstance(result, UnitFailure):
-                inputs.problems[result.unit.name] = result.reason
+                problems[result.unit.name] = result.reason
     if not args.join and args.num_tasks > 1:
-        _print_problems(inputs.problems, console)
-        return 1 if inputs.problems else 0
+        _print_problems(problems, console)
+        return 1 if problems else 0
     splits = {"train": 0, "validation": 0}
     splits |= join_units(args.out, {"train": 1 - args.validation, "validation": args.validation})
-    _report(args, console, splits, inputs.problems)
-    return 1 if inputs.problems or not sum(splits.values()) else 0
+    _report(args, console, splits, problems)
+    return 1 if problems or not sum(splits.values()) else 0
 
 
 def _config(args: argparse.Namespace) -> PairConfig:
@@ -160,56 +140,20 @@ def _config(args: argparse.Namespace) -> PairConfig:
     )
 
 
-def _find_inputs(args: argparse.Namespace, config: PairConfig) -> _Inputs:
-    """Open every input once and cut it into this task's jobs; what cannot be opened is a problem, not the end."""
-    clocks = "fix" if args.clock_fix else "ignore" if args.ignore_clocks else "refuse"
-    options = bag_options(args, args.key_interval)
-    openers: list[Opener] = [Simulate(args.first_seed + i, args.keys) for i in range(args.simulate)]
-    inputs = _Inputs()
-    for path in args.inputs:
-        try:
-            root = args.data_root
-            if path.suffix == ".pkl":
-                path, root = _convert(path, args.out), root or path.parent
-            openers += find_recordings(path, options, clocks, root)
-        except RecordingError as error:
-            inputs.problems[str(path)] = str(error)
-    if args.scenes:
-        names = chosen_names([o.name for o in openers], read_names(args.scenes), args.scenes)
-        openers = [opener for opener in openers if opener.name in set(names)]
-    if not openers and not inputs.problems:
-        raise ValueError("no input: name bags or nuScenes roots, or give --simulate")
-    known: set[str] = set()
-    units = []
-    for opener in openers:
-        try:
-            parts: Sequence[Opener] = opener.parts() if isinstance(opener, OpenBag) else [opener]
-        except RecordingError as error:
-            inputs.problems[opener.name] = str(error)
-            continue
-        for part in parts:
-            if part.name in known:
-                raise ValueError(f"two inputs are named {part.name!r}; a name is the key of its samples")
-            known.add(part.name)
-            try:
-                part = part.checked() if isinstance(part, OpenBag) else part
-                units += [(part, unit) for unit in units_of(part.name, part.keys(), config.segment)]
-            except RecordingError as error:
-                inputs.problems[part.name] = str(error)
-    chosen = my_share([unit for _, unit in units], args.task_index, args.num_tasks)
-    by_unit = {unit: opener for opener, unit in units}
-    inputs.jobs = [(by_unit[unit], unit) for unit in chosen]
-    return inputs
+def _find_jobs(args: argparse.Namespace, config: PairConfig) -> tuple[list[Job], dict[str, str]]:
+    """Open every input once; return this task's jobs, and inputs that cannot be opened -> why."""
+    jobs: dict[Unit, Opener] = {}
+    keys: dict[str, int] = {}
 
+    def cut(opener: Opener) -> None:
+        keys[opener.name] = opener.keys()
+        jobs.update(dict.fromkeys(units_of(opener.name, keys[opener.name], config.segment), opener))
 
-def _convert(path: Path, out: Path) -> Path:
-    """Turn an info .pkl into JSON beside the shards, once for each content."""
-    if not path.is_file():
-        raise RecordingError(f"{path}: no such file")
-    converted = out / "infos" / f"{path.stem}-{file_hash(path)[:12]}.json"
-    if not converted.is_file():
-        convert_infos(path, converted)
-    return converted
+    simulated = [Simulate(args.first_seed + i, args.keys) for i in range(args.simulate)]
+    found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval, simulated, cut)
+    remove_units_beyond(args.out, keys)
+    chosen = my_share(list(jobs), args.task_index, args.num_tasks)
+    return [(jobs[unit], unit) for unit in chosen], found.problems
 
 
 def _with_progress(
@@ -242,6 +186,7 @@ def _with_progress(
                     console.print(
                         f"{result.unit.name}: {result.samples} pairs{f'; refused: {counts}' if counts else ''}",
                         highlight=False,
+                        markup=False,
                     )
             yield result
 
@@ -258,10 +203,12 @@ def _report(
 ) -> None:
     """Print how many samples there are, the quality table, and the reasons of what was refused."""
     refused, missing, skipped = Counter[str](), Counter[str](), Counter[str]()
+    reasons: dict[str, str] = {}
     for report in read_reports(args.out):
         refused.update(report.refused)
         missing.update(report.missing)
         skipped.update(report.skipped)
+        reasons = {**report.reasons, **reasons}
     rows = ShardReader(args.out).rows if sum(splits.values()) else []
     quality = _quality(rows, refused)
     record = {
@@ -270,11 +217,13 @@ def _report(
         "refused": dict(refused),
         "missing_images": dict(missing),
         "skipped_messages": dict(skipped),
+        "reasons": reasons,
         "problems": dict(problems),
         "quality": quality,
     }
     if args.out.is_dir():
-        (args.out / SUMMARY).write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
+        with replace_file(args.out / SUMMARY) as temporary:
+            temporary.write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
     if args.json:
         print(json.dumps(record, sort_keys=True))
         return
@@ -285,7 +234,7 @@ def _report(
         "worst",
         "measured",
         "out of bounds",
-        title=f"{len(rows)} pairs in {args.out}: {dict(splits)}",
+        title=escape(f"{len(rows)} pairs in {args.out}: {dict(splits)}"),
     )
     for limit in LIMITS:
         if limit.name in quality:
@@ -295,12 +244,17 @@ def _report(
                 limit.text, bound, f"{q['median']:.4g}", f"{q['worst']:.4g}", str(q["measured"]), str(q["flagged"])
             )
     console.print(table)
-    for name, count in refused.most_common():
+    lines = [(f"refused: {name}", count, _REMEDY.get(name, "")) for name, count in refused.most_common()]
+    lines += [(f"pairs without an image of {name}", count, "") for name, count in missing.most_common()]
+    for text, count, remedy in lines:
         if count:
-            console.print(f"refused: {name} {count}{_REMEDY.get(name, '')}", highlight=False)
-    for what, counts in (("pairs without an image", missing), ("messages skipped", skipped)):
-        if counts:
-            console.print(f"{what}: {_counts(counts)}", highlight=False)
+            reason = reasons.get(text.rpartition(" ")[2], "")
+            first = f"; the first: {reason}" if reason else ""
+            console.print(f"{text} {count}{remedy}{first}", highlight=False, markup=False)
+    if skipped:
+        console.print(f"messages skipped: {_counts(skipped)}", highlight=False, markup=False)
+    if len({row["drive"] for row in rows}) > 1 and args.validation > 0 and not splits["validation"]:
+        console.print("no validation split: the drives met within 100 m of each other, so that none may be held back")
     _print_problems(problems, console)
 
 

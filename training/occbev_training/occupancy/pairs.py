@@ -584,6 +584,17 @@ def read_reports(folder: Path) -> list[UnitReport]:
     return found
 
 
+def remove_units_beyond(folder: Path, keys: Mapping[str, int]) -> None:
+    """Remove manifests of units that begin after the end of their drive: an input of its name got shorter.
+
+    keys: drive -> its key frames now. Shards without a manifest do not count.
+    """
+    for path in sorted(folder.glob("*.json")):
+        report = _parse_manifest(path)
+        if report is not None and report.unit.first >= keys.get(report.unit.drive, report.unit.first + 1):
+            path.unlink(missing_ok=True)
+
+
 def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
     """Index every finished unit of a folder and split it; returns the number of samples per split.
 

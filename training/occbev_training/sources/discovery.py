@@ -128,18 +128,18 @@ class OpenBag:
         """Index the bag, which is kept open in this process for the next unit of work."""
         from occbev_training.sources.bags import BagRecording
 
-        for opener, recording in _KEPT_BAG:
+        for opener, recording in _OPEN_BAG:
             if opener == self:
                 return recording
-        for _, recording in _KEPT_BAG:
-            recording.close()
+        while _OPEN_BAG:  # forgotten before the next is opened, which may fail
+            _OPEN_BAG.pop()[1].close()
         recording = BagRecording(self.path, self.options)
         recording.name, recording.location = self.name, self._whole
-        _KEPT_BAG[:] = [(self, recording)]
+        _OPEN_BAG.append((self, recording))
         return recording
 
 
-_KEPT_BAG: list[tuple[OpenBag, BagRecording]] = []
+_OPEN_BAG: list[tuple[OpenBag, BagRecording]] = []
 """The bag that was opened last: indexing reads all of it."""
 
 
