@@ -161,9 +161,8 @@ class Lens:
             return slopes
         points = np.column_stack([slopes, np.ones(len(slopes))])
         none = np.zeros(3)
-        return np.asarray(
-            cv2.projectPoints(points[:, None], none, none, np.eye(3), np.array(self.coefficients))[0]
-        ).reshape(-1, 2)
+        pixels, _ = cv2.projectPoints(points[:, None], none, none, np.eye(3), np.array(self.coefficients))
+        return np.asarray(pixels, np.float64).reshape(-1, 2)
 
     def _fisheye_rays(self, slopes: Array) -> Array:
         radius = np.linalg.norm(slopes, axis=1)

@@ -128,7 +128,7 @@ def make_predictions(truths: BoxTable, samples: int, boxes: int, seed: int = 1) 
     size = np.where(near[:, None], truths.size[source], 2.0) * random.uniform(0.8, 1.2, (count, 3))
     yaw = truths.yaw[source] + random.normal(scale=0.3, size=count)
     velocity = np.nan_to_num(truths.velocity[source]) + random.normal(size=(count, 2))
-    score = np.round(np.clip(random.normal(0.3 + 0.3 * near, 0.2), 0.01, 0.99), 2)
+    score = np.clip(random.normal(np.where(near, 0.6, 0.3), 0.2), 0.01, 0.99).round(2)
     return BoxTable(
         sample,
         label,

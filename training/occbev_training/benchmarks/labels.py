@@ -29,6 +29,7 @@ from occbev.trajectory import Trajectory
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.occupancy.rays import BundleScratch, Hits, RayBundle, bundle_rays, cast
 from occbev_training.sources.deskew import Rays, deskew_rays
+from occbev_training.sources.recording import Recording
 
 COPIES, SPACING, PERIOD_NS = 10, 0.5, 50_000_000
 PYTHON_RAYS = 600
@@ -71,24 +72,21 @@ def load_copies() -> Copies:
     if shared.is_dir():
         from occbev_training.sources.nuscenes import open_nuscenes
 
-        recording, key = open_nuscenes(shared).recordings()[0], 0
+        recording: Recording = open_nuscenes(shared).recordings()[0]
         source = "one nuScenes sweep"
     else:
         from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
         from occbev_training.simulator.lidar import LidarConfig
 
-        recording, key = (
-            SimulatedDrive(20_000, DriveConfig(keys=1, lidar=LidarConfig(columns=1800))),
-            0,
-        )
+        recording = SimulatedDrive(20_000, DriveConfig(keys=1, lidar=LidarConfig(columns=1800)))
         source = "one simulated sweep"
-    stamp = int(recording.key_stamp_ns[key])
+    stamp = int(recording.key_stamp_ns[0])
     nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - stamp)))
     sweep = recording.sweep(nearest)
     return _copies(
         f"{source}, {len(sweep.points)} returns",
         recording.rig,
-        recording.frame_set(key),
+        recording.frame_set(0),
         sweep,
         recording.trajectory.at(sweep.stamp_ns),
     )

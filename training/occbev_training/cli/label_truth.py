@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def _print(console: Console, record: dict, keys: int) -> None:
+def _print(console: Console, record: Mapping[str, Any], keys: int) -> None:
     table = Table("measure", "found", "bound", title=f"{keys} key frames against the simulator's truth")
     for name, value in record.items():
         if name != "paper":

@@ -158,8 +158,9 @@ class Display:
 
     def __enter__(self) -> Display:
         self._progress.start()
-        nothing = dict.fromkeys(("total_loss", "lr", "samples_per_s", "data_wait"), "-")
-        self._task = self._progress.add_task("training", total=None, **nothing)
+        self._task = self._progress.add_task(
+            "training", total=None, total_loss="-", lr="-", samples_per_s="-", data_wait="-"
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,6 +6,7 @@ A draw is made from a seed before anything is touched, so the same draw can be r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -220,7 +221,7 @@ def distort(image: NDArray[np.uint8], draw: Photometric) -> NDArray[np.uint8]:
 
 def augment_image(image: NDArray[np.uint8], draw: ImageDraw, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Warp and recolour one (H, W, 3) RGB image; parts that the source does not cover get the mean colour."""
-    out = image
+    out: NDArray[Any] = image
     if not np.array_equal(draw.matrix, np.eye(3)):
         # OpenCV counts pixel centres as integers, `matrix` counts pixel borders.
         half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -287,9 +288,12 @@ def augment_boxes(boxes: NDArray[np.floating], draw: Draw) -> NDArray[np.floatin
     return out
 
 
+_Value = TypeVar("_Value", bound=np.generic)
+
+
 def augment_voxels(
-    volume: NDArray[np.generic], draw: Draw, grid: VoxelGrid | None = None, fill: int = 0
-) -> NDArray[np.generic]:
+    volume: NDArray[_Value], draw: Draw, grid: VoxelGrid | None = None, fill: int = 0
+) -> NDArray[_Value]:
     """Move an (X, Y, Z) volume with the scene.
 
     Flips of a grid that is centred on the vehicle are exact views. A turn or scale needs `grid`: every voxel

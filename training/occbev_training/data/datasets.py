@@ -207,7 +207,7 @@ def sample_of(position: int, samples: int, seed: int) -> int:
 
 def batches(
     dataset: SampleDataset, batch: int, workers: int, first: int = 0, rank: int = 0, world: int = 1
-) -> DataLoader[TrainingBatch]:
+) -> DataLoader[TrainingSample]:
     """Return an endless loader that begins with forward pass `first`."""
     # Workers start afresh: a fork of a process in which runtimes hold threads and locks can crash.
     return DataLoader(

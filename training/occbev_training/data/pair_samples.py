@@ -203,12 +203,7 @@ def _returns(
     """Project returns into every image: camera, pixel and depth of each."""
     found = []
     for index, camera in enumerate(cameras):
-        points = pair.lidar
-        if points is None:
-            label = pair.label
-            seen = (label.camera_visible >> index) & 1
-            hit = (label.state == OCCUPIED_STATE) & (label.hit_sweeps > 0) & (seen > 0)
-            points = grid.centres(np.argwhere(hit))
+        points = _seen_hits(pair, index, grid) if pair.lidar is None else pair.lidar
         pixel, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
         inside = (depth > MIN_LIDAR_DEPTH) & np.all((pixel >= 0) & (pixel < (camera.width, camera.height)), axis=-1)
         found.append(
@@ -220,3 +215,10 @@ def _returns(
         )
     camera_index, pixels, depths = zip(*found, strict=True)
     return np.concatenate(camera_index), np.concatenate(pixels), np.concatenate(depths)
+
+
+def _seen_hits(pair: PairSample, camera: int, grid: VoxelGrid) -> NDArray[np.floating[Any]]:
+    """Return the centres (M, 3) of occupied cells with returns that a camera sees."""
+    label = pair.label
+    seen = (label.camera_visible >> camera) & 1
+    return grid.centres(np.argwhere((label.state == OCCUPIED_STATE) & (label.hit_sweeps > 0) & (seen > 0)))

@@ -77,8 +77,10 @@ def decode_label(data: bytes, where: str = "label") -> LabelVolumes:
     planes = np.unpackbits(bits, axis=1, count=size)
     visible = np.packbits(planes[2:], axis=0, bitorder="little")[0]
     counts = np.frombuffer(raw, np.uint8, 2 * size, 10 * plane).reshape(2, size)
-    volumes = (planes[0] | planes[1] << 1, visible, *counts)
-    return LabelVolumes(*(v.reshape(shape) for v in volumes), grid_hash.decode())
+    state, hits, passes = planes[0] | planes[1] << 1, *counts
+    return LabelVolumes(
+        state.reshape(shape), visible.reshape(shape), hits.reshape(shape), passes.reshape(shape), grid_hash.decode()
+    )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from occbev_training.data.samples import Samples, balanced_order, open_samples
 from occbev_training.data.windows import history_length
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.trainer import Objective, Trainer, tune_process
-from occbev_training.evaluation.frames import Prediction, Scores, evaluate, reconstruction_iou
+from occbev_training.evaluation.frames import Prediction, evaluate, reconstruction_iou
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.models.build import build_model
@@ -311,8 +311,7 @@ def _validation(
         predict = predictor(network, model, held_out, config.history)
         if config.stage == "pretrain":
             return {"iou": reconstruction_iou(held_out, predict, indices)}
-        scores: Scores = evaluate(held_out, predict, model, indices=indices)
-        return scores.summary()
+        return evaluate(held_out, predict, model, indices=indices).summary()
 
     return validate
 

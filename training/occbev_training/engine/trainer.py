@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -106,7 +106,7 @@ class Trainer:
         self.epoch_steps = None if epoch_passes is None else max(1, math.ceil(epoch_passes / config.accumulate))
         self.progress = Progress(wanted=self.wanted_steps, planned=self.wanted_steps)
         self.stop_requested = False
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         """Where the time of all steps went: data, forward, backward, optimiser and, around them, step."""
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -454,7 +454,7 @@ def hold_norms(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-            module.train = partial(_stay, module)  # type: ignore[method-assign]
+            module.train = partial(_stay, module)  # type: ignore[method-assign, assignment]
 
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -21,6 +21,7 @@ from occbev.inference.pipeline import boxes_of as decoded_boxes
 from occbev.inference.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
 from occbev_training.data.cache import SampleCache
+from occbev_training.data.samples import Samples
 from occbev_training.evaluation.scores import FrameResult, OccupancyView, Scores, count_occupancy
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection, match_near
 from occbev_training.metrics.occupancy import binary_counts, binary_iou
@@ -109,7 +110,7 @@ class Priors:
 
 
 def evaluate(
-    cache: SampleCache, predict: Callable[[int], Prediction], model: ModelConfig, indices: Iterable[int] | None = None
+    cache: Samples, predict: Callable[[int], Prediction], model: ModelConfig, indices: Iterable[int] | None = None
 ) -> Scores:
     """Score a predictor on samples of a cache (all by default)."""
     frames = []
@@ -265,7 +266,7 @@ def best_boxes(parts: Sequence[Boxes3D], most: int) -> Boxes3D:
     return Boxes3D(box[order], label[order], score[order])
 
 
-def reconstruction_iou(cache: SampleCache, predict: Callable[[int], Prediction], indices: Iterable[int]) -> float:
+def reconstruction_iou(cache: Samples, predict: Callable[[int], Prediction], indices: Iterable[int]) -> float:
     """Return the occupied IoU of stage 1 against the LiDAR-made labels, over camera-visible observed voxels."""
     counts = np.zeros(3, np.int64)
     for index in indices:

@@ -72,7 +72,7 @@ def _heights(occupied: NDArray[np.bool_]) -> Picture:
     """Colour each column by its highest voxel; x points up, y to the left."""
     top = occupied.shape[2] - 1 - np.argmax(occupied[:, :, ::-1], axis=2)
     share = (top / max(1, occupied.shape[2] - 1))[..., None]
-    colour = np.where(occupied.any(2)[..., None], _LOW + share * (_HIGH - _LOW), _PAPER)
+    colour = np.where(np.any(occupied, axis=2)[..., None], _LOW + share * (_HIGH - _LOW), _PAPER)
     return np.ascontiguousarray(colour.astype(np.uint8)[::-1, ::-1])
 
 
@@ -85,7 +85,7 @@ def _agreement(found: Reconstruction) -> Picture:
     )
     counts = np.stack([(part & found.scored).sum(2) for part in parts])
     colours = np.array([_BOTH, _MISSED, _WRONG], np.uint8)[counts.argmax(0)]
-    colours = np.where(counts.any(0)[..., None], colours, np.array(_PAPER, np.uint8))
+    colours = np.where(np.any(counts, axis=0)[..., None], colours, np.array(_PAPER, np.uint8))
     return np.ascontiguousarray(colours[::-1, ::-1])
 
 

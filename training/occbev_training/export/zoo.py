@@ -99,6 +99,7 @@ def randomise_zero_init(network: nn.Module) -> nn.Module:
             nn.init.normal_(weight, std=0.02)
     for module in network.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            assert module.running_var is not None
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     return network
 
@@ -214,7 +215,8 @@ def measure(
     keys = None
     if published.table and golden is not None:
         keys = count_converted_keys(network, golden / f"{published.table}_state_dict.json")
-    parity, refused, operators = None, "", ()
+    parity: float | None = None
+    refused, operators = "", tuple[str, ...]()
     if export:
         shrunk = model if full_size else reduced(model)
         parity, refused, operators = export_reduced(shrunk, published.stage)

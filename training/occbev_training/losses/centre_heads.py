@@ -214,8 +214,7 @@ def _candidates(scores: Tensor, boxes: Tensor, bev: BevGrid, decoding: TaskDecod
     yaw = torch.atan2(values[:, 6], values[:, 7])[:, None]
     box = torch.cat([centre, values[:, 2:3], values[:, 3:6].exp(), yaw, values[:, 8:10]], 1)
     near = (box[:, :3].abs() <= box.new_tensor(decoding.reach)).all(1) & (best > decoding.score)
-    found = (box[near].float(), label[near], best[near])
-    return Boxes3D(*(value.cpu().numpy() for value in found))
+    return Boxes3D(box[near].float().cpu().numpy(), label[near].cpu().numpy(), best[near].cpu().numpy())
 
 
 def _suppress(boxes: Boxes3D, task: int, first: int, decoding: TaskDecoding) -> Boxes3D:
@@ -228,5 +227,5 @@ def _suppress(boxes: Boxes3D, task: int, first: int, decoding: TaskDecoding) -> 
 
 
 def _join(parts: Sequence[Boxes3D]) -> Boxes3D:
-    fields = (np.concatenate([getattr(p, n) for p in parts]) for n in ("box", "label", "score"))
-    return Boxes3D(*fields)
+    box, label, score = (np.concatenate([getattr(p, n) for p in parts]) for n in ("box", "label", "score"))
+    return Boxes3D(box, label, score)

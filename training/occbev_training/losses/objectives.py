@@ -19,9 +19,10 @@ from occbev_training.losses.config import LossConfig
 from occbev_training.losses.queries import query_loss
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.heads.query_head import CODE_VALUES, VELOCITY_WEIGHT
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints
 from occbev_training.models.network import Frame, NetworkOutput
 from occbev_training.models.queries.bevformer import BevFormerViews, Motion
-from occbev_training.models.queries.query_networks import PastFrame, remember
+from occbev_training.models.queries.query_networks import BevFormerNetwork, PastFrame, remember
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) ->
     images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
     geometry: Geometry = batch.geometry
     if model.family == "bevformer" and batch.past:
-        bare = getattr(network, "module", network)  # the past is seen without gradients
+        bare: nn.Module = getattr(network, "module", network)  # the past is seen without gradients
+        assert isinstance(bare, BevFormerNetwork)
         assert batch.motion is not None
         assert isinstance(geometry, BevFormerViews)
         bev = remember(bare, [_past_frame(frame, model) for frame in batch.past])
@@ -176,13 +178,17 @@ def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) ->
         geometry = replace(geometry, motion=motion)
     output: NetworkOutput
     if model.family == "lss" and batch.past:
-        past = [
-            Frame(shown(f.images, f.camera_valid, None, model.image), f.camera_valid, f.geometry) for f in batch.past
-        ]
+        past = [_lift_frame(frame, model) for frame in batch.past]
         output = network(images, batch.camera_valid, geometry, past)
     else:
         output = network(images, batch.camera_valid, geometry)
     return output
+
+
+def _lift_frame(frame: PastFrames, model: ModelConfig) -> Frame:
+    assert isinstance(frame.geometry, BatchedPoints)
+    images = shown(frame.images, frame.camera_valid, None, model.image)
+    return Frame(images, frame.camera_valid, frame.geometry)
 
 
 def _past_frame(frame: PastFrames, model: ModelConfig) -> PastFrame:

@@ -207,20 +207,23 @@ class Window:
 
     def only(self, keep: Sequence[int]) -> Window:
         """Return the window of some of its sweeps."""
-        parts = (self.sweeps, self.bundles, self.reference)
-        sweeps, bundles, reference = (tuple(part[i] for i in keep) for part in parts)
-        objects = tuple(self.objects[i] for i in keep) if self.objects else ()
-        return Window(sweeps, bundles, reference, self.lost, objects)
+        return Window(
+            tuple(self.sweeps[i] for i in keep),
+            tuple(self.bundles[i] for i in keep),
+            tuple(self.reference[i] for i in keep),
+            self.lost,
+            tuple(self.objects[i] for i in keep) if self.objects else (),
+        )
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A label with the rays and the evidence behind it."""
+    """A label with the rays and the evidence behind it; decision: None of the published recipe, which weighs nothing."""
 
     key: int
     label: OccupancyLabel
     window: Window
-    decision: Decision
+    decision: Decision | None
 
 
 class LabelBuilder:

@@ -35,7 +35,7 @@ from occbev_training.data.shards import (
     ShardWriter,
     write_index,
 )
-from occbev_training.occupancy.labels import Decision, Examined, LabelBuilder, LabelConfig
+from occbev_training.occupancy.labels import Examined, LabelBuilder, LabelConfig
 from occbev_training.occupancy.paper import paper_label
 from occbev_training.occupancy.quality import (
     LIMITS,
@@ -335,8 +335,7 @@ class _PaperBuilder(LabelBuilder):
         window = self.window(key)
         label = paper_label(self.recording, key)
         stats = self._stats(window) | dict(label.stats)
-        decision = Decision(*(np.zeros(0) for _ in range(4)), evidence=None)  # type: ignore[arg-type]
-        return Examined(key, dataclasses.replace(label, stats=stats), window, decision)
+        return Examined(key, dataclasses.replace(label, stats=stats), window, None)
 
 
 def _builder(recording: Recording, config: PairConfig) -> LabelBuilder:

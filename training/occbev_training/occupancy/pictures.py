@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.classes import OCCUPIED_STATE
 from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
+from occbev.inference.preprocess import decode_image
 from occbev.reports.rendering import Picture, beside, camera_mosaic, draw_points, stacked
 from occbev.rig import Camera
 from occbev_training.data.shards import PairSample
@@ -63,21 +65,22 @@ def _cameras(sample: PairSample, width: int) -> Picture:
     """Lay the images out with the stored returns, or the hit cells' centres where none are stored."""
     pictures: dict[str, Picture] = {}
     grid = grid_of(sample)
-    points = sample.lidar
-    if points is None:
-        cells = np.argwhere((sample.label.state == 2) & (sample.label.hit_sweeps > 0))
-        points = grid.centres(cells)
-        if grid.frame == PAPER_GRID.frame:  # the published recipe's grid stands on the LiDAR
-            cells = np.argwhere(sample.label.state == 2)
-            lidar2ego = np.array(sample.calibration["lidar2ego"])
-            points = transform_points(lidar2ego @ FORWARD2LIDAR, grid.centres(cells))
+    points = _hit_centres(sample, grid) if sample.lidar is None else sample.lidar
     for name in sample.calibration["order"]:
         if name in sample.images:
-            data = np.frombuffer(sample.images[name], np.uint8)
-            picture = cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+            picture = decode_image(sample.images[name], name)
             camera = _camera_at_key(sample.calibration["cameras"][name])
             pictures[name] = draw_points(picture, camera, points)
     return camera_mosaic(pictures, width)
+
+
+def _hit_centres(sample: PairSample, grid: VoxelGrid) -> NDArray[np.floating[Any]]:
+    """Return the centres (M, 3) of occupied cells, in ego at the key time."""
+    occupied = sample.label.state == OCCUPIED_STATE
+    if grid.frame == PAPER_GRID.frame:  # the published recipe's grid stands on the LiDAR
+        lidar2ego = np.array(sample.calibration["lidar2ego"])
+        return transform_points(lidar2ego @ FORWARD2LIDAR, grid.centres(np.argwhere(occupied)))
+    return grid.centres(np.argwhere(occupied & (sample.label.hit_sweeps > 0)))
 
 
 def _camera_at_key(record: Mapping[str, Any]) -> Camera:
@@ -101,7 +104,7 @@ def _upright(plane: NDArray[Any]) -> NDArray[Any]:
 
 def _scale(picture: Picture, width: int) -> Picture:
     height = round(picture.shape[0] * width / picture.shape[1])
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST)
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
 def _count_bits(volume: NDArray[np.uint8]) -> NDArray[np.uint8]:

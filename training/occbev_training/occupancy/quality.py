@@ -194,15 +194,12 @@ class _Shuffled:
         """Read one sweep and permute its points."""
         sweep = self._recording.sweep(index)
         order = np.random.default_rng(index).permutation(len(sweep.points))
-        parts = {
-            name: None if value is None else value[order]
-            for name, value in (
-                ("points", sweep.points),
-                ("intensity", sweep.intensity),
-                ("time_offset", sweep.time_offset),
-            )
-        }
-        return dataclasses.replace(sweep, **parts)
+        return dataclasses.replace(
+            sweep,
+            points=sweep.points[order],
+            intensity=None if sweep.intensity is None else sweep.intensity[order],
+            time_offset=None if sweep.time_offset is None else sweep.time_offset[order],
+        )
 
 
 def is_deterministic(builder: LabelBuilder, key: int, frames: FrameSet, label: OccupancyLabel) -> bool:
@@ -224,11 +221,12 @@ def measure_key(
     """
     key, label, window = examined.key, examined.label, examined.window
     ends, through = held_out_sweep(builder, window)
+    decision = examined.decision
     values = {
         "q1_ends_in_occupied": ends,
         "q1_through_occupied": through,
         "q2_self_carve": self_carve(builder, window),
-        "q5_ground_thickness": ground_thickness(window, examined.decision, builder.grid),
+        "q5_ground_thickness": np.nan if decision is None else ground_thickness(window, decision, builder.grid),
         "q7_ego_leak": float(ego_leak(label, builder.config.ego_box)),
         "q8_border_ratio": border_ratio(label),
     }

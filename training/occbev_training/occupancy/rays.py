@@ -113,11 +113,12 @@ class BundleScratch:
 
     def __init__(self, grid: VoxelGrid) -> None:
         self.slots = np.full(2 * grid.size, -1, np.int32)
+        self._rows: tuple[NDArray[Any], ...] = ()
         self.rows(0)
 
     def rows(self, count: int) -> tuple[NDArray[Any], ...]:
         """Return slots, and one row per beam for at least `count` beams."""
-        if count == 0 or len(self._rows[0]) < count:
+        if not self._rows or len(self._rows[0]) < count:
             self._rows = (
                 np.empty((count, 8), np.int64),
                 np.empty((count, 3)),
@@ -395,7 +396,7 @@ def _goes_by(centroid, r, origin, g, direction, square, distance):  # type: igno
 
 
 @njit(cache=True, nogil=True)
-def _cast(
+def _cast(  # type: ignore[no-untyped-def]
     origin,
     end,
     end_cell,
@@ -651,7 +652,7 @@ _WEIGHT, _SPARE = 6, 7
 
 
 @njit(cache=True, nogil=True)
-def _bundle(
+def _bundle(  # type: ignore[no-untyped-def]
     end,
     origin,
     hit,

@@ -131,10 +131,9 @@ class Painter:
         fine = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
         radiance = self.radiance(fine, ego2world).reshape(size[1], size[0], 3)
         if size != (camera.width, camera.height):
-            radiance = cv2.resize(
-                np.minimum(radiance, 6.0),
-                (camera.width, camera.height),
-                interpolation=cv2.INTER_AREA,
+            whole = (camera.width, camera.height)
+            radiance = np.asarray(
+                cv2.resize(np.minimum(radiance, 6.0), whole, interpolation=cv2.INTER_AREA), np.float32
             )
         return _develop(radiance, exposure, rng)
 
@@ -218,7 +217,7 @@ class Painter:
         share = np.ones(len(pick), np.float32)
         share[near[self.scene.find_blocked(start, towards, 2.0)]] = 0.2
         coarse = cv2.blur(share.reshape(len(rows), len(columns)), (4, 4))
-        return cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_LINEAR).ravel()
+        return np.asarray(cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_LINEAR), np.float32).ravel()
 
     def _glow(self, material: NDArray[np.int32], glass: F32, uv: F32) -> F32:
         """Lamps and some lit windows, after dusk."""

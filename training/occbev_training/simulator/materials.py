@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,9 @@ PLAIN, SPECKLE, BRICK, FACADE, STRIPES, FOLIAGE, SLABS, NOISE = range(8)
 
 _TABLE = 512
 _PER_METRE = 8.0
+
+Floats = NDArray[np.floating[Any]]
+"""float32, and float64 where the noise table is part of it."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,10 @@ def linear(display: NDArray[np.float64]) -> NDArray[np.float32]:
 def albedo(
     materials: Materials,
     material: NDArray[np.int32],
-    uv: NDArray[np.float32],
-    footprint: NDArray[np.float32],
-    height: NDArray[np.float32],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    uv: Floats,
+    footprint: Floats,
+    height: Floats,
+) -> tuple[Floats, Floats]:
     """Evaluate the textures of (R,) surface points.
 
     uv: (R, 2) metres along the surface. footprint: (R,) metres that a pixel covers there; finer
@@ -140,10 +144,10 @@ def albedo(
     return colour * brightness[:, None], glass
 
 
-def noise(uv: NDArray[np.float32], per_metre: float) -> NDArray[np.float32]:
+def noise(uv: Floats, per_metre: float) -> Floats:
     """Smooth noise (R,) in [0, 1] of several octaves; `per_metre` 1 has features from 0.1 to 4 m."""
     if not len(uv):
-        return np.zeros(0, np.float32)
+        return np.zeros(0)
     scaled = np.mod(uv * np.float32(per_metre * _PER_METRE), _TABLE).astype(np.float32)
     padded = -len(scaled) % 256
     grid = np.pad(scaled, ((0, padded), (0, 0))).reshape(-1, 256, 2)
@@ -151,10 +155,10 @@ def noise(uv: NDArray[np.float32], per_metre: float) -> NDArray[np.float32]:
         cv2.remap(_noise_table(), part[..., 0], part[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
         for part in np.array_split(grid, -(-len(grid) // 16384) or 1)
     ]
-    return np.concatenate(parts).reshape(-1)[: len(uv)]
+    return np.concatenate(parts).reshape(-1)[: len(uv)].astype(np.float64, copy=False)
 
 
-def _noise_table() -> NDArray[np.float32]:
+def _noise_table() -> Floats:
     """The tileable noise that every texture reads; the same in all drives."""
     if "noise" not in _TABLES:
         rng = np.random.default_rng(7)
@@ -174,10 +178,10 @@ def _cell_hash(a: NDArray[np.int64], b: NDArray[np.int64], c: NDArray[np.int64])
     """A number in [0, 1) for each lattice cell, the same each time."""
     mixed = (a * 73856093) ^ (b * 19349663) ^ (c * 83492791)
     mixed = (mixed ^ (mixed >> 13)) * 1274126177
-    return ((mixed ^ (mixed >> 16)) & 0xFFFF).astype(np.float32) / 65536
+    return ((mixed ^ (mixed >> 16)) & 0xFFFF).astype(np.float32) / np.float32(65536)
 
 
-Pattern = tuple[float, NDArray[np.float32], NDArray[np.float32]]
+Pattern = tuple[float, Floats, Floats]
 """Mean share of the second colour, its share at each point, brightness factor at each point."""
 
 
@@ -248,4 +252,4 @@ _PATTERNS = {
     SLABS: _slabs,
     NOISE: _noise,
 }
-_TABLES: dict[str, NDArray[np.float32]] = {}
+_TABLES: dict[str, Floats] = {}

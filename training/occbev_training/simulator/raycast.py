@@ -97,7 +97,7 @@ class StreetScene:
         found = self._static.first(origins, directions, np.full(len(origins), reach, np.float32))
         assert found is not None, "a street always has ground"
         moving = self._moving.first(origins, directions, found["tfar"])
-        triangle, distance = found["primID"], found["tfar"]
+        triangle, distance = found["primID"].astype(np.int32, copy=False), found["tfar"]
         u, v, normal = found["u"], found["v"], found["Ng"]
         if moving is not None:
             nearer = np.flatnonzero(moving["primID"] >= 0)

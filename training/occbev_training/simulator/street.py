@@ -79,7 +79,7 @@ class Bend:
 
     def yaw(self, s: ArrayLike) -> NDArray[np.float64]:
         """Heading of the main road in the world."""
-        return np.interp(s, self.s, self.heading)
+        return np.interp(np.asarray(s, float), self.s, self.heading)
 
 
 def _hills(rng: np.random.Generator, s: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -310,8 +310,8 @@ def _add_paint(builder: MeshBuilder, plan: Plan, bend: Bend, table: MaterialTabl
     white = table.add(linear(np.full(3, rng.uniform(0.6, 0.9))), PLAIN)
     yellow = table.add(linear_hsv(0.12, 0.7, 0.8), PLAIN)
     middle = yellow if rng.random() < 0.4 else white
-    dashes = np.arange(plan.start, plan.end, rng.choice((6.0, 9.0, 12.0)))
-    dashes = [s for s in dashes if plan.clear_of_crossings(s + 1.5, 6.0)]
+    every = np.arange(plan.start, plan.end, rng.choice((6.0, 9.0, 12.0)))
+    dashes = [s for s in every if plan.clear_of_crossings(s + 1.5, 6.0)]
     solid_middle = rng.random() < 0.4
     for s in np.arange(plan.start, plan.end, 3.0) if solid_middle else dashes:
         if plan.clear_of_crossings(s + 1.5, 4.5):

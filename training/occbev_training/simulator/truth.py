@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,12 @@ _TILE = 10.0
 
 
 def annotate(
-    actors: Sequence[Actor], ego2world: NDArray[np.float64], time: float, points: F32, prefix: str, reach: float = 60.0
+    actors: Sequence[Actor],
+    ego2world: NDArray[np.float64],
+    time: float,
+    points: NDArray[np.floating[Any]],
+    prefix: str,
+    reach: float = 60.0,
 ) -> Annotations:
     """Boxes of all actors within `reach` in the ego frame at `time`.
 

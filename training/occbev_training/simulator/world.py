@@ -229,7 +229,8 @@ class Cast:
         self.rng, self.ego = table.rng, ego
         self.actors: list[Actor] = []
         self._checked = times[:: int(TRACK_RATE // 4)]
-        self._discs, self._radii = [], []
+        self._discs: list[NDArray[np.float64]] = []
+        self._radii: list[NDArray[np.float64]] = []
         self._remember(*_discs(_shift(ego.at(self._checked), 1.4), (4.9, 2.1)))
 
     def fill(self, route: Route) -> None:

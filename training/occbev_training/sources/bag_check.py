@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.rig import Camera
 from occbev.trajectory import PoseError
 from occbev_training.sources.bag_files import AnyBag, check_counts, open_bag
 from occbev_training.sources.bag_index import BagOptions, raw_times, usable_stamps
@@ -24,6 +26,7 @@ from occbev_training.sources.clocks import (
     ClockCorrection,
     ClockOffset,
     TopicTimes,
+    Turns,
     by_log_times,
     camera_turns,
     joined,
@@ -292,9 +295,14 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
         parts = []
         for run in stretches_in_turns(stamps, trajectory):
             seen = partial(_describe_topics, recording, camera.name, stamps, size)
-            parts += [camera_turns(*zip(*images, strict=True), small) for images in _readable(seen, run)]
+            parts += [_turns_between(exposures, small) for exposures in _readable(seen, run)]
         found[recording.topics.images[camera.name]] = measure_offset(joined(parts), trajectory)
     return found
+
+
+def _turns_between(exposures: Sequence[tuple[int, NDArray[np.uint8]]], camera: Camera) -> Turns:
+    """Return the turns between (stamp, grey image) in order of time."""
+    return camera_turns([stamp for stamp, _ in exposures], [image for _, image in exposures], camera)
 
 
 def _readable(read: Callable[[int], T], run: NDArray[np.int64]) -> Iterator[list[T]]:
@@ -330,7 +338,7 @@ def _grey(image: NDArray[np.uint8] | bytes, size: tuple[int, int]) -> NDArray[np
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if grey is None:
         return np.zeros(size[::-1], np.uint8)
-    return cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _turn_verdicts(recording: BagRecording) -> list[Verdict]:
@@ -405,12 +413,12 @@ def propose_ego_box(recording: Recording, sweeps: int = 40, share: float = 0.9) 
             del places[len(used) :]
     if not used or np.linalg.norm(np.array(places) - places[0], axis=1).max() < 20.0:
         raise RecordingError(f"{recording.name}: it moves less than 20 m, so its own body does not stand out")
-    pitch, reach, counts = 0.1, 6.0, {}
+    pitch, reach, counts = 0.1, 6.0, Counter[tuple[int, ...]]()
     for sweep in used:
         points = np.asarray(sweep.points, np.float64) @ sweep.lidar2ego[:3, :3].T + sweep.lidar2ego[:3, 3]
         near = points[np.abs(points).max(axis=1) < reach]
         for cell in np.unique(np.floor(near / pitch).astype(int), axis=0).tolist():
-            counts[tuple(cell)] = counts.get(tuple(cell), 0) + 1
+            counts[tuple(cell)] += 1
     often = np.array([cell for cell, count in counts.items() if count > share * len(used)])
     # The road under the vehicle is hit in every sweep, too.
     body = often[often[:, 2] * pitch >= 0.1] if len(often) else often

@@ -41,8 +41,16 @@ class AnyBag(Protocol):
     """An open recording of messages, whatever its container."""
 
     path: Path
-    topics: Mapping[str, str]
-    expected: Mapping[str, int] | None
+
+    @property
+    def topics(self) -> Mapping[str, str]:
+        """Topic -> type."""
+        ...
+
+    @property
+    def expected(self) -> Mapping[str, int] | None:
+        """Topic -> messages that the container promises, None where it does not say."""
+        ...
 
     def messages(
         self, topics: Sequence[str] | None = None, start: int | None = None, stop: int | None = None

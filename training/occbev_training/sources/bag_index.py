@@ -191,12 +191,13 @@ class IndexedBag:
             cuts += [raw.log_ns[i] for i in jumps]
             index[topic] = Index(raw.raw_ns, stamps, raw.log_ns).only(keep)
             skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
-        if topic := self.topics.odometry:
-            poses = kept[topic]
-            keep, jumps, reasons = usable_stamps([self._bag.stamp(topic, data) for _, data in poses])
+        odometry = self.topics.odometry
+        if odometry:
+            poses = kept[odometry]
+            keep, jumps, reasons = usable_stamps([self._bag.stamp(odometry, data) for _, data in poses])
             cuts += [poses[i][0] for i in jumps]
-            kept[topic] = [poses[i] for i in keep]
-            skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
+            kept[odometry] = [poses[i] for i in keep]
+            skipped.update({f"{odometry}: {reason}": n for reason, n in reasons.items()})
         return _Scan(index, kept, sorted(cuts), {k: n for k, n in sorted(skipped.items()) if n})
 
     def _changes(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> list[int]:
@@ -230,7 +231,7 @@ class IndexedBag:
 
 def _stretches(cuts: Sequence[int]) -> list[tuple[int, int]]:
     """Return the log times [from, to) between cuts."""
-    starts, ends = [-(2**62)], []
+    starts, ends = [-(2**62)], list[int]()
     for cut in cuts:
         if ends and cut - starts[-1] <= JUMP_NS:
             starts[-1] = cut  # the topics of one jump follow each other

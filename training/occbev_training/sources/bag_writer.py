@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rosbags.interfaces import (
@@ -38,7 +38,7 @@ BASE_FRAME, ODOM_FRAME, LIDAR_FRAME = "base_link", "odom", "lidar_top"
 LIDAR_TOPIC, ODOMETRY_TOPIC = "/lidar_top/points", "/odometry"
 TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 
-BAG_VERSION = 8
+BAG_VERSION: Literal[8] = 8
 """Metadata version that the tools of Humble and of everything later read."""
 
 TYPESTORE = get_typestore(Stores.ROS2_JAZZY)
@@ -137,31 +137,29 @@ class _BagWriter:
         each camera fired.
         """
         recording = self._recording
-        known = [(int(s), 1, partial(self._pose_messages, i)) for i, s in enumerate(recording.trajectory.stamp_ns)]
-        known += [(int(s), 2, partial(self._sweep_messages, i)) for i, s in enumerate(recording.sweep_stamp_ns)]
-        known += [
-            (int(s) - LOOK_AHEAD_NS, 3, partial(self._exposures, i)) for i, s in enumerate(recording.key_stamp_ns)
-        ]
-        known.sort(key=lambda entry: entry[:2])
+        known: list[tuple[int, int, int]] = [(int(s), 1, i) for i, s in enumerate(recording.trajectory.stamp_ns)]
+        known += [(int(s), 2, i) for i, s in enumerate(recording.sweep_stamp_ns)]
+        known += [(int(s) - LOOK_AHEAD_NS, 3, i) for i, s in enumerate(recording.key_stamp_ns)]
+        known.sort()
         first = (recording.trajectory.stamp_ns[0], *recording.sweep_stamp_ns[:1])
         yield int(min(first)), self._static_messages
         waiting: list[tuple[int, int, Messages]] = []
-        for count, (stamp, kind, make) in enumerate(known):
+        for count, (stamp, kind, index) in enumerate(known):
             while waiting and waiting[0][0] < stamp:
                 due, _, messages = heapq.heappop(waiting)
                 yield due, messages
             if kind < 3:
-                yield stamp, make
+                yield stamp, partial(self._pose_messages if kind == 1 else self._sweep_messages, index)
                 continue
-            for frame in make():
+            for frame in self._exposures(index):
                 if frame.stamp_ns < stamp:
                     raise RecordingError(
                         f"{recording.name}: {frame.camera} fired at {frame.stamp_ns} ns, over "
                         f"{LOOK_AHEAD_NS / 1e9} s before its key frame"
                     )
                 order = count * len(recording.rig) + recording.rig.names.index(frame.camera)
-                entry = (frame.stamp_ns, order, partial(self._image_messages, frame))
-                heapq.heappush(waiting, entry)
+                send: Messages = partial(self._image_messages, frame)
+                heapq.heappush(waiting, (frame.stamp_ns, order, send))
         for due, _, messages in sorted(waiting, key=lambda entry: entry[:2]):
             yield due, messages
 

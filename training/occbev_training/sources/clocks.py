@@ -338,8 +338,8 @@ def _image_turn(before: NDArray[np.uint8], after: NDArray[np.uint8], camera: Cam
     if corners is None or len(corners) < 30:
         return np.nan
     size = (21, 21)
-    found, ok, _ = cv2.calcOpticalFlowPyrLK(before, after, corners, None, winSize=size, maxLevel=4)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, found, None, winSize=size, maxLevel=4)
+    found, ok, _ = cv2.calcOpticalFlowPyrLK(before, after, corners, corners.copy(), winSize=size, maxLevel=4)
+    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, found, found.copy(), winSize=size, maxLevel=4)
     use = (ok[:, 0] > 0) & (ok_back[:, 0] > 0) & (np.abs(back - corners).max(axis=(1, 2)) < 0.5)
     if use.sum() < 30:
         return np.nan

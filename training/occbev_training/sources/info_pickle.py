@@ -124,9 +124,9 @@ def scan_pickle(data: bytes, limits: PickleLimits | None = None) -> int:
             elif name == "MEMOIZE":
                 memo[len(memo)] = pushed[-1]
             elif name in _STORE:
-                memo[int(argument)] = pushed[-1]
+                memo[int(str(argument))] = pushed[-1]
             if name not in _NOT_PUSHING:
-                text = memo.get(int(argument)) if name in _FETCH else None
+                text = memo.get(int(str(argument))) if name in _FETCH else None
                 pushed = [pushed[-1], str(argument) if name in _TEXT else text]
     except UnsafePickleError:
         raise
