@@ -36,7 +36,7 @@ def test_the_report_names_the_machine() -> None:
 def test_the_plain_preprocessing_makes_nearly_the_same_images() -> None:
     config, rig = ImageConfig(), six_cameras()
     frames = encode_frames(rig)
-    ours = Preprocessor(config).prepare(frames, rig).images
+    ours = Preprocessor(config).prepare(frames, rig)[0]
     plain = plain_network_images(frames, config.width, config.height, np.array(config.mean), np.array(config.std))
     assert ours.shape == plain.shape
     assert np.abs(ours - plain).mean() < 0.03, "two grey levels: the JPEG is decoded at half its size"

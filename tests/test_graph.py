@@ -75,7 +75,7 @@ def test_the_view_uses_classes_that_exist(view: dict[str, Any]) -> None:
 
 
 def test_the_view_listens_to_what_the_node_publishes(view: dict[str, Any]) -> None:
-    outputs = {graph.resolve(t.name): t for t in graph.OUTPUTS.values()}
+    outputs = {graph.resolve(t.name): t for t in graph.OUTPUT_TOPICS.values()}
     displays = [d for d in view["Visualization Manager"]["Displays"] if "Topic" in d]
     assert {d["Topic"]["Value"] for d in displays} == set(outputs)
     for display in displays:
@@ -100,7 +100,7 @@ def test_a_reliable_reader_needs_a_reliable_writer() -> None:
 def test_the_shipped_parameter_file_names_every_parameter(repository: Path) -> None:
     path = repository / "config/perception.yaml"
     parameters = read_parameters(path)
-    assert parameters.names == graph.CAMERAS
+    assert parameters.names == graph.DEFAULT_CAMERAS
     assert parameters.image_topics("CAM_FRONT") == {"/cam_front/image/compressed": graph.COMPRESSED}
     record = yaml.safe_load(path.read_text())["/**"]["ros__parameters"]
     given = {leaf for leaf in flat(record) if not leaf.startswith("cameras.")}
@@ -244,6 +244,17 @@ def test_the_security_policy_allows_what_the_node_does_and_no_more(repository: P
     inputs |= {parameters.ego_motion.odometry_topic, graph.CLOCK.name}
     inputs |= {topic.name for topic in graph.FRAME_INPUTS}
     assert allowed["subscribe"] == inputs
-    outputs = {graph.resolve(topic.name) for topic in graph.OUTPUTS.values()} | {graph.DIAGNOSTICS.name}
+    outputs = {graph.resolve(topic.name) for topic in graph.OUTPUT_TOPICS.values()} | {graph.DIAGNOSTICS.name}
     of_every_node = {"/rosout", "/parameter_events", "/perception/transition_event"}
     assert allowed["publish"] == outputs | of_every_node
+
+
+def test_old_parameter_names_work_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("/**: {ros__parameters: {sets_at_once: 2, waiting_sets: 3, max_waiting_sets: 1}}")
+    parameters = read_parameters(path, {"ledger_path": "log.jsonl"})
+    assert (parameters.max_in_flight, parameters.max_waiting_sets) == (2, 3)
+    assert parameters.frame_log_path == "log.jsonl"
+    assert "parameter sets_at_once is now called max_in_flight" in caplog.text
+    newer = parameters_from_record({"waiting_sets": 3, "max_waiting_sets": 4})
+    assert newer.max_waiting_sets == 4

@@ -220,3 +220,11 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     start = f"import sys; sys.path[:0] = {search!r}\n{program}"
     done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_private_parts_of_rclpy_are_reached_in_one_file() -> None:
+    files = {path.name: ast.parse(path.read_text()) for path in (ROOT / "src/occbev/ros").glob("*.py")}
+    attributes = [(name, n) for name, tree in files.items() for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    private = [(name, n) for name, n in attributes if re.match("_[a-z]", n.attr)]
+    foreign = {name: n.attr for name, n in private if ast.unparse(n.value) not in ("self", "os")}
+    assert set(foreign) == {"rclpy_internals.py"}, foreign

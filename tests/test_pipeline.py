@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from occbev.config import ImageConfig, LiftConfig, ModelConfig
+from occbev.frame_job import FrameJob
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import BevGrid, VoxelGrid
 from occbev.inference.backend import BackendError
 from occbev.inference.model_package import ModelPackage
-from occbev.inference.pipeline import STAGES, Pipeline, motion_to_key
+from occbev.inference.pipeline import PIPELINE_STAGES, Pipeline, motion_to_key
 from occbev.inference.postprocess import BoxDecoding, OutputError
 from occbev.inference.preprocess import ImageError
 from occbev.inference.tables import bag_tables, lift_points
@@ -72,6 +73,10 @@ def frame_set(*names: str, missing: str | None = None, stamp_ns: int = 100) -> F
     return FrameSet(stamp_ns, slots, {missing: "silent"} if missing else {})
 
 
+def job_of(frames: FrameSet) -> FrameJob:
+    return FrameJob(frames.stamp_ns, missing=frames.missing, frame_set=frames)
+
+
 @pytest.fixture
 def backend() -> KnownBackend:
     return KnownBackend()
@@ -89,7 +94,7 @@ def test_one_frame_set_becomes_boxes_and_voxels(backend: KnownBackend) -> None:
     assert result.occupancy.label[15, 8, 1] == 4
     assert result.occupancy.state[15, 8, 1] == 2
     assert result.occupancy.state[0, 8, 1] == 0, "nothing looks back"
-    assert tuple(result.timings.stage_ns) == STAGES
+    assert tuple(result.timings.stage_ns) == PIPELINE_STAGES
     assert all(duration >= 0 for duration in result.timings.stage_ns.values())
 
 
@@ -212,14 +217,18 @@ def test_a_network_may_say_only_boxes_or_only_voxels(backend: KnownBackend) -> N
 def test_a_set_may_be_finished_while_the_next_has_begun(backend: KnownBackend, kept: int) -> None:
     backend.kept_outputs = kept
     line = pipeline(backend)
-    first = line.begin(frame_set("left", "front", "right", stamp_ns=100))
+    first = job_of(frame_set("left", "front", "right", stamp_ns=100))
+    second = job_of(frame_set("left", "front", missing="right", stamp_ns=200))
+    line.prepare(first)
+    line.infer(first)
     weaker, backend.heatmap = backend.heatmap, backend.heatmap - 1.0
-    second = line.begin(frame_set("left", "front", missing="right", stamp_ns=200))
-    results = [first(), second()]
+    line.prepare(second)
+    line.infer(second)
+    results = [line.decode(first), line.decode(second)]
     assert [r.stamp_ns for r in results] == [100, 200]
     assert results[0].boxes.score[0] > results[1].boxes.score[0]
     assert results[1].boxes.cameras == ("left", "front")
-    assert [list(r.timings.stage_ns) for r in results] == [list(STAGES)] * 2
+    assert [list(r.timings.stage_ns) for r in results] == [list(PIPELINE_STAGES)] * 2
     backend.heatmap = weaker
     again = line.run(frame_set("left", "front", "right", stamp_ns=100))
     np.testing.assert_array_equal(again.boxes.box, results[0].boxes.box)

@@ -184,14 +184,14 @@ def test_prepare_orders_by_rig_and_marks_missing_cameras() -> None:
         "front": None,
         "left": CameraFrame("left", 3, smooth_image(640, 360)),
     }
-    prepared = Preprocessor(SMALL).prepare(FrameSet(5, frames, {"front": "silent"}), rig)
-    assert prepared.images.shape == (3, 3, 32, 64)
-    assert prepared.images.dtype == np.float32
-    np.testing.assert_array_equal(prepared.camera_valid, [1, 0, 1])
-    assert not prepared.images[1].any()
-    assert np.abs(prepared.images[0] - prepared.images[2]).mean() < 1.0  # JPEG loss only
-    assert prepared.rig.names == rig.names
-    assert {(c.width, c.height) for c in prepared.rig.cameras} == {(64, 32)}
+    images, valid, network_rig = Preprocessor(SMALL).prepare(FrameSet(5, frames, {"front": "silent"}), rig)
+    assert images.shape == (3, 3, 32, 64)
+    assert images.dtype == np.float32
+    np.testing.assert_array_equal(valid, [1, 0, 1])
+    assert not images[1].any()
+    assert np.abs(images[0] - images[2]).mean() < 1.0  # JPEG loss only
+    assert network_rig.names == rig.names
+    assert {(c.width, c.height) for c in network_rig.cameras} == {(64, 32)}
 
 
 def test_decoding_ahead_in_threads_changes_nothing() -> None:
@@ -201,9 +201,7 @@ def test_decoding_ahead_in_threads_changes_nothing() -> None:
     with ThreadPoolExecutor(2) as pool:
         decoded = preprocessor.decode_all(frame_set, rig, pool)
     assert all(isinstance(frame.image, np.ndarray) for frame in decoded.frames.values() if frame)
-    np.testing.assert_array_equal(
-        preprocessor.prepare(decoded, rig).images, preprocessor.prepare(frame_set, rig).images
-    )
+    np.testing.assert_array_equal(preprocessor.prepare(decoded, rig)[0], preprocessor.prepare(frame_set, rig)[0])
 
 
 def test_reduced_decode_is_close_and_keeps_the_intrinsics() -> None:

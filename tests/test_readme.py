@@ -12,7 +12,7 @@ from occbev.cli import COMMANDS
 from occbev.streams.parameters import CameraParameters, Leaf, PerceptionParameters, leaves
 
 PARAMETERS = [*leaves(PerceptionParameters), *leaves(CameraParameters, "cameras.<name>.")]
-TOPICS = [*graph.OUTPUTS.values(), *graph.FRAME_INPUTS, graph.ODOMETRY, graph.DIAGNOSTICS]
+TOPICS = [*graph.OUTPUT_TOPICS.values(), *graph.FRAME_INPUTS, graph.ODOMETRY, graph.DIAGNOSTICS]
 
 
 @pytest.fixture(scope="module")

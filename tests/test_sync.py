@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occbev.streams.sync import FrameSynchronizer, MatchedSet, SyncConfig
+from occbev.frame_job import FrameJob
+from occbev.streams.sync import FrameSynchronizer, SyncConfig
 
 CAMERAS = tuple(f"c{i}" for i in range(6))
 SPREAD_MS = (-7, 0, 7, 14, 21, 35)
 """Exposure of each camera against the anchor `c1`, as in nuScenes: spread over half a sweep."""
 
-Sets = list[MatchedSet[int]]
+Sets = list[FrameJob]
 
 
 @dataclass
@@ -49,11 +50,11 @@ def simulate(
     return sorted(images, key=lambda image: image.arrival)
 
 
-def synchronizer(**settings: float) -> FrameSynchronizer[int]:
+def synchronizer(**settings: float) -> FrameSynchronizer:
     return FrameSynchronizer(CAMERAS, "c1", SyncConfig(**settings))  # type: ignore[arg-type]
 
 
-def feed(sync: FrameSynchronizer[int], images: list[Stream], flush: bool = True) -> Sets:
+def feed(sync: FrameSynchronizer, images: list[Stream], flush: bool = True) -> Sets:
     """Push images as they arrive and check that every one is accounted for."""
     sets: Sets = []
     for image in images:
@@ -64,7 +65,7 @@ def feed(sync: FrameSynchronizer[int], images: list[Stream], flush: bool = True)
     return sets
 
 
-def check_accounts(sync: FrameSynchronizer[int]) -> None:
+def check_accounts(sync: FrameSynchronizer) -> None:
     s = sync.statistics
     assert s.keys == s.complete + s.partial + sum(s.dropped_keys.values()) + sync.pending
     for camera in sync.cameras:
@@ -72,7 +73,7 @@ def check_accounts(sync: FrameSynchronizer[int]) -> None:
 
 
 def mixed(sets: Sets) -> int:
-    return sum(len({image.payload for image in s.images.values()}) > 1 for s in sets)
+    return sum(len(set(s.images.values())) > 1 for s in sets)
 
 
 def non_increasing(sets: Sets) -> int:
@@ -88,7 +89,7 @@ def complete(sets: Sets) -> int:
 def test_every_set_is_complete_when_nothing_is_lost(hz: float, phases: tuple[float, ...]) -> None:
     sets = feed(synchronizer(tolerance_s=0.02), simulate(hz, 40, phases))
     assert (len(sets), complete(sets), mixed(sets), non_increasing(sets)) == (40, 40, 0, 0)
-    assert all(s.stamp_ns == s.images["c1"].stamp_ns for s in sets)
+    assert all(s.stamp_ns == s.stamps_ns["c1"] for s in sets)
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.04, 0.1])
@@ -99,7 +100,7 @@ def test_lost_images_never_mix_sweeps(tolerance: float, drop: float) -> None:
         sync = synchronizer(tolerance_s=tolerance)
         sets = feed(sync, images)
         anchors = sum(image.camera == "c1" for image in images)
-        # After five lost anchors in a row another camera may stand in for one.
+        # After five lost anchors in a row a fallback anchor may take over.
         assert anchors <= len(sets) <= anchors + 2
         assert (mixed(sets), non_increasing(sets)) == (0, 0)
         whole = sum(sum(i.sweep == k for i in images) == 6 for k in range(300))
@@ -305,5 +306,5 @@ def test_any_stream_keeps_the_accounts(events: list[tuple[str, int, int]], fewes
     check_accounts(sync)
     assert non_increasing(sets) == 0
     assert all(len(s.images) >= fewest for s in sets)
-    used = [image.payload for s in sets for image in s.images.values()]
+    used = [sweep for s in sets for sweep in s.images.values()]
     assert len(used) == len(set(used))

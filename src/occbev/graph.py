@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from occbev.share import share_path
 
-CAMERAS = (
+DEFAULT_CAMERAS = (
     "CAM_FRONT_LEFT",
     "CAM_FRONT",
     "CAM_FRONT_RIGHT",
@@ -57,7 +57,7 @@ class Topic:
     text: str
 
 
-OUTPUTS: dict[str, Topic] = {
+OUTPUT_TOPICS: dict[str, Topic] = {
     "objects": Topic(
         "~/output/objects", "vision_msgs/msg/Detection3DArray", RESULT, "boxes in base_link at the key time"
     ),
@@ -71,7 +71,7 @@ OUTPUTS: dict[str, Topic] = {
         "~/output/occupancy/grid",
         "nav_msgs/msg/OccupancyGrid",
         RESULT,
-        "the plane: 100 blocked, 0 free, -1 not observed",
+        "ground grid: 100 blocked, 0 free, -1 not observed",
     ),
     "markers": Topic(
         "~/output/markers", "visualization_msgs/msg/MarkerArray", RESULT, "boxes as cubes, velocities as arrows"
@@ -86,7 +86,7 @@ DIAGNOSTICS = Topic(
     "once a second: cameras, synchroniser, transforms, ego motion, model, latency",
 )
 
-STAGES = (
+LATENCY_STAGES = (
     "sync",
     "queue",
     "decode",
@@ -102,7 +102,7 @@ STAGES = (
 DEBUG_TYPE = "std_msgs/msg/Float32"
 
 LATENCIES = {
-    **{f"processing_time/{stage}_ms": stage for stage in STAGES},
+    **{f"processing_time/{stage}_ms": stage for stage in LATENCY_STAGES},
     "pipeline_latency_ms": "pipeline_latency",
     "cyclic_time_ms": "cyclic_time",
 }

@@ -17,12 +17,14 @@ class CameraFrame:
 
     image: (H, W, 3) uint8 RGB, or the encoded bytes (JPEG, PNG) of it.
     ego2global: (4, 4) at this frame's own stamp, or None where the pose is not known.
+    decode_ns: how long decoding took, 0 for bytes.
     """
 
     camera: str
     stamp_ns: int
     image: NDArray[np.uint8] | bytes
     ego2global: NDArray[np.float64] | None = None
+    decode_ns: int = 0
 
 
 @dataclass(frozen=True)

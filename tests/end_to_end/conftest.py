@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from occbev.geometry import make_transform, rotation_from_rpy, xyzw_from_rotation
-from occbev.graph import CAMERAS
+from occbev.graph import DEFAULT_CAMERAS
 from occbev.inference.model_package import find_package
 from occbev.messages.bags import BagMessage, BagWriter, type_store
 
@@ -47,7 +47,7 @@ def write_drive(path: Path, sets: int, period_ns: int) -> Path:
     """Write `sets` sets of six cameras, one after the other within 25 ms."""
     messages = [static_transforms(), *odometry(sets * period_ns)]
     for number in range(sets):
-        for index, camera in enumerate(CAMERAS):
+        for index, camera in enumerate(DEFAULT_CAMERAS):
             messages += exposure(camera, START + number * period_ns + index * 5_000_000, number * 6 + index)
     with BagWriter(path) as writer:
         for message in sorted(messages, key=lambda m: m.log_ns):
@@ -101,7 +101,7 @@ def exposure(camera: str, stamp: int, seed: int) -> list[BagMessage]:
 
 def static_transforms() -> BagMessage:
     transforms = []
-    for camera, yaw in zip(CAMERAS, np.radians([55, 0, -55, 110, 180, -110]), strict=True):
+    for camera, yaw in zip(DEFAULT_CAMERAS, np.radians([55, 0, -55, 110, 180, -110]), strict=True):
         cam2ego = make_transform(rotation_from_rpy(-np.pi / 2, 0, yaw - np.pi / 2), (np.cos(yaw), np.sin(yaw), 1.5))
         place = TYPES["geometry_msgs/msg/Vector3"](*map(float, cam2ego[:3, 3]))
         turn = TYPES["geometry_msgs/msg/Quaternion"](*map(float, xyzw_from_rotation(cam2ego[:3, :3])))

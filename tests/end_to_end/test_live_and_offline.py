@@ -49,7 +49,7 @@ def published_boxes(folder: Path) -> dict[int, np.ndarray]:
 
 def test_the_node_publishes_what_offline_replay_computes(bag: Path, model: str, tmp_path: Path) -> None:
     common = [str(bag), "--model", model, "--json"]
-    lax = ["--set", "waiting_sets:=10", "--set", "sync.timeout_s:=2.0"]
+    lax = ["--set", "max_waiting_sets:=10", "--set", "sync.timeout_s:=2.0"]
     assert (
         main(
             [
@@ -128,18 +128,18 @@ def test_a_signal_at_any_moment_of_the_start_ends_the_node(model: str, after_s: 
     assert process.returncode == 0 or (process.returncode == -signal.SIGTERM and "[perception]" not in text)
 
 
-def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_ledger(
+def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_frame_log(
     make_bag: Callable[..., Path], model: str, tmp_path: Path
 ) -> None:
-    ledger = tmp_path / "ledger.jsonl"
+    frame_log = tmp_path / "frame_log.jsonl"
     path = make_bag(tmp_path / "long", sets=100, period_ns=200_000_000)
-    process = start_node(f"model:={model}", f"ledger_path:={ledger}", "use_sim_time:=true")
+    process = start_node(f"model:={model}", f"frame_log_path:={frame_log}", "use_sim_time:=true")
     wait_for_line(process, "listening to")
     command = [sys.executable, "-m", "occbev", "replay", str(path), "--no-node"]
     player = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while sum(line["outcome"] == "processed" for line in read_frame_log(ledger)) < 3:
+        while sum(line["outcome"] == "processed" for line in read_frame_log(frame_log)) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.terminate()
@@ -147,8 +147,8 @@ def test_a_signal_in_the_middle_of_a_drive_leaves_a_whole_ledger(
     finally:
         player.terminate()
         player.wait()
-    assert ledger.read_text().endswith("\n")
-    stamps = [line["stamp_ns"] for line in read_frame_log(ledger)]
+    assert frame_log.read_text().endswith("\n")
+    stamps = [line["stamp_ns"] for line in read_frame_log(frame_log)]
     assert len(stamps) == len(set(stamps))
 
 

@@ -36,7 +36,7 @@ def test_every_key_frame_with_images_gives_boxes_and_voxels(
     report = tmp_path / "replay.json"
     record = tmp_path / "recorded"
     arguments = ["replay", str(tmp_path / scene), "--model", model, "--record", str(record)]
-    slow_machine = ["--set", "waiting_sets:=4", "--set", "sync.timeout_s:=2.0"]
+    slow_machine = ["--set", "max_waiting_sets:=4", "--set", "sync.timeout_s:=2.0"]
     assert main([*arguments, "--json", str(report), *slow_machine]) == 0
     summary = json.loads(report.read_text())["summary"]
     assert (summary["frames_in"], summary["frames_processed"]) == (keys, keys)

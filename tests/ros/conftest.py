@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 
+from occbev.frame_job import FrameJob
 from occbev.geometry import make_transform, rotation_from_rpy, xyzw_from_rotation
 from occbev.grid import GRIDS
 from occbev.inference.preprocess import match_size
@@ -40,7 +41,7 @@ class StubPipeline:
         self.forgotten: list[int] = []
         self.delay_s, self.closed = delay_s, False
 
-    def decode(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
+    def decode_frame(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
         from occbev.inference.preprocess import decode_image
 
         if not isinstance(frame.image, bytes):
@@ -51,15 +52,24 @@ class StubPipeline:
         self.rig = rig
         self.rigs.append(rig)
 
-    def begin(self, frame_set: FrameSet, motion: Any = None) -> Callable[[], Perception]:
-        perception = self.run(frame_set, motion)
-        return lambda: perception
+    def prepare(self, job: FrameJob) -> None:
+        if job.fresh:
+            self.forgotten.append(len(self.seen))
+        if job.rig is not self.rig:
+            self.set_rig(job.rig)
+        for frame in job.frame_set.frames.values():
+            if frame is not None and not isinstance(frame.image, bytes):
+                match_size(self.rig[frame.camera], frame.image)
+
+    def infer(self, job: FrameJob) -> None:
+        job.perception = self.run(job.frame_set, job.motion)
+        job.stage_ns["inference"] = 1_000_000
+
+    def decode(self, job: FrameJob) -> Perception:
+        return job.perception
 
     def run(self, frame_set: FrameSet, motion: Any = None) -> Perception:
         time.sleep(self.delay_s)
-        for frame in frame_set.frames.values():
-            if frame is not None and not isinstance(frame.image, bytes):
-                match_size(self.rig[frame.camera], frame.image)
         self.seen.append(frame_set)
         self.motions.append(motion)
         grid = self.grid
@@ -71,12 +81,6 @@ class StubPipeline:
         occupancy = Occupancy(label, np.ones(grid.shape, np.float32), state, grid, frame_set.cameras)
         timings = Timings({"inference": 1_000_000})
         return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
-
-    def forget(self) -> None:
-        self.forgotten.append(len(self.seen))
-
-    def retune(self, parameters: Any) -> None:
-        self.retuned = parameters
 
     def about(self) -> dict[str, str]:
         return {"model": "stub"}
@@ -101,10 +105,10 @@ class Bench:
         return self.node._pipeline
 
     def wait(self, condition: Callable[[], Any], seconds: float = 120.0) -> None:
-        """Wait until a condition holds; fails with the ledger's state otherwise."""
+        """Wait until a condition holds; fails with the frame log's outcomes otherwise."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"outcomes {dict(self.node.ledger.outcomes)}"
+            assert time.monotonic() < deadline, f"outcomes {dict(self.node.frame_log.outcomes)}"
             time.sleep(0.01)
 
     def ready(self) -> Bench:
@@ -127,7 +131,7 @@ class Bench:
 
     def finished(self, keys: int) -> None:
         """Wait until this many key times have their outcome."""
-        self.wait(lambda: sum(self.node.ledger.outcomes.values()) >= keys)
+        self.wait(lambda: sum(self.node.frame_log.outcomes.values()) >= keys)
 
     def connected(self) -> bool:
         publishers = [p for ps in self.vehicle.publishers.values() for p in ps]
@@ -345,7 +349,7 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     from rclpy.executors import ExternalShutdownException
     from rclpy.parameter import Parameter
 
-    from occbev.ros.executor import SparingExecutor
+    from occbev.ros.executor import make_executor
     from occbev.ros.perception_node import PerceptionNode
     from occbev.streams import intake
 
@@ -379,12 +383,12 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     ) -> Bench:
         values = {
             "cameras.names": list(CAMERAS),
-            "waiting_sets": 50,
+            "max_waiting_sets": 50,
             # A busy machine must not lose what a test has sent, nor take an image that is late for one that is lost.
             "queue_depth": 100,
             "sync.timeout_s": 2.0,
             "frozen_after": 0,  # the vehicle always sends the same picture
-            "ledger_path": str(tmp_path / "ledger.jsonl"),
+            "frame_log_path": str(tmp_path / "frame_log.jsonl"),
             **{name.replace("__", "."): value for name, value in values.items()},
         }
         overrides = [Parameter(name, value=value) for name, value in values.items()]
@@ -392,15 +396,15 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         driver = rclpy.create_node("vehicle", context=context)
         bench = Bench(node, Vehicle(driver, raw))
         benches.append(bench)
-        complain = node._complain
+        warn = node._warn
 
         def note(about: str, text: Any) -> None:
             bench.logged.append(text() if callable(text) else text)
-            complain(about, text)
+            warn(about, text)
 
-        node._complain = note
+        node._warn = note
         for member in (node, driver):
-            executor = SparingExecutor(context=context)
+            executor = make_executor(node.parameters.executor, context=context)
             executor.add_node(member)
             done = threading.Event()
             thread = threading.Thread(target=spin, args=(executor, done), daemon=True)
@@ -424,10 +428,10 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 def _subscribe(node: Any, received: dict[str, list[Any]]) -> None:
-    from occbev.graph import DIAGNOSTICS, OUTPUTS, resolve
+    from occbev.graph import DIAGNOSTICS, OUTPUT_TOPICS, resolve
     from occbev.ros.perception_node import message_class, qos_profile
 
-    for key, topic in {**OUTPUTS, "diagnostics": DIAGNOSTICS}.items():
+    for key, topic in {**OUTPUT_TOPICS, "diagnostics": DIAGNOSTICS}.items():
         got = received.setdefault(key, [])
         patient = replace(topic.quality, depth=1000)  # a busy test must not lose what it got
         node.create_subscription(message_class(topic.type), resolve(topic.name), got.append, qos_profile(patient))

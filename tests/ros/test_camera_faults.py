@@ -23,7 +23,7 @@ RIGHT = "CAM_RIGHT"
 
 def published(bench: Any) -> list[int]:
     """Stamps of the published boxes; waits until every processed set has arrived."""
-    bench.wait(lambda: len(bench.received["objects"]) >= bench.node.ledger.outcomes["processed"])
+    bench.wait(lambda: len(bench.received["objects"]) >= bench.node.frame_log.outcomes["processed"])
     headers = [message.header for message in bench.received["objects"]]
     return [h.stamp.sec * 10**9 + h.stamp.nanosec for h in headers]
 
@@ -64,7 +64,7 @@ def test_a_camera_that_is_killed_is_named_and_welcomed_back(
     bench.vehicle.play(back)
     bench.finished(60)
     assert published(bench) == keys_of(first + without + back)
-    assert bench.node.ledger.outcomes == {"processed": 60}
+    assert bench.node.frame_log.outcomes == {"processed": 60}
     assert [set(s.missing) for s in bench.pipeline.seen[10:40]] == [{RIGHT}] * 30
     assert not bench.pipeline.seen[-1].missing
 
@@ -137,7 +137,7 @@ def test_images_that_come_twice_are_used_once(
     drive = drive_of(20)
     bench.vehicle.play([s for shot in drive for s in (shot, shot)])
     bench.finished(40)
-    assert bench.node.ledger.outcomes == {"processed": 20, "duplicate": 20}
+    assert bench.node.frame_log.outcomes == {"processed": 20, "duplicate": 20}
     assert published(bench) == keys_of(drive)
     for camera in CAMERAS:
         assert statistics(bench).dropped[camera]["duplicate"] == 20
@@ -154,7 +154,7 @@ def test_a_stamp_that_goes_back_is_dropped_and_counted(
     wrong = keys_of(drive)[15]
     bench.vehicle.play([replace(s, stamp_ns=s.stamp_ns - 310_000_000) if s.stamp_ns == wrong else s for s in drive])
     bench.finished(30)
-    assert bench.node.ledger.outcomes == {"processed": 29, "late": 1}
+    assert bench.node.frame_log.outcomes == {"processed": 29, "late": 1}
     stamps = published(bench)
     assert stamps == [key for key in keys_of(drive) if key != wrong]
     assert statistics(bench).resets == {}
@@ -207,7 +207,7 @@ def test_ego_motion_goes_on_in_the_next_pass_of_a_looped_drive(
         bench.wait(lambda x=speed * 2.9, e=ego: e._poses and e._poses[-1][0, 3] == pytest.approx(x))
         bench.vehicle.play(drive_of(30, start_ns=10**12))
     bench.finished(60)
-    assert bench.node.ledger.outcomes == {"processed": 60}
+    assert bench.node.frame_log.outcomes == {"processed": 60}
     ways = [motion[RIGHT][0, 3] for motion in bench.pipeline.motions]
     assert ways == pytest.approx([0.1] * 30 + [0.2] * 30, abs=1e-6)  # in 10 ms
 
@@ -227,7 +227,7 @@ def test_a_camera_that_changes_its_size_is_scaled_or_left_out(
     bench.vehicle.play(shots)
     bench.finished(20)
     assert published(bench) == keys_of(shots)
-    assert bench.node.ledger.outcomes == {"processed": 20}
+    assert bench.node.frame_log.outcomes == {"processed": 20}
     assert [RIGHT in s.missing for s in bench.pipeline.seen] == [False] * 10 + [True] * 5 + [False] * 5
     said(bench, "the image is 64x64 but the calibration is for 64x48")
 
@@ -241,7 +241,7 @@ def test_a_node_that_is_restarted_in_the_middle_of_a_drive_takes_up_the_rest(
     bench.finished(10)
     bench.stop()
     vehicle.play(drive_of(10, start_ns=2 * 10**9))  # nobody listens
-    again = make_bench(wait=False, ledger_path=str(tmp_path / "second.jsonl"))
+    again = make_bench(wait=False, frame_log_path=str(tmp_path / "second.jsonl"))
     images = [publishers[0] for name, publishers in vehicle.publishers.items() if name in CAMERAS]
     again.wait(lambda: all(p.get_subscription_count() for p in images))
     again.wait(lambda: all(p.get_subscription_count() for p in again.node._out.values()))
@@ -251,5 +251,5 @@ def test_a_node_that_is_restarted_in_the_middle_of_a_drive_takes_up_the_rest(
     rest = drive_of(10, start_ns=3 * 10**9)
     vehicle.play(rest)
     again.finished(10)
-    assert again.node.ledger.outcomes == {"processed": 10}
+    assert again.node.frame_log.outcomes == {"processed": 10}
     assert published(again) == keys_of(rest)

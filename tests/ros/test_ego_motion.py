@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from occbev.messages.tf import Buffer
-from occbev.streams.ego_motion import EgoMotion
+from occbev.streams.ego_motion import EgoPoses
 from occbev.streams.parameters import EgoMotionParameters
 
 S = 10**9
@@ -25,7 +25,7 @@ class Poses:
     def __init__(self, source: str) -> None:
         self.buffer = Buffer()
         parameters = EgoMotionParameters(source=source)
-        self.ego = EgoMotion(parameters, self.buffer, "base_link")
+        self.ego = EgoPoses(parameters, self.buffer, "base_link")
         self._source = source
 
     def add(self, stamp_ns: int) -> None:

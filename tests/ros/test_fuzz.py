@@ -137,9 +137,9 @@ def test_any_message_is_taken_or_refused(tmp_path: Any, with_rig: bool) -> None:
         with contextlib.suppress(MessageError):
             intake.add_odometry(odometry(rng))
         for job in jobs + intake.poll(now_ns):
-            work = intake.resolve(job)
-            assert set(work.frame_set.frames) == set(CAMERAS)
-            assert all(reason for reason in work.frame_set.missing.values())
+            intake.gather(job)
+            assert set(job.frame_set.frames) == set(CAMERAS)
+            assert all(reason for reason in job.frame_set.missing.values())
             sets += 1
     statistics = intake.sync.statistics
     for camera in CAMERAS:

@@ -32,7 +32,7 @@ def test_the_dashboard_shows_cameras_drops_and_latency(
     bench.vehicle.calibrate()
     bench.wait(lambda: not bench.node._intake.calibrated().problems)
     bench.vehicle.drive(4, cameras=("CAM_FRONT", "CAM_LEFT"))
-    bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= 4)
+    bench.wait(lambda: sum(bench.node.frame_log.outcomes.values()) >= 4)
     capsys.readouterr()
     assert main(["monitor", "--json", "--wait", "20"]) == 0
     record = json.loads(capsys.readouterr().out)

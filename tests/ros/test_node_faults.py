@@ -59,7 +59,7 @@ def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     assert not bench.node._intake.calibrated().problems
     bench.vehicle.drive(4, start_ns=50 * 10**9)
     bench.finished(8)
-    assert bench.node.ledger.outcomes["processed"] == 8
+    assert bench.node.frame_log.outcomes["processed"] == 8
     assert bench.node._intake.sync.epoch == 1
     assert bench.pipeline.forgotten == [0, 4]
 
@@ -77,7 +77,7 @@ def test_a_forward_clock_jump_changes_nothing(make_bench: Callable[..., Any], ot
         bench.wait(lambda s=seconds: bench.node.get_clock().now().nanoseconds == s * 10**9)
         bench.vehicle.drive(4, start_ns=seconds * 10**9)
         bench.finished(4 * (number + 1))
-    assert bench.node.ledger.outcomes == {"processed": 8}
+    assert bench.node.frame_log.outcomes == {"processed": 8}
     assert (bench.node._intake.sync.epoch, bench.node._intake.sync.statistics.resets) == (0, {})
     assert not bench.pipeline.seen[-1].missing
 
@@ -126,11 +126,12 @@ def test_a_subscriber_that_cannot_match_is_named_with_what_it_wants(
 
 
 def test_overrides_of_topics_that_do_not_exist_are_reported(make_bench: Callable[..., Any]) -> None:
-    from occbev.streams.parameters import QOS_PREFIX, unknown_overrides
+    from occbev.ros.parameters import find_unknown
+    from occbev.streams.parameters import QOS_PREFIX
 
     right = "qos_overrides./perception/output/objects.publisher.depth"
     bench = make_bench(**{right: 3, right.replace("objects", "object"): 3})
-    assert unknown_overrides(bench.node, QOS_PREFIX) == {right.replace("objects", "object"): right}
+    assert find_unknown(bench.node, QOS_PREFIX) == {right.replace("objects", "object"): right}
 
 
 def test_a_best_effort_camera_is_heard(make_bench: Callable[..., Any], other: Callable[[Any], Node]) -> None:
@@ -159,7 +160,7 @@ def test_a_subscriber_that_never_reads_does_not_hold_the_node_up(
     other(bench).create_subscription(PointCloud2, "/perception/output/occupancy/points", print, 1)
     bench.vehicle.drive(15, period_s=0.02)
     bench.finished(15)
-    assert bench.node.ledger.outcomes == {"processed": 15}
+    assert bench.node.frame_log.outcomes == {"processed": 15}
     bench.wait(lambda: len(bench.received["points"]) == 15)
 
 
@@ -167,12 +168,12 @@ def test_calibration_that_comes_late_is_taken_when_it_comes(make_bench: Callable
     bench = make_bench(sync__min_cameras=2)
     bench.vehicle.drive(3)
     bench.finished(3)
-    assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
+    assert bench.node.frame_log.outcomes == {"too_few_cameras": 3}
     assert any("nothing is published: fewer than 2 usable cameras" in line for line in bench.logged)
     bench.ready()
     bench.vehicle.drive(3, start_ns=2 * 10**9)
     bench.finished(6)
-    assert bench.node.ledger.outcomes["processed"] == 3
+    assert bench.node.frame_log.outcomes["processed"] == 3
 
 
 def test_a_moved_camera_changes_the_rig(make_bench: Callable[..., Any]) -> None:
@@ -225,7 +226,7 @@ def test_a_frame_that_two_publishers_place_is_named_and_the_newest_holds(
     bench.wait(lambda: "transforms" in bench.statuses() and bench.statuses()["transforms"].level == 1)
     bench.vehicle.drive(3)
     bench.finished(3)
-    assert bench.node.ledger.outcomes == {"processed": 3}
+    assert bench.node.frame_log.outcomes == {"processed": 3}
 
 
 def test_a_transform_that_comes_late_is_waited_for(make_bench: Callable[..., Any]) -> None:
@@ -318,16 +319,16 @@ def test_images_without_a_stamp_are_named(make_bench: Callable[..., Any]) -> Non
 
 def test_a_rig_file_replaces_camera_info_and_tf(make_bench: Callable[..., Any], tmp_path: Any) -> None:
     from occbev.rig import CameraRig
-    from occbev.streams.calibration import placeholder
+    from occbev.streams.calibration import fallback_camera
 
     names = ("CAM_RIGHT", "CAM_FRONT", "CAM_LEFT")
-    cameras = (replace(placeholder(name), width=64, height=48) for name in names)
+    cameras = (replace(fallback_camera(name), width=64, height=48) for name in names)
     CameraRig(tuple(cameras)).save(tmp_path / "rig.yaml")
     bench = make_bench(rig=str(tmp_path / "rig.yaml"))
     bench.vehicle.drive(3)
     bench.finished(3)
     assert bench.pipeline.rigs[-1].names == ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT")
-    assert bench.node.ledger.outcomes == {"processed": 3}
+    assert bench.node.frame_log.outcomes == {"processed": 3}
 
 
 def test_an_extrinsic_parameter_stands_in_for_tf(make_bench: Callable[..., Any]) -> None:

@@ -80,15 +80,15 @@ def as_networks_give_it(occupancy: Occupancy) -> Occupancy:
     return Occupancy(*(np.asfortranarray(array) for array in arrays), occupancy.grid)
 
 
-def test_clouds_and_planes_do_not_depend_on_the_memory_of_a_volume() -> None:
+def test_clouds_and_grids_do_not_depend_on_the_memory_of_a_volume() -> None:
     occupancy, writer = volume(), outputs.CloudWriter(True)
     other = as_networks_give_it(occupancy)
     assert (outputs.memory_order(occupancy), outputs.memory_order(other)) == ("C", "F")
     clouds = [cloud_from_message(writer.message(o, HEADER)) for o in (occupancy, other, occupancy)]
     np.testing.assert_array_equal(clouds[0], clouds[2])
     np.testing.assert_array_equal(np.sort(clouds[0]), np.sort(clouds[1]))
-    planes = [outputs.plane_from_occupancy(o) for o in (occupancy, other)]
-    np.testing.assert_array_equal(*planes)
+    grids = [outputs.ground_grid(o) for o in (occupancy, other)]
+    np.testing.assert_array_equal(*grids)
 
 
 @pytest.mark.parametrize("observed", [False, True])

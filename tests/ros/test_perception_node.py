@@ -35,7 +35,7 @@ def test_every_set_is_published_with_its_key_time(make_bench: Callable[..., Any]
     bench = make_bench(raw).ready()
     keys = bench.vehicle.drive(8)
     bench.finished(8)
-    assert bench.node.ledger.outcomes == {"processed": 8}
+    assert bench.node.frame_log.outcomes == {"processed": 8}
     for key in ("objects", "points", "grid"):
         bench.wait(lambda key=key: len(bench.received[key]) == 8)
         assert stamps(bench.received[key]) == keys
@@ -50,11 +50,11 @@ def test_every_set_is_published_with_its_key_time(make_bench: Callable[..., Any]
     assert bench.pipeline.rigs[-1]["CAM_FRONT"].intrinsic[0, 0] == 50
 
 
-def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_frame_log_holds_every_key_time(make_bench: Callable[..., Any], tmp_path: Path) -> None:
     bench = make_bench().ready()
     keys = bench.vehicle.drive(5)
     bench.finished(5)
-    lines = read_frame_log(tmp_path / "ledger.jsonl")
+    lines = read_frame_log(tmp_path / "frame_log.jsonl")
     assert [line["stamp_ns"] for line in lines] == keys
     first = lines[0]
     assert (first["outcome"], set(first["cameras"]), first["boxes"]) == ("processed", NAMES, 1)
@@ -63,10 +63,10 @@ def test_the_ledger_holds_every_key_time(make_bench: Callable[..., Any], tmp_pat
 
 
 def test_a_slow_pipeline_drops_old_sets_and_counts_them(make_bench: Callable[..., Any]) -> None:
-    bench = make_bench(delay_s=0.15, waiting_sets=1).ready()
+    bench = make_bench(delay_s=0.15, max_waiting_sets=1).ready()
     keys = bench.vehicle.drive(20, period_s=0.04)
     bench.finished(20)
-    outcomes = bench.node.ledger.outcomes
+    outcomes = bench.node.frame_log.outcomes
     assert outcomes["processed"] + outcomes["replaced_by_newer"] == 20
     assert outcomes["replaced_by_newer"] >= 5
     assert bench.pipeline.seen[-1].stamp_ns == keys[-1]
@@ -107,7 +107,7 @@ def test_a_bad_image_costs_one_camera_not_the_node(
     bench.finished(5)
     bench.vehicle.drive(3, start_ns=2 * 10**9)
     bench.finished(8)
-    assert bench.node.ledger.outcomes["pipeline_error"] == 0
+    assert bench.node.frame_log.outcomes["pipeline_error"] == 0
     reasons = {r for s in bench.pipeline.seen for r in s.missing.values()}
     assert any(text in reason for reason in reasons), reasons
     assert any("camera CAM_LEFT is missing" in line and text in line for line in bench.logged)
@@ -136,7 +136,7 @@ def test_an_image_header_that_claims_gigabytes_is_refused(make_bench: Callable[.
             bench.vehicle.image(camera, 10**9 + i * 50_000_000, **huge)
     bench.finished(4)
     assert any("exceeds max_image_pixels" in line for line in bench.logged)
-    assert bench.node.ledger.outcomes == {"processed": 4}
+    assert bench.node.frame_log.outcomes == {"processed": 4}
 
 
 def test_missing_camera_info_and_transform_are_named_with_a_remedy(
@@ -183,7 +183,7 @@ def test_a_silent_camera_is_named_with_topic_and_publishers(make_bench: Callable
     bench = make_bench().ready()
     bench.vehicle.drive(12, cameras=("CAM_FRONT", "CAM_LEFT"))
     bench.finished(12)
-    assert bench.node.ledger.outcomes == {"processed": 12}
+    assert bench.node.frame_log.outcomes == {"processed": 12}
     bench.wait(lambda: "CAM_RIGHT" in bench.statuses())
     status = bench.statuses()["CAM_RIGHT"]
     assert (status.level, status.values["age_s"]) == (2, "never")
@@ -199,7 +199,7 @@ def test_too_few_cameras_publish_nothing_and_say_so(make_bench: Callable[..., An
     bench = make_bench(sync__min_cameras=3, sync__timeout_s=0.05).ready()
     bench.vehicle.drive(5, cameras=("CAM_FRONT", "CAM_LEFT"))
     bench.finished(5)
-    assert bench.node.ledger.outcomes == {"too_few_cameras": 5}
+    assert bench.node.frame_log.outcomes == {"too_few_cameras": 5}
     assert bench.received["objects"] == []
 
 
@@ -212,7 +212,7 @@ def test_a_pipeline_that_raises_is_counted_and_lives_on(make_bench: Callable[...
     bench.pipeline.run = run
     bench.vehicle.drive(3, start_ns=2 * 10**9)
     bench.finished(6)
-    assert bench.node.ledger.outcomes == {"pipeline_error": 3, "processed": 3}
+    assert bench.node.frame_log.outcomes == {"pipeline_error": 3, "processed": 3}
     assert any("ZeroDivisionError" in line for line in bench.logged)
 
 
@@ -223,7 +223,7 @@ def test_a_looped_recording_goes_on_in_the_next_pass(make_bench: Callable[..., A
     first = bench.vehicle.drive(10, start_ns=10 * 10**9)
     second_pass = bench.vehicle.drive(10, start_ns=3 * 10**9)
     bench.finished(20)
-    assert bench.node.ledger.outcomes["processed"] >= 18
+    assert bench.node.frame_log.outcomes["processed"] >= 18
     seen = [s.stamp_ns for s in bench.pipeline.seen]
     assert set(seen) <= set(first) | set(second_pass)
     assert len(set(seen) & set(second_pass)) >= 9
@@ -242,10 +242,10 @@ def test_restart_in_place_keeps_the_model(make_bench: Callable[..., Any]) -> Non
     bench.ready()
     bench.vehicle.drive(3, start_ns=2 * 10**9)
     bench.finished(6)
-    assert bench.node.ledger.outcomes["processed"] == 6
+    assert bench.node.frame_log.outcomes["processed"] == 6
 
 
-def test_configuring_again_goes_on_with_the_ledger_and_one_publisher_of_diagnostics(
+def test_configuring_again_goes_on_with_the_frame_log_and_one_publisher_of_diagnostics(
     make_bench: Callable[..., Any], tmp_path: Path
 ) -> None:
     bench = make_bench().ready()
@@ -257,16 +257,16 @@ def test_configuring_again_goes_on_with_the_ledger_and_one_publisher_of_diagnost
     bench.ready()
     bench.vehicle.drive(2, start_ns=2 * 10**9)
     bench.finished(4)
-    assert len(read_frame_log(tmp_path / "ledger.jsonl")) == 4
+    assert len(read_frame_log(tmp_path / "frame_log.jsonl")) == 4
     bench.wait(lambda: bench.vehicle.node.count_publishers("/diagnostics") == 1)
 
 
-def test_a_complaint_that_is_not_logged_is_not_worded(make_bench: Callable[..., Any]) -> None:
+def test_a_warning_that_is_not_logged_is_not_worded(make_bench: Callable[..., Any]) -> None:
     from occbev.ros.perception_node import PerceptionNode
 
     bench, worded = make_bench(active=False), []
     for _ in range(2):
-        PerceptionNode._complain(bench.node, "this", lambda: worded.append(1) or "text")
+        PerceptionNode._warn(bench.node, "this", lambda: worded.append(1) or "text")
     assert worded == [1]
 
 
@@ -277,7 +277,7 @@ def test_a_decoder_that_fails_costs_its_camera_not_the_set(make_bench: Callable[
     intake._decode = lambda f, c: 1 / 0 if f.camera == "CAM_LEFT" else decode(f, c)
     bench.vehicle.drive(3)
     bench.finished(3)
-    assert bench.node.ledger.outcomes == {"processed": 3}
+    assert bench.node.frame_log.outcomes == {"processed": 3}
     assert "not decoded: ZeroDivisionError" in bench.pipeline.seen[0].missing["CAM_LEFT"]
     assert intake.watch["CAM_LEFT"].refused["bad_image"] == 3
 
@@ -306,18 +306,61 @@ def test_thresholds_change_while_the_node_runs(make_bench: Callable[..., Any]) -
     values = {"detection.score_threshold": 0.6, "sync.min_cameras": 3, "black_below": 0}
     for result in bench.node.set_parameters([Parameter(n, value=v) for n, v in values.items()]):
         assert result.successful, result.reason
-    assert bench.pipeline.retuned.detection.score_threshold == 0.6
+    assert bench.pipeline.decoding.threshold == 0.6
     assert bench.node._intake.sync.config.min_cameras == 3
     (refused,) = bench.node.set_parameters([Parameter("sync.min_cameras", value=4)])
     assert "exceeds the 3 cameras" in refused.reason
     bench.vehicle.drive(3, cameras=("CAM_FRONT", "CAM_LEFT"))
     bench.finished(3)
-    assert bench.node.ledger.outcomes == {"too_few_cameras": 3}
+    assert bench.node.frame_log.outcomes == {"too_few_cameras": 3}
+
+
+def test_old_parameter_names_work_with_a_warning(
+    make_bench: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bench = make_bench(active=False, sets_at_once=2)
+    assert bench.node.parameters.max_in_flight == 2
+    assert "parameter sets_at_once is now called max_in_flight" in capfd.readouterr().err
+
+
+def test_the_executor_of_rclpy_may_be_chosen(make_bench: Callable[..., Any]) -> None:
+    from occbev.ros.executor import SparingExecutor
+
+    bench = make_bench(executor="rclpy").ready()
+    assert not isinstance(bench.node.executor, SparingExecutor)
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    assert bench.node.frame_log.outcomes == {"processed": 3}
+
+
+def test_a_parameter_request_of_an_unknown_type_is_answered(make_bench: Callable[..., Any]) -> None:
+    from rcl_interfaces.msg import Parameter, ParameterValue
+    from rcl_interfaces.srv import SetParameters, SetParametersAtomically
+
+    bench = make_bench()
+    strange = Parameter(name="black_below", value=ParameterValue(type=99))
+    right = Parameter(name="black_below", value=ParameterValue(type=2, integer_value=7))
+    driver = bench.vehicle.node
+    one = driver.create_client(SetParameters, "/perception/set_parameters")
+    all_or_none = driver.create_client(SetParametersAtomically, "/perception/set_parameters_atomically")
+    bench.wait(lambda: one.service_is_ready() and all_or_none.service_is_ready())
+    answers = [
+        one.call_async(SetParameters.Request(parameters=[strange, right])),
+        all_or_none.call_async(SetParametersAtomically.Request(parameters=[right, strange])),
+    ]
+    bench.wait(lambda: all(answer.done() for answer in answers))
+    refused, taken = answers[0].result().results
+    assert not refused.successful
+    assert "black_below" in refused.reason
+    assert taken.successful
+    assert not answers[1].result().result.successful
+    assert bench.node.parameters.black_below == 7
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
+        ({"executor": "fast"}, "executor 'fast': must be sparing or rclpy"),
         ({"threads": -1}, "threads is -1: must be between 0 and 256"),
         ({"sync__timeout_s": "soon"}, "sync.timeout_s is 'soon': want a number"),
         ({"decode_threads": 2.5}, "decode_threads is 2.5: want a whole number"),
@@ -380,19 +423,19 @@ def test_a_slow_network_does_not_hold_up_the_end_nor_fail_it() -> None:
     process = run_main("""
         from types import SimpleNamespace
         from occbev.grid import GRIDS
-        from occbev.streams.sync import MatchedSet
+        from occbev.frame_job import FrameJob
         class Busy(p.PerceptionNode):
             def __init__(self):
-                network = SimpleNamespace(grid=GRIDS["tiny"], decode=None, about=dict, close=lambda: print("closed"))
+                network = SimpleNamespace(grid=GRIDS["tiny"], decode_frame=None, about=dict, close=lambda: print("closed"))
                 super().__init__(lambda parameters: network)
             def start(self):
                 started = super().start()
-                self._worker.put(MatchedSet(1, {}, {}, 0, 0, 0))
+                self._worker.put(FrameJob(1))
                 return started
         def network(*_):
             print("at work", flush=True)
             time.sleep(60)
-        p.PerceptionNode, p.perceive = Busy, network
+        p.PerceptionNode, p.PerceptionLine.prepare = Busy, network
     """)
     assert process.stdout is not None
     assert any(line == "at work\n" for line in process.stdout)
@@ -415,12 +458,12 @@ def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alon
     bench.wait(lambda: bench.node._intake.sync.statistics.complete == 2)
     node = bench.node
     bench.stop()
-    outcomes = [line["outcome"] for line in read_frame_log(tmp_path / "ledger.jsonl")]
+    outcomes = [line["outcome"] for line in read_frame_log(tmp_path / "frame_log.jsonl")]
     assert outcomes == ["stopped", "stopped"]
     assert (node.is_overrun, pipeline.closed) == (True, False)
     go.set()
     bench.wait(lambda: not node.is_overrun)
-    assert (node.ledger.outcomes, len(pipeline.seen)) == ({"stopped": 2}, 1)
+    assert (node.frame_log.outcomes, len(pipeline.seen)) == ({"stopped": 2}, 1)
 
 
 def test_odometry_of_another_frame_is_refused(make_bench: Callable[..., Any]) -> None:
@@ -445,6 +488,6 @@ def test_random_bytes_never_stop_the_node(make_bench: Callable[..., Any]) -> Non
         bench.vehicle.image("CAM_LEFT", stamp, array("B", bytes(data)).tobytes()[: rng.integers(1, len(data))])
         bench.vehicle.image("CAM_FRONT", stamp)
         bench.vehicle.image("CAM_RIGHT", stamp)
-        bench.wait(lambda i=i: sum(bench.node.ledger.outcomes.values()) >= i - 2)
+        bench.wait(lambda i=i: sum(bench.node.frame_log.outcomes.values()) >= i - 2)
     bench.finished(40)
-    assert set(bench.node.ledger.outcomes) <= {"processed", "replaced_by_newer"}
+    assert set(bench.node.frame_log.outcomes) <= {"processed", "replaced_by_newer"}

@@ -150,7 +150,7 @@ def parameters() -> PerceptionParameters:
 
 
 def play(bench: Any, bag: BagReader, parameters: PerceptionParameters, passes: int = 1, **options: Any) -> Any:
-    """Play a bag to a bench's node; return the player's ledger."""
+    """Play a bag to a bench's node; return the player's log."""
     from occbev.ros import player_node
 
     player = player_node.PlayerNode(
@@ -161,13 +161,13 @@ def play(bench: Any, bag: BagReader, parameters: PerceptionParameters, passes: i
         with player_node.Spinner(player):
             player.wait_for_perception(60)
             player.play(shares.append, passes=passes)
-            bench.wait(lambda: sum(bench.node.ledger.outcomes.values()) >= len(player.ledger.anchors))
-            counts = player.ledger.received
-            bench.wait(lambda: all(len(m) >= bench.node.ledger.outcomes["processed"] for m in counts.values()))
+            bench.wait(lambda: sum(bench.node.frame_log.outcomes.values()) >= len(player.log.anchors))
+            counts = player.log.received
+            bench.wait(lambda: all(len(m) >= bench.node.frame_log.outcomes["processed"] for m in counts.values()))
     finally:
         player.destroy_node()
     assert shares[-1] == 1.0
-    return player.ledger
+    return player.log
 
 
 def test_a_bag_goes_through_the_node_and_its_answers_into_a_bag(
@@ -177,7 +177,7 @@ def test_a_bag_goes_through_the_node_and_its_answers_into_a_bag(
     bench = make_bench(wait=False, **overrides())
     with BagReader(path) as bag, BagWriter(tmp_path / "out") as writer:
         book = play(bench, bag, parameters, writer=writer)
-    lines = read_frame_log(tmp_path / "ledger.jsonl")
+    lines = read_frame_log(tmp_path / "frame_log.jsonl")
     frames = frames_of(book.anchors, book.sent, lines, "CAM_FRONT")
     summary = summarise(frames, {t: len(m) for t, m in book.received.items()})
     assert (summary["frames_in"], summary["frames_processed"], summary["drops"]) == (12, 12, {})
@@ -260,7 +260,7 @@ def test_a_looped_bag_is_accounted_for_pass_by_pass(
     with BagReader(path) as bag:
         book = play(bench, bag, parameters, passes=2)
     assert len(book.anchors) == 50
-    frames = frames_of(book.anchors, book.sent, read_frame_log(tmp_path / "ledger.jsonl"), "CAM_FRONT")
+    frames = frames_of(book.anchors, book.sent, read_frame_log(tmp_path / "frame_log.jsonl"), "CAM_FRONT")
     outcomes = [frame["outcome"] for frame in frames]
     # What is on its way when time goes back may be dropped, on a busy machine more of it; all of it is counted.
     assert set(outcomes) <= {"processed", "late", "previous_pass", "duplicate"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 from occbev.ros.worker import Worker
 
 SECONDS = 30.0
+
+
+def never(job: int) -> None:
+    raise AssertionError(job)
 
 
 def fail(job: int, error: Exception) -> None:
@@ -18,12 +21,13 @@ def fail(job: int, error: Exception) -> None:
 def test_the_newest_job_wins_and_the_oldest_is_handed_back() -> None:
     started, go, done = threading.Event(), threading.Event(), []
 
-    def handle(job: int) -> None:
+    def begin(job: int) -> bool:
         started.set()
         go.wait(SECONDS)
         done.append(job)
+        return False
 
-    worker = Worker(handle, fail, slots=2)
+    worker = Worker(begin, never, fail, slots=2)
     assert worker.put(1) is None
     assert started.wait(SECONDS)
     assert [worker.put(job) for job in (2, 3, 4)] == [None, None, 2]
@@ -36,13 +40,13 @@ def test_the_newest_job_wins_and_the_oldest_is_handed_back() -> None:
 def test_a_job_that_outlasts_the_end_is_given_up() -> None:
     started, go, claims = threading.Event(), threading.Event(), []
 
-    def handle(job: int) -> None:
+    def begin(job: int) -> bool:
         started.set()
         go.wait(SECONDS)
         claims.append(worker.claim(job))
         raise ValueError("nobody is told of it")
 
-    worker = Worker(handle, fail)
+    worker = Worker(begin, never, fail)
     worker.put(1)
     assert started.wait(SECONDS)
     worker.put(2)
@@ -57,13 +61,14 @@ def test_a_job_that_outlasts_the_end_is_given_up() -> None:
 def test_the_end_waits_for_results_that_are_on_their_way_out() -> None:
     claimed, go, done = threading.Event(), threading.Event(), []
 
-    def handle(job: int) -> None:
+    def begin(job: int) -> bool:
         assert worker.claim(job)
         claimed.set()
         go.wait(SECONDS)
         done.append(job)
+        return False
 
-    worker = Worker(handle, fail)
+    worker = Worker(begin, never, fail)
     worker.put(1)
     assert claimed.wait(SECONDS)
     threading.Timer(0.2, go.set).start()
@@ -73,7 +78,12 @@ def test_the_end_waits_for_results_that_are_on_their_way_out() -> None:
 
 def test_an_error_is_reported_and_the_next_job_is_done() -> None:
     errors, done = [], threading.Event()
-    worker = Worker(lambda job: done.set() if job else 1 // job, lambda *e: errors.append(e))  # type: ignore[arg-type]
+
+    def begin(job: int) -> bool:
+        done.set() if job else 1 // job
+        return False
+
+    worker = Worker(begin, never, lambda *e: errors.append(e))
     worker.put(0)
     while not errors:
         time.sleep(0.01)
@@ -83,22 +93,22 @@ def test_an_error_is_reported_and_the_next_job_is_done() -> None:
     assert [(job, type(error)) for job, error in errors] == [(0, ZeroDivisionError)]
 
 
-def test_the_rest_of_a_job_runs_beside_the_next_one_but_never_beside_the_one_after() -> None:
+def test_a_job_ends_beside_the_next_one_but_never_beside_the_one_after() -> None:
     go, events, done = threading.Event(), [], threading.Event()
 
-    def handle(job: int) -> Callable[[], None]:
+    def begin(job: int) -> bool:
         assert worker.claim(job)
         events.append(f"begin {job}")
-        return lambda: rest(job)
+        return True
 
-    def rest(job: int) -> None:
+    def end(job: int) -> None:
         if job == 1:
             go.wait(SECONDS)
         events.append(f"end {job}")
         if job == 3:
             done.set()
 
-    worker = Worker(handle, fail, slots=3)
+    worker = Worker(begin, end, fail, slots=3)
     for job in (1, 2, 3):
         worker.put(job)
     while "begin 2" not in events:
@@ -112,30 +122,30 @@ def test_the_rest_of_a_job_runs_beside_the_next_one_but_never_beside_the_one_aft
     assert events.index("end 1") < events.index("begin 3")
 
 
-def test_the_end_waits_for_rests_and_their_errors_are_reported() -> None:
+def test_stop_waits_for_jobs_that_end_and_their_errors_are_reported() -> None:
     begun, errors = threading.Event(), []
 
-    def rest() -> None:
+    def end(job: int) -> None:
         begun.set()
         time.sleep(0.2)
         raise ValueError("nobody listens")
 
-    worker = Worker(lambda job: rest if worker.claim(job) else None, lambda *e: errors.append(e))
+    worker = Worker(lambda job: worker.claim(job), end, lambda *e: errors.append(e))
     worker.put(7)
     assert begun.wait(SECONDS)
     assert worker.stop(0.05) == []
     assert [(job, str(error)) for job, error in errors] == [(7, "nobody listens")]
 
 
-def test_a_rest_that_outlasts_the_end_is_given_up_as_well() -> None:
+def test_a_job_whose_end_outlasts_stop_is_given_up_as_well() -> None:
     begun, go, claims = threading.Event(), threading.Event(), []
 
-    def rest() -> None:
+    def end(job: int) -> None:
         begun.set()
         go.wait(SECONDS)
         claims.append(worker.claim(1))
 
-    worker = Worker(lambda job: rest, fail)
+    worker = Worker(lambda job: True, end, fail)
     worker.put(1)
     assert begun.wait(SECONDS)
     assert worker.stop(0.05) == [1]

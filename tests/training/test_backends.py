@@ -20,6 +20,7 @@ from occbev.config import (  # noqa: E402
     ModelConfig,
     OccupancyHeadConfig,
 )
+from occbev.frame_job import FrameJob  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.backend import FACTORS, Backend, RunSettings, load_backend  # noqa: E402
@@ -88,11 +89,11 @@ def frames(cameras: CameraRig, missing: str | None = None, seed: int = 0) -> Fra
 
 def outputs(backend: Backend, cameras: CameraRig, missing: str | None = None) -> dict[str, np.ndarray]:
     line = Pipeline(ModelPackage(Path(), MODEL), cameras, backend)
-    prepared = line.preprocessor.prepare(frames(cameras, missing), cameras)
-    tables = TableCache(MODEL, backend.form).tables(prepared.rig)
+    images, valid, network_rig = line.preprocessor.prepare(frames(cameras, missing), cameras)
+    tables = TableCache(MODEL, backend.form).tables(network_rig)
     inputs = {
-        "images": prepared.images[None],
-        "camera_valid": prepared.camera_valid[None],
+        "images": images[None],
+        "camera_valid": valid[None],
         **tables,
     }
     return {name: array.copy() for name, array in backend.run(inputs).items()}
@@ -151,9 +152,9 @@ def test_outputs_are_kept_for_as_many_runs_as_a_runtime_says(package: ModelPacka
     for name in RUNTIMES:
         backend, cameras = load_backend(package, 2, name, ONE), rig(2)
         line = Pipeline(package, cameras, backend)
-        prepared = line.preprocessor.prepare(frames(cameras), cameras)
-        tables = TableCache(MODEL, backend.form).tables(prepared.rig)
-        inputs = {"images": prepared.images[None], "camera_valid": np.ones((1, 2), np.float32), **tables}
+        images, _, network_rig = line.preprocessor.prepare(frames(cameras), cameras)
+        tables = TableCache(MODEL, backend.form).tables(network_rig)
+        inputs = {"images": images[None], "camera_valid": np.ones((1, 2), np.float32), **tables}
         first = backend.run(inputs)
         before = {key: array.copy() for key, array in first.items()}
         for _ in range(backend.kept_outputs - 1):
@@ -162,19 +163,21 @@ def test_outputs_are_kept_for_as_many_runs_as_a_runtime_says(package: ModelPacka
             np.testing.assert_array_equal(first[key], array)
 
 
-def test_two_sets_at_once_give_what_one_after_the_other_gives(package: ModelPackage) -> None:
+def test_two_sets_in_flight_give_what_one_after_the_other_gives(package: ModelPackage) -> None:
     cameras = rig(3)
     sets = [frames(cameras, seed=seed) for seed in range(4)]
     one = Pipeline(package, cameras, "openvino", RunSettings(2, "f32"))
     two = Pipeline(package, cameras, "openvino", RunSettings(2, "f32", at_once=2))
     assert "2 frame sets at once" in two.backend.device
     expected = [one.run(frame_set).occupancy.confidence for frame_set in sets]
-    found, waiting = [], two.begin(sets[0])
-    for frame_set in sets[1:]:
-        following = two.begin(frame_set)
-        found.append(waiting())
-        waiting = following
-    found.append(waiting())
+    jobs = [FrameJob(frame_set.stamp_ns, frame_set=frame_set) for frame_set in sets]
+    found = []
+    for job, before in zip(jobs, [None, *jobs], strict=False):
+        two.prepare(job)
+        two.infer(job)
+        if before is not None:
+            found.append(two.decode(before))
+    found.append(two.decode(jobs[-1]))
     assert all(result.timings.stage_ns["inference"] > 0 for result in found)
     confidence = np.stack([result.occupancy.confidence for result in found])
     np.testing.assert_allclose(confidence, expected, atol=1e-6)

@@ -12,7 +12,7 @@ from occbev.benchmarks import Options, Report, Timing, run_interleaved
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.inference.backend import RUNTIMES, BackendError, RunSettings
 from occbev.inference.model_package import ModelPackage, find_package
-from occbev.inference.pipeline import STAGES, Pipeline
+from occbev.inference.pipeline import PIPELINE_STAGES, Pipeline
 from occbev.inference.postprocess import decode_occupancy
 from occbev.results import CameraFrame, FrameSet, Perception
 from occbev.rig import Camera, CameraRig
@@ -137,7 +137,10 @@ def _recorded(line: Pipeline, frame_set: FrameSet, results: list[Perception]) ->
 
 
 def _record(line: Pipeline, timing: Timing, results: list[Perception]) -> dict[str, object]:
-    stages = {stage: round(float(np.median([r.timings.stage_ns[stage] for r in results])) / 1e6, 3) for stage in STAGES}
+    stages = {
+        stage: round(float(np.median([r.timings.stage_ns[stage] for r in results])) / 1e6, 3)
+        for stage in PIPELINE_STAGES
+    }
     return {
         "device": line.backend.device,
         "total_ms": round(timing.wall_ms, 3),

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from occbev.geometry import invert_transform
-from occbev.graph import STAGES
+from occbev.graph import LATENCY_STAGES
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.reports.rendering import write_picture
 from occbev.reports.report import FrameLatency, Scene, write_report
@@ -51,7 +51,7 @@ SCENES = 16
 SCORED = (
     "detection.score_threshold:=0.05",
     "detection.marker_threshold:=0.05",
-    "waiting_sets:=2",
+    "max_waiting_sets:=2",
 )
 """Parameters of the scored run: weak boxes too, since a ranking is scored, and their velocities; one set more may
 wait, so that a short stall of the machine costs latency and no frame."""
@@ -238,7 +238,7 @@ def _summary(
     """Everything that summary.json holds but the times."""
     width, height = _size(args.image)
     latency = played.summary["latency_ms"]
-    stages = sorted(latency, key=lambda name: (*STAGES, name).index(name))
+    stages = sorted(latency, key=lambda name: (*LATENCY_STAGES, name).index(name))
     return {
         **played.summary,
         "latency_ms": {stage: latency[stage] for stage in stages},

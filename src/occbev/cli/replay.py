@@ -29,7 +29,7 @@ from occbev import graph
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
-from occbev.streams.frame_log import LedgerReader, read_frame_log
+from occbev.streams.frame_log import FrameLogReader, read_frame_log
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionPar
         use_large_image_profile()
         keep_large_blocks()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="occbev_replay_")))
-        ledger = folder / "node.jsonl"
-        node = stack.enter_context(perception_process(args, path, ledger)) if args.node else None
+        frame_log = folder / "node.jsonl"
+        node = stack.enter_context(perception_process(args, path, frame_log)) if args.node else None
         writer = player_node.open_writer(args.record)
         context = player_node.start_context()
         stack.callback(context.try_shutdown)
@@ -150,13 +150,13 @@ def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionPar
         if writer is not None:
             stack.enter_context(writer)
         with player_node.Spinner(player):
-            _drive(player, args, node, ledger)
+            _drive(player, args, node, frame_log)
         if node is not None:
             end_group(node)
-        return _account(args, parameters, player, ledger)
+        return _account(args, parameters, player, frame_log)
 
 
-def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[bytes] | None, ledger: Path) -> None:
+def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[bytes] | None, frame_log: Path) -> None:
     """Wait for the node, play, wait for the last results."""
 
     def alive() -> bool:
@@ -174,16 +174,16 @@ def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[
         progress.update(task, description=f"playing {args.bag.name}")
         player.play(lambda share: progress.update(task, completed=share), alive, args.loop)
         progress.update(task, description="waiting for the last results", completed=1.0)
-        drain(player, ledger if node is not None else None)
+        drain(player, frame_log if node is not None else None)
 
 
-def drain(player: PlayerNode, ledger: Path | None) -> None:
+def drain(player: PlayerNode, frame_log: Path | None) -> None:
     """Return when every anchor image has its outcome, or nothing has come for a while."""
     quiet_since, seen = time.monotonic(), -1
-    wanted, done = Counter(player.ledger.anchors), Counter[int]()
-    reader = LedgerReader(ledger) if ledger is not None else None
+    wanted, done = Counter(player.log.anchors), Counter[int]()
+    reader = FrameLogReader(frame_log) if frame_log is not None else None
     while time.monotonic() - quiet_since < IDLE_S:
-        came = [Counter(s for s, _ in messages) for messages in player.ledger.received.values()]
+        came = [Counter(s for s, _ in messages) for messages in player.log.received.values()]
         if reader is not None:
             done.update(line["stamp_ns"] for line in reader.new())
         else:
@@ -198,7 +198,7 @@ def drain(player: PlayerNode, ledger: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def perception_process(args: argparse.Namespace, path: Path, ledger: Path) -> Iterator[subprocess.Popen[bytes]]:
+def perception_process(args: argparse.Namespace, path: Path, frame_log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the perception node as a child in a process group of its own; whatever happens, it ends with us."""
     values = {
         "params_file": path,
@@ -207,7 +207,7 @@ def perception_process(args: argparse.Namespace, path: Path, ledger: Path) -> It
         "namespace": args.namespace,
     }
     assignments = [f"{name}:={value}" for name, value in values.items() if value]
-    assignments += ["use_sim_time:=true", f"ledger_path:={ledger}", *args.set]
+    assignments += ["use_sim_time:=true", f"frame_log_path:={frame_log}", *args.set]
     command = [sys.executable, "-m", "occbev", "run", *assignments]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(args.node_log.open("wb")) if args.node_log else None
@@ -225,16 +225,16 @@ def perception_process(args: argparse.Namespace, path: Path, ledger: Path) -> It
 
 
 def _account(
-    args: argparse.Namespace, parameters: PerceptionParameters, player: PlayerNode, ledger: Path
+    args: argparse.Namespace, parameters: PerceptionParameters, player: PlayerNode, frame_log: Path
 ) -> dict[str, Any]:
-    """Join the player's ledger and the node's."""
-    book = player.ledger
-    lines = read_frame_log(ledger) if args.node else _lines_from_results(player)
+    """Join the player's log and the node's frame log."""
+    book = player.log
+    lines = read_frame_log(frame_log) if args.node else _lines_from_results(player)
     unrecorded = LOST if args.node else UNANSWERED
     frames = frames_of(book.anchors, book.sent, lines, parameters.anchor_camera, unrecorded)
     published = {topic: len(messages) for topic, messages in book.received.items()}
-    stand_ins = len({line["stamp_ns"] for line in lines} - set(book.anchors))
-    summary = summarise(frames, published, stand_ins)
+    fallback_sets = len({line["stamp_ns"] for line in lines} - set(book.anchors))
+    summary = summarise(frames, published, fallback_sets)
     return {
         "bag": str(args.bag),
         "rate": args.rate,
@@ -246,16 +246,16 @@ def _account(
 
 
 def _lines_from_results(player: PlayerNode) -> list[dict[str, Any]]:
-    """Stand in for the ledger of a node that was started elsewhere: what came back was processed."""
+    """Make the frame log of a node that was started elsewhere from its results: what came back was processed."""
     arrived: dict[tuple[int, int], int] = {}
-    for messages in player.ledger.received.values():
+    for messages in player.log.received.values():
         passes: Counter[int] = Counter()
         for stamp, steady in messages:
             key = (stamp, passes[stamp])
             passes[stamp] += 1
             arrived[key] = max(steady, arrived.get(key, 0))
     nearest = {
-        stamp: {c: min(sent, key=lambda s: abs(s - stamp)) for c, sent in player.ledger.sent.items() if sent}
+        stamp: {c: min(sent, key=lambda s: abs(s - stamp)) for c, sent in player.log.sent.items() if sent}
         for stamp, _ in arrived
     }
     return [

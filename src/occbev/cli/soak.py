@@ -33,7 +33,7 @@ from occbev.streams.frame_log import read_frame_log
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
-    from occbev.ros.player_node import PlayerLedger
+    from occbev.ros.player_node import PlayerLog
 
 MOST_LOST = 0.005
 """Largest share of frames that transport may lose on its way to the node."""
@@ -79,8 +79,8 @@ def _soak(args: argparse.Namespace, path: Path, parameters: PerceptionParameters
         use_large_image_profile()
         keep_large_blocks()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="occbev_soak_")))
-        ledger = folder / "node.jsonl"
-        node = stack.enter_context(perception_process(args, path, ledger))
+        frame_log = folder / "node.jsonl"
+        node = stack.enter_context(perception_process(args, path, frame_log))
         context = player_node.start_context()
         stack.callback(context.try_shutdown)
         player = player_node.PlayerNode(bag, planned, parameters, rate=args.rate, context=context)
@@ -91,10 +91,10 @@ def _soak(args: argparse.Namespace, path: Path, parameters: PerceptionParameters
         with Watch(node.pid) as watch, _stop_after(args.minutes * 60, player.stop):
             player.play(lambda _: None, lambda: node.poll() is None, sys.maxsize)
         end_ns = time.monotonic_ns()
-        drain(player, ledger)
-        lines = read_frame_log(ledger)
+        drain(player, frame_log)
+        lines = read_frame_log(frame_log)
         record = account(watch.samples, lines, (begin_ns, end_ns))
-        return _with_stamps(record, args, player.ledger, lines, parameters.anchor_camera)
+        return _with_stamps(record, args, player.log, lines, parameters.anchor_camera)
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def _stop_after(seconds: float, stop: Any) -> Any:
 def _with_stamps(
     record: dict[str, Any],
     args: argparse.Namespace,
-    book: PlayerLedger,
+    book: PlayerLog,
     lines: list[dict[str, Any]],
     anchor: str,
 ) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """The straight line without ROS: one frame set in, boxes and voxels out.
 
 The node, bag replay, evaluation and the benchmark all call this, so that live and offline results are equal.
-Networks of every family run here; what one remembers of the frame before is kept here as well.
+Networks of every family run here; what one remembers of the frame before is held here as well.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,10 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from occbev.config import ModelConfig
+from occbev.frame_job import Arrays, FrameJob, MotionToKey
 from occbev.geometry import frame2ego, invert_transform
+from occbev.grid import VoxelGrid
 from occbev.inference.backend import (
     FACTORS,
-    Arrays,
     Backend,
     RunSettings,
     load_backend,
@@ -39,26 +39,24 @@ from occbev.inference.postprocess import (
     unobserved,
     voxels_in_view,
 )
-from occbev.inference.preprocess import PreparedImages, Preprocessor
+from occbev.inference.preprocess import Preprocessor
 from occbev.inference.query_boxes import QueryDecoding, decode_queries
 from occbev.inference.tables import TableCache
-from occbev.results import Boxes3D, FrameSet, Occupancy, Perception, Timings
-from occbev.rig import CameraRig
+from occbev.results import Boxes3D, CameraFrame, FrameSet, Occupancy, Perception, Timings
+from occbev.rig import Camera, CameraRig
 
-STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
+PIPELINE_STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
 """Names of the timed stages, in order."""
 
-OUTPUTS = ("occupancy_logits", "heatmap", "box", "class_logits", "box_codes")
+GRAPH_OUTPUTS = ("occupancy_logits", "heatmap", "box", "class_logits", "box_codes")
 """Outputs of a graph that are decoded: voxels, and boxes as centre maps or as answers of queries."""
-
-Motion = Mapping[str, ArrayLike]
-"""Camera name -> (4, 4): ego at that camera's exposure -> ego at the key time."""
 
 
 class Pipeline:
     """A loaded network, the rig that it looks through, and the caches that belong to both.
 
-    Not thread-safe, but that one set may be finished while the next has begun.
+    A job goes through `prepare`, `infer` and `decode`; `run` is all three. One job may be decoded in another thread
+    while the next one is prepared and inferred, but must be decoded before the one after that is inferred.
     """
 
     def __init__(
@@ -77,19 +75,102 @@ class Pipeline:
         """
         self.package = package if isinstance(package, ModelPackage) else ModelPackage.load(find_package(package))
         self.decoding = decoding or BoxDecoding()
+        self.preprocessor = Preprocessor(self.package.model.image)
         self._wanted, self._settings = backend, settings or RunSettings()
         if self.package.model.past_frames:
             self._settings = replace(self._settings, at_once=1)
-        self._preprocessor = Preprocessor(self.package.model.image)
         self._pool = ThreadPoolExecutor(min(4, self._settings.threads or os.cpu_count() or 1), "decode")
         self._memory = Memory(self.package.model)
         self._loaded_for = 0
         self.set_rig(rig)
 
+    def prepare(self, job: FrameJob) -> None:
+        """Make the graph's input of `job.frame_set`, whose frames may be encoded or arrays.
+
+        A network with a memory builds on the set before, if frames hold their ego poses and no more than
+        `occbev.inference.memory.MAX_GAP_S` lies between; a step back in time, a jump or a fresh job begins anew.
+        Raises:
+            ImageError: an image cannot be used. LookupError: `job.motion` lacks a camera.
+        """
+        frame_set = job.frame_set
+        if frame_set is None or not frame_set.cameras:
+            raise ValueError(f"frame set at {job.stamp_ns} ns holds no image: {dict(job.missing)}")
+        if job.fresh:
+            self.forget()
+        if job.rig is not None and job.rig is not self.rig:
+            self.set_rig(job.rig)
+        job.start_clock()
+        decoded = self.preprocessor.decode_all(frame_set, self.rig, self._pool)
+        job.end_stage("decode")
+        images, valid, network_rig = self.preprocessor.prepare(decoded, self.rig, self._pool)
+        job.end_stage("preprocess")
+        tables = self._tables.tables(_move_rig(network_rig, frame_set, job.motion), valid)
+        past = self._memory.inputs(job.stamp_ns, self._key_pose(job))
+        job.inputs = {"images": images[None], "camera_valid": valid[None], **tables, **past}
+        job.network_rig = network_rig
+        job.end_stage("tables")
+
+    def infer(self, job: FrameJob) -> None:
+        """Run the network; with two frame sets at once it has only begun, and `decode` waits for it.
+
+        Raises:
+            OutputError: an output is not finite, of a network whose next run needs or overwrites it.
+        """
+        job.outputs = start(self.backend, job.inputs)
+        if self.backend.at_once == 1:
+            job.end_stage("inference")
+        if self._memory.active:
+            self._remember(job)
+        elif self.backend.kept_outputs == 1:
+            self.decode(job)
+
+    def decode(self, job: FrameJob) -> Perception:
+        """Return the boxes and voxels of a job that was inferred; a second call returns the same.
+
+        Raises:
+            OutputError: an output is absent or not finite.
+        """
+        if job.perception is None:
+            assert job.outputs is not None
+            outputs = job.outputs()
+            if "inference" not in job.stage_ns:
+                job.end_stage("inference")
+            job.start_clock()
+            boxes, occupancy = self._decode_outputs(outputs, job)
+            job.end_stage("postprocess")
+            timings = Timings({stage: job.stage_ns[stage] for stage in PIPELINE_STAGES})
+            job.perception = Perception(job.stamp_ns, boxes, occupancy, timings, dict(job.missing))
+        return job.perception
+
+    def run(self, frame_set: FrameSet, motion: MotionToKey | None = None) -> Perception:
+        """Perceive one frame set: prepare, infer, decode; raises what they raise.
+
+        motion: how far ego moved from each exposure to the key time; None treats all as taken at the key time.
+        """
+        job = FrameJob(frame_set.stamp_ns, missing=frame_set.missing, frame_set=frame_set, motion=motion)
+        self.prepare(job)
+        self.infer(job)
+        return self.decode(job)
+
     @property
-    def preprocessor(self) -> Preprocessor:
-        """The stage that decodes and scales, for callers who decode frames as they arrive."""
-        return self._preprocessor
+    def grid(self) -> VoxelGrid:
+        """The grid of the voxels."""
+        return self.package.model.grid
+
+    def decode_frame(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
+        """Decode one image at the size that is needed; safe to call from several threads, as frames arrive."""
+        return self.preprocessor.decode(frame, camera)
+
+    def about(self) -> dict[str, str]:
+        """Return what runs, for operators: the package and its hash, the runtime and its device."""
+        return {
+            "model": self.package.model.name,
+            "package": str(self.package.folder),
+            "hash": self.package.hash,
+            "runtime": self.backend.name,
+            "device": self.backend.device,
+            **getattr(self.backend, "about", dict)(),
+        }
 
     def set_rig(self, rig: CameraRig) -> None:
         """Look through another rig from now on; the network is reloaded only if the number of cameras changes."""
@@ -109,81 +190,23 @@ class Pipeline:
         """Begin anew: the next frame set builds on none before it."""
         self._memory.forget()
 
-    def run(self, frame_set: FrameSet, motion: Motion | None = None) -> Perception:
-        """Perceive one frame set; frames may be encoded or arrays.
-
-        motion: how far ego moved from each exposure to the key time; None treats all as taken at the key time.
-        A network with a memory builds on the set before, if frames hold their ego poses and no more than
-        `occbev.inference.memory.MAX_GAP_S` lies between; a step back in time or a jump begins anew.
-        Raises:
-            ImageError: an image cannot be used. LookupError: `motion` lacks a camera. OutputError: not finite.
-        """
-        return self.begin(frame_set, motion)()
-
-    def begin(self, frame_set: FrameSet, motion: Motion | None = None) -> Callable[[], Perception]:
-        """Run the network on one frame set as `run` does; return what decodes its outputs, to be called once.
-
-        That may happen in another thread while the next set has begun, but must end before the one after is begun.
-        With two frame sets at once the network only has begun, and what is returned waits for it.
-        """
-        if not frame_set.cameras:
-            raise ValueError(f"frame set at {frame_set.stamp_ns} ns holds no image: {dict(frame_set.missing)}")
-        clock = [time.perf_counter_ns()]
-        decoded = self._preprocessor.decode_all(frame_set, self.rig, self._pool)
-        clock.append(time.perf_counter_ns())
-        prepared = self._preprocessor.prepare(decoded, self.rig, self._pool)
-        clock.append(time.perf_counter_ns())
-        moved = self._move_rig(prepared, frame_set, motion)
-        tables = self._tables.tables(moved, prepared.camera_valid)
-        pose = key_pose(frame_set, motion) if self._memory.active else None
-        past = self._memory.inputs(frame_set.stamp_ns, pose)
-        clock.append(time.perf_counter_ns())
-        images, valid = prepared.images[None], prepared.camera_valid[None]
-        wait = start(self.backend, {"images": images, "camera_valid": valid, **tables, **past})
-        has_run = self.backend.at_once == 1
-        if has_run:
-            clock.append(time.perf_counter_ns())
-
-        def finish() -> Perception:
-            outputs = wait()
-            if not has_run:
-                clock.append(time.perf_counter_ns())
-            return self._finish(outputs, prepared, frame_set, clock)
-
-        if self.backend.kept_outputs > 1 and not self._memory.active:
-            return finish
-        try:
-            perception = finish()
-        except OutputError:
-            self._memory.forget()  # what cannot be decoded is nothing to build on
-            raise
-        self._memory.keep(wait(), frame_set.stamp_ns, pose)
-        return lambda: perception
-
-    def _finish(self, outputs: Arrays, prepared: PreparedImages, frame_set: FrameSet, clock: list[int]) -> Perception:
-        """Decode what the network said of one frame set. clock: when each stage before began, and the last ended."""
-        begin_ns = time.perf_counter_ns()
-        boxes, occupancy = self._decode(outputs, prepared, frame_set.cameras)
-        stage_ns = [*np.diff(clock).tolist(), time.perf_counter_ns() - begin_ns]
-        timings = Timings(dict(zip(STAGES, stage_ns, strict=True)))
-        return Perception(frame_set.stamp_ns, boxes, occupancy, timings, dict(frame_set.missing))
-
     def warm_up(self) -> None:
         """Run on nothing, once for each run that keeps its outputs, so that no real frame pays for first times."""
-        shape = (len(self.rig), self.package.model.image.height, self.package.model.image.width, 3)
-        black = np.zeros(shape, np.uint8)
-        prepared = self._preprocessor.prepare(FrameSet(0, {}), self.rig)
-        images = np.stack([self._preprocessor.normalise(image) for image in black])
+        size = (self.package.model.image.height, self.package.model.image.width, 3)
+        black = self.preprocessor.normalise(np.zeros(size, np.uint8))
+        _, _, network_rig = self.preprocessor.prepare(FrameSet(0, {}), self.rig)
+        valid = np.ones(len(self.rig), np.float32)
         inputs = {
-            "images": images[None],
-            "camera_valid": np.ones((1, len(self.rig)), np.float32),
-            **self._tables.tables(prepared.rig, prepared.camera_valid),
+            "images": np.stack([black] * len(self.rig))[None],
+            "camera_valid": valid[None],
+            **self._tables.tables(network_rig, np.zeros_like(valid)),
             **Memory(self.package.model).inputs(0, None),
         }
+        job = FrameJob(0, frame_set=FrameSet(0, dict.fromkeys(self.rig.names)), inputs=inputs, network_rig=network_rig)
         runs = [start(self.backend, inputs) for _ in range(self.backend.kept_outputs)]
         with suppress(OutputError):  # if it is the network's fault, real frames will say so
             for wait in runs:
-                self._decode(wait(), prepared, self.rig.names)
+                self._decode_outputs(wait(), job)
 
     def close(self) -> None:
         """End the decoding threads."""
@@ -194,34 +217,50 @@ class Pipeline:
             return load_backend(self.package, cameras, self._wanted, self._settings)
         return self._wanted
 
-    def _move_rig(self, prepared: PreparedImages, frame_set: FrameSet, motion: Motion | None) -> CameraRig:
-        if motion is None:
-            return prepared.rig
-        absent = sorted(set(frame_set.cameras) - set(motion))
-        if absent:
-            raise LookupError(f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}")
-        return prepared.rig.moved(motion.get(name, np.eye(4)) for name in prepared.rig.names)
+    def _key_pose(self, job: FrameJob) -> NDArray[np.float64] | None:
+        assert job.frame_set is not None
+        return key_pose(job.frame_set, job.motion) if self._memory.active else None
 
-    def _decode(self, outputs: Arrays, prepared: PreparedImages, cameras: tuple[str, ...]) -> tuple[Boxes3D, Occupancy]:
-        """Decode what the network says; boxes that it does not predict are none, voxels are unobserved."""
-        model = self.package.model
+    def _remember(self, job: FrameJob) -> None:
+        """Keep the state that a job's outputs hold, once they are known to be finite."""
+        assert job.outputs is not None
+        try:
+            self.decode(job)
+        except OutputError:
+            self._memory.forget()  # what cannot be decoded is nothing to build on
+            raise
+        self._memory.keep(dict(job.outputs()), job.stamp_ns, self._key_pose(job))
+
+    def _decode_outputs(self, outputs: Arrays, job: FrameJob) -> tuple[Boxes3D, Occupancy]:
+        """Decode a graph's outputs; boxes that it does not predict are none, voxels are unobserved."""
+        assert job.frame_set is not None
+        model, cameras = self.package.model, job.frame_set.cameras
         boxes = boxes_of(outputs, model, self.decoding, cameras)
         if not predicts_voxels(outputs):
             if boxes is None:
-                absent = [name for name in OUTPUTS if name not in outputs]
+                absent = [name for name in GRAPH_OUTPUTS if name not in outputs]
                 raise OutputError(f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}")
             return boxes, unobserved(model.grid, cameras)
-        observed = self._find_observed(prepared.rig, prepared.camera_valid)
-        min_free = model.occupancy.min_free
-        occupancy = voxels_of(outputs, model, min_free, cameras, observed, self._pool)
+        occupancy = voxels_of(outputs, model, model.occupancy.min_free, cameras, self._find_observed(job), self._pool)
         return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
 
-    def _find_observed(self, rig: CameraRig, camera_valid: NDArray[np.float32]) -> NDArray[np.bool_]:
+    def _find_observed(self, job: FrameJob) -> NDArray[np.bool_]:
         """The voxels that some valid camera sees, kept for the last rig: projecting a grid takes longer than a network."""
+        assert job.network_rig is not None
         view = self._view  # the other thread may take another rig
-        if view is None or view.rig_hash != rig.hash:
-            view = self._view = _View(rig.hash, voxels_in_view(rig, self.package.model.grid))
-        return view.observed(camera_valid > 0)
+        if view is None or view.rig_hash != job.network_rig.hash:
+            view = self._view = _View(job.network_rig.hash, voxels_in_view(job.network_rig, self.package.model.grid))
+        return view.observed(job.inputs["camera_valid"][0] > 0)
+
+
+def _move_rig(rig: CameraRig, frame_set: FrameSet, motion: MotionToKey | None) -> CameraRig:
+    """Place each camera where it was at its exposure, seen from ego at the key time."""
+    if motion is None:
+        return rig
+    absent = sorted(set(frame_set.cameras) - set(motion))
+    if absent:
+        raise LookupError(f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}")
+    return rig.moved(motion.get(name, np.eye(4)) for name in rig.names)
 
 
 @dataclass
@@ -283,7 +322,7 @@ def boxes_of(
     return None
 
 
-def key_pose(frame_set: FrameSet, motion: Motion | None) -> NDArray[np.float64] | None:
+def key_pose(frame_set: FrameSet, motion: MotionToKey | None) -> NDArray[np.float64] | None:
     """Return ego2global (4, 4) at the key time from a frame's pose and its motion since; None if no pose is known.
 
     motion: as of `Pipeline.run`; None takes the first frame's pose for that at the key time.

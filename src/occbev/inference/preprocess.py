@@ -60,20 +60,6 @@ class Fit:
         return cls((scaled_width, config.height), ((scaled_width - config.width) // 2, 0))
 
 
-@dataclass(frozen=True)
-class PreparedImages:
-    """Network input of one frame set.
-
-    images: (N, 3, h, w) float32, normalised; zeros where a camera is missing.
-    camera_valid: (N,) float32, 1 where there is an image.
-    rig: the cameras that took these very images: network-size, rectified.
-    """
-
-    images: NDArray[np.float32]
-    camera_valid: NDArray[np.float32]
-    rig: CameraRig
-
-
 class Preprocessor:
     """Turns frame sets into network input; remembers the rectification map of each camera."""
 
@@ -130,9 +116,13 @@ class Preprocessor:
         mean = self.config.mean if self.config.channel_order == "rgb" else self.config.mean[::-1]
         return tuple(round(value) for value in mean)
 
-    def prepare(self, frame_set: FrameSet, rig: CameraRig, pool: Executor | None = None) -> PreparedImages:
+    def prepare(
+        self, frame_set: FrameSet, rig: CameraRig, pool: Executor | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], CameraRig]:
         """Make the network input of one frame set, in the order of `rig`, side by side in `pool` if there is one.
 
+        Returns: images (N, 3, h, w), normalised, zeros where a camera is missing; camera_valid (N,), 1 where there
+            is an image; the cameras that took these very images: network-size, rectified.
         Raises:
             ImageError: naming the camera whose image cannot be used.
         """
@@ -152,7 +142,7 @@ class Preprocessor:
             return fitted
 
         cameras = tuple((pool.map if pool else map)(place, range(len(rig))))
-        return PreparedImages(images, valid, CameraRig(cameras))
+        return images, valid, CameraRig(cameras)
 
     def normalise(self, pixels: NDArray[np.uint8], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Turn (h, w, 3) RGB into normalised (3, h, w), in the channel order of the model."""

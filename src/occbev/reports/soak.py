@@ -75,7 +75,7 @@ class Watch:
 def account(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], span_ns: tuple[int, int]) -> dict[str, Any]:
     """Compare the first window of a run with the last.
 
-    lines: the node's ledger. span_ns: when playing began and ended, on the steady clock.
+    lines: the node's frame log. span_ns: when playing began and ended, on the steady clock.
     Returns: `first` and `last` window, `growth` between them, `broken`: the limits that do not hold, in words.
     Raises:
         ValueError: the run was too short to say anything.

@@ -32,7 +32,7 @@ def frames_of(
     """Give every anchor image its outcome.
 
     anchors: stamps in the order they were sent; a looped bag sends each once for every pass.
-    sent: camera -> stamp -> steady ns of each sending. node: the node's ledger lines. anchor: its camera.
+    sent: camera -> stamp -> steady ns of each sending. node: the node's frame log. anchor: its camera.
     unrecorded: outcome of images without a line.
     Returns: one record per anchor: stamp_ns, outcome and, if processed, stages_ms with `total` from the sending
         of the set's last image to the publishing of the result, on one steady clock.
@@ -92,10 +92,10 @@ def _last_sent(entry: Mapping[str, Any], sent: Mapping[str, Mapping[int, Sequenc
     return max((t for t in times if t <= entry["published_ns"]), default=0)
 
 
-def summarise(frames: Frames, published: Mapping[str, int], stand_ins: int = 0) -> dict[str, Any]:
+def summarise(frames: Frames, published: Mapping[str, int], fallback_sets: int = 0) -> dict[str, Any]:
     """Summarise a replay; `frames_in` always equals `frames_processed` plus the sum of `drops`.
 
-    stand_ins: results whose key time came from another camera than the anchor.
+    fallback_sets: results whose key time came from another camera than the anchor.
     """
     outcomes = Counter(frame["outcome"] for frame in frames)
     done = [frame for frame in frames if frame["outcome"] == PROCESSED]
@@ -103,7 +103,7 @@ def summarise(frames: Frames, published: Mapping[str, int], stand_ins: int = 0) 
         "frames_in": len(frames),
         "frames_processed": len(done),
         "partial": sum(bool(frame["missing"]) for frame in done),
-        "stand_ins": stand_ins,
+        "fallback_sets": fallback_sets,
         "drops": {reason: count for reason, count in sorted(outcomes.items()) if reason != PROCESSED},
         "published": dict(published),
         "rate_hz": rate_of([frame["published_ns"] for frame in done]),

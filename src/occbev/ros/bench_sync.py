@@ -17,10 +17,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from occbev.benchmarks import Options, Report
-from occbev.streams.sync import FrameSynchronizer, MatchedSet, SyncConfig
+from occbev.frame_job import FrameJob
+from occbev.streams.sync import FrameSynchronizer, SyncConfig
 
-CAMERAS = tuple(f"camera_{index}" for index in range(6))
-ANCHOR = CAMERAS[1]
+CAMERA_NAMES = tuple(f"camera_{index}" for index in range(6))
+ANCHOR = CAMERA_NAMES[1]
 
 SPREAD_MS = (-7.0, 0.0, 7.0, 14.0, 21.0, 35.0)
 """When each camera fires against the anchor: as in nuScenes, over half of a rotation."""
@@ -108,7 +109,7 @@ def run(options: Options) -> Report:
     share = statistics.mean(_complete(matched(stream, tolerance_s=0.05)[0]) / SWEEPS for stream in jittered)
     worst = _unlucky()
     values = {
-        "mixed_sets": sum(_is_mixed({i.payload for i in s.images.values()}) for s in sets),
+        "mixed_sets": sum(_is_mixed(set(s.images.values())) for s in sets),
         "mixed_sets_approximate_time": sum(_search(stream, 0.1, False) for stream in lossy),
         "complete_share_jitter40": round(share, 4),
         "non_increasing": sum(_non_increasing(matched(stream, 0.1)[0]) for stream in lossy + jittered),
@@ -116,7 +117,7 @@ def run(options: Options) -> Report:
         "worst_ms": round(worst["ours"], 3),
         "us_by_stream": {name: {k: round(v, 2) for k, v in by.items()} for name, by in costs.items()},
         "unlucky_ms": {name: round(ms, 2) for name, ms in worst.items()},
-        "streams": f"{len(CAMERAS)} cameras at {RATE_HZ:g} Hz, {SWEEPS} rotations, {SEEDS} seeds; 5 % lost at a "
+        "streams": f"{len(CAMERA_NAMES)} cameras at {RATE_HZ:g} Hz, {SWEEPS} rotations, {SEEDS} seeds; 5 % lost at a "
         "tolerance of 100 ms, or 40 ms of arrival jitter",
     }
     ratios = {
@@ -137,7 +138,7 @@ def arrivals(seed: int, drop: float = 0.0, jitter_ms: float = 0.0, spread: bool 
     """Simulate a drive's images in the order in which they arrive."""
     rng, images = random.Random(seed), []
     for sweep in range(SWEEPS):
-        for camera, phase in zip(CAMERAS, SPREAD_MS, strict=True):
+        for camera, phase in zip(CAMERA_NAMES, SPREAD_MS, strict=True):
             stamp_ns = int(1e12 + sweep * 1e9 / RATE_HZ + (phase * 1e6 if spread else 0))
             late_ns = int((5.0 + rng.uniform(0.0, jitter_ms)) * 1e6)
             if rng.random() >= drop:
@@ -145,9 +146,9 @@ def arrivals(seed: int, drop: float = 0.0, jitter_ms: float = 0.0, spread: bool 
     return sorted(images, key=lambda image: image.arrival_ns)
 
 
-def matched(stream: Sequence[Arrival], tolerance_s: float) -> tuple[list[MatchedSet[int]], FrameSynchronizer[int]]:
+def matched(stream: Sequence[Arrival], tolerance_s: float) -> tuple[list[FrameJob], FrameSynchronizer]:
     """Run our synchroniser over a stream."""
-    sync: FrameSynchronizer[int] = FrameSynchronizer(CAMERAS, ANCHOR, SyncConfig(tolerance_s=tolerance_s))
+    sync: FrameSynchronizer = FrameSynchronizer(CAMERA_NAMES, ANCHOR, SyncConfig(tolerance_s=tolerance_s))
     sets = []
     for image in stream:
         sets += sync.push(image.camera, image.stamp_ns, image.sweep, image.arrival_ns)
@@ -156,7 +157,7 @@ def matched(stream: Sequence[Arrival], tolerance_s: float) -> tuple[list[Matched
 
 def _search(stream: Sequence[Arrival], slop_s: float, with_ros_time: bool) -> int:
     """Run the classic search over a stream; return its mixed sets."""
-    search = ApproximateTime(CAMERAS, slop_s, with_ros_time=with_ros_time)
+    search = ApproximateTime(CAMERA_NAMES, slop_s, with_ros_time=with_ros_time)
     sets = [search.push(image.camera, image.stamp_ns, image.sweep) for image in stream]
     return sum(_is_mixed(set(s.values())) for s in sets if s)
 
@@ -184,16 +185,16 @@ def _unlucky() -> dict[str, float]:
 
     Half of the cameras queued images early, half late: all within reach of the last one, none of each other.
     """
-    sync: FrameSynchronizer[int] = FrameSynchronizer(CAMERAS, ANCHOR, SyncConfig(tolerance_s=0.1, timeout_s=10.0))
+    sync: FrameSynchronizer = FrameSynchronizer(CAMERA_NAMES, ANCHOR, SyncConfig(tolerance_s=0.1, timeout_s=10.0))
     messages = []
     for step in range(UNLUCKY_QUEUE):
-        for index, camera in enumerate(c for c in CAMERAS if c != ANCHOR):
+        for index, camera in enumerate(c for c in CAMERA_NAMES if c != ANCHOR):
             offset_ms = (-95 if index % 2 else 75) + step
             messages.append((camera, int(1e12 + offset_ms * 1e6)))
     messages.append((ANCHOR, int(1e12)))
     worst = {"ours": max(_cpu_us(partial(sync.push, camera, stamp, 0, stamp)) for camera, stamp in messages) / 1e3}
     for name, with_ros_time in baselines().items():
-        search = ApproximateTime(CAMERAS, 0.1, with_ros_time=with_ros_time)
+        search = ApproximateTime(CAMERA_NAMES, 0.1, with_ros_time=with_ros_time)
         worst[name] = max(_cpu_us(partial(search.push, camera, stamp, 0)) for camera, stamp in messages) / 1e3
     return worst
 
@@ -202,9 +203,9 @@ def _is_mixed(sweeps: set[int]) -> bool:
     return len(sweeps) > 1
 
 
-def _complete(sets: Sequence[MatchedSet[int]]) -> int:
+def _complete(sets: Sequence[FrameJob]) -> int:
     return sum(not s.missing for s in sets)
 
 
-def _non_increasing(sets: Sequence[MatchedSet[int]]) -> int:
+def _non_increasing(sets: Sequence[FrameJob]) -> int:
     return sum(b.stamp_ns <= a.stamp_ns for a, b in itertools.pairwise(sets) if a.epoch == b.epoch)

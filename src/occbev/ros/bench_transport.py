@@ -26,7 +26,7 @@ from occbev.graph import PROFILE_VARIABLES, SENSOR
 from occbev.ros.perception_node import qos_profile
 from occbev.ros.transport import SETTLE_S, use_large_image_profile
 
-CAMERAS, WIDTH, HEIGHT = 6, 1600, 900
+CAMERA_COUNT, WIDTH, HEIGHT = 6, 1600, 900
 KINDS: Mapping[str, tuple[Any, float, int]] = {
     "raw": (Image, 6.0, WIDTH * HEIGHT * 3),
     "jpeg": (CompressedImage, 10.0, 218_000),
@@ -47,7 +47,7 @@ def run(options: Options) -> Report:
     for name, result in found.items():
         values[f"{name}_delivered"] = round(result["received"] / max(1, result["sent"]), 4)
         values[f"{name}_cpu_ms_per_image"] = round(result["cpu_ms"] / max(1, result["received"] - 1), 3)
-    values["images"] = f"{CAMERAS} cameras of {WIDTH}x{HEIGHT}: raw at 6 Hz, JPEG of 218 kB at 10 Hz"
+    values["images"] = f"{CAMERA_COUNT} cameras of {WIDTH}x{HEIGHT}: raw at 6 Hz, JPEG of 218 kB at 10 Hz"
     ratios = {}
     for kind in KINDS:
         ours, default = (values[f"{kind}{setting}_cpu_ms_per_image"] for setting in ("", "_default"))
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _send(kind: str, sets: int) -> dict[str, float]:
     message_class, rate, size = KINDS[kind]
     node = rclpy.create_node("bench_sender")
-    publishers = [node.create_publisher(message_class, f"/bench/camera_{i}", 10) for i in range(CAMERAS)]
+    publishers = [node.create_publisher(message_class, f"/bench/camera_{i}", 10) for i in range(CAMERA_COUNT)]
     message = _message(kind, size)
     deadline = time.monotonic() + DISCOVERY_S
     while any(p.get_subscription_count() == 0 for p in publishers):
@@ -108,7 +108,7 @@ def _send(kind: str, sets: int) -> dict[str, float]:
             publisher.publish(message)
     time.sleep(LINGER_S)
     node.destroy_node()
-    return {"sent": sets * CAMERAS}
+    return {"sent": sets * CAMERA_COUNT}
 
 
 def _receive(kind: str, sets: int) -> dict[str, float]:
@@ -125,11 +125,11 @@ def _receive(kind: str, sets: int) -> dict[str, float]:
         pixels += len(np.frombuffer(message.data, np.uint8))
         marks.append((time.monotonic(), time.process_time()))
 
-    for i in range(CAMERAS):
+    for i in range(CAMERA_COUNT):
         node.create_subscription(message_class, f"/bench/camera_{i}", take, qos_profile(SENSOR))
     quiet_s = DISCOVERY_S + sets / rate
     last = time.monotonic()
-    while len(marks) < sets * CAMERAS and time.monotonic() - last < (LINGER_S if marks else quiet_s):
+    while len(marks) < sets * CAMERA_COUNT and time.monotonic() - last < (LINGER_S if marks else quiet_s):
         executor.spin_once(timeout_sec=0.1)
         last = marks[-1][0] if marks else last
     executor.shutdown()

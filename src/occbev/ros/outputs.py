@@ -1,4 +1,4 @@
-"""Results to ROS messages: boxes, markers, voxels, the plane, diagnostics. The only writer of output messages."""
+"""Results to ROS messages: boxes, markers, voxels, the ground grid, diagnostics. The only writer of output messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from occbev.classes import (
     OCCUPIED_STATE,
     UNOBSERVED_STATE,
 )
-from occbev.graph import OUTPUTS, resolve
+from occbev.graph import OUTPUT_TOPICS, resolve
 from occbev.grid import VoxelGrid, volume_from_xyz
 from occbev.messages.bags import BagMessage
 from occbev.results import Boxes3D, Occupancy, Perception
@@ -51,7 +51,7 @@ POINT_STEP = 24
 """Bytes of a voxel; a multiple of eight, so that two fields are written at once."""
 
 GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
-"""Occupied voxels of these classes do not block the plane."""
+"""Occupied voxels of these classes do not block the ground grid."""
 
 MemoryOrder = Literal["C", "F"]
 
@@ -218,7 +218,7 @@ def cloud_message(data: array[int], header: Header) -> PointCloud2:
     return cloud
 
 
-def plane_from_occupancy(occupancy: Occupancy) -> NDArray[np.int8]:
+def ground_grid(occupancy: Occupancy) -> NDArray[np.int8]:
     """Project voxels onto the ground as (Y, X): 100 blocked, 0 free or ground, -1 not observed."""
     label, state = volume_from_xyz(occupancy.label), volume_from_xyz(occupancy.state)
     blocks = state == OCCUPIED_STATE
@@ -244,7 +244,7 @@ def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
     out.info.origin.position.x, out.info.origin.position.y = grid.lo[0], grid.lo[1]
     out.info.origin.orientation.w = 1.0
     data = array("b")
-    data.frombytes(plane_from_occupancy(occupancy).data.cast("B"))
+    data.frombytes(ground_grid(occupancy).data.cast("B"))
     out.data = data
     return out
 
@@ -264,7 +264,7 @@ class ResultWriter:
             self._detections.prepare(boxes)
 
     def makers(self, perception: Perception, parameters: PerceptionParameters) -> dict[str, Callable[[], Any]]:
-        """Return output (a key of graph.OUTPUTS) -> what makes its message."""
+        """Return output (a key of graph.OUTPUT_TOPICS) -> what makes its message."""
         header = header_at(perception.stamp_ns, parameters.base_frame)
         boxes, occupancy = perception.boxes, perception.occupancy
         strong = boxes[boxes.score >= parameters.detection.marker_threshold]
@@ -283,7 +283,7 @@ def encoder(parameters: PerceptionParameters) -> Callable[[Perception], Iterator
 
     def encode(perception: Perception) -> Iterator[BagMessage]:
         for key, make in writer.makers(perception, parameters).items():
-            topic = OUTPUTS[key]
+            topic = OUTPUT_TOPICS[key]
             yield BagMessage(resolve(topic.name), topic.type, perception.stamp_ns, bytes(serialize_message(make())))
 
     return encode

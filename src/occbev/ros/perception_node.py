@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from std_msgs.msg import Float32
 
 from occbev.allocator import keep_large_blocks
 from occbev.config import ConfigError
+from occbev.frame_job import FrameJob
 from occbev.graph import (
     CAMERA_INFO,
     COMPRESSED,
@@ -37,30 +38,26 @@ from occbev.graph import (
     LATENCIES,
     NODE_NAME,
     ODOMETRY,
-    OUTPUTS,
+    OUTPUT_TOPICS,
     SENSOR,
     Quality,
     Topic,
 )
+from occbev.inference.pipeline import Pipeline
 from occbev.messages.readers import MessageError
 from occbev.results import Perception
 from occbev.ros import outputs
 from occbev.ros.compat import publisher_events, require, subscription_events
-from occbev.ros.executor import SparingExecutor
+from occbev.ros.executor import make_executor
+from occbev.ros.parameters import declare_parameters, find_unknown, read_node_parameters
+from occbev.ros.rclpy_internals import CheckedParameterService, destroy_lifecycle_parts
 from occbev.ros.transport import use_large_image_profile
-from occbev.ros.worker import Rest, Worker
-from occbev.streams.frame_log import PROCESSED, Ledger
+from occbev.ros.worker import Worker
+from occbev.streams.frame_log import PROCESSED, FrameLog, describe_job
 from occbev.streams.health import health
-from occbev.streams.intake import Intake, Job, Work
-from occbev.streams.parameters import (
-    QOS_PREFIX,
-    PerceptionParameters,
-    current,
-    declare,
-    is_ours,
-    unknown_overrides,
-)
-from occbev.streams.runner import Finish, LoadedPipeline, PipelineLike, describe_uncompensated, perceive
+from occbev.streams.intake import Intake
+from occbev.streams.parameters import QOS_PREFIX, PerceptionParameters, is_ours
+from occbev.streams.runner import PerceptionLine, box_decoding, load_pipeline
 
 POLL_S = 0.02
 """How often timeouts of the synchroniser are looked at."""
@@ -72,44 +69,36 @@ KEPT_LATENCIES = 200
 """Results over which diagnostics give percentiles."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """When a set was begun, was decoded and was out (monotonic)."""
-
-    begin_ns: int
-    decoded_ns: int
-    published_ns: int
-
-
 class PerceptionNode(LifecycleNode):
     """Lifecycle: configure loads the model, activate subscribes, deactivate keeps the model."""
 
     def __init__(
         self,
-        make_pipeline: Callable[[PerceptionParameters], PipelineLike] = LoadedPipeline,
+        make_pipeline: Callable[[PerceptionParameters], Pipeline] = load_pipeline,
         **options: Any,
     ) -> None:
         """Declare parameters; nothing is loaded yet. `options` go to rclpy's Node."""
-        super().__init__(NODE_NAME, **options)
+        super().__init__(NODE_NAME, start_parameter_services=False, **options)
+        self._parameter_requests = CheckedParameterService(self)
         try:
-            self.parameters = declare(self)
+            self.parameters = declare_parameters(self)
         except ConfigError:
             self.destroy_node()
             raise
-        self.ledger = Ledger()
+        self.frame_log = FrameLog()
         # Complete from the start: the worker writes while diagnostics go through it.
         self.latencies: dict[str, deque[float]] = {what: deque(maxlen=KEPT_LATENCIES) for what in LATENCIES.values()}
         self._make_pipeline = make_pipeline
-        self._pipeline: PipelineLike | None = None
+        self._pipeline: Pipeline | None = None
         self._intake: Intake | None = None
-        self._worker: Worker[Job] | None = None
+        self._worker: Worker[FrameJob] | None = None
         self._inputs: list[Any] = []
         self._timers_running: list[Any] = []
         self._out: dict[str, Any] = {}
         self._debug: dict[str, Any] = {}
         self._diagnostics: Any = None
         self._writer = outputs.ResultWriter()
-        self._said: dict[str, float] = {}
+        self._warned: dict[str, float] = {}
         self._last_end_ns: int | None = None
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.add_on_set_parameters_callback(self._on_parameters)
@@ -118,14 +107,14 @@ class PerceptionNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model and create the publishers."""
         try:
-            self.parameters = current(self)
+            self.parameters = read_node_parameters(self)
             begin = time.monotonic()
             self._pipeline = self._make_pipeline(self.parameters)
             self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
         except (ValueError, LookupError, OSError, ImportError) as error:
             self.get_logger().error(f"cannot configure: {error}")
             return TransitionCallbackReturn.FAILURE
-        self.ledger.open(self.parameters.ledger_path)
+        self.frame_log.open(self.parameters.frame_log_path)
         self._advertise()
         self.get_logger().info(f"{self.parameters.model} is loaded after {time.monotonic() - begin:.1f} s")
         return super().on_configure(state)
@@ -137,12 +126,12 @@ class PerceptionNode(LifecycleNode):
             self.get_logger().error("cannot activate: the network still runs on the last set")
             return TransitionCallbackReturn.FAILURE
         try:
-            self._intake = Intake(self.parameters, self._pipeline.decode)
+            self._intake = Intake(self.parameters, self._pipeline.decode_frame)
         except (ValueError, OSError) as error:
             self.get_logger().error(f"cannot activate: {error}")
             return TransitionCallbackReturn.FAILURE
         self._last_end_ns = None
-        self._worker = Worker(self._process, self._on_worker_error, self.parameters.waiting_sets)
+        self._worker = self._make_worker(PerceptionLine(self._intake, self._pipeline, self._warn_about_job))
         self._subscribe(self._intake)
         self._timers_running = [
             self.create_timer(POLL_S, self._on_poll, clock=self._steady),
@@ -171,13 +160,12 @@ class PerceptionNode(LifecycleNode):
         """Stop the threads and account for what was still waiting; may be called twice."""
         self._stop()
         self._unload()
-        self.ledger.close()
+        self.frame_log.close()
 
     def destroy_node(self) -> None:
-        """Destroy the node, and the lifecycle parts that rclpy leaves to garbage collection, perhaps after its context."""
+        """Destroy the node with its lifecycle services."""
         super().destroy_node()
-        for name in [n for n in vars(self) if n.startswith(("_service_", "_state_machine"))]:
-            delattr(self, name)
+        destroy_lifecycle_parts(self)
 
     @property
     def is_overrun(self) -> bool:
@@ -194,11 +182,11 @@ class PerceptionNode(LifecycleNode):
         return self.trigger_configure() == TransitionCallbackReturn.SUCCESS
 
     def _advertise(self) -> None:
-        for key, topic in OUTPUTS.items():
+        for key, topic in OUTPUT_TOPICS.items():
             try:
                 self._out[key] = self._publisher(topic)
             except ImportError as error:
-                self._complain(key, f"{topic.name} is not published: {error}")
+                self._warn(key, f"{topic.name} is not published: {error}")
         self._diagnostics = self._publisher(DIAGNOSTICS)
         if self.parameters.debug_topics:
             for name, what in LATENCIES.items():
@@ -229,11 +217,22 @@ class PerceptionNode(LifecycleNode):
             try:
                 self._listen(topic, partial(self._on_transforms, static))
             except ImportError as error:
-                self._complain("tf", f"{topic.name} is not read: {error}")
+                self._warn("tf", f"{topic.name} is not read: {error}")
         # A step back by less than a second is left to the synchroniser, which drops what is late.
         step_back = Duration(seconds=-self.parameters.sync.reset_s)
         threshold = JumpThreshold(min_forward=None, min_backward=step_back, on_clock_change=False)
         self._jump = self.get_clock().create_jump_callback(threshold, post_callback=self._on_clock_jump)
+
+    def _make_worker(self, line: PerceptionLine) -> Worker[FrameJob]:
+        """Start the two threads; after a restart an old worker still ends its job on the line that it began it on."""
+        worker: Worker[FrameJob]
+        worker = Worker(
+            lambda job: self._begin(line, worker, job),
+            lambda job: self._end(line, worker, job),
+            self._on_worker_error,
+            self.parameters.max_waiting_sets,
+        )
+        return worker
 
     def _listen(self, topic: Topic, take: Callable[[Any], None]) -> None:
         events = subscription_events()(incompatible_qos=partial(self._on_incompatible, topic.name))
@@ -256,7 +255,7 @@ class PerceptionNode(LifecycleNode):
         if self._worker is not None and self._intake is not None:
             self._jump.unregister()
             for job in self._worker.stop() + self._intake.flush(time.monotonic_ns()):
-                self.ledger.record(job.stamp_ns, "stopped")
+                self.frame_log.record(job.stamp_ns, "stopped")
             self._account_for_drops()
             self._intake.close()
         self._intake = None
@@ -273,7 +272,7 @@ class PerceptionNode(LifecycleNode):
         self._out, self._debug, self._diagnostics = {}, {}, None
 
     def _report_unknown(self, prefix: str) -> None:
-        for name, near in unknown_overrides(self, prefix).items():
+        for name, near in find_unknown(self, prefix).items():
             hint = f"; did you mean {near}?" if near else ""
             self.get_logger().warning(f"parameter {name} is unknown and has no effect{hint}")
 
@@ -285,14 +284,14 @@ class PerceptionNode(LifecycleNode):
         if self._intake is not None:
             now_ns = time.monotonic_ns()
             for problem in self._intake.add_transforms(message, static, now_ns):
-                self._complain("transforms", problem)
+                self._warn("transforms", problem)
 
     def _on_odometry(self, message: Any) -> None:
         try:
             if self._intake is not None:
                 self._intake.add_odometry(message)
         except MessageError as error:
-            self._complain(
+            self._warn(
                 "odometry",
                 f"odometry on {self.parameters.ego_motion.odometry_topic} is not used: {error}",
             )
@@ -304,14 +303,14 @@ class PerceptionNode(LifecycleNode):
 
     def _on_incompatible(self, topic: str, event: Any) -> None:
         offered = ", ".join(_offers(self, topic)) or "unknown"
-        self._complain(
+        self._warn(
             f"qos {topic}",
             f"{topic}: a publisher's quality of service does not match ours; offered: {offered}",
         )
 
     def _on_incompatible_reader(self, topic: str, event: Any) -> None:
         wanted = ", ".join(_qualities(self.get_subscriptions_info_by_topic, self, topic))
-        self._complain(
+        self._warn(
             f"qos {topic}",
             f"{topic}: a subscriber's quality of service does not match ours and gets nothing; wanted: {wanted or 'unknown'}",
         )
@@ -321,50 +320,39 @@ class PerceptionNode(LifecycleNode):
             self._dispatch(self._intake.poll(time.monotonic_ns()))
             self._account_for_drops()
 
-    def _dispatch(self, jobs: Sequence[Job]) -> None:
+    def _dispatch(self, jobs: Sequence[FrameJob]) -> None:
         """Hand sets to the worker, oldest first; the newest stays."""
         for job in jobs:
             replaced = self._worker.put(job) if self._worker is not None else job
             if replaced is not None:
-                self.ledger.record(replaced.stamp_ns, "replaced_by_newer")
+                self.frame_log.record(replaced.stamp_ns, "replaced_by_newer")
 
     def _account_for_drops(self) -> None:
         if self._intake is not None:
             for stamp_ns, reason in self._intake.take_key_drops():
-                self.ledger.record(stamp_ns, reason)
+                self.frame_log.record(stamp_ns, reason)
 
-    def _process(self, job: Job) -> Rest | None:
-        """Worker's first thread: one set into the network."""
-        intake, pipeline, worker = self._intake, self._pipeline, self._worker
-        assert intake is not None
-        assert pipeline is not None
-        assert worker is not None
-        begin_ns = time.monotonic_ns()
-        work = intake.resolve(job)
-        for camera, reason in work.frame_set.missing.items():
-            self._complain(f"camera {camera}", partial(self._missing_text, camera, reason))
-        if work.motion_problem:
-            self._complain("motion", describe_uncompensated(work.motion_problem))
-        finish = perceive(pipeline, work, self.parameters.sync.min_cameras, self._complain)
-        if finish is not None:
-            return partial(self._finish, worker, job, work, finish, begin_ns)
+    def _begin(self, line: PerceptionLine, worker: Worker[FrameJob], job: FrameJob) -> bool:
+        """Worker's first thread: one set into the network; False with too few cameras."""
+        job.begun_ns = time.monotonic_ns()
+        if line.prepare(job):
+            line.infer(job)
+            return True
         if worker.claim(job):
-            self._complain(
-                "too few",
-                f"nothing is published: fewer than {self.parameters.sync.min_cameras} usable cameras",
-            )
-            self.ledger.record(job.stamp_ns, "too_few_cameras")
-        return None
+            fewest = self.parameters.sync.min_cameras
+            self._warn("too few", f"nothing is published: fewer than {fewest} usable cameras")
+            self.frame_log.record(job.stamp_ns, "too_few_cameras")
+        return False
 
-    def _finish(self, worker: Worker[Job], job: Job, work: Work, finish: Finish, begin_ns: int) -> None:
-        """Worker's second thread: take what the network said, decode, publish and book it."""
-        perception = finish()
+    def _end(self, line: PerceptionLine, worker: Worker[FrameJob], job: FrameJob) -> None:
+        """Worker's second thread: decode the network's outputs, publish and log them."""
+        perception = line.decode(job)
         if not worker.claim(job):
             return
-        decoded_ns = time.monotonic_ns()
+        job.decoded_ns = time.monotonic_ns()
         published = self._publish(perception)
-        moments = Moments(begin_ns, decoded_ns, time.monotonic_ns())
-        self._enter(job, work, perception, moments, published)
+        job.published_ns = time.monotonic_ns()
+        self._log_processed(job, published)
 
     def _publish(self, perception: Perception) -> list[str]:
         """Publish what someone listens to; return which outputs those were."""
@@ -374,48 +362,23 @@ class PerceptionNode(LifecycleNode):
             self._out[key].publish(makers[key]())
         return wanted
 
-    def _enter(
-        self,
-        job: Job,
-        work: Work,
-        perception: Perception,
-        moments: Moments,
-        published: list[str],
-    ) -> None:
-        """Book a processed set: images, missing cameras, the latency of every stage."""
-        end_ns = moments.published_ns
-        stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
-        # What the stages do not account for is waiting, in the mailbox or for the set before.
-        stages["queue"] = (moments.decoded_ns - job.emitted_ns) / 1e6 - sum(stages.values())
-        stages["decode"] = stages.get("decode", 0.0) + work.decode_ns / 1e6
-        stages["sync"] = (job.emitted_ns - job.arrival_ns) / 1e6
-        stages["publish"] = (end_ns - moments.decoded_ns) / 1e6
-        stages["total"] = (end_ns - job.arrival_ns) / 1e6
-        rhythm = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}
+    def _log_processed(self, job: FrameJob, published: list[str]) -> None:
+        """Log a processed set: images, missing cameras, the latency of every stage."""
+        stages_ms = latencies_of(job)
+        rhythm_ms = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}
         if self._last_end_ns is not None:
-            rhythm["cyclic_time"] = (end_ns - self._last_end_ns) / 1e6
-        self._last_end_ns = end_ns
-        for name, value in {**stages, **rhythm}.items():
+            rhythm_ms["cyclic_time"] = (job.published_ns - self._last_end_ns) / 1e6
+        self._last_end_ns = job.published_ns
+        for name, value in {**stages_ms, **rhythm_ms}.items():
             self.latencies[name].append(value)
             if name in self._debug:
                 self._debug[name].publish(Float32(data=value))
-        self.ledger.record(
-            job.stamp_ns,
-            PROCESSED,
-            images={name: image.stamp_ns for name, image in job.images.items()},
-            cameras=list(perception.boxes.cameras),
-            missing=dict(perception.missing),
-            motion=work.motion is not None,
-            boxes=len(perception.boxes),
-            published=published,
-            stages_ms={n: round(v, 3) for n, v in stages.items()},
-            begin_ns=moments.begin_ns,
-            published_ns=end_ns,
-        )
+        details = describe_job(job, {name: round(ms, 3) for name, ms in stages_ms.items()})
+        self.frame_log.record(job.stamp_ns, PROCESSED, **details, published=published, begin_ns=job.begun_ns)
 
-    def _on_worker_error(self, job: Job, error: Exception) -> None:
-        self.ledger.record(job.stamp_ns, "pipeline_error")
-        self._complain("pipeline", f"the set at {job.stamp_ns} ns failed: {type(error).__name__}: {error}")
+    def _on_worker_error(self, job: FrameJob, error: Exception) -> None:
+        self.frame_log.record(job.stamp_ns, "pipeline_error")
+        self._warn("pipeline", f"the set at {job.stamp_ns} ns failed: {type(error).__name__}: {error}")
 
     def _on_second(self) -> None:
         """Publish diagnostics and name cameras that never came."""
@@ -423,15 +386,18 @@ class PerceptionNode(LifecycleNode):
             return
         now_ns = time.monotonic_ns()
         about = self._pipeline.about() if self._pipeline is not None else {}
-        statuses = health(self._intake, self.ledger, self.latencies, about, now_ns)
+        statuses = health(self._intake, self.frame_log, self.latencies, about, now_ns)
         silent = [camera for camera, watch in self._intake.watch.items() if not watch.arrivals]
         if silent:
             texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
-            self._complain("silent cameras", "; ".join(texts))
+            self._warn("silent cameras", "; ".join(texts))
         self._diagnostics.publish(outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds))
 
-    def _missing_text(self, camera: str, reason: str) -> str:
-        return f"camera {camera} is missing: {reason}{self._offer_hint(camera)}"
+    def _warn_about_job(self, about: str, text: str) -> None:
+        """Warn of a job; a missing camera's text also says what its publishers offer."""
+        camera = about.removeprefix("camera ")
+        is_camera = camera in self.parameters.cameras
+        self._warn(about, (lambda: text + self._offer_hint(camera)) if is_camera else text)
 
     def _offer_hint(self, camera: str) -> str:
         """Say how many publishers each image topic of a camera has, and what quality of service they offer."""
@@ -447,21 +413,33 @@ class PerceptionNode(LifecycleNode):
         if not any(is_ours(parameter.name) for parameter in changed):
             return SetParametersResult(successful=True)
         try:
-            self.parameters = current(self, changed)
+            self.parameters = read_node_parameters(self, changed)
         except ConfigError as error:
             return SetParametersResult(successful=False, reason=str(error))
         if self._intake is not None:
             self._intake.retune(self.parameters)
         if self._pipeline is not None:
-            self._pipeline.retune(self.parameters)
+            self._pipeline.decoding = box_decoding(self.parameters)
         return SetParametersResult(successful=True)
 
-    def _complain(self, about: str, text: str | Callable[[], str]) -> None:
+    def _warn(self, about: str, text: str | Callable[[], str]) -> None:
         """Log a warning, the same one at most every few seconds; a text that is dear is made only then."""
         now = time.monotonic()
-        if now - self._said.get(about, -REPEAT_S) >= REPEAT_S:
-            self._said[about] = now
+        if now - self._warned.get(about, -REPEAT_S) >= REPEAT_S:
+            self._warned[about] = now
             self.get_logger().warning(text() if callable(text) else text)
+
+
+def latencies_of(job: FrameJob) -> dict[str, float]:
+    """Return stage -> milliseconds of a published job, from the anchor's arrival on; see `occbev.graph.LATENCY_STAGES`."""
+    stages = job.stages_ms
+    # What the stages do not account for is waiting, in the mailbox or for the set before.
+    stages["queue"] = (job.decoded_ns - job.emitted_ns) / 1e6 - sum(stages.values())
+    stages["decode"] = stages.get("decode", 0.0) + job.decode_ns / 1e6
+    stages["sync"] = (job.emitted_ns - job.arrival_ns) / 1e6
+    stages["publish"] = (job.published_ns - job.decoded_ns) / 1e6
+    stages["total"] = (job.published_ns - job.arrival_ns) / 1e6
+    return stages
 
 
 def message_class(name: str) -> Any:
@@ -528,7 +506,7 @@ def _run(settings: str) -> int:
     try:
         if node.parameters.build_only:
             return 0 if node.build() or not rclpy.ok() else 1
-        executor = SparingExecutor()
+        executor = make_executor(node.parameters.executor)
         executor.add_node(node)
         # A signal during the transitions makes them fail, but it is no failure.
         if node.parameters.autostart and not node.start() and rclpy.ok():

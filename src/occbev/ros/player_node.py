@@ -18,7 +18,7 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 
-from occbev.graph import CLOCK, OUTPUTS, TF_STATIC, Quality, resolve
+from occbev.graph import CLOCK, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
 from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter
 from occbev.messages.readers import header_stamp
 from occbev.ros.executor import SparingExecutor
@@ -35,7 +35,7 @@ PLAYED = Quality("reliable", depth=20)
 
 
 @dataclass
-class PlayerLedger:
+class PlayerLog:
     """What left and what came back, on the steady clock.
 
     sent: camera -> image stamp -> when it was published, once for each pass. anchors: stamps of the anchor's
@@ -94,7 +94,7 @@ def plan(bag: BagReader, parameters: PerceptionParameters, namespace: str = "") 
 
 def _publishable(bag: BagReader, namespace: str) -> tuple[dict[str, str], dict[str, str]]:
     """Split a bag's topics into those that can be played, and topic -> why not."""
-    outputs = {resolve(topic.name, namespace) for topic in OUTPUTS.values()}
+    outputs = {resolve(topic.name, namespace) for topic in OUTPUT_TOPICS.values()}
     topics, skipped = {}, {}
     for topic, kind in bag.topics.items():
         if topic == CLOCK.name or topic in outputs:
@@ -110,7 +110,7 @@ def _publishable(bag: BagReader, namespace: str) -> tuple[dict[str, str], dict[s
 
 
 class PlayerNode(Node):
-    """Publishes a planned bag, subscribes to the perception node's outputs, keeps the ledger."""
+    """Publishes a planned bag, subscribes to the perception node's outputs, logs what left and came back."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class PlayerNode(Node):
     ) -> None:
         """Create publishers and subscriptions; nothing is played yet."""
         super().__init__("bag_player", **options)
-        self.ledger = PlayerLedger(sent={name: {} for name in parameters.names})
+        self.log = PlayerLog(sent={name: {} for name in parameters.names})
         self._bag, self._plan, self._rate, self._writer = bag, planned, rate, writer
         self._anchor = parameters.anchor_camera
         self._now_ns = bag.span_ns[0]
@@ -133,7 +133,7 @@ class PlayerNode(Node):
         self._publishers_of = {topic: self._publisher(topic, kind) for topic, kind in planned.topics.items()}
         self._clock_publisher = self.create_publisher(Clock, CLOCK.name, 10)
         self._outputs = {
-            resolve(topic.name, namespace): topic.type for topic in OUTPUTS.values() if _importable(topic.type)
+            resolve(topic.name, namespace): topic.type for topic in OUTPUT_TOPICS.values() if _importable(topic.type)
         }
         for topic, kind in self._outputs.items():
             self._record(topic, kind)
@@ -204,7 +204,7 @@ class PlayerNode(Node):
     def _wait_until(self, start_ns: int, first_ns: int, log_ns: int) -> bool:
         """Sleep until a message is due, keeping /clock going in gaps; False when stopped."""
         due_ns = start_ns + int((log_ns - first_ns) / self._rate)
-        self.ledger.lag_ns = max(self.ledger.lag_ns, time.monotonic_ns() - due_ns)
+        self.log.lag_ns = max(self.log.lag_ns, time.monotonic_ns() - due_ns)
         while (left_ns := due_ns - time.monotonic_ns()) > 0:
             if self._stopping.wait(min(left_ns, CLOCK_STEP_NS) / 1e9):
                 return False
@@ -219,17 +219,17 @@ class PlayerNode(Node):
         if camera is not None:
             stamp_ns = header_stamp(message.data)
             if camera == self._anchor:
-                self.ledger.anchors.append(stamp_ns)
-            self.ledger.sent[camera].setdefault(stamp_ns, []).append(time.monotonic_ns())
+                self.log.anchors.append(stamp_ns)
+            self.log.sent[camera].setdefault(stamp_ns, []).append(time.monotonic_ns())
         self._publishers_of[message.topic].publish(message.data)
-        self.ledger.published[message.topic] = self.ledger.published.get(message.topic, 0) + 1
+        self.log.published[message.topic] = self.log.published.get(message.topic, 0) + 1
 
     def _publisher(self, topic: str, kind: str) -> Any:
         quality = TF_STATIC if topic == "/tf_static" else PLAYED
         return self.create_publisher(message_class(kind), topic, qos_profile(quality))
 
     def _record(self, topic: str, kind: str) -> None:
-        received = self.ledger.received.setdefault(topic, [])
+        received = self.log.received.setdefault(topic, [])
         kept = Quality("reliable", depth=50)
 
         def take(data: bytes) -> None:

@@ -8,37 +8,33 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-Rest = Callable[[], None]
-"""What is left to do of a job when the next one may begin."""
-
-
 class Worker(Generic[T]):
-    """Runs `handle(job)` in its own thread, and what it returns, if anything, in a second one.
+    """Runs `begin(job)` in its own thread and, where that returns true, `end(job)` in a second one.
 
-    Rests run one at a time and in order; the one of a job ends before the next job but one begins.
+    Jobs end one at a time and in order; a job has ended before the next but one begins.
     What either raises goes to `on_error`. Either calls `claim` before anyone else learns of the job's result: a job
     that outlasts `stop` is given up there.
     """
 
     def __init__(
         self,
-        handle: Callable[[T], Rest | None],
+        begin: Callable[[T], bool],
+        end: Callable[[T], None],
         on_error: Callable[[T, Exception], None],
         slots: int = 1,
     ) -> None:
-        self._handle, self._on_error, self._slots = handle, on_error, slots
+        self._begin, self._end, self._on_error, self._slots = begin, end, on_error, slots
         self._changed = threading.Condition()
         self._jobs: deque[T] = deque()
         self._unclaimed: list[T] = []
         self._given_up: list[T] = []
         self._stopping = self._all_begun = False
-        self._rest: tuple[T, Rest] | None = None
+        self._begun: list[T] = []
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for target, name in ((self._begin_jobs, "perception"), (self._end_jobs, "results"))
@@ -62,7 +58,7 @@ class Worker(Generic[T]):
             return replaced
 
     def claim(self, job: T) -> bool:
-        """Whether a job may still have results, asked by `handle` or its rest; from now on `stop` waits for it."""
+        """Whether a job may still have results, asked by `begin` or `end`; from now on `stop` waits for it."""
         with self._changed:
             if any(job is other for other in self._given_up):
                 return False
@@ -93,34 +89,37 @@ class Worker(Generic[T]):
                     return
                 job = self._jobs.popleft()
                 self._unclaimed.append(job)
-            rest = self._attempt(job, partial(self._handle, job))
+            has_begun = self._attempt(self._begin, job)
             with self._changed:
-                self._changed.wait_for(lambda: self._rest is None)
-                if rest is None:
-                    self._forget(job)
-                else:
-                    self._rest = (job, rest)
+                self._changed.wait_for(lambda: not self._begun)
+                if has_begun:
+                    self._begun.append(job)
                     self._changed.notify_all()
+                else:
+                    self._forget(job)
+            del job  # the next one may be long in coming, and this one holds images
 
     def _end_jobs(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._rest is not None or self._all_begun)
-                if self._rest is None:
+                self._changed.wait_for(lambda: bool(self._begun) or self._all_begun)
+                if not self._begun:
                     return
-                job, rest = self._rest
-            self._attempt(job, rest)
+                job = self._begun[0]
+            self._attempt(self._end, job)
             with self._changed:
-                self._rest = None
+                self._begun.clear()
                 self._forget(job)
+            del job
 
-    def _attempt(self, job: T, work: Callable[[], Rest | None]) -> Rest | None:
+    def _attempt(self, step: Callable[[T], bool | None], job: T) -> bool:
+        """Do one step of a job; return what it returned, False where it raised."""
         try:
-            return work()
+            return bool(step(job))
         except Exception as error:  # the threads must outlive any one job
             if self.claim(job):
                 self._on_error(job, error)
-            return None
+            return False
 
     def _forget(self, job: T) -> None:
         """Wait for a job no longer; called with the lock."""

@@ -20,7 +20,7 @@ from occbev.streams.parameters import PerceptionParameters
 class Calibrated:
     """The rig as far as it is known.
 
-    rig: one camera per name in the parameters' order; those in `problems` are placeholders that must be masked.
+    rig: one camera per name in the parameters' order; those in `problems` are fallback cameras that must be masked.
     problems: camera -> what is missing and what would help.
     """
 
@@ -62,7 +62,7 @@ class Calibration:
                 cameras.append(self._camera(name))
             except (MessageError, RigError, TransformException) as error:
                 problems[name] = str(error)
-                cameras.append(placeholder(name))
+                cameras.append(fallback_camera(name))
         if self._last is None or self._last.problems != problems or not _same(self._last.rig.cameras, cameras):
             self._last = Calibrated(CameraRig(tuple(cameras)), problems)
         return self._last
@@ -114,8 +114,8 @@ class Calibration:
         return CameraRig.load(Path(path)).ordered(self._parameters.names)
 
 
-def placeholder(name: str) -> Camera:
-    """Make a camera that stands where calibration is missing, so that the network keeps its inputs."""
+def fallback_camera(name: str) -> Camera:
+    """Make a camera for a slot without calibration, so that the network keeps its number of inputs; it must be masked."""
     cam2ego = make_transform(rotation_from_rpy(-np.pi / 2, 0.0, -np.pi / 2), (0.0, 0.0, 1.5))
     intrinsic = np.array([[560.0, 0, 352], [0, 560, 198], [0, 0, 1]])
     return Camera(name, 704, 396, intrinsic, cam2ego)

@@ -20,7 +20,7 @@ REACH_NS = 1_000_000_000
 """Poses that end this long before a stamp have stopped: what comes next will not reach it in time."""
 
 
-class EgoMotion:
+class EgoPoses:
     """Buffers ego poses and answers with those at given stamps; safe to use from several threads."""
 
     def __init__(self, parameters: EgoMotionParameters, buffer: Buffer, base_frame: str, reset_s: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""The book of every key time: processed, or dropped and why. What goes in must come out."""
+"""The frame log: one record for every key time, processed or dropped and why."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from occbev.frame_job import FrameJob
 
 PROCESSED = "processed"
 
 
-class Ledger:
+class FrameLog:
     """Counts outcomes and, if it has a file, writes one JSON line for each; safe to use from several threads."""
 
     def __init__(self, path: str | Path = "") -> None:
@@ -54,8 +57,22 @@ class Ledger:
                 self._file = None
 
 
-class LedgerReader:
-    """Follows a ledger file that a node writes."""
+def describe_job(job: FrameJob, stages_ms: Mapping[str, float]) -> dict[str, Any]:
+    """Return the details of a processed job: its images, missing cameras, boxes and latencies."""
+    assert job.perception is not None
+    return {
+        "images": dict(job.stamps_ns),
+        "cameras": list(job.perception.boxes.cameras),
+        "missing": dict(job.perception.missing),
+        "motion": job.motion is not None,
+        "boxes": len(job.perception.boxes),
+        "stages_ms": dict(stages_ms),
+        "published_ns": job.published_ns,
+    }
+
+
+class FrameLogReader:
+    """Follows a frame log that a node writes."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, 0
@@ -73,5 +90,5 @@ class LedgerReader:
 
 
 def read_frame_log(path: Path) -> list[dict[str, Any]]:
-    """Read a whole ledger file, none where there is no file."""
-    return LedgerReader(path).new()
+    """Read a whole frame log, nothing where there is no file."""
+    return FrameLogReader(path).new()

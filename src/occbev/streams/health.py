@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from occbev.streams.frame_log import PROCESSED, Ledger
+from occbev.streams.frame_log import PROCESSED, FrameLog
 from occbev.streams.intake import Intake, Watch
 
 OK, WARN, ERROR = 0, 1, 2
@@ -33,7 +33,7 @@ class Status:
 
 def health(
     intake: Intake,
-    ledger: Ledger,
+    frame_log: FrameLog,
     latencies: Mapping[str, Iterable[float]],
     about: Mapping[str, str],
     now_ns: int,
@@ -42,7 +42,7 @@ def health(
     cameras = [_camera(intake, name, watch, now_ns) for name, watch in intake.watch.items()]
     model = Status("occbev: model", OK, about.get("model", ""), about)
     return [
-        _whole(intake, ledger, cameras),
+        _whole(intake, frame_log, cameras),
         *cameras,
         _transforms(intake, now_ns),
         _ego(intake),
@@ -51,19 +51,19 @@ def health(
     ]
 
 
-def _whole(intake: Intake, ledger: Ledger, cameras: list[Status]) -> Status:
+def _whole(intake: Intake, frame_log: FrameLog, cameras: list[Status]) -> Status:
     sync = intake.sync.statistics
     good = sum(camera.level == OK for camera in cameras)
     fewest = intake.parameters.sync.min_cameras
     level = OK if good == len(cameras) else WARN if good >= fewest else ERROR
     values = {
-        "processed": ledger.outcomes[PROCESSED],
+        "processed": frame_log.outcomes[PROCESSED],
         "complete_sets": sync.complete,
         "partial_sets": sync.partial,
         "key_times": sync.keys,
         "waiting": intake.sync.pending,
         "epoch": intake.sync.epoch,
-        **{f"dropped.{reason}": count for reason, count in ledger.drops.items()},
+        **{f"dropped.{reason}": count for reason, count in frame_log.drops.items()},
         **{f"resets.{reason}": count for reason, count in sync.resets.items()},
     }
     return Status("occbev: perception", level, f"{good} of {len(cameras)} cameras are good", values)

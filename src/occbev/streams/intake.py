@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.frame_job import FrameJob
 from occbev.inference.pipeline import motion_to_key
 from occbev.inference.preprocess import ImageError
 from occbev.messages.readers import (
@@ -28,11 +29,11 @@ from occbev.messages.readers import (
 )
 from occbev.messages.tf import Buffer, InvalidArgumentException
 from occbev.results import CameraFrame, FrameSet
-from occbev.rig import Camera, CameraRig
+from occbev.rig import Camera
 from occbev.streams.calibration import Calibration
-from occbev.streams.ego_motion import EgoMotion
+from occbev.streams.ego_motion import EgoPoses
 from occbev.streams.parameters import PerceptionParameters
-from occbev.streams.sync import FrameSynchronizer, MatchedSet
+from occbev.streams.sync import FrameSynchronizer
 from occbev.trajectory import PoseError
 
 Decode = Callable[[CameraFrame, Camera], CameraFrame]
@@ -41,38 +42,14 @@ Decode = Callable[[CameraFrame, Camera], CameraFrame]
 WAITING_DECODES = 8
 """Images per camera that may wait for a decoding thread; more would only grow old."""
 
+DECODE_TIMEOUT_S = 5.0
+"""How long a set waits for an image that is being decoded."""
+
 SPARSE = 8
 """Rows and columns between the pixels that the checks for frozen and black images look at."""
 
 RECENT = 30
 """Arrivals of a camera over which its rate is taken."""
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """An image that is ready, and how long that took."""
-
-    frame: CameraFrame
-    decode_ns: int
-
-
-Job = MatchedSet["Future[DecodedImage]"]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Input of the pipeline. motion: camera -> ego at its exposure to ego at the key time, None if unknown.
-
-    decode_ns: of the slowest image. motion_problem: why there is no motion, "" if there is or it is switched off.
-    fresh: the first set since the start, a clock jump or a looped bag: what was before it must be forgotten.
-    """
-
-    frame_set: FrameSet
-    rig: CameraRig
-    motion: dict[str, NDArray[np.float64]] | None
-    decode_ns: int
-    motion_problem: str = ""
-    fresh: bool = False
 
 
 @dataclass
@@ -120,26 +97,24 @@ class TransformWatch:
 
 
 class Intake:
-    """Takes messages, gives jobs; `resolve` turns a job into the pipeline's input and may run in another thread."""
+    """Takes messages and returns jobs; `gather` adds images, calibration and ego motion, also in another thread."""
 
     def __init__(self, parameters: PerceptionParameters, decode: Decode) -> None:
         self.parameters = parameters
         self.buffer = Buffer()
         self.calibration = Calibration(parameters, self.buffer)
-        self.ego = EgoMotion(parameters.ego_motion, self.buffer, parameters.base_frame, parameters.sync.reset_s)
-        self.sync: FrameSynchronizer[Future[DecodedImage]] = FrameSynchronizer(
-            parameters.names, parameters.anchor_camera, parameters.sync
-        )
+        self.ego = EgoPoses(parameters.ego_motion, self.buffer, parameters.base_frame, parameters.sync.reset_s)
+        self.sync = FrameSynchronizer(parameters.names, parameters.anchor_camera, parameters.sync)
         self.watch = {name: Watch() for name in parameters.names}
         self.transforms = TransformWatch()
         self.motion_problem = ""
-        self._resolved_epoch: int | None = None
+        self._gathered_epoch: int | None = None
         self._decode = decode
         self._pool = ThreadPoolExecutor(parameters.decode_threads, "decode")
         self._waiting: Counter[str] = Counter()
         self._lock = threading.RLock()
 
-    def add_image(self, camera: str, message: Any, compressed: bool, now_ns: int) -> list[Job]:
+    def add_image(self, camera: str, message: Any, compressed: bool, now_ns: int) -> list[FrameJob]:
         """Take an Image or CompressedImage and start to decode it; return the sets that it completes."""
         stamp_ns = stamp_to_ns(message.header.stamp)
         with self._lock:
@@ -183,12 +158,12 @@ class Intake:
         self.transforms.note(static, now_ns, problems)
         return problems
 
-    def poll(self, now_ns: int) -> list[Job]:
+    def poll(self, now_ns: int) -> list[FrameJob]:
         """Return the sets whose time is up."""
         with self._lock:
             return self.sync.poll(now_ns)
 
-    def flush(self, now_ns: int) -> list[Job]:
+    def flush(self, now_ns: int) -> list[FrameJob]:
         """Return what waits, at the end of a recording."""
         with self._lock:
             return self.sync.flush(now_ns)
@@ -198,7 +173,7 @@ class Intake:
         with self._lock:
             return self.sync.take_key_drops()
 
-    def clock_jumped(self, now_ns: int) -> list[Job]:
+    def clock_jumped(self, now_ns: int) -> list[FrameJob]:
         """Start again after a backward jump of ROS time; static transforms and learned offsets stay."""
         with self._lock:
             self.buffer.clear()
@@ -210,33 +185,26 @@ class Intake:
         with self._lock:
             return self.calibration.now()
 
-    def resolve(self, job: Job) -> Work:
-        """Wait for the images of a set and put calibration and ego motion beside them.
+    def gather(self, job: FrameJob) -> None:
+        """Wait for the images of a job and add calibration and ego motion.
 
-        Cameras that cannot be used are left out, with the reason in `frame_set.missing`.
+        Cameras that cannot be used become `missing`, with the reason.
         """
         calibrated = self.calibrated()
         frames: dict[str, CameraFrame | None] = dict.fromkeys(self.parameters.names)
-        missing, slowest = dict(job.missing), 0
-        for name, image in job.images.items():
-            try:
-                decoded = image.payload.result(timeout=5.0)
-            except (ImageError, MessageError) as error:
-                missing[name] = str(error)
-                continue
-            except Exception as error:  # whatever else a decoder fails of costs its camera, not the set
-                missing[name] = f"camera {name}: its image was not decoded: {type(error).__name__}: {error}"
-                continue
-            if name in calibrated.problems:
-                missing[name] = calibrated.problems[name]
-                continue
-            frames[name], slowest = decoded.frame, max(slowest, decoded.decode_ns)
-        frame_set = FrameSet(job.stamp_ns, frames, missing)
-        self._note_problems(job, missing)
-        work = self._with_motion(frame_set, calibrated.rig, slowest)
-        self.motion_problem = work.motion_problem
-        fresh, self._resolved_epoch = job.epoch != self._resolved_epoch, job.epoch
-        return replace(work, fresh=fresh)
+        missing = dict(job.missing)
+        for name, future in job.images.items():
+            problem = describe_failure(name, future) or calibrated.problems.get(name)
+            if problem:
+                missing[name] = problem
+            else:
+                frames[name] = future.result()
+        job.rig, job.missing = calibrated.rig, missing
+        job.decode_ns = max((frame.decode_ns for frame in frames.values() if frame is not None), default=0)
+        job.fresh, self._gathered_epoch = job.epoch != self._gathered_epoch, job.epoch
+        self._note_problems(missing)
+        self._add_motion(job, FrameSet(job.stamp_ns, frames, missing))
+        self.motion_problem = job.motion_problem
 
     def retune(self, parameters: PerceptionParameters) -> None:
         """Take parameters of which only those have changed that may while the node runs."""
@@ -248,9 +216,9 @@ class Intake:
         """End the decoding threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, camera: str, message: Any, compressed: bool, stamp_ns: int) -> Future[DecodedImage]:
+    def _start(self, camera: str, message: Any, compressed: bool, stamp_ns: int) -> Future[CameraFrame]:
         """Check a message and give it to a decoding thread; a bad one becomes a future that already failed."""
-        future: Future[DecodedImage]
+        future: Future[CameraFrame]
         try:
             limit = self.parameters.max_image_pixels
             image = compressed_from_message(message, limit) if compressed else image_from_message(message, limit)
@@ -279,7 +247,7 @@ class Intake:
         with self._lock:
             self._waiting[camera] -= 1
 
-    def _decode_image(self, frame: CameraFrame, camera: Camera | None) -> DecodedImage:
+    def _decode_image(self, frame: CameraFrame, camera: Camera | None) -> CameraFrame:
         """Decode in a thread; without calibration the bytes stay, since the useful size is not known yet."""
         begin = time.perf_counter_ns()
         try:
@@ -288,7 +256,7 @@ class Intake:
         except Exception:
             self.watch[frame.camera].refused["bad_image"] += 1
             raise
-        return DecodedImage(frame, time.perf_counter_ns() - begin)
+        return replace(frame, decode_ns=time.perf_counter_ns() - begin)
 
     def _refuse_black(self, frame: CameraFrame) -> None:
         limit, image = self.parameters.black_below, frame.image
@@ -297,26 +265,45 @@ class Intake:
             if brightest < limit:
                 raise ImageError(frame.camera, f"it is black: its brightest value is {brightest}")
 
-    def _with_motion(self, frame_set: FrameSet, rig: CameraRig, decode_ns: int) -> Work:
+    def _add_motion(self, job: FrameJob, frame_set: FrameSet) -> None:
+        """Add the frames with their ego poses, and the motion from each exposure to the key time."""
+        job.frame_set = frame_set
         present = [frame for frame in frame_set.frames.values() if frame is not None]
         if not present:
-            return Work(frame_set, rig, None, decode_ns)
-        stamps = [frame_set.stamp_ns, *(frame.stamp_ns for frame in present)]
+            return
+        stamps = [job.stamp_ns, *(frame.stamp_ns for frame in present)]
         self.ego.wait_until(max(stamps), self.parameters.ego_motion.wait_s)
         try:
             poses = self.ego.poses(stamps)
         except PoseError as error:
-            return Work(frame_set, rig, None, decode_ns, str(error))
+            job.motion_problem = str(error)
+            return
         if poses is None:
-            return Work(frame_set, rig, None, decode_ns)
+            return
         placed = {f.camera: replace(f, ego2global=p) for f, p in zip(present, poses[1:], strict=True)}
-        frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
-        return Work(frame_set, rig, motion_to_key(frame_set, poses[0]), decode_ns)
+        job.frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
+        job.motion = motion_to_key(job.frame_set, poses[0])
 
-    def _note_problems(self, job: Job, missing: dict[str, str]) -> None:
+    def _note_problems(self, missing: Mapping[str, str]) -> None:
         with self._lock:
             for name, watch in self.watch.items():
                 watch.problem = missing.get(name, "")
+
+
+def describe_failure(camera: str, image: Future[CameraFrame]) -> str:
+    """Wait for an image; say why there is none, "" if there is one.
+
+    The error is read and not raised again: its traceback would hold this set's images until the garbage collector runs.
+    """
+    try:
+        error = image.exception(timeout=DECODE_TIMEOUT_S)
+    except Exception as late:
+        error = late
+    if error is None:
+        return ""
+    if isinstance(error, (ImageError, MessageError)):
+        return str(error)
+    return f"camera {camera}: its image was not decoded: {type(error).__name__}: {error}"
 
 
 def fingerprint(image: bytes | NDArray[np.uint8]) -> int:

@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from occbev.frame_job import FrameJob
 from occbev.graph import COMPRESSED, resolve
+from occbev.inference.pipeline import Pipeline
 from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter, type_store
 from occbev.messages.readers import MessageError, stamp_to_ns
 from occbev.reports.summaries import frames_of, summarise
 from occbev.results import Perception
-from occbev.streams.frame_log import PROCESSED
-from occbev.streams.intake import Intake, Job
+from occbev.streams.frame_log import PROCESSED, describe_job
+from occbev.streams.intake import Intake
 from occbev.streams.parameters import PerceptionParameters
-from occbev.streams.runner import LoadedPipeline, PipelineLike, describe_uncompensated, perceive
+from occbev.streams.runner import PerceptionLine, load_pipeline
 
 LOG = logging.getLogger(__name__)
 
@@ -33,18 +35,18 @@ POSE_WAIT_NS = 100_000_000
 class OfflineReplay:
     """Feeds messages to an intake by their log times and runs the pipeline on every set."""
 
-    def __init__(self, parameters: PerceptionParameters, pipeline: PipelineLike) -> None:
+    def __init__(self, parameters: PerceptionParameters, pipeline: Pipeline) -> None:
         # Nothing comes while a set is resolved: what a bag has of its poses is in by then.
         ego_motion = replace(parameters.ego_motion, wait_s=0.0)
         self.parameters = replace(parameters, ego_motion=ego_motion)
-        self.intake = Intake(self.parameters, pipeline.decode)
+        self.intake = Intake(self.parameters, pipeline.decode_frame)
         self.anchors: list[int] = []
         self.sent: dict[str, dict[int, list[int]]] = {name: {} for name in parameters.names}
         self.lines: list[dict[str, Any]] = []
-        self._pipeline = pipeline
-        self._waiting: list[Job] = []
+        self._line = PerceptionLine(self.intake, pipeline, self._warn)
+        self._waiting: list[FrameJob] = []
         self._roles = self._topics()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def topics(self, bag: BagReader) -> list[str]:
         """Return the topics of a bag that are used; raises BagError if no image topic is among them."""
@@ -60,15 +62,17 @@ class OfflineReplay:
     def results(self, bag: BagReader) -> Iterator[Perception]:
         """Yield a result for every set; raises BagError where the bag is damaged."""
         now_ns = 0
-        for message in bag.messages(self.topics(bag)):
-            now_ns = message.log_ns
-            self._waiting += self.intake.poll(now_ns)
-            self._take(message)
-            yield from self._due(now_ns)
-        self._waiting += self.intake.flush(now_ns)
-        yield from self._due(None)
-        self._note_drops()
-        self.intake.close()
+        try:
+            for message in bag.messages(self.topics(bag)):
+                now_ns = message.log_ns
+                self._waiting += self.intake.poll(now_ns)
+                self._take(message)
+                yield from self._due(now_ns)
+            self._waiting += self.intake.flush(now_ns)
+            yield from self._due(None)
+            self._note_drops()
+        finally:
+            self.intake.close()
 
     def _take(self, message: BagMessage) -> None:
         role, camera = self._roles[message.topic]
@@ -82,10 +86,10 @@ class OfflineReplay:
             try:
                 self.intake.add_odometry(record)
             except MessageError as error:
-                self._complain("odometry", f"odometry on {message.topic} is not used: {error}")
+                self._warn("odometry", f"odometry on {message.topic} is not used: {error}")
         else:
             for problem in self.intake.add_transforms(record, role == "tf_static", message.log_ns):
-                self._complain(problem[:60], problem)
+                self._warn("transforms", problem)
 
     def _book(self, camera: str, stamp_ns: int) -> None:
         self.sent[camera].setdefault(stamp_ns, []).append(time.monotonic_ns())
@@ -96,37 +100,23 @@ class OfflineReplay:
         """Run the waiting sets whose poses have come by bag time `now_ns` (None: all)."""
         self._note_drops()
         while self._waiting:
-            last_ns = max(image.stamp_ns for image in self._waiting[0].images.values())
+            last_ns = max(self._waiting[0].stamps_ns.values())
             if now_ns is not None and abs(now_ns - last_ns) < POSE_WAIT_NS:
                 return
             result = self._run(self._waiting.pop(0))
             if result is not None:
                 yield result
 
-    def _run(self, job: Job) -> Perception | None:
-        begin_ns = time.monotonic_ns()
-        work = self.intake.resolve(job)
-        for camera, reason in work.frame_set.missing.items():
-            self._complain(camera + reason[:40], f"camera {camera} is missing: {reason}")
-        if work.motion_problem:
-            self._complain("motion", describe_uncompensated(work.motion_problem))
-        finish = perceive(self._pipeline, work, self.parameters.sync.min_cameras, self._complain)
-        if finish is None:
+    def _run(self, job: FrameJob) -> Perception | None:
+        job.begun_ns = time.monotonic_ns()
+        if not self._line.prepare(job):
             self._enter(job.stamp_ns, "too_few_cameras")
             return None
-        perception = finish()
-        stages = {name: ns / 1e6 for name, ns in perception.timings.stage_ns.items()}
-        end_ns = time.monotonic_ns()
-        self._enter(
-            job.stamp_ns,
-            PROCESSED,
-            cameras=list(perception.boxes.cameras),
-            images={name: image.stamp_ns for name, image in job.images.items()},
-            missing=dict(perception.missing),
-            boxes=len(perception.boxes),
-            stages_ms={**stages, "set": (end_ns - begin_ns) / 1e6},
-            published_ns=end_ns,
-        )
+        self._line.infer(job)
+        perception = self._line.decode(job)
+        job.published_ns = time.monotonic_ns()
+        stages_ms = {**job.stages_ms, "set": (job.published_ns - job.begun_ns) / 1e6}
+        self._enter(job.stamp_ns, PROCESSED, **describe_job(job, stages_ms))
         return perception
 
     def _enter(self, stamp_ns: int, outcome: str, **details: Any) -> None:
@@ -137,9 +127,11 @@ class OfflineReplay:
         for stamp_ns, reason in self.intake.take_key_drops():
             self._enter(stamp_ns, reason)
 
-    def _complain(self, about: str, text: str) -> None:
-        if about not in self._said:
-            self._said.add(about)
+    def _warn(self, about: str, text: str) -> None:
+        """Log a warning once; what differs only in its stamps or counts, which stand at the end, is the same one."""
+        key = about + text[:70]
+        if key not in self._warned:
+            self._warned.add(key)
             LOG.warning(text)
 
     def _topics(self) -> dict[str, tuple[str, str]]:
@@ -165,7 +157,7 @@ def replay_offline(
     record: new bag folder for output messages, which `encode` makes. boxes: file for one JSON line per result.
     """
     with BagReader(path) as bag, ExitStack() as stack:
-        replay = OfflineReplay(parameters, LoadedPipeline(parameters))
+        replay = OfflineReplay(parameters, load_pipeline(parameters))
         replay.topics(bag)
         writer = stack.enter_context(BagWriter(record)) if record else None
         lines = stack.enter_context(boxes.open("w")) if boxes else None
@@ -177,8 +169,8 @@ def replay_offline(
                 _write_boxes(lines, perception)
         frames = frames_of(replay.anchors, replay.sent, replay.lines, parameters.anchor_camera)
         published = dict(writer.counts) if writer else {}
-        stand_ins = len({line["stamp_ns"] for line in replay.lines} - set(replay.anchors))
-        summary = summarise(frames, published, stand_ins)
+        fallback_sets = len({line["stamp_ns"] for line in replay.lines} - set(replay.anchors))
+        summary = summarise(frames, published, fallback_sets)
     return {"bag": str(path), "offline": True, "summary": summary, "frames": frames}
 
 

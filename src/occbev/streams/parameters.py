@@ -9,9 +9,10 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import logging
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -21,12 +22,19 @@ from typing import Any
 import yaml
 
 from occbev.config import ConfigError, bounded, from_record
-from occbev.graph import CAMERAS, COMPRESSED, IMAGE, ODOMETRY, camera_topics
+from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
 from occbev.messages.readers import MAX_IMAGE_PIXELS
 from occbev.streams.sync import SyncConfig
 
+LOG = logging.getLogger(__name__)
+
 QOS_PREFIX = "qos_overrides."
 """How ROS 2 names the quality of service of a node's topics: qos_overrides.<topic>.<publisher|subscription>.<policy>."""
+
+OLD_NAMES = {"sets_at_once": "max_in_flight", "waiting_sets": "max_waiting_sets", "ledger_path": "frame_log_path"}
+"""Parameters that were renamed: old name -> new name. The old ones work in version 0.2 and go after it."""
+
+EXECUTORS = ("sparing", "rclpy")
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,8 @@ class PerceptionParameters:
     """Inference runtime: openvino, onnxruntime, tensorrt, torch or auto."""
     threads: int = bounded(0, 0, 256)
     """CPU threads of the runtime; 0 leaves it to the runtime."""
-    sets_at_once: int = bounded(0, 0, 2)
-    """Sets in the network at once, OpenVINO's: 1 for least latency, 2 for most sets; 0: 2 on one or two cores, else 1."""
+    max_in_flight: int = bounded(0, 0, 2)
+    """Sets in the network at a time, OpenVINO's: 1 for least latency, 2 for throughput; 0: 2 on one or two cores, else 1."""
     rig: str = ""
     """Rig YAML to use in place of CameraInfo and TF; empty: calibration comes from the topics."""
     base_frame: str = "base_link"
@@ -131,7 +139,7 @@ class PerceptionParameters:
     """Threads that decode images as they arrive."""
     queue_depth: int = bounded(5, 1, 100)
     """Images of one camera that the middleware may queue."""
-    waiting_sets: int = bounded(1, 1, 100)
+    max_waiting_sets: int = bounded(1, 1, 100)
     """Sets that may wait while the network runs; the oldest is dropped for a newer one."""
     frozen_after: int = bounded(10, 0, 1000, live=True)
     """A camera that sent the same pixels this often in a row is left out; 0 trusts it."""
@@ -141,18 +149,22 @@ class PerceptionParameters:
     """Larger images are refused before anything is allocated."""
     debug_topics: bool = False
     """Publish the latency of every stage under ~/debug."""
-    ledger_path: str = ""
+    frame_log_path: str = ""
     """File that gets one JSON line for every key time: processed, or dropped and why; empty for none."""
+    executor: str = "sparing"
+    """sparing: ours, looks for messages every 5 ms at half the CPU time; rclpy: its SingleThreadedExecutor, 2 ms sooner."""
     autostart: bool = True
     """Configure and activate at start, without a lifecycle manager."""
     build_only: bool = False
     """Load the model, which builds and keeps a TensorRT engine, and end; for the command line."""
     cameras: Mapping[str, CameraParameters] = field(
-        default_factory=lambda: {name: CameraParameters() for name in CAMERAS}
+        default_factory=lambda: {name: CameraParameters() for name in DEFAULT_CAMERAS}
     )
     """Cameras by name, in order; in ROS the order is `cameras.names`."""
 
     def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise ConfigError(f"executor {self.executor!r}: must be {' or '.join(EXECUTORS)}")
         if not self.cameras:
             raise ConfigError("cameras.names is empty: name at least one camera")
         if self.anchor and self.anchor not in self.cameras:
@@ -199,7 +211,7 @@ def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> Per
         raise ConfigError(f"{path}: not a ROS parameter file (node name, then ros__parameters): {error!r}") from error
     values = {name: _parse(name, text) for name, text in (changes or {}).items()}
     try:
-        return parameters_from_record(_nest(values, merged))
+        return parameters_from_record(nest_names(values, merged))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -214,8 +226,10 @@ def _parse(name: str, text: str) -> Any:
 def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
     """Build parameters from nested plain values, `cameras.names` giving the order."""
     record = {key: value for key, value in record.items() if key != "use_sim_time" and not key.startswith("qos_")}
+    for warning in rename_old(record):
+        LOG.warning(warning)
     cameras = dict(record.pop("cameras", {}) or {})
-    names = list(cameras.pop("names", CAMERAS))
+    names = list(cameras.pop("names", DEFAULT_CAMERAS))
     strangers = sorted(set(cameras) - set(names))
     if strangers:
         near = difflib.get_close_matches(strangers[0], names, 1)
@@ -273,36 +287,12 @@ def field_texts(schema: type) -> dict[str, str]:
     return texts
 
 
-def declare(node: Any) -> PerceptionParameters:
-    """Declare every parameter on a node and return their values.
+def fit_value(leaf: Leaf, value: Any) -> Any:
+    """Return a value in the type of its parameter: 5 is a double where one is wanted.
 
     Raises:
-        ConfigError: a value cannot be used.
+        ConfigError: another type, or out of range.
     """
-    for leaf in leaves(PerceptionParameters):
-        _declare(node, leaf)
-    names = Leaf(
-        "cameras.names",
-        list(CAMERAS),
-        "Cameras in order; each has its own cameras.<name>.* parameters.",
-    )
-    _declare(node, names)
-    for camera in node.get_parameter("cameras.names").value:
-        for leaf in leaves(CameraParameters, f"cameras.{camera}."):
-            _declare(node, leaf)
-    return current(node)
-
-
-def _declare(node: Any, leaf: Leaf) -> None:
-    """Declare one parameter; a given value of a wrong type or out of range is named before rclpy sees it."""
-    given = node._parameter_overrides.get(leaf.name)
-    if given is not None:
-        node._parameter_overrides[leaf.name] = type(given)(leaf.name, value=_fitting(leaf, given.value))
-    node.declare_parameter(leaf.name, _plain(leaf.default), _descriptor(leaf))
-
-
-def _fitting(leaf: Leaf, value: Any) -> Any:
-    """Return a value in the type of its parameter: 5 is a double where one is wanted."""
     wanted = type(leaf.default)
     if wanted in (tuple, list):
         return value
@@ -323,22 +313,23 @@ def _check_range(leaf: Leaf, value: Any) -> None:
 _TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 
 
-def current(node: Any, changed: Sequence[Any] = ()) -> PerceptionParameters:
-    """Return the declared parameters' values, with `changed` rclpy parameters laid over them."""
-    values = {name: parameter.value for name, parameter in node._parameters.items()}
-    values.update({parameter.name: parameter.value for parameter in changed})
-    return parameters_from_record(_nest({n: v for n, v in values.items() if is_ours(n)}))
+def rename_old(values: MutableMapping[str, Any]) -> list[str]:
+    """Move values of old parameter names to the new ones; return a warning for each.
 
-
-def unknown_overrides(node: Any, prefix: str = "") -> dict[str, str]:
-    """Return given but undeclared parameters -> the nearest declared name, "" where none is near.
-
-    prefix: QOS_PREFIX for those of the topics, which are declared as topics are made; else all of ours.
+    Where both are given and the new one is not at its default, the new one holds.
     """
-    declared = list(node._parameters)
-    chosen = is_ours if not prefix else lambda name: name.startswith(prefix)
-    given = [name for name in node._parameter_overrides if name not in declared and chosen(name)]
-    return {name: next(iter(difflib.get_close_matches(name, declared, 1)), "") for name in given}
+    warnings = []
+    for old, new in OLD_NAMES.items():
+        if old in values:
+            value = values.pop(old)
+            if values.get(new, _default(new)) == _default(new):
+                values[new] = value
+            warnings.append(f"parameter {old} is now called {new}; the old name works for one more version")
+    return warnings
+
+
+def _default(name: str) -> Any:
+    return next(leaf.default for leaf in leaves(PerceptionParameters) if leaf.name == name)
 
 
 def is_ours(name: str) -> bool:
@@ -346,7 +337,7 @@ def is_ours(name: str) -> bool:
     return not name.startswith(("use_sim_time", "start_type_description", QOS_PREFIX))
 
 
-def _nest(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict[str, Any]:
+def nest_names(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict[str, Any]:
     """Turn dotted names into nested mappings, over those of `onto`."""
     record: dict[str, Any] = {} if onto is None else onto
     for name, value in values.items():
@@ -356,22 +347,3 @@ def _nest(values: Mapping[str, Any], onto: dict[str, Any] | None = None) -> dict
             place = place.setdefault(parent, {})
         place[last] = list(value) if hasattr(value, "tolist") or isinstance(value, tuple) else value
     return record
-
-
-def _plain(default: Any) -> Any:
-    return list(default) if isinstance(default, tuple) else default
-
-
-def _descriptor(leaf: Leaf) -> Any:
-    from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
-
-    descriptor = ParameterDescriptor(name=leaf.name, description=leaf.text, read_only=not leaf.live)
-    if isinstance(leaf.default, tuple):
-        descriptor.dynamic_typing = True  # an empty list in YAML has no type
-    if leaf.range and isinstance(leaf.default, float):
-        low, high = map(float, leaf.range)
-        descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high)]
-    elif leaf.range:
-        low, high = map(int, leaf.range)
-        descriptor.integer_range = [IntegerRange(from_value=low, to_value=high)]
-    return descriptor

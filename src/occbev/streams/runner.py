@@ -1,144 +1,94 @@
-"""From resolved work to a result: the pipeline of a model package, and what happens to images it refuses.
+"""The straight line of the live node and of the offline replay: a matched frame set becomes boxes and voxels.
 
-Shared by the live node and offline replay; it imports no ROS.
+intake.add_image(...)   messages -> a job: the images of one instant
+line.prepare(job)       its decoded images, calibration, ego motion -> the network's input
+line.infer(job)         the network
+line.decode(job)        its outputs -> boxes and voxels
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
 
-from occbev.grid import VoxelGrid
+from occbev.frame_job import FrameJob
 from occbev.inference.backend import RunSettings
 from occbev.inference.pipeline import Pipeline
 from occbev.inference.postprocess import BoxDecoding
 from occbev.inference.preprocess import ImageError
-from occbev.results import FrameSet, Perception
+from occbev.results import Perception
 from occbev.rig import CameraRig
-from occbev.streams.calibration import placeholder
-from occbev.streams.intake import Decode, Work
+from occbev.streams.calibration import fallback_camera
+from occbev.streams.intake import Intake
 from occbev.streams.parameters import PerceptionParameters
 
 FEW_CORES = 2
-"""Up to so many cores two sets at once get more done than one after the other, whose threads wait for each other."""
+"""Up to so many cores two sets in flight give more throughput than one after the other, whose threads wait for each other."""
 
-Complain = Callable[[str, str], None]
-"""Called with what a problem is about and with its text."""
-
-Finish = Callable[[], Perception]
-"""Decodes what the network said of a set that was begun."""
+Warn = Callable[[str, str], None]
+"""Called with what a problem is about, such as "camera CAM_FRONT" or "motion", and with its text."""
 
 
-class PipelineLike(Protocol):
-    """What the node needs of a pipeline."""
+class PerceptionLine:
+    """The three stages over one job. `decode` may run in another thread while the next job is prepared and inferred."""
 
-    @property
-    def rig(self) -> Any:
-        """The rig it looks through."""
-        ...
+    def __init__(self, intake: Intake, pipeline: Pipeline, warn: Warn) -> None:
+        self._intake, self._pipeline, self._warn = intake, pipeline, warn
 
-    @property
-    def grid(self) -> VoxelGrid:
-        """The grid of its occupancy."""
-        ...
+    def prepare(self, job: FrameJob) -> bool:
+        """Gather images, calibration and motion, and make the network's input.
 
-    @property
-    def decode(self) -> Decode:
-        """Decodes one frame for this network; safe to call from several threads."""
-        ...
+        Returns: False where fewer than `sync.min_cameras` cameras can be used; then the job ends here.
+        """
+        self._intake.gather(job)
+        for camera, reason in job.missing.items():
+            self._warn(f"camera {camera}", f"camera {camera} is missing: {reason}")
+        if job.motion_problem:
+            self._warn("motion", f"ego motion between exposures is not compensated: {job.motion_problem}")
+        while self._has_enough(job):
+            try:
+                self._pipeline.prepare(job)
+                return True
+            except ImageError as error:
+                leave_out(job, error.camera, str(error))
+                self._warn(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
+        return False
 
-    def set_rig(self, rig: CameraRig) -> None:
-        """Look through another rig from now on."""
+    def infer(self, job: FrameJob) -> None:
+        """Run the network; see `Pipeline.infer`."""
+        self._pipeline.infer(job)
 
-    def begin(self, frame_set: FrameSet, motion: Any = None) -> Finish:
-        """Run the network on one frame set; see `Pipeline.begin`."""
-        ...
+    def decode(self, job: FrameJob) -> Perception:
+        """Return the boxes and voxels."""
+        return self._pipeline.decode(job)
 
-    def forget(self) -> None:
-        """Build the next result on no frame before it."""
-
-    def retune(self, parameters: PerceptionParameters) -> None:
-        """Take parameters of which only those have changed that may while the node runs."""
-
-    def about(self) -> dict[str, str]:
-        """Return what runs, for operators: model, runtime, device."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
+    def _has_enough(self, job: FrameJob) -> bool:
+        return job.frame_set is not None and len(job.frame_set.cameras) >= self._intake.parameters.sync.min_cameras
 
 
-class LoadedPipeline:
-    """The pipeline of a model package, loaded and warm before the first image comes."""
-
-    def __init__(self, parameters: PerceptionParameters) -> None:
-        """Load what the parameters name; calibration comes later by `set_rig`."""
-        rig = CameraRig(tuple(placeholder(name) for name in parameters.names))
-        self._pipeline = Pipeline(
-            parameters.model, rig, parameters.backend, _settings(parameters), _decoding(parameters)
-        )
-        self._pipeline.warm_up()
-        self.grid = self._pipeline.package.model.grid
-        self.decode: Decode = self._pipeline.preprocessor.decode
-        self.set_rig = self._pipeline.set_rig
-        self.begin = self._pipeline.begin
-        self.forget = self._pipeline.forget
-        self.close = self._pipeline.close
-
-    @property
-    def rig(self) -> CameraRig:
-        """The rig it looks through."""
-        return self._pipeline.rig
-
-    def retune(self, parameters: PerceptionParameters) -> None:
-        """Put out boxes by other thresholds from now on."""
-        self._pipeline.decoding = _decoding(parameters)
-
-    def about(self) -> dict[str, str]:
-        """Return what runs: the package and its hash, the runtime and its device."""
-        package, backend = self._pipeline.package, self._pipeline.backend
-        return {
-            "model": package.model.name,
-            "package": str(package.folder),
-            "hash": package.hash,
-            "runtime": backend.name,
-            "device": backend.device,
-            **getattr(backend, "about", dict)(),
-        }
+def leave_out(job: FrameJob, camera: str, reason: str) -> None:
+    """Make a camera of a job missing."""
+    assert job.frame_set is not None
+    frames = {name: None if name == camera else frame for name, frame in job.frame_set.frames.items()}
+    job.missing = {**job.missing, camera: reason}
+    job.frame_set = replace(job.frame_set, frames=frames, missing=job.missing)
 
 
-def _settings(parameters: PerceptionParameters) -> RunSettings:
-    at_once = parameters.sets_at_once or (2 if (os.cpu_count() or 1) <= FEW_CORES else 1)
-    return RunSettings(parameters.threads or None, at_once=at_once)
+def load_pipeline(parameters: PerceptionParameters) -> Pipeline:
+    """Load the pipeline of a model package and warm it up; calibration comes with the first job."""
+    rig = CameraRig(tuple(fallback_camera(name) for name in parameters.names))
+    pipeline = Pipeline(parameters.model, rig, parameters.backend, _settings(parameters), box_decoding(parameters))
+    pipeline.warm_up()
+    return pipeline
 
 
-def _decoding(parameters: PerceptionParameters) -> BoxDecoding:
+def box_decoding(parameters: PerceptionParameters) -> BoxDecoding:
+    """Return how boxes are decoded."""
     detection = parameters.detection
     return BoxDecoding(threshold=detection.score_threshold, max_boxes=detection.max_boxes)
 
 
-def perceive(pipeline: PipelineLike, work: Work, fewest: int, complain: Complain) -> Finish | None:
-    """Begin a set, leaving out cameras whose image turns out to be unusable; None if under `fewest` are left."""
-    if work.fresh:
-        pipeline.forget()
-    if pipeline.rig is not work.rig:
-        pipeline.set_rig(work.rig)
-    frame_set = work.frame_set
-    while len(frame_set.cameras) >= fewest:
-        try:
-            return pipeline.begin(frame_set, work.motion)
-        except ImageError as error:
-            complain(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
-            frame_set = _without(frame_set, error)
-    return None
-
-
-def describe_uncompensated(motion_problem: str) -> str:
-    """What to tell an operator of a set whose cameras could not be brought to one instant."""
-    return f"ego motion between exposures is not compensated: {motion_problem}"
-
-
-def _without(frame_set: FrameSet, error: ImageError) -> FrameSet:
-    frames = {name: None if name == error.camera else frame for name, frame in frame_set.frames.items()}
-    return FrameSet(frame_set.stamp_ns, frames, {**frame_set.missing, error.camera: str(error)})
+def _settings(parameters: PerceptionParameters) -> RunSettings:
+    at_once = parameters.max_in_flight or (2 if (os.cpu_count() or 1) <= FEW_CORES else 1)
+    return RunSettings(parameters.threads or None, at_once=at_once)

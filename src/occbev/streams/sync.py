@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from occbev.config import bounded
-
-T = TypeVar("T")
+from occbev.frame_job import FrameJob
 
 LEARNED_MATCHES = 15
 """Matches over which a camera's offset is the median, and anchor gaps that give the period."""
@@ -60,29 +59,12 @@ class SyncConfig:
             raise ValueError(f"sync.min_cameras {self.min_cameras} and sync.queue {self.queue} must be at least 1")
 
 
-class StampedImage(NamedTuple, Generic[T]):
+class _Image(NamedTuple):
     """One image as the caller handed it in; `number` orders equal stamps without looking at payloads."""
 
     stamp_ns: int
     number: int
-    payload: T
-
-
-@dataclass(frozen=True)
-class MatchedSet(Generic[T]):
-    """Images of one instant.
-
-    stamp_ns: the key time. images: camera -> image, only those present. missing: camera -> reason.
-    epoch: counts clock jumps; stamps increase strictly within one epoch.
-    arrival_ns, emitted_ns: caller's clock when the anchor came and when the set left.
-    """
-
-    stamp_ns: int
-    images: Mapping[str, StampedImage[T]]
-    missing: Mapping[str, str]
-    epoch: int
-    arrival_ns: int
-    emitted_ns: int
+    payload: Any
 
 
 @dataclass
@@ -96,7 +78,7 @@ class SyncStatistics:
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     """Camera -> reason -> images that were not used."""
     keys: int = 0
-    """Key times: anchor images, and images that stood in for a dead anchor."""
+    """Key times: anchor images, and images of a fallback anchor."""
     complete: int = 0
     """Sets put out with every camera."""
     partial: int = 0
@@ -108,21 +90,21 @@ class SyncStatistics:
 
 
 @dataclass
-class _Key(Generic[T]):
+class _Key:
     """A key time that waits for its images. owner: the camera that made it, whose image never moves."""
 
     stamp_ns: int
     arrival_ns: int
     owner: str
-    images: dict[str, StampedImage[T]]
+    images: dict[str, _Image]
 
 
-class _Stream(Generic[T]):
+class _Stream:
     """What is known of one camera: its unmatched images, its offset to the anchor, whether it is alive."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.pool: list[StampedImage[T]] = []
+        self.pool: list[_Image] = []
         self.newest_ns: int | None = None
         self.arrival_ns: int | None = None
         self.recent: deque[int] = deque(maxlen=REMEMBERED_STAMPS)
@@ -149,7 +131,7 @@ class _Stream(Generic[T]):
         self.ordered.clear()
         self.offset_ns = 0
 
-    def take_nearest(self, expected_ns: int, window_ns: int) -> StampedImage[T] | None:
+    def take_nearest(self, expected_ns: int, window_ns: int) -> _Image | None:
         """Remove and return the waiting image nearest to `expected_ns`, if one is within the window."""
         pool = self.pool
         best = bisect_left(pool, (expected_ns,))
@@ -160,7 +142,7 @@ class _Stream(Generic[T]):
         return pool.pop(best)
 
 
-class FrameSynchronizer(Generic[T]):
+class FrameSynchronizer:
     """Joins images to sets by an anchor camera and each camera's learned offset to it.
 
     An image belongs to the key time whose anchor stamp + offset it is nearest to. Offsets are medians
@@ -178,8 +160,8 @@ class FrameSynchronizer(Generic[T]):
         self.retune(self.config)
         self.statistics = SyncStatistics(dropped={name: Counter() for name in self.cameras})
         self.epoch = 0
-        self._streams: dict[str, _Stream[T]] = {name: _Stream(name) for name in self.cameras}
-        self._pending: list[_Key[T]] = []
+        self._streams: dict[str, _Stream] = {name: _Stream(name) for name in self.cameras}
+        self._pending: list[_Key] = []
         self._anchor_gaps: deque[int] = deque(maxlen=LEARNED_MATCHES)
         self._first_gaps: list[int] = []
         self._last_ns: int | None = None
@@ -225,7 +207,7 @@ class FrameSynchronizer(Generic[T]):
         """Whether sets no longer wait for this camera."""
         return not self._streams[camera].awaited
 
-    def push(self, camera: str, stamp_ns: int, payload: T, now_ns: int) -> list[MatchedSet[T]]:
+    def push(self, camera: str, stamp_ns: int, payload: Any, now_ns: int) -> list[FrameJob]:
         """Take one image and return the sets that it completes, oldest first.
 
         now_ns: a clock that only goes forward. Raises KeyError for an unknown camera.
@@ -247,14 +229,14 @@ class FrameSynchronizer(Generic[T]):
             return finished
         self._observe(stream, stamp_ns, now_ns)
         self._number += 1
-        self._accept(stream, StampedImage(stamp_ns, self._number, payload), now_ns)
+        self._accept(stream, _Image(stamp_ns, self._number, payload), now_ns)
         return finished + self._release(now_ns)
 
-    def poll(self, now_ns: int) -> list[MatchedSet[T]]:
+    def poll(self, now_ns: int) -> list[FrameJob]:
         """Return the sets whose time is up."""
         return self._release(now_ns)
 
-    def flush(self, now_ns: int) -> list[MatchedSet[T]]:
+    def flush(self, now_ns: int) -> list[FrameJob]:
         """Put out what waits, as at the end of a recording."""
         finished = []
         while self._pending:
@@ -264,7 +246,7 @@ class FrameSynchronizer(Generic[T]):
             stream.pool.clear()
         return finished
 
-    def reset(self, reason: str, now_ns: int) -> list[MatchedSet[T]]:
+    def reset(self, reason: str, now_ns: int) -> list[FrameJob]:
         """Forget every stamp but no offset, as after a clock jump; return what could still be joined."""
         finished = self.flush(now_ns)
         self.statistics.resets[reason] += 1
@@ -276,7 +258,7 @@ class FrameSynchronizer(Generic[T]):
             stream.recent.clear()
         return finished
 
-    def _restart_at(self, camera: str, stamp_ns: int, now_ns: int) -> list[MatchedSet[T]]:
+    def _restart_at(self, camera: str, stamp_ns: int, now_ns: int) -> list[FrameJob]:
         """Begin a new pass because `camera` stepped back; remember where the old one ended."""
         end_ns = max(s.newest_ns for s in self._streams.values() if s.newest_ns is not None)
         finished = self.reset("stamps_went_back", now_ns)
@@ -292,7 +274,7 @@ class FrameSynchronizer(Generic[T]):
             return False
         return True
 
-    def _observe(self, stream: _Stream[T], stamp_ns: int, now_ns: int) -> None:
+    def _observe(self, stream: _Stream, stamp_ns: int, now_ns: int) -> None:
         """Learn the period from the gap to the camera's newest stamp."""
         gap = 0 if stream.newest_ns is None else stamp_ns - stream.newest_ns
         stream.recent.append(stamp_ns)
@@ -335,22 +317,22 @@ class FrameSynchronizer(Generic[T]):
             self._unlocked_ns = int(ACQUIRE_SHARE * period_ns)
             self._patience_ns = max(2 * self._timeout_ns, 3 * period_ns)
 
-    def _window_ns(self, stream: _Stream[T]) -> int:
+    def _window_ns(self, stream: _Stream) -> int:
         """Furthest that an image of this camera may be from where it is expected."""
         return self._locked_ns if stream.matches or stream.name == self.anchor else self._unlocked_ns
 
-    def _accept(self, stream: _Stream[T], image: StampedImage[T], now_ns: int) -> None:
+    def _accept(self, stream: _Stream, image: _Image, now_ns: int) -> None:
         if stream.name == self.anchor:
-            if not self._place(stream, image, substitutes_only=True):
+            if not self._place(stream, image, fallback_only=True):
                 self._open_key(stream, image, image.stamp_ns, now_ns)
         elif not self._place(stream, image):
-            if stream.name == self._substitute(now_ns):
+            if stream.name == self._fallback_anchor(now_ns):
                 self._open_key(stream, image, image.stamp_ns - stream.offset_ns, now_ns)
             else:
                 self._keep(stream, image)
 
-    def _substitute(self, now_ns: int) -> str | None:
-        """The camera that stands in for the anchor: the first that delivers while the anchor does not."""
+    def _fallback_anchor(self, now_ns: int) -> str | None:
+        """The camera whose images make key times while the anchor is silent: the first that delivers."""
         patience = self._patience_ns
         if now_ns - self._last_arrival(self.anchor) <= patience:
             return None
@@ -363,7 +345,7 @@ class FrameSynchronizer(Generic[T]):
         arrival = self._streams[camera].arrival_ns
         return arrival if arrival is not None else (self._started_ns or 0)
 
-    def _open_key(self, stream: _Stream[T], image: StampedImage[T], stamp_ns: int, now_ns: int) -> None:
+    def _open_key(self, stream: _Stream, image: _Image, stamp_ns: int, now_ns: int) -> None:
         """Make a key time of an image and give it what already waits."""
         if self._is_late_key(stamp_ns, stream.name):
             self._drop(stream.name, "late")
@@ -382,20 +364,20 @@ class FrameSynchronizer(Generic[T]):
             return True
         if self._last_ns is None:
             return False
-        # A set of the same instant may have left under a stand-in, whose key time is only an estimate.
+        # A set of the same instant may have left under a fallback anchor, whose key time is only an estimate.
         margin = 0 if owner == self._last_owner else (self.period_ns or 0) // 2
         return stamp_ns <= self._last_ns + margin
 
-    def _collect(self, key: _Key[T]) -> None:
+    def _collect(self, key: _Key) -> None:
         for name, stream in self._streams.items():
             if name not in key.images and stream.pool:
                 image = stream.take_nearest(key.stamp_ns + stream.offset_ns, self._window_ns(stream))
                 if image is not None:
                     key.images[name] = image
 
-    def _place(self, stream: _Stream[T], image: StampedImage[T], substitutes_only: bool = False) -> bool:
+    def _place(self, stream: _Stream, image: _Image, fallback_only: bool = False) -> bool:
         """Put an image into the waiting key that it is nearest to; False if there is none for it."""
-        keys = [k for k in self._pending if k.owner != self.anchor] if substitutes_only else self._pending
+        keys = [k for k in self._pending if k.owner != self.anchor] if fallback_only else self._pending
         if not keys:
             return False
         expected = image.stamp_ns - stream.offset_ns
@@ -416,7 +398,7 @@ class FrameSynchronizer(Generic[T]):
             return False
         return True
 
-    def _keep(self, stream: _Stream[T], image: StampedImage[T]) -> None:
+    def _keep(self, stream: _Stream, image: _Image) -> None:
         """Let an image wait for a key time to come, or drop it where none can come any more."""
         window = self._window_ns(stream)
         expected = image.stamp_ns - stream.offset_ns
@@ -441,9 +423,9 @@ class FrameSynchronizer(Generic[T]):
     def _horizon_ns(self) -> int | None:
         return self._pending[0].stamp_ns if self._pending else self._last_ns
 
-    def _release(self, now_ns: int) -> list[MatchedSet[T]]:
+    def _release(self, now_ns: int) -> list[FrameJob]:
         """Finish key times in order: each when nothing more is waited for, or when its time is up."""
-        finished: list[MatchedSet[T]] = []
+        finished: list[FrameJob] = []
         while self._pending:
             key = self._pending[0]
             if not self._is_ready(key) and now_ns - key.arrival_ns < self._timeout_ns:
@@ -451,7 +433,7 @@ class FrameSynchronizer(Generic[T]):
             finished += self._finish(self._pending.pop(0), now_ns)
         return finished
 
-    def _is_ready(self, key: _Key[T]) -> bool:
+    def _is_ready(self, key: _Key) -> bool:
         if self.period_ns is None:  # a neighbouring sweep cannot be told apart yet
             return False
         if len(key.images) == len(self.cameras):
@@ -463,7 +445,7 @@ class FrameSynchronizer(Generic[T]):
                 return False
         return True
 
-    def _finish(self, key: _Key[T], now_ns: int) -> list[MatchedSet[T]]:
+    def _finish(self, key: _Key, now_ns: int) -> list[FrameJob]:
         """Turn a key into a set, or into a counted drop where too few cameras came."""
         self._last_ns, self._last_owner = key.stamp_ns, key.owner
         missing = {n: self._miss(s, now_ns) for n, s in self._streams.items() if n not in key.images}
@@ -483,17 +465,19 @@ class FrameSynchronizer(Generic[T]):
             self.statistics.partial += 1
         else:
             self.statistics.complete += 1
-        images = {name: key.images[name] for name in self.cameras if name in key.images}
-        return [MatchedSet(key.stamp_ns, images, missing, self.epoch, key.arrival_ns, now_ns)]
+        present = {name: key.images[name] for name in self.cameras if name in key.images}
+        images = {name: image.payload for name, image in present.items()}
+        stamps_ns = {name: image.stamp_ns for name, image in present.items()}
+        return [FrameJob(key.stamp_ns, images, stamps_ns, missing, self.epoch, key.arrival_ns, now_ns)]
 
-    def _why_missing(self, stream: _Stream[T]) -> str:
+    def _why_missing(self, stream: _Stream) -> str:
         if stream.arrival_ns is None:
             return "no image received yet"
         if stream.misses > SILENT_AFTER:
             return f"no matching image for {stream.misses} sets"
         return f"no image within {self._window_ns(stream) / 1e6:.0f} ms of its expected time"
 
-    def _miss(self, stream: _Stream[T], now_ns: int) -> str:
+    def _miss(self, stream: _Stream, now_ns: int) -> str:
         """Note that a set left without this camera, and say why."""
         reason = self._why_missing(stream)
         stream.misses += 1
@@ -518,14 +502,6 @@ class FrameSynchronizer(Generic[T]):
         self.statistics.dropped_keys[reason] += 1
         self._key_drops.append((stamp_ns, reason))
 
-    def _drop_many(self, stream: _Stream[T], count: int, reason: str) -> None:
+    def _drop_many(self, stream: _Stream, count: int, reason: str) -> None:
         if count:
             self.statistics.dropped[stream.name][reason] += count
-
-
-def total_drops(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Add reason -> count mappings of several cameras."""
-    total: Counter[str] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return dict(total)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
-from occbev.graph import CAMERAS
+from occbev.graph import DEFAULT_CAMERAS
 from occbev.messages.image_headers import image_fault
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
@@ -224,7 +224,7 @@ class BagRecording(IndexedBag):
         return parent, first
 
     def _rig(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> CameraRig:
-        order = {name: i for i, name in enumerate(CAMERAS)}
+        order = {name: i for i, name in enumerate(DEFAULT_CAMERAS)}
         names = sorted(self.topics.images, key=lambda name: (order.get(name, len(order)), name))
         return CameraRig(tuple(self._camera(name, kept[self.topics.infos[name]]) for name in names))
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import Array, make_transform, rotation_from_wxyz
-from occbev.graph import CAMERAS
+from occbev.graph import DEFAULT_CAMERAS
 from occbev.messages.image_headers import encoded_size
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
@@ -171,7 +171,7 @@ class InfoRecording:
         return None
 
     def _rig(self) -> CameraRig:
-        order = {name: i for i, name in enumerate(CAMERAS)}
+        order = {name: i for i, name in enumerate(DEFAULT_CAMERAS)}
         first: dict[str, _Data] = {}
         for key in self._keys:
             for name, data in key.cameras.items():

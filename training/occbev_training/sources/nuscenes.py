@@ -27,7 +27,7 @@ from occbev.geometry import (
     rotation_from_wxyz,
     yaw_from_rotation,
 )
-from occbev.graph import CAMERAS
+from occbev.graph import DEFAULT_CAMERAS
 from occbev.grid import GRIDS
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
@@ -393,7 +393,7 @@ class NuscenesRecording:
         if lidar not in first:
             raise RecordingError(f"{self._root.path}: scene {self.name} has no {lidar}, only {sorted(first)}")
         sensor = {channel: self._sensor(row) for channel, row in first.items()}
-        order = {name: index for index, name in enumerate(CAMERAS)}
+        order = {name: index for index, name in enumerate(DEFAULT_CAMERAS)}
         names = sorted((c for c in first if sensor[c]["camera_intrinsic"]), key=lambda c: (order.get(c, len(order)), c))
         cameras = tuple(_camera(name, first[name], sensor[name]) for name in names)
         return self._lidar2ego(_transform(sensor[lidar])), CameraRig(cameras)

@@ -1,0 +1,92 @@
+"""The parameters of `occbev.streams.parameters` on a ROS node: declared with description, range and type, and read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.parameter import Parameter
+
+from occbev.graph import DEFAULT_CAMERAS
+from occbev.ros.rclpy_internals import parameter_overrides
+from occbev.streams.parameters import (
+    OLD_NAMES,
+    CameraParameters,
+    Leaf,
+    PerceptionParameters,
+    fit_value,
+    is_ours,
+    leaves,
+    nest_names,
+    parameters_from_record,
+    rename_old,
+)
+
+
+def declare_parameters(node: Any) -> PerceptionParameters:
+    """Declare every parameter on a node and return their values; old names hold with a warning.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+    _take_old_names(node)
+    for leaf in leaves(PerceptionParameters):
+        _declare(node, leaf)
+    cameras = "Cameras in order; each has its own cameras.<name>.* parameters."
+    _declare(node, Leaf("cameras.names", list(DEFAULT_CAMERAS), cameras))
+    for camera in node.get_parameter("cameras.names").value:
+        for leaf in leaves(CameraParameters, f"cameras.{camera}."):
+            _declare(node, leaf)
+    return read_node_parameters(node)
+
+
+def read_node_parameters(node: Any, changed: Sequence[Any] = ()) -> PerceptionParameters:
+    """Return the declared parameters' values, with `changed` rclpy parameters laid over them."""
+    values = {name: parameter.value for name, parameter in node.get_parameters_by_prefix("").items()}
+    values.update({parameter.name: parameter.value for parameter in changed})
+    return parameters_from_record(nest_names({n: v for n, v in values.items() if is_ours(n)}))
+
+
+def find_unknown(node: Any, prefix: str = "") -> dict[str, str]:
+    """Return given but undeclared parameters -> the nearest declared name, "" where none is near.
+
+    prefix: QOS_PREFIX for those of the topics, which are declared as topics are made; else all of ours.
+    """
+    declared = list(node.get_parameters_by_prefix(""))
+    chosen = is_ours if not prefix else lambda name: name.startswith(prefix)
+    given = [name for name in parameter_overrides(node) if name not in declared and chosen(name)]
+    return {name: next(iter(difflib.get_close_matches(name, declared, 1)), "") for name in given}
+
+
+def _take_old_names(node: Any) -> None:
+    overrides = parameter_overrides(node)
+    concerned = {*OLD_NAMES, *OLD_NAMES.values()} & set(overrides)
+    values = {name: overrides.pop(name).value for name in sorted(concerned)}
+    for warning in rename_old(values):
+        node.get_logger().warning(warning)
+    overrides.update({name: Parameter(name, value=value) for name, value in values.items()})
+
+
+def _declare(node: Any, leaf: Leaf) -> None:
+    """Declare one parameter; a given value of a wrong type or out of range is named before rclpy sees it."""
+    overrides = parameter_overrides(node)
+    given = overrides.get(leaf.name)
+    if given is not None:
+        overrides[leaf.name] = Parameter(leaf.name, value=fit_value(leaf, given.value))
+    default = list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
+    node.declare_parameter(leaf.name, default, _descriptor(leaf))
+
+
+def _descriptor(leaf: Leaf) -> ParameterDescriptor:
+    descriptor = ParameterDescriptor(name=leaf.name, description=leaf.text, read_only=not leaf.live)
+    if isinstance(leaf.default, tuple):
+        descriptor.dynamic_typing = True  # an empty list in YAML has no type
+    if leaf.range and isinstance(leaf.default, float):
+        low, high = map(float, leaf.range)
+        descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high)]
+    elif leaf.range:
+        low, high = map(int, leaf.range)
+        descriptor.integer_range = [IntegerRange(from_value=low, to_value=high)]
+    return descriptor
