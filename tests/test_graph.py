@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from occbev import graph
-from occbev.cli.run import split_assignments, typed
+from occbev.cli.run import split_assignments, write_numbers
 from occbev.config import ConfigError
 from occbev.streams.parameters import (
     CameraParameters,
@@ -187,9 +187,9 @@ def test_run_splits_launch_arguments_from_parameters() -> None:
 
 def test_run_writes_numbers_as_their_parameters_are_typed() -> None:
     given = {"sync.timeout_s": "1", "threads": "1", "model": "5"}
-    assert typed(given) == {"sync.timeout_s": "1.0", "threads": "1", "model": "5"}
+    assert write_numbers(given) == {"sync.timeout_s": "1.0", "threads": "1", "model": "5"}
     with pytest.raises(ValueError, match="sync.timeout_s:=soon: want a number"):
-        typed({"sync.timeout_s": "soon"})
+        write_numbers({"sync.timeout_s": "soon"})
 
 
 def test_the_player_plays_for_the_node_with_all_its_parameters() -> None:

@@ -20,7 +20,7 @@ def test_every_centre_falls_into_its_own_voxel() -> None:
     grid = GRIDS["tiny"]
     indices, inside = grid.indices(grid.centres().reshape(-1, 3))
     assert inside.all()
-    np.testing.assert_array_equal(grid.flat(indices), np.arange(grid.size))
+    np.testing.assert_array_equal(grid.flatten(indices), np.arange(grid.size))
 
 
 def test_the_grid_is_half_open_and_never_clamps() -> None:

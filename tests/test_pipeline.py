@@ -120,8 +120,8 @@ def test_tables_follow_each_cameras_own_motion(backend: KnownBackend) -> None:
     line, cameras = pipeline(backend), rig()
     moved = {name: make_transform(np.eye(3), [0.4 * i, 0, 0]) for i, name in enumerate(cameras.names)}
     line.run(frame_set(*cameras.names), moved)
-    network = cameras.moved(moved[name] for name in cameras.names)
-    network_size = [c.resized(0.5, 0.5, (0, 4), (64, 32)) for c in network.cameras]
+    network = cameras.move_cameras(moved[name] for name in cameras.names)
+    network_size = [c.resize(0.5, 0.5, (0, 4), (64, 32)) for c in network.cameras]
     points = lift_points(
         [c.intrinsic for c in network_size],
         [c.cam2ego for c in network_size],

@@ -57,7 +57,7 @@ def centroid(pixels: np.ndarray) -> np.ndarray:
 
 def test_fit_of_the_training_size_equals_the_documented_camera() -> None:
     fitted = network_camera(camera(width=1600, height=900), ImageConfig())
-    expected = camera(width=1600, height=900).resized(0.22, 0.22, (0, 70), (352, 128))
+    expected = camera(width=1600, height=900).resize(0.22, 0.22, (0, 70), (352, 128))
     np.testing.assert_allclose(fitted.intrinsic, expected.intrinsic, rtol=1e-12)
     assert Fit.cover(1600, 900, ImageConfig()) == Fit((352, 198), (0, 70))
 

@@ -27,7 +27,7 @@ from occbev.reports.rendering import (
     legend,
     occupancy_from_above,
     occupancy_in_3d,
-    stacked,
+    stack_pictures,
     write_picture,
 )
 from occbev.results import Boxes3D, Occupancy
@@ -171,7 +171,7 @@ def test_compositions_keep_their_parts() -> None:
     assert tuple(mosaic[150, 400]) == PAPER
     pair = beside({"left": red, "right": blue})
     assert pair.shape == (124, 160 + 12 + 160, 3)
-    column = stacked([pair, red, legend([4, 11, 16], 160)])
+    column = stack_pictures([pair, red, legend([4, 11, 16], 160)])
     assert column.shape[1] == pair.shape[1]
 
 

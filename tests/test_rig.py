@@ -30,7 +30,7 @@ def test_a_point_ahead_lands_in_the_front_camera_only() -> None:
 
 def test_resizing_moves_pixels_with_the_image() -> None:
     points = np.random.default_rng(0).uniform([5, -5, 0], [50, 5, 3], (100, 3))
-    small = camera().resized(0.22, 0.22, (0, 70), (352, 128))
+    small = camera().resize(0.22, 0.22, (0, 70), (352, 128))
     expected = camera().project(points)[0] * 0.22 - [0, 70]
     np.testing.assert_allclose(small.project(points)[0], expected, atol=1e-9)
     assert (small.width, small.height) == (352, 128)
@@ -48,10 +48,10 @@ def test_a_rig_survives_its_file(tmp_path: Path) -> None:
 
 def test_the_hash_follows_every_calibration_value() -> None:
     rig = CameraRig((camera(), camera("CAM_BACK", np.pi)))
-    moved = rig.moved([make_transform(np.eye(3), [0.01, 0, 0]), np.eye(4)])
+    moved = rig.move_cameras([make_transform(np.eye(3), [0.01, 0, 0]), np.eye(4)])
     assert moved.hash != rig.hash
-    assert rig.ordered(("CAM_BACK", "CAM_FRONT")).hash != rig.hash
-    assert rig.moved([np.eye(4)] * 2).hash == rig.hash
+    assert rig.reorder(("CAM_BACK", "CAM_FRONT")).hash != rig.hash
+    assert rig.move_cameras([np.eye(4)] * 2).hash == rig.hash
     np.testing.assert_allclose(moved["CAM_FRONT"].cam2ego[:3, 3], [1.51, 0, 1.6])
 
 

@@ -94,7 +94,7 @@ def test_bag_offsets_stay_below_the_index_count() -> None:
 
 
 def test_a_rig_that_sees_nothing_gives_an_empty_map() -> None:
-    far = rig().moved([make_transform(np.eye(3), [500, 0, 0])] * 3)
+    far = rig().move_cameras([make_transform(np.eye(3), [500, 0, 0])] * 3)
     points = points_of(far)
     assert len(points) == 0
     assert bag_tables(points, BEV, 64)["table_weight"].sum() == 0
@@ -116,7 +116,7 @@ def test_too_many_points_name_both_numbers() -> None:
 
 
 def test_points_above_the_height_range_are_dropped() -> None:
-    lifted = rig().moved([make_transform(np.eye(3), [0, 0, 100])] * 3)
+    lifted = rig().move_cameras([make_transform(np.eye(3), [0, 0, 100])] * 3)
     assert len(points_of(lifted)) == 0
 
 
@@ -131,7 +131,7 @@ def test_the_cache_follows_the_calibration() -> None:
     cache = TableCache(model, "bag")
     first = cache.tables(rig())
     assert cache.tables(rig()) is first
-    moved = cache.tables(rig().moved([make_transform(rotation_from_yaw(0.1), [0, 0, 0])] * 3))
+    moved = cache.tables(rig().move_cameras([make_transform(rotation_from_yaw(0.1), [0, 0, 0])] * 3))
     assert any(not np.array_equal(first[k], moved[k]) for k in first)
     wrong = CameraRig((Camera("c", 100, 64, INTRINSIC, np.eye(4)),))
     with pytest.raises(ValueError, match="camera c is 100x64, the network takes 96x64"):

@@ -84,7 +84,7 @@ class VoxelGrid:
             inside = np.all((cells >= 0) & (cells < self.shape), axis=-1)
         return np.where(inside[..., None], cells, 0).astype(np.int64), inside
 
-    def flat(self, indices: ArrayLike) -> NDArray[np.int64]:
+    def flatten(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Return (ix * ny + iy) * nz + iz of (M, 3) voxel indices."""
         i = np.asarray(indices, np.int64)
         return (i[..., 0] * self.shape[1] + i[..., 1]) * self.shape[2] + i[..., 2]

@@ -114,7 +114,7 @@ class Lens:
         rays = np.column_stack([straight, np.ones(len(straight))])
         return np.asarray(rays / np.linalg.norm(rays, axis=1, keepdims=True))
 
-    def scaled(self, scale_x: float, scale_y: float) -> Lens:
+    def scale(self, scale_x: float, scale_y: float) -> Lens:
         """Return the lens of an image scaled by these factors."""
         return Lens(np.diag([scale_x, scale_y, 1.0]) @ self.intrinsic, self.model, self.coefficients)
 

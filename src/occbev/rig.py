@@ -86,7 +86,7 @@ class Camera:
         inside = seen & (distance > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
         return pixels, depth, inside
 
-    def resized(self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]) -> Camera:
+    def resize(self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]) -> Camera:
         """Return the camera of an image scaled, then cropped at (x0, y0) to `size` = (width, height).
 
         Pixel i of the source covers [i, i + 1), so that scaling keeps image borders in place.
@@ -163,11 +163,11 @@ class CameraRig:
         """Camera names in the model's order."""
         return tuple(camera.name for camera in self.cameras)
 
-    def ordered(self, names: Sequence[str]) -> CameraRig:
+    def reorder(self, names: Sequence[str]) -> CameraRig:
         """Return the same cameras in another order, or a part of them."""
         return CameraRig(tuple(self[name] for name in names))
 
-    def moved(self, ego_at_capture2ego: Iterable[ArrayLike]) -> CameraRig:
+    def move_cameras(self, ego_at_capture2ego: Iterable[ArrayLike]) -> CameraRig:
         """Return the rig with each cam2ego carried into another ego frame (for capture times that differ).
 
         ego_at_capture2ego: one (4, 4) per camera: ego at that camera's exposure -> the key ego frame.

@@ -118,7 +118,7 @@ class Bench:
         def calibrated() -> bool:
             if next(attempts) % 500 == 0:
                 self.vehicle.calibrate()
-            return not self.node._intake.calibrated().problems
+            return not self.node._intake.read_calibration().problems
 
         self.wait(calibrated)
         return self

@@ -247,7 +247,7 @@ def test_a_node_that_is_restarted_in_the_middle_of_a_drive_takes_up_the_rest(
     again.wait(lambda: all(p.get_subscription_count() for p in again.node._out.values()))
     for camera in CAMERAS:  # drivers repeat it with every image; transforms are latched
         vehicle.info(camera, 3)
-    again.wait(lambda: not again.node._intake.calibrated().problems)
+    again.wait(lambda: not again.node._intake.read_calibration().problems)
     rest = drive_of(10, start_ns=3 * 10**9)
     vehicle.play(rest)
     again.finished(10)

@@ -30,7 +30,7 @@ def test_the_dashboard_shows_cameras_drops_and_latency(
 ) -> None:
     bench = make_bench()
     bench.vehicle.calibrate()
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.wait(lambda: not bench.node._intake.read_calibration().problems)
     bench.vehicle.drive(4, cameras=("CAM_FRONT", "CAM_LEFT"))
     bench.wait(lambda: sum(bench.node.frame_log.outcomes.values()) >= 4)
     capsys.readouterr()

@@ -56,7 +56,7 @@ def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     set_clock(50)
     bench.wait(lambda: bench.node._intake.sync.statistics.resets["clock_jump"] == 1)
     assert bench.node._intake.ego.source == "none"
-    assert not bench.node._intake.calibrated().problems
+    assert not bench.node._intake.read_calibration().problems
     bench.vehicle.drive(4, start_ns=50 * 10**9)
     bench.finished(8)
     assert bench.node.frame_log.outcomes["processed"] == 8
@@ -182,7 +182,7 @@ def test_a_moved_camera_changes_the_rig(make_bench: Callable[..., Any]) -> None:
     bench.finished(2)
     before = bench.pipeline.rigs[-1].hash
     bench.vehicle.info("CAM_FRONT", 5, focal=55.0)
-    bench.wait(lambda: bench.node._intake.calibrated().rig["CAM_FRONT"].intrinsic[0, 0] == 55)
+    bench.wait(lambda: bench.node._intake.read_calibration().rig["CAM_FRONT"].intrinsic[0, 0] == 55)
     bench.vehicle.drive(2, start_ns=2 * 10**9)
     bench.finished(4)
     assert bench.pipeline.rigs[-1].hash != before
@@ -222,7 +222,7 @@ def test_a_frame_that_two_publishers_place_is_named_and_the_newest_holds(
     line = next(line for line in bench.logged if "'cam_left' was static" in line)
     assert "do two publishers send it? the newest holds" in line
     assert "(7.000, 0.000, 0.000)" in line
-    assert bench.node._intake.calibrated().rig["CAM_LEFT"].cam2ego[0, 3] == 7.0
+    assert bench.node._intake.read_calibration().rig["CAM_LEFT"].cam2ego[0, 3] == 7.0
     bench.wait(lambda: "transforms" in bench.statuses() and bench.statuses()["transforms"].level == 1)
     bench.vehicle.drive(3)
     bench.finished(3)
@@ -338,5 +338,5 @@ def test_an_extrinsic_parameter_stands_in_for_tf(make_bench: Callable[..., Any])
     bench = make_bench(**places)
     for camera in ("CAM_FRONT", "CAM_LEFT", "CAM_RIGHT"):
         bench.vehicle.info(camera, 1)
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
-    assert bench.node._intake.calibrated().rig["CAM_LEFT"].cam2ego[1, 3] == 0.5
+    bench.wait(lambda: not bench.node._intake.read_calibration().problems)
+    assert bench.node._intake.read_calibration().rig["CAM_LEFT"].cam2ego[1, 3] == 0.5

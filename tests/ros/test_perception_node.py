@@ -147,8 +147,8 @@ def test_missing_camera_info_and_transform_are_named_with_a_remedy(
     bench.vehicle.info("CAM_RIGHT", 1)
     bench.wait(
         lambda: (
-            set(bench.node._intake.calibrated().problems) == {"CAM_LEFT", "CAM_RIGHT"}
-            and "transform" in bench.node._intake.calibrated().problems["CAM_RIGHT"]
+            set(bench.node._intake.read_calibration().problems) == {"CAM_LEFT", "CAM_RIGHT"}
+            and "transform" in bench.node._intake.read_calibration().problems["CAM_RIGHT"]
         )
     )
     bench.vehicle.drive(3)
@@ -159,7 +159,7 @@ def test_missing_camera_info_and_transform_are_named_with_a_remedy(
     assert "no transform 'cam_right' -> 'base_link'" in missing["CAM_RIGHT"]
     assert "cameras.CAM_RIGHT.extrinsic" in missing["CAM_RIGHT"]
     bench.vehicle.calibrate()
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.wait(lambda: not bench.node._intake.read_calibration().problems)
     bench.vehicle.drive(2, start_ns=2 * 10**9)
     bench.finished(5)
     assert set(bench.pipeline.seen[-1].cameras) == NAMES
@@ -171,9 +171,9 @@ def test_an_uncalibrated_camera_is_left_out_until_its_info_changes(
     bench = make_bench()
     bench.vehicle.calibrate()
     bench.vehicle.info("CAM_LEFT", 2, focal=0.0)
-    bench.wait(lambda: "not calibrated" in bench.node._intake.calibrated().problems.get("CAM_LEFT", ""))
+    bench.wait(lambda: "not calibrated" in bench.node._intake.read_calibration().problems.get("CAM_LEFT", ""))
     bench.vehicle.info("CAM_LEFT", 3, focal=70.0)
-    bench.wait(lambda: not bench.node._intake.calibrated().problems)
+    bench.wait(lambda: not bench.node._intake.read_calibration().problems)
     bench.vehicle.drive(3)
     bench.finished(3)
     assert bench.pipeline.rigs[-1]["CAM_LEFT"].intrinsic[0, 0] == 70

@@ -300,7 +300,7 @@ def test_visibility_uses_each_cameras_own_pose(street) -> None:
 
 def test_pixel_rays_cover_the_image_evenly_at_any_resolution() -> None:
     camera = Camera("C", 1600, 900, [[1260, 0, 800], [0, 1260, 450], [0, 0, 1]], FORWARD_CAMERA)
-    small = camera.resized(0.22, 0.22, (0, 70), (352, 128))
+    small = camera.resize(0.22, 0.22, (0, 70), (352, 128))
     config = LabelConfig(camera_spacing=4 / 1260, camera_aspect=2.0, camera_levels=3, camera_near=10.0)
     for each in (camera, small):
         rays = camera_rays(each, config)

@@ -168,7 +168,7 @@ def test_order_of_cameras_does_not_matter(network: OccBevNetwork) -> None:
 
 
 def test_samples_of_a_batch_do_not_mix(network: OccBevNetwork) -> None:
-    few, moved = ring_rig(MODEL, 3), ring_rig(MODEL, 3).moved([shifted(2.0)] * 3)
+    few, moved = ring_rig(MODEL, 3), ring_rig(MODEL, 3).move_cameras([shifted(2.0)] * 3)
     pictures = images(2, 3)
     with torch.no_grad():
         both = network(pictures, torch.ones(2, 3), geometry(few, moved))
@@ -189,7 +189,7 @@ def test_bag_and_gather_form_are_the_same_network(network: OccBevNetwork) -> Non
 
 def test_rig_that_sees_nothing_of_the_bev_gives_an_answer_and_gradients() -> None:
     network = build_network(MODEL, "pretrain").eval()
-    points = geometry(ring_rig(MODEL, 2).moved([shifted(1000.0)] * 2))
+    points = geometry(ring_rig(MODEL, 2).move_cameras([shifted(1000.0)] * 2))
     assert len(points.pixel) == 1
     assert float(points.weight.sum()) == 0
     output = network(images(1, 2), torch.ones(1, 2), points)
@@ -322,7 +322,7 @@ def test_splat_equals_the_published_pooling(golden_folder: Path) -> None:
 
 
 def test_joined_tables_of_a_batch_are_those_of_its_samples() -> None:
-    rigs = ring_rig(MODEL, 3), ring_rig(MODEL, 3).moved([shifted(3.0)] * 3)
+    rigs = ring_rig(MODEL, 3), ring_rig(MODEL, 3).move_cameras([shifted(3.0)] * 3)
     single = [geometry(rig) for rig in rigs]
     both = geometry(*rigs)
     kept = [len(s.pixel) - 1 for s in single]

@@ -41,7 +41,7 @@ def sampled_cells(origin, end, grid) -> tuple[set[int], set[int]]:
     length = np.linalg.norm((end - origin) / grid.pitch)
     t = np.linspace(0, 1, int(length * 50) + 2)[:, None]
     cells, inside = grid.indices(origin + t * (end - origin))
-    flat, count = np.unique(grid.flat(cells[inside]), return_counts=True)
+    flat, count = np.unique(grid.flatten(cells[inside]), return_counts=True)
     return set(flat.tolist()), set(flat[count > 1].tolist())
 
 
@@ -64,7 +64,7 @@ def test_brute_force_agrees_on_random_rays() -> None:
         walked = traverse(origin, end, GRID).tolist()
         assert len(walked) == len(set(walked)), "no cell twice"
         cells, inside = GRID.indices(end[None])
-        last = {int(GRID.flat(cells)[0])} if inside[0] else set()
+        last = {int(GRID.flatten(cells)[0])} if inside[0] else set()
         assert not last & set(walked), "the end cell is no pass of its own ray"
         visited, surely = sampled_cells(origin, end, GRID)
         assert surely - last <= set(walked)
@@ -152,7 +152,7 @@ def test_hits_are_counted_and_averaged() -> None:
     bundle = bundle_rays(rays_of((0.5, 2.5, 2.5), ends), np.eye(4), UNIT, 0.8)
     assert len(bundle) == 2
     hits = gather_hits([bundle, bundle], UNIT)
-    assert hits.cell.tolist() == [UNIT.flat([[4, 2, 2]])[0]]
+    assert hits.cell.tolist() == [UNIT.flatten([[4, 2, 2]])[0]]
     assert hits.count.tolist() == [4]
     assert hits.sweeps.tolist() == [0b11]
     assert np.allclose(hits.centroid, [[4.4, 2.6, 2.5]])
@@ -162,7 +162,7 @@ def test_a_cut_beam_hits_nothing_but_carves() -> None:
     bundle = bundle_rays(rays_of((0.5, 2.5, 2.5), [[4.5, 2.5, 2.5]], hit=False), np.eye(4), UNIT, 0.8)
     evidence = evidence_of([bundle])
     assert len(evidence.hits.cell) == 0
-    assert np.flatnonzero(evidence.passes).tolist() == UNIT.flat([[i, 2, 2] for i in range(4)]).tolist()
+    assert np.flatnonzero(evidence.passes).tolist() == UNIT.flatten([[i, 2, 2] for i in range(4)]).tolist()
 
 
 def test_only_a_beam_through_the_returns_that_goes_on_contradicts_them() -> None:

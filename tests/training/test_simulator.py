@@ -68,7 +68,7 @@ def test_training_frames_are_the_lower_part_of_scaled_full_frames() -> None:
     full = build_rig(np.random.default_rng(5), (640, 360))
     small = build_rig(np.random.default_rng(5), (352, 128))
     for a, b in zip(full.cameras, small.cameras, strict=True):
-        scaled = a.resized(0.55, 0.55, crop=(0, 70), size=(352, 128))
+        scaled = a.resize(0.55, 0.55, crop=(0, 70), size=(352, 128))
         np.testing.assert_allclose(scaled.intrinsic, b.intrinsic, atol=1e-9)
         np.testing.assert_array_equal(scaled.cam2ego, b.cam2ego)
 

@@ -46,7 +46,7 @@ def run(options: Options) -> Report:
     lines, skipped = _pipelines(package, rig, options.threads)
     stages: dict[str, list[Perception]] = {name: [] for name in lines}
     whole = run_interleaved(
-        {name: _recorded(line, frame_set, stages[name]) for name, line in lines.items()},
+        {name: _record_runs(line, frame_set, stages[name]) for name, line in lines.items()},
         options.rounds,
     )
     parts = run_interleaved(_single_stages(next(iter(lines.values())), frame_set), options.rounds)
@@ -132,7 +132,7 @@ def _pipelines(
     return lines, skipped
 
 
-def _recorded(line: Pipeline, frame_set: FrameSet, results: list[Perception]) -> Callable[[], None]:
+def _record_runs(line: Pipeline, frame_set: FrameSet, results: list[Perception]) -> Callable[[], None]:
     return lambda: results.append(line.run(frame_set))
 
 

@@ -68,15 +68,15 @@ def print_record(record: dict[str, Any], console: Console) -> None:
     for title in ("machine", "values", "ratios"):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         table.add_column(no_wrap=True)
-        for key, value in _flat(record[title]):
+        for key, value in _flatten(record[title]):
             table.add_row(escape(key), escape(str(value)))
         console.print(table)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested keys as dotted ones, in order."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         dotted = f"{prefix}{key}"
-        rows += _flat(value, f"{dotted}.") if isinstance(value, Mapping) else [(dotted, value)]
+        rows += _flatten(value, f"{dotted}.") if isinstance(value, Mapping) else [(dotted, value)]
     return rows

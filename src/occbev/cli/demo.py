@@ -300,7 +300,7 @@ def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:
     return Moment(
         (stamp - int(truth.key_stamp_ns[0])) / 1e9,
         {name: _decode_frames(frame) for name, frame in seen.items()},
-        truth.rig.ordered(tuple(seen)).moved(motions),
+        truth.rig.reorder(tuple(seen)).move_cameras(motions),
         result.boxes,
         annotations.boxes[annotations.lidar_points > 0],
         result.occupancy,

@@ -37,7 +37,7 @@ from occbev.reports.rendering import (
     draw_voxels,
     occupancy_from_above,
     occupancy_in_3d,
-    stacked,
+    stack_pictures,
     write_picture,
 )
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Perception, Sweep
@@ -212,7 +212,7 @@ def _label_picture(images: dict[str, Picture], cameras: dict[str, Camera], truth
         name: draw_boxes(image, cameras[name], truth, BoxStyle(thickness=_line(image)))
         for name, image in images.items()
     }
-    return stacked([camera_mosaic(drawn), beside({"labels from above": bev_picture(truth)})])
+    return stack_pictures([camera_mosaic(drawn), beside({"labels from above": bev_picture(truth)})])
 
 
 def _result_pictures(
@@ -230,8 +230,8 @@ def _result_pictures(
     }
     space = beside({note: occupancy_in_3d(occupancy, boxes=perception.boxes)})
     return {
-        "boxes": stacked([camera_mosaic(boxes), beside(views)]),
-        "voxels": stacked([camera_mosaic(voxels), space]),
+        "boxes": stack_pictures([camera_mosaic(boxes), beside(views)]),
+        "voxels": stack_pictures([camera_mosaic(voxels), space]),
     }
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             stack.enter_context(child(graph.player_command(values, extra)))
         if graph.is_true(values["rviz"]):
             stack.enter_context(child(_existing(graph.rviz_command())))
-        return main(graph.node_arguments(values, typed(extra)))
+        return main(graph.node_arguments(values, write_numbers(extra)))
 
 
 def end_with(parent: int) -> bool:
@@ -110,7 +110,7 @@ def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, str], dict[
     return values, extra
 
 
-def typed(extra: Mapping[str, str]) -> dict[str, str]:
+def write_numbers(extra: Mapping[str, str]) -> dict[str, str]:
     """Write numbers as their parameters are typed: rcl ignores `1` over a double that the parameter file gives.
 
     Raises:

@@ -250,7 +250,7 @@ class Pipeline:
         view = self._view  # the other thread may take another rig
         if view is None or view.rig_hash != job.network_rig.hash:
             view = self._view = _View(job.network_rig.hash, voxels_in_view(job.network_rig, self.package.model.grid))
-        return view.observed(job.inputs["camera_valid"][0] > 0)
+        return view.find_observed(job.inputs["camera_valid"][0] > 0)
 
 
 def _move_rig(rig: CameraRig, frame_set: FrameSet, motion: MotionToKey | None) -> CameraRig:
@@ -260,7 +260,7 @@ def _move_rig(rig: CameraRig, frame_set: FrameSet, motion: MotionToKey | None) -
     absent = sorted(set(frame_set.cameras) - set(motion))
     if absent:
         raise LookupError(f"motion to the key time is not given for cameras {absent}; it is for {sorted(motion)}")
-    return rig.moved(motion.get(name, np.eye(4)) for name in rig.names)
+    return rig.move_cameras(motion.get(name, np.eye(4)) for name in rig.names)
 
 
 @dataclass
@@ -271,7 +271,7 @@ class _View:
     in_view: NDArray[np.bool_]
     _last: tuple[bytes, NDArray[np.bool_]] | None = None
 
-    def observed(self, valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def find_observed(self, valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The voxels (X, Y, Z) that one of the valid (N,) cameras sees."""
         if self._last is None or self._last[0] != valid.tobytes():
             self._last = valid.tobytes(), np.any(self.in_view[valid], axis=0)

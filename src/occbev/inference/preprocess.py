@@ -161,7 +161,7 @@ class Preprocessor:
         """Undistort and crop in one pass, at network resolution: the area filter has already run."""
         known = self._maps.get(camera.name)
         if known is None or not _same_optics(known[0], camera):
-            lens = camera.lens.scaled(scaled.shape[1] / camera.width, scaled.shape[0] / camera.height)
+            lens = camera.lens.scale(scaled.shape[1] / camera.width, scaled.shape[0] / camera.height)
             known = camera, *lens.maps(fitted.intrinsic, (fitted.width, fitted.height))
             self._maps[camera.name] = known
         return np.asarray(
@@ -218,14 +218,14 @@ def match_size(camera: Camera, image: NDArray[np.uint8]) -> Camera:
             f"the image is {width}x{height} but the calibration is for {camera.width}x{camera.height}; "
             "another aspect means another crop: calibrate at this size",
         )
-    return camera.resized(width / camera.width, height / camera.height, (0, 0), (width, height))
+    return camera.resize(width / camera.width, height / camera.height, (0, 0), (width, height))
 
 
 def network_camera(camera: Camera, config: ImageConfig) -> Camera:
     """Return the rectified camera of network size that `camera` becomes."""
     fit = Fit.cover(camera.width, camera.height, config)
     scale_x, scale_y = fit.scaled[0] / camera.width, fit.scaled[1] / camera.height
-    fitted = camera.resized(scale_x, scale_y, fit.crop, (config.width, config.height))
+    fitted = camera.resize(scale_x, scale_y, fit.crop, (config.width, config.height))
     return replace(fitted, distortion_model="none", distortion=())
 
 

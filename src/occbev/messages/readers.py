@@ -270,8 +270,8 @@ def _apply_binning(camera: Camera, info: Any) -> Camera:
     """Apply CameraInfo's region of interest (in full-resolution pixels), then its binning."""
     roi = getattr(info, "roi", None)
     if roi is not None and roi.width and roi.height:
-        camera = camera.resized(1, 1, (roi.x_offset, roi.y_offset), (int(roi.width), int(roi.height)))
+        camera = camera.resize(1, 1, (roi.x_offset, roi.y_offset), (int(roi.width), int(roi.height)))
     bin_x, bin_y = max(1, int(info.binning_x)), max(1, int(info.binning_y))
     if (bin_x, bin_y) == (1, 1):
         return camera
-    return camera.resized(1 / bin_x, 1 / bin_y, (0, 0), (camera.width // bin_x, camera.height // bin_y))
+    return camera.resize(1 / bin_x, 1 / bin_y, (0, 0), (camera.width // bin_x, camera.height // bin_y))

@@ -251,7 +251,7 @@ def beside(pictures: Mapping[str, Picture], gap: int = 12) -> Picture:
     return np.hstack(columns[:-1])
 
 
-def stacked(pictures: Sequence[Picture], gap: int = 12) -> Picture:
+def stack_pictures(pictures: Sequence[Picture], gap: int = 12) -> Picture:
     """Put pictures below each other on paper as wide as the widest."""
     width = max(picture.shape[1] for picture in pictures)
     rows = [_pad(picture, width, picture.shape[0] + gap) for picture in pictures]

@@ -92,7 +92,7 @@ def account(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], span_
         "files": last["files"] - first["files"],
         "latency_p99_ratio": round(last["latency_p99_ms"] / first["latency_p99_ms"], 3),
     }
-    return {"first": first, "last": last, "growth": growth, "broken": _broken(growth)}
+    return {"first": first, "last": last, "growth": growth, "broken": _find_broken(growth)}
 
 
 def _window(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], begin: float, end: float) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _percentile(done: Sequence[Mapping[str, Any]], share: int) -> float:
     return round(float(np.percentile([line["stages_ms"]["total"] for line in done], share)), 2)
 
 
-def _broken(growth: Mapping[str, float]) -> list[str]:
+def _find_broken(growth: Mapping[str, float]) -> list[str]:
     broken = []
     if growth["rss"] >= MEMORY_GROWTH:
         broken.append(f"resident memory grew by {growth['rss']:.1%}, limit {MEMORY_GROWTH:.0%}")

@@ -105,14 +105,14 @@ def run(options: Options) -> Report:
     costs = _costs(
         {"aligned": arrivals(0, spread=False), "spread": arrivals(0), "lossy": lossy[0]}, max(1, options.rounds // 4)
     )
-    sets = [s for stream in lossy for s in matched(stream, tolerance_s=0.1)[0]]
-    share = statistics.mean(_complete(matched(stream, tolerance_s=0.05)[0]) / SWEEPS for stream in jittered)
+    sets = [s for stream in lossy for s in match_stream(stream, tolerance_s=0.1)[0]]
+    share = statistics.mean(_complete(match_stream(stream, tolerance_s=0.05)[0]) / SWEEPS for stream in jittered)
     worst = _unlucky()
     values = {
         "mixed_sets": sum(_is_mixed(set(s.images.values())) for s in sets),
         "mixed_sets_approximate_time": sum(_search(stream, 0.1, False) for stream in lossy),
         "complete_share_jitter40": round(share, 4),
-        "non_increasing": sum(_non_increasing(matched(stream, 0.1)[0]) for stream in lossy + jittered),
+        "non_increasing": sum(_non_increasing(match_stream(stream, 0.1)[0]) for stream in lossy + jittered),
         "us_per_message": round(statistics.median(costs["ours"].values()), 2),
         "worst_ms": round(worst["ours"], 3),
         "us_by_stream": {name: {k: round(v, 2) for k, v in by.items()} for name, by in costs.items()},
@@ -146,7 +146,7 @@ def arrivals(seed: int, drop: float = 0.0, jitter_ms: float = 0.0, spread: bool 
     return sorted(images, key=lambda image: image.arrival_ns)
 
 
-def matched(stream: Sequence[Arrival], tolerance_s: float) -> tuple[list[FrameJob], FrameSynchronizer]:
+def match_stream(stream: Sequence[Arrival], tolerance_s: float) -> tuple[list[FrameJob], FrameSynchronizer]:
     """Run our synchroniser over a stream."""
     sync: FrameSynchronizer = FrameSynchronizer(CAMERA_NAMES, ANCHOR, SyncConfig(tolerance_s=tolerance_s))
     sets = []
@@ -167,7 +167,7 @@ def _costs(streams: Mapping[str, Sequence[Arrival]], rounds: int) -> dict[str, d
     samples: dict[str, dict[str, list[float]]] = {}
     for _ in range(rounds):
         for name, stream in streams.items():
-            methods: dict[str, Callable[[], object]] = {"ours": partial(matched, stream, 0.05)}
+            methods: dict[str, Callable[[], object]] = {"ours": partial(match_stream, stream, 0.05)}
             methods |= {key: partial(_search, stream, 0.05, ros) for key, ros in baselines().items()}
             for key, method in methods.items():
                 samples.setdefault(key, {}).setdefault(name, []).append(_cpu_us(method) / len(stream))

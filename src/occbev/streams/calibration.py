@@ -81,7 +81,7 @@ class Calibration:
         cam2ego = self._cam2ego(name, info)
         key = (self._info_keys[name], cam2ego.tobytes())
         if self._built.get(name) != key:
-            rectified = self._parameters.cameras[name].rectified()
+            rectified = self._parameters.cameras[name].is_rectified()
             self._cameras[name] = camera_from_info(name, info, cam2ego, rectified)
             self._built[name] = key
         return self._cameras[name]
@@ -111,7 +111,7 @@ class Calibration:
             ) from error
 
     def _load_rig(self, path: str) -> CameraRig:
-        return CameraRig.load(Path(path)).ordered(self._parameters.names)
+        return CameraRig.load(Path(path)).reorder(self._parameters.names)
 
 
 def fallback_camera(name: str) -> Camera:

@@ -70,7 +70,7 @@ def _whole(intake: Intake, frame_log: FrameLog, cameras: list[Status]) -> Status
 
 
 def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
-    sync, problems = intake.sync, intake.calibrated().problems
+    sync, problems = intake.sync, intake.read_calibration().problems
     age_s = (now_ns - watch.arrivals[-1]) / 1e9 if watch.arrivals else None
     offset_ns = sync.offset_ns(name)
     values = {

@@ -180,7 +180,7 @@ class Intake:
             self.ego.clear()
             return self.sync.reset("clock_jump", now_ns)
 
-    def calibrated(self) -> Any:
+    def read_calibration(self) -> Any:
         """Return the rig as it is known now."""
         with self._lock:
             return self.calibration.now()
@@ -190,7 +190,7 @@ class Intake:
 
         Cameras that cannot be used become `missing`, with the reason.
         """
-        calibrated = self.calibrated()
+        calibrated = self.read_calibration()
         frames: dict[str, CameraFrame | None] = dict.fromkeys(self.parameters.names)
         missing = dict(job.missing)
         for name, future in job.images.items():

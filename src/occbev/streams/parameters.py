@@ -58,7 +58,7 @@ class CameraParameters:
         if self.image_is_rectified not in ("auto", "true", "false"):
             raise ConfigError(f"image_is_rectified {self.image_is_rectified!r}: must be auto, true or false")
 
-    def rectified(self) -> bool | None:
+    def is_rectified(self) -> bool | None:
         """Whether images are rectified; None leaves it to the distortion in CameraInfo."""
         if self.image_is_rectified != "auto":
             return self.image_is_rectified == "true"

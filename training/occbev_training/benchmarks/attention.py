@@ -22,7 +22,7 @@ from occbev_training.export.package import ring_rig
 from occbev_training.models.queries.bevformer import CameraPairs, SpatialCrossAttention, pair_cameras
 from occbev_training.models.queries.deformable_attention import Levels, sample_by_grid
 
-CAMERAS, CHANNELS, HEADS, HEIGHTS, POINTS = 6, 256, 8, 4, 8
+CAMERA_COUNT, CHANNELS, HEADS, HEIGHTS, POINTS = 6, 256, 8, 4, 8
 LEVELS = Levels(((116, 200), (58, 100), (29, 50), (15, 25)))
 EXTENT = 51.2
 TOLERANCE = 1e-3
@@ -74,13 +74,13 @@ def make_case(cells: int, device: str = "cpu") -> Case:
         torch.nn.init.normal_(layer.weight, std=0.05)
     bev = BevGrid((-EXTENT, -EXTENT), (2 * EXTENT / cells,) * 2, (cells, cells))
     model = ModelConfig(image=ImageConfig(width=1600, height=928))
-    rig = ring_rig(model, CAMERAS).cameras
+    rig = ring_rig(model, CAMERA_COUNT).cameras
     matrices = frame_to_images(np.stack([c.intrinsic for c in rig]), np.stack([c.cam2ego for c in rig]))
     seen = project(pillar_points(bev, (-5.0, 3.0), HEIGHTS), matrices, (1600, 928))
     points, visible = (torch.from_numpy(array)[None].to(device) for array in seen)
-    hits = pair_cameras(points, visible, torch.ones(1, CAMERAS, device=device))
+    hits = pair_cameras(points, visible, torch.ones(1, CAMERA_COUNT, device=device))
     query = torch.randn(1, cells * cells, CHANNELS, device=device)
-    features = torch.randn(CAMERAS, sum(LEVELS.lengths), CHANNELS, device=device)
+    features = torch.randn(CAMERA_COUNT, sum(LEVELS.lengths), CHANNELS, device=device)
     return Case(attention.to(device), query, features, hits)
 
 

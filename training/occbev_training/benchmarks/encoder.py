@@ -34,7 +34,7 @@ from occbev_training.models.encoders.image_encoder import ImageEncoder, fold_blo
 from occbev_training.models.encoders.image_necks import PyramidNeck, ResNetImageEncoder
 from occbev_training.models.encoders.resnet import ResNet
 
-CAMERAS = 6
+CAMERA_COUNT = 6
 CALIBRATION_SETS = 2
 
 Method = Callable[[], object]
@@ -168,11 +168,11 @@ def run(options: Options) -> Report:
         "device": device,
         "rounds": options.rounds,
         "threads": threads,
-        "cameras": CAMERAS,
+        "cameras": CAMERA_COUNT,
     }
     ratios: dict[str, float] = {}
     for name, (encoder, size) in encoders().items():
-        images = torch.randn(CAMERAS, 3, *size)
+        images = torch.randn(CAMERA_COUNT, 3, *size)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             methods, differences, values["onnxruntime_provider"] = methods_of(
                 encoder, images, Path(folder), threads, device=device

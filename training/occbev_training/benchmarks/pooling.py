@@ -21,7 +21,7 @@ from occbev.inference.tables import LiftPoints, lift_points
 from occbev_training.benchmarks.measure import bench_device, peak_bytes, speedup, waiting
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_points, splat
 
-CAMERAS = 6
+CAMERA_COUNT = 6
 BEV = BevGrid((-51.2, -51.2), (0.8, 0.8), (128, 128))
 TOLERANCE = 1e-3
 """Largest difference between both results relative to the largest value: the cumulative sum's own error."""
@@ -54,10 +54,10 @@ def make_case(bins: int = 118, channels: int = 80, seed: int = 0, device: str = 
     model = ModelConfig(image=ImageConfig(704, 256), lift=lift, bev=BEV)
     points = _ring_points(model)
     generator = torch.Generator().manual_seed(seed)
-    depth = torch.randn(CAMERAS, bins, 16, 44, generator=generator).softmax(1)
-    context = torch.randn(CAMERAS, 16, 44, channels, generator=generator)
+    depth = torch.randn(CAMERA_COUNT, bins, 16, 44, generator=generator).softmax(1)
+    context = torch.randn(CAMERA_COUNT, 16, 44, channels, generator=generator)
     last = np.diff(points.cell, append=-1) != 0
-    tables = batch_points([points], np.zeros((1, CAMERAS, 1, 1, 1), np.float32), model)
+    tables = batch_points([points], np.zeros((1, CAMERA_COUNT, 1, 1, 1), np.float32), model)
     return Case(
         depth.to(device),
         context.to(device),
@@ -70,12 +70,12 @@ def make_case(bins: int = 118, channels: int = 80, seed: int = 0, device: str = 
 
 def _ring_points(model: ModelConfig) -> LiftPoints:
     intrinsic = np.array([[557.0, 0, 352], [0, 557, 76], [0, 0, 1]])
-    poses = np.tile(np.eye(4), (CAMERAS, 1, 1))
+    poses = np.tile(np.eye(4), (CAMERA_COUNT, 1, 1))
     for pose, yaw in zip(poses, np.deg2rad([55, 0, -55, 110, 180, -110]), strict=True):
         sin, cos = np.sin(yaw), np.cos(yaw)
         pose[:3, :3] = np.array([[sin, 0, cos], [-cos, 0, sin], [0, -1, 0]])
         pose[:3, 3] = 0.9 + cos, sin, 1.5
-    intrinsics = np.tile(intrinsic, (CAMERAS, 1, 1))
+    intrinsics = np.tile(intrinsic, (CAMERA_COUNT, 1, 1))
     size = (model.image.width, model.image.height)
     return lift_points(intrinsics, poses, size, model.lift, model.bev)
 

@@ -28,7 +28,7 @@ from occbev_training.engine.trainer import Trainer, tune_process
 from occbev_training.losses import objectives
 from occbev_training.models.build import build_model
 
-CAMERAS = 6
+CAMERA_COUNT = 6
 SAMPLES = 8
 WARM_STEPS = 2
 STEPS_PER_ROUND = 2
@@ -95,7 +95,7 @@ def random_cache(root: Path, model: ModelConfig) -> SampleCache:
     """Write a cache of random samples of a model's size and open it."""
     drive = root / "random"
     drive.mkdir(parents=True)
-    names = tuple(f"cam{i}" for i in range(CAMERAS))
+    names = tuple(f"cam{i}" for i in range(CAMERA_COUNT))
     files = {f"{i:04d}.npz": write_sample(drive / f"{i:04d}.npz", random_sample(model, i)) for i in range(SAMPLES)}
     info = CacheInfo(model.image, names, model.grid)
     record = {"info": to_record(info), "labels": {"made": "at random"}, "files": files}
@@ -108,10 +108,10 @@ def random_sample(model: ModelConfig, seed: int) -> CachedSample:
     rng = np.random.default_rng(seed)
     width, height, shape = model.image.width, model.image.height, model.grid.shape
     optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
-    yaws = np.linspace(0, 2 * np.pi, CAMERAS, endpoint=False)
+    yaws = np.linspace(0, 2 * np.pi, CAMERA_COUNT, endpoint=False)
     cam2ego = np.stack([make_transform(rotation_from_yaw(yaw) @ optical, (1.0, 0.0, 1.5)) for yaw in yaws])
     intrinsic = np.array([[0.6 * width, 0, width / 2], [0, 0.6 * width, height / 2], [0, 0, 1]])
-    returns, boxes = 4000 * CAMERAS, 40
+    returns, boxes = 4000 * CAMERA_COUNT, 40
     state = rng.choice(3, shape, p=(0.6, 0.35, 0.05)).astype(np.uint8)
     box = np.concatenate(
         [
@@ -124,11 +124,11 @@ def random_sample(model: ModelConfig, seed: int) -> CachedSample:
         1,
     )
     return CachedSample(
-        images=rng.integers(0, 255, (CAMERAS, height, width, 3)).astype(np.uint8),
-        camera_valid=np.ones(CAMERAS, bool),
-        intrinsic=np.tile(intrinsic, (CAMERAS, 1, 1)),
+        images=rng.integers(0, 255, (CAMERA_COUNT, height, width, 3)).astype(np.uint8),
+        camera_valid=np.ones(CAMERA_COUNT, bool),
+        intrinsic=np.tile(intrinsic, (CAMERA_COUNT, 1, 1)),
         cam2ego=cam2ego,
-        lidar_camera=rng.integers(0, CAMERAS, returns).astype(np.uint8),
+        lidar_camera=rng.integers(0, CAMERA_COUNT, returns).astype(np.uint8),
         lidar_pixel=(rng.random((returns, 2)) * (width, height)).astype(np.float32),
         lidar_depth=rng.uniform(1, 45, returns).astype(np.float32),
         state=state,

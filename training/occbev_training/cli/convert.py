@@ -19,7 +19,7 @@ from occbev.config import ConfigError, ModelConfig, load_config, to_record
 from occbev.files import file_hash
 from occbev.inference.model_package import ModelPackage, write_package
 from occbev.share import share_path
-from occbev_training.models.build import STAGES, build_model
+from occbev_training.models.build import TRAINING_STAGES, build_model
 from occbev_training.models.checkpoints import CheckpointError, save_weights
 from occbev_training.models.renaming import (
     ConversionReport,
@@ -78,7 +78,7 @@ def convert(
     source: what an error calls the checkpoint. Raises: CheckpointError with the report of the better fit.
     """
     reports = {}
-    for stage in STAGES:
+    for stage in TRAINING_STAGES:
         network = _on_meta(model, stage)
         if network is None:
             continue

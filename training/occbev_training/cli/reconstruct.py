@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from occbev.config import ConfigError, ModelConfig, load_config
-from occbev.reports.rendering import stacked
+from occbev.reports.rendering import stack_pictures
 from occbev_training.data.samples import open_samples
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.stages import predictor
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             pictures.append(reconstruction_picture(samples.name(index), sample, found, model.grid))
     if not scores:
         raise ConfigError(f"{args.data}: no sample has a voxel that was observed and seen")
-    if args.out and not cv2.imwrite(str(args.out), stacked(pictures)[..., ::-1]):
+    if args.out and not cv2.imwrite(str(args.out), stack_pictures(pictures)[..., ::-1]):
         raise ConfigError(f"{args.out}: cannot be written; name a .png")
     if args.json:
         print(json.dumps({"iou": scores, "picture": str(args.out) if args.out else None}))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.grid import VoxelGrid, xyz_from_volume
-from occbev.reports.rendering import Picture, beside, camera_mosaic, stacked
+from occbev.reports.rendering import Picture, beside, camera_mosaic, stack_pictures
 from occbev_training.data.cache import CachedSample
 from occbev_training.evaluation.frames import Prediction
 from occbev_training.metrics.occupancy import binary_counts, binary_iou
@@ -65,7 +65,7 @@ def reconstruction_picture(
     above = {title: _scale(view, size, round(size / extent)) for title, view in views.items()}
     half, height = width // 2 - 16, round(width / 2 * grid.shape[2] / grid.shape[0])
     across = {title: _scale(view, half, height) for title, view in sides.items()}
-    return stacked([camera_mosaic(images, width), beside(above), beside(across)])
+    return stack_pictures([camera_mosaic(images, width), beside(above), beside(across)])
 
 
 def _heights(occupied: NDArray[np.bool_]) -> Picture:

@@ -97,7 +97,7 @@ def frame_picture(frame: HeldOutFrame, boxes: Boxes3D | None, label: NDArray[np.
         above["voxels true, where a camera looked"] = rendering.occupancy_from_above(true, 520)
     if above:
         rows.append(rendering.beside(above))
-    return rendering.stacked(rows)
+    return rendering.stack_pictures(rows)
 
 
 def _images_with_boxes(frame: HeldOutFrame, boxes: Boxes3D | None) -> dict[str, rendering.Picture]:
@@ -132,7 +132,7 @@ def _enlarge(image: NDArray[np.uint8], camera: Camera) -> tuple[NDArray[np.uint8
 def _rig_at_key(frame: HeldOutFrame) -> CameraRig:
     if frame.motion is None:
         return frame.rig
-    return frame.rig.moved(frame.motion.get(name, np.eye(4)) for name in frame.rig.names)
+    return frame.rig.move_cameras(frame.motion.get(name, np.eye(4)) for name in frame.rig.names)
 
 
 def _occupancy(label: NDArray[np.uint8], grid: VoxelGrid, mask: NDArray[np.bool_]) -> Occupancy:

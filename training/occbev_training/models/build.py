@@ -23,7 +23,7 @@ from occbev_training.models.lift_splat.temporal import TemporalFusion
 from occbev_training.models.network import OccBevNetwork
 from occbev_training.models.queries.query_networks import build_query_network
 
-STAGES = ("pretrain", "finetune")
+TRAINING_STAGES = ("pretrain", "finetune")
 QUERY_FAMILIES = ("bevformer", "detr3d")
 
 
@@ -31,8 +31,8 @@ def build_model(config: ModelConfig, stage: str) -> nn.Module:
     """Build a network of any family with random weights; arguments as of `build_network`."""
     if config.family not in QUERY_FAMILIES:
         return build_network(config, stage)
-    if stage not in STAGES:
-        raise ConfigError(f"stage {stage!r}: must be one of {STAGES}")
+    if stage not in TRAINING_STAGES:
+        raise ConfigError(f"stage {stage!r}: must be one of {TRAINING_STAGES}")
     return build_query_network(config, stage)
 
 
@@ -41,8 +41,8 @@ def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:
 
     stage: "pretrain" has the occupancy decoder, "finetune" the semantic and the detection head.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"stage {stage!r}: must be one of {STAGES}")
+    if stage not in TRAINING_STAGES:
+        raise ConfigError(f"stage {stage!r}: must be one of {TRAINING_STAGES}")
     if config.family != "lss":
         raise ConfigError(f"family {config.family!r}: only lss can be built here")
     if config.bevdet is not None:

@@ -15,7 +15,7 @@ from occbev.classes import OCCUPIED_STATE
 from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
 from occbev.inference.preprocess import decode_image
-from occbev.reports.rendering import Picture, beside, camera_mosaic, draw_points, stacked
+from occbev.reports.rendering import Picture, beside, camera_mosaic, draw_points, stack_pictures
 from occbev.rig import Camera
 from occbev_training.data.shards import PairSample
 from occbev_training.occupancy.paper import FORWARD2LIDAR, PAPER_GRID
@@ -58,7 +58,7 @@ def pair_picture(sample: PairSample, width: int = 1500) -> Picture:
     }
     parts.append(beside(slices))
     parts.append(beside({"cut along the drive, forward to the right": _scale(_side(sample), width - 16)}))
-    return stacked(parts)
+    return stack_pictures(parts)
 
 
 def _cameras(sample: PairSample, width: int) -> Picture:

@@ -187,7 +187,7 @@ def _network_images(
             motions.append(global2ego @ pose)
             valid[index] = True
         cameras.append(fitted)
-    return images, valid, CameraRig(tuple(cameras)).moved(motions)
+    return images, valid, CameraRig(tuple(cameras)).move_cameras(motions)
 
 
 def _lidar_pixels(

@@ -275,7 +275,7 @@ _ROUNDING = 1 << 10
 def traverse(origin: NDArray[np.float64], end: NDArray[np.float64], grid: VoxelGrid) -> NDArray[np.int64]:
     """Return the flat indices of the cells that one ray passes, in order, without its end cell."""
     cells, inside = grid.indices(np.asarray(end, np.float64)[None])
-    end_cell = int(grid.flat(cells)[0]) if inside[0] else -1
+    end_cell = int(grid.flatten(cells)[0]) if inside[0] else -1
     room = sum(grid.shape) + 3
     passed, leave = np.empty(room, np.int64), np.empty(room)
     lo, pitch = np.array(grid.lo), np.array(grid.pitch)

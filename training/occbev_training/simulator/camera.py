@@ -55,7 +55,7 @@ def build_rig(rng: np.random.Generator, size: tuple[int, int]) -> CameraRig:
     if top < 0:
         raise ValueError(f"image {size[0]}x{size[1]} is taller than 16:9: height must be at most {size[1] + top}")
     return CameraRig(
-        tuple(_camera(name, mount, rng).resized(scale, scale, (0, top), size) for name, mount in MOUNTS.items())
+        tuple(_camera(name, mount, rng).resize(scale, scale, (0, top), size) for name, mount in MOUNTS.items())
     )
 
 
@@ -128,7 +128,7 @@ class Painter:
     ) -> NDArray[np.uint8]:
         """Render (H, W, 3) uint8 RGB of what `place_actors` has placed."""
         size = (round(camera.width * supersample), round(camera.height * supersample))
-        fine = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
+        fine = camera.resize(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
         radiance = self.radiance(fine, ego2world).reshape(size[1], size[0], 3)
         if size != (camera.width, camera.height):
             whole = (camera.width, camera.height)

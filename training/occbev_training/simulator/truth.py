@@ -158,7 +158,7 @@ def mark_ends(seen: NDArray[np.bool_], grid: VoxelGrid, cam2ego: NDArray[np.floa
     hit = np.isfinite(distance)
     ends = transform_points(cam2ego, rays[hit] * (distance[hit] + np.float32(0.02))[:, None])
     cells, inside = grid.indices(ends)
-    seen[grid.flat(cells[inside])] = True
+    seen[grid.flatten(cells[inside])] = True
 
 
 def mark_centres(
@@ -197,7 +197,7 @@ def _fill(filled: NDArray[np.uint8], grid: VoxelGrid, points: F32, label: NDArra
     """Write labels of points into their voxels; of several the last one stays."""
     cell = np.floor((points - np.array(grid.lo, np.float32)) / np.array(grid.pitch, np.float32))
     inside = np.flatnonzero(np.all((cell >= 0) & (cell < np.array(grid.shape)), axis=1))
-    filled[grid.flat(cell[inside])] = label[inside]
+    filled[grid.flatten(cell[inside])] = label[inside]
 
 
 def _rank(label: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -291,7 +291,7 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
         stamps = recording.exposures(camera.name)
         scale = min(1.0, 800 / camera.width)
         size = round(camera.width * scale), round(camera.height * scale)
-        small = camera.resized(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
+        small = camera.resize(size[0] / camera.width, size[1] / camera.height, (0, 0), size)
         parts = []
         for run in stretches_in_turns(stamps, trajectory):
             seen = partial(_describe_topics, recording, camera.name, stamps, size)

@@ -23,7 +23,7 @@ _BLOCKS: Mapping[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 """Depth -> kind of block, blocks of each stage; the shallowest is for checks."""
 
-STAGES = 4
+RESNET_STAGES = 4
 
 
 class ResNet(nn.Module):
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
             model.relu,
             model.maxpool,
         )
-        for stage in range(1, STAGES + 1):
+        for stage in range(1, RESNET_STAGES + 1):
             blocks = getattr(model, f"layer{stage}")
             for block in blocks:
                 _alter(block, caffe_style, stage in deformable_stages)
