@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from occbev.benchmarks import Report, run_interleaved
+from occbev.benchmarks.markdown import write_section
 from occbev.benchmarks.pipeline import (
     encode_frames,
     plain_network_images,
@@ -31,6 +35,25 @@ def test_the_report_names_the_machine() -> None:
     record = Report("probe", {"x_ms": 1.0}, {"y_vs_x": 2.0}).as_record()
     assert record["bench"] == "probe"
     assert {"processor", "cores"} <= set(record["machine"])
+
+
+def test_a_run_replaces_its_own_section_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "docs/benchmarks.md"
+    day = datetime.date(2026, 1, 2)
+    for bench, value in (("one", 1.0), ("two", 2.0), ("one", 3.25)):
+        write_section(path, Report(bench, {"set": {"x|y_ms": value}}).as_record(), f"occbev bench {bench}", day)
+    text = path.read_text()
+    assert text.index("## one") < text.index("## two")
+    assert "| set.x\\|y_ms | 3.25 |" in text
+    assert "| set.x\\|y_ms | 2 |" in text
+    assert "| 1 |" not in text
+    assert text.count("`occbev bench one`, 2026-01-02") == 1
+
+
+def test_the_command_writes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("occbev.benchmarks.pipeline.run", lambda options: Report("pipeline", {"x_ms": options.rounds}))
+    assert main(["bench", "pipeline", "--rounds", "2", "--json", "--markdown", str(tmp_path / "b.md")]) == 0
+    assert "`occbev bench pipeline --rounds 2`" in (tmp_path / "b.md").read_text()
 
 
 def test_the_plain_preprocessing_makes_nearly_the_same_images() -> None:

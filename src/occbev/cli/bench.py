@@ -1,6 +1,7 @@
 """Measure the stack on this machine, beside named baselines in the same process.
 
 occbev bench pipeline --rounds 20 --json
+occbev bench all --markdown docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from occbev.benchmarks import Options, Report
+from occbev.benchmarks.markdown import flatten, write_section
 
 BENCHES: Mapping[str, str] = {
     "pipeline": "images to boxes and voxels without ROS, by stage and runtime",
@@ -35,27 +38,16 @@ ROS_BENCHES: Mapping[str, str] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    listing = "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
-    parser.add_argument("bench", choices=tuple(BENCHES), help=listing)
-    parser.add_argument("--rounds", type=int, default=20, help="measured rounds of each method (default: 20)")
+    add_bench_arguments(parser, BENCHES, rounds=20)
     parser.add_argument("--model", default="occbev-tiny", help="model package, by name or folder")
     parser.add_argument("--threads", type=int, help="CPU threads of the runtimes (default: their own choice)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one benchmark and print what it found."""
+    """Run benchmarks and print what they found."""
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: at least 1")
-    module = importlib.import_module(module_of(args.bench))
-    console = Console(stderr=args.json)
-    with console.status(f"{args.bench}, {args.rounds} rounds"):
-        report: Report = module.run(Options(args.rounds, args.model, args.threads))
-    if args.json:
-        print(json.dumps(report.as_record(), indent=2))
-    else:
-        print_record(report.as_record(), console)
-    return 0
+    return run_benches(args, BENCHES, module_of, Options(args.rounds, args.model, args.threads), "occbev bench")
 
 
 def module_of(bench: str) -> str:
@@ -63,20 +55,43 @@ def module_of(bench: str) -> str:
     return f"occbev.ros.{ROS_BENCHES[bench]}" if bench in ROS_BENCHES else f"occbev.benchmarks.{bench}"
 
 
+def add_bench_arguments(parser: argparse.ArgumentParser, benches: Mapping[str, str], rounds: int) -> None:
+    """Declare the options of every bench command."""
+    listing = "; ".join(f"{name}: {text}" for name, text in benches.items())
+    parser.add_argument("bench", choices=(*benches, "all"), help=f"{listing}; all: one after the other")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"measured rounds of each method (default: {rounds})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a benchmark instead of tables")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write each result into its section of FILE: docs/benchmarks.md"
+    )
+
+
+def run_benches(
+    args: argparse.Namespace, benches: Iterable[str], module_of: Callable[[str], str], options: Options, command: str
+) -> int:
+    """Run the benchmark that `args` names, or all, and print or write what each found."""
+    console = Console(stderr=args.json)
+    for name in benches if args.bench == "all" else (args.bench,):
+        module = importlib.import_module(module_of(name))
+        with console.status(f"{name}, {args.rounds} rounds"):
+            report: Report = module.run(options)
+        record = report.as_record()
+        if args.json:
+            print(json.dumps(record, indent=2))
+        else:
+            print_record(record, console)
+        if args.markdown is not None:
+            write_section(args.markdown, record, f"{command} {name} --rounds {args.rounds}")
+    return 0
+
+
 def print_record(record: dict[str, Any], console: Console) -> None:
     """Print a report as tables of keys and values."""
     for title in ("machine", "values", "ratios"):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         table.add_column(no_wrap=True)
-        for key, value in _flatten(record[title]):
+        for key, value in flatten(record[title]):
             table.add_row(escape(key), escape(str(value)))
         console.print(table)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested keys as dotted ones, in order."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        rows += _flatten(value, f"{dotted}.") if isinstance(value, Mapping) else [(dotted, value)]
-    return rows

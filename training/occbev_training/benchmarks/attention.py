@@ -114,7 +114,7 @@ def measure(rounds: int, forward: Case, backward: Case, device: str = "cpu") -> 
         ratios[f"{key}_vs_padded"] = speedup(timings["padded"], timings["ours"], device)
     peaks = {name: _peak(method, device) for name, method in forms.items()}
     values |= {f"peak_{name}_mb": peak / 1e6 for name, peak in peaks.items()}
-    ratios["peak_memory_vs_padded"] = peaks["ours"] / peaks["padded"]
+    ratios["peak_memory_vs_padded"] = peaks["padded"] / peaks["ours"]
     return Report("attention", values, ratios)
 
 

@@ -1,19 +1,16 @@
 """Measure parts of networks on this machine, beside plain baselines in the same process.
 
 occbev-train bench attention --rounds 5 --json
+occbev-train bench all --markdown docs/benchmarks.md
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 from collections.abc import Mapping
 
-from rich.console import Console
-
-from occbev.benchmarks import Options, Report
-from occbev.cli.bench import print_record
+from occbev.benchmarks import Options
+from occbev.cli.bench import add_bench_arguments, run_benches
 
 BENCHES: Mapping[str, str] = {
     "labels": "occupancy labels: a full label, and its traversal against plain ray casting",
@@ -28,23 +25,13 @@ BENCHES: Mapping[str, str] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    listing = "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
-    parser.add_argument("bench", choices=tuple(BENCHES), help=listing)
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    add_bench_arguments(parser, BENCHES, rounds=5)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one benchmark and print what it found."""
+    """Run benchmarks and print what they found."""
     if args.rounds < 1 or args.threads < 1:
         raise ValueError(f"--rounds {args.rounds} --threads {args.threads}: both at least 1")
-    module = importlib.import_module(f"occbev_training.benchmarks.{args.bench}")
-    console = Console(stderr=args.json)
-    with console.status(f"{args.bench}, {args.rounds} rounds"):
-        report: Report = module.run(Options(args.rounds, threads=args.threads))
-    if args.json:
-        print(json.dumps(report.as_record(), indent=2))
-    else:
-        print_record(report.as_record(), console)
-    return 0
+    options = Options(args.rounds, threads=args.threads)
+    return run_benches(args, BENCHES, "occbev_training.benchmarks.{}".format, options, "occbev-train bench")
