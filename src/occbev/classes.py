@@ -70,6 +70,15 @@ OCCUPANCY_COLOURS: NDArray[np.uint8] = np.array(
 )
 """RGB of each occupancy class (18, 3), the usual nuScenes palette."""
 
+_LOW, _HIGH = np.array([52.0, 94.0, 170.0]), np.array([250.0, 220.0, 90.0])
+
+
+def height_colours(layers: int) -> NDArray[np.uint8]:
+    """Return RGB (layers, 3) of voxels without a class, from low to high."""
+    share = np.linspace(0, 1, layers)[:, None]
+    return np.round(_LOW + share * (_HIGH - _LOW)).astype(np.uint8)
+
+
 OCCUPANCY_OF_DETECTION: tuple[int, ...] = tuple(OCCUPANCY_CLASSES.index(name) for name in DETECTION_CLASSES)
 """Occupancy label of each detection class."""
 

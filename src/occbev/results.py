@@ -99,6 +99,8 @@ class Boxes3D:
 class Occupancy:
     """A labelled voxel volume in base_link at the key time, indexed [x, y, z].
 
+    has_classes: False of networks that know what is occupied but not by what; occupied voxels are "others" then.
+
     label: (X, Y, Z) uint8, index into OCCUPANCY_CLASSES (17 = free).
     confidence: (X, Y, Z) float32 in [0, 1], of the label.
     state: (X, Y, Z) uint8: 0 unobserved, 1 free, 2 occupied.
@@ -109,6 +111,7 @@ class Occupancy:
     state: NDArray[np.uint8]
     grid: VoxelGrid
     cameras: tuple[str, ...] = ()
+    has_classes: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ class ModelPackage:
         """What the weights have seen, in words (`provenance.data`); to be said wherever results are shown."""
         return str(self.provenance.get("data", "data that its provenance does not name"))
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Outputs of the graph, as they were checked when it was exported; empty where that is not known."""
+        checked = self.metrics.get("export_difference") or {}
+        return tuple((checked.get("onnxruntime") or {}).keys())
+
+    @property
+    def predicts(self) -> str:
+        """What the network says of a scene, in words, and what it does not; "" where that is not known."""
+        return describe_outputs(self.outputs)
+
     def has(self, name: str) -> bool:
         """Whether the package holds a file of this name."""
         return name in self.files
@@ -88,6 +99,19 @@ class ModelPackage:
             if name in self.files:
                 return self.folder / name
         raise PackageError(f"{self.folder}: holds no {' or '.join(names)}; it has {sorted(self.files)}")
+
+
+def describe_outputs(outputs: Collection[str]) -> str:
+    """Say in words what a graph with these outputs predicts, and what it does not; "" without any."""
+    if not outputs:
+        return ""
+    boxes = {"box", "box_codes"} & set(outputs)
+    if "occupancy_logits" in outputs:
+        return "boxes and voxels with classes" if boxes else "voxels with classes; no boxes"
+    if "reconstruction_logits" in outputs:
+        voxels = "geometric voxels: free, occupied or unknown, without classes"
+        return f"boxes and {voxels}" if boxes else f"{voxels}; neither classes nor boxes"
+    return "boxes; no voxels"
 
 
 def find_package(name_or_folder: str | Path) -> Path:

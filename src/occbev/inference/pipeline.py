@@ -34,6 +34,7 @@ from occbev.inference.postprocess import (
     OutputError,
     decode_boxes,
     decode_factors,
+    decode_geometry,
     decode_occupancy,
     move_boxes,
     unobserved,
@@ -48,8 +49,8 @@ from occbev.rig import Camera, CameraRig
 PIPELINE_STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
 """Names of the timed stages, in order."""
 
-GRAPH_OUTPUTS = ("occupancy_logits", "heatmap", "box", "class_logits", "box_codes")
-"""Outputs of a graph that are decoded: voxels, and boxes as centre maps or as answers of queries."""
+GRAPH_OUTPUTS = ("occupancy_logits", "reconstruction_logits", "heatmap", "box", "class_logits", "box_codes")
+"""Outputs of a graph that are decoded: voxels with or without classes, boxes as centre maps or as answers of queries."""
 
 
 class Pipeline:
@@ -167,6 +168,7 @@ class Pipeline:
             "model": self.package.model.name,
             "package": str(self.package.folder),
             "hash": self.package.hash,
+            "predicts": self.package.predicts or "not recorded: exported by an earlier version",
             "runtime": self.backend.name,
             "device": self.backend.device,
             **getattr(self.backend, "about", dict)(),
@@ -280,7 +282,7 @@ class _View:
 
 def predicts_voxels(outputs: Collection[str]) -> bool:
     """Whether a graph with these outputs says something of voxels."""
-    return "occupancy_logits" in outputs or set(FACTORS) <= set(outputs)
+    return bool({"occupancy_logits", "reconstruction_logits"} & set(outputs)) or set(FACTORS) <= set(outputs)
 
 
 def voxels_of(
@@ -291,7 +293,7 @@ def voxels_of(
     observed: NDArray[np.bool_] | None = None,
     pool: Executor | None = None,
 ) -> Occupancy:
-    """Decode occupancy in base_link from a graph's outputs for one frame: factors or logits.
+    """Decode occupancy in base_link from a graph's outputs for one frame: factors, logits, or geometry without classes.
 
     min_free: least probability of free for a voxel to be free. observed, pool: see `decode_occupancy`.
     """
@@ -299,6 +301,8 @@ def voxels_of(
         occupied, kind, kind_share = (outputs[name][0] for name in FACTORS)
         free = len(model.occupancy_classes) - 1
         return decode_factors(occupied, kind, kind_share, free, model.grid, cameras, observed, min_free)
+    if "occupancy_logits" not in outputs:
+        return decode_geometry(outputs["reconstruction_logits"][0], model.grid, cameras, observed, min_free)
     logits = outputs["occupancy_logits"][0]
     return decode_occupancy(logits, model.grid, cameras, observed, min_free, pool)
 

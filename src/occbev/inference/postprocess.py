@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.classes import DETECTION_CLASSES, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.classes import DETECTION_CLASSES, FREE, FREE_STATE, OCCUPANCY_CLASSES, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import box_corners, wrap_angle, yaw_from_rotation
 from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
 from occbev.results import Boxes3D, Occupancy
@@ -209,6 +209,27 @@ def decode_factors(
     volume = grid.shape[::-1]
     decided = label.reshape(volume), confidence.reshape(volume)
     return _occupancy(*decided, free, grid, cameras, observed)
+
+
+def decode_geometry(
+    logits: Floats,
+    grid: VoxelGrid,
+    cameras: tuple[str, ...] = (),
+    observed: NDArray[np.bool_] | None = None,
+    min_free: float = 0.0,
+) -> Occupancy:
+    """Turn logits (2, Z, Y, X) of free and occupied into voxels without classes; others as of `decode_occupancy`."""
+    volume = grid.shape[::-1]
+    if logits.shape != (2, *volume):
+        raise OutputError(f"reconstruction logits {logits.shape} do not fit a grid of {grid.shape} [x, y, z]")
+    with np.errstate(invalid="ignore", over="ignore"):
+        free = 1 / (1 + np.exp(logits[1] - logits[0], dtype=np.float32))
+    if not np.isfinite(free).all():
+        raise OutputError("reconstruction logits hold values that are not finite")
+    is_free = free >= (min_free or 0.5)
+    label = np.where(is_free, np.uint8(FREE), np.uint8(OCCUPANCY_CLASSES.index("others")))
+    decided = label, np.where(is_free, free, 1 - free)
+    return replace(_occupancy(*decided, FREE, grid, cameras, observed), has_classes=False)
 
 
 def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from occbev.inference.backend import Arrays, BackendError, RunSettings
 from occbev.inference.model_package import ModelPackage
-from occbev_training.models.build import build_model
+from occbev_training.models.build import build_for_weights
 from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
 from occbev_training.models.graphs import Graph, GraphError, make_graph
 
@@ -43,9 +43,10 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TorchBac
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     path = package.path("weights.safetensors")
-    network = build_model(package.model, "finetune")
     try:
-        load_strictly(network, read_weights(path)[0], str(path))
+        state, _ = read_weights(path)
+        network = build_for_weights(package.model, state)
+        load_strictly(network, state, str(path))
         graph = make_graph(network, "bag")
     except GraphError as error:
         raise BackendError(f"{path}: {error}") from error

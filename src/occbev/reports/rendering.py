@@ -19,6 +19,7 @@ from occbev.classes import (
     OCCUPANCY_COLOURS,
     OCCUPIED_STATE,
     UNOBSERVED_STATE,
+    height_colours,
 )
 from occbev.geometry import box_corners, make_transform, project_points, transform_points
 from occbev.results import Boxes3D, Occupancy
@@ -149,12 +150,19 @@ def draw_voxels(
     inside &= depth < max_depth
     index, pixels, depth = index[inside], pixels[inside], depth[inside]
     size = camera.intrinsic[0, 0] * occupancy.grid.pitch[0] / np.maximum(depth, 1.0)
-    layer = image.copy()
+    layer, colours = image.copy(), voxel_colours(occupancy, index)
     for i in np.argsort(-depth):
         low, high = pixels[i] - 0.42 * size[i], pixels[i] + 0.42 * size[i]
-        colour = OCCUPANCY_COLOURS[occupancy.label[tuple(index[i])]].tolist()
+        colour = colours[i].tolist()
         cv2.rectangle(layer, _pixel(low), _pixel(high), colour, -1)
     return np.asarray(cv2.addWeighted(layer, opacity, image, 1 - opacity, 0), np.uint8)
+
+
+def voxel_colours(occupancy: Occupancy, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return RGB (M, 3) of voxels (M, 3): of their class, or of their height where there are no classes."""
+    if not occupancy.has_classes:
+        return height_colours(occupancy.grid.shape[2])[index[:, 2]]
+    return OCCUPANCY_COLOURS[occupancy.label[tuple(index.T)]]
 
 
 def camera_mosaic(images: Mapping[str, Picture], width: int = 1600, columns: int = 3) -> Picture:
@@ -421,9 +429,9 @@ def _plane_colours(occupancy: Occupancy) -> Picture:
     occupied = occupancy.state == OCCUPIED_STATE
     heights = occupancy.grid.shape[2]
     top = heights - 1 - np.argmax(occupied[..., ::-1], axis=2)  # (X, Y)
-    label = np.take_along_axis(occupancy.label, top[..., None], 2)[..., 0]
+    places = np.concatenate([np.indices(top.shape).reshape(2, -1), top.reshape(1, -1)]).T
     shade = 0.8 + 0.2 * (top + 1) / heights
-    colours = OCCUPANCY_COLOURS[label] * shade[..., None]
+    colours = voxel_colours(occupancy, places).reshape(*top.shape, 3) * shade[..., None]
     empty = ~occupied.any(2)
     seen = (occupancy.state != UNOBSERVED_STATE).any(2)
     colours[empty & seen] = PAPER
@@ -477,7 +485,7 @@ def _lit(
     occupancy: Occupancy, index: NDArray[np.int64], light: float, distance: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Colour faces: darker near the ground, a little uneven so that single voxels show, paler far away."""
-    base = OCCUPANCY_COLOURS[occupancy.label[tuple(index.T)]].astype(np.float64)
+    base = voxel_colours(occupancy, index).astype(np.float64)
     height = (index[:, 2] + 1) / occupancy.grid.shape[2]
     checker = 0.97 + 0.03 * (index.sum(1) % 2)
     shaded = base * (light * (0.8 + 0.2 * np.sqrt(height)) * checker)[:, None]

@@ -26,6 +26,7 @@ from occbev.classes import (
     OCCUPANCY_COLOURS,
     OCCUPIED_STATE,
     UNOBSERVED_STATE,
+    height_colours,
 )
 from occbev.graph import OUTPUT_TOPICS, resolve
 from occbev.grid import VoxelGrid, volume_from_xyz
@@ -56,6 +57,9 @@ GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
 MemoryOrder = Literal["C", "F"]
 
 OCCUPIED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
+
+OBSTACLE_HEIGHTS = (0.3, 2.5)
+"""Metres above base_link between which a voxel without a class blocks the way."""
 
 SLOWEST_ARROW = 0.5
 """Boxes slower than this get no velocity arrow."""
@@ -151,7 +155,7 @@ class CloudWriter:
 
     def __init__(self, observed: bool = False) -> None:
         self.observed = observed
-        self._for: tuple[VoxelGrid, MemoryOrder] | None = None
+        self._for: tuple[VoxelGrid, MemoryOrder, bool] | None = None
         self._columns = self._layers = np.zeros(0, np.uint64)
 
     def message(self, occupancy: Occupancy, header: Header) -> PointCloud2:
@@ -162,21 +166,23 @@ class CloudWriter:
 
     def message_of(self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header) -> PointCloud2:
         """Make the cloud of the voxels with the flat indices `chosen` (M,), in the volume's `memory_order`."""
-        self.prepare(occupancy.grid, memory_order(occupancy))
+        self.prepare(occupancy.grid, memory_order(occupancy), occupancy.has_classes)
         return cloud_message(self._points(occupancy, chosen), header)
 
-    def prepare(self, grid: VoxelGrid, order: MemoryOrder = "F") -> None:
+    def prepare(self, grid: VoxelGrid, order: MemoryOrder = "F", has_classes: bool = True) -> None:
         """Make the tables of a grid, so that the first cloud does not pay for it.
 
         Columns, in memory order: x and y as the eight bytes they are in a point. Layers and classes: z and rgb.
         """
-        if self._for != (grid, order):
-            self._for = (grid, order)
+        if self._for != (grid, order, has_classes):
+            self._for = (grid, order, has_classes)
             centres = grid.centres().astype(np.float32)
             columns = np.stack([centres[:, :, 0, axis].ravel(order) for axis in (0, 1)], axis=-1)
             self._columns = columns.view(np.uint64)[:, 0]
-            colours = _pack_colours()
-            layers = np.empty((grid.shape[2], len(colours), 2), np.uint32)
+            colours = _pack_colours(OCCUPANCY_COLOURS)[None]
+            layers = np.empty((grid.shape[2], len(OCCUPANCY_COLOURS), 2), np.uint32)
+            if not has_classes:
+                colours = _pack_colours(height_colours(grid.shape[2]))[:, None]
             layers[..., 0] = centres[0, 0, :, 2].view(np.uint32)[:, None]
             layers[..., 1] = colours
             self._layers = layers.view(np.uint64).ravel()
@@ -222,10 +228,18 @@ def ground_grid(occupancy: Occupancy) -> NDArray[np.int8]:
     """Project voxels onto the ground as (Y, X): 100 blocked, 0 free or ground, -1 not observed."""
     label, state = volume_from_xyz(occupancy.label), volume_from_xyz(occupancy.state)
     blocks = state == OCCUPIED_STATE
+    if not occupancy.has_classes:
+        blocks[~stands_above_ground(occupancy.grid)] = False
     for name in GROUND_CLASSES:  # faster than a table of 18 classes
         blocks &= label != OCCUPANCY_CLASSES.index(name)
     blocked, seen = blocks.any(axis=0), (state != UNOBSERVED_STATE).any(axis=0)
     return np.where(blocked, OCCUPIED_CELL, np.where(seen, FREE_CELL, UNKNOWN_CELL)).astype(np.int8, order="C")
+
+
+def stands_above_ground(grid: VoxelGrid) -> NDArray[np.bool_]:
+    """Return which layers (Z,) block the way where voxels have no class: centres in OBSTACLE_HEIGHTS."""
+    centre = grid.lo[2] + (np.arange(grid.shape[2]) + 0.5) * grid.pitch[2]
+    return (centre > OBSTACLE_HEIGHTS[0]) & (centre < OBSTACLE_HEIGHTS[1])
 
 
 def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
@@ -345,7 +359,7 @@ def _paint(colour: ColorRGBA, rgb: NDArray[np.uint8], alpha: float) -> None:
     colour.a = alpha
 
 
-def _pack_colours() -> NDArray[np.uint32]:
-    """0x00RRGGBB of each occupancy class."""
-    r, g, b = OCCUPANCY_COLOURS.astype(np.uint32).T
+def _pack_colours(colours: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """0x00RRGGBB of each colour (M, 3)."""
+    r, g, b = colours.astype(np.uint32).T
     return (r << 16) | (g << 8) | b

@@ -1,10 +1,13 @@
-"""Turn the weights of a fine-tuning run, or a converted checkpoint, into a model package with graphs.
+"""Turn the weights of a run of either stage, or a converted checkpoint, into a model package with graphs.
 
     occbev-train export out/finetune/weights.safetensors out/my-model --model config/models/occbev-tiny.yaml
+    occbev-train export out/pretrain/weights.safetensors out/my-voxels --model config/models/occbev-tiny.yaml
     occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/converted
     occbev-train export out/converted out/bevformer_tiny
     occbev-train export out/my-model out/my-model-int8 --int8 out/cache
 
+Weights hold the heads that were trained, and the package predicts what these say: of a pre-training run voxels that are
+free, occupied or unknown, without classes and without boxes.
 Every graph is run beside torch before the package is sealed; graphs of an earlier export in the folder are removed.
 Networks of every family are exported but those with a cost volume or depth aggregation, which are refused by name.
 """
@@ -25,7 +28,7 @@ from occbev_training.data.cache import open_cache
 from occbev_training.export.package import ExportError, export_package
 from occbev_training.export.quantise import QuantisationError
 from occbev_training.metrics.calibration import fit_min_free
-from occbev_training.models.build import build_model
+from occbev_training.models.build import build_for_weights
 from occbev_training.models.checkpoints import load_strictly, read_weights
 
 
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights",
         type=Path,
-        help="weights.safetensors of a fine-tuning run, or a package of weights",
+        help="weights.safetensors of a run of either stage, or a package of weights",
     )
     parser.add_argument("folder", type=Path, help="where the package is written")
     parser.add_argument("--model", type=Path, help="model configuration (YAML); a package has its own")
@@ -60,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     """Export, check the graphs against torch, and print what was written; 1 if a graph is refused."""
     model, weights, provenance = _source(args.weights, args.model)
     model = _calibrate(model, args.calibration)
-    network = build_model(model, "finetune")
-    load_strictly(network, read_weights(weights)[0], str(weights))
+    state, _ = read_weights(weights)
+    network = build_for_weights(model, state)
+    load_strictly(network, state, str(weights))
     console = Console(stderr=args.json)
     records = {**provenance, **_read(args.provenance)}, _read(args.metrics)
     frames = None if args.int8 is None else open_cache(args.int8)
@@ -79,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for name, size in sizes.items():
         console.print(f"{size / 1e6:8.2f} MB  {name}")
+    console.print(f"predicts {package.predicts}", highlight=False)
     console.print(f"operators: {operators}", highlight=False)
     for runtime, outputs in package.metrics["export_difference"].items():
         worst = max(outputs.values())

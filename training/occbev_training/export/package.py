@@ -98,21 +98,17 @@ def export_package(
 ) -> ModelPackage:
     """Write a model package and prove its graphs against the network.
 
-    network: of the fine-tuning stage; it is put in eval mode. extra_files: copied in (priors.npz).
+    network: of any stage, with the heads that were trained; it is put in eval mode. extra_files: copied in (priors.npz).
     cameras: sizes of the rigs that the graphs are checked on.
     calibration: prepared frames on which the OpenVINO graph is quantised; it takes the place of the rounded one.
     Raises: ExportError if a graph differs from torch by more than its tolerance, QuantisationError if it cannot be quantised.
     """
     if calibration is not None:
-        if not is_own(model):
-            raise ExportError(f"{model.name}: only our own Lift-Splat networks are quantised")
+        if not is_own(model) or getattr(network, "occupancy_head", None) is None:
+            raise ExportError(f"{model.name}: only our own Lift-Splat networks with a semantic head are quantised")
         check_frames(model, calibration)
     network.eval().float().cpu()
     graph = _graph(network, "gather")
-    if "reconstruction_logits" in graph.outputs:
-        raise ExportError(
-            "a model package needs a detection or an occupancy head: build the network for stage finetune"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES]:
         stale.unlink()  # a graph that an earlier export left would be sealed, and preferred
@@ -381,9 +377,11 @@ def model_card(
     parameters = sum(p.numel() for p in network.parameters())
     image, grid = model.image, model.grid
     has_boxes = getattr(network, "detection_head", None) is not None
-    has_voxels = getattr(network, "occupancy_head", None) is not None
+    has_classes = getattr(network, "occupancy_head", None) is not None
+    has_voxels = has_classes or getattr(network, "occupancy_decoder", None) is not None
     outputs = [f"3D boxes of {len(model.detection_classes)} classes"] * has_boxes
-    outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_voxels
+    outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_classes
+    outputs += ["geometric occupancy (free, occupied, unknown) without classes"] * (has_voxels and not has_classes)
     cameras = "any number of" if model.family == "lss" else f"up to {model.max_cameras}"
     rows = {
         "parameters": f"{parameters / 1e6:.2f} million",
@@ -400,6 +398,7 @@ def model_card(
             f"# {model.name}",
             "",
             f"Camera-BEV perception: {' and '.join(outputs)} from surround cameras.",
+            *(["", "It predicts no boxes: that head was never trained."] * (not has_boxes)),
             "",
             "| | |",
             "|---|---|",

@@ -10,6 +10,8 @@ How a network is called is said in `occbev_training.models.geometry`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from occbev.config import ConfigError, ModelConfig
@@ -26,6 +28,9 @@ from occbev_training.models.queries.query_networks import build_query_network
 TRAINING_STAGES = ("pretrain", "finetune")
 QUERY_FAMILIES = ("bevformer", "detr3d")
 
+HEADS = ("occupancy_decoder", "occupancy_head", "detection_head")
+"""Parts of a network that answer: geometric occupancy, semantic occupancy, boxes."""
+
 
 def build_model(config: ModelConfig, stage: str) -> nn.Module:
     """Build a network of any family with random weights; arguments as of `build_network`."""
@@ -34,6 +39,33 @@ def build_model(config: ModelConfig, stage: str) -> nn.Module:
     if stage not in TRAINING_STAGES:
         raise ConfigError(f"stage {stage!r}: must be one of {TRAINING_STAGES}")
     return build_query_network(config, stage)
+
+
+def build_for_weights(config: ModelConfig, names: Iterable[str]) -> nn.Module:
+    """Build the network that these weights are of, with random weights: it has the heads that they name.
+
+    names: of weights, such as the keys of a state. Pre-training has one head, fine-tuning those that it could train.
+    """
+    parts = {name.partition(".")[0] for name in names}
+    if "occupancy_decoder" not in parts:
+        network = build_model(config, "finetune")
+    elif "detection_head" not in parts:
+        return build_model(config, "pretrain")
+    else:
+        network = with_geometry(build_model(config, "finetune"), config)
+    for head in HEADS:
+        if head not in parts and getattr(network, head, None) is not None:
+            setattr(network, head, None)
+    return network
+
+
+def with_geometry(network: nn.Module, config: ModelConfig) -> nn.Module:
+    """Give a network of fine-tuning the decoder of pre-training in place of the semantic head; returns it."""
+    pretrained = build_model(config, "pretrain")
+    network.occupancy_head, network.occupancy_decoder = None, pretrained.occupancy_decoder
+    if getattr(network, "view_transform", None) is None:  # DETR3D reads the images without one
+        network.view_transform = pretrained.view_transform
+    return network
 
 
 def build_network(config: ModelConfig, stage: str) -> OccBevNetwork:

@@ -133,10 +133,11 @@ class OccBevNetwork(nn.Module):
     def factored_heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         """Run the heads of fine-tuning as `heads` does, and say of voxels what `OccupancyDecoder.factors` says.
 
-        Returns: `occupancy_logits`, `occupied`, `kind`, `kind_share`, `heatmap`, `box`.
+        Returns: `reconstruction_logits`, `occupancy_logits`, `occupied`, `kind`, `kind_share`, `heatmap`, `box`.
         """
         bev = self.bev_encoder(bev)
         answers: dict[str, Tensor | None] = self.centres(bev)
+        answers["reconstruction_logits"] = self.occupancy_decoder(bev) if self.occupancy_decoder else None
         if self.occupancy_head is not None:
             cells = self.occupancy_head.cells(bev)
             answers |= dict(zip(FACTORS, self.occupancy_head.factors(cells), strict=True))
