@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from occbev.grid import VoxelGrid
 
 
+class RecordingError(ValueError):
+    """A recording that cannot be used, saying which file, topic or table and what would be right."""
+
+
 @dataclass(frozen=True)
 class CameraFrame:
     """One exposure of one camera.

@@ -96,6 +96,12 @@ class Camera:
         intrinsic[1, 2] -= crop[1]
         return replace(self, intrinsic=intrinsic, width=size[0], height=size[1])
 
+    def fit_to(self, width: int, height: int) -> Camera:
+        """Return the camera of the images it really delivers: scaled where they have its aspect, else as it is."""
+        if (width, height) == (self.width, self.height) or abs(height - self.height * width / self.width) >= 1:
+            return self
+        return self.resize(width / self.width, height / self.height, (0, 0), (width, height))
+
     def as_record(self) -> dict[str, Any]:
         """The camera as plain values, for YAML and JSON."""
         return {

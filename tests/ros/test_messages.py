@@ -15,7 +15,7 @@ from occbev.messages.readers import (
     cloud_from_message,
     compressed_from_message,
     image_from_message,
-    pose_from_odometry,
+    pose_from_message,
 )
 
 typesys = pytest.importorskip("rosbags.typesys", reason="rosbags reads and writes CDR")
@@ -223,11 +223,11 @@ def odometry(qw: float = 1.0, x: float = 3.0) -> Any:
 
 
 def test_odometry_gives_a_pose_or_says_why_not() -> None:
-    np.testing.assert_allclose(pose_from_odometry(odometry())[:3, 3], [3, 4, 5])
+    np.testing.assert_allclose(pose_from_message(odometry()).child2parent[:3, 3], [3, 4, 5])
     with pytest.raises(MessageError, match="not a unit quaternion"):
-        pose_from_odometry(odometry(qw=0.0))
+        pose_from_message(odometry(qw=0.0))
     with pytest.raises(MessageError, match="not finite"):
-        pose_from_odometry(odometry(x=float("inf")))
+        pose_from_message(odometry(x=float("inf")))
 
 
 def cloud(points: np.ndarray, height: int = 1, padding: int = 0, big: bool = False) -> Any:

@@ -210,15 +210,14 @@ def match_size(camera: Camera, image: NDArray[np.uint8]) -> Camera:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ImageError(camera.name, f"want an (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}")
     height, width = image.shape[:2]
-    if (width, height) == (camera.width, camera.height):
-        return camera
-    if abs(height - camera.height * width / camera.width) >= 1:
+    fitted = camera.fit_to(width, height)
+    if (width, height) != (fitted.width, fitted.height):
         raise ImageError(
             camera.name,
             f"the image is {width}x{height} but the calibration is for {camera.width}x{camera.height}; "
             "another aspect means another crop: calibrate at this size",
         )
-    return camera.resize(width / camera.width, height / camera.height, (0, 0), (width, height))
+    return fitted
 
 
 def network_camera(camera: Camera, config: ImageConfig) -> Camera:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import pose_from_xyzw
+from occbev.lens import COEFFICIENTS
 from occbev.messages.image_headers import JPEG_START, PNG_START, encoded_size
+from occbev.messages.tf import Buffer, TransformException, clean_frame
 from occbev.rig import Camera
 
 MAX_IMAGE_PIXELS = 40_000_000
@@ -57,8 +60,9 @@ DISTORTION_MODELS = {
     "rational_polynomial": "rational_polynomial",
     "equidistant": "equidistant",
     "fisheye": "equidistant",
+    "kannala_brandt": "equidistant",
 }
-"""CameraInfo's name -> ours."""
+"""CameraInfo's name -> that of a lens."""
 
 FIELD_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
 """PointField.datatype -> numpy's code."""
@@ -66,6 +70,10 @@ FIELD_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8:
 
 class MessageError(ValueError):
     """A message that cannot be used; the text says which value and what would be right."""
+
+
+class EncodingError(MessageError):
+    """An image of a kind that is not read, which holds for all images of its topic."""
 
 
 def header_stamp(data: bytes, at: int = 4) -> int:
@@ -79,6 +87,22 @@ def stamp_to_ns(stamp: Any) -> int:
     return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
 
 
+@dataclass(frozen=True)
+class StampedPose:
+    """Where one frame was in another: child2parent (4, 4). child: "" where the message names none."""
+
+    stamp_ns: int
+    parent: str
+    child: str
+    child2parent: NDArray[np.float64]
+
+
+def read_image(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> NDArray[np.uint8] | bytes:
+    """Read a CompressedImage as its bytes, an Image as (H, W, 3) RGB; raises MessageError as these two do."""
+    read = image_from_message if hasattr(message, "encoding") else compressed_from_message
+    return read(message, max_pixels)
+
+
 def image_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> NDArray[np.uint8]:
     """Read a sensor_msgs/Image as (H, W, 3) uint8 RGB; for rgb8 a view of the message where that is possible.
 
@@ -88,7 +112,7 @@ def image_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> NDAr
     height, width, step = int(message.height), int(message.width), int(message.step)
     encoding = str(message.encoding)
     if encoding not in ENCODINGS:
-        raise MessageError(f"encoding {encoding!r} is not understood; known are {', '.join(ENCODINGS)}")
+        raise EncodingError(f"encoding {encoding!r} is not understood; known are {', '.join(ENCODINGS)}")
     _require_size(width, height, max_pixels)
     data = np.frombuffer(message.data, np.uint8)
     if encoding == "nv12":
@@ -112,7 +136,8 @@ def compressed_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) ->
     stated = str(message.format)
     head = bytes(message.data[:16])
     if not head.startswith((JPEG_START, PNG_START)):
-        raise MessageError(
+        known = not stated or any(kind in stated.lower() for kind in ("jp", "png"))
+        raise (MessageError if known else EncodingError)(
             f"format {stated!r} with bytes beginning {head[:8].hex(' ')!r}: only JPEG and PNG are understood"
         )
     data = bytes(message.data)
@@ -152,24 +177,58 @@ def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectifi
     return _apply_binning(camera, info)
 
 
-def pose_from_odometry(message: Any) -> NDArray[np.float64]:
-    """Read the pose of a nav_msgs/Odometry: child frame -> header frame (4, 4).
+def is_rectified(topic: str) -> bool | None:
+    """Whether an image topic says that its images are rectified: True, or None where its name does not tell."""
+    return True if any(part.startswith("rect") for part in re.split("[/_]", topic.lower())) else None
+
+
+def pose_from_message(message: Any) -> StampedPose:
+    """Read an Odometry, a PoseStamped or a PoseWithCovarianceStamped.
 
     Raises:
         MessageError: not finite, or the quaternion is not of unit length.
     """
-    p, q = message.pose.pose.position, message.pose.pose.orientation
+    parent = clean_frame(str(message.header.frame_id))
+    child = clean_frame(str(getattr(message, "child_frame_id", "")))
+    return StampedPose(
+        stamp_to_ns(message.header.stamp), parent, child, _pose(getattr(message.pose, "pose", message.pose))
+    )
+
+
+def _pose(pose: Any) -> NDArray[np.float64]:
+    p, q = pose.position, pose.orientation
     try:
         return pose_from_xyzw((p.x, p.y, p.z), (q.x, q.y, q.z, q.w))
     except ValueError as error:
         raise MessageError(str(error)) from error
 
 
+def base_pose(pose: StampedPose, base_frame: str, buffer: Buffer) -> NDArray[np.float64]:
+    """Return base2global (4, 4) of a pose that may be of another frame of the vehicle, such as base_footprint.
+
+    Raises:
+        MessageError: poses in the base frame itself, or no transform joins their frame to it.
+    """
+    if pose.parent == base_frame:
+        raise MessageError(
+            f"poses in {base_frame!r} itself do not tell where the vehicle is: header.frame_id must be a fixed frame"
+        )
+    if pose.child in ("", base_frame):
+        return pose.child2parent
+    try:
+        return pose.child2parent @ buffer.lookup_matrix(pose.child, base_frame, 0)
+    except TransformException as error:
+        raise MessageError(
+            f"child_frame_id {pose.child!r} is not {base_frame!r}, and no transform joins them: {error}"
+        ) from error
+
+
 def cloud_from_message(message: Any) -> NDArray[Any]:
     """Read a sensor_msgs/PointCloud2 as a structured array (M,), one field per PointField, without copying.
 
     Raises:
-        MessageError: a field type is unknown or the data are shorter than the header states.
+        MessageError: a field type is unknown, fields do not fit into a point, or the data are shorter than the header
+            states.
     """
     order = ">" if message.is_bigendian else "<"
     formats = []
@@ -178,14 +237,17 @@ def cloud_from_message(message: Any) -> NDArray[Any]:
             raise MessageError(f"field {entry.name!r} has the unknown datatype {entry.datatype}")
         code = order + FIELD_TYPES[entry.datatype]
         formats.append(code if entry.count <= 1 else (code, (int(entry.count),)))
-    dtype = np.dtype(
-        {
-            "names": [f.name for f in message.fields],
-            "formats": formats,
-            "offsets": [int(f.offset) for f in message.fields],
-            "itemsize": int(message.point_step),
-        }
-    )
+    layout: Any = {
+        "names": [f.name for f in message.fields],
+        "formats": formats,
+        "offsets": [int(f.offset) for f in message.fields],
+        "itemsize": int(message.point_step),
+    }
+    try:
+        dtype = np.dtype(layout)
+    except (ValueError, OverflowError) as error:
+        fields = [(f.name, f.offset, f.datatype) for f in message.fields]
+        raise MessageError(f"no cloud of {message.point_step} bytes a point can have the fields {fields}") from error
     height, width, row_step = int(message.height), int(message.width), int(message.row_step)
     data = np.frombuffer(message.data, np.uint8)
     if len(data) < height * row_step or row_step < width * dtype.itemsize:
@@ -194,6 +256,15 @@ def cloud_from_message(message: Any) -> NDArray[Any]:
         )
     rows = data[: height * row_step].reshape(height, row_step)[:, : width * dtype.itemsize]
     return np.ascontiguousarray(rows).reshape(-1).view(dtype)
+
+
+def points_of_cloud(cloud: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the places (M, 3) of a structured cloud (M,); raises MessageError where it has no x, y and z."""
+    names = cloud.dtype.names or ()
+    absent = [axis for axis in "xyz" if axis not in names]
+    if absent:
+        raise MessageError(f"a cloud without field {absent}; it has {sorted(names)}")
+    return np.stack([cloud[axis] for axis in "xyz"], 1).astype(np.float32)
 
 
 def _convert(image: NDArray[np.uint8], code: int) -> NDArray[np.uint8]:
@@ -260,9 +331,10 @@ def _distortion(model: str, coefficients: tuple[float, ...]) -> tuple[str, tuple
         known = ", ".join(sorted(set(DISTORTION_MODELS) - {""}))
         raise MessageError(f"distortion model {model!r} is not understood; known are {known}")
     ours = DISTORTION_MODELS[model]
-    wanted = {"plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,)}[ours]
-    if len(coefficients) not in wanted:
-        raise MessageError(f"distortion model {ours} takes {wanted} coefficients, CameraInfo has {len(coefficients)}")
+    if len(coefficients) not in COEFFICIENTS[ours]:
+        raise MessageError(
+            f"distortion model {ours} takes {COEFFICIENTS[ours]} coefficients, CameraInfo has {len(coefficients)}"
+        )
     return ours, coefficients
 
 

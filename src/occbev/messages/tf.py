@@ -26,6 +26,12 @@ UNIT_TOLERANCE = 1e-2
 MAX_FRAMES = 10_000
 """Most frames that are kept; a publisher that invents names without end cannot fill the memory."""
 
+SAME_PLACE = 0.01, math.radians(0.1)
+"""Metres and radians by which publishers of one static transform may differ."""
+
+WORLD_FRAMES = ("odom", "map", "world", "local")
+"""Names of frames that do not move, in the order in which they are preferred where the tree does not tell."""
+
 MAX_DEPTH = 100
 """Longest chain of frames; a longer one is a loop."""
 
@@ -60,6 +66,12 @@ class _Sample:
 
     def matrix(self) -> NDArray[np.float64]:
         return make_transform(rotation_from_xyzw(self.rotation), self.translation)
+
+    def apart(self, other: _Sample) -> tuple[float, float]:
+        """How far another place is away, in metres and radians."""
+        dot = abs(sum(a * b for a, b in zip(self.rotation, other.rotation, strict=True)))
+        norms = math.hypot(*self.rotation) * math.hypot(*other.rotation)
+        return math.dist(self.translation, other.translation), 2 * math.acos(min(1.0, dot / norms))
 
     def described(self) -> str:
         """In words, to a millimetre."""
@@ -111,6 +123,16 @@ class Buffer:
         """Store a transform that holds at all times; it beats dynamic ones of the same child."""
         self._store(transform, authority, static=True)
 
+    def add_message(self, message: Any, static: bool, authority: str = "") -> list[str]:
+        """Store the good transforms of a tf2_msgs/TFMessage; return what is wrong with the others."""
+        problems = []
+        for transform in message.transforms:
+            try:
+                self._store(transform, authority, static)
+            except InvalidArgumentException as error:
+                problems.append(str(error))
+        return problems
+
     def clear(self, keep_static: bool = True) -> None:
         """Forget the history, as after a backward clock jump."""
         with self._changed:
@@ -122,11 +144,10 @@ class Buffer:
         with self._changed:
             return tuple(sorted(self._parents | set(self._frames)))
 
-    def take_conflicts(self) -> list[str]:
-        """Return what frames were said to be at two places since the last call; the newest statement holds."""
+    def take_conflicts(self) -> dict[str, str]:
+        """Return the frames that were said to be at two places since the last call; the newest statement holds."""
         with self._changed:
-            conflicts = list(self._conflicts.values())
-            self._conflicts.clear()
+            conflicts, self._conflicts = self._conflicts, {}
             return conflicts
 
     def newest_ns(self, child: str) -> int | None:
@@ -167,6 +188,43 @@ class Buffer:
             between = self._between_frames(clean_frame(target_frame), clean_frame(source_frame))
             return bool(between) and all(frame.static for frame in between)
 
+    def chain(self, target_frame: str, source_frame: str) -> list[str]:
+        """Return the frames whose transforms to their parents lead from one frame to the other, as they hang now."""
+        with self._changed:
+            return self._names_between(clean_frame(target_frame), clean_frame(source_frame))
+
+    def world_frame(self, base_frame: str) -> str | None:
+        """Return the frame that a vehicle's base moves in, None if it moves in none.
+
+        It is the one above the lowest transform over the base that really moves: `odom` of map -> odom -> base. Where
+        nothing over the base moves, a frame below it with a usual name will do.
+        """
+        with self._changed:
+            chain = self._chain(clean_frame(base_frame), None)
+            moving = [(n, above) for n, above in zip(chain, chain[1:], strict=False) if not self._frames[n].static]
+            if moving:
+                return next((above for name, above in moving if self._moves(name)), moving[-1][1])
+            below = [name for name in WORLD_FRAMES if self._stamps_between(name, base_frame)]
+            return below[0] if below else None
+
+    def stamps(self, target_frame: str, source_frame: str) -> list[int]:
+        """Return the stamps of all moving transforms that lead from one frame to the other, where all of them reach."""
+        with self._changed:
+            return self._stamps_between(clean_frame(target_frame), clean_frame(source_frame))
+
+    def _moves(self, name: str) -> bool:
+        samples = self._frames[name].samples
+        return any(sample != samples[0] for sample in samples)
+
+    def _stamps_between(self, target: str, source: str) -> list[int]:
+        if not {target, source} <= self._parents | set(self._frames):
+            return []
+        histories = [f.stamps for f in self._between_frames(target, source) if f.stamps]
+        if not histories or self._chain(target, None)[-1] != self._chain(source, None)[-1]:
+            return []
+        first, last = max(h[0] for h in histories), min(h[-1] for h in histories)
+        return sorted({stamp for h in histories for stamp in h if first <= stamp <= last})
+
     def _store(self, transform: Any, authority: str, static: bool) -> None:
         parent, child, sample = _check(transform, authority)
         with self._changed:
@@ -197,8 +255,12 @@ class Buffer:
         before = frame.samples[-1] if frame.samples else None
         if before is None or (frame.static != static and before.parent == sample.parent):
             return
-        if frame.static and static and before != sample:
-            how = f"static at {before.described()}, then at {sample.described()}"
+        if frame.static and static and before.parent == sample.parent:
+            apart, turned = before.apart(sample)
+            if apart <= SAME_PLACE[0] and turned <= SAME_PLACE[1]:
+                return
+            distance = f"{apart * 100:.1f} cm and {math.degrees(turned):.2f} degrees apart"
+            how = f"static at {before.described()}, then at {sample.described()}, {distance}"
         elif before.parent != sample.parent:
             how = f"a child of {before.parent!r}, then of {sample.parent!r}"
         else:
@@ -274,10 +336,12 @@ class Buffer:
 
     def _between_frames(self, target: str, source: str) -> list[_Frame]:
         """Return the frames whose transforms lead from one to the other, as they hang now."""
+        return [self._frames[n] for n in self._names_between(target, source) if n in self._frames]
+
+    def _names_between(self, target: str, source: str) -> list[str]:
         up, down = self._chain(source, None), self._chain(target, None)
         shared = set(up) & set(down)
-        names = [n for chain in (up, down) for n in chain if n not in shared]
-        return [self._frames[n] for n in names if n in self._frames]
+        return [n for chain in (up, down) for n in chain if n not in shared]
 
     def _chain(self, name: str, stamp_ns: int | None, stop: str | None = None) -> list[str]:
         """Return the frames from `name` upwards to the root or to `stop`, at one time (None: newest)."""

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rosbags.highlevel import AnyReader
 
 from occbev.classes import DETECTION_CLASSES, FREE, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import rotation_from_xyzw
 from occbev.grid import VoxelGrid
-from occbev.messages.bags import type_store
+from occbev.messages.bags import BagReader
 from occbev.messages.readers import MessageError, cloud_from_message, stamp_to_ns
 from occbev.results import Boxes3D, Occupancy
 
@@ -59,10 +58,9 @@ def read_recorded(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
         "sensor_msgs/msg/PointCloud2": cloud,
         "visualization_msgs/msg/MarkerArray": markers,
     }
-    with AnyReader([bag], default_typestore=type_store()) as reader:
-        chosen = [c for c in reader.connections if c.msgtype in readers]
-        for connection, _, data in reader.messages(chosen):
-            readers[connection.msgtype](reader.deserialize(data, connection.msgtype))
+    with BagReader(bag) as reader:
+        for entry in reader.messages([topic for topic, kind in reader.topics.items() if kind in readers]):
+            readers[entry.type](reader.decode(entry))
     return {stamp: _with_velocities(r, velocities.get(stamp, {})) for stamp, r in sorted(results.items())}
 
 

@@ -100,6 +100,9 @@ def _publishable(bag: BagReader, namespace: str) -> tuple[dict[str, str], dict[s
         if topic == CLOCK.name or topic in outputs:
             skipped[topic] = "it would speak for the nodes that run now"
             continue
+        if bag.encodings[topic] != "cdr":
+            skipped[topic] = f"its messages are written as {bag.encodings[topic]}, not as ROS 2 sends them"
+            continue
         try:
             message_class(kind)
         except (ImportError, AttributeError, ValueError) as error:

@@ -22,12 +22,12 @@ from occbev.inference.pipeline import motion_to_key
 from occbev.inference.preprocess import ImageError
 from occbev.messages.readers import (
     MessageError,
-    compressed_from_message,
-    image_from_message,
-    pose_from_odometry,
+    base_pose,
+    pose_from_message,
+    read_image,
     stamp_to_ns,
 )
-from occbev.messages.tf import Buffer, InvalidArgumentException
+from occbev.messages.tf import Buffer
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera
 from occbev.streams.calibration import Calibration
@@ -133,30 +133,22 @@ class Intake:
             self.calibration.add_info(camera, message)
 
     def add_odometry(self, message: Any) -> None:
-        """Take an Odometry; raises MessageError for one that cannot be a pose of the base frame."""
-        child = str(message.child_frame_id).lstrip("/")
-        if child not in ("", self.parameters.base_frame):
-            raise MessageError(f"child_frame_id {child!r}: want the base frame {self.parameters.base_frame!r}")
-        self.ego.add(stamp_to_ns(message.header.stamp), pose_from_odometry(message))
+        """Take an Odometry or a pose; raises MessageError for one that tells nothing of the base frame."""
+        pose = pose_from_message(message)
+        self.ego.add(pose.stamp_ns, base_pose(pose, self.parameters.base_frame, self.buffer))
 
     def add_transforms(self, message: Any, static: bool, now_ns: int) -> list[str]:
         """Take a TFMessage; the good transforms of it are kept, what is wrong with the others is returned."""
-        problems = []
-        for transform in message.transforms:
-            try:
-                if static:
-                    self.buffer.set_transform_static(transform)
-                    continue
-                newest = self.buffer.newest_ns(transform.child_frame_id)
-                step_ns = int(self.parameters.sync.reset_s * 1e9)
-                if newest is not None and stamp_to_ns(transform.header.stamp) < newest - step_ns:
-                    self.buffer.clear()
-                self.buffer.set_transform(transform)
-            except InvalidArgumentException as error:
-                problems.append(str(error))
-        problems += self.buffer.take_conflicts()
+        if not static and any(self._jumps_back(transform) for transform in message.transforms):
+            self.buffer.clear()
+        problems = [*self.buffer.add_message(message, static), *self.buffer.take_conflicts().values()]
         self.transforms.note(static, now_ns, problems)
         return problems
+
+    def _jumps_back(self, transform: Any) -> bool:
+        newest = self.buffer.newest_ns(transform.child_frame_id)
+        step_ns = int(self.parameters.sync.reset_s * 1e9)
+        return newest is not None and stamp_to_ns(transform.header.stamp) < newest - step_ns
 
     def poll(self, now_ns: int) -> list[FrameJob]:
         """Return the sets whose time is up."""
@@ -221,7 +213,7 @@ class Intake:
         future: Future[CameraFrame]
         try:
             limit = self.parameters.max_image_pixels
-            image = compressed_from_message(message, limit) if compressed else image_from_message(message, limit)
+            image = read_image(message, limit)
             self._refuse_frozen(camera, image)
             if self._waiting[camera] >= WAITING_DECODES:
                 raise MessageError(f"{WAITING_DECODES} of its images wait to be decoded: the machine is too slow")

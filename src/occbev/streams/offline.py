@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from occbev.frame_job import FrameJob
 from occbev.graph import COMPRESSED, resolve
 from occbev.inference.pipeline import Pipeline
-from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter, type_store
+from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter
 from occbev.messages.readers import MessageError, stamp_to_ns
 from occbev.reports.summaries import frames_of, summarise
 from occbev.results import Perception
@@ -66,7 +66,7 @@ class OfflineReplay:
             for message in bag.messages(self.topics(bag)):
                 now_ns = message.log_ns
                 self._waiting += self.intake.poll(now_ns)
-                self._take(message)
+                self._take(message, bag)
                 yield from self._due(now_ns)
             self._waiting += self.intake.flush(now_ns)
             yield from self._due(None)
@@ -74,9 +74,9 @@ class OfflineReplay:
         finally:
             self.intake.close()
 
-    def _take(self, message: BagMessage) -> None:
+    def _take(self, message: BagMessage, bag: BagReader) -> None:
         role, camera = self._roles[message.topic]
-        record: Any = type_store().deserialize_cdr(message.data, message.type)
+        record = bag.decode(message)
         if role == "image":
             self._book(camera, stamp_to_ns(record.header.stamp))
             self._waiting += self.intake.add_image(camera, record, message.type == COMPRESSED, message.log_ns)

@@ -23,7 +23,7 @@ import yaml
 
 from occbev.config import ConfigError, bounded, from_record
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
-from occbev.messages.readers import MAX_IMAGE_PIXELS
+from occbev.messages.readers import MAX_IMAGE_PIXELS, is_rectified
 from occbev.streams.sync import SyncConfig
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class CameraParameters:
         """Whether images are rectified; None leaves it to the distortion in CameraInfo."""
         if self.image_is_rectified != "auto":
             return self.image_is_rectified == "true"
-        return True if "rect" in self.topic else None
+        return is_rectified(self.topic)
 
 
 @dataclass(frozen=True)

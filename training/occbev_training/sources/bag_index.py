@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from occbev.messages.bags import BagMessage, BagReader
 from occbev.rig import CameraRig
-from occbev_training.sources.bag_files import AnyBag, check_counts, open_bag
-from occbev_training.sources.bag_writer import BASE_FRAME, TF_STATIC_TOPIC, TF_TOPIC
+from occbev_training.sources.bag_writer import BASE_FRAME
 from occbev_training.sources.clocks import ClockCorrection, TopicTimes
 from occbev_training.sources.recording import RecordingError
 from occbev_training.sources.topics import BagTopics, detect_topics, listed
@@ -61,13 +61,13 @@ class Index:
 
 @dataclass(frozen=True)
 class Contents:
-    """A bag read once: an index of the large topics, the bytes of the small ones with their log times.
+    """A bag read once: an index of the large topics, and the messages of the small ones.
 
     Of calibrations, only the first message of each new content is kept.
     """
 
     index: Mapping[str, Index]
-    kept: Mapping[str, Sequence[tuple[int, bytes]]]
+    kept: Mapping[str, Sequence[BagMessage]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ _LAST_READ: list[tuple[object, Contents]] = []
 """The bag that was read last, with what tells it from others: it is opened for its clocks, its parts and its keys."""
 
 
-def _contents(bag: AnyBag, topics: BagTopics) -> Contents:
+def _contents(bag: BagReader, topics: BagTopics) -> Contents:
     """Read every message of a bag, unless it is the one that was read last."""
     files = [bag.path] if bag.path.is_file() else sorted(bag.path.iterdir())
     states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -97,36 +97,33 @@ def _contents(bag: AnyBag, topics: BagTopics) -> Contents:
     return _LAST_READ[0][1]
 
 
-def _read(bag: AnyBag, topics: BagTopics) -> Contents:
+def _read(bag: BagReader, topics: BagTopics) -> Contents:
     large = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
     infos = set(topics.infos.values())
-    small = [*infos, TF_STATIC_TOPIC]
-    # Without a topic of its own for them, fixed transforms are repeated among the moving ones.
-    if topics.odometry is None or TF_STATIC_TOPIC not in bag.topics:
-        small.append(TF_TOPIC)
-    small += [topics.odometry] if topics.odometry else []
+    small = [*infos, topics.tf_static, topics.tf, *([topics.odometry] if topics.odometry else [])]
     index = {topic: Index() for topic in large}
-    kept: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in small}
-    counts = Counter(dict.fromkeys([t for t in (*large, *small) if t in bag.topics], 0))
-    for topic, log_ns, data in bag.messages([*large, *small]):
-        counts[topic] += 1
-        if topic in index:
-            index[topic].raw_ns.append(bag.stamp(topic, data))
-            index[topic].log_ns.append(log_ns)
-        elif topic not in infos or not kept[topic] or kept[topic][-1][1][12:] != data[12:]:
-            kept[topic].append((log_ns, data))
-    check_counts(bag, counts)
+    kept: dict[str, list[BagMessage]] = {topic: [] for topic in small}
+    for message in bag.messages([*large, *small]):
+        if message.topic in index:
+            index[message.topic].raw_ns.append(bag.stamp_ns(message))
+            index[message.topic].log_ns.append(message.log_ns)
+        elif message.topic not in infos or not kept[message.topic] or _differ(kept[message.topic][-1], message):
+            kept[message.topic].append(message)
     return Contents(index, kept)
 
 
-def raw_times(bag: AnyBag, topics: BagTopics) -> dict[str, TopicTimes]:
+def _differ(one: BagMessage, other: BagMessage) -> bool:
+    """Whether two messages differ in more than their stamps."""
+    return one.data[12:] != other.data[12:]
+
+
+def raw_times(bag: BagReader, topics: BagTopics) -> dict[str, TopicTimes]:
     """Return stamps as written and log times of all messages of cameras, LiDAR and odometry; raises RecordingError."""
     contents = _contents(bag, topics)
     times = {topic: topic_times(own.raw_ns, own.log_ns) for topic, own in contents.index.items()}
     if topics.odometry:
         poses = contents.kept[topics.odometry]
-        stamps = [bag.stamp(topics.odometry, data) for _, data in poses]
-        times[topics.odometry] = topic_times(stamps, [at for at, _ in poses])
+        times[topics.odometry] = topic_times([bag.stamp_ns(m) for m in poses], [m.log_ns for m in poses])
     return times
 
 
@@ -144,7 +141,7 @@ class IndexedBag:
     def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
         """Read a bag; raises RecordingError saying which topic or count is wrong."""
         self.options = options or BagOptions()
-        self._bag = open_bag(path)
+        self._bag = BagReader(path)
         self.topics = self._find_topics()
         self._scan = self._usable(_contents(self._bag, self.topics))
         self._stretches = _stretches(self._scan.cuts)
@@ -178,36 +175,41 @@ class IndexedBag:
             )
         return topics
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the bag and of how its topics were found."""
+        return [*self._bag.notes, *self.topics.notes]
+
     def _usable(self, contents: Contents) -> _Scan:
         """Correct stamps and sort out the messages that can be used."""
         index: dict[str, Index] = {}
         kept, skipped = dict(contents.kept), Counter[str]()
         infos = self.topics.infos.values()
-        cuts = [log_ns for topic in infos for log_ns in self._changes(topic, kept[topic])]
+        cuts = [log_ns for topic in infos for log_ns in self._changes(kept[topic])]
         for topic, raw in contents.index.items():
             correction = self.options.clock.get(topic)
             stamps = raw.raw_ns if correction is None else [correction.apply(n) for n in raw.raw_ns]
-            keep, jumps, reasons = usable_stamps(raw.raw_ns)
+            keep, jumps, reasons = usable_stamps(raw.raw_ns, raw.log_ns)
             cuts += [raw.log_ns[i] for i in jumps]
             index[topic] = Index(raw.raw_ns, stamps, raw.log_ns).only(keep)
             skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
-        odometry = self.topics.odometry
-        if odometry:
-            poses = kept[odometry]
-            keep, jumps, reasons = usable_stamps([self._bag.stamp(odometry, data) for _, data in poses])
-            cuts += [poses[i][0] for i in jumps]
-            kept[odometry] = [poses[i] for i in keep]
-            skipped.update({f"{odometry}: {reason}": n for reason, n in reasons.items()})
+        if topic := self.topics.odometry:
+            poses = kept[topic]
+            stamps = [self._bag.stamp_ns(message) for message in poses]
+            keep, jumps, reasons = usable_stamps(stamps, [message.log_ns for message in poses])
+            cuts += [poses[i].log_ns for i in jumps]
+            kept[topic] = [poses[i] for i in keep]
+            skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
         return _Scan(index, kept, sorted(cuts), {k: n for k, n in sorted(skipped.items()) if n})
 
-    def _changes(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> list[int]:
+    def _changes(self, messages: Sequence[BagMessage]) -> list[int]:
         """Return the log times at which the calibration on a topic becomes another."""
         found: list[int] = []
         before: Any = None
-        for log_ns, data in messages:
-            info = self._bag.parse(topic, data)
+        for message in messages:
+            info = self._bag.decode(message)
             if before is not None and not _same_calibration(info, before):
-                found.append(log_ns)
+                found.append(message.log_ns)
             before = info
         return found
 
@@ -220,12 +222,12 @@ class IndexedBag:
             topic: entries.only([i for i, at in enumerate(entries.log_ns) if first <= at < last])
             for topic, entries in self._scan.index.items()
         }
-        kept: dict[str, Sequence[tuple[int, bytes]]] = {}
+        kept: dict[str, Sequence[BagMessage]] = {}
         for topic, messages in self._scan.kept.items():
-            inside = [m for m in messages if first <= m[0] < last]
+            inside = [m for m in messages if first <= m.log_ns < last]
             if topic in self.topics.infos.values():
-                inside = inside or [m for m in messages if m[0] < last][-1:]
-            kept[topic] = messages if topic == TF_STATIC_TOPIC else inside
+                inside = inside or [m for m in messages if m.log_ns < last][-1:]
+            kept[topic] = messages if topic == self.topics.tf_static else inside
         return Contents(index, kept)
 
 
@@ -241,29 +243,53 @@ def _stretches(cuts: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, [*ends, 2**62], strict=True))
 
 
-def usable_stamps(stamp_ns: Sequence[int]) -> tuple[list[int], list[int], dict[str, int]]:
-    """Sort out the stamps of one topic in bag order.
+def usable_stamps(
+    stamp_ns: Sequence[int], log_ns: Sequence[int] | None = None
+) -> tuple[list[int], list[int], dict[str, int]]:
+    """Put the stamps of one topic, which come in bag order, in order of time.
 
-    Returns: the messages to use, those of them at which the clock jumped back for good, and how many
-    were left out by reason: zero stamps, repeated ones, single ones that come late.
+    A message that comes late is put where it belongs. A clock that jumps back stays behind: what comes after a jump
+    is a stretch of its own. log_ns: log times, which tell the two apart best.
+
+    Returns: the messages to use, stretch after stretch in order of their stamps; the first messages after a jump; and
+        how many were left out by reason: zero stamps, repeated ones.
     """
-    keep: list[int] = []
+    stretches: list[list[int]] = [[]]
     jumps: list[int] = []
-    reasons = {"zero stamp": 0, "repeated stamp": 0, "late stamp": 0}
+    last, reasons = 0, {"zero stamp": 0, "repeated stamp": 0}
     for i, stamp in enumerate(stamp_ns):
-        last = stamp_ns[keep[-1]] if keep else 0
         if stamp <= 0:
             reasons["zero stamp"] += 1
-        elif stamp == last:
-            reasons["repeated stamp"] += 1
-        elif stamp > last:
-            keep.append(i)
-        elif next((later for later in stamp_ns[i + 1 :] if later > 0), 0) > last:
-            reasons["late stamp"] += 1
-        else:
+            continue
+        if stamp < last and _jumps_back(stamp_ns, log_ns, i, last):
+            stretches.append([])
             jumps.append(i)
-            keep.append(i)
+            last = 0
+        stretches[-1].append(i)
+        last = max(last, stamp)
+    keep: list[int] = []
+    for stretch in stretches:
+        ordered = sorted(stretch, key=lambda i: (stamp_ns[i], i))
+        unique = [i for n, i in enumerate(ordered) if n == 0 or stamp_ns[i] != stamp_ns[ordered[n - 1]]]
+        reasons["repeated stamp"] += len(ordered) - len(unique)
+        keep += unique
     return keep, jumps, reasons
+
+
+AHEAD = 5
+"""Messages that are looked at to tell a clock that jumped back from a message that comes late."""
+
+
+def _jumps_back(stamp_ns: Sequence[int], log_ns: Sequence[int] | None, i: int, last: int) -> bool:
+    """Whether the clock is behind from message i on, whose stamp is before the latest of those before it."""
+    following = [k for k in range(i, min(i + 4 * AHEAD, len(stamp_ns))) if stamp_ns[k] > 0][: AHEAD + 1]
+    if log_ns is None:
+        return not any(stamp_ns[k] > last for k in following)
+    step = last - stamp_ns[i]
+    before = [k for k in range(max(0, i - 4 * AHEAD), i) if stamp_ns[k] > 0][-AHEAD:]
+    lag_before = np.median([log_ns[k] - stamp_ns[k] for k in before])
+    lag_after = np.median([log_ns[k] - stamp_ns[k] for k in following])
+    return bool(lag_after - lag_before > step / 2)
 
 
 def _same_calibration(one: Any, other: Any) -> bool:

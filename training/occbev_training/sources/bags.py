@@ -5,6 +5,8 @@ Headers' stamps count, not log times.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +15,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import Array, invert_transform, make_transform, rotation_from_xyzw
+from occbev.geometry import Array
 from occbev.graph import DEFAULT_CAMERAS
-from occbev.messages.image_headers import image_fault
+from occbev.messages.bags import BagMessage
+from occbev.messages.image_headers import encoded_size, image_fault
+from occbev.messages.readers import (
+    EncodingError,
+    MessageError,
+    base_pose,
+    camera_from_info,
+    cloud_from_message,
+    is_rectified,
+    points_of_cloud,
+    pose_from_message,
+    read_image,
+)
+from occbev.messages.tf import Buffer, TransformException, clean_frame
 from occbev.results import CameraFrame, FrameSet, Sweep
-from occbev.rig import Camera, CameraRig
+from occbev.rig import Camera, CameraRig, RigError
 from occbev.trajectory import Trajectory
 from occbev_training.sources.bag_index import BagOptions, Index, IndexedBag, topic_times
-from occbev_training.sources.bag_writer import TF_STATIC_TOPIC, TF_TOPIC
 from occbev_training.sources.clocks import TopicTimes
 from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
@@ -29,15 +43,10 @@ from occbev_training.sources.topics import is_compensated
 KEY_TOLERANCE = 0.06
 """Seconds that a frame may lie from the anchor camera's, and a sweep from the frames, to be of one key."""
 
-STATIC_TOLERANCE = 0.01, np.deg2rad(0.1)
-"""Metres and radians by which publishers of one static transform may differ."""
+WHOLE_S = 1e9
+"""Seconds of transforms that are kept: all of them."""
 
-FIELD_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
-"""numpy type of each sensor_msgs/PointField datatype."""
-
-
-class BrokenImageError(RecordingError):
-    """One image whose bytes are not all there; the others may be whole."""
+LOG = logging.getLogger(__name__)
 
 
 class BagRecording(IndexedBag):
@@ -46,6 +55,7 @@ class BagRecording(IndexedBag):
     A key frame is one exposure of the anchor camera with the nearest exposure of every other; its
     stamp is the middle of the nearest sweep, or the last exposure where no sweep is near.
     location: what all parts of a bag share, in whose coordinates their poses are.
+    left_out: camera -> why it cannot be used; the rig has the others.
     """
 
     def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
@@ -55,13 +65,19 @@ class BagRecording(IndexedBag):
         self._base_frame = self.options.base_frame
         contents = self._part()
         self._index, kept = contents.index, contents.kept
-        self._static = self._static_transforms(kept)
+        self._kept = kept
+        self._buffer, self._moving_read = Buffer(WHOLE_S), False
+        self._conflicts: dict[str, str] = {}
+        self._bad: Counter[str] = Counter()
+        self._add_transforms(self.topics.tf_static)
+        self.left_out: dict[str, str] = {}
         self.rig = self.options.rig or self._rig(kept)
         self.lidar2ego = self._lidar2ego()
         self.trajectory = self._read_trajectory(kept)
+        self.skipped = self.skipped | dict(self._bad)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
-        stamps = [self._bag.stamp(str(self.topics.odometry), data) for _, data in poses]
-        self._odometry_times = topic_times(stamps, [at for at, _ in poses])
+        stamps = [self._bag.stamp_ns(message) for message in poses]
+        self._odometry_times = topic_times(stamps, [message.log_ns for message in poses])
         sweeps = self._index[self.topics.lidar] if self.topics.lidar else Index()
         order = np.argsort(sweeps.stamp_ns, kind="stable")
         self.sweep_stamp_ns = np.array(sweeps.stamp_ns, np.int64)[order]
@@ -81,8 +97,8 @@ class BagRecording(IndexedBag):
         number = int(self._sweep_order[index])
         raw_ns = self._index[topic].raw_ns[number]
         message = self._message(topic, self._index[topic].log_ns[number], raw_ns)
-        cloud = _read_cloud(message, topic)
-        points, offsets = _points(cloud), None
+        cloud, points = self._cloud(message, topic)
+        offsets = None
         if self.point_times is not None:
             offsets = self.point_times.offsets(cloud, points, raw_ns)
         names = cloud.dtype.names or ()
@@ -100,12 +116,10 @@ class BagRecording(IndexedBag):
             if name not in chosen:
                 missing[name] = f"no message on {topic} within {KEY_TOLERANCE} s or half its period"
                 continue
-            index, number = self._index[topic], chosen[name]
-            exposure = index.stamp_ns[number]
+            exposure = self._index[topic].stamp_ns[chosen[name]]
             try:
-                message = self._message(topic, index.log_ns[number], index.raw_ns[number])
-                image = _image(message, topic)
-            except BrokenImageError as error:
+                image = self._image(topic, chosen[name])
+            except RecordingError as error:
                 missing[name] = f"broken image: {error}"
                 continue
             size = (camera.width, camera.height)
@@ -122,9 +136,7 @@ class BagRecording(IndexedBag):
 
     def exposure(self, camera: str, number: int) -> NDArray[np.uint8] | bytes:
         """Read one image of a camera by its place in `exposures`."""
-        topic = self.topics.images[camera]
-        index = self._index[topic]
-        return _image(self._message(topic, index.log_ns[number], index.raw_ns[number]), topic)
+        return self._image(self.topics.images[camera], number)
 
     def times(self) -> dict[str, TopicTimes]:
         """Return stamps and log times of the usable messages of cameras, LiDAR and odometry."""
@@ -145,12 +157,12 @@ class BagRecording(IndexedBag):
         """
         if self._probe is None:
             return None
-        (raw_ns, cloud), topic = self._probe, self.topics.lidar
+        (raw_ns, cloud, points), topic = self._probe, self.topics.lidar
         stamps = np.sort(self._index[str(topic)].stamp_ns)
         period = float(np.median(np.diff(stamps)) / 1e9) if len(stamps) > 1 else 0.1
         try:
             return find_point_times(
-                cloud, _points(cloud), raw_ns, period, self.options.point_times, is_compensated(self.topics.profile)
+                cloud, points, raw_ns, period, self.options.point_times, is_compensated(self.topics.profile)
             )
         except RecordingError as error:
             raise RecordingError(f"{self._bag.path}: {topic}: {error}") from error
@@ -159,13 +171,13 @@ class BagRecording(IndexedBag):
         """Return the seconds (M,) from the stamp of the points of a cloud in the middle; empty without times."""
         offsets = None
         if self.point_times is not None and self._probe is not None:
-            raw_ns, cloud = self._probe
-            offsets = self.point_times.offsets(cloud, _points(cloud), raw_ns)
+            raw_ns, cloud, points = self._probe
+            offsets = self.point_times.offsets(cloud, points, raw_ns)
         return np.zeros(0, np.float32) if offsets is None else offsets
 
     @cached_property
-    def _probe(self) -> tuple[int, NDArray[np.void]] | None:
-        """A cloud from the middle of the recording with its stamp as written, None without LiDAR.
+    def _probe(self) -> tuple[int, NDArray[np.void], NDArray[np.float32]] | None:
+        """The stamp as written of a cloud from the middle of the recording, it, its places; None without LiDAR.
 
         Raises RecordingError where none of a few clouds can be read.
         """
@@ -177,72 +189,119 @@ class BagRecording(IndexedBag):
         for number in dict.fromkeys([middle, 0, len(index.stamp_ns) - 1, middle // 2]):
             raw_ns = index.raw_ns[number]
             try:
-                cloud = _read_cloud(self._message(topic, index.log_ns[number], raw_ns), topic)
+                cloud, points = self._cloud(self._message(topic, index.log_ns[number], raw_ns), topic)
             except RecordingError as error:
                 problem = error
                 continue
             if len(cloud):
-                return raw_ns, cloud
+                return raw_ns, cloud, points
         raise RecordingError(f"{self._bag.path}: {problem}")
 
-    def _static_transforms(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> dict[str, list[tuple[str, Array]]]:
-        """Child frame -> (parent frame, child2parent) of every message that tells it."""
-        topic = TF_STATIC_TOPIC if TF_STATIC_TOPIC in self._bag.topics else TF_TOPIC
-        found: dict[str, dict[tuple[str, bytes], Array]] = {}
-        if topic not in self._bag.topics:
-            return {}
-        for _, data in kept.get(topic, ()):
-            for t in self._bag.parse(topic, data).transforms:
-                matrix = _transform(t.transform.translation, t.transform.rotation)
-                known = found.setdefault(_frame(t.child_frame_id), {})
-                known.setdefault((_frame(t.header.frame_id), matrix.tobytes()), matrix)
-        return {child: [(parent, matrix) for (parent, _), matrix in known.items()] for child, known in found.items()}
+    def _cloud(self, message: Any, topic: str) -> tuple[NDArray[np.void], NDArray[np.float32]]:
+        """Return a structured cloud (M,) and its places (M, 3)."""
+        try:
+            cloud = cloud_from_message(message)
+            return cloud, points_of_cloud(cloud)
+        except MessageError as error:
+            raise RecordingError(f"{topic}: {error}") from error
+
+    def _image(self, topic: str, number: int) -> NDArray[np.uint8] | bytes:
+        """Return the bytes of a compressed image, or the (H, W, 3) RGB array of a raw one."""
+        index = self._index[topic]
+        try:
+            return read_image(self._message(topic, index.log_ns[number], index.raw_ns[number]))
+        except EncodingError:
+            raise
+        except MessageError as error:
+            raise RecordingError(str(error)) from error
+
+    def _add_transforms(self, topic: str) -> None:
+        """Put the transforms of a topic into the buffer; bad ones are counted."""
+        for message in self._kept.get(topic, ()):
+            problems = self._buffer.add_message(self._bag.decode(message), topic == self.topics.tf_static)
+            self._bad.update(f"{topic}: bad transform" for _ in problems)
+
+    def _read_moving(self) -> None:
+        """Put the moving transforms into the buffer, once: there are many, and most bags need none of them."""
+        if not self._moving_read:
+            self._moving_read = True
+            self._add_transforms(self.topics.tf)
 
     def _sensor2base(self, frame: str, topic: str) -> Array:
-        """Follow the fixed transforms from a sensor's frame to the vehicle's."""
-        sensor2base, at = np.eye(4), _frame(frame)
-        while at != self._base_frame:
-            if at not in self._static:
-                raise RecordingError(
-                    f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} "
-                    f"on {TF_STATIC_TOPIC}, which knows {sorted(self._static)}"
-                )
-            at, step = self._agree_on_parent(at, topic)
-            sensor2base = step @ sensor2base
+        """Return the transform of a sensor's frame to the vehicle's, as the node finds it.
+
+        Raises RecordingError where there is none, or where publishers of one of its transforms differ.
+        """
+        try:
+            if not self._buffer.is_static(self._base_frame, frame):
+                self._read_moving()
+            sensor2base = self._buffer.lookup_matrix(self._base_frame, frame, 0)
+        except TransformException as error:
+            raise RecordingError(
+                f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} on "
+                f"{self.topics.tf_static} or {self.topics.tf}: {error}"
+            ) from error
+        self._conflicts |= self._buffer.take_conflicts()
+        for name in self._buffer.chain(self._base_frame, frame):
+            if name in self._conflicts:
+                raise RecordingError(f"{self._bag.path}: {topic}: transforms conflict: {self._conflicts[name]}")
         return sensor2base
 
-    def _agree_on_parent(self, child: str, topic: str) -> tuple[str, Array]:
-        """Return the parent and transform of a frame; raises RecordingError where publishers differ."""
-        (parent, first), *others = self._static[child]
-        for other_parent, other in others:
-            apart, turned = _difference(first, other)
-            if other_parent != parent or apart > STATIC_TOLERANCE[0] or turned > STATIC_TOLERANCE[1]:
-                raise RecordingError(
-                    f"{self._bag.path}: {topic}: transforms of {child!r} conflict: to {parent!r} and to "
-                    f"{other_parent!r}, {apart * 100:.1f} cm and {np.rad2deg(turned):.2f} degrees apart"
-                )
-        return parent, first
-
-    def _rig(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> CameraRig:
+    def _rig(self, kept: Mapping[str, Sequence[BagMessage]]) -> CameraRig:
+        """Return the cameras that can be used; those that cannot are named in `left_out`."""
         order = {name: i for i, name in enumerate(DEFAULT_CAMERAS)}
-        names = sorted(self.topics.images, key=lambda name: (order.get(name, len(order)), name))
-        return CameraRig(tuple(self._camera(name, kept[self.topics.infos[name]]) for name in names))
+        cameras = []
+        for name in sorted(self.topics.images, key=lambda name: (order.get(name, len(order)), name)):
+            topic = self.topics.infos[name]
+            try:
+                cameras.append(self._camera(name, kept[topic]))
+            except (RecordingError, MessageError, RigError) as error:
+                self.left_out[name] = _at_topic(topic, error)
+                self._bad[f"{self.topics.images[name]}: camera left out: {error}"] = self._count(name)
+                LOG.warning("%s: camera %s is left out: %s", self._bag.path, name, self.left_out[name])
+        if not cameras:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items()) or "no topic is named"
+            raise RecordingError(f"{self._bag.path}: no camera can be used; {reasons}")
+        return CameraRig(tuple(cameras))
 
-    def _camera(self, name: str, messages: Sequence[tuple[int, bytes]]) -> Camera:
-        topic = self.topics.infos[name]
+    def _count(self, camera: str) -> int:
+        return len(self._index[self.topics.images[camera]].stamp_ns)
+
+    def _camera(self, name: str, messages: Sequence[BagMessage]) -> Camera:
+        topic, images = self.topics.infos[name], self.topics.images[name]
         if not messages:
             raise RecordingError(f"{self._bag.path}: {topic}: no CameraInfo")
-        info = self._bag.parse(topic, messages[0][1])
-        if not np.any(info.k):
-            raise RecordingError(f"{self._bag.path}: {topic}: K is all zero, the camera is uncalibrated")
-        cam2ego = self._sensor2base(info.header.frame_id, topic)
-        size = (int(info.width), int(info.height))
-        if "rect" in self.topics.images[name] or not np.any(info.d):
-            intrinsic = info.p.reshape(3, 4)[:, :3] if np.any(info.p) else info.k.reshape(3, 3)
-            return Camera(name, *size, np.array(intrinsic), cam2ego)
-        return Camera(
-            name, *size, np.array(info.k).reshape(3, 3), cam2ego, info.distortion_model, tuple(info.d.tolist())
-        )
+        info, image_frame, size = self._bag.decode(messages[0]), *self._look_at_images(images)
+        frame = clean_frame(self.topics.frames.get(name) or str(info.header.frame_id) or image_frame)
+        if frame in ("", self._base_frame):
+            raise RecordingError(
+                f"{self._bag.path}: {topic}: its messages name the frame {frame!r}, not an optical frame; "
+                f"name it as cameras.{name}.frame in a file for --topics"
+            )
+        camera = camera_from_info(name, info, self._sensor2base(frame, topic), is_rectified(images))
+        return camera if size is None else camera.fit_to(*size)
+
+    def _look_at_images(self, topic: str) -> tuple[str, tuple[int, int] | None]:
+        """Return the frame that a few images name, and the size (width, height) of the first that can be read.
+
+        Raises EncodingError where none of them is of a kind that is read.
+        """
+        count, frame, problem = len(self._index[topic].stamp_ns), "", None
+        for number in sorted({0, count // 2, count - 1} if count else ()):
+            index = self._index[topic]
+            try:
+                message = self._message(topic, index.log_ns[number], index.raw_ns[number])
+                frame = str(message.header.frame_id)
+                image = read_image(message)
+            except EncodingError as error:
+                problem = error
+                continue
+            except (MessageError, RecordingError):
+                return frame, None  # it is missing in its key, with the reason
+            return frame, encoded_size(image) if isinstance(image, bytes) else (image.shape[1], image.shape[0])
+        if problem is not None:
+            raise problem
+        return frame, None
 
     def _lidar2ego(self) -> Array:
         topic = self.topics.lidar
@@ -252,45 +311,51 @@ class BagRecording(IndexedBag):
         message = self._message(topic, index.log_ns[0], index.raw_ns[0])
         return self._sensor2base(message.header.frame_id, topic)
 
-    def _read_trajectory(self, kept: Mapping[str, Sequence[tuple[int, bytes]]]) -> Trajectory:
-        topic = self.topics.odometry or TF_TOPIC
-        poses: dict[int, Array] = {}
-        for _, data in kept.get(topic, ()):
-            message = self._bag.parse(topic, data)
-            if self.topics.odometry:
-                poses[_stamp_ns(message.header)] = self._base_pose(message)
-                continue
-            for t in message.transforms:
-                if _frame(t.child_frame_id) == self._base_frame:
-                    poses[_stamp_ns(t.header)] = _transform(t.transform.translation, t.transform.rotation)
+    def _read_trajectory(self, kept: Mapping[str, Sequence[BagMessage]]) -> Trajectory:
+        topic = self.topics.odometry
+        poses = self._poses_of_tf() if topic is None else self._poses_of_odometry(topic, kept.get(topic, ()))
         poses.pop(0, None)
-        if not poses:
-            raise RecordingError(
-                f"{self._bag.path}: no poses: neither an odometry topic nor a transform "
-                f"to {self._base_frame!r} on {TF_TOPIC}"
-            )
         stamps = np.array(sorted(poses), np.int64)
         return Trajectory(stamps, np.stack([poses[int(stamp)] for stamp in stamps]))
 
-    def _base_pose(self, message: Any) -> Array:
-        """Return base2global of an Odometry or PoseStamped, which may tell of another frame of the vehicle."""
-        if _frame(message.header.frame_id) == self._base_frame:
+    def _poses_of_odometry(self, topic: str, messages: Sequence[BagMessage]) -> dict[int, Array]:
+        """Return stamp -> base2global; bad poses, as before an estimator has begun, are counted."""
+        poses: dict[int, Array] = {}
+        problem, children = "", {"", self._base_frame}
+        for message in messages:
+            try:
+                pose = pose_from_message(self._bag.decode(message))
+                if pose.child not in children:
+                    self._sensor2base(pose.child, topic)
+                    children.add(pose.child)
+                poses[pose.stamp_ns] = base_pose(pose, self._base_frame, self._buffer)
+            except (MessageError, RecordingError) as error:
+                problem = problem or _at_topic(topic, error)
+                self._bad[f"{topic}: bad pose"] += 1
+        if not poses:
             raise RecordingError(
-                f"{self._bag.path}: {self.topics.odometry}: poses in {self._base_frame!r} itself do "
-                "not tell where the vehicle is; name another topic in a file for --topics"
+                f"{self._bag.path}: no poses: {problem or f'{topic} is empty'}; "
+                f"name another topic, or none, in a file for --topics"
             )
-        pose = getattr(message.pose, "pose", message.pose)
-        child2global = _transform(pose.position, pose.orientation)
-        child = _frame(getattr(message, "child_frame_id", "") or self._base_frame)
-        if child == self._base_frame:
-            return child2global
-        return child2global @ invert_transform(self._sensor2base(child, str(self.topics.odometry)))
+        return poses
+
+    def _poses_of_tf(self) -> dict[int, Array]:
+        """Return stamp -> base2global as the moving transforms over the base tell it."""
+        self._read_moving()
+        world = self._buffer.world_frame(self._base_frame)
+        if world is None:
+            raise RecordingError(
+                f"{self._bag.path}: no poses: neither an odometry topic nor a transform "
+                f"to {self._base_frame!r} on {self.topics.tf}"
+            )
+        stamps = self._buffer.stamps(world, self._base_frame)
+        return {stamp: self._buffer.lookup_matrix(world, self._base_frame, stamp) for stamp in stamps if stamp > 0}
 
     def _find_keys(self) -> list[tuple[int, dict[str, int]]]:
         """Return (key stamp, camera -> message number) of each key frame, in time order."""
         default = "CAM_FRONT" if "CAM_FRONT" in self.rig.names else self.rig.names[0]
         anchor = self.rig[self.options.anchor or default].name
-        stamps = {name: np.array(self._index[topic].stamp_ns, np.int64) for name, topic in self.topics.images.items()}
+        stamps = {name: self.exposures(name) for name in self.rig.names}
         reach = {name: _half_period(of) for name, of in stamps.items()}
         middle = self._sweep_middle_ns()
         keys: dict[int, dict[str, int]] = {}
@@ -324,9 +389,9 @@ class BagRecording(IndexedBag):
             return None
 
     def _message(self, topic: str, log_ns: int, stamp_ns: int) -> Any:
-        for _, _, data in self._bag.messages([topic], log_ns, log_ns + 1):
-            if self._bag.stamp(topic, data) == stamp_ns:
-                return self._bag.parse(topic, data)
+        for message in self._bag.messages([topic], log_ns, log_ns + 1):
+            if self._bag.stamp_ns(message) == stamp_ns:
+                return self._bag.decode(message)
         raise RecordingError(f"{self._bag.path}: {topic}: the message of {stamp_ns} ns is gone")
 
 
@@ -337,16 +402,9 @@ def _half_period(stamp_ns: NDArray[np.int64]) -> float:
     return min(KEY_TOLERANCE, float(np.median(np.diff(np.sort(stamp_ns)))) / 2e9)
 
 
-def _difference(one: Array, other: Array) -> tuple[float, float]:
-    """Return how far two transforms are apart, in metres and radians."""
-    step = invert_transform(one) @ other
-    cosine = np.clip((np.trace(step[:3, :3]) - 1) / 2, -1, 1)
-    return float(np.linalg.norm(step[:3, 3])), float(np.arccos(cosine))
-
-
-def _frame(name: str) -> str:
-    """Frames are named without the leading slash of ROS 1."""
-    return name.lstrip("/")
+def _at_topic(topic: str, error: Exception) -> str:
+    """Return an error that names its topic."""
+    return str(error) if topic in str(error) else f"{topic}: {error}"
 
 
 def _size_fault(image: NDArray[np.uint8], size: tuple[int, int]) -> str | None:
@@ -361,66 +419,3 @@ def _nearest(stamps: NDArray[np.int64], wanted: int, tolerance: float) -> int | 
     away = np.abs(stamps - wanted)
     index = int(np.argmin(away))
     return index if away[index] <= tolerance * 1e9 else None
-
-
-def _stamp_ns(header: Any) -> int:
-    return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
-
-
-def _transform(translation: Any, rotation: Any) -> Array:
-    quaternion = (rotation.x, rotation.y, rotation.z, rotation.w)
-    return make_transform(rotation_from_xyzw(quaternion), (translation.x, translation.y, translation.z))
-
-
-def _image(message: Any, topic: str) -> NDArray[np.uint8] | bytes:
-    """Return the bytes of a compressed image, or the (H, W, 3) RGB array of a raw one."""
-    if not hasattr(message, "encoding"):
-        return bytes(message.data)
-    channels = {"rgb8": 3, "bgr8": 3, "mono8": 1}.get(message.encoding)
-    if channels is None:
-        raise RecordingError(f"{topic}: encoding {message.encoding!r}; rgb8, bgr8 and mono8 are read")
-    if len(message.data) < message.height * message.step or message.step < message.width * channels:
-        raise BrokenImageError(
-            f"{topic}: {len(message.data)} bytes for {message.width}x{message.height} "
-            f"{message.encoding} with step {message.step}"
-        )
-    rows = np.asarray(message.data)[: message.height * message.step].reshape(message.height, message.step)
-    image = rows[:, : message.width * channels].reshape(message.height, message.width, channels)
-    if message.encoding == "mono8":
-        return np.repeat(image, 3, axis=2)
-    return np.ascontiguousarray(image[..., ::-1] if message.encoding == "bgr8" else image)
-
-
-def _points(cloud: NDArray[np.void]) -> NDArray[np.float32]:
-    return np.stack([cloud[axis] for axis in "xyz"], 1).astype(np.float32)
-
-
-def _read_cloud(message: Any, topic: str) -> NDArray[Any]:
-    """View a PointCloud2 as a structured array, honouring offsets, padding and endianness."""
-    known = {f.name: f for f in message.fields}
-    absent = [axis for axis in "xyz" if axis not in known]
-    if absent:
-        raise RecordingError(f"{topic}: a cloud without field {absent}; it has {sorted(known)}")
-    order = ">" if message.is_bigendian else "<"
-    try:
-        dtype = np.dtype(
-            {
-                "names": list(known),
-                "formats": [order + FIELD_DTYPES[f.datatype] for f in known.values()],
-                "offsets": [f.offset for f in known.values()],
-                "itemsize": message.point_step,
-            }
-        )
-    except (KeyError, ValueError) as error:
-        layout = [(f.name, f.offset, f.datatype) for f in message.fields]
-        raise RecordingError(
-            f"{topic}: no cloud of {message.point_step} bytes a point can have the fields {layout}"
-        ) from error
-    data = np.asarray(message.data)
-    if message.height > 1 and message.row_step != message.width * message.point_step:
-        rows = data[: message.height * message.row_step].reshape(message.height, message.row_step)
-        data = np.ascontiguousarray(rows[:, : message.width * message.point_step]).reshape(-1)
-    wanted = message.width * message.height * message.point_step
-    if len(data) < wanted:
-        raise RecordingError(f"{topic}: {len(data)} bytes, a cloud of its size needs {wanted}")
-    return data[:wanted].view(dtype)

@@ -13,14 +13,11 @@ from numpy.typing import NDArray
 
 from occbev.grid import VoxelGrid
 from occbev.results import Boxes3D, FrameSet, Sweep
+from occbev.results import RecordingError as RecordingError  # readers of training sources raise it, too
 from occbev.rig import CameraRig
 from occbev.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
-
-
-class RecordingError(ValueError):
-    """A recording that cannot be used, saying which file, topic or table and what would be right."""
 
 
 def describe_error(error: BaseException) -> str:

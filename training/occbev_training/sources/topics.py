@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from occbev_training.sources.recording import RecordingError
 COMPRESSED, RAW = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Image"
 IMAGE_TYPES = (COMPRESSED, RAW)
 INFO, CLOUD = "sensor_msgs/msg/CameraInfo", "sensor_msgs/msg/PointCloud2"
+TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 ODOMETRY, POSE = "nav_msgs/msg/Odometry", "geometry_msgs/msg/PoseStamped"
 
 
@@ -23,8 +24,9 @@ class BagTopics:
     """Which topics of a bag hold what.
 
     images, infos: camera -> topic; infos may lack cameras whose calibration comes from a rig file.
-    lidar: PointCloud2. odometry: Odometry or PoseStamped; None takes poses from /tf.
-    profile: name of the scheme that was recognised.
+    lidar: PointCloud2. odometry: Odometry or PoseStamped; None takes poses from `tf`.
+    tf, tf_static: topics of TFMessage. frames: camera -> optical frame, where its messages name another.
+    profile: name of the scheme that was recognised. notes: what a user should know of how topics were chosen.
     """
 
     images: Mapping[str, str]
@@ -32,6 +34,10 @@ class BagTopics:
     lidar: str | None = None
     odometry: str | None = None
     profile: str = "given"
+    tf: str = TF_TOPIC
+    tf_static: str = TF_STATIC_TOPIC
+    frames: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def all(self) -> list[str]:
