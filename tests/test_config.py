@@ -65,3 +65,11 @@ def test_plain_values_hold_no_python_objects() -> None:
         "step": 1.0,
         "spacing": "uniform",
     }
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "1e999"])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(f"lift:\n  depth:\n    lo: {value}\n")
+    with pytest.raises(ConfigError, match=r"model\.yaml: lift\.depth\.lo.*not finite"):
+        load_config(path, ModelConfig)

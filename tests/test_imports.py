@@ -27,7 +27,7 @@ ROS = {
 }
 LEARNING = {"torch", "torchvision", "timm", "accelerate", "numba"}
 RUNTIMES = {"openvino", "onnxruntime", "tensorrt"}
-BASE = {"occbev.geometry", "occbev.grid", "occbev.classes", "occbev.config"}
+BASE = {"occbev.geometry", "occbev.grid", "occbev.classes", "occbev.config", "occbev.files"}
 TORCH_FREE = ("occbev_training.simulator", "occbev_training.sources", "occbev_training.metrics")
 
 

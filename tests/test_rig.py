@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.rig import Camera, CameraRig, RigError
@@ -69,3 +70,26 @@ def test_bad_calibration_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "rig.yaml").write_text("cameras: [{name: CAM_FRONT, width: 4}]")
     with pytest.raises(RigError, match=r"rig.yaml.*cam2ego.*missing"):
         CameraRig.load(tmp_path / "rig.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"intrinsic": [[float("nan"), 0, 1], [0, 1, 1], [0, 0, 1]]}, "intrinsic must be a finite 3x3"),
+        ({"intrinsic": "text"}, "camera CAM_FRONT"),
+        ({"width": float("inf")}, "camera CAM_FRONT"),
+        ({"width": 70_000}, "size 70000x"),
+        ({"distortion_model": "plumb_bob", "distortion": [float("nan")] * 5}, "distortion coefficients must be finite"),
+        ({"cam2ego": {"translation": [0, 0, float("inf")], "rotation_xyzw": [0, 0, 0, 1]}}, "finite 4x4"),
+        ({"cam2ego": {"translation": [0, 0, 0], "rotation_xyzw": [0, 0, 0, 0]}}, "quaternion"),
+        ({"cam2ego": None}, "camera CAM_FRONT"),
+    ],
+)
+def test_wrong_values_of_a_rig_file_are_one_line_with_file_and_camera(
+    tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    path = tmp_path / "rig.yaml"
+    path.write_text(yaml.safe_dump({"cameras": [camera().as_record() | change]}))
+    with pytest.raises(RigError, match=rf"rig\.yaml: .*{reason}") as error:
+        CameraRig.load(path)
+    assert "\n" not in str(error.value)

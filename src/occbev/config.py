@@ -5,8 +5,10 @@ A field's docstring is its help text. What training fixed (`ModelConfig`) travel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from occbev.classes import DETECTION_CLASSES, OCCUPANCY_CLASSES
+from occbev.files import YamlError, read_yaml
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
 
 T = TypeVar("T")
@@ -28,6 +31,12 @@ MOST_CAMERAS = 32
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used, named by its dotted path."""
+
+
+def brief(value: Any) -> str:
+    """Return a value as an error shows it: on one line and not longer than that."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def bounded(default: Any, low: float, high: float, live: bool = False) -> Any:
@@ -406,11 +415,11 @@ def from_record(schema: type[T], record: Any, where: str = "") -> T:
 
 def _read_with_base(path: Path) -> dict[str, Any]:
     try:
-        record = yaml.safe_load(path.read_text()) or {}
+        record = read_yaml(path) or {}
     except FileNotFoundError as error:
         raise ConfigError("no such file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {error}") from error
+    except YamlError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(record, dict):
         raise ConfigError(f"holds a {type(record).__name__}, want keys and values")
     base = record.pop("base", None)
@@ -439,15 +448,15 @@ def _convert(schema: Any, value: Any, where: str) -> Any:
         return _convert_dataclass(schema, value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: want a list, got {value!r}")
+            raise ConfigError(f"{where}: want a list, got {brief(value)}")
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(arguments):
-            raise ConfigError(f"{where}: want {len(arguments)} values, got {value!r}")
+            raise ConfigError(f"{where}: want {len(arguments)} values, got {brief(value)}")
         return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
     if origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: want keys and values, got {value!r}")
+            raise ConfigError(f"{where}: want keys and values, got {brief(value)}")
         return {key: _convert(arguments[1], entry, f"{where}.{key}") for key, entry in value.items()}
     return _convert_scalar(schema, value, where)
 
@@ -456,7 +465,7 @@ def _convert_dataclass(schema: Any, value: Any, where: str) -> Any:
     if isinstance(value, schema):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"{where or schema.__name__}: want keys and values, got {value!r}")
+        raise ConfigError(f"{where or schema.__name__}: want keys and values, got {brief(value)}")
     hints = typing.get_type_hints(schema)
     known = {f.name for f in dataclasses.fields(schema) if f.init}
     arguments = {}
@@ -464,7 +473,7 @@ def _convert_dataclass(schema: Any, value: Any, where: str) -> Any:
         dotted = f"{where}.{key}" if where else str(key)
         if schema is VoxelGrid and key == "axis_order":
             if entry != "xyz":
-                raise ConfigError(f"{dotted}: {entry!r}, only 'xyz' is supported")
+                raise ConfigError(f"{dotted}: {brief(entry)}, only 'xyz' is supported")
             continue
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
@@ -483,12 +492,12 @@ def _convert_scalar(schema: Any, value: Any, where: str) -> Any:
     if schema is Any:
         return value
     if schema is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 2e-4 as text
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 2e-4 as text
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is not finite")
     if schema is Path and isinstance(value, str):
         return Path(value)
     if isinstance(schema, type) and isinstance(value, schema) and not (schema is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where}: want {getattr(schema, '__name__', schema)}, got {value!r}")
+    raise ConfigError(f"{where}: want {getattr(schema, '__name__', schema)}, got {brief(value)}")

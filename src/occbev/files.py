@@ -1,4 +1,4 @@
-"""Files that others rely on: their hash, and writing them so that a crash leaves the old or the new one, never half of it."""
+"""Files: reading YAML of strangers, hashes, names that stay in their folder, and writing that a crash cannot leave half done."""
 
 from __future__ import annotations
 
@@ -9,6 +9,62 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_YAML_BYTES = 2**20
+MAX_YAML_VALUES = 100_000
+MAX_YAML_DEPTH = 32
+MAX_YAML_TEXT = 2**14
+"""Limits of a YAML file: size, keys and values together, nesting, and characters of one value."""
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class YamlError(ValueError):
+    """A file that cannot be read as YAML, in one line without its path."""
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file that may come from anybody; raises YamlError, or OSError where it cannot be opened.
+
+    Aliases are refused: ten lines of them unfold to billions of values.
+    """
+    size = path.stat().st_size
+    if size > MAX_YAML_BYTES:
+        raise YamlError(f"{size} bytes, at most {MAX_YAML_BYTES} are read")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        _check_events(text)
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise YamlError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_events(text: str) -> None:
+    """Refuse what would take long or much memory to build; nothing is built here."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise YamlError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read: write it out")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_TEXT:
+            raise YamlError(f"line {event.start_mark.line + 1}: a value of over {MAX_YAML_TEXT} characters")
+        if depth > MAX_YAML_DEPTH or number > MAX_YAML_VALUES:
+            raise YamlError(f"more than {MAX_YAML_VALUES} values, or nested deeper than {MAX_YAML_DEPTH}")
+
+
+def file_name(name: str, what: str) -> str:
+    """Return a name from outside as the name of a file or folder; raises ValueError where it could lead elsewhere.
+
+    what: what an error calls it, such as "camera name".
+    """
+    if not name or name in (".", "..") or len(name.encode()) > 200 or any(c in "/\\\0" or ord(c) < 32 for c in name):
+        raise ValueError(
+            f"{what} {name[:80]!r} cannot be a file name: want 1 to 200 bytes without / or \\, not . or .."
+        )
+    return name
 
 
 def file_hash(path: Path) -> str:

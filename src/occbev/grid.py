@@ -33,6 +33,8 @@ class VoxelGrid:
         object.__setattr__(self, "shape", tuple(int(v) for v in self.shape))
         if not (len(self.lo) == len(self.pitch) == len(self.shape) == 3):
             raise ValueError(f"a grid has three axes; got lo {self.lo}, pitch {self.pitch}, shape {self.shape}")
+        if not np.isfinite([*self.lo, *self.pitch]).all():
+            raise ValueError(f"grid corner and pitch must be finite; got {self.lo} and {self.pitch}")
         if min(self.pitch) <= 0 or min(self.shape) <= 0:
             raise ValueError(f"grid pitch and shape must be positive; got {self.pitch} and {self.shape}")
 
@@ -109,6 +111,8 @@ class BevGrid:
         object.__setattr__(self, "lo", tuple(float(v) for v in self.lo))
         object.__setattr__(self, "pitch", tuple(float(v) for v in self.pitch))
         object.__setattr__(self, "shape", tuple(int(v) for v in self.shape))
+        if not np.isfinite([*self.lo, *self.pitch]).all():
+            raise ValueError(f"grid corner and pitch must be finite; got {self.lo} and {self.pitch}")
         if len(self.shape) != 2 or min(self.pitch) <= 0 or min(self.shape) <= 0:
             raise ValueError(f"a BEV grid has two positive axes; got pitch {self.pitch}, shape {self.shape}")
 

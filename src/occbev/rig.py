@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import ArrayLike, NDArray
 
+from occbev.files import YamlError, read_yaml
 from occbev.geometry import (
     invert_transform,
     make_transform,
@@ -21,6 +22,9 @@ from occbev.geometry import (
     xyzw_from_rotation,
 )
 from occbev.lens import Lens, LensError
+
+MAX_SIDE = 65_535
+"""Most pixels along a side of an image: what a JPEG can have."""
 
 
 class RigError(ValueError):
@@ -48,16 +52,18 @@ class Camera:
         object.__setattr__(self, "intrinsic", np.asarray(self.intrinsic, np.float64))
         object.__setattr__(self, "cam2ego", np.asarray(self.cam2ego, np.float64))
         object.__setattr__(self, "distortion", tuple(float(v) for v in self.distortion))
-        if self.intrinsic.shape != (3, 3) or self.intrinsic[0, 0] <= 0 or self.intrinsic[1, 1] <= 0:
+        square = self.intrinsic.shape == (3, 3) and bool(np.all(np.isfinite(self.intrinsic)))
+        if not square or self.intrinsic[0, 0] <= 0 or self.intrinsic[1, 1] <= 0:
             raise RigError(
-                f"camera {self.name}: intrinsic must be 3x3 with positive focal lengths, got {self.intrinsic.tolist()}"
+                f"camera {self.name}: intrinsic must be a finite 3x3 with positive focal lengths, "
+                f"got {self.intrinsic.tolist()}"
             )
         if self.cam2ego.shape != (4, 4) or not np.all(np.isfinite(self.cam2ego)):
             raise RigError(f"camera {self.name}: cam2ego must be a finite 4x4 transform, got {self.cam2ego.tolist()}")
         if np.abs(self.cam2ego[:3, :3] @ self.cam2ego[:3, :3].T - np.eye(3)).max() > 1e-3:
             raise RigError(f"camera {self.name}: the rotation of cam2ego is not orthonormal")
-        if self.width <= 0 or self.height <= 0:
-            raise RigError(f"camera {self.name}: size {self.width}x{self.height} must be positive")
+        if not (0 < self.width <= MAX_SIDE and 0 < self.height <= MAX_SIDE):
+            raise RigError(f"camera {self.name}: size {self.width}x{self.height}; each must be 1 to {MAX_SIDE}")
         try:
             _ = self.lens
         except LensError as error:
@@ -119,12 +125,14 @@ class Camera:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Camera:
-        """Read `as_record` back; raises RigError naming a missing key."""
+        """Read `as_record` back; raises RigError naming the camera and what is missing or no number."""
+        if not isinstance(record, dict):
+            raise RigError(f"a camera must be keys and values, got {str(record)[:80]!r}")
         try:
             pose = record["cam2ego"]
             cam2ego = make_transform(rotation_from_xyzw(pose["rotation_xyzw"]), pose["translation"])
             return cls(
-                record["name"],
+                str(record["name"]),
                 int(record["width"]),
                 int(record["height"]),
                 record["intrinsic"],
@@ -134,6 +142,10 @@ class Camera:
             )
         except KeyError as error:
             raise RigError(f"camera {record.get('name', '?')}: key {error} is missing") from error
+        except RigError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RigError(f"camera {record.get('name', '?')}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -192,7 +204,9 @@ class CameraRig:
     def load(cls, path: Path) -> CameraRig:
         """Read a rig from YAML; raises RigError naming the file."""
         try:
-            record = yaml.safe_load(path.read_text())
+            record = read_yaml(path)
+            if not isinstance(record, dict) or not isinstance(record.get("cameras"), list):
+                raise RigError("want the key cameras with a list of cameras")
             return cls(tuple(Camera.from_record(entry) for entry in record["cameras"]))
-        except (KeyError, TypeError, RigError, yaml.YAMLError) as error:
+        except (OSError, RigError, YamlError) as error:
             raise RigError(f"{path}: {error}") from error

@@ -15,12 +15,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, TypesysError, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
+from occbev.files import read_yaml
 from occbev.messages import foxglove
 from occbev.messages.readers import header_stamp, stamp_to_ns
 from occbev.messages.storage import Channel, Storage, StorageError, open_storage, unpack_message
@@ -274,12 +274,12 @@ def split_order(file: Path) -> tuple[str, int, str]:
 
 def _read_metadata(metadata: Path) -> tuple[list[Path], dict[str, int]]:
     try:
-        record = yaml.safe_load(metadata.read_text())["rosbag2_bagfile_information"]
+        record = read_yaml(metadata)["rosbag2_bagfile_information"]
         promised: Counter[str] = Counter()
         for entry in record["topics_with_message_count"]:
             promised[str(entry["topic_metadata"]["name"])] += int(entry["message_count"])
         files = [_as_stored(metadata.parent / Path(name).name) for name in record["relative_file_paths"]]
-    except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BagError(
             f"{metadata}: not the metadata of a bag: {error!r}; remove it to read the files alone"
         ) from error

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from occbev.config import ConfigError, bounded, from_record
+from occbev.files import read_yaml
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
 from occbev.messages.readers import MAX_IMAGE_PIXELS, is_rectified
 from occbev.streams.sync import SyncConfig
@@ -203,11 +204,11 @@ def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> Per
         ConfigError: naming the file and the dotted key.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        document = read_yaml(path)
         merged: dict[str, Any] = {}
         for node in (document or {}).values():
             merged.update(node["ros__parameters"])
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a ROS parameter file (node name, then ros__parameters): {error!r}") from error
     values = {name: _parse(name, text) for name, text in (changes or {}).items()}
     try:
@@ -219,7 +220,7 @@ def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> Per
 def _parse(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name}:={text}: not a value in YAML") from error
 
 
