@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from occbev_training.metrics.detection import (
     check_box_counts,
     match_boxes,
 )
+from occbev_training.sources.categories import describe_classless
 from occbev_training.sources.nuscenes import NuscenesRoot, Row
 from occbev_training.sources.nuscenes_writer import ATTRIBUTES, usual_attribute
 
@@ -50,14 +53,83 @@ class ResultsError(ValueError):
 
 
 def read_results(path: Path) -> Results:
-    """Read a nuScenes detection result file; raises ResultsError naming the file."""
+    """Read a nuScenes detection result file; raises ResultsError naming the file, the sample and the field."""
     try:
-        results = json.loads(path.read_bytes())["results"]
+        content = json.loads(path.read_bytes(), object_pairs_hook=_no_repeats)
+        meta, results = content["meta"], content["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path}: no nuScenes result file: {error}") from error
-    if not isinstance(results, dict):
-        raise ResultsError(f"{path}: 'results' is a {type(results).__name__}, want sample token -> boxes")
+        raise ResultsError(f"{path}: no nuScenes result file: {type(error).__name__}: {error}") from error
+    if not isinstance(meta, dict) or not isinstance(results, dict):
+        kinds = f"'meta' is a {type(meta).__name__}, 'results' a {type(results).__name__}"
+        raise ResultsError(f"{path}: {kinds}; want two objects, of results sample token -> boxes")
+    try:
+        check_results(results)
+    except ResultsError as error:
+        raise ResultsError(f"{path}: {error}") from error
     return results
+
+
+def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, which must not hold a key twice: one of them would be lost."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return made
+
+
+def check_results(results: Mapping[str, Any]) -> None:
+    """Hold every box to what the official kit asserts, and to finite values, which it asks for.
+
+    Raises:
+        ResultsError: naming the sample, the number of the box, the field, its value and what would be right.
+    """
+    for sample, rows in results.items():
+        if not isinstance(rows, list):
+            raise ResultsError(f"sample {sample}: holds {_shorten(rows)}; want a list of boxes, empty where none is")
+        for number, row in enumerate(rows):
+            fault = _find_fault(sample, row)
+            if fault is not None:
+                raise ResultsError(f"sample {sample}, box {number}: {fault}")
+
+
+def _find_fault(sample: str, row: Any) -> str | None:
+    """Return what is wrong with one result box, in words, or None."""
+    if not isinstance(row, dict):
+        return f"is {_shorten(row)}; want an object"
+    for name, (is_right, wanted) in _FIELDS.items():
+        if name not in row:
+            return f"has no {name}; want {wanted}"
+        if not is_right(row[name]):
+            return f"{name} is {_shorten(row[name])}; want {wanted}"
+    return None if row["sample_token"] == sample else f"sample_token is {_shorten(row['sample_token'])}; want its sample's"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_vector(length: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == length and all(map(_is_number, value))
+
+
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "sample_token": (lambda value: isinstance(value, str), "a text"),
+    "translation": (_is_vector(3), "three finite numbers"),
+    "size": (lambda value: _is_vector(3)(value) and min(value) > 0, "three finite numbers above 0"),
+    "rotation": (lambda value: _is_vector(4)(value) and any(value), "four finite numbers, not all 0"),
+    "velocity": (_is_vector(2), "two finite numbers, 0 where it is not known"),
+    "detection_name": (lambda value: value in DETECTION_CLASSES, f"one of {', '.join(DETECTION_CLASSES)}"),
+    "detection_score": (lambda value: isinstance(value, float) and math.isfinite(value), "a finite float such as 0.5"),
+    "attribute_name": (lambda value: value == "" or value in ATTRIBUTES, f'"" or one of {", ".join(ATTRIBUTES)}'),
+}
+"""Field of a result box -> whether a value is right, and what is."""
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as JSON, cut."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_results(path: Path, results: Results, meta: Mapping[str, bool] | None = None) -> None:
@@ -141,8 +213,25 @@ def match_results(results: Results, root: NuscenesRoot, samples: Sequence[str] |
     check_box_counts(predicted)
     predicted = predicted[_select(predicted, heights, racks)]
     truth, heights, points = _truth_table(root, samples, ego)
-    truth = truth[_select(truth, heights, racks) & (points > 0)]
-    return replace(match_boxes(predicted, truth), samples=len(samples))
+    in_range = _select(truth, heights, racks)
+    _require_truth(root, samples, in_range, points)
+    return replace(match_boxes(predicted, truth[in_range & (points > 0)]), samples=len(samples))
+
+
+def _require_truth(
+    root: NuscenesRoot, samples: Sequence[str], in_range: NDArray[np.bool_], points: NDArray[np.int64]
+) -> None:
+    """Refuse to score against nothing: the filters would leave no box of annotations that are there."""
+    total = sum(len(root.annotations_of(sample)) for sample in samples)
+    if not total or np.any(in_range & (points > 0)):
+        return
+    if not len(points):
+        raise ResultsError(f"{root.folder}: {describe_classless(root.count_classless(samples))}")
+    raise ResultsError(
+        f"{root.folder}: of {total} annotations {len(points)} have a class, {np.count_nonzero(in_range)} of these are "
+        f"within the official ranges, and none of them has a LiDAR or radar return (num_lidar_pts, num_radar_pts); "
+        "the official rules score only those that have"
+    )
 
 
 def _result_table(rows: Sequence[Row], number: Mapping[str, int], ego: Array) -> tuple[BoxTable, Array]:

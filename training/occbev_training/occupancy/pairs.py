@@ -193,10 +193,12 @@ def make_unit(
 ) -> UnitReport:
     """Write the shards of one unit and then its manifest; a unit that is finished is left as it is.
 
+    One with key frames that could not be read is tried again: what was in the way may be gone.
+
     progress: called after every key frame. source: the opener's fingerprint of the recording.
     """
     done = read_manifest(folder / f"{unit.name}.json", config)
-    if done is not None and (done.unit, done.source) == (unit, source):
+    if done is not None and (done.unit, done.source) == (unit, source) and not done.refused.get("unreadable"):
         for _ in range(unit.first, unit.last):
             progress()
         return done
