@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from occbev_training.models.checkpoints import CheckpointError  # noqa: E402
 from occbev_training.models.renaming import (  # noqa: E402
     load_published,
     published_names,
-    read_recorded,
     to_published,
 )
 
@@ -58,31 +53,3 @@ def test_a_report_names_what_does_not_fit_and_nothing_is_loaded() -> None:
 def test_rules_that_merge_two_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="both become same"):
         published_names(["a", "b"], ((r"^[ab]$", "same"),))
-
-
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "ema"])
-def test_checkpoints_may_be_wrapped_and_prefixed(tmp_path: Path, wrapper: str | None) -> None:
-    state = {f"module.{k}": v for k, v in small().state_dict().items()}
-    path = tmp_path / "epoch_24.pth"
-    torch.save({wrapper: state, "epoch": 24} if wrapper else state, path)
-    assert set(read_recorded(path)) == set(small().state_dict())
-
-
-class Planted:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("code of a checkpoint ran",)
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "evil.pth"
-    path.write_bytes(pickle.dumps({"state_dict": Planted()}))
-    with pytest.raises(CheckpointError, match=r"evil\.pth"):
-        read_recorded(path)
-    assert "ran" not in capsys.readouterr().out
-
-
-def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "empty.pth"
-    torch.save({"epoch": 3}, path)
-    with pytest.raises(CheckpointError, match="no weights"):
-        read_recorded(path)

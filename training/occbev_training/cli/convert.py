@@ -20,13 +20,13 @@ from occbev.files import file_hash
 from occbev.inference.model_package import ModelPackage, write_package
 from occbev.share import share_path
 from occbev_training.models.build import TRAINING_STAGES, build_model
+from occbev_training.models.checkpoint_files import read_recorded
 from occbev_training.models.checkpoints import CheckpointError, save_weights
 from occbev_training.models.renaming import (
     ConversionReport,
     Rules,
     load_published,
     published_names,
-    read_recorded,
 )
 
 

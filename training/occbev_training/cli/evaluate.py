@@ -26,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from occbev.inference.model_package import ModelPackage
+from occbev_training.cli.inputs import add_version_arguments, root_options
 from occbev_training.data.cache import open_cache
 from occbev_training.evaluation.data import CacheFrames, HeldOut, RootFrames, open_held_out
 from occbev_training.evaluation.frames import Priors, fit_priors, score_priors
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--voxels", type=Path, metavar="FOLDER", help="score these Occ3D results, one <sample token>.npz a sample"
     )
     parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")
+    add_version_arguments(parser)
     parser.add_argument(
         "--scenes",
         type=Path,
@@ -140,7 +142,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _of_files(args: argparse.Namespace, console: Console) -> Record:
     """Score a result file, a folder of voxels, or both."""
-    tables, drives = open_nuscenes(args.nuscenes), _drives(args)
+    tables, drives = open_nuscenes(args.nuscenes, options=root_options(args)), _drives(args)
     results = None if args.results is None else read_results(args.results)
     scenes: Sequence[str] | None = drives
     if scenes is None:
@@ -157,7 +159,7 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
 def _of_package(args: argparse.Namespace, console: Console) -> Record:
     """Run a package on held-out frames and score what it says."""
     drives = _drives(args)
-    package, held_out = ModelPackage.load(args.package), open_held_out(args.data, drives)
+    package, held_out = ModelPackage.load(args.package), open_held_out(args.data, drives, root_options(args))
     priors = _priors(args, package, console)
     indices = _chosen(len(held_out), args.limit, package.model.past_frames > 0)
     voxels = args.out / "voxels" if args.save_voxels else None
@@ -170,6 +172,7 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
         voxels,
         WORST if args.out else 0,
         drives,
+        root_options(args),
     )
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("scoring", total=len(indices))

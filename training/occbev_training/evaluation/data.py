@@ -22,7 +22,7 @@ from occbev_training.evaluation.frames import TRUTH, annotations_of, dense_truth
 from occbev_training.evaluation.scores import OccupancyView
 from occbev_training.metrics.occupancy import ray_origins
 from occbev_training.sources.discovery import chosen_names
-from occbev_training.sources.nuscenes import NuscenesRecording, NuscenesRoot, open_nuscenes
+from occbev_training.sources.nuscenes import NuscenesRecording, NuscenesRoot, RootOptions, find_tables, open_nuscenes
 from occbev_training.sources.recording import Annotations, OccupancyTruth, Recording
 from occbev_training.sources.truth import read_truth
 
@@ -68,10 +68,10 @@ class HeldOut(Protocol):
         ...
 
 
-def open_held_out(path: Path, drives: Sequence[str] | None = None) -> HeldOut:
-    """Open a sample cache, a nuScenes root, or a folder of `occbev-train simulate --format bag`.
+def open_held_out(path: Path, drives: Sequence[str] | None = None, root_options: RootOptions | None = None) -> HeldOut:
+    """Open a sample cache, a nuScenes-like root, or a folder of `occbev-train simulate --format bag`.
 
-    drives: only these; all by default.
+    drives: only these; all by default. root_options: how a nuScenes-like root is read.
 
     Raises:
         HeldOutError: the folder is none of these.
@@ -79,8 +79,8 @@ def open_held_out(path: Path, drives: Sequence[str] | None = None) -> HeldOut:
     """
     if any(path.glob("*/drive.json")):
         return CacheFrames(open_cache(path, drives))
-    if any(path.glob("*/sample_data.json")):
-        return RootFrames(open_nuscenes(path), drives)
+    if find_tables(path):
+        return RootFrames(open_nuscenes(path, options=root_options), drives)
     if (path / "truth").is_dir() and (path / "bags").is_dir():
         return BagFrames(path, drives)
     raise HeldOutError(

@@ -26,6 +26,7 @@ from occbev_training.evaluation.frames import SCORING, Prediction, score_frame
 from occbev_training.evaluation.scores import FrameResult, found_share
 from occbev_training.metrics.calibration import FreeThreshold
 from occbev_training.metrics.occ3d_results import write_occupancy
+from occbev_training.sources.nuscenes import RootOptions
 
 WORST = 3
 """Frames of each kind that are kept to be drawn."""
@@ -48,6 +49,8 @@ class RunOptions:
     """Worst frames that are kept, by boxes and by voxels each."""
     drives: tuple[str, ...] | None = None
     """Only these of the data; None takes all."""
+    root: RootOptions = field(default_factory=RootOptions)
+    """How data in the nuScenes schema are read."""
 
 
 @dataclass(frozen=True, order=True)
@@ -196,7 +199,7 @@ def run_in_processes(
 
     Results are those of one process, since they are put in order before anything is scored.
     """
-    held_out = open_held_out(data, options.drives)
+    held_out = open_held_out(data, options.drives, options.root)
     if workers <= 1:
         return run_package(ModelPackage.load(folder), held_out, indices, options, progress)
     run, done = PackageRun(), 0
@@ -223,7 +226,7 @@ def shares(drives: Sequence[str], indices: Sequence[int], workers: int) -> Itera
 
 
 def _run_share(folder: Path, data: Path, indices: Sequence[int], options: RunOptions) -> PackageRun:
-    held_out = open_held_out(data, options.drives)
+    held_out = open_held_out(data, options.drives, options.root)
     return run_package(ModelPackage.load(folder), held_out, indices, options)
 
 

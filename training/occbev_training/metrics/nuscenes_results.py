@@ -102,7 +102,9 @@ def _find_fault(sample: str, row: Any) -> str | None:
             return f"has no {name}; want {wanted}"
         if not is_right(row[name]):
             return f"{name} is {_shorten(row[name])}; want {wanted}"
-    return None if row["sample_token"] == sample else f"sample_token is {_shorten(row['sample_token'])}; want its sample's"
+    return (
+        None if row["sample_token"] == sample else f"sample_token is {_shorten(row['sample_token'])}; want its sample's"
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -261,7 +263,7 @@ def _truth_table(root: NuscenesRoot, samples: Sequence[str], ego: Array) -> tupl
                 sample.append(number)
                 label.append(label_of[name])
     velocity = np.array([root.velocity(row)[:2] for row in rows], np.float64).reshape(-1, 2)
-    attribute = [_attribute_number(root.attribute(row)) for row in rows]
+    attribute = [_true_attribute_number(root.attribute(row)) for row in rows]
     score = -np.ones(len(rows))
     table, height = _make_table(rows, sample, label, velocity, attribute, score, ego)
     points = np.array([row["num_lidar_pts"] + row["num_radar_pts"] for row in rows], np.int64)
@@ -303,6 +305,11 @@ def _attribute_number(name: str) -> int:
     if name and name not in ATTRIBUTES:
         raise ResultsError(f"attribute {name!r} is unknown; known are {ATTRIBUTES} and ''")
     return ATTRIBUTES.index(name) if name else -1
+
+
+def _true_attribute_number(name: str) -> int:
+    """As `_attribute_number`; attributes of other taxonomies are not known here, as if there were none."""
+    return _attribute_number(name) if name in ATTRIBUTES else -1
 
 
 def _ego_position(root: NuscenesRoot, sample: str) -> Any:

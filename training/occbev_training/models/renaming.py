@@ -8,18 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-
-from occbev_training.models.checkpoints import CheckpointError
 
 Rules = Sequence[tuple[str, str]]
 """(pattern, replacement) pairs; every one that matches is applied, in order."""
-
-WRAPPERS = ("state_dict", "ema_state_dict", "ema")
-"""Keys under which a checkpoint may hold its weights."""
 
 
 @dataclass(frozen=True)
@@ -88,27 +81,6 @@ def load_published(network: nn.Module, state: Mapping[str, Tensor], rules: Rules
 def to_published(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Return a state dict of ours under published names."""
     return {name: state[own] for own, name in published_names(state, rules).items()}
-
-
-def read_recorded(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a published checkpoint without running any of its code.
-
-    Raises: CheckpointError naming the file.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is no plain checkpoint
-        raise CheckpointError(f"{path}: not a checkpoint of plain weights: {error}") from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    weights = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    if not weights:
-        raise CheckpointError(f"{path}: holds no weights, want a state dict")
-    prefix = "module."  # of distributed training
-    if all(name.startswith(prefix) for name in weights):
-        weights = {name[len(prefix) :]: value for name, value in weights.items()}
-    return weights
 
 
 def _on_meta(state: Mapping[str, Tensor]) -> bool:
