@@ -328,3 +328,79 @@ def test_scores_do_not_depend_on_the_order_of_samples() -> None:
 def _renumber(table: BoxTable, number: np.ndarray) -> BoxTable:
     rest = [getattr(table, n) for n in list(table.__dataclass_fields__)[1:]]
     return BoxTable(number[table.sample], *rest)
+
+
+BROKEN = {
+    "velocity": ([float("nan"), 0.0], None, [0.0], "fast", [0.0, 0.0, 0.0], [True, 0.0]),
+    "detection_score": (float("nan"), "0.9", None, 1, float("inf"), True),
+    "size": ([float("nan"), 4.0, 1.5], [-1.8, 4.0, 1.5], [0.0, 4.0, 1.5], 4.0, [[1.8], 4.0, 1.5]),
+    "translation": ([float("nan"), 1.0, 0.5], [1.0, 2.0], [None, 1.0, 0.5]),
+    "rotation": ([0.0, 0.0, 0.0, 0.0], [float("nan"), 0.0, 0.0, 1.0], [1.0, 0.0, 0.0]),
+    "attribute_name": (None, "vehicle.flying", ["vehicle.parked"]),
+    "detection_name": ("Car", "", None, ["car"]),
+    "sample_token": ("another", None, 7),
+}
+
+
+@pytest.fixture(scope="module")
+def good_results(tmp_path_factory: pytest.TempPathFactory, make_recording) -> tuple[Path, dict[str, list[dict]]]:
+    folder = tmp_path_factory.mktemp("results")
+    write_nuscenes([make_recording(keys=2)], folder)
+    recording = open_nuscenes(folder).recordings()[0]
+    results = {
+        token: result_boxes(token, recording.annotations(key).boxes, recording.key_pose(key))
+        for key, token in enumerate(recording.sample_tokens)
+    }
+    return folder, results
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BROKEN.items() for value in values])
+def test_a_box_that_the_official_kit_refuses_is_named(tmp_path: Path, good_results, field: str, value: object) -> None:
+    results = json.loads(json.dumps(good_results[1]))
+    sample = list(results)[1]
+    results[sample][1][field] = value
+    write_results(tmp_path / "results.json", results)
+    with pytest.raises(ResultsError, match=rf"results\.json: sample {sample}, box 1: {field} is .*; want ") as caught:
+        read_results(tmp_path / "results.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_results_of_another_form_are_named(tmp_path: Path, good_results) -> None:
+    path, sample = tmp_path / "results.json", next(iter(good_results[1]))
+    for rows, text in ((None, "holds null; want a list"), ([3], "box 0: is 3; want an object")):
+        write_results(path, {**good_results[1], sample: rows})
+        with pytest.raises(ResultsError, match=f"sample {sample}.*{text}"):
+            read_results(path)
+    lacking = json.loads(json.dumps(good_results[1]))
+    del lacking[sample][0]["velocity"]
+    write_results(path, lacking)
+    with pytest.raises(ResultsError, match="has no velocity"):
+        read_results(path)
+    path.write_text(json.dumps({"results": {}}))
+    with pytest.raises(ResultsError, match="'meta'"):
+        read_results(path)
+    path.write_text('{"meta": {}, "results": {"a": [], "a": []}}')
+    with pytest.raises(ResultsError, match="the key 'a' is there twice"):
+        read_results(path)
+
+
+def test_scores_against_nothing_are_refused(good_results, tmp_path: Path) -> None:
+    folder, results = good_results
+    root = open_nuscenes(folder)
+    assert evaluate_results(results, root).class_ap["car"] == pytest.approx(1.0)
+    for row in root.tables["category"].values():
+        row["name"] = "forklift"
+    with pytest.raises(ResultsError, match="4 boxes are of categories without a class: forklift 4; --classes"):
+        evaluate_results(results, root)
+    root = open_nuscenes(folder)
+    for row in root.tables["sample_annotation"].values():
+        row["num_lidar_pts"] = row["num_radar_pts"] = 0
+    with pytest.raises(ResultsError, match="of 4 annotations 4 have a class, 4 .* none of them has a LiDAR"):
+        evaluate_results(results, root)
+
+
+def test_attributes_of_another_taxonomy_are_no_fault_of_the_truth(good_results) -> None:
+    root = open_nuscenes(good_results[0])
+    for row in root.tables["attribute"].values():
+        row["name"] = "vehicle_state.driving"
+    assert evaluate_results(good_results[1], root).class_ap["car"] == pytest.approx(1.0)

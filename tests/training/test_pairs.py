@@ -298,3 +298,41 @@ def test_an_image_that_is_cut_is_a_missing_camera(tmp_path) -> None:
     sample = reader.sample(reader.rows[0]["key"])
     assert set(sample.images) == {"BACK"}
     assert sample.meta["missing"]["FRONT"].startswith("broken image: cut off after")
+
+
+def test_no_split_of_few_drives_stays_empty_and_none_changes_with_more() -> None:
+    def rows(names: list[str]) -> list[dict]:
+        return [{"drive": name, "location": name, "cell_x": 0, "cell_y": 0} for name in names]
+
+    shares = {"train": 0.9, "validation": 0.1}
+    for first in range(20):
+        names = [f"drive-{first * 4 + i}" for i in range(4)]
+        split = assign_splits(rows(names), shares)
+        assert {"train", "validation"} == set(split.values())
+        assert split == assign_splits(rows(names[::-1]), shares)
+    many = [f"drive-{i}" for i in range(400)]
+    held = [name for name, split in assign_splits(rows(many), shares).items() if split == "validation"]
+    assert 20 < len(held) < 60
+    more = assign_splits(rows([*many, "another"]), shares)
+    assert all(more[name] == "validation" for name in held)
+    assert set(assign_splits(rows(many), {"train": 1.0, "validation": 0.0}).values()) == {"train"}
+    assert set(assign_splits(rows(["one"]), shares).values()) <= {"train", "validation"}
+
+
+def test_a_key_that_cannot_be_read_costs_no_other_and_is_tried_again(tmp_path) -> None:
+    recording = drive()
+    frame_set = recording.frame_set
+
+    def fail(key: int) -> FrameSet:
+        if key == 2:
+            raise MemoryError("no room")
+        return frame_set(key)
+
+    recording.frame_set = fail
+    unit = units_of(recording.name, 5, 5)[0]
+    report = make_unit(recording, unit, tmp_path, CONFIG)
+    assert report.samples == 4
+    assert report.refused["unreadable"] == 1
+    assert report.reasons["unreadable"] == "traced key 2: MemoryError: no room"
+    recording.frame_set = frame_set
+    assert make_unit(recording, unit, tmp_path, CONFIG).samples == 5

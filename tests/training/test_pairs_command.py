@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,9 +19,12 @@ pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
 from occbev.classes import OCCUPIED_STATE
 from occbev.config import ImageConfig
+from occbev.files import file_hash
 from occbev.grid import GRIDS
+from occbev.messages.bags import BagMessage, BagReader, BagWriter
 from occbev.rig import CameraRig
 from occbev_training.cli import main
+from occbev_training.cli.inputs import split_output
 from occbev_training.data.pair_samples import open_pairs
 from occbev_training.data.shards import ShardReader
 from occbev_training.evaluation.frames import Prediction
@@ -105,6 +110,87 @@ def _saying(occupied: np.ndarray) -> np.ndarray:
     return np.stack([1 - volume, volume])
 
 
+def rewrite_bag(source: Path, target: Path, change=lambda message: message) -> None:
+    """Write a bag anew with other messages; change: message -> another one, or None to leave it out."""
+    with BagReader(source) as reader, BagWriter(target) as writer:
+        for message in reader.messages():
+            changed = change(message)
+            if changed is not None:
+                writer.write(changed)
+
+
+TINY = ["--grid", "tiny", "--window", "0.3", "--min-support", "0.2", "--no-gate", "--json"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_bad_input_costs_no_other(bags, tmp_path, capsys, workers: str) -> None:
+    """Without poses, cut, empty or no bag at all: each is one line, whether it comes before or after a good one."""
+    drives = tmp_path / "drives"
+    rewrite_bag(bags / "first", drives / "b_good")
+    rewrite_bag(bags / "first", drives / "c_no_poses", lambda m: None if m.topic in ("/odometry", "/tf") else m)
+    (drives / "a_empty").mkdir()
+    (drives / "a_empty" / "metadata.yaml").write_text("")
+    whole = next((drives / "b_good").glob("*.mcap")).read_bytes()
+    (drives / "d_cut.mcap").write_bytes(whole[: len(whole) // 2])
+    (drives / "e_random.db3").write_bytes(np.random.default_rng(0).bytes(4096))
+    arguments = ["pairs", str(drives), str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), *TINY]
+    assert main([*arguments, "--workers", workers]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["samples"] >= 2
+    named = {name.rpartition("/")[2] for name in record["problems"]}
+    assert (
+        {"a_empty", "c_no_poses", "e_random", "nothing"}
+        <= named
+        <= {"a_empty", "c_no_poses", "d_cut", "e_random", "nothing"}
+    )
+    assert not any("\n" in reason for reason in record["problems"].values())
+    assert {row["drive"] for row in ShardReader(tmp_path / "out").rows} >= {"b_good"}
+
+
+def test_content_of_equal_size_makes_other_shards(bags, tmp_path, capsys) -> None:
+    """Shifted points, or a moved sensor on /tf_static, in a bag of the same name and size."""
+    from occbev.messages.bags import type_store
+
+    store = type_store()
+
+    def shift_points(message: BagMessage) -> BagMessage:
+        if message.topic != "/lidar_top/points":
+            return message
+        cloud = store.deserialize_cdr(message.data, message.type)
+        rows = np.array(cloud.data).reshape(-1, cloud.point_step)
+        rows[:, :4] = (rows[:, :4].copy().view("<f4") + np.float32(7)).view("u1")
+        cloud.data = rows.reshape(-1)
+        return replace(message, data=bytes(store.serialize_cdr(cloud, message.type)))
+
+    def move_sensors(message: BagMessage) -> BagMessage:
+        if message.topic != "/tf_static":
+            return message
+        tree = store.deserialize_cdr(message.data, message.type)
+        for transform in tree.transforms:
+            transform.transform.translation.z += 0.5
+        return replace(message, data=bytes(store.serialize_cdr(tree, message.type)))
+
+    made = []
+    for change in (lambda m: m, shift_points, move_sensors):
+        shutil.rmtree(tmp_path / "drive", ignore_errors=True)
+        rewrite_bag(bags / "first", tmp_path / "drive", change)
+        assert main(["pairs", str(tmp_path / "drive"), "--out", str(tmp_path / "out"), *TINY]) == 0
+        made.append({path.name: file_hash(path) for path in (tmp_path / "out").glob("*.tar")})
+    assert made[0].keys() == made[1].keys() == made[2].keys()
+    assert made[0] != made[1] != made[2] != made[0]
+
+
+def test_the_output_is_named_or_the_first_position_that_holds_no_recording(bags, tmp_path, capsys) -> None:
+    assert split_output([Path("out"), bags], None, "the pairs") == ([bags], Path("out"))
+    assert split_output([bags], Path("out"), "the pairs") == ([bags], Path("out"))
+    assert split_output([Path("out")], None, "the pairs", alone=True) == ([], Path("out"))
+    for paths in ([bags, bags], [bags], []):
+        with pytest.raises(ValueError, match="name the pairs with --out FOLDER"):
+            split_output(paths, None, "the pairs", alone=True)
+    assert main(["pairs", str(bags)]) == 2
+    assert "name the pairs with --out" in capsys.readouterr().err
+
+
 def test_gated_noise_is_refused_with_reasons(bags, tmp_path, capsys) -> None:
     arguments = [
         "pairs",
@@ -122,6 +208,8 @@ def test_gated_noise_is_refused_with_reasons(bags, tmp_path, capsys) -> None:
     assert record["samples"] == 0
     assert sum(record["refused"].values()) == 3
     assert all(name.startswith("q") for name, count in record["refused"].items() if count)
+    for name, count in record["refused"].items():
+        assert not count or re.search(r"first key \d: \S+, want [<>]= ", record["reasons"][name])
 
 
 def test_bag_check_ends_with_one_where_a_must_fails(bags, capsys) -> None:
@@ -177,7 +265,7 @@ def test_pictures_where_the_command_is_given_are_no_masks(tmp_path, monkeypatch)
     parser = argparse.ArgumentParser()
     pairs.add_arguments(parser)
     monkeypatch.chdir(tmp_path)
-    assert pairs._config(parser.parse_args(["out"])).label.ego_masks == ""
+    assert pairs._config(parser.parse_args(["--out", "out"])).label.ego_masks == ""
 
 
 def test_recordings_are_found_by_what_a_path_holds(bags, tmp_path, make_recording) -> None:

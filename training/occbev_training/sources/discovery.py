@@ -51,8 +51,13 @@ def _fingerprint(how: object, files: Iterable[Path] = ()) -> str:
 
 
 def _content_hash(path: Path) -> str:
+    return _hash_once(path, *_status(path))
+
+
+def _status(path: Path) -> tuple[int, int, int]:
+    """Return what changes as soon as a file does: size, time and inode."""
     status = path.stat()
-    return _hash_once(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 @lru_cache(maxsize=65536)
@@ -96,7 +101,7 @@ class OpenBag:
         """Options, corrected clocks, calibration, and the bag's files."""
         rig = self.options.rig
         how = asdict(replace(self.options, rig=None)) | {"rig": rig.hash if rig else None}
-        return _fingerprint(how, [self.path] if self.path.is_file() else self.path.iterdir())
+        return _fingerprint(how, self._files)
 
     def parts(self) -> list[OpenBag]:
         """Return an opener for each part of the bag; raises RecordingError where its clocks are refused."""
@@ -128,18 +133,23 @@ class OpenBag:
         """Index the bag, which is kept open in this process for the next unit of work."""
         from occbev_training.sources.bags import BagRecording
 
-        for opener, recording in _OPEN_BAG:
-            if opener == self:
+        state = tuple((path, _status(path)) for path in self._files)
+        for opener, known, recording in _OPEN_BAG:
+            if (opener, known) == (self, state):
                 return recording
         while _OPEN_BAG:  # forgotten before the next is opened, which may fail
-            _OPEN_BAG.pop()[1].close()
+            _OPEN_BAG.pop()[-1].close()
         recording = BagRecording(self.path, self.options)
         recording.name, recording.location = self.name, self._whole
-        _OPEN_BAG.append((self, recording))
+        _OPEN_BAG.append((self, state, recording))
         return recording
 
+    @property
+    def _files(self) -> list[Path]:
+        return [self.path] if self.path.is_file() else sorted(path for path in self.path.iterdir() if path.is_file())
 
-_OPEN_BAG: list[tuple[OpenBag, BagRecording]] = []
+
+_OPEN_BAG: list[tuple[OpenBag, object, BagRecording]] = []
 """The bag that was opened last: indexing reads all of it."""
 
 
