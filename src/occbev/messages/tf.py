@@ -185,8 +185,10 @@ class Buffer:
     def is_static(self, target_frame: str, source_frame: str) -> bool:
         """Whether only static transforms lead from one frame to the other: they hold for one `static_version`."""
         with self._changed:
-            between = self._between_frames(clean_frame(target_frame), clean_frame(source_frame))
-            return bool(between) and all(frame.static for frame in between)
+            target, source = clean_frame(target_frame), clean_frame(source_frame)
+            between = self._between_frames(target, source)
+            joined = self._chain(target, None)[-1] == self._chain(source, None)[-1]
+            return joined and bool(between) and all(frame.static for frame in between)
 
     def chain(self, target_frame: str, source_frame: str) -> list[str]:
         """Return the frames whose transforms to their parents lead from one frame to the other, as they hang now."""

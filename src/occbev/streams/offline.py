@@ -62,6 +62,7 @@ class OfflineReplay:
     def results(self, bag: BagReader) -> Iterator[Perception]:
         """Yield a result for every set; raises BagError where the bag is damaged."""
         now_ns = 0
+        self._read_static_transforms(bag)
         try:
             for message in bag.messages(self.topics(bag)):
                 now_ns = message.log_ns
@@ -73,6 +74,16 @@ class OfflineReplay:
             self._note_drops()
         finally:
             self.intake.close()
+
+    def _read_static_transforms(self, bag: BagReader) -> None:
+        """Take static transforms before anything else: one that comes late in a bag serves the sets before it.
+
+        Of one that changes, the first place holds until its change comes.
+        """
+        topics = [topic for topic, (role, _) in self._roles.items() if role == "tf_static" and topic in bag.topics]
+        for message in reversed(list(bag.messages(topics)) if topics else []):
+            self.intake.buffer.add_message(bag.decode(message), static=True)
+        self.intake.buffer.take_conflicts()
 
     def _take(self, message: BagMessage, bag: BagReader) -> None:
         role, camera = self._roles[message.topic]

@@ -238,13 +238,13 @@ class BagRecording(IndexedBag):
             sensor2base = self._buffer.lookup_matrix(self._base_frame, frame, 0)
         except TransformException as error:
             raise RecordingError(
-                f"{self._bag.path}: {topic}: no transform from {frame!r} to {self._base_frame!r} on "
+                f"{topic}: no transform from {frame!r} to {self._base_frame!r} on "
                 f"{self.topics.tf_static} or {self.topics.tf}: {error}"
             ) from error
         self._conflicts |= self._buffer.take_conflicts()
         for name in self._buffer.chain(self._base_frame, frame):
             if name in self._conflicts:
-                raise RecordingError(f"{self._bag.path}: {topic}: transforms conflict: {self._conflicts[name]}")
+                raise RecordingError(f"{topic}: transforms conflict: {self._conflicts[name]}")
         return sensor2base
 
     def _rig(self, kept: Mapping[str, Sequence[BagMessage]]) -> CameraRig:
@@ -270,12 +270,12 @@ class BagRecording(IndexedBag):
     def _camera(self, name: str, messages: Sequence[BagMessage]) -> Camera:
         topic, images = self.topics.infos[name], self.topics.images[name]
         if not messages:
-            raise RecordingError(f"{self._bag.path}: {topic}: no CameraInfo")
+            raise RecordingError(f"{topic}: no CameraInfo")
         info, image_frame, size = self._bag.decode(messages[0]), *self._look_at_images(images)
         frame = clean_frame(self.topics.frames.get(name) or str(info.header.frame_id) or image_frame)
         if frame in ("", self._base_frame):
             raise RecordingError(
-                f"{self._bag.path}: {topic}: its messages name the frame {frame!r}, not an optical frame; "
+                f"{topic}: its messages name the frame {frame!r}, not an optical frame; "
                 f"name it as cameras.{name}.frame in a file for --topics"
             )
         camera = camera_from_info(name, info, self._sensor2base(frame, topic), is_rectified(images))
@@ -309,7 +309,10 @@ class BagRecording(IndexedBag):
             return np.eye(4)  # without a sweep nothing can be moved by it
         index = self._index[topic]
         message = self._message(topic, index.log_ns[0], index.raw_ns[0])
-        return self._sensor2base(message.header.frame_id, topic)
+        try:
+            return self._sensor2base(message.header.frame_id, topic)
+        except RecordingError as error:
+            raise RecordingError(f"{self._bag.path}: {error}") from error
 
     def _read_trajectory(self, kept: Mapping[str, Sequence[BagMessage]]) -> Trajectory:
         topic = self.topics.odometry
