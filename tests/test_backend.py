@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from occbev.config import ModelConfig
 from occbev.inference import backend
 from occbev.inference.backend import (
     BackendError,
@@ -17,11 +15,13 @@ from occbev.inference.backend import (
     load_backend,
     table_form,
 )
+from occbev.inference.families.detr3d import Detr3dModel
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.model_package import ModelPackage
 
 
 def package(*files: str) -> ModelPackage:
-    return ModelPackage(Path("probe"), ModelConfig(), files=dict.fromkeys(files, "00"))
+    return ModelPackage(Path("probe"), LiftSplatModel(), files=dict.fromkeys(files, "00"))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_settings_are_checked() -> None:
 
 
 def test_more_cameras_than_a_network_has_weights_for_are_refused() -> None:
-    query = replace(ModelConfig(), name="queries", family="detr3d")
+    query = Detr3dModel(name="queries")
     crowd = ModelPackage(Path("probe"), query, files={"model.onnx": "00"})
     with pytest.raises(BackendError, match="queries takes at most 6 cameras, the rig has 7"):
         load_backend(crowd, 7)
@@ -79,6 +79,6 @@ def test_the_form_is_told_by_the_inputs() -> None:
 def test_a_broken_graph_is_named(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name)
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    broken = ModelPackage(tmp_path, ModelConfig(), files={"model.onnx": "00"})
+    broken = ModelPackage(tmp_path, LiftSplatModel(), files={"model.onnx": "00"})
     with pytest.raises(BackendError, match=r"model\.onnx: .* cannot load it"):
         load_backend(broken, 6, name)

@@ -9,17 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from occbev.config import (
-    BevDetConfig,
-    BevFormerConfig,
-    ConfigError,
-    ImageConfig,
-    LiftConfig,
-    ModelConfig,
-)
+from occbev.config import ConfigError, ImageConfig, LiftConfig, ModelConfig
 from occbev.geometry import make_transform, rotation_from_yaw, transform_points
 from occbev.grid import BevGrid, VoxelGrid
-from occbev.inference.memory import MAX_GAP_S, Memory, motion_inputs
+from occbev.inference.families import family_of
+from occbev.inference.families.bevformer import BevFormerConfig, BevFormerModel
+from occbev.inference.families.lift_splat import LiftSplatModel
+from occbev.inference.families.record import Moment
+from occbev.inference.memory import MAX_GAP_S, Memory
 from occbev.inference.model_package import ModelPackage
 from occbev.inference.pipeline import Pipeline, key_pose, motion_to_key
 from occbev.inference.postprocess import OutputError
@@ -29,15 +26,24 @@ from occbev.rig import Camera, CameraRig
 
 BEV = BevGrid((-8.0, -8.0), (1.0, 1.0), (16, 16))
 LIFT = replace(
-    ModelConfig(),
+    LiftSplatModel(),
     image=ImageConfig(width=64, height=32),
     lift=LiftConfig(channels=3, max_points=2048),
     bev=BEV,
     grid=VoxelGrid((-4.0, -4.0, -1.0), (0.5, 0.5, 1.0), (16, 16, 2)),
     memory=2,
 )
-FORMER = replace(LIFT, memory=0, family="bevformer", bevformer=BevFormerConfig(channels=8, heads=2))
+FORMER = BevFormerModel(image=LIFT.image, bev=BEV, grid=LIFT.grid, bevformer=BevFormerConfig(channels=8, heads=2))
 SECOND = 1_000_000_000
+
+
+def camera(name: str) -> Camera:
+    forward = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    optics = np.array([[60.0, 0, 32], [0, 60, 16], [0, 0, 1]])
+    return Camera(name, 64, 32, optics, make_transform(forward, [1, 0, 1.5]))
+
+
+RIG = CameraRig((camera("a"), camera("b")))
 
 
 def pose(x: float, yaw: float = 0.0) -> np.ndarray:
@@ -52,20 +58,20 @@ def state(model: ModelConfig, value: float = 1.0) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("model", [LIFT, FORMER])
 def test_state_is_carried_to_the_next_frame(model: ModelConfig) -> None:
     memory = Memory(model)
-    first = memory.inputs(0, pose(0))
+    first = memory.inputs(0, pose(0), RIG)
     assert first["state_known"] == 0
     assert not first["state_in_bev"].any()
-    memory.keep(state(model), 0, pose(0))
-    second = memory.inputs(SECOND // 2, pose(4))
+    memory.keep(state(model), 0, pose(0), RIG)
+    second = memory.inputs(SECOND // 2, pose(4), RIG)
     assert second["state_known"] == 1
     np.testing.assert_array_equal(second["state_in_bev"], state(model)["state_out_bev"])
 
 
 def test_a_buffer_that_the_runtime_reuses_is_copied() -> None:
     memory, outputs = Memory(LIFT), state(LIFT)
-    memory.keep(outputs, 0, pose(0))
+    memory.keep(outputs, 0, pose(0), RIG)
     outputs["state_out_bev"][:] = 9
-    assert memory.inputs(SECOND, pose(1))["state_in_bev"].max() == 1
+    assert memory.inputs(SECOND, pose(1), RIG)["state_in_bev"].max() == 1
 
 
 @pytest.mark.parametrize(
@@ -80,9 +86,9 @@ def test_a_buffer_that_the_runtime_reuses_is_copied() -> None:
 )
 def test_a_past_that_cannot_be_trusted_is_forgotten(stamp_ns: int, where: np.ndarray | None) -> None:
     memory = Memory(LIFT)
-    memory.keep(state(LIFT), 0, pose(0))
+    memory.keep(state(LIFT), 0, pose(0), RIG)
     assert memory.filled
-    inputs = memory.inputs(stamp_ns, where)
+    inputs = memory.inputs(stamp_ns, where, RIG)
     assert inputs["state_known"] == 0
     assert not inputs["state_in_bev"].any()
     assert not memory.filled
@@ -90,18 +96,11 @@ def test_a_past_that_cannot_be_trusted_is_forgotten(stamp_ns: int, where: np.nda
 
 def test_networks_without_a_memory_get_no_state() -> None:
     memory = Memory(replace(LIFT, memory=0))
-    memory.keep({}, 0, pose(0))
+    memory.keep({}, 0, pose(0), RIG)
     assert not memory.active
-    assert memory.inputs(SECOND, pose(1)) == {}
+    assert memory.inputs(SECOND, pose(1), RIG) == {}
     with pytest.raises(ConfigError, match="memory -1"):
         replace(LIFT, memory=-1)
-
-
-def test_a_memory_that_would_be_ignored_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"memory 2: .* bevdet\.frames"):
-        replace(LIFT, bevdet=BevDetConfig())
-    with pytest.raises(ConfigError, match="memory 2: .* 'bevformer'"):
-        replace(FORMER, memory=2)
 
 
 @pytest.mark.parametrize("frame", ["base_link", "lidar"])
@@ -110,7 +109,7 @@ def test_a_landmark_is_read_where_it_was(frame: str) -> None:
 
     model = replace(LIFT, bev=replace(BEV, frame=frame))
     before, now = pose(10, 0.2), pose(12, 0.5)
-    table = motion_inputs(model, now, (before, now))["table_warp"][0]
+    table = family_of(model).motion(model, Moment(1, now), Moment(0, before))["table_warp"][0]
     ego2frame = invert_transform(frame2ego(frame))
     landmark = np.array([[11.5, 4.5, 0.0]])  # in global axes
     seen = [transform_points(ego2frame @ invert_transform(p), landmark)[0, :2] for p in (now, before)]
@@ -148,12 +147,6 @@ class Counter:
             "occupancy_logits": logits,
             "state_out_bev": np.full((1, 6, 16, 16), known + 1, np.float32),
         }
-
-
-def camera(name: str) -> Camera:
-    forward = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
-    optics = np.array([[60.0, 0, 32], [0, 60, 16], [0, 0, 1]])
-    return Camera(name, 64, 32, optics, make_transform(forward, [1, 0, 1.5]))
 
 
 def frame_set(stamp_ns: int, where: np.ndarray | None) -> FrameSet:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from occbev.config import ImageConfig, ModelConfig
+from occbev.config import ImageConfig
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.model_package import ModelPackage, PackageError, find_package, write_package
 
-MODEL = replace(ModelConfig(), name="probe", image=ImageConfig(width=64, height=32))
+MODEL = replace(LiftSplatModel(), name="probe", image=ImageConfig(width=64, height=32))
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import cv2
 import numpy as np
 import pytest
 
-from occbev.config import ImageConfig, LiftConfig, ModelConfig
+from occbev.config import ImageConfig, LiftConfig
 from occbev.frame_job import FrameJob
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import BevGrid, VoxelGrid
 from occbev.inference.backend import BackendError
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.model_package import ModelPackage
 from occbev.inference.pipeline import PIPELINE_STAGES, Pipeline, motion_to_key
 from occbev.inference.postprocess import BoxDecoding, OutputError
@@ -24,7 +25,7 @@ from occbev.rig import Camera, CameraRig
 
 FORWARD = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 MODEL = replace(
-    ModelConfig(),
+    LiftSplatModel(),
     image=ImageConfig(width=64, height=32),
     lift=LiftConfig(max_points=2048),
     bev=BevGrid((-8.0, -8.0), (1.0, 1.0), (16, 16)),

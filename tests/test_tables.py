@@ -7,16 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from occbev.config import LiftConfig, ModelConfig, from_record
+from occbev.config import LiftConfig, from_record
 from occbev.geometry import make_transform, rotation_from_yaw, transform_points
 from occbev.grid import BevGrid
+from occbev.inference.families import family_of, read_model
+from occbev.inference.table_cache import TableCache
 from occbev.inference.tables import (
     GATHER_STAGES,
     LiftPoints,
-    TableCache,
     TableCapacityError,
     bag_tables,
-    calibration_table,
     frustum_points,
     gather_tables,
     lift_points,
@@ -121,8 +121,7 @@ def test_points_above_the_height_range_are_dropped() -> None:
 
 
 def test_the_cache_follows_the_calibration() -> None:
-    model = from_record(
-        ModelConfig,
+    model = read_model(
         {
             "image": {"width": 96, "height": 64},
             "bev": {"lo": [-20, -20], "pitch": [1, 1], "shape": [40, 40]},
@@ -192,15 +191,15 @@ def test_a_mirrored_sample_reads_as_a_camera_of_the_mirrored_scene() -> None:
 
 
 def test_published_camera_parameters_are_of_the_source_image() -> None:
-    model = from_record(
-        ModelConfig,
+    model = read_model(
         {
+            "family": "bevdet",
             "image": {"width": 96, "height": 64},
             "bevdet": {"depth_net": "camera", "source_width": 192, "source_height": 144},
         },
     )
     poses = np.stack([c.cam2ego for c in rig().cameras])
-    table = calibration_table(np.stack([INTRINSIC] * 3), poses, model)
+    table = family_of(model).calibration(model, np.stack([INTRINSIC] * 3), poses)
     assert table.shape == (3, 27, 1, 1)
     fx, fy, cx, cy, scale, _, left, _, _, top = table[0, :10, 0, 0]
     assert (fx, fy, scale, left) == (120, 120, 0.5, 0)
@@ -208,7 +207,7 @@ def test_published_camera_parameters_are_of_the_source_image() -> None:
     assert (cx, cy) == (96, 56)
     np.testing.assert_allclose(table[:, 15:, 0, 0].reshape(3, 3, 4), poses[:, :3], rtol=1e-6)
     gated = dataclasses.replace(model, bevdet=dataclasses.replace(model.bevdet, depth_net="gated"))
-    table = calibration_table(np.stack([INTRINSIC] * 3), poses, gated)[:, :, 0, 0]
+    table = family_of(gated).calibration(gated, np.stack([INTRINSIC] * 3), poses)[:, :, 0, 0]
     assert table.shape == (3, 33)
     np.testing.assert_allclose(table[0, :9].reshape(3, 3), [[120, 0, 96], [0, 120, 56], [0, 0, 1]])
     np.testing.assert_allclose(table[0, 9:18].reshape(3, 3), np.diag([0.5, 0.5, 1]))

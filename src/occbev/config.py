@@ -25,8 +25,19 @@ from occbev.grid import GRIDS, BevGrid, VoxelGrid
 T = TypeVar("T")
 
 
-MOST_CAMERAS = 32
+MAX_CAMERAS = 32
 """Cameras that any graph takes at most."""
+
+
+BACKBONES = (
+    *(f"tf_efficientnet_lite{size}" for size in range(5)),
+    *(f"tf_efficientnet_b{size}" for size in range(8)),
+    *(f"tf_efficientnetv2_{size}" for size in ("b0", "b1", "b2", "b3", "s", "m", "l")),
+)
+"""Backbones of our own image encoder."""
+
+RESNET_DEPTHS = (14, 18, 50, 101)
+"""Depths of the residual networks that published networks have as image encoders."""
 
 
 class ConfigError(ValueError):
@@ -123,13 +134,17 @@ class EncoderConfig:
     """Image encoder."""
 
     backbone: str = "tf_efficientnet_lite0"
-    """Backbone name, as timm spells it; an EfficientNet."""
+    """Backbone name, as timm spells it: one of `BACKBONES`."""
     stages: int = 6
     """Leading stages of the backbone that are used; later ones would add parameters at the same stride."""
     channels: int = 128
     """Channels of the neck's output."""
     frozen_stages: int = 4
     """Leading parts that are not trained (1 = stem, 4 = stem and three stages), their norms folded in."""
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise ConfigError(f"backbone {self.backbone!r}: must be one of {BACKBONES}")
 
 
 @dataclass(frozen=True)
@@ -168,214 +183,42 @@ class DetectionHeadConfig:
 
 
 @dataclass(frozen=True)
-class BevDetConfig:
-    """Parts of a network of the BEVDet family, where it differs from our own Lift-Splat networks."""
-
-    source_width: int = 1600
-    """Width of the images that the published camera parameters are given for."""
-    source_height: int = 900
-    """Height of these images."""
-    depth: int = 50
-    """Depth of the ResNet: 14, 18, 50 or 101."""
-    stages: tuple[int, ...] = (3, 4)
-    """ResNet stages that the neck takes."""
-    frozen_stages: int = 0
-    """Leading parts of the ResNet that are not trained: 1 = the stem."""
-    neck: str = "pyramid"
-    """Image neck: pyramid (two levels, added) or deconvolution (four levels, concatenated)."""
-    neck_channels: int = 256
-    """Channels of the image features."""
-    depth_net: str = "plain"
-    """plain (one convolution), camera (camera-aware) or gated (BEVDet's first BEVDepth)."""
-    pyramid_channels: int = 96
-    """Width of each branch of the camera-aware depth net's spatial pyramid."""
-    deformable: bool = False
-    """A deformable convolution ends the camera-aware depth net."""
-    aggregate_depth: bool = False
-    """Refine the lifted volume along each image row (Megvii's depth aggregation)."""
-    frames: int = 1
-    """Key frame and past frames whose BEV features are joined."""
-    newest_first: bool = True
-    """Order in which they are joined."""
-    align_blocks: int = 2
-    """Residual blocks that every frame passes before they are joined; 0 = none."""
-    stereo: bool = False
-    """Match stride-4 features of neighbouring frames in a cost volume that helps depth."""
-    bev_encoder: str = "plane"
-    """plane (2D), volume (3D) or trunk (a ResNet-18 with a deconvolution neck)."""
-    bev_hidden: int = 512
-    """Width inside the plane's neck."""
-    tasks: tuple[int, ...] = (10,)
-    """Classes of each detection task, in class order; empty = no detection head."""
-    occupancy: str = "none"
-    """Semantic head: none, plane (channels to height) or volume (3D)."""
-    occupancy_hidden: int = 512
-    """Width of the semantic head's hidden layer."""
-    first_boxes: bool = False
-    """The head speaks of boxes as BEVDet's first release did: width before length, angles of its own."""
-    published_buffers: str = "none"
-    """Geometry constants kept for exact round trips of checkpoints: none, lift or voxel."""
-
-    def __post_init__(self) -> None:
-        choices = {
-            "neck": ("pyramid", "deconvolution"),
-            "depth_net": ("plain", "camera", "gated"),
-            "bev_encoder": ("plane", "volume", "trunk"),
-            "occupancy": ("none", "plane", "volume"),
-            "published_buffers": ("none", "lift", "voxel"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"bevdet.{name} {getattr(self, name)!r}: must be one of {known}")
-        if self.frames < 1:
-            raise ConfigError(f"bevdet.frames {self.frames}: must be at least 1")
-
-
-@dataclass(frozen=True)
-class ResNetConfig:
-    """Image encoder of published networks: a residual network and a feature pyramid."""
-
-    depth: int = 50
-    """14, 18, 50 or 101."""
-    stages: tuple[int, ...] = (2, 3, 4)
-    """Stages that the pyramid takes."""
-    levels: int = 4
-    """Maps that the pyramid returns."""
-    channels: int = 256
-    """Width of these maps."""
-    caffe_style: bool = False
-    """Stages stride in their first 1x1 convolution."""
-    deformable_stages: tuple[int, ...] = ()
-    """Stages with modulated deformable convolutions."""
-    frozen_stages: int = 2
-    """Leading parts that are not trained: 1 = the stem, 2 = the stem and the first stage."""
-
-
-@dataclass(frozen=True)
-class BevFormerConfig:
-    """BEVFormer view transform; detection classes and grids stand elsewhere."""
-
-    channels: int = 256
-    """Width of queries and features."""
-    heads: int = 8
-    """Attention heads."""
-    hidden: int = 512
-    """Width inside the feed-forward layers."""
-    layers: int = 6
-    """Encoder layers."""
-    heights: int = 4
-    """Points on each pillar."""
-    z_range: tuple[float, float] = (-5.0, 3.0)
-    """Pillars stand between these heights, metres in the frame of the BEV."""
-    camera_points: int = 8
-    """Places that a head reads per camera and level, all heights together."""
-    temporal_points: int = 4
-    """Places that a head reads in each of the two BEVs."""
-    cameras: int = 6
-    """Most cameras; each has its own embedding."""
-    level_rows: int = 4
-    """Rows of the level embedding; there may be more than levels."""
-    dropout: float = 0.1
-    """Dropout in training."""
-    turn_centre: tuple[float, float] | None = None
-    """Column and row about which the BEV is turned; by default where the vehicle is."""
-    occupancy: bool = False
-    """A semantic occupancy head in fine-tuning."""
-    max_rows: int = 16384
-    """Capacity of an exported graph: queries that one camera sees."""
-    max_slots: int = 3
-    """Capacity of an exported graph: cameras that see one query."""
-    reference_quirks: bool = False
-    """Behave as the published code does, which its weights have learned."""
-
-    def __post_init__(self) -> None:
-        if self.channels % self.heads or self.camera_points % self.heights:
-            raise ConfigError(
-                f"bevformer: heads {self.heads} must divide channels {self.channels}, and heights"
-                f" {self.heights} camera_points {self.camera_points}"
-            )
-
-
-@dataclass(frozen=True)
-class QueryHeadConfig:
-    """Detection by object queries (BEVFormer, DETR3D)."""
-
-    queries: int = 900
-    """Boxes that the head proposes."""
-    layers: int = 6
-    """Decoder layers, each of which predicts."""
-    heads: int = 8
-    """Attention heads."""
-    hidden: int = 512
-    """Width inside the feed-forward layers."""
-    points: int = 4
-    """Places that a head reads in the BEV."""
-    z_range: tuple[float, float] = (-5.0, 3.0)
-    """Heights that reference points can have, metres."""
-    dropout: float = 0.1
-    """Dropout in training."""
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """A network, and all that its weights fix: it travels with them and no launch file overrides it."""
+    """A network, and all that its weights fix: it travels with them and no launch file overrides it.
 
-    name: str = "occbev-tiny"
+    These are the keys of every family; `occbev.inference.families` has a subclass with the keys of each.
+    """
+
+    name: str = ""
     """Name of the model."""
-    family: str = "lss"
-    """View transform: lss, bevformer or detr3d."""
+    family: str = ""
+    """View transform, a key of `occbev.inference.families.FAMILIES`."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Network input."""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """Image encoder."""
-    lift: LiftConfig = field(default_factory=LiftConfig)
-    """View transform."""
-    memory: int = 0
-    """Past frames whose BEV features our own Lift-Splat networks remember; 0 = none."""
-    bevdet: BevDetConfig | None = None
-    """Set for networks of the BEVDet family, whose parts it names; they have no use for `encoder`."""
-    resnet: ResNetConfig | None = None
-    """Image encoder of the families bevformer and detr3d, instead of `encoder`."""
-    bevformer: BevFormerConfig | None = None
-    """Set for the family bevformer."""
-    query_head: QueryHeadConfig | None = None
-    """Set for the families bevformer and detr3d where they detect."""
     bev: BevGrid = BevGrid((-51.2, -51.2), (1.024, 1.024), (100, 100))
     """Grid of the BEV features and of the detection head."""
-    bev_encoder: BevEncoderConfig = field(default_factory=BevEncoderConfig)
-    """BEV encoder."""
     grid: VoxelGrid = GRIDS["occ3d"]
     """Grid of the occupancy output."""
     occupancy: OccupancyHeadConfig = field(default_factory=OccupancyHeadConfig)
-    """Occupancy decoder of pre-training and semantic occupancy head."""
-    detection: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
-    """Detection head."""
+    """Occupancy decoder of pre-training and semantic occupancy head; of published heads only `min_free`."""
     detection_classes: tuple[str, ...] = DETECTION_CLASSES
     """Names of the heat map's channels."""
     occupancy_classes: tuple[str, ...] = OCCUPANCY_CLASSES
     """Names of the occupancy logits' channels; the last is free."""
 
     def __post_init__(self) -> None:
-        if self.memory < 0:
-            raise ConfigError(f"memory {self.memory}: must be 0 or the number of past frames")
-        if self.memory and self.bevdet is not None:
-            raise ConfigError(f"memory {self.memory}: a BEVDet network joins as many frames as bevdet.frames says")
-        if self.memory and self.family != "lss":
-            raise ConfigError(f"memory {self.memory}: only Lift-Splat networks have it, this is a {self.family!r}")
+        if not self.family or self.family != type(self).family:
+            raise ConfigError(f"family {self.family!r}: a {type(self).__name__} has the family {type(self).family!r}")
 
     @property
     def max_cameras(self) -> int:
-        """Cameras that a graph of it takes at most; query networks have weights for each, Lift-Splat none."""
-        if self.family == "lss":
-            return MOST_CAMERAS
-        return (self.bevformer or BevFormerConfig()).cameras
+        """Cameras that a graph of it takes at most."""
+        return MAX_CAMERAS
 
     @property
     def past_frames(self) -> int:
         """Frames before this one that the network builds on; a BEVFormer's one holds all before it."""
-        if self.family == "lss":
-            return self.bevdet.frames - 1 if self.bevdet is not None else self.memory
-        return int(self.family == "bevformer")
+        return 0
 
 
 def load_config(path: Path, schema: type[T]) -> T:
@@ -385,7 +228,7 @@ def load_config(path: Path, schema: type[T]) -> T:
         ConfigError: with the file, the dotted path of the key and the nearest known name.
     """
     try:
-        return from_record(schema, _read_with_base(path))
+        return from_record(schema, read_record(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -413,7 +256,8 @@ def from_record(schema: type[T], record: Any, where: str = "") -> T:
     return typing.cast(T, _convert(schema, record, where))
 
 
-def _read_with_base(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a YAML file with its base laid under it; raises ConfigError without the file's name."""
     try:
         record = read_yaml(path) or {}
     except FileNotFoundError as error:
@@ -423,7 +267,7 @@ def _read_with_base(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ConfigError(f"holds a {type(record).__name__}, want keys and values")
     base = record.pop("base", None)
-    return record if base is None else _merge(_read_with_base(path.parent / base), record)
+    return record if base is None else _merge(read_record(path.parent / base), record)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

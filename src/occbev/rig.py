@@ -181,6 +181,16 @@ class CameraRig:
         """Camera names in the model's order."""
         return tuple(camera.name for camera in self.cameras)
 
+    @property
+    def intrinsics(self) -> NDArray[np.float64]:
+        """Intrinsics of the cameras, (N, 3, 3)."""
+        return np.stack([camera.intrinsic for camera in self.cameras])
+
+    @property
+    def cam2egos(self) -> NDArray[np.float64]:
+        """Poses of the cameras, (N, 4, 4)."""
+        return np.stack([camera.cam2ego for camera in self.cameras])
+
     def reorder(self, names: Sequence[str]) -> CameraRig:
         """Return the same cameras in another order, or a part of them."""
         return CameraRig(tuple(self[name] for name in names))

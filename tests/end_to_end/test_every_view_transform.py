@@ -13,13 +13,14 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("embreex")
 
 from occbev.cli import main  # noqa: E402
-from occbev.config import ModelConfig, load_config, to_record  # noqa: E402
+from occbev.config import to_record  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.model_package import write_package  # noqa: E402
 from occbev_training.export.package import write_onnx  # noqa: E402
-from occbev_training.export.zoo import randomise_zero_init, reduced  # noqa: E402
+from occbev_training.export.zoo import randomise_zero_init  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
-from occbev_training.models.graphs import make_graph  # noqa: E402
+from occbev_training.models.families import make_graph, reduced  # noqa: E402
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive  # noqa: E402
 from occbev_training.sources.bag_writer import write_bag  # noqa: E402
 
@@ -37,7 +38,7 @@ def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def package(repository: Path, folder: Path, name: str, backend: str) -> Path:
     """The reduced network of a configuration with random weights, as a package for one runtime."""
-    model = reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
+    model = reduced(load_model(repository / "config/models" / f"{name}.yaml"))
     torch.manual_seed(0)
     network = randomise_zero_init(build_model(model, "finetune")).eval()
     folder.mkdir()

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from occbev.inference.families import load_model
 from occbev.inference.model_package import ModelPackage
 from occbev_training.cli import main
 
@@ -235,11 +236,10 @@ def _distance(one: Path, other: Path | None) -> float:
 
 def _begin_of(run: Path) -> dict[str, Tensor]:
     """Build the network as the run did before its first step."""
-    from occbev.config import ModelConfig, load_config
     from occbev_training.engine.stages import begin_from
     from occbev_training.models.build import build_model
 
     torch.manual_seed(0)
-    network = build_model(load_config(run / "model.yaml", ModelConfig), "pretrain")
+    network = build_model(load_model(run / "model.yaml"), "pretrain")
     begin_from(network, next(run.glob("start.*")))
     return {name: value for name, value in network.state_dict().items() if value.is_floating_point()}

@@ -17,26 +17,27 @@ from occbev.config import (  # noqa: E402
     DetectionHeadConfig,
     ImageConfig,
     LiftConfig,
-    ModelConfig,
     OccupancyHeadConfig,
 )
 from occbev.frame_job import FrameJob  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.backend import FACTORS, Backend, RunSettings, load_backend  # noqa: E402
+from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev.inference.pipeline import Pipeline, motion_to_key  # noqa: E402
-from occbev.inference.tables import TableCache, TableCapacityError  # noqa: E402
+from occbev.inference.table_cache import TableCache  # noqa: E402
+from occbev.inference.tables import TableCapacityError  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
 from occbev_training.export.package import write_ir, write_onnx  # noqa: E402
-from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
-from occbev_training.models.graphs import make_graph  # noqa: E402
+from occbev_training.models.families import make_graph  # noqa: E402
 from occbev_training.models.heads.occupancy_head import interleave  # noqa: E402
 
 MODEL = replace(
-    ModelConfig(),
+    LiftSplatModel(),
     name="probe",
     image=ImageConfig(width=96, height=64),
     lift=LiftConfig(channels=16, depth=DepthConfig(1.0, 13.0, 1.0), max_points=4096),
@@ -64,7 +65,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
-    network, folder = build_network(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
+    network, folder = build_model(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
     save_weights(folder / "weights.safetensors", network.state_dict(), {})
     write_onnx(make_graph(network), MODEL, folder / "model.onnx")
     write_ir(network, MODEL, folder / "model.xml", compress=True)

@@ -11,10 +11,10 @@ pytest.importorskip("onnxruntime")
 from torch import nn  # noqa: E402
 
 from occbev.benchmarks import Options, Timing  # noqa: E402
-from occbev.config import ModelConfig  # noqa: E402
+from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev_training.benchmarks import encoder, pooling, trainer  # noqa: E402
 from occbev_training.benchmarks.measure import peak_bytes, speedup, waiting  # noqa: E402
-from occbev_training.export.zoo import reduced  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 
 
 def test_ratios_compare_processor_time() -> None:
@@ -57,8 +57,8 @@ def test_the_pooling_bench_reports_what_it_promises(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_trainer_bench_reports_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = reduced(ModelConfig())
-    monkeypatch.setattr(trainer, "ModelConfig", lambda: small)
+    small = reduced(LiftSplatModel())
+    monkeypatch.setattr(trainer, "LiftSplatModel", lambda: small)
     found = trainer.run(Options(rounds=1, threads=1))
     assert {"overhead_share", "data_wait_share", "pretrain_samples_per_s"} <= set(found.values)
     assert 0 <= found.values["data_wait_share"] < 1

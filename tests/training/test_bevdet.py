@@ -9,21 +9,18 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from occbev.config import (  # noqa: E402
-    BevDetConfig,
-    ConfigError,
-    ModelConfig,
-    load_config,
-)
+from occbev.config import ConfigError, ModelConfig  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
+from occbev.inference.families.bevdet import BevDetConfig  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
 from occbev_training.data.datasets import TrainingBatch  # noqa: E402
-from occbev_training.export.zoo import reduced  # noqa: E402
 from occbev_training.losses.config import LossConfig  # noqa: E402
 from occbev_training.losses.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
 from occbev_training.models.encoders.image_necks import PyramidNeck, ResNetImageEncoder  # noqa: E402
 from occbev_training.models.encoders.resnet import ResNet  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 from occbev_training.models.lift_splat.bevdet import build_bevdet  # noqa: E402
 from occbev_training.models.lift_splat.depth_net import matching_cost  # noqa: E402
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_geometry  # noqa: E402
@@ -47,7 +44,7 @@ FAMILIES = (
 
 
 def reduced_of(repository: Path, name: str) -> ModelConfig:
-    return reduced(load_config(repository / "config" / "models" / f"{name}.yaml", ModelConfig))
+    return reduced(load_model(repository / "config" / "models" / f"{name}.yaml"))
 
 
 def geometry(config: ModelConfig) -> BatchedPoints:

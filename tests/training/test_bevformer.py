@@ -10,9 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev.config import BevFormerConfig, ModelConfig, QueryHeadConfig, ResNetConfig  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference import reference_points as geometry  # noqa: E402
+from occbev.inference.families.bevformer import BevFormerConfig, BevFormerModel  # noqa: E402
+from occbev.inference.families.queries import QueryHeadConfig, ResNetConfig  # noqa: E402
 from occbev_training.losses.voxels_and_centres import voxel_focal_loss  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.encoders.fpn import FeaturePyramid  # noqa: E402
@@ -23,9 +24,8 @@ from occbev_training.models.queries.query_networks import PastFrame, remember  #
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 BEV = BevGrid((-8.0, -6.0), (1.0, 1.0), (16, 12))
-MODEL = ModelConfig(
+MODEL = BevFormerModel(
     name="small",
-    family="bevformer",
     resnet=ResNetConfig(depth=18, stages=(3, 4), levels=3, channels=32, frozen_stages=0),
     bevformer=BevFormerConfig(channels=32, heads=4, hidden=32, layers=2, heights=2, camera_points=4, occupancy=True),
     query_head=QueryHeadConfig(queries=7, layers=2, heads=4, hidden=32),

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from occbev.config import ModelConfig
 from occbev.grid import VoxelGrid
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.postprocess import decode_occupancy
 from occbev.results import Occupancy
 from occbev_training.metrics.calibration import MIN_FREE, FreeThreshold, fit_min_free
@@ -86,7 +86,7 @@ def test_export_takes_the_threshold_of_a_report(tmp_path) -> None:
     export = pytest.importorskip("occbev_training.cli.export")
     report = tmp_path / "report.json"
     report.write_text('{"calibration": {"min_free": 0.7}}')
-    model = ModelConfig()
+    model = LiftSplatModel()
     chosen = export._calibrate(model, report)
     assert chosen == replace(model, occupancy=replace(model.occupancy, min_free=0.7))
     assert export._calibrate(model, None) is model

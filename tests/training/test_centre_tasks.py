@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from occbev.config import ConfigError  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
+from occbev.inference.families import load_model, read_model  # noqa: E402
+from occbev.inference.pipeline import boxes_of  # noqa: E402
+from occbev.inference.postprocess import BoxDecoding, OutputError  # noqa: E402
+from occbev.inference.task_boxes import TaskDecoding, decode_tasks, squared_circle_nms  # noqa: E402
 from occbev.results import Boxes3D  # noqa: E402
 from occbev_training.losses.centre_heads import (  # noqa: E402
     LossWeights,
-    TaskDecoding,
     centre_losses,
-    circle_nms,
     clamped_focal,
-    decode_tasks,
     task_targets,
 )
 from occbev_training.models.heads.centre_head import CentreHead  # noqa: E402
@@ -132,29 +135,28 @@ def test_the_focal_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize("tasks", [(10,), SIX])
-def test_decoding_undoes_the_targets(tasks: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("nms", ["scale", "circle"])
+def test_decoding_undoes_the_targets(tasks: tuple[int, ...], nms: str) -> None:
     rows = [box(1.0, -3.0), box(-8.0, 7.0, 0.7, 0.7, yaw=-2.0)]
     targets = targets_of(rows, [1, 8], tasks)
     maps = [maps_for(t, n) for t, n in zip(targets, tasks, strict=True)]
-    heatmap, boxes = (torch.cat(parts, 1) for parts in zip(*maps, strict=True))
-    for nms in ("scale", "circle"):
-        (found,) = decode_tasks(heatmap, boxes, tasks, BEV, TaskDecoding(nms=nms, radii=(1.0,) * 6))
-        order = np.argsort(found.label)
-        assert found.label[order].tolist() == [1, 8]
-        np.testing.assert_allclose(found.box[order], rows, rtol=1e-4, atol=1e-4)
+    heatmap, boxes = (torch.cat(parts, 1)[0].numpy() for parts in zip(*maps, strict=True))
+    found = decode_tasks(heatmap, boxes, tasks, BEV, TaskDecoding(nms=(nms,), radii=(1.0,) * 6))
+    order = np.argsort(found.label)
+    assert found.label[order].tolist() == [1, 8]
+    np.testing.assert_allclose(found.box[order], rows, rtol=1e-4, atol=1e-4)
+
+
+def decoded(rows: list[list[float]], labels: list[int], decoding: TaskDecoding | None = None) -> Boxes3D:
+    heatmap, boxes = (array[0].numpy() for array in maps_for(targets_of(rows, labels)[0], 10))
+    return decode_tasks(heatmap, boxes, (10,), BEV, decoding or TaskDecoding())
 
 
 def test_classes_of_one_task_compete_and_small_things_are_enlarged() -> None:
     near = [box(0.2, 0.2, 0.4, 0.4), box(1.0, 0.2, 0.4, 0.4)]  # 0.8 m apart: no overlap as they are
-    targets = targets_of(near, [9, 9])
-    heatmap, boxes = maps_for(targets[0], 10)
-    (cones,) = decode_tasks(heatmap, boxes, (10,), BEV)
-    assert len(cones) == 1  # a factor of 3.5 makes them overlap
-    (plain,) = decode_tasks(heatmap, boxes, (10,), BEV, TaskDecoding(factors=(1.0,) * 10))
-    assert len(plain) == 2
-    same = [box(0.2, 0.2), box(0.2, 0.2)]
-    heatmap, boxes = maps_for(targets_of(same, [0, 1])[0], 10)
-    (one,) = decode_tasks(heatmap, boxes, (10,), BEV)
+    assert len(decoded(near, [9, 9])) == 1  # a factor of 3.5 makes them overlap
+    assert len(decoded(near, [9, 9], TaskDecoding(factors=(1.0,) * 10))) == 2
+    one = decoded([box(0.2, 0.2), box(0.2, 0.2)], [0, 1])
     assert len(one) == 1
     assert np.isclose(one.box[0, 3], 4.0, atol=1e-3)  # sizes come back unscaled
 
@@ -163,16 +165,59 @@ def test_circle_suppression_compares_squared_distances() -> None:
     rows = np.zeros((4, 9), np.float32)
     rows[:, 0] = 0.0, 1.9, 2.0, 2.1
     found = Boxes3D(rows, np.zeros(4, np.int64), np.linspace(0.9, 0.6, 4).astype(np.float32))
-    assert circle_nms(found, 4.0).tolist() == [True, False, False, True]
+    assert squared_circle_nms(found, 4.0).tolist() == [True, False, False, True]
+
+
+def test_every_task_has_boxes_of_its_own_where_two_find_something() -> None:
+    """A pedestrian beside a car in one cell: merged maps would give both the box of the better one."""
+    targets = targets_of([box(0.2, 0.2), box(0.3, 0.3, 0.6, 0.6)], [0, 8], SIX)
+    maps = [maps_for(t, n) for t, n in zip(targets, SIX, strict=True)]
+    heatmap, boxes = (torch.cat(parts, 1)[0].numpy() for parts in zip(*maps, strict=True))
+    found = decode_tasks(heatmap, boxes, SIX, BEV, TaskDecoding())
+    assert dict(zip(found.label.tolist(), found.box[:, 3], strict=True)) == pytest.approx({0: 4.0, 8: 0.6})
 
 
 def test_what_is_weak_or_far_is_left_out_and_few_cells_are_enough() -> None:
-    heatmap, boxes = torch.full((2, 10, 4, 4), -9.0), torch.zeros(2, 10, 4, 4)
     small = BevGrid((-1.6, -1.6), (0.8, 0.8), (4, 4))  # fewer cells than candidates
-    heatmap[0, 3, 1, 1] = 2.0
-    boxes[1, 2] = 99.0
-    heatmap[1, 3, 1, 1] = 2.0
-    first, second = decode_tasks(heatmap, boxes, (10,), small)
-    assert (len(first), len(second)) == (1, 0)
-    with pytest.raises(ValueError, match="scale or circle"):
-        TaskDecoding(nms="soft")
+    heatmap, boxes = np.full((10, 4, 4), -9.0, np.float32), np.zeros((10, 4, 4), np.float32)
+    heatmap[3, 1, 1] = 2.0
+    assert len(decode_tasks(heatmap, boxes, (10,), small, TaskDecoding())) == 1
+    assert len(decode_tasks(heatmap, boxes, (10,), small, TaskDecoding(), threshold=0.95)) == 0
+    far = boxes.copy()
+    far[2] = 99.0
+    assert len(decode_tasks(heatmap, far, (10,), small, TaskDecoding())) == 0
+    far[2], far[0, 1, 1] = 0.0, -1.1e6
+    assert len(decode_tasks(heatmap, far, (10,), small, TaskDecoding())) == 0
+
+
+def test_decoding_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="scale or circle"):
+        TaskDecoding(nms=("soft",))
+    with pytest.raises(ConfigError, match=r"bevdet: decoding\.radii .* 1 values"):
+        read_model({"family": "bevdet", "bevdet": {"decoding": {"nms": ["circle"]}}})
+    maps = np.zeros((10, 32, 32), np.float32)
+    with pytest.raises(OutputError, match="exported again"):
+        decode_tasks(maps, maps, SIX, BEV, TaskDecoding())
+    heatmap, boxes = maps.copy(), maps.copy()
+    heatmap[0, 3, 3], boxes[3, 3, 3] = 9.0, np.nan
+    with pytest.raises(OutputError, match="not finite"):
+        decode_tasks(heatmap, boxes, (10,), BEV, TaskDecoding())
+
+
+@pytest.mark.parametrize("name", ["bevdet_r50", "bevdepth_r50_first", "bevdepth_r50_megvii"])
+def test_the_robot_decodes_as_published(repository: Path, name: str) -> None:
+    """`boxes_of`, which pipeline, evaluation and node run, gives what each task's rule gives, moved to base_link."""
+    model = load_model(repository / "config/models" / f"{name}.yaml")
+    parts, plane = model.bevdet, model.bev.shape[::-1]
+    rng = np.random.default_rng(0)
+    heatmap = rng.normal(-4, 1.5, (10, *plane)).astype(np.float32)
+    boxes = rng.normal(0, 1, (10 * len(parts.tasks), *plane)).astype(np.float32)
+    found = boxes_of({"heatmap": heatmap[None], "box": boxes[None]}, model, BoxDecoding(max_boxes=10_000))
+    want = decode_tasks(heatmap, boxes, parts.tasks, model.bev, parts.decoding)
+    assert len(found) == len(want) > 50
+    np.testing.assert_array_equal(found.label, want.label)
+    if model.bev.frame == "base_link":
+        np.testing.assert_array_equal(found.box, want.box)
+    assert (np.diff(found.score) <= 0).all()
+    most = parts.decoding.boxes * len(parts.tasks)
+    assert len(found) <= most

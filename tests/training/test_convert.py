@@ -9,23 +9,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev.config import (  # noqa: E402
-    BevFormerConfig,
-    ModelConfig,
-    QueryHeadConfig,
-    ResNetConfig,
-    save_config,
-)
+from occbev.config import save_config  # noqa: E402
 from occbev.grid import BevGrid, VoxelGrid  # noqa: E402
+from occbev.inference.families.bevformer import BevFormerConfig, BevFormerModel  # noqa: E402
+from occbev.inference.families.queries import QueryHeadConfig, ResNetConfig  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev_training.cli import convert, main  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import load_strictly, read_weights  # noqa: E402
-from occbev_training.models.renaming import to_published  # noqa: E402
+from occbev_training.models.renaming import to_reference  # noqa: E402
 
-MODEL = ModelConfig(
+MODEL = BevFormerModel(
     name="small",
-    family="bevformer",
     resnet=ResNetConfig(depth=18, stages=(4,), levels=1, channels=16),
     bevformer=BevFormerConfig(channels=16, heads=2, hidden=16, layers=1),
     query_head=QueryHeadConfig(queries=3, layers=1, heads=2, hidden=16),
@@ -46,7 +41,7 @@ def families(tmp_path: Path, monkeypatch) -> Path:
 def checkpoint(folder: Path, stage: str) -> tuple[Path, torch.nn.Module]:
     torch.manual_seed(0)
     network = build_model(MODEL, stage)
-    state = to_published(network.state_dict(), network.published_names)
+    state = to_reference(network.state_dict(), network.reference_names)
     path = folder / f"{stage}.pth"
     torch.save({"state_dict": state, "meta": {"epoch": 24}}, path)
     return path, network

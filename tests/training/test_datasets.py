@@ -16,9 +16,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from occbev.config import ImageConfig, LiftConfig, ModelConfig
+from occbev.config import ImageConfig, LiftConfig
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig, draw_augmentation
 from occbev_training.data.cache import CachedSample, CacheError, SampleCache, open_cache, read_sample, write_sample
 from occbev_training.data.datasets import (
@@ -33,7 +34,7 @@ from occbev_training.data.datasets import (
 from occbev_training.occupancy.prepare import PrepareConfig, prepare, resample_truth
 from occbev_training.sources.recording import OccupancyTruth
 
-MODEL = ModelConfig(
+MODEL = LiftSplatModel(
     image=ImageConfig(width=64, height=32),
     lift=LiftConfig(channels=8, max_points=4096),
     bev=BevGrid((-16.0, -16.0), (1.6, 1.6), (20, 20)),

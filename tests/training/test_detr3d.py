@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev.config import QueryHeadConfig  # noqa: E402
+from occbev.inference.families.queries import QueryHeadConfig  # noqa: E402
 from occbev_training.models.heads.query_head import QueryHead, encode_boxes, inverse_sigmoid  # noqa: E402
 from occbev_training.models.queries.detr3d import CameraSampling, CameraScene  # noqa: E402
 

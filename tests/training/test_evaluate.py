@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from occbev.classes import DETECTION_CLASSES, FREE
-from occbev.config import ImageConfig, ModelConfig
+from occbev.config import ImageConfig
 from occbev.geometry import frame2ego
 from occbev.grid import GRIDS, BevGrid
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.results import Boxes3D
 from occbev_training.data.cache import CachedSample, CacheInfo, SampleCache, write_sample
 from occbev_training.evaluation.frames import (
@@ -29,7 +30,7 @@ from occbev_training.evaluation.frames import (
 )
 from occbev_training.sources.recording import Annotations
 
-MODEL = ModelConfig(
+MODEL = LiftSplatModel(
     image=ImageConfig(width=64, height=32),
     bev=BevGrid((-16.0, -16.0), (1.0, 1.0), (32, 32)),
     grid=GRIDS["tiny"],

@@ -19,23 +19,23 @@ from occbev.config import (  # noqa: E402
     DetectionHeadConfig,
     ImageConfig,
     LiftConfig,
-    ModelConfig,
     OccupancyHeadConfig,
 )
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
+from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
 from occbev_training.evaluation.data import HeldOutError, RootFrames, open_held_out  # noqa: E402
 from occbev_training.evaluation.run_package import RunOptions, run_package, shares  # noqa: E402
 from occbev_training.metrics.nuscenes_results import ResultsError  # noqa: E402
-from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.occupancy.prepare import PrepareConfig, prepare  # noqa: E402
 from occbev_training.sources.nuscenes import open_nuscenes  # noqa: E402
 from occbev_training.sources.nuscenes_writer import write_nuscenes  # noqa: E402
 
 MODEL = replace(
-    ModelConfig(),
+    LiftSplatModel(),
     name="probe",
     image=ImageConfig(width=64, height=32),
     lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 13.0, 2.0), max_points=4096),
@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with random weights, for the torch runtime."""
     torch.manual_seed(0)
-    network, folder = build_network(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
+    network, folder = build_model(MODEL, "finetune").eval(), tmp_path_factory.mktemp("probe")
     with torch.no_grad():  # random weights hardly say anything: let answers differ, some over the threshold
         for head in (network.detection_head, network.occupancy_head):
             for value in head.parameters():

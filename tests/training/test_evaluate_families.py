@@ -11,14 +11,16 @@ import pytest
 torch = pytest.importorskip("torch")
 families = pytest.importorskip("occbev_training.export.zoo")
 
-from occbev.config import ModelConfig, load_config  # noqa: E402
+from occbev.config import ModelConfig  # noqa: E402
 from occbev.grid import VoxelGrid  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev_training.evaluation.data import RecordingFrames  # noqa: E402
 from occbev_training.evaluation.run_package import RunOptions, run_package  # noqa: E402
 from occbev_training.evaluation.scores import FrameResult, Scores  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 from occbev_training.sources.recording import OccupancyTruth  # noqa: E402
 
 MEASURED = {
@@ -69,7 +71,7 @@ def _same(first: FrameResult, second: FrameResult) -> bool:
 def test_a_package_is_scored_on_what_it_predicts(
     name: str, repository: Path, tmp_path: Path, make_recording: Any
 ) -> None:
-    model = families.reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
+    model = reduced(load_model(repository / "config/models" / f"{name}.yaml"))
     package, frames = _package(model, tmp_path), _frames(make_recording, model.grid)
     options = RunOptions(backend="torch", threads=1)
     in_order = run_package(package, frames, range(4), options).results()

@@ -19,21 +19,21 @@ from occbev.config import (  # noqa: E402
     EncoderConfig,
     ImageConfig,
     LiftConfig,
-    ModelConfig,
     OccupancyHeadConfig,
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid  # noqa: E402
 from occbev.inference.backend import FACTORS  # noqa: E402
+from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.openvino_backend import shared_core  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
 from occbev_training.export import package as export  # noqa: E402
-from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.network import OccBevNetwork  # noqa: E402
 
-MODEL = ModelConfig(
+MODEL = LiftSplatModel(
     name="probe",
     image=ImageConfig(width=96, height=64),
     encoder=EncoderConfig(channels=16),
@@ -50,7 +50,7 @@ OUTPUTS = {"occupancy_logits", "heatmap", "box"}
 
 def a_network() -> OccBevNetwork:
     torch.manual_seed(0)
-    return build_network(MODEL, "finetune").eval()
+    return build_model(MODEL, "finetune").eval()
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_factors_must_be_those_of_the_logits() -> None:
 
 def test_pre_training_network_is_not_a_package(tmp_path: Path) -> None:
     with pytest.raises(export.ExportError, match="stage finetune"):
-        export.export_package(build_network(MODEL, "pretrain"), MODEL, tmp_path, {}, {})
+        export.export_package(build_model(MODEL, "pretrain"), MODEL, tmp_path, {}, {})
 
 
 def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from occbev.config import ModelConfig, load_config, save_config  # noqa: E402
+from occbev.config import ModelConfig, save_config  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
-from occbev.inference.memory import motion_inputs  # noqa: E402
+from occbev.inference.families import family_of, load_model  # noqa: E402
+from occbev.inference.families.record import Moment  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
@@ -31,11 +32,11 @@ from occbev_training.export.package import (  # noqa: E402
     run_torch,
     write_onnx,
 )
-from occbev_training.export.zoo import randomise_zero_init, reduced  # noqa: E402
+from occbev_training.export.zoo import randomise_zero_init  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
-from occbev_training.models.geometry import make_geometry  # noqa: E402
-from occbev_training.models.graphs import GraphError, make_graph  # noqa: E402
+from occbev_training.models.families import make_geometry, make_graph, reduced  # noqa: E402
+from occbev_training.models.graphs import GraphError  # noqa: E402
 from occbev_training.models.lift_splat.temporal import warp_bev  # noqa: E402
 from occbev_training.models.network import Frame, NetworkOutput  # noqa: E402
 from occbev_training.models.queries.bevformer import Motion  # noqa: E402
@@ -61,7 +62,7 @@ EXPORTED = {
 
 
 def model_of(repository: Path, name: str) -> ModelConfig:
-    return reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
+    return reduced(load_model(repository / "config/models" / f"{name}.yaml"))
 
 
 def network_of(model: ModelConfig) -> torch.nn.Module:
@@ -123,11 +124,9 @@ def trained(
         geometry = replace(geometry, can_bus=tensor(inputs, "can_bus"))
     with torch.no_grad():
         output: NetworkOutput = network(torch.from_numpy(inputs["images"]), valid, geometry)
-    fields = {"occupancy_logits": output.occupancy_logits, "heatmap": output.heatmap}
+    fields = {"occupancy_logits": output.occupancy_logits, "heatmap": output.heatmap, "box": output.box}
     if output.class_logits is not None:
         fields |= {"class_logits": output.class_logits[-1], "box_codes": output.box_codes[-1]}
-    if model.bevdet is None or len(model.bevdet.tasks) == 1:
-        fields["box"] = output.box
     return {name: value.numpy() for name, value in fields.items() if value is not None}
 
 
@@ -148,8 +147,9 @@ def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, na
     graph, rig = make_graph(network), ring_rig(model, 2)
     before, now = poses()
     first, second = (example_inputs(model, graph, 2, seed) for seed in (0, 1))
-    first |= motion_inputs(model, before, None)
-    second |= motion_inputs(model, now, (before, now))
+    earlier, later = Moment(0, before, rig), Moment(500_000_000, now, rig)
+    first |= family_of(model).motion(model, earlier, None)
+    second |= family_of(model).motion(model, later, earlier)
     state = run_torch(graph, first)["state_out_bev"]
     got = run_torch(graph, {**second, "state_in_bev": state})
     valid = torch.ones(1, 2)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from occbev.config import ModelConfig, load_config  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_rpy  # noqa: E402
-from occbev.inference.tables import TableCache  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
+from occbev.inference.table_cache import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
 from occbev_training.export.package import ring_rig  # noqa: E402
-from occbev_training.export.zoo import reduced  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CASES = (
@@ -27,7 +27,7 @@ CASES = (
     ("bevformer_tiny", "slots"),
     ("detr3d_r101", "projection"),
 )
-MODELS = {name: reduced(load_config(ROOT / "config/models" / f"{name}.yaml", ModelConfig)) for name, _ in CASES}
+MODELS = {name: reduced(load_model(ROOT / "config/models" / f"{name}.yaml")) for name, _ in CASES}
 ANGLE, SHIFT = st.floats(-0.5, 0.5), st.floats(-2.0, 2.0)
 
 

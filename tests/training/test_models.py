@@ -20,13 +20,14 @@ from occbev.config import (  # noqa: E402
     LiftConfig,
     ModelConfig,
     OccupancyHeadConfig,
-    load_config,
 )
 from occbev.grid import GRIDS, BevGrid, VoxelGrid  # noqa: E402
-from occbev.inference.tables import TableCache  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
+from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
+from occbev.inference.table_cache import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
 from occbev_training.export.package import ring_rig  # noqa: E402
-from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import (  # noqa: E402
     CheckpointError,
     load_strictly,
@@ -50,7 +51,7 @@ from occbev_training.models.lift_splat.lift_splat import (  # noqa: E402
 )
 from occbev_training.models.network import NetworkOutput, OccBevNetwork  # noqa: E402
 
-MODEL = ModelConfig(
+MODEL = LiftSplatModel(
     image=ImageConfig(width=96, height=64),
     encoder=EncoderConfig(channels=16),
     lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 17.0, 2.0), max_points=2048),
@@ -89,7 +90,7 @@ def outputs(output: NetworkOutput) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def network() -> OccBevNetwork:
     torch.manual_seed(0)
-    network = build_network(MODEL, "finetune")
+    network = build_model(MODEL, "finetune")
     with torch.no_grad():  # one pass in training mode, so that norms hold other than their defaults
         network.train()(images(2, 3), torch.ones(2, 3), geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3)))
     return network.eval()
@@ -97,13 +98,13 @@ def network() -> OccBevNetwork:
 
 def test_shapes_of_both_stages() -> None:
     points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
-    before = build_network(MODEL, "pretrain")(images(2, 3), torch.ones(2, 3), points)
+    before = build_model(MODEL, "pretrain")(images(2, 3), torch.ones(2, 3), points)
     assert before.depth_logits.shape == (2, 3, 8, 4, 6)
     assert before.reconstruction_logits.shape == (2, 2, 8, 40, 40)
     assert before.occupancy_logits is None
     assert before.heatmap is None
     assert before.box is None
-    after = build_network(MODEL, "finetune")(images(2, 3), torch.ones(2, 3), points)
+    after = build_model(MODEL, "finetune")(images(2, 3), torch.ones(2, 3), points)
     assert after.reconstruction_logits is None
     assert after.occupancy_logits.shape == (2, 18, 8, 40, 40)
     assert after.heatmap.shape == (2, 10, 24, 32)
@@ -111,12 +112,12 @@ def test_shapes_of_both_stages() -> None:
 
 
 def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repository: Path) -> None:
-    model = load_config(repository / "config/models/occbev-tiny.yaml", ModelConfig)
-    default = ModelConfig()
+    model = load_model(repository / "config/models/occbev-tiny.yaml")
+    default = LiftSplatModel()
     chosen_on_validation = replace(model.occupancy, min_free=default.occupancy.min_free)
     less_room = replace(model.lift, max_cells=default.lift.max_cells)  # the shipped graph is smaller for it
     assert replace(model, occupancy=chosen_on_validation, lift=less_room) == default
-    parameters = sum(p.numel() for p in build_network(model, "finetune").parameters())
+    parameters = sum(p.numel() for p in build_model(model, "finetune").parameters())
     assert parameters * (4 + 4 + 2) < 44e6  # weights and ONNX in fp32, OpenVINO in fp16
 
 
@@ -124,13 +125,12 @@ def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repositor
     ("model", "stage", "text"),
     [
         (MODEL, "train", "stage 'train'"),
-        (replace(MODEL, family="detr3d"), "pretrain", "family 'detr3d'"),
         (replace(MODEL, lift=replace(MODEL.lift, stride=8)), "pretrain", "lift.stride 8"),
     ],
 )
 def test_what_cannot_be_built_is_named(model: ModelConfig, stage: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        build_network(model, stage)
+        build_model(model, stage)
 
 
 def test_missing_camera_adds_nothing_whatever_its_image_shows(network: OccBevNetwork) -> None:
@@ -188,7 +188,7 @@ def test_bag_and_gather_form_are_the_same_network(network: OccBevNetwork) -> Non
 
 
 def test_rig_that_sees_nothing_of_the_bev_gives_an_answer_and_gradients() -> None:
-    network = build_network(MODEL, "pretrain").eval()
+    network = build_model(MODEL, "pretrain").eval()
     points = geometry(ring_rig(MODEL, 2).move_cameras([shifted(1000.0)] * 2))
     assert len(points.pixel) == 1
     assert float(points.weight.sum()) == 0
@@ -198,7 +198,7 @@ def test_rig_that_sees_nothing_of_the_bev_gives_an_answer_and_gradients() -> Non
 
 
 def test_gradients_reach_every_trained_weight_and_no_frozen_one() -> None:
-    network = build_network(MODEL, "finetune").train()
+    network = build_model(MODEL, "finetune").train()
     points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
     output = network(images(2, 3), torch.ones(2, 3), points)
     sum(part.square().mean() for part in [*outputs(output), output.depth_logits]).backward()
@@ -211,7 +211,7 @@ def test_gradients_reach_every_trained_weight_and_no_frozen_one() -> None:
 
 
 def test_frozen_stages_do_not_change_in_training() -> None:
-    network = build_network(MODEL, "pretrain").train()
+    network = build_model(MODEL, "pretrain").train()
     before = {n: v.clone() for n, v in network.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
     points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
@@ -269,7 +269,7 @@ def test_imagenet_weights_fit_real_street_images(shared: Path) -> None:
 
 
 def test_transfer_reports_every_weight() -> None:
-    source, target = build_network(MODEL, "pretrain"), build_network(MODEL, "finetune")
+    source, target = build_model(MODEL, "pretrain"), build_model(MODEL, "finetune")
     fresh = {n: v.clone() for n, v in target.state_dict().items()}
     report = transfer(source.state_dict(), target)
     state, offered = target.state_dict(), source.state_dict()
@@ -288,7 +288,7 @@ def test_weights_file_round_trip_and_refusals(network: OccBevNetwork, tmp_path: 
     save_weights(path, network.state_dict(), {"model": "probe"})
     state, record = read_weights(path)
     assert record == {"model": "probe"}
-    again = build_network(MODEL, "finetune")
+    again = build_model(MODEL, "finetune")
     load_strictly(again, state, "probe")
     assert all(torch.equal(v, network.state_dict()[n]) for n, v in again.state_dict().items())
     with pytest.raises(CheckpointError, match=r"probe: 1 weights are missing: \['bev_encoder.norm.bias'\]"):
@@ -335,7 +335,7 @@ def test_joined_tables_of_a_batch_are_those_of_its_samples() -> None:
 
 
 def test_resampling_reproduces_what_is_linear_in_metres() -> None:
-    bev, grid = ModelConfig().bev, GRIDS["occ3d"]
+    bev, grid = LiftSplatModel().bev, GRIDS["occ3d"]
     for axis in (0, 1):
         metres = bev.lo[axis] + (np.arange(bev.shape[axis]) + 0.5) * bev.pitch[axis]
         wanted = grid.lo[axis] + (np.arange(100) + 0.5) * 0.8

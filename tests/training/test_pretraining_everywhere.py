@@ -9,12 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev.config import ModelConfig, load_config  # noqa: E402
+from occbev.config import ModelConfig  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
 from occbev_training.export.package import ring_rig  # noqa: E402
-from occbev_training.export.zoo import reduced  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
-from occbev_training.models.geometry import make_geometry  # noqa: E402
+from occbev_training.models.families import make_geometry, reduced  # noqa: E402
 
 CAMERAS = 3
 # configuration -> parts that fine-tuning takes, and those that begin anew
@@ -35,7 +35,7 @@ HANDED_ON = {
 
 
 def model_of(repository: Path, name: str) -> ModelConfig:
-    return reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
+    return reduced(load_model(repository / "config/models" / f"{name}.yaml"))
 
 
 def inputs(model: ModelConfig, samples: int = 1):

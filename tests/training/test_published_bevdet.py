@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from occbev.config import ModelConfig, load_config  # noqa: E402
-from occbev_training.models.build import build_network  # noqa: E402
+from occbev.config import ModelConfig  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.lift_splat.bevdet_names import rules_for  # noqa: E402
-from occbev_training.models.renaming import load_published, to_published  # noqa: E402
+from occbev_training.models.renaming import load_reference, to_reference  # noqa: E402
 
 TABLES = {
     "bevdet_r50": "bevdet-r50",
@@ -35,12 +36,12 @@ MILLIONS = {
 
 
 def model_config(repository: Path, name: str) -> ModelConfig:
-    return load_config(repository / "config" / "models" / f"{name}.yaml", ModelConfig)
+    return load_model(repository / "config" / "models" / f"{name}.yaml")
 
 
 def on_meta(config: ModelConfig, stage: str = "finetune") -> torch.nn.Module:
     with torch.device("meta"):
-        return build_network(config, stage)
+        return build_model(config, stage)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -50,10 +51,10 @@ def test_every_published_weight_has_its_place(repository: Path, golden_folder: P
     config = model_config(repository, name)
     network, rules = on_meta(config), rules_for(config)
     state = {key: torch.empty(shape, device="meta") for key, shape in table.items()}
-    report = load_published(network, state, rules)
+    report = load_reference(network, state, rules)
     assert report.complete, (report, report.dropped[:3], report.missing[:3], report.mismatched[:3])
     assert len(report.converted) == len(table)
-    back = to_published(network.state_dict(), rules)
+    back = to_reference(network.state_dict(), rules)
     assert {key: list(value.shape) for key, value in back.items()} == table
 
 

@@ -9,10 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from occbev.config import ModelConfig, load_config  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
-from occbev_training.models.renaming import load_published, to_published  # noqa: E402
+from occbev_training.models.renaming import load_reference, to_reference  # noqa: E402
 
 # family, stage, parameters in millions as published
 FAMILIES = (
@@ -26,7 +26,7 @@ FAMILIES = (
 
 
 def build(repository: Path, name: str, stage: str) -> torch.nn.Module:
-    config = load_config(repository / f"config/models/{name}.yaml", ModelConfig)
+    config = load_model(repository / f"config/models/{name}.yaml")
     with torch.device("meta"):
         return build_model(config, stage)
 
@@ -39,10 +39,10 @@ def published(golden_folder: Path, name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("name", "stage", "millions"), FAMILIES)
 def test_every_key_both_ways(repository: Path, golden_folder: Path, name: str, stage: str, millions: float) -> None:
     model, table = build(repository, name, stage), published(golden_folder, name)
-    report = load_published(model, table, model.published_names)
+    report = load_reference(model, table, model.reference_names)
     assert report.complete, str(report)
     assert len(report.converted) == len(table)
-    back = to_published(model.state_dict(), model.published_names)
+    back = to_reference(model.state_dict(), model.reference_names)
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in table.items()}
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -53,8 +53,8 @@ def test_values_survive_both_ways(repository: Path, golden_folder: Path) -> None
         k: torch.rand(v.shape).to(torch.int64 if v.ndim == 0 else torch.float32)
         for k, v in published(golden_folder, "bevformer_tiny").items()
     }
-    assert load_published(model, state, model.published_names).complete
-    back = to_published(model.state_dict(), model.published_names)
+    assert load_reference(model, state, model.reference_names).complete
+    back = to_reference(model.state_dict(), model.reference_names)
     assert all(torch.equal(back[key], value) for key, value in state.items())
 
 
@@ -64,7 +64,7 @@ def test_small_occupancy_has_the_published_number_of_entries(repository: Path) -
 
 def test_a_checkpoint_of_another_family_is_refused(repository: Path, golden_folder: Path) -> None:
     model = build(repository, "bevformer_small", "finetune")
-    report = load_published(model, published(golden_folder, "bevformer_base"), model.published_names)
+    report = load_reference(model, published(golden_folder, "bevformer_base"), model.reference_names)
     assert not report.complete
     assert report.dropped
     assert report.mismatched

@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
-from occbev.config import DepthConfig, ImageConfig, LiftConfig, ModelConfig  # noqa: E402
+from occbev.config import DepthConfig, ImageConfig, LiftConfig  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_wxyz  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
+from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.tables import (  # noqa: E402
     LiftPoints,
     bin_depths,
@@ -158,7 +159,7 @@ def pooled(
     batch, cameras, bins, rows, columns = depth.shape
     stride, image = 32, ImageConfig(32 * columns, 32 * rows)
     lift = replace(lift, stride=stride, depth=DepthConfig(1.0, 1.0 + bins, 1.0))
-    model = ModelConfig(image=image, lift=lift, bev=bev)
+    model = LiftSplatModel(image=image, lift=lift, bev=bev)
     rays = np.zeros((batch, cameras, 1, 1, 1), np.float32)
     tables = batch_points(points, rays, model)
     if not by_pixel:

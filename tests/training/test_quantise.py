@@ -26,7 +26,7 @@ from occbev_training.export.quantise import (  # noqa: E402
     find_float_convolutions,
     module_of,
 )
-from occbev_training.models.build import build_network  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
 
 
 class RandomFrames(SampleCache):
@@ -53,7 +53,7 @@ def frames(count: int = 40) -> RandomFrames:
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
-    network = build_network(MODEL, "finetune").eval()
+    network = build_model(MODEL, "finetune").eval()
     folder = tmp_path_factory.mktemp("int8")
     return export_package(network, MODEL, folder, {"data": "noise"}, {}, (), (3,), frames())
 
@@ -88,7 +88,7 @@ def test_convolutions_are_bytes_except_the_kept_ones(package: ModelPackage) -> N
 
 
 def test_any_number_of_cameras_runs_and_is_near_float(package: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
-    from occbev.inference.tables import TableCache
+    from occbev.inference.table_cache import TableCache
 
     monkeypatch.setattr(openvino_backend, "multiplies_bytes", lambda: True)
     image = MODEL.image
@@ -118,7 +118,7 @@ def test_a_cpu_without_byte_products_reads_another_graph(
 
 
 def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) -> None:
-    network = build_network(MODEL, "finetune").eval()
+    network = build_model(MODEL, "finetune").eval()
     with pytest.raises(QuantisationError, match="holds 39 frames, want 40 or more"):
         export_package(network, MODEL, tmp_path / "few", {}, {}, (), (3,), frames(39))
     other = replace(MODEL, image=replace(MODEL.image, width=128))
@@ -131,7 +131,7 @@ def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) ->
 
 def test_frames_of_a_network_with_a_memory_are_first_ones(tmp_path: Path) -> None:
     model = replace(MODEL, memory=1)
-    graph = write_ir(build_network(model, "finetune").eval(), model, tmp_path / "model.xml", True)
+    graph = write_ir(build_model(model, "finetune").eval(), model, tmp_path / "model.xml", True)
     names = {port.get_any_name() for port in graph.inputs}
     assert any(name.startswith("state_in") for name in names)
     inputs = _frames(graph, model, frames())

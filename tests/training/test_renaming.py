@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from occbev_training.models.renaming import (  # noqa: E402
-    load_published,
-    published_names,
-    to_published,
+    load_reference,
+    reference_names,
+    to_reference,
 )
 
 RULES = ((r"^0\.", "stem."), (r"^1\.(\d)\.", r"head.\1.fc."))
@@ -23,9 +23,9 @@ def small() -> nn.Sequential:
 def test_weights_go_out_and_come_back() -> None:
     torch.manual_seed(0)
     source, target = small(), small()
-    published = to_published(source.state_dict(), RULES)
+    published = to_reference(source.state_dict(), RULES)
     assert set(published) == {"stem.weight", "stem.bias", "head.0.fc.weight", "head.0.fc.bias"}
-    report = load_published(target, published, RULES)
+    report = load_reference(target, published, RULES)
     assert report.complete
     assert len(report.converted) == 4
     x = torch.randn(5, 3)
@@ -35,11 +35,11 @@ def test_weights_go_out_and_come_back() -> None:
 def test_a_report_names_what_does_not_fit_and_nothing_is_loaded() -> None:
     network = small()
     before = network[0].weight.clone()
-    state = to_published(small().state_dict(), RULES)
+    state = to_reference(small().state_dict(), RULES)
     del state["stem.bias"]
     state["extra"] = torch.zeros(1)
     state["head.0.fc.weight"] = torch.zeros(2, 5)
-    report = load_published(network, state, RULES)
+    report = load_reference(network, state, RULES)
     assert not report.complete
     assert (report.dropped, report.missing, report.mismatched) == (
         ("extra",),
@@ -52,4 +52,4 @@ def test_a_report_names_what_does_not_fit_and_nothing_is_loaded() -> None:
 
 def test_rules_that_merge_two_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="both become same"):
-        published_names(["a", "b"], ((r"^[ab]$", "same"),))
+        reference_names(["a", "b"], ((r"^[ab]$", "same"),))

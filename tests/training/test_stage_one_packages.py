@@ -11,19 +11,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 from occbev.classes import FREE, OCCUPIED_STATE, UNOBSERVED_STATE  # noqa: E402
-from occbev.config import ModelConfig, load_config  # noqa: E402
+from occbev.config import ModelConfig  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.pipeline import Pipeline  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev_training.export.package import export_package, ring_rig  # noqa: E402
-from occbev_training.export.zoo import reduced  # noqa: E402
 from occbev_training.models.build import build_for_weights, build_model, with_geometry  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 
 CAMERAS = 3
 
 
 def model_of(repository: Path, name: str) -> ModelConfig:
-    return reduced(load_config(repository / "config/models" / f"{name}.yaml", ModelConfig))
+    return reduced(load_model(repository / "config/models" / f"{name}.yaml"))
 
 
 def perceive(package: ModelPackage, backend: str):

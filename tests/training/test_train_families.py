@@ -14,16 +14,18 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("numba")
 
-from occbev.config import ConfigError, ModelConfig, load_config, save_config
+from occbev.config import ConfigError, ModelConfig, save_config
 from occbev.grid import GRIDS
+from occbev.inference.families import load_model
 from occbev_training.data import datasets
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.datasets import TrainingSample, with_past
-from occbev_training.data.label_frame import LIDAR_HEIGHT, boxes_in_frame, in_base_link
+from occbev_training.data.label_frame import boxes_in_frame, in_base_link
 from occbev_training.engine.config import OptimConfig, TrainingConfig
 from occbev_training.engine.stages import StageInputs, train_stage
-from occbev_training.export.zoo import reduced
 from occbev_training.losses.config import LossConfig
+from occbev_training.models.families import reduced
+from occbev_training.models.families.record import LIDAR_HEIGHT
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.recording import OccupancyTruth
 
@@ -40,7 +42,7 @@ FAMILIES = {
 
 def _model(repository: Path, name: str) -> ModelConfig:
     """Return the reduced network; all of them on one grid, so that they share caches."""
-    published = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
+    published = load_model(repository / "config/models" / f"{name}.yaml")
     model = in_base_link(reduced(published))
     return replace(model, grid=replace(model.grid, lo=(-16.0, -16.0, -1.0)))
 
@@ -121,7 +123,7 @@ def test_the_past_is_as_long_as_the_config_says(
 
 def test_published_grids_in_lidar_axes_become_the_preset_of_detection(repository: Path) -> None:
     """Heights above the road stay what they were; quirks of published weights are left behind."""
-    published = load_config(repository / "config/models/bevformer_base.yaml", ModelConfig)
+    published = load_model(repository / "config/models/bevformer_base.yaml")
     model = in_base_link(published)
     assert model.grid == GRIDS["det"]
     assert (model.bev.frame, model.bevformer.z_range, model.query_head.z_range) == (
@@ -131,14 +133,14 @@ def test_published_grids_in_lidar_axes_become_the_preset_of_detection(repository
     )
     assert published.bevformer.reference_quirks
     assert not model.bevformer.reference_quirks
-    own = load_config(repository / "config/models/occbev-tiny.yaml", ModelConfig)
+    own = load_model(repository / "config/models/occbev-tiny.yaml")
     assert in_base_link(own) == own
 
 
 def test_published_axes_are_kept_for_boxes_and_refused_for_voxels(
     repository: Path, caches: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    published = reduced(load_config(repository / "config/models/bevformer_tiny.yaml", ModelConfig))
+    published = reduced(load_model(repository / "config/models/bevformer_tiny.yaml"))
     grid = replace(published.grid, lo=(-16.0, -16.0, -1.0 - LIDAR_HEIGHT))
     save_config(tmp_path / "model.yaml", replace(published, grid=grid))
     config = TrainingConfig(

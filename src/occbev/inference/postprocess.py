@@ -37,6 +37,9 @@ NMS_RADIUS: dict[str, float] = {
 LARGEST_SIZE = 40.0
 """Metres; exp of a wild log size would overflow."""
 
+MAX_HEIGHT = 10.0
+"""Metres above or below the frame's origin within which a box has its centre."""
+
 NEAR = 0.1
 """Least depth in metres at which a camera sees a voxel."""
 
@@ -84,7 +87,7 @@ def decode_boxes(
     heatmap: (C, Y, X) logits. box: (10, Y, X): offset x, y in cells from the cell's lower corner, z of the
         centre, log l, log w, log h, sin yaw, cos yaw, vx, vy.
     Raises:
-        OutputError: shapes do not fit each other, or the heat map is not finite.
+        OutputError: shapes do not fit each other, or the heat map or a box is not finite.
     """
     decoding = decoding or BoxDecoding()
     _check_maps(heatmap, box, bev, classes)
@@ -92,6 +95,9 @@ def decode_boxes(
     logit = heatmap[label, row, column]
     values = box[:, row, column].T.astype(np.float64)  # (M, 10)
     boxes = Boxes3D(_to_metres(values, row, column, bev), label.astype(np.int64), _sigmoid(logit), cameras)
+    if not np.isfinite(boxes.box).all():
+        raise OutputError("the box map holds values that are not finite")
+    boxes = boxes[_within_reach(boxes.box, bev)]
     if decoding.nms == "circle":
         return boxes[circle_nms(boxes, np.array([NMS_RADIUS[name] for name in classes]))]
     return boxes[rotated_nms(boxes, decoding.max_overlap)] if decoding.nms == "rotated" else boxes
@@ -112,7 +118,7 @@ def circle_nms(boxes: Boxes3D, radius: NDArray[np.float64]) -> NDArray[np.bool_]
     """Return which of (M,) boxes, best first, have no better kept one of their class within radius (C,) metres."""
     offset = boxes.box[:, None, :2] - boxes.box[None, :, :2]
     rivals = np.hypot(offset[..., 0], offset[..., 1]) < radius[boxes.label][:, None]
-    return _greedy(rivals & (boxes.label[:, None] == boxes.label[None, :]))
+    return suppress(rivals & (boxes.label[:, None] == boxes.label[None, :]))
 
 
 def rotated_nms(boxes: Boxes3D, max_overlap: float) -> NDArray[np.bool_]:
@@ -125,7 +131,7 @@ def rotated_nms(boxes: Boxes3D, max_overlap: float) -> NDArray[np.bool_]:
     near &= boxes.label[:, None] == boxes.label[None, :]
     for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True):
         rivals[i, j] = rivals[j, i] = bev_overlap(boxes.box[i], boxes.box[j]) > max_overlap
-    return _greedy(rivals)
+    return suppress(rivals)
 
 
 def bev_overlap(a: Floats, b: Floats) -> float:
@@ -283,12 +289,19 @@ def _to_metres(values: NDArray[np.float64], row: NDArray[np.intp], column: NDArr
     return np.concatenate([centre, values[:, 2:3], size, yaw, values[:, 8:10]], 1).astype(np.float32)
 
 
+def _within_reach(box: Floats, bev: BevGrid) -> NDArray[np.bool_]:
+    """Return which of (M, 9) boxes have their centre on the BEV or at most a cell beside it, at a height of a street."""
+    lo, hi, pitch = (np.asarray(corner) for corner in (bev.lo, bev.hi, bev.pitch))
+    on_plane = ((box[:, :2] >= lo - pitch) & (box[:, :2] <= hi + pitch)).all(1)
+    return on_plane & (np.abs(box[:, 2]) <= MAX_HEIGHT)
+
+
 def _sigmoid(logit: Floats) -> Floats:
     return (1 / (1 + np.exp(-logit.astype(np.float64)))).astype(np.float32)
 
 
-def _greedy(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Keep items in order; each kept one drops its later rivals (M, M)."""
+def suppress(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which of (M,) items remain: in order, each that remains drops its later rivals (M, M)."""
     keep = np.ones(len(rivals), bool)
     for index in range(len(rivals)):
         if keep[index]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occbev.config import ModelConfig
 from occbev.geometry import frame2ego, wrap_angle, wxyz_from_rotation, yaw_from_rotation
 from occbev.grid import BevGrid
 from occbev.inference.capacity import Tables, check_capacity
@@ -203,28 +202,12 @@ def warp_table(key2past: ArrayLike, bev: BevGrid, reference_quirks: bool = False
     return (place / (columns - 1, rows - 1) * 2 - 1).astype(np.float32)
 
 
-def camera_tables(
-    model: ModelConfig,
-    intrinsic: ArrayLike,
-    cam2ego: ArrayLike,
-    alive: NDArray[np.bool_] | None = None,
-) -> Tables:
-    """Return the tables of an exported graph of the families bevformer and detr3d that depend on the rig.
+def projection_table(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], frame: str
+) -> NDArray[np.float32]:
+    """Return (N, 4, 4): points of the frame to x and y in 0..1 of the image times depth, depth, 1.
 
-    intrinsic: (N, 3, 3) of network-size images. cam2ego: (N, 4, 4). alive: (N,), cameras that see queries at all.
-    Returns: those of `reference_tables`, or for detr3d table_projection (1, N, 4, 4): points of the BEV's
-    frame to x and y in 0..1 of the image times depth, depth, 1.
+    intrinsic: (N, 3, 3) of images of image_size (width, height). cam2ego: (N, 4, 4).
     """
-    size = (model.image.width, model.image.height)
-    frame2img = frame_to_images(intrinsic, cam2ego, model.bev.frame)
-    if model.family == "detr3d":
-        scale = np.diag([1 / size[0], 1 / size[1], 1.0, 1.0])
-        return {"table_projection": (scale @ frame2img)[None].astype(np.float32)}
-    former = model.bevformer
-    if former is None:
-        raise ValueError(f"{model.name}: family {model.family!r} has no reference points")
-    pillars = pillar_points(model.bev, former.z_range, former.heights)
-    places, visible = project(pillars, frame2img, size)
-    if alive is not None:
-        visible &= alive[:, None, None]
-    return reference_tables(places, visible, former.max_rows, former.max_slots)
+    scale = np.diag([1 / image_size[0], 1 / image_size[1], 1.0, 1.0])
+    return (scale @ frame_to_images(intrinsic, cam2ego, frame)).astype(np.float32)

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occbev.config import LiftConfig, ModelConfig
+from occbev.config import LiftConfig
 from occbev.geometry import frame2ego, invert_transform
 from occbev.grid import BevGrid
 from occbev.inference.capacity import TableCapacityError, Tables, check_capacity
-from occbev.inference.reference_points import camera_tables
-from occbev.rig import CameraRig
 
 GATHER_WIDTH = 8
 """Rows that one stage of the gather form adds up."""
@@ -248,75 +246,6 @@ def gate_parameters(intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike
         cam2ego[:, :3, 3],
     ]
     return np.concatenate(parts, 1).astype(np.float32)
-
-
-def calibration_table(intrinsic: ArrayLike, cam2ego: ArrayLike, model: ModelConfig) -> NDArray[np.float32]:
-    """Return what the model's depth net reads of each camera: (N, K, h, w), or (N, K, 1, 1) if constant.
-
-    intrinsic: (N, 3, 3) of network-size images. Published camera parameters are those of source images,
-    which were scaled to the network's width and cut to the lower rows.
-    """
-    size = (model.image.width, model.image.height)
-    if model.bevdet is None:
-        return ray_table(intrinsic, cam2ego, size, model.lift)
-    if model.bevdet.depth_net == "plain":
-        return np.zeros((len(np.asarray(intrinsic)), 1, 1, 1), np.float32)
-    scale = size[0] / model.bevdet.source_width
-    src2img = np.diag([scale, scale, 1.0])
-    src2img[1, 2] = size[1] - round(scale * model.bevdet.source_height)
-    source = np.linalg.inv(src2img) @ np.asarray(intrinsic, np.float64)
-    parameters = gate_parameters if model.bevdet.depth_net == "gated" else camera_parameters
-    return parameters(source, cam2ego, src2img)[:, :, None, None]
-
-
-class TableCache:
-    """The tables of the rigs seen last, keyed by calibration hash."""
-
-    def __init__(self, model: ModelConfig, form: str, size: int = 4) -> None:
-        """form: a key of `FORMS`, as the loaded graph wants it."""
-        if form not in FORMS:
-            raise ValueError(f"table form {form!r}: must be one of {sorted(FORMS)}")
-        self._model, self._form, self._size = model, form, size
-        self._tables: dict[str, Tables] = {}
-
-    def tables(self, rig: CameraRig, camera_valid: ArrayLike | None = None) -> Tables:
-        """Return the tables of a rig whose cameras have the network's input size.
-
-        camera_valid: (N,); tables of the form "slots" leave missing cameras out, which take up room otherwise.
-
-        They are `bag_tables` or `gather_tables` with table_ray (1, N, K, h, w) of `calibration_table`, or
-        those of `occbev.inference.reference_points.camera_tables`.
-        """
-        alive = np.ones(len(rig), bool)
-        if camera_valid is not None and self._form == "slots":
-            alive = np.asarray(camera_valid) > 0
-        key = rig.hash + alive.tobytes().hex()
-        if key not in self._tables:
-            while len(self._tables) >= self._size:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = self._build(rig, alive)
-        return self._tables[key]
-
-    def _build(self, rig: CameraRig, alive: NDArray[np.bool_]) -> Tables:
-        model = self._model
-        size = (model.image.width, model.image.height)
-        for camera in rig.cameras:
-            if (camera.width, camera.height) != size:
-                raise ValueError(
-                    f"camera {camera.name} is {camera.width}x{camera.height}, the network takes {size[0]}x{size[1]}"
-                )
-        intrinsic = np.stack([c.intrinsic for c in rig.cameras])
-        cam2ego = np.stack([c.cam2ego for c in rig.cameras])
-        if self._form in ("slots", "projection"):
-            return camera_tables(model, intrinsic, cam2ego, alive)
-        cam2frame = to_bev_frame(cam2ego, model.bev)
-        points = lift_points(intrinsic, cam2frame, size, model.lift, model.bev)
-        room = (model.bev, model.lift.max_points, model.lift.height_bins)
-        if self._form == "bag":
-            tables = bag_tables(points, *room)
-        else:
-            tables = gather_tables(points, *room, model.lift.max_cells)
-        return tables | {"table_ray": calibration_table(intrinsic, cam2frame, model)[None]}
 
 
 def to_bev_frame(cam2ego: ArrayLike, bev: BevGrid) -> NDArray[np.float64]:

@@ -12,7 +12,8 @@ from occbev.inference.backend import Arrays, BackendError, RunSettings
 from occbev.inference.model_package import ModelPackage
 from occbev_training.models.build import build_for_weights
 from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
-from occbev_training.models.graphs import Graph, GraphError, make_graph
+from occbev_training.models.families import make_graph
+from occbev_training.models.graphs import Graph, GraphError
 
 
 class TorchBackend:
@@ -47,7 +48,7 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TorchBac
         state, _ = read_weights(path)
         network = build_for_weights(package.model, state)
         load_strictly(network, state, str(path))
-        graph = make_graph(network, "bag")
+        graph = make_graph(network, "native")
     except GraphError as error:
         raise BackendError(f"{path}: {error}") from error
     except CheckpointError as error:

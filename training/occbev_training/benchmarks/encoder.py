@@ -26,7 +26,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from occbev.benchmarks import Options, Report, run_interleaved
-from occbev.config import ModelConfig
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.onnx_backend import PROVIDERS
 from occbev.inference.openvino_backend import shared_core
 from occbev_training.benchmarks.measure import bench_device, speedup, waiting
@@ -44,7 +44,7 @@ def encoders() -> dict[str, tuple[nn.Module, tuple[int, int]]]:
     """Return each encoder with random weights and the (height, width) of its images."""
     backbone = ResNet(50, (3, 4))
     resnet = ResNetImageEncoder(backbone, PyramidNeck(backbone.widths, 256))
-    tiny = ModelConfig()
+    tiny = LiftSplatModel()
     return {
         "occbev-tiny": (ImageEncoder(tiny.encoder).eval(), (tiny.image.height, tiny.image.width)),
         "resnet50": (resnet.eval(), (256, 704)),

@@ -20,6 +20,7 @@ import torch
 from occbev.benchmarks import Options, Report
 from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CachedSample, CacheInfo, SampleCache, open_cache, write_sample
 from occbev_training.data.datasets import SampleDataset, batches
@@ -39,7 +40,7 @@ def run(options: Options) -> Report:
     """Train both stages for a few steps each and report where the time went."""
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        cache = random_cache(Path(folder) / "cache", ModelConfig())
+        cache = random_cache(Path(folder) / "cache", LiftSplatModel())
         shares = {stage: measure(stage, cache, Path(folder) / stage, options) for stage in ("pretrain", "finetune")}
     for stage, share in shares.items():
         values |= {f"{stage}_{name}": value for name, value in share.items()}
@@ -50,7 +51,7 @@ def run(options: Options) -> Report:
 
 def measure(stage: str, cache: SampleCache, folder: Path, options: Options) -> dict[str, float]:
     """Return the shares of one stage: of wall time from the end of the warm-up to the last step."""
-    model, threads = ModelConfig(), options.threads or 1
+    model, threads = LiftSplatModel(), options.threads or 1
     steps = WARM_STEPS + STEPS_PER_ROUND * options.rounds
     config = TrainingConfig(
         stage=stage,

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from occbev.config import ConfigError, ModelConfig, load_config, to_record
+from occbev.config import ConfigError, ModelConfig, to_record
 from occbev.files import file_hash
+from occbev.inference.families import load_model
 from occbev.inference.model_package import ModelPackage, write_package
 from occbev.share import share_path
 from occbev_training.models.build import TRAINING_STAGES, build_model
@@ -25,8 +26,8 @@ from occbev_training.models.checkpoints import CheckpointError, save_weights
 from occbev_training.models.renaming import (
     ConversionReport,
     Rules,
-    load_published,
-    published_names,
+    load_reference,
+    reference_names,
 )
 
 
@@ -67,7 +68,7 @@ def load_family(name: str) -> ModelConfig:
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         raise ConfigError(f"--family {name!r}: no such configuration; known are {known}")
-    return load_config(path, ModelConfig)
+    return load_model(path)
 
 
 def convert(
@@ -82,10 +83,10 @@ def convert(
         network = _on_meta(model, stage)
         if network is None:
             continue
-        rules: Rules = network.published_names  # type: ignore[assignment]
-        report = load_published(network, state, rules)
+        rules: Rules = network.reference_names  # type: ignore[assignment]
+        report = load_reference(network, state, rules)
         if report.complete:
-            names = published_names(network.state_dict(), rules)
+            names = reference_names(network.state_dict(), rules)
             return stage, report, {own: state[name] for own, name in names.items()}
         reports[stage] = report
     stage, report = max(reports.items(), key=lambda entry: len(entry[1].converted))
@@ -123,6 +124,6 @@ def _on_meta(model: ModelConfig, stage: str) -> nn.Module | None:
             network = build_model(model, stage)
     except ConfigError:
         return None
-    if not getattr(network, "published_names", ()):
+    if not getattr(network, "reference_names", ()):
         raise ConfigError(f"{model.name}: no published weights are known for this family")
     return network

@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from occbev.config import ConfigError, ModelConfig, load_config
+from occbev.config import ConfigError, ModelConfig
+from occbev.inference.families import load_model
 from occbev.inference.model_package import ModelPackage
 from occbev_training.data.cache import open_cache
 from occbev_training.export.package import ExportError, export_package
@@ -98,11 +99,11 @@ def _source(weights: Path, model: Path | None) -> tuple[ModelConfig, Path, dict[
     """Return the model, its weights file, and what a package among the arguments knows of their origin."""
     if weights.is_dir():
         package = ModelPackage.load(weights)
-        config = package.model if model is None else load_config(model, ModelConfig)
+        config = package.model if model is None else load_model(model)
         return config, package.path("weights.safetensors"), dict(package.provenance)
     if model is None:
         raise ConfigError(f"{weights}: is no package, so that --model must name its configuration")
-    return load_config(model, ModelConfig), weights, {}
+    return load_model(model), weights, {}
 
 
 def _calibrate(model: ModelConfig, report: Path | None) -> ModelConfig:

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from occbev.config import ModelConfig, load_config
+from occbev.config import ModelConfig
+from occbev.inference.families import load_model
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the cache; prints each drive as it is finished."""
-    model = in_base_link(load_config(args.model, ModelConfig))  # as training will ask for it
+    model = in_base_link(load_model(args.model))  # as training will ask for it
     config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
     if args.scenes and not args.nuscenes:
         raise ValueError("--scenes names scenes of --nuscenes ROOT")

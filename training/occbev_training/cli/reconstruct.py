@@ -16,7 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from occbev.config import ConfigError, ModelConfig, load_config
+from occbev.config import ConfigError, load_config
+from occbev.inference.families import load_model
 from occbev.reports.rendering import stack_pictures
 from occbev_training.data.samples import open_samples
 from occbev_training.engine.config import TrainingConfig
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the IoU of every sample and draw them."""
-    model = load_config(args.run / "model.yaml", ModelConfig)
+    model = load_model(args.run / "model.yaml")
     network = build_model(model, "pretrain")
     weights = args.run / "weights.safetensors"
     load_strictly(network, read_weights(weights)[0], str(weights))

@@ -42,17 +42,10 @@ from occbev_training.data.cache import CachedSample, CacheError
 from occbev_training.data.label_frame import boxes_in_frame, in_base_link
 from occbev_training.data.published_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
-from occbev_training.data.windows import (
-    MotionTables,
-    PastFrames,
-    View,
-    bevformer_history,
-    history_length,
-    lift_history,
-    past_indices,
-)
-from occbev_training.models.geometry import Geometry, make_geometry
-from occbev_training.models.queries.bevformer import BevFormerViews
+from occbev_training.data.windows import history_length, past_indices
+from occbev_training.models.families import make_geometry, training_family
+from occbev_training.models.geometry import Geometry
+from occbev_training.models.history import History, MotionTables, PastFrames, View
 
 SEMANTIC_VOXELS = 60_000
 """Voxels per sample whose semantics are supervised, drawn from those that the cameras see."""
@@ -232,20 +225,15 @@ class Collate:
         samples = _same_cameras(samples)
         valid = np.stack([s.camera_valid for s in samples])
         geometry = make_geometry(self.model, [s.intrinsic for s in samples], [s.cam2ego for s in samples], valid)
-        past: tuple[PastFrames, ...] = ()
-        motion: MotionTables | None = None
-        windows, keys = [s.past for s in samples], [s.view for s in samples]
-        if windows[0] and self.model.family == "bevformer":
-            past, motion, signals = bevformer_history(windows, keys, self.model)
-            assert isinstance(geometry, BevFormerViews)
-            geometry = BevFormerViews(geometry.hits, signals)
-        elif windows[0]:
-            past = lift_history(windows, keys, self.model)
+        history, windows = History((), None, geometry), [s.past for s in samples]
+        if windows[0]:
+            keys = [s.view for s in samples]
+            history = training_family(self.model).history(self.model, windows, keys, geometry)
         return TrainingBatch(
             names=tuple(s.name for s in samples),
             images=torch.from_numpy(np.stack([s.images for s in samples])).permute(0, 1, 4, 2, 3),
             camera_valid=torch.from_numpy(valid).float(),
-            geometry=geometry,
+            geometry=history.geometry,
             depth_bin=torch.from_numpy(np.stack([s.depth_bin for s in samples])),
             state=_volumes([s.state for s in samples]),
             visible=_volumes([s.visible for s in samples]),
@@ -255,8 +243,8 @@ class Collate:
             semantics=_volumes([s.semantics for s in samples]),
             semantics_mask=_volumes([s.semantics_mask for s in samples]),
             shown=_choose_order(samples),
-            past=past,
-            motion=motion,
+            past=history.past,
+            motion=history.motion,
         )
 
 
@@ -302,8 +290,8 @@ def with_past(
     """Add the past frames of a sample, which share its draw; vary: as in `past_indices`, by the draw's seed."""
     if length == 0:
         return sample
-    rng = np.random.default_rng(draw.seed + 2) if vary else None
-    chosen = past_indices(samples, index, length, model.family, rng)
+    rng = np.random.default_rng(draw.seed + 2) if vary and training_family(model).skips_frames else None
+    chosen = past_indices(samples, index, length, rng)
     past = tuple(None if i is None else _past_view(samples[i], draw, samples.moment(i).ego2global) for i in chosen)
     pose = augment_ego2global(samples.moment(index).ego2global, draw)
     return replace(sample, ego2global=pose, past=past)
@@ -328,8 +316,14 @@ def thinned(mask: NDArray[np.bool_], most: int, seed: int) -> NDArray[np.bool_]:
 
 
 def depth_labels(sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], model: ModelConfig) -> NDArray[np.int64]:
-    """Return the depth bin of the nearest return in each stride x stride patch, (N, h, w), or NO_DEPTH."""
-    stride, config = model.lift.stride, model.lift.depth
+    """Return the depth bin of the nearest return in each stride x stride patch, (N, h, w), or NO_DEPTH.
+
+    Of a network that predicts no depth there are none: (N, 0, 0).
+    """
+    lift = training_family(model).lift(model)
+    if lift is None:
+        return np.zeros((len(alive), 0, 0), np.int64)
+    stride = lift.stride
     shape = (len(alive), model.image.height // stride, model.image.width // stride)
     pixel = augment_pixels(sample.lidar_camera, sample.lidar_pixel, draw)
     inside = (
@@ -338,7 +332,7 @@ def depth_labels(sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], mod
     column, row = (pixel[inside] // stride).astype(np.int64).T
     nearest = np.full(shape, np.inf, np.float32)
     np.minimum.at(nearest, (sample.lidar_camera[inside], row, column), sample.lidar_depth[inside])
-    return depth_to_bin(nearest, config)
+    return depth_to_bin(nearest, lift.depth)
 
 
 def in_any_image(

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from occbev.config import (
     ConfigError,
-    EncoderConfig,
     ModelConfig,
     load_config,
     save_config,
     to_record,
 )
 from occbev.files import file_hash
-from occbev.geometry import frame2ego
-from occbev.inference.query_boxes import decode_queries
+from occbev.inference.families import load_model
+from occbev.inference.pipeline import boxes_of
 from occbev_training.data.cache import CacheError
 from occbev_training.data.datasets import SampleDataset, batches
 from occbev_training.data.label_frame import in_base_link
@@ -33,12 +32,12 @@ from occbev_training.data.samples import Samples, balanced_order, open_samples
 from occbev_training.data.windows import history_length
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.trainer import Objective, Trainer, tune_process
-from occbev_training.evaluation.frames import Prediction, evaluate, reconstruction_iou
+from occbev_training.evaluation.frames import SCORING, Prediction, evaluate, reconstruction_iou
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import read_weights, transfer
-from occbev_training.models.heads.centre_head import merge_tasks
+from occbev_training.models.families import training_family
 from occbev_training.models.network import NetworkOutput
 
 logger = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ def _require_labels(model: ModelConfig, network: nn.Module) -> None:
 
 def model_to_train(config: TrainingConfig) -> ModelConfig:
     """Return the model config that a run trains, in the frame that it asks for."""
-    model = load_config(Path(config.model), ModelConfig)
+    model = load_model(Path(config.model))
     return in_base_link(model) if config.frame == "base_link" else model
 
 
@@ -153,8 +152,7 @@ def default_start(model: ModelConfig) -> Path | None:
     Raises:
         ConfigError: the model takes them and the package is missing.
     """
-    own = model.family == "lss" and model.bevdet is None
-    if not own or model.encoder.backbone != EncoderConfig().backbone:
+    if not training_family(model).takes_lite0(model):
         logger.warning("%s begins from random weights; give --imagenet or --from", model.name)
         return None
     try:
@@ -227,19 +225,14 @@ def predictor(
 
 
 def _prediction(output: NetworkOutput, model: ModelConfig) -> Prediction:
-    """Take the first sample out of a batch; boxes of object queries are decoded here."""
-    boxes, box = None, output.box
-    if box is not None and output.heatmap is not None and model.bevdet is not None:
-        box = merge_tasks(output.heatmap, box, model.bevdet.tasks)
-    if output.class_logits is not None and output.box_codes is not None:
-        answers = _array(output.class_logits[-1]), _array(output.box_codes[-1])
-        boxes = decode_queries(*answers, frame2ego(model.bev.frame))
+    """Take the first sample out of a batch, its boxes decoded as the robot does."""
+    answers = {"heatmap": output.heatmap, "box": output.box}
+    answers |= {"class_logits": _last(output.class_logits), "box_codes": _last(output.box_codes)}
+    arrays = {name: _array(tensor)[None] for name, tensor in answers.items() if tensor is not None}
     return Prediction(
-        heatmap=_array(output.heatmap),
-        box=_array(box),
+        boxes=boxes_of(arrays, model, SCORING),
         occupancy=_array(output.occupancy_logits),
         reconstruction=_array(output.reconstruction_logits),
-        boxes=boxes,
     )
 
 
@@ -353,6 +346,11 @@ def _write_record(
         },
     }
     path.write_text(json.dumps(record, indent=1))
+
+
+def _last(layers: Tensor | None) -> Tensor | None:
+    """Of decoder layers only the last one answers."""
+    return None if layers is None else layers[-1]
 
 
 def _array(tensor: Tensor | None) -> Any:

@@ -23,19 +23,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from occbev.config import ModelConfig, to_record
+from occbev.config import MAX_CAMERAS, ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.backend import FACTORS, PER_CAMERA
-from occbev.inference.memory import first_state, motion_inputs
+from occbev.inference.families import family_of
+from occbev.inference.families.record import Moment
 from occbev.inference.model_package import ModelPackage, write_package
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
-from occbev.inference.tables import TableCache
+from occbev.inference.table_cache import TableCache
 from occbev.rig import Camera, CameraRig
 from occbev_training.data.cache import SampleCache
 from occbev_training.export.quantise import check_frames, described, quantise
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.encoders.deformable_conv import plain_operators
-from occbev_training.models.graphs import Graph, GraphError, make_graph
+from occbev_training.models.families import make_graph, training_family
+from occbev_training.models.graphs import Graph, GraphError
 from occbev_training.models.heads.occupancy_head import SUBPIXEL, interleave
 
 logger = logging.getLogger(__name__)
@@ -104,11 +106,11 @@ def export_package(
     Raises: ExportError if a graph differs from torch by more than its tolerance, QuantisationError if it cannot be quantised.
     """
     if calibration is not None:
-        if not is_own(model) or getattr(network, "occupancy_head", None) is None:
+        if not has_ir(model) or getattr(network, "occupancy_head", None) is None:
             raise ExportError(f"{model.name}: only our own Lift-Splat networks with a semantic head are quantised")
         check_frames(model, calibration)
     network.eval().float().cpu()
-    graph = _graph(network, "gather")
+    graph = _graph(network, "onnx")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES]:
         stale.unlink()  # a graph that an earlier export left would be sealed, and preferred
@@ -117,7 +119,7 @@ def export_package(
         shutil.copyfile(path, folder / path.name)
     operators = write_onnx(graph, model, folder / "model.onnx")
     unrounded = None
-    if is_own(model):
+    if has_ir(model):
         unrounded = write_ir(network, model, folder / "model.xml", compress=True)
     parity = check_graphs(network, model, folder, unrounded, cameras)
     metrics = {**metrics, "export_difference": parity.as_record()}
@@ -133,9 +135,9 @@ def export_package(
     return write_package(folder, model, provenance, metrics)
 
 
-def is_own(model: ModelConfig) -> bool:
-    """Whether a network is one of our own Lift-Splat networks, which get an OpenVINO graph as well."""
-    return model.family == "lss" and model.bevdet is None
+def has_ir(model: ModelConfig) -> bool:
+    """Whether networks of the family get an OpenVINO graph as well, which can be quantised."""
+    return "factored" in training_family(model).graphs
 
 
 def write_onnx(graph: Graph, model: ModelConfig, path: Path) -> Mapping[str, int]:
@@ -242,7 +244,7 @@ def check_graphs(
     Raises: ExportError naming the output that differs.
     """
     sizes = cameras or [n for n in (6, 5, 7) if n <= model.max_cameras]
-    gather, bag = _graph(network, "gather"), _graph(network, "bag")
+    gather, bag = _graph(network, "onnx"), _graph(network, "native")
     worst: dict[str, Differences] = {"onnxruntime": {}, "openvino": {}, "plain": {}}
     for count in sizes:
         for seed in (0, 1) if model.past_frames else (0,):
@@ -305,12 +307,12 @@ def example_inputs(
         "camera_valid": np.ones((1, len(rig)), np.float32),
         **TableCache(model, graph.form).tables(rig),
     }
-    if model.past_frames:
-        before = make_transform(rotation_from_yaw(0.3), (100.0, 50.0, 0.0))
-        now = make_transform(rotation_from_yaw(0.4), (101.5, 50.4, 0.0))
-        state = generator.standard_normal(first_state(model).shape).astype(np.float32)
-        motion = motion_inputs(model, now, (before, now) if seed else None)
-        arrays |= {"state_in_bev": state, **motion}
+    family = family_of(model)
+    before = Moment(0, make_transform(rotation_from_yaw(0.3), (100.0, 50.0, 0.0)), rig)
+    now = Moment(500_000_000, make_transform(rotation_from_yaw(0.4), (101.5, 50.4, 0.0)), rig)
+    for name, state in family.first_state(model, len(rig)).items():
+        arrays[name] = generator.standard_normal(state.shape).astype(np.float32)
+    arrays |= family.motion(model, now, before if seed else None)
     return {name: arrays[name] for name in graph.inputs}
 
 
@@ -382,13 +384,11 @@ def model_card(
     outputs = [f"3D boxes of {len(model.detection_classes)} classes"] * has_boxes
     outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_classes
     outputs += ["geometric occupancy (free, occupied, unknown) without classes"] * (has_voxels and not has_classes)
-    cameras = "any number of" if model.family == "lss" else f"up to {model.max_cameras}"
+    cameras = "any number of" if model.max_cameras == MAX_CAMERAS else f"up to {model.max_cameras}"
     rows = {
         "parameters": f"{parameters / 1e6:.2f} million",
         "input": f"{cameras} cameras, {image.width}x{image.height} pixels each",
-        "image encoder": _encoder(model),
-        "view transform": _view_transform(model),
-        "memory": _memory(model),
+        **training_family(model).describe(model),
         "BEV": f"{_extent(model.bev.lo, model.bev.hi)}, cells of {model.bev.pitch[0]:.4g} m, frame {model.bev.frame}",
     }
     if has_voxels:
@@ -419,30 +419,6 @@ def model_card(
             "",
         ]
     )
-
-
-def _encoder(model: ModelConfig) -> str:
-    if model.resnet is not None and model.family != "lss":
-        deformable = ", deformable convolutions" if model.resnet.deformable_stages else ""
-        return f"ResNet-{model.resnet.depth}{deformable}, {model.resnet.levels} levels"
-    if model.bevdet is not None:
-        return f"ResNet-{model.bevdet.depth}"
-    return f"{model.encoder.backbone}, {model.encoder.stages} stages"
-
-
-def _view_transform(model: ModelConfig) -> str:
-    depth = model.lift.depth
-    if model.family == "bevformer":
-        return f"BEVFormer, {model.bevformer.layers if model.bevformer else 0} layers"
-    if model.family == "detr3d":
-        return "none: object queries read the images (DETR3D)"
-    return f"Lift-Splat, {depth.bins} depth bins from {depth.lo} to {depth.hi} m"
-
-
-def _memory(model: ModelConfig) -> str:
-    if model.family == "bevformer":
-        return "the BEV of the frame before"
-    return f"{model.past_frames} past frames" if model.past_frames else "none"
 
 
 def _graph(network: nn.Module, form: str) -> Graph:

@@ -21,7 +21,7 @@ from occbev.config import ModelConfig
 from occbev.inference.memory import Memory
 from occbev.inference.openvino_backend import shared_core
 from occbev.inference.preprocess import Preprocessor
-from occbev.inference.tables import TableCache
+from occbev.inference.table_cache import TableCache
 from occbev_training.data.cache import CachedSample, SampleCache
 from occbev_training.evaluation.data import read_cached_rig
 

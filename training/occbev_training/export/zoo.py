@@ -1,90 +1,22 @@
-"""The networks in config/models: their reduced forms for checks, and what is published of each."""
+"""The networks in config/models: what is published of each, and whether it converts and exports."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from occbev.config import (
-    BevEncoderConfig,
-    DepthConfig,
-    DetectionHeadConfig,
-    ModelConfig,
-    OccupancyHeadConfig,
-)
-from occbev.grid import VoxelGrid
+from occbev.config import ModelConfig
 from occbev_training.export.package import check_graphs, write_onnx
 from occbev_training.models.build import build_model
-from occbev_training.models.graphs import GraphError, make_graph
-from occbev_training.models.renaming import load_published
-
-REDUCED_CELLS = 16
-"""Cells along each side of a reduced BEV."""
-
-
-def reduced(model: ModelConfig) -> ModelConfig:
-    """Return the same architecture with small images, a small BEV and narrow layers: seconds on a CPU.
-
-    Every kind of part, frame, quirk and the number of frames, tasks and levels stay.
-    """
-    side = (REDUCED_CELLS, REDUCED_CELLS)
-    grid = VoxelGrid((-16.0, -16.0, -1.0), (2.0, 2.0, 0.8), (*side, 8), model.grid.frame)
-    lift = replace(
-        model.lift,
-        depth=DepthConfig(1.0, 25.0, 4.0, model.lift.depth.spacing),
-        height_bins=8 if model.lift.height_bins > 1 else 1,
-        max_points=2048,
-        channels=8,
-    )
-    return replace(
-        model,
-        image=replace(model.image, width=96, height=64),
-        encoder=replace(model.encoder, backbone="tf_efficientnet_lite0", channels=16),
-        lift=lift,
-        bev=replace(model.bev, lo=(-16.0, -16.0), pitch=(2.0, 2.0), shape=side),
-        bev_encoder=BevEncoderConfig((8, 16, 32), model.bev_encoder.blocks, 16),
-        grid=grid,
-        occupancy=OccupancyHeadConfig(8, 4, 4, model.occupancy.min_free),
-        detection=DetectionHeadConfig(8),
-        **_reduce_parts(model),
-    )
-
-
-def _reduce_parts(model: ModelConfig) -> dict[str, object]:
-    parts: dict[str, object] = {}
-    if model.bevdet is not None:
-        parts["bevdet"] = replace(
-            model.bevdet,
-            depth=14,
-            neck_channels=32,
-            pyramid_channels=8,
-            bev_hidden=16,
-            occupancy_hidden=16,
-            source_width=192,
-            source_height=144,
-        )
-    if model.resnet is not None:
-        parts["resnet"] = replace(model.resnet, depth=14, channels=32)
-    if model.bevformer is not None:
-        centre = None if model.bevformer.turn_centre is None else (8.0, 8.0)
-        parts["bevformer"] = replace(
-            model.bevformer,
-            channels=32,
-            heads=4,
-            hidden=32,
-            layers=2,
-            turn_centre=centre,
-            max_rows=REDUCED_CELLS**2,
-        )
-    if model.query_head is not None:
-        parts["query_head"] = replace(model.query_head, queries=20, layers=2, heads=4, hidden=32)
-    return parts
+from occbev_training.models.families import make_graph, reduced
+from occbev_training.models.graphs import GraphError
+from occbev_training.models.renaming import load_reference
 
 
 def randomise_zero_init(network: nn.Module) -> nn.Module:
@@ -227,7 +159,7 @@ def count_converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
     """Return how many weights of a published table have their place in a network on the meta device, and all."""
     shapes = json.loads(table.read_text())
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    report = load_published(network, state, network.published_names)  # type: ignore[arg-type]
+    report = load_reference(network, state, network.reference_names)  # type: ignore[arg-type]
     return len(report.converted), len(shapes)
 
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from occbev.classes import FREE
-from occbev.config import ConfigError, ImageConfig, ModelConfig
-from occbev.grid import BevGrid
+from occbev.config import ImageConfig, ModelConfig
 from occbev_training.data.datasets import TrainingBatch
-from occbev_training.data.windows import PastFrames
 from occbev_training.losses import voxels_and_centres as losses
-from occbev_training.losses.centre_heads import LossWeights, centre_losses, task_targets
+from occbev_training.losses.centre_heads import task_terms
 from occbev_training.losses.config import LossConfig
-from occbev_training.losses.queries import query_loss
-from occbev_training.models.geometry import Geometry
-from occbev_training.models.heads.query_head import CODE_VALUES, VELOCITY_WEIGHT
-from occbev_training.models.lift_splat.lift_splat import BatchedPoints
-from occbev_training.models.network import Frame, NetworkOutput
-from occbev_training.models.queries.bevformer import BevFormerViews, Motion
-from occbev_training.models.queries.query_networks import BevFormerNetwork, PastFrame, remember
+from occbev_training.losses.queries import query_terms
+from occbev_training.models.families import training_family
+from occbev_training.models.network import NetworkOutput
+
+BoxLoss = Callable[[NetworkOutput, Sequence[Tensor], Sequence[Tensor], Any, LossConfig], dict[str, Tensor]]
+"""Weighted terms of an output, boxes (M, 9) and labels (M,) of each sample, a model, and the weights."""
+
+BOX_LOSSES: Mapping[str, BoxLoss] = {"centres": losses.centre_terms, "tasks": task_terms, "queries": query_terms}
+"""`TrainingFamily.box_loss` -> what a detection head of that kind minimises; nothing where the network has none."""
 
 
 @dataclass(frozen=True)
@@ -62,41 +63,11 @@ class FinetuneObjective:
         further losses of occupancy.
         """
         output = run_network(network, batch, self.model)
-        terms: dict[str, Tensor] = {}
-        if output.heatmap is not None and output.box is not None:
-            terms |= self._detection(output.heatmap, output.box, batch)
-        if output.class_logits is not None and output.box_codes is not None:
-            terms |= self._queries(output.class_logits, output.box_codes, batch)
+        detect = BOX_LOSSES[training_family(self.model).box_loss]
+        terms = detect(output, batch.boxes, batch.labels, self.model, self.weights)
         if output.occupancy_logits is not None:
             terms |= self._occupancy(output.occupancy_logits, batch)
         return terms | depth_term(output, batch, self.weights)
-
-    def _detection(self, heatmap: Tensor, box: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
-        weights, bev = self.weights, self.model.bev
-        if self.model.bevdet is not None:
-            tasks = self.model.bevdet.tasks
-            targets = task_targets(batch.boxes, batch.labels, tasks, bev)
-            published = LossWeights(weights.heatmap, weights.box, weights.velocity)
-            return by_head(centre_losses(heatmap, box, targets, published))
-        classes = len(self.model.detection_classes)
-        centres = losses.centre_targets(batch.boxes, batch.labels, bev, classes)
-        return {
-            "heatmap": weights.heatmap * losses.heatmap_loss(heatmap, centres.heatmap),
-            "box": weights.box * losses.box_loss(box, centres, weights.velocity),
-        }
-
-    def _queries(self, class_logits: Tensor, box_codes: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
-        bev = self.model.bev
-        near = [_within(box, bev) for box in batch.boxes]
-        boxes = [box[keep] for box, keep in zip(batch.boxes, near, strict=True)]
-        labels = [label[keep] for label, keep in zip(batch.labels, near, strict=True)]
-        weights = box_codes.new_tensor([1.0] * (CODE_VALUES - 2) + [VELOCITY_WEIGHT] * 2)
-        each = query_loss(class_logits.float(), box_codes.float(), boxes, labels, weights)
-        sums = {
-            f"query_{name}": torch.stack([v for k, v in each.items() if k.endswith(suffix)]).sum()
-            for name, suffix in (("class", "loss_cls"), ("box", "loss_bbox"))
-        }
-        return {name: self.weights.queries * value for name, value in sums.items()}
 
     def _occupancy(self, logits: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
         weights, counts = self.weights, batch.semantics_mask.flatten(1).sum(1).tolist()
@@ -119,12 +90,6 @@ class FinetuneObjective:
         return terms
 
 
-def _within(boxes: Tensor, bev: BevGrid) -> Tensor:
-    """Return which of (M, 9) boxes have their centre inside the BEV: references reach no further."""
-    lo, hi = boxes.new_tensor(bev.lo), boxes.new_tensor(bev.hi)
-    return ((boxes[:, :2] >= lo) & (boxes[:, :2] <= hi)).all(1)
-
-
 def score_occupied_iou(probability: Tensor, labels: Tensor) -> Tensor:
     """Lovasz surrogate of the occupied IoU; probability (K, M), labels (M,), both of one sample."""
     return losses.lovasz(1 - probability[FREE], labels != FREE)
@@ -136,13 +101,6 @@ def depth_term(output: NetworkOutput, batch: TrainingBatch, weights: LossConfig)
         return {}
     loss = losses.depth_loss(output.depth_logits, batch.depth_bin, weights.depth_kind)
     return {"depth": weights.depth * loss}
-
-
-def by_head(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the terms of all tasks up to `heatmap` and `box`."""
-    heatmap = [value for name, value in terms.items() if name.endswith("heatmap")]
-    box = [value for name, value in terms.items() if not name.endswith("heatmap")]
-    return {"heatmap": torch.stack(heatmap).sum(), "box": torch.stack(box).sum()}
 
 
 def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,46 +115,11 @@ def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, 
 
 
 def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:
-    """Normalise the images of a batch and run the network, with what it is to remember.
-
-    Raises: ConfigError for a network with a cost volume, which would be trained on an empty one.
-    """
-    if model.bevdet is not None and model.bevdet.stereo:
-        raise ConfigError(
-            f"{model.name}: bevdet.stereo is not trained: batches do not say where a pixel was in the frame before"
-        )
+    """Normalise the images of a batch and run the network, with what it is to remember."""
     images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
-    geometry: Geometry = batch.geometry
-    if model.family == "bevformer" and batch.past:
-        bare: nn.Module = getattr(network, "module", network)  # the past is seen without gradients
-        assert isinstance(bare, BevFormerNetwork)
-        assert batch.motion is not None
-        assert isinstance(geometry, BevFormerViews)
-        bev = remember(bare, [_past_frame(frame, model) for frame in batch.past])
-        assert bev is not None
-        motion = Motion(bev, batch.motion.known, batch.motion.align, batch.motion.shift)
-        geometry = replace(geometry, motion=motion)
-    output: NetworkOutput
-    if model.family == "lss" and batch.past:
-        past = [_lift_frame(frame, model) for frame in batch.past]
-        output = network(images, batch.camera_valid, geometry, past)
-    else:
-        output = network(images, batch.camera_valid, geometry)
-    return output
-
-
-def _lift_frame(frame: PastFrames, model: ModelConfig) -> Frame:
-    assert isinstance(frame.geometry, BatchedPoints)
-    images = shown(frame.images, frame.camera_valid, None, model.image)
-    return Frame(images, frame.camera_valid, frame.geometry)
-
-
-def _past_frame(frame: PastFrames, model: ModelConfig) -> PastFrame:
-    assert isinstance(frame.geometry, BevFormerViews)
-    assert frame.motion is not None
-    images = shown(frame.images, frame.camera_valid, None, model.image)
-    motion = frame.motion
-    return PastFrame(images, frame.geometry, motion.known, motion.align, motion.shift)
+    past = [replace(frame, images=shown(frame.images, frame.camera_valid, None, model.image)) for frame in batch.past]
+    family = training_family(model)
+    return family.run(network, images, batch.camera_valid, batch.geometry, past, batch.motion)
 
 
 def shown(images: Tensor, camera_valid: Tensor, pixels: Tensor | None, image: ImageConfig) -> Tensor:

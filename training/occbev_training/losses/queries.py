@@ -12,9 +12,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from occbev.config import ModelConfig
+from occbev.grid import BevGrid
+from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
 from occbev_training.losses.voxels_and_centres import sigmoid_focal
-from occbev_training.models.heads.query_head import encode_boxes
+from occbev_training.models.heads.query_head import CODE_VALUES, VELOCITY_WEIGHT, encode_boxes
+from occbev_training.models.network import NetworkOutput
 
 CLASS_WEIGHT = 2.0
 BOX_WEIGHT = 0.25
@@ -30,6 +34,34 @@ class Matches:
 
     query: Tensor
     target: Tensor
+
+
+def query_terms(
+    output: NetworkOutput,
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    model: ModelConfig,
+    weights: LossConfig,
+) -> dict[str, Tensor]:
+    """Return the weighted terms `query_class` and `query_box`, summed over layers; boxes, labels: of each sample."""
+    if output.class_logits is None or output.box_codes is None:
+        return {}
+    near = [_within(box, model.bev) for box in boxes]
+    boxes = [box[keep] for box, keep in zip(boxes, near, strict=True)]
+    labels = [label[keep] for label, keep in zip(labels, near, strict=True)]
+    codes = output.box_codes.float()
+    code_weights = codes.new_tensor([1.0] * (CODE_VALUES - 2) + [VELOCITY_WEIGHT] * 2)
+    each = query_loss(output.class_logits.float(), codes, boxes, labels, code_weights)
+    return {
+        f"query_{name}": weights.queries * torch.stack([v for k, v in each.items() if k.endswith(suffix)]).sum()
+        for name, suffix in (("class", "loss_cls"), ("box", "loss_bbox"))
+    }
+
+
+def _within(boxes: Tensor, bev: BevGrid) -> Tensor:
+    """Return which of (M, 9) boxes have their centre inside the BEV: references reach no further."""
+    lo, hi = boxes.new_tensor(bev.lo), boxes.new_tensor(bev.hi)
+    return ((boxes[:, :2] >= lo) & (boxes[:, :2] <= hi)).all(1)
 
 
 def match(logits: Tensor, codes: Tensor, target_codes: Tensor, labels: Tensor) -> Matches:

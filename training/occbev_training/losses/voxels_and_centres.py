@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from occbev.classes import FREE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.config import ModelConfig
 from occbev.grid import BevGrid
+from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
+from occbev_training.models.network import NetworkOutput
 
 LIDAR_ONLY_WEIGHT = 0.25
 """Weight of voxels that no camera sees: without them surfaces grow thick behind their first hit."""
@@ -275,6 +278,23 @@ def draw_gaussians(maps: Tensor, plane: Tensor, x: Tensor, y: Tensor, radius: Te
     drawn = near & (px >= 0) & (px < columns) & (py >= 0) & (py < rows)
     place = ((plane[:, None] * rows + py) * columns + px)[drawn]
     maps.view(-1).scatter_reduce_(0, place, value[drawn], "amax")
+
+
+def centre_terms(
+    output: NetworkOutput,
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    model: ModelConfig,
+    weights: LossConfig,
+) -> dict[str, Tensor]:
+    """Return the weighted terms `heatmap` and `box` of our own centre head; boxes, labels: of each sample."""
+    if output.heatmap is None or output.box is None:
+        return {}
+    centres = centre_targets(boxes, labels, model.bev, len(model.detection_classes))
+    return {
+        "heatmap": weights.heatmap * heatmap_loss(output.heatmap, centres.heatmap),
+        "box": weights.box * box_loss(output.box, centres, weights.velocity),
+    }
 
 
 def heatmap_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from occbev.inference.backend import FACTORS
 from occbev.inference.tables import GATHER_STAGES
-from occbev_training.models.heads.centre_head import merge_tasks
 from occbev_training.models.lift_splat.bevdet import BevDetNetwork
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, splat_by_gather
 from occbev_training.models.lift_splat.temporal import warp_bev
@@ -84,7 +83,6 @@ class LiftGraph(Graph):
         self.temporal = network.temporal is not None
         if self.temporal and network.view_transform.makes_volume:
             raise GraphError("a volume of past frames cannot be warped in the plane")
-        self.tasks = getattr(network.detection_head, "classes", ())
         self.outputs = tuple(n for n, part in HEADS.items() if getattr(network, part) is not None)
         self.outputs += ("state_out_bev",) if self.temporal else ()
 
@@ -118,9 +116,6 @@ class LiftGraph(Graph):
         return self.network.heads(bev)
 
     def _select(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        if "box" in self.outputs and self.tasks:
-            box = merge_tasks(results["heatmap"], results["box"], self.tasks)
-            results = {**results, "box": box}
         return tuple(results[name] for name in self.outputs)
 
 
@@ -252,28 +247,6 @@ class Detr3dGraph(Graph):
         """Return `outputs`."""
         output = self.network(images, camera_valid, CameraViews(table_projection))
         return _answers(output, self.outputs)
-
-
-LIFT_FORMS: Mapping[str, type[LiftGraph]] = {
-    "bag": BagGraph,
-    "factored": FactoredGraph,
-    "gather": GatherGraph,
-}
-"""Form of a Lift-Splat graph -> its class."""
-
-
-def make_graph(network: nn.Module, lift_form: str = "gather") -> Graph:
-    """Make the graph of a network of any family; lift_form: a key of LIFT_FORMS, for Lift-Splat.
-
-    Raises: GraphError if it has none.
-    """
-    if isinstance(network, OccBevNetwork):
-        return LIFT_FORMS[lift_form](network)
-    if isinstance(network, BevFormerNetwork):
-        return BevFormerGraph(network)
-    if isinstance(network, Detr3dNetwork):
-        return Detr3dGraph(network)
-    raise GraphError(f"a {type(network).__name__} is no network of a known family")
 
 
 def _query_outputs(network: BevFormerNetwork | Detr3dNetwork) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class ConversionReport:
         return ", ".join(counts)
 
 
-def published_names(own_names: Iterable[str], rules: Rules) -> dict[str, str]:
+def reference_names(own_names: Iterable[str], rules: Rules) -> dict[str, str]:
     """Return our name -> published name; raises ValueError if two of ours meet in one."""
     names = {name: published_name(name, rules) for name in own_names}
     if len(set(names.values())) != len(names):
@@ -57,13 +57,13 @@ def published_name(own: str, rules: Rules) -> str:
     return own
 
 
-def load_published(network: nn.Module, state: Mapping[str, Tensor], rules: Rules) -> ConversionReport:
+def load_reference(network: nn.Module, state: Mapping[str, Tensor], rules: Rules) -> ConversionReport:
     """Load a published state dict into a network; the report says what did not fit.
 
     The network is not changed unless the conversion is complete.
     """
     own = network.state_dict()
-    names = published_names(own, rules)
+    names = reference_names(own, rules)
     places = set(names.values())
     here = [n for n in own if names[n] in state]
     fits = [n for n in here if state[names[n]].shape == own[n].shape]
@@ -78,9 +78,9 @@ def load_published(network: nn.Module, state: Mapping[str, Tensor], rules: Rules
     return report
 
 
-def to_published(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+def to_reference(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Return a state dict of ours under published names."""
-    return {name: state[own] for own, name in published_names(state, rules).items()}
+    return {name: state[own] for own, name in reference_names(state, rules).items()}
 
 
 def _on_meta(state: Mapping[str, Tensor]) -> bool:

@@ -46,19 +46,3 @@ def split_tasks(heatmap: Tensor, box: Tensor, tasks: Sequence[int]) -> list[tupl
     """Return (heat map, box (B, 10, Y, X)) of every task."""
     boxes = box.split(BOX_CHANNELS, 1)
     return list(zip(heatmap.split(list(tasks), 1), boxes, strict=True))
-
-
-def merge_tasks(heatmap: Tensor, box: Tensor, tasks: Sequence[int]) -> Tensor:
-    """Return in each cell the box of the task whose best class scores highest there, (B, 10, Y, X).
-
-    Runtimes take one box per cell; two tasks that both find an object in one cell are rare.
-    """
-    if len(tasks) == 1:
-        return box
-    split = split_tasks(heatmap, box, tasks)
-    best, merged = split[0][0].amax(1, keepdim=True), split[0][1]
-    for scores, boxes in split[1:]:
-        score = scores.amax(1, keepdim=True)
-        merged = torch.where(score > best, boxes, merged)
-        best = torch.maximum(score, best)
-    return merged

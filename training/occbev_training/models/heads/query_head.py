@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from occbev.config import QueryHeadConfig
+from occbev.inference.families.queries import QueryHeadConfig
 from occbev_training.models.layers import FeedForward
 
 CODE_VALUES = 10

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from occbev.config import BevDetConfig, ModelConfig
+from occbev.inference.families.bevdet import BevDetConfig, BevDetModel
 from occbev.inference.tables import bin_depths, feature_pixels
 from occbev_training.models.encoders.image_necks import DeconvolutionNeck, PyramidNeck, ResNetImageEncoder
 from occbev_training.models.encoders.resnet import ResNet
@@ -48,13 +48,13 @@ DECONVOLUTION_SCALES = (0.25, 0.5, 1, 2)
 """From strides 4, 8, 16 and 32 to stride 16."""
 
 
-class PublishedLift(Splatter):
+class ReferenceLift(Splatter):
     """Lift-Splat with one of the published depth nets."""
 
     def __init__(
         self,
         depth_net: nn.Module,
-        config: ModelConfig,
+        config: BevDetModel,
         aggregate: nn.Module | None = None,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -85,7 +85,7 @@ class PublishedLift(Splatter):
 class BevDetNetwork(OccBevNetwork):
     """`OccBevNetwork` with stereo matching and published names and conventions."""
 
-    published_names: Rules = ()
+    reference_names: Rules = ()
     """Rules that turn our weight names into those of published checkpoints."""
     first_boxes = False
     """Whether the head speaks of boxes as BEVDet's first release did."""
@@ -125,10 +125,9 @@ def from_first_boxes(box: Tensor) -> Tensor:
     return torch.stack([x, y, z, length, width, height, -cos, -sin, vx, vy], 2).flatten(1, 2)
 
 
-def build_bevdet(config: ModelConfig, stage: str) -> BevDetNetwork:
+def build_bevdet(config: BevDetModel, stage: str) -> BevDetNetwork:
     """Build a network of the family with random weights; stage: "pretrain" or "finetune"."""
     parts = config.bevdet
-    assert parts is not None
     network = BevDetNetwork(
         _image_encoder(parts),
         _view_transform(config, parts),
@@ -136,12 +135,12 @@ def build_bevdet(config: ModelConfig, stage: str) -> BevDetNetwork:
         temporal=_temporal(config, parts),
         **_heads(config, parts, stage),
     )
-    network.published_names = rules_for(config)
+    network.reference_names = rules_for(config)
     network.first_boxes = parts.first_boxes
     return network
 
 
-def _heads(config: ModelConfig, parts: BevDetConfig, stage: str) -> dict[str, nn.Module]:
+def _heads(config: BevDetModel, parts: BevDetConfig, stage: str) -> dict[str, nn.Module]:
     if stage == "pretrain":
         return {"occupancy_decoder": _decoder(config, parts)}
     heads: dict[str, nn.Module] = {}
@@ -164,7 +163,7 @@ def _image_encoder(parts: BevDetConfig) -> ResNetImageEncoder:
     return ResNetImageEncoder(backbone, neck, MATCHING_STAGE if parts.stereo else None)
 
 
-def _view_transform(config: ModelConfig, parts: BevDetConfig) -> PublishedLift:
+def _view_transform(config: BevDetModel, parts: BevDetConfig) -> ReferenceLift:
     sizes = (parts.neck_channels, config.lift.depth.bins, config.lift.channels)
     if parts.depth_net == "plain":
         depth_net: nn.Module = PlainDepth(*sizes)
@@ -175,10 +174,10 @@ def _view_transform(config: ModelConfig, parts: BevDetConfig) -> PublishedLift:
             *sizes, pyramid=parts.pyramid_channels, deformable=parts.deformable, stereo=parts.stereo
         )
     aggregate = DepthAggregation(config.lift.channels) if parts.aggregate_depth else None
-    return PublishedLift(depth_net, config, aggregate, published_buffers(config))
+    return ReferenceLift(depth_net, config, aggregate, reference_buffers(config))
 
 
-def _temporal(config: ModelConfig, parts: BevDetConfig) -> TemporalFusion | None:
+def _temporal(config: BevDetModel, parts: BevDetConfig) -> TemporalFusion | None:
     if parts.frames == 1:
         return None
     width, blocks = config.lift.channels, parts.align_blocks
@@ -187,7 +186,7 @@ def _temporal(config: ModelConfig, parts: BevDetConfig) -> TemporalFusion | None
     return TemporalFusion(align, parts.frames, parts.newest_first)
 
 
-def _bev_encoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
+def _bev_encoder(config: BevDetModel, parts: BevDetConfig) -> nn.Module:
     inputs, outputs = config.lift.channels * parts.frames, config.bev_encoder.out_channels
     if parts.bev_encoder == "volume":
         return VolumeEncoder(inputs, outputs)
@@ -197,14 +196,14 @@ def _bev_encoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
     return PlaneEncoder(inputs, width, parts.bev_hidden, outputs)
 
 
-def _semantic_head(config: ModelConfig, parts: BevDetConfig, classes: int) -> nn.Module:
+def _semantic_head(config: BevDetModel, parts: BevDetConfig, classes: int) -> nn.Module:
     width, hidden = config.bev_encoder.out_channels, parts.occupancy_hidden
     if parts.occupancy == "volume":
         return VolumeOccupancy(width, hidden, classes)
     return PlaneOccupancy(width, hidden, config.grid.shape[2], classes)
 
 
-def _decoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
+def _decoder(config: BevDetModel, parts: BevDetConfig) -> nn.Module:
     """Return the Occ-BEV decoder: free and occupied; for a 3D encoder its own head with two classes."""
     if parts.bev_encoder == "volume":
         return VolumeOccupancy(config.bev_encoder.out_channels, parts.occupancy_hidden, 2)
@@ -212,10 +211,9 @@ def _decoder(config: ModelConfig, parts: BevDetConfig) -> nn.Module:
     return OccupancyDecoder(width, config.occupancy, config.bev, config.grid)
 
 
-def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
+def reference_buffers(config: BevDetModel) -> dict[str, Tensor]:
     """Return the geometry constants that some checkpoints carry; the network reads none of them."""
-    assert config.bevdet is not None
-    kind, lift, bev = config.bevdet.published_buffers, config.lift, config.bev
+    kind, lift, bev = config.bevdet.reference_buffers, config.lift, config.bev
     if kind == "none":
         return {}
     lo = torch.tensor([*bev.lo, lift.z_range[0]])
@@ -234,7 +232,7 @@ def published_buffers(config: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def _frustum(config: ModelConfig) -> Tensor:
+def _frustum(config: BevDetModel) -> Tensor:
     """Return (D, h, w, 3): u, v and depth of every frustum point."""
     size, lift = (config.image.width, config.image.height), config.lift
     rows, columns = size[1] // lift.stride, size[0] // lift.stride

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from occbev.config import ModelConfig
+from occbev.inference.families.bevdet import BevDetModel
 from occbev_training.models.renaming import Rules
 
 _HEAD: Rules = (
@@ -62,10 +62,9 @@ _MEGVII: Rules = (
 )
 
 
-def rules_for(config: ModelConfig) -> Rules:
+def rules_for(config: BevDetModel) -> Rules:
     """Return the rules of a network of the family."""
     parts = config.bevdet
-    assert parts is not None
     if parts.bev_encoder == "trunk":
         return (*_HEAD, *_IMAGE, *_MEGVII)
     lift = _GATED_LIFT if parts.depth_net == "gated" else _LIFT

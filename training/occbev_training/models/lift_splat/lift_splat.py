@@ -15,12 +15,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional
 
-from occbev.config import LiftConfig, ModelConfig
+from occbev.config import LiftConfig
+from occbev.inference.families import family_of
+from occbev.inference.families.lift_splat import SplatModel
 from occbev.inference.tables import (
     GATHER_STAGES,
     RAY_CHANNELS,
     LiftPoints,
-    calibration_table,
     lift_points,
     to_bev_frame,
 )
@@ -52,7 +53,7 @@ class BatchedPoints:
     depth: (P,) int32 entries of the depth probabilities (B * N * D * h * w).
     weight: (P,) float32, 0 for padding; the last entry is padding, so that no bag begins at P.
     offset: (B * Z * Y * X,) int32, where each cell's entries begin; Z is 1 without a volume.
-    ray: (B, N, K, h, w) float32, `calibration_table` of every sample.
+    ray: (B, N, K, h, w) float32, `SplatFamily.calibration` of every sample.
     by_pixel: makes training faster and changes nothing else; exported graphs do without.
     """
 
@@ -69,7 +70,7 @@ class BatchedPoints:
         return BatchedPoints(*(None if part is None else part.to(device) for part in moved))
 
 
-def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: ModelConfig) -> BatchedPoints:
+def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: SplatModel) -> BatchedPoints:
     """Place the frusta of a batch in the BEV.
 
     intrinsic: (B, N, 3, 3) of network-size images. cam2ego: (B, N, 4, 4). Augmentation folded in.
@@ -78,12 +79,13 @@ def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: ModelConfig
     cam2frame = to_bev_frame(cam2ego, config.bev)
     samples = list(zip(np.asarray(intrinsic), cam2frame, strict=True))
     points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
-    rays = np.stack([calibration_table(k, pose, config) for k, pose in samples])
+    calibration = family_of(config).calibration
+    rays = np.stack([calibration(config, k, pose) for k, pose in samples])
     return batch_points(points, rays, config)
 
 
-def batch_points(points: Sequence[LiftPoints], rays: np.ndarray, config: ModelConfig) -> BatchedPoints:
-    """Join the points of B samples; rays: (B, N, K, h, w) of `calibration_table`."""
+def batch_points(points: Sequence[LiftPoints], rays: np.ndarray, config: SplatModel) -> BatchedPoints:
+    """Join the points of B samples; rays: (B, N, K, h, w) of `SplatFamily.calibration`."""
     stride, cells = config.lift.stride, config.bev.size * config.lift.height_bins
     pixels = rays.shape[1] * (config.image.height // stride) * (config.image.width // stride)
     pixel = [p.pixel + i * pixels for i, p in enumerate(points)]

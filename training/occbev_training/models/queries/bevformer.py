@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from occbev.config import BevFormerConfig
 from occbev.grid import BevGrid
+from occbev.inference.families.bevformer import BevFormerConfig
 from occbev_training.models.layers import FeedForward
 from occbev_training.models.queries.deformable_attention import (
     Levels,

@@ -5,15 +5,14 @@ Part names are those of `occbev_training.models.network`, so that pre-training h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from occbev.config import ConfigError, ModelConfig, QueryHeadConfig, ResNetConfig
+from occbev.inference.families.queries import ResNetConfig
 from occbev_training.models.encoders.fpn import FeaturePyramid
 from occbev_training.models.encoders.resnet import ResNet
 from occbev_training.models.heads.query_head import QueryHead
@@ -21,13 +20,12 @@ from occbev_training.models.heads.voxel_decoder import VoxelDecoder
 from occbev_training.models.network import NetworkOutput
 from occbev_training.models.queries.bevformer import BevFormer, BevFormerViews, Motion
 from occbev_training.models.queries.deformable_attention import DeformableAttention, Levels
-from occbev_training.models.queries.detr3d import CameraSampling, CameraScene, CameraViews, PillarSampling
+from occbev_training.models.queries.detr3d import CameraScene, CameraViews, PillarSampling
 
-_Part = TypeVar("_Part")
 _TRANSFORMER = "pts_bbox_head.transformer"
 _LAYER = r"(coder\.layers\.\d+)"
 
-PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
+REFERENCE_NAMES: tuple[tuple[str, str], ...] = (
     (r"^image_encoder\.backbone\.", "img_backbone."),
     (r"^image_encoder\.neck\.lateral\.(\d+)\.", r"img_neck.lateral_convs.\1.conv."),
     (r"^image_encoder\.neck\.output\.(\d+)\.", r"img_neck.fpn_convs.\1.conv."),
@@ -100,7 +98,7 @@ class BevAttention(DeformableAttention):
 class BevFormerNetwork(nn.Module):
     """Images, calibration and the BEV of the frame before to boxes and occupancy."""
 
-    published_names = PUBLISHED_NAMES
+    reference_names = REFERENCE_NAMES
 
     def __init__(
         self,
@@ -176,7 +174,7 @@ def remember(network: BevFormerNetwork, frames: Sequence[PastFrame]) -> Tensor |
 class Detr3dNetwork(nn.Module):
     """Images and projection matrices to boxes; in pre-training to occupancy."""
 
-    published_names = PUBLISHED_NAMES
+    reference_names = REFERENCE_NAMES
 
     def __init__(
         self,
@@ -200,75 +198,3 @@ class Detr3dNetwork(nn.Module):
         if self.view_transform is not None and self.occupancy_decoder is not None:
             reconstruction = self.occupancy_decoder(self.view_transform(scene))
         return NetworkOutput(reconstruction_logits=reconstruction, class_logits=logits, box_codes=codes)
-
-
-def build_query_network(config: ModelConfig, stage: str) -> BevFormerNetwork | Detr3dNetwork:
-    """Build a network of the families bevformer and detr3d with random weights.
-
-    stage: "pretrain" or "finetune", see `occbev_training.models.build`.
-    """
-    encoder = PyramidEncoder(_require(config.resnet, "resnet", config))
-    if config.family == "detr3d":
-        return _build_detr3d(config, stage, encoder)
-    former = _require(config.bevformer, "bevformer", config)
-    view = BevFormer(former, config.bev, len(encoder.neck.output))
-    if stage == "pretrain":
-        return BevFormerNetwork(encoder, view, occupancy_decoder=_voxels(config, former.channels, 2))
-    occupancy = None
-    if former.occupancy:
-        occupancy = _voxels(config, former.channels, len(config.occupancy_classes))
-    detection = None
-    if config.query_head:
-        head = config.query_head
-        detection = _query_head(
-            config,
-            head,
-            former.channels,
-            lambda: BevAttention(former.channels, head.heads, 1, head.points, head.dropout),
-        )
-    if occupancy is None and detection is None:
-        raise ConfigError(f"{config.name}: set query_head or bevformer.occupancy, else it has no head")
-    return BevFormerNetwork(encoder, view, occupancy_head=occupancy, detection_head=detection)
-
-
-def _build_detr3d(config: ModelConfig, stage: str, encoder: PyramidEncoder) -> Detr3dNetwork:
-    head = _require(config.query_head, "query_head", config)
-    resnet = _require(config.resnet, "resnet", config)
-    if stage == "pretrain":
-        view = PillarSampling(resnet.channels, config.bev, head.z_range)
-        decoder = _voxels(config, resnet.channels, 2)
-        return Detr3dNetwork(encoder, view_transform=view, occupancy_decoder=decoder)
-    extent = _extent(config, head)
-    detection = _query_head(
-        config,
-        head,
-        resnet.channels,
-        lambda: CameraSampling(resnet.channels, config.max_cameras, resnet.levels, extent, head.dropout),
-    )
-    return Detr3dNetwork(encoder, detection)
-
-
-def _query_head(
-    config: ModelConfig, head: QueryHeadConfig, channels: int, attention: Callable[[], nn.Module]
-) -> QueryHead:
-    classes = len(config.detection_classes)
-    return QueryHead(head, channels, classes, _extent(config, head), attention)
-
-
-def _extent(config: ModelConfig, head: QueryHeadConfig) -> tuple[Sequence[float], Sequence[float]]:
-    return (*config.bev.lo, head.z_range[0]), (*config.bev.hi, head.z_range[1])
-
-
-def _voxels(config: ModelConfig, channels: int, classes: int) -> VoxelDecoder:
-    if config.grid.bev != config.bev:
-        raise ConfigError(
-            f"{config.name}: the voxel decoder gives one column per BEV cell, but grid is"
-            f" {config.grid.bev} and bev {config.bev}"
-        )
-    return VoxelDecoder(channels, config.grid.shape[2], classes)
-
-
-def _require(value: _Part | None, key: str, config: ModelConfig) -> _Part:
-    if value is None:
-        raise ConfigError(f"{config.name}: family {config.family!r} needs the key {key!r}")
-    return value
