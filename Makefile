@@ -10,7 +10,7 @@
 PYTHON ?= python3
 ARGUMENTS ?=
 .DEFAULT_GOAL := demo
-.PHONY: demo test test-loop check clean devkit machine .venv/robot .venv/training .venv/devkit
+.PHONY: demo test test-loop check docs clean devkit machine .venv/robot .venv/training .venv/devkit
 # The ROS wheels mark a process they have prepared; an environment that is being built must start unmarked.
 unexport _ROS_WHEELS_BOOTSTRAP_COMPLETE
 
@@ -41,6 +41,9 @@ test-loop: .venv/training
 
 check: .venv/training
 	.venv/training/bin/ruff format --check . && .venv/training/bin/ruff check . && .venv/training/bin/mypy
+
+docs: .venv/robot
+	.venv/robot/bin/python -m occbev.reports.reference docs/topics-and-parameters.md
 
 .venv/robot: .venv/robot/.made-$(STAMP)
 .venv/training: .venv/training/.made-$(STAMP)

@@ -1,0 +1,43 @@
+"""The pages of docs/: every link leads to a file, every named test is there, tables are as the code has them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from occbev.reports import reference
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "training/README.md", ROOT / "docker/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    for link in links:
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{page.name} links to {link}"
+
+
+def test_the_tables_of_topics_and_parameters_are_made_from_the_code() -> None:
+    page = (ROOT / "docs/topics-and-parameters.md").read_text()
+    assert reference.fill(page) == page, "run make docs"
+
+
+def test_every_test_of_a_fault_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text()))
+    written = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named
+    assert named - written == set()
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached = "".join(page.read_text() for page in PAGES[:1])
+    assert [page.name for page in PAGES if page.parent.name == "docs" and page.name not in reached] == []
