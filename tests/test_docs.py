@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from occbev.cli import COMMANDS as ROBOT_COMMANDS
 from occbev.reports import reference
+from occbev_training.cli import COMMANDS as TRAINING_COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "training/README.md", ROOT / "docker/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "training/README.md",
+    ROOT / "docker/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,11 +40,25 @@ def test_the_tables_of_topics_and_parameters_are_made_from_the_code() -> None:
 
 def test_every_test_of_a_fault_is_there() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/faults.md").read_text()))
-    written = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    written = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
     assert named
     assert named - written == set()
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
     reached = "".join(page.read_text() for page in PAGES[:1])
-    assert [page.name for page in PAGES if page.parent.name == "docs" and page.name not in reached] == []
+    assert [page.name for page in PAGES if page.parent == ROOT / "docs" and page.name not in reached] == []
+
+
+def test_the_readme_is_short_and_begins_with_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.encode()) <= 9000
+    assert readme.index("make demo") < readme.index("make test") < 1500
+
+
+def test_every_command_has_a_place_in_a_page() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    commands = [*(f"occbev {name}" for name in ROBOT_COMMANDS), *(f"occbev-train {name}" for name in TRAINING_COMMANDS)]
+    assert [command for command in commands if command not in pages] == []
