@@ -1,4 +1,4 @@
-"""The report on every network: complete, equal to the README's table, and its reduced forms keep every part."""
+"""The report on every network: complete, equal to the table of docs/model-zoo.md, and its reduced forms keep every part."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from occbev_training.models.families import reduced  # noqa: E402
 
 
 def rows(repository: Path) -> dict[str, list[str]]:
-    """The README's table: name -> cells."""
-    section = (repository / "README.md").read_text().split("## Models", 1)[1].split("\n## ", 1)[0]
+    """The table of docs/model-zoo.md: name -> cells."""
+    section = (repository / "docs/model-zoo.md").read_text().split("## Networks without", 1)[1]
     lines = [line for line in section.splitlines() if line.startswith("| `") and line.count("|") == 9]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0].strip("`"): row for row in cells}
