@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from occbev.config import ImageConfig
+from occbev.inference.backend import load_backend
 from occbev.inference.families.lift_splat import LiftSplatModel
+from occbev.inference.graph_checks import GraphError, require_finite, require_small
 from occbev.inference.model_package import ModelPackage, PackageError, find_package, write_package
 
 MODEL = replace(LiftSplatModel(), name="probe", image=ImageConfig(width=64, height=32))
@@ -105,3 +109,69 @@ def test_find_package_takes_a_path_and_names_the_shipped(folder: Path) -> None:
     assert find_package(folder) == folder
     with pytest.raises(PackageError, match="no model package 'no-such-model'"):
         find_package("no-such-model")
+
+
+def test_the_hash_covers_the_configuration(folder: Path) -> None:
+    before = ModelPackage.load(folder).hash
+    edit(folder, model={"name": "probe", "image": {"width": 64, "height": 64}})
+    assert ModelPackage.load(folder).hash != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"files": {"model.onnx": None}}, r"files\.model\.onnx: want 64 hex digits, got None"),
+        ({"files": {1: "0" * 64}}, r"files\.1: want a plain name"),
+        ({"provenance": [1]}, "provenance must hold keys and values"),
+        (
+            {"model": {"grid": {"lo": [0, 0, 0], "pitch": [1, 1, 1], "shape": [10**6, 10**6, 10**6]}}},
+            "model.grid has 1e",
+        ),
+        ({"model": {"bev": {"lo": [0, 0], "pitch": [1, 1], "shape": [10**9, 10**9]}}}, "model.bev has 1e"),
+        (
+            {"model": {"bev": {"lo": [0, 0], "pitch": [1, float("nan")], "shape": [9, 9]}}},
+            r"model\.bev\.pitch\[1\]: nan",
+        ),
+    ],
+)
+def test_hostile_configurations_are_refused_at_once(folder: Path, changes: dict[str, object], reason: str) -> None:
+    edit(folder, **changes)
+    began = time.process_time()
+    with pytest.raises(PackageError, match=reason):
+        ModelPackage.load(folder)
+    assert time.process_time() - began < 1
+
+
+def test_aliases_that_unfold_are_refused(folder: Path) -> None:
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    (folder / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(PackageError, match=r"config\.yaml: line 2: aliases"):
+        ModelPackage.load(folder)
+
+
+def test_a_file_that_is_not_listed_is_refused(folder: Path) -> None:
+    (folder / "model.onnx.data").write_bytes(b"weights that no hash covers")
+    with pytest.raises(PackageError, match=r"model\.onnx\.data.*does not list"):
+        ModelPackage.load(folder)
+
+
+def test_a_configuration_that_is_not_the_graphs_is_refused(tmp_path: Path) -> None:
+    shipped = ModelPackage.load(find_package("occbev-tiny"))
+    for name in shipped.files:
+        (tmp_path / name).symlink_to(shipped.folder.resolve() / name)
+    record = yaml.safe_load((shipped.folder / "config.yaml").read_text())
+    record["model"]["occupancy_classes"] = record["model"]["occupancy_classes"][1:]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    for backend in ("openvino", "onnxruntime"):
+        with pytest.raises(GraphError, match=r"occupancy_logits is 1x18x16x200x200, .* describes 1x17x16x200x200"):
+            load_backend(ModelPackage.load(tmp_path), 6, backend)
+
+
+def test_weights_that_are_not_numbers_are_refused() -> None:
+    limit, weights = np.array(np.inf, np.float32), np.ones((2, 2), np.float32)
+    require_finite(Path("model.xml"), [("clamp", limit), ("conv", weights)])
+    weights[1, 0] = np.inf
+    with pytest.raises(GraphError, match=r"model\.xml: the weights conv \(2, 2\) are not finite"):
+        require_finite(Path("model.xml"), [("conv", weights)])
+    with pytest.raises(GraphError, match=r"the tensor big 1x100000x100000 has 1e\+10 values"):
+        require_small(Path("model.xml"), [("big", (1, 100_000, 100_000))])

@@ -38,8 +38,10 @@ def read_yaml(path: Path) -> Any:
         text = path.read_bytes().decode("utf-8-sig")
         _check_events(text)
         return yaml.load(text, Loader=_Loader)
+    except YamlError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise YamlError(f"not YAML: {' '.join(str(error).split())}") from error
+        raise YamlError(f"not YAML: {one_line(error)}") from error
 
 
 def _check_events(text: str) -> None:
@@ -53,6 +55,12 @@ def _check_events(text: str) -> None:
             raise YamlError(f"line {event.start_mark.line + 1}: a value of over {MAX_YAML_TEXT} characters")
         if depth > MAX_YAML_DEPTH or number > MAX_YAML_VALUES:
             raise YamlError(f"more than {MAX_YAML_VALUES} values, or nested deeper than {MAX_YAML_DEPTH}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error of a library says, on one line and not longer than a screen's."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def file_name(name: str, what: str) -> str:

@@ -7,7 +7,9 @@ nothing in a package is ever executed or unpickled.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +17,18 @@ from typing import Any
 
 import yaml
 
-from occbev.config import ConfigError, ModelConfig, to_record
-from occbev.files import file_hash
+from occbev.config import ConfigError, ModelConfig, brief, to_record
+from occbev.files import YamlError, file_hash, read_yaml
 from occbev.inference.families import read_model
 from occbev.share import share_path
 
 CONFIG_NAME = "config.yaml"
 SUFFIXES = (".safetensors", ".onnx", ".xml", ".bin", ".npz", ".md")
 """Kinds of files that a package may hold: tensors, graphs and text, none of which can run code."""
+
+
+MAX_IMAGE, MAX_CELLS, MAX_VOXELS = 2**24, 2**22, 2**25
+"""Most pixels of a network's input, cells of its BEV and voxels of its grid."""
 
 
 class PackageError(ValueError):
@@ -34,7 +40,7 @@ class ModelPackage:
     """A verified model package.
 
     provenance: data, steps, seeds and versions of the training. metrics: its held-out scores.
-    files: file name -> SHA-256, for every file but `config.yaml`.
+    files: file name -> SHA-256, for every file but `config.yaml`. config_hash: SHA-256 of that one.
     """
 
     folder: Path
@@ -42,6 +48,7 @@ class ModelPackage:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    config_hash: str = ""
 
     @classmethod
     def load(cls, folder: Path | str, verify: bool = True) -> ModelPackage:
@@ -53,21 +60,17 @@ class ModelPackage:
         folder = Path(folder)
         record = _read_record(folder)
         model = _read_model(folder, record)
-        package = cls(
-            folder,
-            model,
-            record.get("provenance") or {},
-            record.get("metrics") or {},
-            record.get("files") or {},
-        )
-        for name, digest in package.files.items():
-            _check_file(folder, name, digest if verify else None)
-        return package
+        _check_sizes(folder, model)
+        _check_names(folder, record["files"])
+        for name, digest in record["files"].items():
+            _check_file(folder, name, digest, verify)
+        notes = (record.get("provenance") or {}, record.get("metrics") or {})
+        return cls(folder, model, *notes, record["files"], file_hash(folder / CONFIG_NAME))
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits over all files: names this package in caches and reports."""
-        lines = [f"{name} {digest}" for name, digest in sorted(self.files.items())]
+        """Sixteen hex digits over all files, the configuration included: names this package in caches and reports."""
+        lines = [f"{name} {digest}" for name, digest in sorted({**self.files, CONFIG_NAME: self.config_hash}.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     @property
@@ -162,14 +165,43 @@ def _read_record(folder: Path) -> dict[str, Any]:
         found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
         raise PackageError(f"{folder}: a model package needs {CONFIG_NAME}; found {found}")
     try:
-        record = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path}: not YAML: {error}") from error
+        record = read_yaml(path)
+    except (OSError, YamlError) as error:
+        raise PackageError(f"{path}: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
         raise PackageError(f"{path}: key 'model' is missing; a package has model, provenance, metrics, files")
     if not isinstance(record.get("files"), dict) or not record["files"]:
         raise PackageError(f"{path}: key 'files' must map every file to its SHA-256")
+    for key in ("provenance", "metrics"):
+        if not isinstance(record.get(key) or {}, dict):
+            raise PackageError(f"{path}: {key} must hold keys and values, got {brief(record[key])}")
     return record
+
+
+def _check_sizes(folder: Path, model: ModelConfig) -> None:
+    """Refuse what no machine of a robot could hold, before anything of that size is made."""
+    sizes = {
+        "image": (model.image.width * model.image.height, MAX_IMAGE),
+        "bev": (model.bev.size, MAX_CELLS),
+        "grid": (math.prod(model.grid.shape), MAX_VOXELS),
+    }
+    for key, (size, most) in sizes.items():
+        if size > most:
+            raise PackageError(f"{folder / CONFIG_NAME}: model.{key} has {size:.3g} cells, at most {most}")
+
+
+def _check_names(folder: Path, files: Mapping[Any, Any]) -> None:
+    """Refuse names that lead elsewhere, and files that are there without being listed: a graph could read them."""
+    for name, digest in files.items():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in SUFFIXES:
+            raise PackageError(
+                f"{folder / CONFIG_NAME}: files.{brief(name)}: want a plain name ending in one of {SUFFIXES}"
+            )
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise PackageError(f"{folder / CONFIG_NAME}: files.{name}: want 64 hex digits, got {brief(digest)}")
+    strangers = sorted({path.name for path in folder.iterdir()} - set(files) - {CONFIG_NAME})
+    if strangers:
+        raise PackageError(f"{folder}: holds {strangers[:5]}, which {CONFIG_NAME} does not list: remove them")
 
 
 def _read_model(folder: Path, record: dict[str, Any]) -> ModelConfig:
@@ -179,15 +211,13 @@ def _read_model(folder: Path, record: dict[str, Any]) -> ModelConfig:
         raise PackageError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
-def _check_file(folder: Path, name: str, digest: str | None) -> None:
+def _check_file(folder: Path, name: str, digest: str, verify: bool) -> None:
     path = folder / name
-    if Path(name).name != name or path.suffix not in SUFFIXES:
-        raise PackageError(f"{folder / CONFIG_NAME}: files.{name}: want a plain name ending in one of {SUFFIXES}")
     if not path.is_file():
         raise PackageError(
             f"{folder}: {name} is listed in {CONFIG_NAME} but absent; found {sorted(p.name for p in folder.iterdir())}"
         )
-    if digest is not None and file_hash(path) != digest:
+    if verify and file_hash(path) != digest:
         raise PackageError(
             f"{path}: its SHA-256 is {file_hash(path)}, {CONFIG_NAME} says {digest}: the file was changed or "
             "its download is incomplete"

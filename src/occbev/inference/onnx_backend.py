@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from occbev.files import one_line
 from occbev.inference.backend import Arrays, BackendError, RunSettings, table_form
+from occbev.inference.graph_checks import Shape, require_fit
 from occbev.inference.model_package import ModelPackage
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -49,5 +52,13 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OnnxBack
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exception types share no public base
-        raise BackendError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+        raise BackendError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {one_line(error)}"
+        ) from error
+    ports = (*session.get_inputs(), *session.get_outputs())
+    require_fit(path, package.model, {port.name: _sizes(port.shape) for port in ports})
     return OnnxBackend(session, cameras)
+
+
+def _sizes(shape: Sequence[int | str | None]) -> Shape:
+    return tuple(size if isinstance(size, int) else None for size in shape)

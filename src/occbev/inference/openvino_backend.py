@@ -11,6 +11,8 @@ from typing import Any
 import openvino
 from numpy.typing import NDArray
 
+from occbev.config import ModelConfig
+from occbev.files import one_line
 from occbev.inference.backend import (
     FACTORS,
     PER_CAMERA,
@@ -19,6 +21,7 @@ from occbev.inference.backend import (
     RunSettings,
     table_form,
 )
+from occbev.inference.graph_checks import Shape, require_finite, require_fit, require_small
 from occbev.inference.model_package import ModelPackage
 
 INT8_GRAPH, GRAPHS = "model_int8.xml", ("model.xml", "model.onnx")
@@ -88,12 +91,28 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OpenVino
     try:
         graph = core.read_model(path)
         graph.reshape(_shapes(graph, cameras))
+        _check_graph(path, graph, package.model)
         _leave_out_logits(graph)
         return OpenVinoBackend(core.compile_model(graph, "CPU", options), int8, settings.at_once)
     except RuntimeError as error:
         raise BackendError(
-            f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {error}"
+            f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {one_line(error)}"
         ) from error
+
+
+def _check_graph(path: Path, graph: openvino.Model, model: ModelConfig) -> None:
+    """Hold a graph against the configuration beside it; raises GraphError."""
+    ops = graph.get_ordered_ops()
+    require_small(path, ((op.get_friendly_name(), _sizes(port)) for op in ops for port in op.outputs()))
+    require_fit(path, model, {port.get_any_name(): _sizes(port) for port in (*graph.inputs, *graph.outputs)})
+    require_finite(path, ((op.get_friendly_name(), op.data) for op in ops if op.get_type_name() == "Constant"))
+
+
+def _sizes(port: Any) -> Shape:
+    shape = port.get_partial_shape()
+    if shape.rank.is_dynamic:
+        return ()
+    return tuple(axis.get_length() if axis.is_static else None for axis in shape)
 
 
 @cache

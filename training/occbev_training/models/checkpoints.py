@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from occbev.files import one_line
+
 TRANSFERRED_PARTS: Mapping[str, str] = {
     "image_encoder": "image_encoder",
     "view_transform": "view_transform",
@@ -60,9 +62,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         with safe_open(path, framework="pt") as file:
             record = json.loads((file.metadata() or {}).get("record", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{path}: the weights {name} {tuple(value.shape)} are not finite")
+    return state, record
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
