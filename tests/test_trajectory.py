@@ -52,3 +52,15 @@ def test_a_gap_and_a_far_stamp_have_no_pose() -> None:
 def test_stamps_that_step_back_are_refused() -> None:
     with pytest.raises(ValueError, match="must increase"):
         Trajectory(np.array([5, 5]), np.tile(np.eye(4), (2, 1, 1)))
+
+
+def test_the_error_of_interpolation_is_estimated() -> None:
+    """On a circle of radius r, a gap of h seconds at speed v leaves (v h)^2 / (8 r) in its middle."""
+    for h in (0.1, 0.2):
+        time = np.arange(0, 6, h)
+        yaw = time * 10 / 20
+        poses = np.stack([make_transform(rotation_from_yaw(a), (20 * np.sin(a), 20 * (1 - np.cos(a)), 0)) for a in yaw])
+        metres, radians = Trajectory((time * 1e9).astype(np.int64) + 1, poses).interpolation_error
+        assert metres == pytest.approx((10 * h) ** 2 / (8 * 20), rel=0.05)
+        assert radians < 1e-6
+    assert Trajectory(np.array([1, 2]), np.tile(np.eye(4), (2, 1, 1))).interpolation_error == (np.inf, np.inf)

@@ -72,8 +72,8 @@ class PairConfig:
     """Fewest cameras of a sample; None is all but one."""
     min_support: float = 0.5
     """Smallest share of the window's expected sweeps that must be there."""
-    max_camera_dt: float = 0.06
-    """An image farther from the key time than this many seconds is left out."""
+    max_camera_dt: float | None = None
+    """An image farther from the key time than this many seconds is left out; None: than `camera_reach`."""
     min_travel: float = 0.5
     """Metres since the last kept key frame; nearer ones count as standing."""
     max_standing: int = 10
@@ -96,7 +96,7 @@ class PairConfig:
         if (self.variant == "boxes") != (self.label.objects == "boxes"):
             label = dataclasses.replace(self.label, objects="boxes" if self.variant == "boxes" else "evidence")
             object.__setattr__(self, "label", label)
-        if self.segment < 1 or self.max_camera_dt <= 0 or self.max_standing < 0:
+        if self.segment < 1 or (self.max_camera_dt or 1) <= 0 or self.max_standing < 0:
             raise ValueError(
                 f"pair config needs segment >= 1, max_camera_dt > 0 and max_standing >= 0; "
                 f"got {self.segment}, {self.max_camera_dt}, {self.max_standing}"
@@ -259,6 +259,7 @@ class _SampleMaker:
         self.recording, self.config, self.refused = recording, config, refused
         self._builder = _builder(recording, config)
         all_but_one = max(1, len(recording.rig) - 1)
+        self._max_camera_dt = config.max_camera_dt or camera_reach(recording)
         self._min_cameras = config.min_cameras if config.min_cameras is not None else all_but_one
         self._previous: Examined | None = None
 
@@ -295,7 +296,7 @@ class _SampleMaker:
     def _examine(self, key: int) -> tuple[Examined | None, FrameSet]:
         """Label one key frame, or count why it cannot be labelled."""
         whole = _whole_images(self.recording.frame_set(key), self.recording.rig)
-        frames = _near_frames(whole, self.config.max_camera_dt)
+        frames = _near_frames(whole, self._max_camera_dt)
         if len(frames.cameras) < self._min_cameras:
             self._refuse(key, "too_few_cameras", self._count_cameras(frames))
             return None, frames
@@ -359,6 +360,16 @@ def _whole_images(frames: FrameSet, rig: CameraRig) -> FrameSet:
     return FrameSet(frames.stamp_ns, kept, missing)
 
 
+def camera_reach(recording: Recording) -> float:
+    """Return how many seconds an image may lie from the key time: a period of the LiDAR, at least 0.06.
+
+    Cameras that fire as the LiDAR passes them lie half a turn from the middle of a sweep, and where LiDAR and cameras
+    run half a turn apart, twice that.
+    """
+    steps = np.diff(recording.sweep_stamp_ns)
+    return max(0.06, 1.1 * float(np.median(steps)) / 1e9) if len(steps) else 0.06
+
+
 def _near_frames(frames: FrameSet, max_dt: float) -> FrameSet:
     """Drop images that are too far from the key time."""
     kept: dict[str, CameraFrame | None] = {}
@@ -367,7 +378,7 @@ def _near_frames(frames: FrameSet, max_dt: float) -> FrameSet:
         late = frame is not None and abs(frame.stamp_ns - frames.stamp_ns) > max_dt * 1e9
         kept[name] = None if late else frame
         if late:
-            missing[name] = f"exposed more than {max_dt} s from the key time"
+            missing[name] = f"exposed more than {max_dt:.3g} s from the key time"
     return FrameSet(frames.stamp_ns, kept, missing)
 
 

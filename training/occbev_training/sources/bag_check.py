@@ -17,7 +17,7 @@ from occbev.messages.bags import BagReader
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
 from occbev_training.sources.bag_index import BagOptions, raw_times, usable_stamps
-from occbev_training.sources.bags import BagRecording
+from occbev_training.sources.bags import SMALL_ERROR, BagRecording
 from occbev_training.sources.clocks import (
     AGREE,
     CLOCK_OFFSET,
@@ -120,25 +120,40 @@ def _presence(bag: BagReader, topics: BagTopics, times: Mapping[str, TopicTimes]
     for name, topic in topics.images.items():
         rate = _rate(times[topic])
         verdicts.append(
-            Verdict(f"camera {name}", rate >= CAMERA_RATE, f"{topic}: {rate:.1f} Hz, at least {CAMERA_RATE:g} wanted")
+            Verdict(
+                f"camera {name}",
+                _reaches(rate, CAMERA_RATE),
+                f"{topic}: {rate:.1f} Hz, at least {CAMERA_RATE:g} wanted",
+            )
         )
     if topics.lidar is None:
         verdicts.append(Verdict("lidar", False, "no sensor_msgs/PointCloud2 topic; vendor packets are not read"))
     else:
         rate = _rate(times[topics.lidar])
         verdicts.append(Verdict("lidar", rate > 0, f"{topics.lidar}: {rate:.1f} Hz"))
-    if topics.odometry is not None:
-        verdicts.append(_odometry(topics.odometry, _rate(times[topics.odometry])))
-    elif "/tf" not in bag.topics:
-        verdicts.append(_odometry(f"no topic of {ODOMETRY} or {POSE}, and no /tf", 0.0))
-    return verdicts  # poses of /tf are judged as the reader finds them, among the other transforms
+    if topics.odometry is None and topics.tf not in bag.topics:
+        verdicts.append(Verdict("odometry", False, f"no topic of {ODOMETRY} or {POSE}, and no {topics.tf}"))
+    return verdicts  # poses are judged as the reader finds them
 
 
-def _odometry(where: str, rate: float) -> Verdict:
-    """Poses often enough to interpolate between them."""
+def _odometry(recording: BagRecording) -> Verdict:
+    """Poses often enough, or smooth enough, to interpolate between them."""
+    where = recording.topics.odometry or f"poses of {recording.topics.tf}"
+    stamps, (metres, radians) = recording.trajectory.stamp_ns, recording.trajectory.interpolation_error
+    rate = _rate(TopicTimes(stamps, stamps))
+    smooth = metres <= SMALL_ERROR[0] and radians <= SMALL_ERROR[1]
+    left = f"interpolation leaves {metres * 100:.1f} cm and {np.rad2deg(radians):.2f} degrees"
+    most = f"{SMALL_ERROR[0] * 100:g} cm and {np.rad2deg(SMALL_ERROR[1]):.1f} degrees"
     return Verdict(
-        "odometry", rate >= ODOMETRY_RATE, f"{where}: {rate:.1f} Hz, at least {ODOMETRY_RATE:g} wanted, 50 advised"
+        "odometry",
+        _reaches(rate, ODOMETRY_RATE) or smooth,
+        f"{where}: {rate:.1f} Hz, {left}; wanted are {ODOMETRY_RATE:g} Hz or at most {most}, 50 Hz are advised",
     )
+
+
+def _reaches(rate: float, wanted: float) -> bool:
+    """Whether a measured rate is the wanted one or more: stamps of exactly 5 Hz jitter about it."""
+    return rate >= 0.99 * wanted
 
 
 def _rate(times: TopicTimes) -> float:
@@ -179,7 +194,7 @@ def clock_fault(times: TopicTimes) -> str | None:
     """Return why a topic's clock cannot be the recorder's, or None."""
     usable, _, _ = usable_stamps(times.stamp_ns.tolist())
     times = TopicTimes(times.stamp_ns[usable], times.log_ns[usable])
-    if not len(times.stamp_ns):
+    if not len(times.stamp_ns) or times.simulated:
         return None
     median = float(np.median(times.lag))
     if abs(median) > CLOCK_OFFSET:
@@ -219,9 +234,7 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[
         verdicts.append(
             Verdict("key frames", True, f"{len(recording.key_stamp_ns)} of {len(recording.rig)} cameras{parts}")
         )
-        if recording.topics.odometry is None:
-            stamps = recording.trajectory.stamp_ns
-            verdicts.append(_odometry("poses of /tf", _rate(TopicTimes(stamps, stamps))))
+        verdicts.append(_odometry(recording))
         verdicts.append(_poses(recording))
         if len(recording.sweep_stamp_ns):
             verdicts.append(_point_times(recording))

@@ -6,8 +6,11 @@ Headers' stamps count, not log times.
 from __future__ import annotations
 
 import logging
+import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,16 @@ from occbev_training.sources.recording import RecordingError
 from occbev_training.sources.topics import is_compensated
 
 KEY_TOLERANCE = 0.06
-"""Seconds that a frame may lie from the anchor camera's, and a sweep from the frames, to be of one key."""
+"""Seconds that the frames of one key lie from its sweep where cameras and LiDAR fire together."""
+
+CAMERA_REACH, JITTER = 0.11, 1.1
+"""Most seconds that a frame may lie from the anchor camera's, and how much longer than half a period that may be."""
+
+SLOW_POSES, FAR_BETWEEN = 0.15, 0.5
+"""Seconds between poses up to which they are interpolated in any case, and where that leaves hardly an error."""
+
+SMALL_ERROR = 0.05, np.deg2rad(0.3)
+"""Metres and radians of error that interpolation may leave."""
 
 WHOLE_S = 1e9
 """Seconds of transforms that are kept: all of them."""
@@ -114,7 +126,7 @@ class BagRecording(IndexedBag):
             name, topic = camera.name, self.topics.images[camera.name]
             frames[name] = None
             if name not in chosen:
-                missing[name] = f"no message on {topic} within {KEY_TOLERANCE} s or half its period"
+                missing[name] = f"no message on {topic} within half its period or {CAMERA_REACH} s"
                 continue
             exposure = self._index[topic].stamp_ns[chosen[name]]
             try:
@@ -319,7 +331,7 @@ class BagRecording(IndexedBag):
         poses = self._poses_of_tf() if topic is None else self._poses_of_odometry(topic, kept.get(topic, ()))
         poses.pop(0, None)
         stamps = np.array(sorted(poses), np.int64)
-        return Trajectory(stamps, np.stack([poses[int(stamp)] for stamp in stamps]))
+        return bridge_slow_poses(Trajectory(stamps, np.stack([poses[int(stamp)] for stamp in stamps])))
 
     def _poses_of_odometry(self, topic: str, messages: Sequence[BagMessage]) -> dict[int, Array]:
         """Return stamp -> base2global; bad poses, as before an estimator has begun, are counted."""
@@ -356,26 +368,36 @@ class BagRecording(IndexedBag):
 
     def _find_keys(self) -> list[tuple[int, dict[str, int]]]:
         """Return (key stamp, camera -> message number) of each key frame, in time order."""
-        default = "CAM_FRONT" if "CAM_FRONT" in self.rig.names else self.rig.names[0]
-        anchor = self.rig[self.options.anchor or default].name
+        anchor = self.rig[self.options.anchor or front_camera(self.rig.names)].name
         stamps = {name: self.exposures(name) for name in self.rig.names}
         reach = {name: _half_period(of) for name, of in stamps.items()}
-        middle = self._sweep_middle_ns()
-        keys: dict[int, dict[str, int]] = {}
+        found: dict[int, dict[str, int]] = {}
         for stamp in sorted(stamps[anchor].tolist()):
             chosen = {
                 name: near for name, of in stamps.items() if (near := _nearest(of, stamp, reach[name])) is not None
             }
-            latest = max(int(stamps[name][i]) for name, i in chosen.items())
-            sweep = _nearest(self.sweep_stamp_ns + middle, latest, KEY_TOLERANCE)
-            key = latest if sweep is None else int(self.sweep_stamp_ns[sweep]) + middle
-            last = next(reversed(keys), None)
-            if last is None or key - last >= max(self.options.key_interval * 1e9, 1):
-                keys[key] = chosen
-        if not keys:
+            key = self._key_time([int(stamps[name][i]) for name, i in chosen.items()])
+            if len(chosen) > len(found.get(key, ())):
+                found[key] = chosen
+        if not found:
             raise RecordingError(f"{self._bag.path}: {self.topics.images[anchor]}: no image, so there is no key frame")
-        return list(keys.items())
+        interval_ns = round(self.options.key_interval * 1e9)
+        return list(_spaced(sorted(found.items()), interval_ns, round(0.25e9 * _period(stamps[anchor]))))
 
+    def _key_time(self, exposures: list[int]) -> int:
+        """Return the middle of the sweep that belongs to exposures, or the last exposure where no sweep is near.
+
+        That is the one nearest to the last exposure, or where that one is far from another, to the middle of them.
+        """
+        sweeps = self.sweep_stamp_ns + self._sweep_middle_ns
+        reach = max(KEY_TOLERANCE, 0.5 * JITTER * _period(sweeps))
+        for wanted in (max(exposures), (min(exposures) + max(exposures)) // 2):
+            sweep = _nearest(sweeps, wanted, reach)
+            if sweep is not None and max(abs(int(sweeps[sweep]) - stamp) for stamp in exposures) <= KEY_TOLERANCE * 1e9:
+                return int(sweeps[sweep])
+        return max(exposures) if sweep is None else int(sweeps[sweep])
+
+    @cached_property
     def _sweep_middle_ns(self) -> int:
         """Return how long after its stamp the middle of a sweep is, 0 where the stamp is near the middle."""
         if self.point_times is None or self.point_times.kind == "compensated":
@@ -398,11 +420,47 @@ class BagRecording(IndexedBag):
         raise RecordingError(f"{self._bag.path}: {topic}: the message of {stamp_ns} ns is gone")
 
 
+def _spaced(
+    keys: Sequence[tuple[int, dict[str, int]]], interval_ns: int, slack_ns: int
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Yield key frames that are an interval apart, but for some slack.
+
+    One within the next half interval that has more cameras is taken instead, as at the start of a recording.
+    """
+    stamps, place = [key for key, _ in keys], 0
+    while place < len(keys):
+        near = keys[place : bisect_right(stamps, stamps[place] + interval_ns // 2)]
+        best = max(near, key=lambda entry: len(entry[1]))
+        yield best
+        place = bisect_left(stamps, best[0] + max(interval_ns - slack_ns, 1))
+
+
+def front_camera(names: Sequence[str]) -> str:
+    """Return the camera that looks straight ahead by its name, or the first."""
+    words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in names}
+    ahead = [name for name in names if words[name] & {"front", "forward"} and not words[name] & {"left", "right"}]
+    return (ahead or list(names))[0]
+
+
+def _period(stamp_ns: NDArray[np.int64]) -> float:
+    """Return the seconds between messages, 0 for fewer than two."""
+    return float(np.median(np.diff(np.sort(stamp_ns)))) / 1e9 if len(stamp_ns) > 1 else 0.0
+
+
 def _half_period(stamp_ns: NDArray[np.int64]) -> float:
-    """Return how far from a key time an image may be: half its camera's period, at most `KEY_TOLERANCE`."""
-    if len(stamp_ns) < 2:
-        return KEY_TOLERANCE
-    return min(KEY_TOLERANCE, float(np.median(np.diff(np.sort(stamp_ns)))) / 2e9)
+    """Return how far from the anchor's exposure an image may be: half its camera's period, at most `CAMERA_REACH`."""
+    period = _period(stamp_ns)
+    return min(CAMERA_REACH, 0.5 * JITTER * period) if period > 0 else KEY_TOLERANCE
+
+
+def bridge_slow_poses(trajectory: Trajectory) -> Trajectory:
+    """Allow longer gaps between poses that come rarely, where interpolating them leaves hardly an error."""
+    gap = 2.2 * _period(trajectory.stamp_ns)  # one that is lost now and then
+    if gap <= SLOW_POSES or gap > FAR_BETWEEN:
+        return trajectory
+    metres, radians = trajectory.interpolation_error
+    smooth = metres <= SMALL_ERROR[0] and radians <= SMALL_ERROR[1]
+    return replace(trajectory, max_gap=gap) if smooth else trajectory
 
 
 def _at_topic(topic: str, error: Exception) -> str:

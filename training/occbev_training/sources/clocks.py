@@ -20,6 +20,9 @@ from occbev.rig import Camera
 from occbev.trajectory import Trajectory
 from occbev_training.sources.deskew import middle_ns
 
+SIMULATED_BEFORE = 10**17
+"""Stamps before 1973 are those of a simulation that began at zero."""
+
 CLOCK_OFFSET, CLOCK_DRIFT = 1.0, 50e-6
 """Largest accepted median of log time minus stamp in seconds, and slope of it in s/s."""
 
@@ -71,6 +74,11 @@ class TopicTimes:
     def lag(self) -> NDArray[np.float64]:
         """Log time minus stamp, in seconds."""
         return (self.log_ns - self.stamp_ns) / 1e9
+
+    @property
+    def simulated(self) -> bool:
+        """Whether stamps are those of a simulation while the log has wall time: the two have nothing in common."""
+        return bool(len(self.stamp_ns) and self.stamp_ns.max() < SIMULATED_BEFORE < self.log_ns.min())
 
     @property
     def drift(self) -> float:
