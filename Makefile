@@ -43,7 +43,7 @@ check: .venv/training
 	.venv/training/bin/ruff format --check . && .venv/training/bin/ruff check . && .venv/training/bin/mypy
 
 docs: .venv/robot
-	.venv/robot/bin/python -m occbev.reports.reference docs/topics-and-parameters.md
+	.venv/robot/bin/python -m occbev.streams.reference docs/topics-and-parameters.md
 
 .venv/robot: .venv/robot/.made-$(STAMP)
 .venv/training: .venv/training/.made-$(STAMP)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from occbev.cli import COMMANDS as ROBOT_COMMANDS
-from occbev.reports import reference
+from occbev.streams import reference
 from occbev_training.cli import COMMANDS as TRAINING_COMMANDS
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """The tables of docs/topics-and-parameters.md, made from the code, so that the page cannot differ from the node.
 
-    python -m occbev.reports.reference docs/topics-and-parameters.md
+    python -m occbev.streams.reference docs/topics-and-parameters.md
 
 replaces what stands between `<!-- NAME -->` and `<!-- end -->` for every table below.
 """
