@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ImageConfig
-from occbev.messages.image_headers import JPEG_START, PNG_START, is_whole, jpeg_size
+from occbev.files import one_line
+from occbev.messages.image_headers import JPEG_START, PNG_START, decoding_fault, encoded_size, is_whole, jpeg_size
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
+
+MAX_ENLARGEMENT = 4
+"""An image may be this many times as wide as its calibration says: it is scaled down at once."""
 
 REDUCED_READ = {
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -72,6 +76,9 @@ class Preprocessor:
         """Return the frame with its image as an array, at reduced size where JPEG gives that for free."""
         if not isinstance(frame.image, bytes):
             return frame
+        size = encoded_size(frame.image)
+        if size is not None:
+            fit_camera(camera, *size)  # before the work, so that a camera that sends bombs costs only itself
         return replace(
             frame,
             image=decode_image(frame.image, camera.name, Fit.cover(camera.width, camera.height, self.config).scaled),
@@ -182,7 +189,7 @@ def decode_image(data: bytes, camera: str, wanted: tuple[int, int] | None = None
     wanted: (width, height) that the caller will scale to. A JPEG whose size divides by 2, 4 or 8 is then
         decoded at the smallest such size that leaves the area filter twice the pixels it needs.
     Raises:
-        ImageError: neither JPEG nor PNG, cut short, or undecodable.
+        ImageError: neither JPEG nor PNG, cut short, too large, of too many scans, or undecodable.
     """
     if data.startswith(JPEG_START):
         _require_end(data, "JPEG", camera)
@@ -192,10 +199,13 @@ def decode_image(data: bytes, camera: str, wanted: tuple[int, int] | None = None
         flags = cv2.IMREAD_COLOR
     else:
         raise ImageError(camera, f"{len(data)} bytes beginning {data[:8].hex(' ')!r} are neither JPEG nor PNG")
+    fault = decoding_fault(data)
+    if fault is not None:
+        raise ImageError(camera, fault)
     try:
         bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        raise ImageError(camera, f"cannot decode {len(data)} bytes: {error}") from error
+        raise ImageError(camera, f"cannot decode {len(data)} bytes: {one_line(error)}") from error
     if bgr is None:
         raise ImageError(camera, f"cannot decode {len(data)} bytes beginning {data[:8].hex(' ')!r}")
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
@@ -210,13 +220,21 @@ def match_size(camera: Camera, image: NDArray[np.uint8]) -> Camera:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ImageError(camera.name, f"want an (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}")
     height, width = image.shape[:2]
+    return fit_camera(camera, width, height)
+
+
+def fit_camera(camera: Camera, width: int, height: int) -> Camera:
+    """Return the camera scaled to an image's size.
+
+    Raises:
+        ImageError: the image was cropped, as its aspect differs, or is over `MAX_ENLARGEMENT` times as wide.
+    """
     fitted = camera.fit_to(width, height)
+    stated = f"the image is {width}x{height} but the calibration is for {camera.width}x{camera.height}"
     if (width, height) != (fitted.width, fitted.height):
-        raise ImageError(
-            camera.name,
-            f"the image is {width}x{height} but the calibration is for {camera.width}x{camera.height}; "
-            "another aspect means another crop: calibrate at this size",
-        )
+        raise ImageError(camera.name, f"{stated}; another aspect means another crop: calibrate at this size")
+    if width > MAX_ENLARGEMENT * camera.width:
+        raise ImageError(camera.name, f"{stated}; over {MAX_ENLARGEMENT} times as wide: calibrate nearer to this size")
     return fitted
 
 

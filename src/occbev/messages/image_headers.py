@@ -10,8 +10,18 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 TRAILER_BYTES = 4096
 """Padding that some cameras leave behind the end marker of an encoded image."""
 
-FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""JPEG markers that begin a frame and so hold its size."""
+FRAME_MARKERS = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA})
+"""JPEG markers that begin a frame that libjpeg decodes, and so hold its size."""
+
+OTHER_FRAMES = frozenset(range(0xC5, 0xD0)) - {0xC8, 0xC9, 0xCA, 0xCC}
+"""JPEG markers that begin a frame of a kind that libjpeg does not decode."""
+
+MAX_IMAGE_PIXELS = 40_000_000
+"""Most pixels of an image where no parameter says otherwise."""
+
+MAX_SCANS = 64
+"""Most scans of a JPEG: each is a pass over the whole image, and encoders write 1 to 20. A file of 68 kB can hold
+thousands of empty ones, which take ten seconds to decode."""
 
 
 def encoded_size(data: bytes) -> tuple[int, int] | None:
@@ -25,19 +35,40 @@ def encoded_size(data: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) from the frame header of a JPEG, or None where there is none."""
+    """Return (width, height) from the frame header of a JPEG, found as libjpeg finds it; None where there is none."""
     at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    while (at := data.find(b"\xff", at)) >= 0 and at + 9 <= len(data):  # libjpeg skips what is no marker
         marker = data[at + 1]
         if marker in FRAME_MARKERS:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return width, height
+        if marker in OTHER_FRAMES or marker in (0xD8, 0xD9, 0xDA):  # begins again, ends, or has pixels without a frame
+            return None
         if marker == 0xFF:  # a fill byte
             at += 1
-        elif 0xD0 <= marker <= 0xD9 or marker == 0x01:  # markers without a length
+        elif 0xD0 <= marker <= 0xD7 or marker in (0x00, 0x01):  # without a length
             at += 2
         else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+            at += 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
+    return None
+
+
+def count_scans(data: bytes) -> int:
+    """Return how many scans a JPEG may have; a thumbnail in its header counts as well."""
+    return data.count(b"\xff\xda")
+
+
+def decoding_fault(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> str | None:
+    """Return why an encoded image must not be given to a decoder, or None; only its headers are read."""
+    size = encoded_size(data)
+    if size is None:
+        return f"{len(data)} bytes without a readable image header"
+    if min(size) <= 0:
+        return f"an image of {size[0]}x{size[1]} pixels has no content"
+    if size[0] * size[1] > max_pixels:
+        return f"an image of {size[0]}x{size[1]} pixels exceeds max_image_pixels = {max_pixels}"
+    if data.startswith(JPEG_START) and (scans := count_scans(data)) > MAX_SCANS:
+        return f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded"
     return None
 
 

@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 
 from occbev.geometry import pose_from_xyzw
 from occbev.lens import COEFFICIENTS
-from occbev.messages.image_headers import JPEG_START, PNG_START, encoded_size
+from occbev.messages.image_headers import JPEG_START, MAX_IMAGE_PIXELS, PNG_START, decoding_fault
 from occbev.messages.tf import Buffer, TransformException, clean_frame
 from occbev.rig import Camera
-
-MAX_IMAGE_PIXELS = 40_000_000
-"""Default for the largest image that is accepted."""
 
 CHANNELS = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1, "8UC1": 1, "8UC3": 3}
 """Encodings whose pixels are whole bytes -> bytes per pixel. 8UC3 is taken as bgr8, as OpenCV means it."""
@@ -131,7 +128,7 @@ def compressed_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) ->
     """Return the JPEG or PNG bytes of a sensor_msgs/CompressedImage, its size checked in the header.
 
     Raises:
-        MessageError: neither JPEG nor PNG, no readable size, or a size over `max_pixels`.
+        MessageError: neither JPEG nor PNG, or what `decoding_fault` says.
     """
     stated = str(message.format)
     head = bytes(message.data[:16])
@@ -141,10 +138,9 @@ def compressed_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) ->
             f"format {stated!r} with bytes beginning {head[:8].hex(' ')!r}: only JPEG and PNG are understood"
         )
     data = bytes(message.data)
-    size = encoded_size(data)
-    if size is None:
-        raise MessageError(f"format {stated!r}: {len(data)} bytes without a readable image header")
-    _require_size(*size, max_pixels)
+    fault = decoding_fault(data, max_pixels)
+    if fault is not None:
+        raise MessageError(f"format {stated!r}: {fault}")
     if data.startswith(PNG_START):
         _require_sound_chunks(data)
     return data

@@ -1,0 +1,84 @@
+"""Headers of encoded images: they agree with the decoder, and bombs are refused without decoding."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from occbev.config import ImageConfig
+from occbev.inference.preprocess import ImageError, Preprocessor, decode_image
+from occbev.messages.image_headers import MAX_SCANS, count_scans, decoding_fault, encoded_size
+from occbev.results import CameraFrame
+from occbev.rig import Camera
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+JPEG = cv2.imencode(".jpg", PIXELS)[1].tobytes()
+PROGRESSIVE = cv2.imencode(".jpg", PIXELS, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+PNG = cv2.imencode(".png", PIXELS)[1].tobytes()
+
+
+def bomb(side: int, scans: int) -> bytes:
+    """A progressive JPEG of side x side pixels whose scans are all empty."""
+    image = cv2.imencode(".jpg", np.zeros((side, side), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    first = image.index(b"\xff\xda")
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x05\x00"  # coefficients 1 to 5, no bits
+    return image[:first] + scan * scans + b"\xff\xd9"
+
+
+def test_sizes_agree_with_the_decoder_wherever_it_decodes() -> None:
+    rng, agreed = random.Random(0), 0
+    for _ in range(3000):
+        data = bytearray(rng.choice((JPEG, PROGRESSIVE, PNG)))
+        for _ in range(rng.randint(0, 4)):
+            data[rng.randrange(rng.choice((30, 300, len(data))))] = rng.choice(
+                (0xFF, 0, 0xC0, 0xC2, rng.randrange(256))
+            )
+        size = encoded_size(bytes(data))
+        if size is not None and size[0] * size[1] > 10**7:
+            continue
+        image = cv2.imdecode(np.frombuffer(bytes(data), np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if image is not None:
+            assert size == image.shape[1::-1]
+            agreed += 1
+    assert agreed > 500
+
+
+@pytest.mark.parametrize("data", [JPEG, PROGRESSIVE, PNG], ids=["jpeg", "progressive", "png"])
+def test_whole_images_are_decoded(data: bytes) -> None:
+    assert encoded_size(data) == (56, 40)
+    assert decoding_fault(data) is None
+    assert decode_image(data, "A").shape == (40, 56, 3)
+
+
+def test_a_progressive_bomb_is_refused_at_once() -> None:
+    data = bomb(4000, 6000)
+    assert len(data) < 100_000
+    assert count_scans(data) > MAX_SCANS
+    began = time.process_time()
+    with pytest.raises(ImageError, match="a JPEG of 6000 scans; at most 64"):
+        decode_image(data, "A")
+    assert time.process_time() - began < 0.1
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_pixels_are_limited_in_every_format(suffix: str) -> None:
+    data = cv2.imencode(suffix, np.zeros((7000, 7000), np.uint8))[1].tobytes()
+    with pytest.raises(ImageError, match="7000x7000 pixels exceeds max_image_pixels = 40000000"):
+        decode_image(data, "A")
+
+
+def test_an_image_of_another_size_than_calibrated_is_refused_before_it_is_decoded() -> None:
+    camera = Camera("A", 640, 360, [[500.0, 0, 320], [0, 500, 180], [0, 0, 1]], np.eye(4))
+    preprocessor = Preprocessor(ImageConfig())
+    data = bomb(4000, MAX_SCANS - 1)
+    began = time.process_time()
+    with pytest.raises(ImageError, match="4000x4000 but the calibration is for 640x360"):
+        preprocessor.decode(CameraFrame("A", 0, data), camera)
+    wide = cv2.imencode(".jpg", np.zeros((1800, 3200), np.uint8))[1].tobytes()
+    with pytest.raises(ImageError, match="over 4 times as wide"):
+        preprocessor.decode(CameraFrame("A", 0, wide), camera)
+    assert time.process_time() - began < 0.5
