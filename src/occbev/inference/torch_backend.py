@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from occbev.inference.backend import Arrays, BackendError, RunSettings
 from occbev.inference.model_package import ModelPackage
-from occbev_training.models.build import build_for_weights
-from occbev_training.models.checkpoints import CheckpointError, load_strictly, read_weights
+from occbev_training.models.checkpoints import CheckpointError
 from occbev_training.models.families import make_graph
 from occbev_training.models.graphs import Graph, GraphError
+from occbev_training.models.load import load_network
 
 
 class TorchBackend:
@@ -43,14 +43,10 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> TorchBac
     """Build the network and load its weights; it takes any number of cameras. Threads are set process-wide."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    path = package.path("weights.safetensors")
     try:
-        state, _ = read_weights(path)
-        network = build_for_weights(package.model, state)
-        load_strictly(network, state, str(path))
-        graph = make_graph(network, "native")
+        graph = make_graph(load_network(package), "native")
     except GraphError as error:
-        raise BackendError(f"{path}: {error}") from error
+        raise BackendError(f"{package.folder}: {error}") from error
     except CheckpointError as error:
         raise BackendError(f"{error}; was it exported by another version of occbev_training?") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
