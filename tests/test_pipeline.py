@@ -43,8 +43,8 @@ class KnownBackend:
         self.heatmap = np.full((1, 10, 16, 16), -9.0, np.float32)
         self.heatmap[0, 0, 8, 11] = 3.0
         self.logits = np.zeros((1, 18, 2, 16, 16), np.float32)
-        self.logits[:, 17] = 1.0
-        self.logits[0, 4, 1, 8, 15] = 5.0
+        self.logits[:, 17] = 6.0
+        self.logits[0, 4, 1, 8, 15] = 10.0
 
     def run(self, inputs: Any) -> dict[str, np.ndarray]:
         self.inputs = {name: array.copy() for name, array in inputs.items()}

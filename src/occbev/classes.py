@@ -42,6 +42,9 @@ OCCUPANCY_CLASSES: tuple[str, ...] = (
 FREE = OCCUPANCY_CLASSES.index("free")
 """Occupancy label of empty space (17)."""
 
+GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
+"""Occupied voxels of these classes are ground, which blocks no vehicle."""
+
 UNOBSERVED_STATE, FREE_STATE, OCCUPIED_STATE = 0, 1, 2
 """Three-state labels; zero means that nothing is known, so an untouched buffer is harmless."""
 

@@ -67,11 +67,17 @@ OUTPUT_TOPICS: dict[str, Topic] = {
         RESULT,
         "voxel centres: x, y, z, rgb, confidence, label (Occ3D class)",
     ),
+    "obstacles": Topic(
+        "~/output/occupancy/obstacles",
+        "sensor_msgs/msg/PointCloud2",
+        RESULT,
+        "voxels that block the ground grid, with the same fields; confidence: of an obstacle in that cell",
+    ),
     "grid": Topic(
         "~/output/occupancy/grid",
         "nav_msgs/msg/OccupancyGrid",
         RESULT,
-        "ground grid: 100 blocked, 0 free, -1 not observed",
+        "ground grid: 100 blocked, 0 free, -1 unknown",
     ),
     "markers": Topic(
         "~/output/markers", "visualization_msgs/msg/MarkerArray", RESULT, "boxes as cubes, velocities as arrows"

@@ -100,6 +100,43 @@ class Boxes3D:
 
 
 @dataclass(frozen=True)
+class VoxelEvidence:
+    """What a network says of obstacles and ground, voxel by voxel, in the order of its outputs.
+
+    obstacle: (S, S, Z, Y / S, X / S) float32, P(occupied and not ground) of the S x S voxels of a cell; the first
+    axis is y. ground: (Z, Y / S, X / S) float32, weight of ground; None of a network that knows no ground classes.
+    """
+
+    obstacle: NDArray[np.float32]
+    ground: NDArray[np.float32] | None = None
+
+
+BLOCKED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
+"""Values of a ground grid, those of nav_msgs/OccupancyGrid."""
+
+
+@dataclass(frozen=True)
+class GroundGrid:
+    """Which cells of the ground are blocked, free or unknown, in base_link at the key time; all (Y, X).
+
+    cells: int8, 100 blocked, 0 free, -1 unknown. probability: float32, of an obstacle.
+    ground: layer of the voxel grid in which the local ground lies.
+    """
+
+    cells: NDArray[np.int8]
+    probability: NDArray[np.float32]
+    ground: NDArray[np.intp]
+    grid: VoxelGrid
+
+    @classmethod
+    def unknown(cls, grid: VoxelGrid) -> GroundGrid:
+        """Nothing is known of any cell."""
+        shape = grid.shape[1::-1]
+        cells = np.full(shape, UNKNOWN_CELL, np.int8)
+        return cls(cells, np.zeros(shape, np.float32), np.zeros(shape, np.intp), grid)
+
+
+@dataclass(frozen=True)
 class Occupancy:
     """A labelled voxel volume in base_link at the key time, indexed [x, y, z].
 
@@ -107,7 +144,8 @@ class Occupancy:
 
     label: (X, Y, Z) uint8, index into OCCUPANCY_CLASSES (17 = free).
     confidence: (X, Y, Z) float32 in [0, 1], of the label.
-    state: (X, Y, Z) uint8: 0 unobserved, 1 free, 2 occupied.
+    state: (X, Y, Z) uint8: 0 unknown, 1 free, 2 occupied.
+    evidence: what ground grids are made of; None where it is not known.
     """
 
     label: NDArray[np.uint8]
@@ -116,6 +154,7 @@ class Occupancy:
     grid: VoxelGrid
     cameras: tuple[str, ...] = ()
     has_classes: bool = True
+    evidence: VoxelEvidence | None = None
 
 
 @dataclass(frozen=True)
@@ -139,3 +178,5 @@ class Perception:
     occupancy: Occupancy
     timings: Timings
     missing: Mapping[str, str] = field(default_factory=dict)
+    ground: GroundGrid | None = None
+    """None of a network that predicts no voxels."""

@@ -15,7 +15,7 @@ from occbev.cli import main
 from occbev.inference.model_package import PackageError, find_package
 from occbev_training.cli import main as train_main
 
-OUTPUTS = {"objects", "occupancy/points", "occupancy/grid", "markers"}
+OUTPUTS = {"objects", "occupancy/points", "occupancy/grid", "occupancy/obstacles", "markers"}
 
 
 @pytest.mark.ros

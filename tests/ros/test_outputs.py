@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ pytest.importorskip("rclpy", reason="output messages are rclpy's")
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPANCY_COLOURS
 from occbev.grid import GRIDS, VoxelGrid
+from occbev.inference.ground_grid import GroundGridConfig
 from occbev.messages.readers import cloud_from_message
-from occbev.results import Boxes3D, Occupancy
+from occbev.results import Boxes3D, GroundGrid, Occupancy, VoxelEvidence
 from occbev.ros import outputs
 from occbev.ros.compat import capabilities, require
 
@@ -80,15 +82,13 @@ def as_networks_give_it(occupancy: Occupancy) -> Occupancy:
     return Occupancy(*(np.asfortranarray(array) for array in arrays), occupancy.grid)
 
 
-def test_clouds_and_grids_do_not_depend_on_the_memory_of_a_volume() -> None:
+def test_clouds_do_not_depend_on_the_memory_of_a_volume() -> None:
     occupancy, writer = volume(), outputs.CloudWriter(True)
     other = as_networks_give_it(occupancy)
     assert (outputs.memory_order(occupancy), outputs.memory_order(other)) == ("C", "F")
     clouds = [cloud_from_message(writer.message(o, HEADER)) for o in (occupancy, other, occupancy)]
     np.testing.assert_array_equal(clouds[0], clouds[2])
     np.testing.assert_array_equal(np.sort(clouds[0]), np.sort(clouds[1]))
-    grids = [outputs.ground_grid(o) for o in (occupancy, other)]
-    np.testing.assert_array_equal(*grids)
 
 
 @pytest.mark.parametrize("observed", [False, True])
@@ -122,29 +122,41 @@ def test_upstream_reads_our_clouds() -> None:
     np.testing.assert_array_equal(theirs["label"], cloud_from_message(message)["label"])
 
 
-def test_the_plane_is_row_major_from_the_lower_left_corner() -> None:
+def test_the_ground_grid_is_row_major_from_the_lower_left_corner() -> None:
     grid = VoxelGrid((-2, -1, 0), (0.5, 0.5, 0.5), (8, 4, 3))
-    label = np.full(grid.shape, FREE, np.uint8)
-    state = np.ones(grid.shape, np.uint8)
-    state[:, 3] = 0
-    car, road = OCCUPANCY_CLASSES.index("car"), OCCUPANCY_CLASSES.index("driveable_surface")
-    label[6, 1, 1], state[6, 1, 1] = car, 2
-    label[2, 0, 0], state[2, 0, 0] = road, 2
-    nothing = np.zeros(grid.shape, np.float32)
-    message = outputs.grid_message(Occupancy(label, nothing, state, grid), HEADER)
-    plane = np.array(message.data, np.int8).reshape(message.info.height, message.info.width)
-    assert plane.shape == (4, 8)
-    assert plane[1, 6] == 100
-    assert plane[0, 2] == 0
-    assert (plane[3] == -1).all()
+    ground = GroundGrid.unknown(grid)
+    ground.cells[1, 6], ground.cells[0, 2] = 100, 0
+    message = outputs.grid_message(ground, HEADER)
+    cells = np.array(message.data, np.int8).reshape(message.info.height, message.info.width)
+    assert cells.shape == (4, 8)
+    np.testing.assert_array_equal(cells, ground.cells)
     assert (message.info.origin.position.x, message.info.origin.position.y) == (-2.0, -1.0)
     assert message.info.resolution == pytest.approx(0.5)
 
 
 def test_oblong_cells_are_refused() -> None:
-    occupancy = volume(VoxelGrid((0, 0, 0), (1, 2, 1), (3, 3, 3)))
     with pytest.raises(ValueError, match="square cells"):
-        outputs.grid_message(occupancy, HEADER)
+        outputs.grid_message(GroundGrid.unknown(VoxelGrid((0, 0, 0), (1, 2, 1), (3, 3, 3))), HEADER)
+
+
+def test_the_obstacle_cloud_holds_what_blocks_the_grid() -> None:
+    grid, occupancy = GRIDS["tiny"], volume(share=0.0)
+    obstacle = np.zeros((1, 1, *grid.shape[::-1]), np.float32)
+    obstacle[0, 0, 3, 7, 20], obstacle[0, 0, 2, 9, 21] = 0.9, 0.3  # [z, y, x]
+    occupancy.label[20, 7, 3], occupancy.state[20, 7, 3] = OCCUPANCY_CLASSES.index("car"), 2
+    occupancy = replace(occupancy, evidence=VoxelEvidence(obstacle))
+    ground = GroundGrid.unknown(grid)
+    ground.ground[:] = 1
+    ground.cells[7, 20], ground.cells[9, 21] = 100, 100
+    ground.probability[7, 20], ground.probability[9, 21] = 0.95, 0.4
+    for given in (occupancy, replace(as_networks_give_it(occupancy), evidence=occupancy.evidence)):
+        points = cloud_from_message(outputs.CloudWriter().obstacles(given, ground, GroundGridConfig(), HEADER))
+        by_label = {int(p["label"]): p for p in points}
+        assert set(by_label) == {0, OCCUPANCY_CLASSES.index("car")}, "the doubtful one has no class"
+        car, other = by_label[OCCUPANCY_CLASSES.index("car")], by_label[0]
+        np.testing.assert_allclose([car["x"], car["y"], car["z"]], grid.centres([20, 7, 3]), atol=1e-5)
+        np.testing.assert_allclose([other["x"], other["y"], other["z"]], grid.centres([21, 9, 2]), atol=1e-5)
+        assert (car["confidence"], other["confidence"]) == (np.float32(0.95), np.float32(0.4))
 
 
 def test_diagnostics_carry_levels_and_values() -> None:

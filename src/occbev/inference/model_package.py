@@ -23,8 +23,8 @@ from occbev.inference.families import read_model
 from occbev.share import share_path
 
 CONFIG_NAME = "config.yaml"
-SUFFIXES = (".safetensors", ".onnx", ".xml", ".bin", ".npz", ".md")
-"""Kinds of files that a package may hold: tensors, graphs and text, none of which can run code."""
+SUFFIXES = (".safetensors", ".onnx", ".xml", ".bin", ".npz", ".md", ".png")
+"""Kinds of files that a package may hold: tensors, graphs, text and pictures, none of which can run code."""
 
 
 MAX_IMAGE, MAX_CELLS, MAX_VOXELS = 2**24, 2**22, 2**25

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from occbev.classes import GROUND_CLASSES
 from occbev.config import ModelConfig
 from occbev.frame_job import Arrays, FrameJob, MotionToKey
 from occbev.geometry import invert_transform
@@ -28,6 +29,7 @@ from occbev.inference.backend import (
     start,
 )
 from occbev.inference.families import family_of
+from occbev.inference.ground_grid import GroundGridConfig, GroundGridMaker, SightLines
 from occbev.inference.memory import Memory
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.inference.postprocess import (
@@ -40,8 +42,9 @@ from occbev.inference.postprocess import (
     voxels_in_view,
 )
 from occbev.inference.preprocess import Preprocessor
+from occbev.inference.space_calibration import read_calibration
 from occbev.inference.table_cache import TableCache
-from occbev.results import Boxes3D, CameraFrame, FrameSet, Occupancy, Perception, Timings
+from occbev.results import Boxes3D, CameraFrame, FrameSet, GroundGrid, Occupancy, Perception, Timings
 from occbev.rig import Camera, CameraRig
 
 PIPELINE_STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
@@ -65,15 +68,20 @@ class Pipeline:
         backend: str | Backend = "auto",
         settings: RunSettings | None = None,
         decoding: BoxDecoding | None = None,
+        ground: GroundGridConfig | None = None,
     ) -> None:
         """Load a network for a rig.
 
         package: loaded, or its folder, or the name of a shipped one. rig: cameras at the size they deliver.
         backend: a runtime's name (see `load_backend`) or a loaded backend. settings: for the former.
-            A network with a memory runs on one set at a time, whatever they say. decoding: None for the defaults.
+            A network with a memory runs on one set at a time, whatever they say. decoding, ground: None for the
+            defaults.
         """
         self.package = package if isinstance(package, ModelPackage) else ModelPackage.load(find_package(package))
-        self.decoding = decoding or BoxDecoding()
+        self.decoding, self.ground = decoding or BoxDecoding(), ground or GroundGridConfig()
+        self.calibration = read_calibration(self.package)
+        self._ground_grids = GroundGridMaker(self.grid, self.calibration)
+        self._max_occupied = self.calibration.voxel_limits(self.grid.bev)
         self.preprocessor = Preprocessor(self.package.model.image)
         self._wanted, self._settings = backend, settings or RunSettings()
         if self.package.model.past_frames:
@@ -136,10 +144,10 @@ class Pipeline:
             if "inference" not in job.stage_ns:
                 job.end_stage("inference")
             job.start_clock()
-            boxes, occupancy = self._decode_outputs(outputs, job)
+            boxes, occupancy, ground = self._decode_outputs(outputs, job)
             job.end_stage("postprocess")
             timings = Timings({stage: job.stage_ns[stage] for stage in PIPELINE_STAGES})
-            job.perception = Perception(job.stamp_ns, boxes, occupancy, timings, dict(job.missing))
+            job.perception = Perception(job.stamp_ns, boxes, occupancy, timings, dict(job.missing), ground)
         return job.perception
 
     def run(self, frame_set: FrameSet, motion: MotionToKey | None = None) -> Perception:
@@ -170,6 +178,7 @@ class Pipeline:
             "predicts": self.package.predicts or "not recorded: exported by an earlier version",
             "runtime": self.backend.name,
             "device": self.backend.device,
+            "calibrated": self.calibration.fitted_on or "no: the ground grid takes the network's probabilities as said",
             **getattr(self.backend, "about", dict)(),
         }
 
@@ -235,8 +244,8 @@ class Pipeline:
         moved = _move_rig(job.network_rig, job.frame_set, job.motion)
         self._memory.keep(dict(job.outputs()), job.stamp_ns, self._key_pose(job), moved)
 
-    def _decode_outputs(self, outputs: Arrays, job: FrameJob) -> tuple[Boxes3D, Occupancy]:
-        """Decode a graph's outputs; boxes that it does not predict are none, voxels are unobserved."""
+    def _decode_outputs(self, outputs: Arrays, job: FrameJob) -> tuple[Boxes3D, Occupancy, GroundGrid | None]:
+        """Decode a graph's outputs; boxes that it does not predict are none, voxels are unknown."""
         assert job.frame_set is not None
         model, cameras = self.package.model, job.frame_set.cameras
         boxes = boxes_of(outputs, model, self.decoding, cameras)
@@ -244,17 +253,21 @@ class Pipeline:
             if boxes is None:
                 absent = [name for name in GRAPH_OUTPUTS if name not in outputs]
                 raise OutputError(f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}")
-            return boxes, unobserved(model.grid, cameras)
-        occupancy = voxels_of(outputs, model, model.occupancy.min_free, cameras, self._find_observed(job), self._pool)
-        return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy
+            return boxes, unobserved(model.grid, cameras), None
+        seen, min_free = self._find_seen(job), model.occupancy.min_free
+        occupancy = voxels_of(outputs, model, min_free, cameras, seen.observed, self._pool, self._max_occupied)
+        assert occupancy.evidence is not None
+        ground = self._ground_grids.make(occupancy.evidence, seen.sight, self.ground)
+        return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy, ground
 
-    def _find_observed(self, job: FrameJob) -> NDArray[np.bool_]:
-        """The voxels that some valid camera sees, kept for the last rig: projecting a grid takes longer than a network."""
+    def _find_seen(self, job: FrameJob) -> _Seen:
+        """What the valid cameras see, kept for the last rig: projecting a grid takes longer than a network."""
         assert job.network_rig is not None
         view = self._view  # the other thread may take another rig
-        if view is None or view.rig_hash != job.network_rig.hash:
-            view = self._view = _View(job.network_rig.hash, voxels_in_view(job.network_rig, self.package.model.grid))
-        return view.find_observed(job.inputs["camera_valid"][0] > 0)
+        if view is None or view.rig.hash != job.network_rig.hash:
+            in_view = voxels_in_view(job.network_rig, self.grid)
+            view = self._view = _View(job.network_rig, self.grid, in_view)
+        return view.find_seen(job.inputs["camera_valid"][0] > 0)
 
 
 def _move_rig(rig: CameraRig, frame_set: FrameSet, motion: MotionToKey | None) -> CameraRig:
@@ -267,18 +280,28 @@ def _move_rig(rig: CameraRig, frame_set: FrameSet, motion: MotionToKey | None) -
     return rig.move_cameras(motion.get(name, np.eye(4)) for name in rig.names)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the valid cameras of a rig see: voxels (X, Y, Z), and along which lines."""
+
+    observed: NDArray[np.bool_]
+    sight: SightLines
+
+
 @dataclass
 class _View:
     """What the cameras of a rig see; in_view: (N, X, Y, Z)."""
 
-    rig_hash: str
+    rig: CameraRig
+    grid: VoxelGrid
     in_view: NDArray[np.bool_]
-    _last: tuple[bytes, NDArray[np.bool_]] | None = None
+    _last: tuple[bytes, _Seen] | None = None
 
-    def find_observed(self, valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The voxels (X, Y, Z) that one of the valid (N,) cameras sees."""
+    def find_seen(self, valid: NDArray[np.bool_]) -> _Seen:
+        """Return what the valid (N,) cameras see, kept for the last ones."""
         if self._last is None or self._last[0] != valid.tobytes():
-            self._last = valid.tobytes(), np.any(self.in_view[valid], axis=0)
+            sight = SightLines(self.rig, self.grid, self.in_view, valid)
+            self._last = valid.tobytes(), _Seen(np.any(self.in_view[valid], axis=0), sight)
         return self._last[1]
 
 
@@ -294,19 +317,24 @@ def voxels_of(
     cameras: tuple[str, ...] = (),
     observed: NDArray[np.bool_] | None = None,
     pool: Executor | None = None,
+    max_occupied: NDArray[np.float32] | None = None,
 ) -> Occupancy:
     """Decode occupancy in base_link from a graph's outputs for one frame: factors, logits, or geometry without classes.
 
-    min_free: least probability of free for a voxel to be free. observed, pool: see `decode_occupancy`.
+    min_free: least probability of free for a voxel to be free. observed, pool, max_occupied: see `decode_occupancy`.
     """
+    ground = [label for label, name in enumerate(model.occupancy_classes) if name in GROUND_CLASSES]
     if set(FACTORS) <= set(outputs):
         occupied, kind, kind_share = (outputs[name][0] for name in FACTORS)
         free = len(model.occupancy_classes) - 1
-        return decode_factors(occupied, kind, kind_share, free, model.grid, cameras, observed, min_free)
+        return decode_factors(
+            occupied, kind, kind_share, free, model.grid, cameras, observed, min_free, ground, max_occupied
+        )
     if "occupancy_logits" not in outputs:
-        return decode_geometry(outputs["reconstruction_logits"][0], model.grid, cameras, observed, min_free)
+        logits = outputs["reconstruction_logits"][0]
+        return decode_geometry(logits, model.grid, cameras, observed, min_free, max_occupied)
     logits = outputs["occupancy_logits"][0]
-    return decode_occupancy(logits, model.grid, cameras, observed, min_free, pool)
+    return decode_occupancy(logits, model.grid, cameras, observed, min_free, pool, ground, max_occupied)
 
 
 def boxes_of(

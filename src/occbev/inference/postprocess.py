@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.classes import DETECTION_CLASSES, FREE, FREE_STATE, OCCUPANCY_CLASSES, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import box_corners, wrap_angle, yaw_from_rotation
-from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
-from occbev.results import Boxes3D, Occupancy
+from occbev.grid import BevGrid, VoxelGrid, volume_from_xyz, xyz_from_volume
+from occbev.results import Boxes3D, Occupancy, VoxelEvidence
 from occbev.rig import CameraRig
 
 Floats = NDArray[np.float32]
@@ -151,12 +151,15 @@ def decode_occupancy(
     observed: NDArray[np.bool_] | None = None,
     min_free: float = 0.0,
     pool: Executor | None = None,
+    ground: Sequence[int] = (),
+    max_occupied: Floats | None = None,
 ) -> Occupancy:
     """Turn occupancy logits (K, Z, Y, X), the last class free, into labels with their softmax confidence.
 
-    observed: (X, Y, Z); where it is False the state is unobserved and the confidence 0. None: all observed.
+    observed: (X, Y, Z); where it is False the state is unknown and the confidence 0. None: all observed.
     min_free: least probability of free for a voxel to be free; below it the likeliest other class is the label.
-    pool: threads that share the work.
+    pool: threads that share the work. ground: classes of ground; none where the network knows no classes.
+    max_occupied: (Y, X), largest probability of occupied with which a voxel is free; above it, it is unknown.
     Raises:
         OutputError: the volume does not fit the grid, or is not finite.
     """
@@ -164,19 +167,23 @@ def decode_occupancy(
     if logits.shape[1:] != volume:
         raise OutputError(f"occupancy logits {logits.shape} do not fit a grid of {grid.shape} [x, y, z]")
     label, confidence = np.empty(grid.size, np.uint8), np.empty(grid.size, np.float32)
+    not_free, on_ground = np.empty((2, grid.size), np.float32)
     flat = logits.reshape(len(logits), -1)
 
     def decide(start: int) -> None:
         part = slice(start, start + CHUNK)
         with np.errstate(invalid="ignore", over="ignore"):
-            _decide(flat[:, part], label[part], confidence[part], min_free)
+            on_ground[part] = _decide(flat[:, part], label[part], confidence[part], not_free[part], min_free, ground)
 
     for _ in (pool.map if pool else map)(decide, range(0, grid.size, CHUNK)):
         pass
     if not np.isfinite(confidence).all():
         raise OutputError("occupancy logits hold values that are not finite")
-    decided = label.reshape(volume), confidence.reshape(volume)
-    return _occupancy(*decided, free, grid, cameras, observed)
+    not_free, on_ground = not_free.reshape(volume), on_ground.reshape(volume)
+    label, confidence = label.reshape(volume), confidence.reshape(volume)
+    known = None if max_occupied is None else (not_free <= max_occupied) | (label != free)
+    evidence = VoxelEvidence((not_free - on_ground)[None, None], on_ground if len(ground) else None)
+    return _occupancy(label, confidence, known, free, grid, cameras, observed, evidence)
 
 
 def decode_factors(
@@ -188,6 +195,8 @@ def decode_factors(
     cameras: tuple[str, ...] = (),
     observed: NDArray[np.bool_] | None = None,
     min_free: float = 0.0,
+    ground: Sequence[int] = (),
+    max_occupied: Floats | None = None,
 ) -> Occupancy:
     """Decide on voxels as `decode_occupancy` does, from P(occupied) and the likeliest of P(kind | occupied).
 
@@ -200,21 +209,47 @@ def decode_factors(
     cells = (z, y // split, x // split)
     if occupied.shape != (split, split, *cells) or not kind.shape == kind_share.shape == cells:
         raise OutputError(
-            f"occupied {occupied.shape}, kind {kind.shape} and kind_share {kind_share.shape} do not fit a grid of {grid.shape} [x, y, z]"
+            f"occupied {occupied.shape}, kind {kind.shape} and kind_share {kind_share.shape} do not fit a grid of"
+            f" {grid.shape} [x, y, z]"
         )
     if not (np.isfinite(occupied).all() and np.isfinite(kind_share).all()):
         raise OutputError("probabilities of occupancy hold values that are not finite")
     label = np.empty((*cells[:2], split, cells[2], split), np.uint8)
-    confidence = np.empty(label.shape, np.float32)
+    confidence, known = np.empty(label.shape, np.float32), np.ones(label.shape, bool)
     for row, column in np.ndindex(split, split):
         likely = occupied[row, column]
         share, rest = likely * kind_share, 1 - likely
         is_free = (rest > share) & (rest >= np.float32(min_free))
         label[:, :, row, :, column] = _chosen(is_free, np.uint8(free), kind)
         confidence[:, :, row, :, column] = _chosen(is_free, rest, share)
+        if max_occupied is not None:
+            known[:, :, row, :, column] = (likely <= max_occupied[row::split, column::split]) | ~is_free
     volume = grid.shape[::-1]
-    decided = label.reshape(volume), confidence.reshape(volume)
-    return _occupancy(*decided, free, grid, cameras, observed)
+    decided = label.reshape(volume), confidence.reshape(volume), known.reshape(volume)
+    return _occupancy(*decided, free, grid, cameras, observed, _evidence_of(occupied, kind, ground))
+
+
+def occupied_probability(outputs: Mapping[str, NDArray[Any]]) -> Floats:
+    """Return P(occupied) (Z, Y, X) of a graph's outputs for one frame: factors, logits, or geometry."""
+    if "occupied" in outputs:
+        parts = outputs["occupied"][0].transpose(2, 3, 0, 4, 1)  # (Z, Y / S, S, X / S, S)
+        layers, rows, split, columns, _ = parts.shape
+        return np.asarray(parts.reshape(layers, rows * split, columns * split), np.float32)
+    if "occupancy_logits" not in outputs:
+        free, occupied = outputs["reconstruction_logits"][0].astype(np.float32)
+        return np.asarray(1 / (1 + np.exp(free - occupied)), np.float32)
+    logits = outputs["occupancy_logits"][0].astype(np.float32)
+    share = np.exp(logits - logits.max(0))
+    return np.asarray(1 - share[-1] / share.sum(0), np.float32)
+
+
+def _evidence_of(occupied: Floats, kind: NDArray[np.uint8], ground: Sequence[int]) -> VoxelEvidence:
+    """Take each cell for what is likeliest there."""
+    is_ground = np.zeros(kind.shape, bool)
+    for label in ground:
+        is_ground |= kind == label
+    weight = occupied.mean((0, 1)) * is_ground if len(ground) else None
+    return VoxelEvidence(occupied * ~is_ground, weight)
 
 
 def decode_geometry(
@@ -223,6 +258,7 @@ def decode_geometry(
     cameras: tuple[str, ...] = (),
     observed: NDArray[np.bool_] | None = None,
     min_free: float = 0.0,
+    max_occupied: Floats | None = None,
 ) -> Occupancy:
     """Turn logits (2, Z, Y, X) of free and occupied into voxels without classes; others as of `decode_occupancy`."""
     volume = grid.shape[::-1]
@@ -234,8 +270,10 @@ def decode_geometry(
         raise OutputError("reconstruction logits hold values that are not finite")
     is_free = free >= (min_free or 0.5)
     label = np.where(is_free, np.uint8(FREE), np.uint8(OCCUPANCY_CLASSES.index("others")))
-    decided = label, np.where(is_free, free, 1 - free)
-    return replace(_occupancy(*decided, FREE, grid, cameras, observed), has_classes=False)
+    known = None if max_occupied is None else (1 - free <= max_occupied) | ~is_free
+    decided = label, np.where(is_free, free, 1 - free), known
+    evidence = VoxelEvidence((1 - free)[None, None])
+    return replace(_occupancy(*decided, FREE, grid, cameras, observed, evidence), has_classes=False)
 
 
 def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
@@ -312,18 +350,22 @@ def suppress(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _occupancy(
     label: NDArray[np.uint8],
     confidence: Floats,
+    known: NDArray[np.bool_] | None,
     free: int,
     grid: VoxelGrid,
     cameras: tuple[str, ...],
     observed: NDArray[np.bool_] | None,
+    evidence: VoxelEvidence,
 ) -> Occupancy:
-    """Make the result of decided voxels (Z, Y, X)."""
-    label, confidence = xyz_from_volume(label), xyz_from_volume(confidence)
-    state = _chosen(label == free, np.uint8(FREE_STATE), np.uint8(OCCUPIED_STATE))
+    """Make the result of decided voxels (Z, Y, X); those that are not `known` are unknown."""
+    state = np.subtract(OCCUPIED_STATE, label == free, dtype=np.uint8)  # free is one below
     if observed is not None:
-        state = _chosen(observed, state, np.uint8(UNOBSERVED_STATE))
-        confidence = confidence * observed
-    return Occupancy(label, confidence, state, grid, cameras)
+        known = volume_from_xyz(observed) if known is None else known & volume_from_xyz(observed)
+    if known is not None:
+        state *= known
+        confidence = confidence * known
+    label, confidence, state = (xyz_from_volume(volume) for volume in (label, confidence, state))
+    return Occupancy(label, confidence, state, grid, cameras, evidence)
 
 
 def _chosen(choice: NDArray[np.bool_], one: Any, other: Any) -> Any:
@@ -331,19 +373,32 @@ def _chosen(choice: NDArray[np.bool_], one: Any, other: Any) -> Any:
     return one * choice + other * ~choice
 
 
-def _decide(logits: Floats, label: NDArray[np.uint8], confidence: Floats, min_free: float) -> None:
-    """Write labels of (K, M) logits, the last class free, and their softmax; the planes stay in cache between passes.
+def _decide(
+    logits: Floats,
+    label: NDArray[np.uint8],
+    confidence: Floats,
+    not_free: Floats,
+    min_free: float,
+    ground: Sequence[int],
+) -> Floats:
+    """Write labels of (K, M) logits, the last class free, their softmax, and 1 - P(free); return P(ground).
 
-    Most voxels are free, so that the likeliest other class is looked for where one is not.
+    The planes stay in cache between passes. Most voxels are free, so that the likeliest other class is looked for
+    where one is not.
     """
     free = logits[-1]
     best = np.maximum.reduce(logits[:-1], axis=0, dtype=np.float32)
     top, total, term = np.maximum(best, free), np.zeros_like(best), np.empty_like(best)
-    for plane in logits:
+    on_ground = np.zeros_like(best)
+    for number, plane in enumerate(logits):
         np.subtract(plane, top, out=term)
         total += np.exp(term, out=term)
+        if number in ground:
+            on_ground += term
     np.divide(np.exp(np.subtract(free, top, out=term), out=term), total, out=confidence)
+    np.subtract(np.float32(1), confidence, out=not_free)
     label[:] = len(logits) - 1
     occupied = np.flatnonzero(~((free > best) & (confidence >= min_free)))
     label[occupied] = logits[:-1, occupied].argmax(0)
     confidence[occupied] = np.exp(best[occupied] - top[occupied]) / total[occupied]
+    return on_ground / total

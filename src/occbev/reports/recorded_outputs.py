@@ -11,10 +11,14 @@ import numpy as np
 
 from occbev.classes import DETECTION_CLASSES, FREE, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import rotation_from_xyzw
+from occbev.graph import OUTPUT_TOPICS
 from occbev.grid import VoxelGrid
 from occbev.messages.bags import BagReader
 from occbev.messages.readers import MessageError, cloud_from_message, stamp_to_ns
 from occbev.results import Boxes3D, Occupancy
+
+OBSTACLES = OUTPUT_TOPICS["obstacles"].name.removeprefix("~")
+"""How the topic of the obstacle cloud ends, whose voxels are among those of the other cloud."""
 
 VELOCITY_MARKERS = "velocity"
 """Namespace of the arrows that carry a box's velocity, which vision_msgs has no field for."""
@@ -59,7 +63,8 @@ def read_recorded(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
         "visualization_msgs/msg/MarkerArray": markers,
     }
     with BagReader(bag) as reader:
-        for entry in reader.messages([topic for topic, kind in reader.topics.items() if kind in readers]):
+        chosen = [t for t, kind in reader.topics.items() if kind in readers and not t.endswith(OBSTACLES)]
+        for entry in reader.messages(chosen):
             readers[entry.type](reader.decode(entry))
     return {stamp: _with_velocities(r, velocities.get(stamp, {})) for stamp, r in sorted(results.items())}
 

@@ -22,6 +22,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 from occbev.classes import (
     DETECTION_CLASSES,
     DETECTION_COLOURS,
+    FREE,
     OCCUPANCY_CLASSES,
     OCCUPANCY_COLOURS,
     OCCUPIED_STATE,
@@ -29,9 +30,10 @@ from occbev.classes import (
     height_colours,
 )
 from occbev.graph import OUTPUT_TOPICS, resolve
-from occbev.grid import VoxelGrid, volume_from_xyz
+from occbev.grid import VoxelGrid
+from occbev.inference.ground_grid import GroundGridConfig, obstacle_voxels
 from occbev.messages.bags import BagMessage
-from occbev.results import Boxes3D, Occupancy, Perception
+from occbev.results import Boxes3D, GroundGrid, Occupancy, Perception
 from occbev.ros.compat import MissingCapability, require
 from occbev.streams.health import Status
 from occbev.streams.parameters import PerceptionParameters
@@ -51,15 +53,9 @@ POINT_FIELD_MESSAGES = [PointField(name=n, offset=o, datatype=t, count=1) for n,
 POINT_STEP = 24
 """Bytes of a voxel; a multiple of eight, so that two fields are written at once."""
 
-GROUND_CLASSES = ("driveable_surface", "other_flat", "sidewalk", "terrain")
-"""Occupied voxels of these classes do not block the ground grid."""
+OTHERS = OCCUPANCY_CLASSES.index("others")
 
 MemoryOrder = Literal["C", "F"]
-
-OCCUPIED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
-
-OBSTACLE_HEIGHTS = (0.3, 2.5)
-"""Metres above base_link between which a voxel without a class blocks the way."""
 
 SLOWEST_ARROW = 0.5
 """Boxes slower than this get no velocity arrow."""
@@ -164,6 +160,17 @@ class CloudWriter:
         chosen = np.flatnonzero(state != UNOBSERVED_STATE if self.observed else state == OCCUPIED_STATE)
         return self.message_of(occupancy, chosen, header)
 
+    def obstacles(
+        self, occupancy: Occupancy, ground: GroundGrid, config: GroundGridConfig, header: Header
+    ) -> PointCloud2:
+        """Make the cloud of what blocks the ground grid; confidence is the probability of an obstacle in its cell."""
+        x, y, z = obstacle_voxels(occupancy, ground, config).T
+        order = memory_order(occupancy)
+        chosen = np.ravel_multi_index((x, y, z), occupancy.grid.shape, order=order)
+        self.prepare(occupancy.grid, order)
+        data = self._points(occupancy, chosen, ground.probability[y, x])
+        return cloud_message(data, header)
+
     def message_of(self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header) -> PointCloud2:
         """Make the cloud of the voxels with the flat indices `chosen` (M,), in the volume's `memory_order`."""
         self.prepare(occupancy.grid, memory_order(occupancy), occupancy.has_classes)
@@ -187,16 +194,24 @@ class CloudWriter:
             layers[..., 1] = colours
             self._layers = layers.view(np.uint64).ravel()
 
-    def _points(self, occupancy: Occupancy, chosen: NDArray[np.intp]) -> array[int]:
-        """Pack voxels as POINT_FIELDS says, eight bytes at a time."""
+    def _points(
+        self, occupancy: Occupancy, chosen: NDArray[np.intp], probability: NDArray[np.float32] | None = None
+    ) -> array[int]:
+        """Pack voxels as POINT_FIELDS says, eight bytes at a time.
+
+        probability: (M,) of obstacles, in place of the confidence; such voxels are of no class where one is not known.
+        """
         order = memory_order(occupancy)
         column, layer = self._places(chosen, order)
         labels = occupancy.label.ravel(order).take(chosen, mode="clip")
+        if probability is not None:
+            labels[labels == FREE] = OTHERS
         data = array("B", bytes(1)) * (POINT_STEP * len(chosen))
         points = np.frombuffer(data, np.uint64).reshape(-1, POINT_STEP // 8)
         points[:, 0] = self._columns.take(column, mode="clip")
         points[:, 1] = self._layers.take(layer * len(OCCUPANCY_COLOURS) + labels, mode="clip")
-        points.view(np.float32)[:, 4] = occupancy.confidence.ravel(order).take(chosen, mode="clip")
+        confidence = occupancy.confidence.ravel(order).take(chosen, mode="clip") if probability is None else probability
+        points.view(np.float32)[:, 4] = confidence
         points.view(np.uint32)[:, 5] = labels  # little-endian: the label byte first, then padding
         return data
 
@@ -224,31 +239,13 @@ def cloud_message(data: array[int], header: Header) -> PointCloud2:
     return cloud
 
 
-def ground_grid(occupancy: Occupancy) -> NDArray[np.int8]:
-    """Project voxels onto the ground as (Y, X): 100 blocked, 0 free or ground, -1 not observed."""
-    label, state = volume_from_xyz(occupancy.label), volume_from_xyz(occupancy.state)
-    blocks = state == OCCUPIED_STATE
-    if not occupancy.has_classes:
-        blocks[~stands_above_ground(occupancy.grid)] = False
-    for name in GROUND_CLASSES:  # faster than a table of 18 classes
-        blocks &= label != OCCUPANCY_CLASSES.index(name)
-    blocked, seen = blocks.any(axis=0), (state != UNOBSERVED_STATE).any(axis=0)
-    return np.where(blocked, OCCUPIED_CELL, np.where(seen, FREE_CELL, UNKNOWN_CELL)).astype(np.int8, order="C")
-
-
-def stands_above_ground(grid: VoxelGrid) -> NDArray[np.bool_]:
-    """Return which layers (Z,) block the way where voxels have no class: centres in OBSTACLE_HEIGHTS."""
-    centre = grid.lo[2] + (np.arange(grid.shape[2]) + 0.5) * grid.pitch[2]
-    return (centre > OBSTACLE_HEIGHTS[0]) & (centre < OBSTACLE_HEIGHTS[1])
-
-
-def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
+def grid_message(ground: GroundGrid, header: Header) -> OccupancyGrid:
     """Make a nav_msgs/OccupancyGrid, row-major from the corner with the smallest x and y.
 
     Raises:
         ValueError: voxels are not square seen from above.
     """
-    grid = occupancy.grid
+    grid = ground.grid
     if abs(grid.pitch[0] - grid.pitch[1]) > 1e-9:
         raise ValueError(f"an OccupancyGrid needs square cells; the grid's pitch is {grid.pitch}")
     out = OccupancyGrid(header=header)
@@ -258,7 +255,7 @@ def grid_message(occupancy: Occupancy, header: Header) -> OccupancyGrid:
     out.info.origin.position.x, out.info.origin.position.y = grid.lo[0], grid.lo[1]
     out.info.origin.orientation.w = 1.0
     data = array("b")
-    data.frombytes(ground_grid(occupancy).data.cast("B"))
+    data.frombytes(np.ascontiguousarray(ground.cells).data.cast("B"))
     out.data = data
     return out
 
@@ -282,11 +279,13 @@ class ResultWriter:
         header = header_at(perception.stamp_ns, parameters.base_frame)
         boxes, occupancy = perception.boxes, perception.occupancy
         strong = boxes[boxes.score >= parameters.detection.marker_threshold]
+        ground = perception.ground or GroundGrid.unknown(occupancy.grid)
         self._cloud.observed = parameters.occupancy.publish == "observed"
         return {
             "objects": lambda: self._detections.message(boxes, header),
             "points": lambda: self._cloud.message(occupancy, header),
-            "grid": lambda: grid_message(occupancy, header),
+            "obstacles": lambda: self._cloud.obstacles(occupancy, ground, parameters.ground_grid, header),
+            "grid": lambda: grid_message(ground, header),
             "markers": lambda: self._markers.message(strong, header, parameters.marker_lifetime_s),
         }
 

@@ -420,6 +420,7 @@ class PerceptionNode(LifecycleNode):
             self._intake.retune(self.parameters)
         if self._pipeline is not None:
             self._pipeline.decoding = box_decoding(self.parameters)
+            self._pipeline.ground = self.parameters.ground_grid
         return SetParametersResult(successful=True)
 
     def _warn(self, about: str, text: str | Callable[[], str]) -> None:

@@ -24,6 +24,7 @@ import yaml
 from occbev.config import ConfigError, bounded, from_record
 from occbev.files import read_yaml
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
+from occbev.inference.ground_grid import GroundGridConfig
 from occbev.messages.readers import MAX_IMAGE_PIXELS, is_rectified
 from occbev.streams.sync import SyncConfig
 
@@ -134,6 +135,8 @@ class PerceptionParameters:
     """Boxes that are put out."""
     occupancy: OccupancyParameters = field(default_factory=OccupancyParameters)
     """Voxels that are put out."""
+    ground_grid: GroundGridConfig = field(default_factory=GroundGridConfig)
+    """Which cells of the ground are blocked, free or unknown."""
     marker_lifetime_s: float = bounded(0.5, 0.0, 60.0, live=True)
     """After how long markers vanish when nothing new comes."""
     decode_threads: int = bounded(2, 1, 64)

@@ -78,7 +78,8 @@ def leave_out(job: FrameJob, camera: str, reason: str) -> None:
 def load_pipeline(parameters: PerceptionParameters) -> Pipeline:
     """Load the pipeline of a model package and warm it up; calibration comes with the first job."""
     rig = CameraRig(tuple(fallback_camera(name) for name in parameters.names))
-    pipeline = Pipeline(parameters.model, rig, parameters.backend, _settings(parameters), box_decoding(parameters))
+    decoding, ground = box_decoding(parameters), parameters.ground_grid
+    pipeline = Pipeline(parameters.model, rig, parameters.backend, _settings(parameters), decoding, ground)
     pipeline.warm_up()
     return pipeline
 

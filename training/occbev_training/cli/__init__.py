@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "reconstruct": "what a pre-training run says of samples: scores and a picture",
     "finetune": "stage 2: learn boxes and semantic occupancy",
     "evaluate": "score a model package on held-out drives",
+    "calibrate": "make a package's probabilities of occupancy honest, on held-out drives",
     "export": "turn a training checkpoint into a model package",
     "convert": "turn a published checkpoint into a model package",
     "families": "every network: parameters, published keys, parity of its exported graph",

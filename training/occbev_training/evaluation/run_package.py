@@ -6,7 +6,7 @@ Frames of a drive stay together and in order, since a network may remember the f
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -20,7 +20,7 @@ from occbev.inference.backend import Backend, RunSettings, load_backend
 from occbev.inference.model_package import ModelPackage
 from occbev.inference.pipeline import Pipeline, predicts_voxels, voxels_of
 from occbev.inference.postprocess import BoxDecoding
-from occbev.results import Boxes3D, Occupancy
+from occbev.results import Boxes3D, Occupancy, Perception
 from occbev_training.evaluation.data import HeldOut, HeldOutFrame, open_held_out
 from occbev_training.evaluation.frames import SCORING, Prediction, score_frame
 from occbev_training.evaluation.scores import FrameResult, found_share
@@ -98,6 +98,13 @@ class PackageNetwork:
         self._decoding, self._drive = decoding, ""
         self._pipeline: Pipeline | None = None
         self._tap: _Tap | None = None
+        self.perception: Perception | None = None
+        """The result of the last frame."""
+
+    @property
+    def last_outputs(self) -> Mapping[str, NDArray[Any]]:
+        """What the graph gave for the last frame, until the next one."""
+        return {} if self._tap is None else self._tap.last
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -112,7 +119,7 @@ class PackageNetwork:
     def __call__(self, frame: HeldOutFrame) -> Prediction:
         """Predict one frame; a new drive begins without memory of the one before."""
         pipeline = self._pipeline_for(frame)
-        found = pipeline.run(frame.frame_set, frame.motion)
+        found = self.perception = pipeline.run(frame.frame_set, frame.motion)
         assert self._tap is not None
         last = self._tap.last
         detects = "heatmap" in last or "class_logits" in last

@@ -1,0 +1,63 @@
+"""Where space is free: shares of cells within 20 m that the ground grid calls blocked, free or unknown, and its price.
+
+Measured on key frames of the demo's drive, simulated anew, and of the shared PandaSet drive where it is there, whose
+truth is its LiDAR's label.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from occbev.benchmarks import Options, Report, run_interleaved
+from occbev.inference.ground_grid import GroundGridConfig, GroundGridMaker
+from occbev.inference.model_package import ModelPackage, find_package
+from occbev.inference.space_calibration import read_calibration
+from occbev_training.evaluation.data import RecordingFrames
+from occbev_training.evaluation.space import Frames, SpaceNetwork, dense_frames, lidar_frames, score_space
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
+
+SEED, KEYS = 20_009, 100
+"""The demo's drive: 100 key frames at 5 Hz."""
+
+EVERY = 5
+"""Every so many key frames are scored."""
+
+
+def run(options: Options) -> Report:
+    """Score both drives; `--rounds` is of the timing."""
+    package, config = ModelPackage.load(find_package(options.model)), GroundGridConfig()
+    values: dict[str, Any] = {
+        "model": package.model.name,
+        "calibrated_on": read_calibration(package).fitted_on or "nothing",
+        "demo_drive": score_space(package, simulated_frames(config), config).as_record(),
+    }
+    shared = Path(os.environ.get("OCCBEV_SHARED", "../shared")) / "data" / "pandaset-002a"
+    if shared.is_dir():
+        values["pandaset_002a"] = score_space(package, recorded_frames(shared, package, config), config).as_record()
+    return Report("space", {**values, **time_grid(package, config, options.rounds)})
+
+
+def simulated_frames(config: GroundGridConfig) -> Frames:
+    """Open the demo's drive, rendering only the key frames that are scored."""
+    drive = SimulatedDrive(SEED, DriveConfig(keys=KEYS, key_rate=5.0, image=(640, 360)))
+    frames = RecordingFrames([(drive, key) for key in range(0, KEYS, EVERY)])
+    return dense_frames(frames, range(len(frames)), config)
+
+
+def recorded_frames(folder: Path, package: ModelPackage, config: GroundGridConfig) -> Frames:
+    """Open a bag whose LiDAR's labels are the truth, of half a second on either side."""
+    from occbev_training.sources.bags import BagRecording
+
+    recording = BagRecording(next(folder.glob("*.mcap")))
+    keys = range(1, len(recording.key_stamp_ns) - 1, EVERY)
+    return lidar_frames(recording, keys, package.model.grid, config, window=0.5)
+
+
+def time_grid(package: ModelPackage, config: GroundGridConfig, rounds: int) -> dict[str, float]:
+    """Return what a ground grid costs, in milliseconds."""
+    frame = next(SpaceNetwork(package).frames(simulated_frames(config), config))
+    maker = GroundGridMaker(package.model.grid, read_calibration(package))
+    timing = run_interleaved({"grid": lambda: maker.make(frame.evidence, frame.sight, config)}, max(rounds, 20))["grid"]
+    return {"grid_ms": round(timing.wall_ms, 2), "grid_cpu_ms": round(timing.cpu_ms, 2)}
