@@ -365,7 +365,7 @@ def _occupancy(
         state *= known
         confidence = confidence * known
     label, confidence, state = (xyz_from_volume(volume) for volume in (label, confidence, state))
-    return Occupancy(label, confidence, state, grid, cameras, evidence)
+    return Occupancy(label, confidence, state, grid, cameras, evidence=evidence)
 
 
 def _chosen(choice: NDArray[np.bool_], one: Any, other: Any) -> Any:
