@@ -90,11 +90,11 @@ def test_encodings(tmp_path: Path) -> None:
     kinds = [kind for kind in ENCODINGS if kind != "8UC3"]
     cameras = {f"c_{kind}".lower(): Camera(partial(raw, encoding=kind), topic="image_raw") for kind in kinds}
     cameras["c_png"] = Camera(partial(compressed, kind="png"))
-    cameras["c_depth"] = Camera(partial(raw, encoding="16UC1"), topic="image_raw")
+    cameras["c_range"] = Camera(partial(raw, encoding="16UC1"), topic="image_raw")
     drive = of_cameras(cameras, sets=2)
     recording = assert_equal(drive.write(tmp_path / "bag"), drive)
-    assert list(recording.left_out) == ["c_depth"]
-    assert "encoding '16UC1' is not understood" in recording.left_out["c_depth"]
+    assert list(recording.left_out) == ["c_range"]
+    assert "encoding '16UC1' is not understood" in recording.left_out["c_range"]
     assert len(recording.rig) == len(cameras) - 1
     assert recording.frame_set(0).frames["c_nv12"].image.shape == (HEIGHT, WIDTH, 3)
 

@@ -27,6 +27,20 @@ MAX_SIDE = 65_535
 """Most pixels along a side of an image: what a JPEG can have."""
 
 
+HEADER = """\
+# A camera rig. Cameras stand in the order of the model; each has
+#   name                    as in the file of topics, or in the node's cameras.names
+#   width, height           pixels of the images that calibration is for; images of the same aspect may be larger or smaller
+#   intrinsic               3x3 pinhole matrix in these pixels, u right and v down; pixel i covers [i, i + 1)
+#   distortion_model        none, plumb_bob, rational_polynomial or equidistant (a fisheye, Kannala-Brandt), as in CameraInfo
+#   distortion              its coefficients in CameraInfo's order: 4 or 5, 8, 4; empty for none
+#   cam2ego                 where the optical frame (x right, y down, z forward) is in base_link (x forward, y left, z up):
+#     translation           x, y, z in metres
+#     rotation_xyzw         unit quaternion, as in /tf
+"""
+"""What `CameraRig.save` writes above the cameras."""
+
+
 class RigError(ValueError):
     """A rig or calibration that cannot be used, saying which camera and which value."""
 
@@ -206,13 +220,18 @@ class CameraRig:
         )
         return CameraRig(tuple(moved))
 
+    def as_text(self) -> str:
+        """The rig as YAML, with a header that explains it."""
+        records = {"cameras": [c.as_record() for c in self.cameras]}
+        return HEADER + yaml.safe_dump(records, sort_keys=False, default_flow_style=None, width=110)
+
     def save(self, path: Path) -> None:
         """Write the rig as YAML."""
-        path.write_text(yaml.safe_dump({"cameras": [c.as_record() for c in self.cameras]}, sort_keys=False))
+        path.write_text(self.as_text())
 
     @classmethod
     def load(cls, path: Path) -> CameraRig:
-        """Read a rig from YAML; raises RigError naming the file."""
+        """Read a rig from YAML, as `HEADER` describes it; raises RigError naming the file."""
         try:
             record = read_yaml(path)
             if not isinstance(record, dict) or not isinstance(record.get("cameras"), list):

@@ -47,8 +47,8 @@ def test_a_good_bag_passes_all_but_the_camera_rate(bag) -> None:
 
 
 def test_a_bag_without_cameras_says_which_topics_it_has(bag, tmp_path) -> None:
+    from occbev.messages.topics import BagTopics
     from occbev_training.sources.bag_index import BagOptions
-    from occbev_training.sources.topics import BagTopics
 
     with pytest.raises(RecordingError, match="no such bag"):
         check_bag(tmp_path / "absent")

@@ -326,7 +326,7 @@ def test_poses_in_the_frame_of_the_vehicle_itself_are_refused(good: Path, tmp_pa
 def test_a_rig_file_stands_in_for_camera_info(good: Path, tmp_path: Path) -> None:
     whole = BagRecording(good)
     bare = rewrite(good, tmp_path / "drive", lambda t, m: None if "camera_info" in t else m)
-    from occbev_training.sources.topics import BagTopics
+    from occbev.messages.topics import BagTopics
 
     images = {name: f"/{name.lower()}/image/compressed" for name in whole.rig.names}
     topics = BagTopics(images, {}, LIDAR, "/odometry")

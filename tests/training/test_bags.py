@@ -12,11 +12,11 @@ import yaml
 from rosbags.rosbag2 import Writer
 
 from occbev.messages.bags import BagReader
+from occbev.messages.topics import BagTopics, detect_topics
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bag_writer import TYPESTORE, cloud_message, write_bag
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.recording import RecordingError
-from occbev_training.sources.topics import BagTopics, detect_topics
 from occbev_training.sources.truth import read_truth, write_truth
 
 SHARED = Path(os.environ.get("OCCBEV_SHARED", Path(__file__).parents[3] / "shared")) / "data"

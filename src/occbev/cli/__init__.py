@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, str] = {
     "replay": "publish a recorded bag through the node, or through the pipeline with --offline",
     "soak": "run the node for long on a looped bag and hold that nothing grows",
     "bench": "latency by stage, side by side with named baselines",
+    "rig": "write a file of topics, a rig and parameters for the node from a bag",
     "overlay": "draw LiDAR, boxes and voxels over the images to prove a calibration",
     "monitor": "a terminal dashboard of the running node",
     "info": "versions, devices, runtimes, ROS capabilities",

@@ -25,6 +25,7 @@ from rich.table import Table
 from occbev.geometry import invert_transform, transform_points
 from occbev.inference.pipeline import Pipeline, motion_to_key
 from occbev.inference.preprocess import decode_image
+from occbev.messages.topics import load_topics
 from occbev.reports.rendering import (
     GROUND_TRUTH,
     BoxStyle,
@@ -41,7 +42,7 @@ from occbev.reports.rendering import (
     write_picture,
 )
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Perception, Sweep
-from occbev.rig import Camera
+from occbev.rig import Camera, CameraRig
 
 if TYPE_CHECKING:
     from occbev_training.sources.recording import Recording
@@ -79,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--model", help="model package: draw its boxes and voxels as well")
     parser.add_argument("--backend", default="auto", help="runtime of the model (default: auto)")
+    parser.add_argument("--topics", type=Path, help="YAML file that names a bag's topics; `occbev rig` writes one")
+    parser.add_argument("--rig", type=Path, help="rig file, in place of a bag's camera_info")
+    parser.add_argument("--base-frame", default="base_link", help="frame of the vehicle in a bag (default: base_link)")
     parser.add_argument("--scene", help="only this recording of a nuScenes root")
     parser.add_argument("--version", help="table folder of a nuScenes root, where it has several")
     parser.add_argument("--frames", type=int, default=10, help="most key frames of a recording (default: 10)")
@@ -137,6 +141,7 @@ def nearest_sweep(recording: Recording, stamp_ns: int, max_gap: float) -> int | 
 def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
     """Open the source as what it is: a folder with nuScenes tables, or else a bag."""
     try:
+        from occbev_training.sources.bag_index import BagOptions
         from occbev_training.sources.bags import BagRecording
         from occbev_training.sources.nuscenes import open_nuscenes
     except ImportError as error:
@@ -150,7 +155,9 @@ def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
         scenes = [args.scene] if args.scene else None
         yield from open_nuscenes(args.source, args.version).recordings(scenes, available_only=True)
     else:
-        yield BagRecording(args.source)
+        topics = None if args.topics is None else load_topics(args.topics)
+        rig = None if args.rig is None else CameraRig.load(args.rig)
+        yield BagRecording(args.source, BagOptions(topics, base_frame=args.base_frame, rig=rig))
 
 
 def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameReport]:

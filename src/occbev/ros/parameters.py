@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -21,6 +22,7 @@ from occbev.streams.parameters import (
     leaves,
     nest_names,
     parameters_from_record,
+    read_topic_values,
     rename_old,
 )
 
@@ -35,10 +37,12 @@ def declare_parameters(node: Any) -> PerceptionParameters:
     for leaf in leaves(PerceptionParameters):
         _declare(node, leaf)
     cameras = "Cameras in order; each has its own cameras.<name>.* parameters."
-    _declare(node, Leaf("cameras.names", list(DEFAULT_CAMERAS), cameras))
+    file = node.get_parameter("topics").value
+    named = read_topic_values(file) if file else {}
+    _declare(node, Leaf("cameras.names", named.get("cameras.names", list(DEFAULT_CAMERAS)), cameras))
     for camera in node.get_parameter("cameras.names").value:
         for leaf in leaves(CameraParameters, f"cameras.{camera}."):
-            _declare(node, leaf)
+            _declare(node, replace(leaf, default=named.get(leaf.name, leaf.default)))
     return read_node_parameters(node)
 
 

@@ -212,12 +212,13 @@ class PerceptionNode(LifecycleNode):
             self._listen(info, partial(intake.add_info, camera))
         odometry = replace(ODOMETRY, name=self.parameters.ego_motion.odometry_topic)
         self._listen(odometry, self._on_odometry)
-        for topic in FRAME_INPUTS:
+        names = self.parameters.tf_topic, self.parameters.tf_static_topic
+        for topic, name in zip(FRAME_INPUTS, names, strict=True):
             static = topic.name.endswith("static")
             try:
-                self._listen(topic, partial(self._on_transforms, static))
+                self._listen(replace(topic, name=name), partial(self._on_transforms, static))
             except ImportError as error:
-                self._warn("tf", f"{topic.name} is not read: {error}")
+                self._warn("tf", f"{name} is not read: {error}")
         # A step back by less than a second is left to the synchroniser, which drops what is late.
         step_back = Duration(seconds=-self.parameters.sync.reset_s)
         threshold = JumpThreshold(min_forward=None, min_backward=step_back, on_clock_change=False)

@@ -88,7 +88,7 @@ def plan(bag: BagReader, parameters: PerceptionParameters, namespace: str = "") 
     topics, skipped = _publishable(bag, namespace)
     infos = {resolve(parameters.info_topic(c), namespace) for c in cameras.values()}
     odometry = {resolve(parameters.ego_motion.odometry_topic, namespace)}
-    needed = (set(cameras) | infos | odometry | {"/tf", "/tf_static"}) & set(topics)
+    needed = (set(cameras) | infos | odometry | {parameters.tf_topic, parameters.tf_static_topic}) & set(topics)
     return Plan(topics, cameras, tuple(sorted(needed)), skipped)
 
 
@@ -130,7 +130,7 @@ class PlayerNode(Node):
         super().__init__("bag_player", **options)
         self.log = PlayerLog(sent={name: {} for name in parameters.names})
         self._bag, self._plan, self._rate, self._writer = bag, planned, rate, writer
-        self._anchor = parameters.anchor_camera
+        self._anchor, self._tf_static = parameters.anchor_camera, parameters.tf_static_topic
         self._now_ns = bag.span_ns[0]
         self._stopping = threading.Event()
         self._publishers_of = {topic: self._publisher(topic, kind) for topic, kind in planned.topics.items()}
@@ -228,7 +228,7 @@ class PlayerNode(Node):
         self.log.published[message.topic] = self.log.published.get(message.topic, 0) + 1
 
     def _publisher(self, topic: str, kind: str) -> Any:
-        quality = TF_STATIC if topic == "/tf_static" else PLAYED
+        quality = TF_STATIC if topic == self._tf_static else PLAYED
         return self.create_publisher(message_class(kind), topic, qos_profile(quality))
 
     def _record(self, topic: str, kind: str) -> None:

@@ -147,7 +147,8 @@ class OfflineReplay:
 
     def _topics(self) -> dict[str, tuple[str, str]]:
         """Return topic -> (role, camera)."""
-        roles: dict[str, tuple[str, str]] = {"/tf": ("tf", ""), "/tf_static": ("tf_static", "")}
+        names = {"tf": self.parameters.tf_topic, "tf_static": self.parameters.tf_static_topic}
+        roles: dict[str, tuple[str, str]] = {resolve(topic): (role, "") for role, topic in names.items()}
         roles[resolve(self.parameters.ego_motion.odometry_topic)] = ("odometry", "")
         for camera in self.parameters.names:
             roles[resolve(self.parameters.info_topic(camera))] = ("info", camera)

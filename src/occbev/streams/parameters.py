@@ -6,6 +6,7 @@ What training fixed (grids, classes, normalisation) is not here: it travels in t
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -25,7 +26,10 @@ from occbev.config import ConfigError, bounded, from_record
 from occbev.files import read_yaml
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
 from occbev.inference.ground_grid import GroundGridConfig
-from occbev.messages.readers import MAX_IMAGE_PIXELS, is_rectified
+from occbev.messages.image_headers import MAX_IMAGE_PIXELS
+from occbev.messages.readers import is_rectified
+from occbev.messages.topics import TF_STATIC_TOPIC, TF_TOPIC, front_camera, load_topics
+from occbev.results import RecordingError
 from occbev.streams.sync import SyncConfig
 
 LOG = logging.getLogger(__name__)
@@ -121,12 +125,18 @@ class PerceptionParameters:
     """CPU threads of the runtime; 0 leaves it to the runtime."""
     max_in_flight: int = bounded(0, 0, 2)
     """Sets in the network at a time, OpenVINO's: 1 for least latency, 2 for throughput; 0: 2 on one or two cores, else 1."""
+    topics: str = ""
+    """YAML file that names all topics, as `bag-check` and `pairs` take it; parameters that are set hold over it."""
+    tf_topic: str = TF_TOPIC
+    """Topic of moving transforms."""
+    tf_static_topic: str = TF_STATIC_TOPIC
+    """Topic of fixed transforms."""
     rig: str = ""
     """Rig YAML to use in place of CameraInfo and TF; empty: calibration comes from the topics."""
     base_frame: str = "base_link"
     """Frame of all results: x forward, y left, z up."""
     anchor: str = ""
-    """Camera whose images are the key times; empty: CAM_FRONT, or the first camera."""
+    """Camera whose images are the key times; empty: the one that looks ahead by its name, or the first."""
     sync: SyncConfig = field(default_factory=SyncConfig)
     """How images of different cameras are joined."""
     ego_motion: EgoMotionParameters = field(default_factory=EgoMotionParameters)
@@ -184,7 +194,7 @@ class PerceptionParameters:
     @property
     def anchor_camera(self) -> str:
         """The camera whose images are the key times."""
-        return self.anchor or ("CAM_FRONT" if "CAM_FRONT" in self.cameras else self.names[0])
+        return self.anchor or front_camera(self.names)
 
     def image_topics(self, camera: str) -> dict[str, str]:
         """Return image topic -> message type of one camera."""
@@ -232,6 +242,8 @@ def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
     record = {key: value for key, value in record.items() if key != "use_sim_time" and not key.startswith("qos_")}
     for warning in rename_old(record):
         LOG.warning(warning)
+    if record.get("topics"):
+        record = _lay_topics_under(record, read_topic_values(str(record["topics"])))
     cameras = dict(record.pop("cameras", {}) or {})
     names = list(cameras.pop("names", DEFAULT_CAMERAS))
     strangers = sorted(set(cameras) - set(names))
@@ -246,6 +258,41 @@ def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
     for leaf in leaves(PerceptionParameters):
         _check_range(leaf, attrgetter(leaf.name)(parameters))
     return parameters
+
+
+def read_topic_values(path: str) -> dict[str, Any]:
+    """Return dotted parameter -> value of a file that names all topics; raises ConfigError."""
+    try:
+        topics = load_topics(Path(path))
+    except RecordingError as error:
+        raise ConfigError(f"topics: {error}") from error
+    values: dict[str, Any] = {"cameras.names": list(topics.images)}
+    for name, topic in topics.images.items():
+        values[f"cameras.{name}.topic"] = topic
+        values[f"cameras.{name}.info_topic"] = topics.infos.get(name, "")
+        values[f"cameras.{name}.frame_id"] = topics.frames.get(name, "")
+    pose = {"odometry_topic": topics.odometry} if topics.odometry else {"source": "tf"}
+    values |= {f"ego_motion.{key}": value for key, value in pose.items()}
+    return values | {"tf_topic": topics.tf, "tf_static_topic": topics.tf_static}
+
+
+def _lay_topics_under(record: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put values in where a record has none, or what a parameter is where nobody sets it."""
+    defaults = {leaf.name: leaf.default for leaf in leaves(PerceptionParameters)}
+    merged = copy.deepcopy(dict(record))
+    names = (record.get("cameras") or {}).get("names", values["cameras.names"])
+    chosen = values["cameras.names"] if list(names) == list(DEFAULT_CAMERAS) else names
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        if parents[:1] == ["cameras"] and len(parents) == 2 and parents[1] not in chosen:
+            continue
+        place = merged
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        default = list(DEFAULT_CAMERAS) if name == "cameras.names" else defaults.get(name, "")
+        if last not in place or place[last] == default:
+            place[last] = value
+    return merged
 
 
 @dataclass(frozen=True)

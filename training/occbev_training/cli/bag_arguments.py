@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from occbev.messages.topics import PROFILE_NAMES, load_topics
 from occbev.rig import CameraRig
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.point_times import MODES
-from occbev_training.sources.topics import PROFILE_NAMES, load_topics
 
 
 def add_bag_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_bag_arguments(parser: argparse.ArgumentParser) -> None:
     bags.add_argument(
         "--profile", choices=PROFILE_NAMES, default="auto", help="naming scheme of the topics (default: auto)"
     )
-    bags.add_argument("--topics", type=Path, help="YAML: cameras: {NAME: {image, info}}, lidar, odometry")
+    bags.add_argument("--topics", type=Path, help="YAML file that names all topics; `occbev rig BAG` writes one")
     bags.add_argument("--rig", type=Path, help="rig file, in place of the bag's camera_info")
     bags.add_argument("--base-frame", default="base_link", help="frame of the vehicle")
     bags.add_argument("--point-times", default="auto", metavar="HOW", help=f"{', '.join(MODES)} or FIELD:UNIT:absolute")

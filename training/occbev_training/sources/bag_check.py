@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.messages.bags import BagReader
+from occbev.messages.topics import ODOMETRY, POSE, BagTopics, detect_topics
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
 from occbev_training.sources.bag_index import BagOptions, raw_times, usable_stamps
@@ -37,7 +38,6 @@ from occbev_training.sources.clocks import (
 from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.point_times import SPAN
 from occbev_training.sources.recording import Recording, RecordingError
-from occbev_training.sources.topics import ODOMETRY, POSE, BagTopics, detect_topics
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from occbev.messages.bags import BagMessage, BagReader
+from occbev.messages.topics import BagTopics, detect_topics, listed
 from occbev.rig import CameraRig
 from occbev_training.sources.bag_writer import BASE_FRAME
 from occbev_training.sources.clocks import ClockCorrection, TopicTimes
 from occbev_training.sources.recording import RecordingError
-from occbev_training.sources.topics import BagTopics, detect_topics, listed
 
 JUMP_NS = 2_000_000_000
 """Clock jumps that the bag logged within this time of each other are one."""

@@ -6,7 +6,6 @@ Headers' stamps count, not log times.
 from __future__ import annotations
 
 import logging
-import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from occbev.messages.readers import (
     read_image,
 )
 from occbev.messages.tf import Buffer, TransformException, clean_frame
+from occbev.messages.topics import front_camera, is_compensated
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig, RigError
 from occbev.trajectory import Trajectory
@@ -41,7 +41,6 @@ from occbev_training.sources.bag_index import BagOptions, Index, IndexedBag, top
 from occbev_training.sources.clocks import TopicTimes
 from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
-from occbev_training.sources.topics import is_compensated
 
 KEY_TOLERANCE = 0.06
 """Seconds that the frames of one key lie from its sweep where cameras and LiDAR fire together."""
@@ -433,13 +432,6 @@ def _spaced(
         best = max(near, key=lambda entry: len(entry[1]))
         yield best
         place = bisect_left(stamps, best[0] + max(interval_ns - slack_ns, 1))
-
-
-def front_camera(names: Sequence[str]) -> str:
-    """Return the camera that looks straight ahead by its name, or the first."""
-    words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in names}
-    ahead = [name for name in names if words[name] & {"front", "forward"} and not words[name] & {"left", "right"}]
-    return (ahead or list(names))[0]
 
 
 def _period(stamp_ns: NDArray[np.int64]) -> float:

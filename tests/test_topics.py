@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from occbev_training.sources.recording import RecordingError
-from occbev_training.sources.topics import PROFILES, detect_topics, is_compensated, load_topics
+from occbev.messages.topics import PROFILES, detect_topics, is_compensated, load_topics, topics_record
+from occbev.results import RecordingError
 
 COMPRESSED, RAW = "sensor_msgs/msg/CompressedImage", "sensor_msgs/msg/Image"
 INFO, CLOUD = "sensor_msgs/msg/CameraInfo", "sensor_msgs/msg/PointCloud2"
@@ -126,3 +126,74 @@ def test_a_mapping_is_read_from_a_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(RecordingError, match=r"topics.yaml"):
             load_topics(path)
+
+
+def info_beside(*images: str, kind: str = RAW) -> dict[str, str]:
+    """Topics of cameras whose calibration lies beside their images."""
+    return dict.fromkeys(images, kind) | {f"{t.rpartition('/')[0]}/camera_info": INFO for t in images}
+
+
+@pytest.mark.parametrize(
+    ("images", "names"),
+    [
+        (["/front/color/image_raw", "/left/color/image_raw", "/rear/color/image_raw"], {"front", "left", "rear"}),
+        (["/a/left/image", "/a/right/image", "/b/left/image"], {"a_left", "a_right", "b_left"}),
+        (["/zed_f/rgb/image", "/zed_r/rgb/image"], {"zed_f", "zed_r"}),
+        (["/v/cam_front/image", "/v/cam_back/image"], {"CAM_FRONT", "CAM_BACK"}),
+        (["/front/color/image_raw", "/rear/color/image_raw", "/top/image_raw"], {"front_color", "rear_color", "top"}),
+    ],
+)
+def test_cameras_that_are_named_alike_keep_their_number(images: list[str], names: set[str]) -> None:
+    found = detect_topics(info_beside(*images))
+    assert set(found.images) == names
+    assert sorted(found.images.values()) == sorted(images)
+
+
+def test_names_that_clash_are_an_error_that_names_both_topics() -> None:
+    with pytest.raises(RecordingError, match=r"/x/a/b_c/image and /x/a_b/c/image|/x/a_b/c/image and /x/a/b_c/image"):
+        detect_topics(info_beside("/x/a_b/c/image", "/x/a/b_c/image", "/y/c/image"))
+    with pytest.raises(RecordingError, match="would both be camera 'CAM_FRONT'"):
+        detect_topics(info_beside("/cam_front/image", "/CAM_FRONT/image"))
+
+
+def test_other_forms_of_the_same_images_are_noted_and_depth_is_no_camera() -> None:
+    topics = info_beside(
+        "/front/image_raw", "/front/image_rect_color", "/front/depth/image_rect_raw", "/rear/image_raw"
+    )
+    found = detect_topics(topics | {"/front/image_raw/compressed": COMPRESSED})
+    assert found.images == {"front": "/front/image_rect_color", "rear": "/rear/image_raw"}
+    assert any("/front/image_raw" in note and "shows the same" in note for note in found.notes)
+    assert any(note.startswith("/front/depth/image_rect_raw is not read") for note in found.notes)
+
+
+def test_cameras_beside_those_of_a_scheme_are_not_lost() -> None:
+    topics = BAGS["autoware"] | info_beside("/usb_cam/image_raw")
+    assert set(detect_topics(topics).images) == {"camera0", "camera1", "usb_cam"}
+
+
+def test_sensors_that_are_not_read_are_named_with_what_converts_them() -> None:
+    packets = {"/velodyne_packets": "velodyne_msgs/msg/VelodyneScan", "/livox": "livox_ros_driver2/msg/CustomMsg"}
+    notes = " ".join(detect_topics(info_beside("/front/image") | packets).notes)
+    assert "/velodyne_packets [velodyne_msgs/msg/VelodyneScan] is not read" in notes
+    assert "velodyne_transform_node" in notes
+    assert "xfer_format 0" in notes
+    with pytest.raises(RecordingError, match=r"/video \[foxglove_msgs/msg/CompressedVideo\] is not read: video"):
+        detect_topics({"/video": "foxglove_msgs/msg/CompressedVideo"})
+
+
+def test_every_topic_can_be_named_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "topics.yaml"
+    path.write_text(
+        "cameras:\n  front: {image: /f/image, info: /f/info, frame: f_optical}\n"
+        "lidar: /points\nodometry: /pose\ntf: /robot/tf\ntf_static: /robot/tf_static\n"
+    )
+    topics = load_topics(path)
+    assert (topics.tf, topics.tf_static, topics.frames) == ("/robot/tf", "/robot/tf_static", {"front": "f_optical"})
+    import yaml
+
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(topics_record(topics)))
+    assert topics_record(load_topics(again)) == topics_record(topics)
+    path.write_text("cameras: {a: {image: /f}, b: {image: /f}}\n")
+    with pytest.raises(RecordingError, match="cameras a and b both name /f"):
+        load_topics(path)

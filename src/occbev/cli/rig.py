@@ -1,0 +1,132 @@
+"""Write what a vehicle needs from one of its bags: a file of topics, a rig and a parameter file for the node.
+
+    occbev rig drive.mcap --out vehicle
+    occbev-train pairs drive.mcap --topics vehicle/topics.yaml --out pairs
+    occbev run params_file:=vehicle/perception.yaml
+
+topics.yaml names every topic; bag-check, pairs, prepare, overlay and the node's parameter `topics` take it. Rename
+cameras, add or drop topics there. rig.yaml holds intrinsics and places of the cameras as they were read, where a bag
+has neither CameraInfo nor transforms, or wrong ones. perception.yaml names the same topics for the node.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from occbev.graph import NODE_NAME
+from occbev.messages.topics import BagTopics, load_topics, topics_record
+from occbev.rig import Camera, CameraRig
+
+TOPICS_HEADER = """\
+# Every topic of this vehicle, for: occbev-train bag-check | pairs | prepare --topics, occbev overlay --topics, and the
+# node's parameter `topics`. cameras: NAME: {image, info, frame}; info may go where a rig file is given, frame is only
+# for messages that name another frame than the camera's optical one. lidar: PointCloud2. odometry: Odometry or
+# PoseStamped; without it poses come from tf.
+"""
+
+PARAMETERS_HEADER = "# Parameters of the perception node; docs/topics-and-parameters.md lists all.\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for topics.yaml, rig.yaml and perception.yaml")
+    parser.add_argument("--topics", type=Path, help="file of topics, where they are not found by themselves")
+    parser.add_argument("--base-frame", default="base_link", help="frame of the vehicle (default: base_link)")
+    parser.add_argument("--model", default="occbev-tiny", help="model package of the node (default: occbev-tiny)")
+    parser.add_argument("--force", action="store_true", help="write over files that are there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the three files and print the cameras."""
+    try:
+        from occbev_training.sources.bag_index import BagOptions
+        from occbev_training.sources.bags import BagRecording
+    except ImportError as error:
+        raise LookupError(
+            f"reading recordings needs the offline package ({error}): pip install --no-deps ./training"
+        ) from error
+    topics = None if args.topics is None else load_topics(args.topics)
+    recording = BagRecording(args.bag, BagOptions(topics, base_frame=args.base_frame))
+    recording.close()
+    found, rig = recording.topics, recording.rig
+    parameters = node_parameters(found, rig, args.base_frame, args.model)
+    texts = {
+        "topics.yaml": TOPICS_HEADER + _dump(topics_record(found)),
+        "rig.yaml": rig.as_text(),
+        "perception.yaml": PARAMETERS_HEADER + _dump({NODE_NAME: {"ros__parameters": parameters}}),
+    }
+    _write(args.out, texts, args.force)
+    _print(rig, found, recording.left_out, recording.notes, args.out)
+    return 0
+
+
+def node_parameters(topics: BagTopics, rig: CameraRig, base_frame: str, model: str) -> dict[str, Any]:
+    """Return the parameters of a node that reads the topics of a bag; its calibration comes from them, too."""
+    cameras: dict[str, Any] = {"names": list(rig.names)}
+    for name in rig.names:
+        own = {
+            "topic": topics.images[name],
+            "info_topic": topics.infos.get(name, ""),
+            "frame_id": topics.frames.get(name),
+        }
+        cameras[name] = {key: value for key, value in own.items() if value}
+    motion = {"odometry_topic": topics.odometry} if topics.odometry else {"source": "tf"}
+    return {
+        "model": model,
+        "base_frame": base_frame,
+        "tf_topic": topics.tf,
+        "tf_static_topic": topics.tf_static,
+        "ego_motion": motion,
+        "cameras": cameras,
+    }
+
+
+def viewing_direction(camera: Camera) -> str:
+    """Return in words where a camera looks: "left, level", or "up" where its frame is hardly the optical one."""
+    x, y, z = camera.cam2ego[:3, 2]
+    pitch = np.rad2deg(np.arcsin(np.clip(z, -1, 1)))
+    if abs(pitch) > 60:
+        return f"{'up' if pitch > 0 else 'down'}: is its frame the optical one?"
+    turns = round(np.rad2deg(np.arctan2(y, x)) / 45) % 8
+    words = ("front", "front left", "left", "rear left", "rear", "rear right", "right", "front right")
+    level = "level" if abs(pitch) < 5 else f"{abs(pitch):.0f} degrees {'up' if pitch > 0 else 'down'}"
+    return f"{words[turns]}, {level}"
+
+
+def _dump(record: dict[str, Any]) -> str:
+    return yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _write(folder: Path, texts: dict[str, str], force: bool) -> None:
+    there = [name for name in texts if (folder / name).exists()]
+    if there and not force:
+        raise FileExistsError(f"{folder / there[0]} exists; choose another folder, or give --force to write over it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def _print(rig: CameraRig, topics: BagTopics, left_out: dict[str, str], notes: list[str], folder: Path) -> None:
+    table = Table("camera", "topic", "size", "lens", "looks")
+    for column in table.columns:
+        column.overflow = "fold"
+    for camera in rig.cameras:
+        lens = "pinhole" if camera.lens.is_pinhole else camera.distortion_model
+        size, topic = f"{camera.width}x{camera.height}", escape(topics.images[camera.name])
+        table.add_row(escape(camera.name), topic, size, lens, viewing_direction(camera))
+    for name, reason in left_out.items():
+        table.add_row(escape(name), escape(topics.images[name]), "-", "-", f"[yellow]left out: {escape(reason)}")
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    console.print(f"topics.yaml, rig.yaml and perception.yaml are in {folder}", markup=False, highlight=False)

@@ -1,0 +1,117 @@
+"""`occbev rig` writes files that training, overlay and the node take, and that lead to the same cameras."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rosbags", reason="reads and writes bags")
+
+from tests.small_bags import FORWARD, Camera, Drive
+from tests.test_one_reader import Gathered
+
+from occbev.cli import main
+from occbev.cli.rig import viewing_direction
+from occbev.config import ConfigError
+from occbev.geometry import make_transform, rotation_from_rpy
+from occbev.messages.bags import BagReader, BagWriter
+from occbev.messages.topics import load_topics
+from occbev.rig import Camera as RigCamera
+from occbev.rig import CameraRig
+from occbev.streams.parameters import PerceptionParameters, parameters_from_record, read_parameters
+from occbev_training.sources.bag_index import BagOptions
+from occbev_training.sources.bags import BagRecording
+
+NAMES = ("front", "left", "rear")
+
+
+@pytest.fixture
+def bag(tmp_path: Path) -> Path:
+    """Cameras whose topics differ in the namespace alone, transforms on topics of their own."""
+    cameras = {f"{name}/color": Camera() for name in NAMES}
+    drive = Drive(cameras, tuple(("base_link", f"{name}_optical", FORWARD) for name in cameras))
+    with BagWriter(tmp_path / "bag") as writer:
+        for message in drive.messages():
+            topic = f"/robot{message.topic}" if message.topic.startswith("/tf") else message.topic
+            writer.write(replace(message, topic=topic))
+    return tmp_path / "bag"
+
+
+def write_topics(path: Path) -> Path:
+    names = {
+        name: {"image": f"/{name}/color/image_raw/compressed", "info": f"/{name}/color/camera_info"} for name in NAMES
+    }
+    record = {"cameras": names, "odometry": "/odom", "tf": "/robot/tf", "tf_static": "/robot/tf_static"}
+    path.write_text(yaml.safe_dump(record))
+    return path
+
+
+def gather(bag: Path, parameters: PerceptionParameters) -> Gathered:
+    node = Gathered(parameters)
+    with BagReader(bag) as reader:
+        list(node.results(reader))
+    return node
+
+
+def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Path) -> None:
+    given = write_topics(tmp_path / "mine.yaml")
+    assert main(["rig", str(bag), "--out", str(tmp_path / "out"), "--topics", str(given)]) == 0
+    topics = load_topics(tmp_path / "out" / "topics.yaml")
+    recording = BagRecording(bag, BagOptions(topics))
+    assert recording.rig.names == NAMES
+    by_topics = parameters_from_record({"topics": str(given), "sync": {"min_cameras": 1}})
+    by_parameters = read_parameters(tmp_path / "out" / "perception.yaml")
+    assert by_topics.names == by_parameters.names == NAMES
+    assert by_topics.anchor_camera == "front"
+    for parameters in (by_topics, by_parameters):
+        jobs = gather(bag, parameters).jobs
+        assert len(jobs) == len(recording.key_stamp_ns) == 4
+        for job in jobs:
+            assert job.frame_set is not None
+            assert job.rig is not None
+            assert job.frame_set.cameras == NAMES, job.missing
+            for camera in job.rig.cameras:
+                np.testing.assert_allclose(camera.cam2ego, recording.rig[camera.name].cam2ego)
+    rig = CameraRig.load(tmp_path / "out" / "rig.yaml")
+    np.testing.assert_allclose(rig["left"].intrinsic, recording.rig["left"].intrinsic)
+    assert (tmp_path / "out" / "rig.yaml").read_text().startswith("# A camera rig.")
+
+
+def test_parameters_that_are_set_hold_over_the_file(tmp_path: Path) -> None:
+    given = str(write_topics(tmp_path / "mine.yaml"))
+    cameras = {"names": ["rear", "front"], "rear": {"topic": "/other"}}
+    chosen = parameters_from_record({"topics": given, "cameras": cameras, "tf_topic": "/mine/tf"})
+    assert chosen.names == ("rear", "front")
+    assert chosen.cameras["rear"].topic == "/other"
+    assert chosen.cameras["front"].topic == "/front/color/image_raw/compressed"
+    assert (chosen.tf_topic, chosen.tf_static_topic) == ("/mine/tf", "/robot/tf_static")
+    with pytest.raises(ConfigError, match=r"topics: .*absent.yaml"):
+        parameters_from_record({"topics": str(tmp_path / "absent.yaml")})
+
+
+def test_files_that_are_there_stay(bag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, out = write_topics(tmp_path / "mine.yaml"), tmp_path / "out"
+    command = ["rig", str(bag), "--out", str(out), "--topics", str(given)]
+    assert main(command) == 0
+    assert main(command) == 2
+    assert "topics.yaml exists; choose another folder, or give --force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rpy", "words"),
+    [
+        ((-np.pi / 2, 0, -np.pi / 2), "front, level"),
+        ((-np.pi / 2, 0, 0), "left, level"),
+        ((-np.pi / 2, 0, np.pi / 2), "rear, level"),
+        ((-np.pi / 2 - 0.2, 0, -np.pi / 2), "front, 11 degrees down"),
+        ((0, 0, 0), "up: is its frame the optical one?"),
+    ],
+)
+def test_viewing_directions_in_words(rpy: tuple[float, float, float], words: str) -> None:
+    camera = RigCamera("c", 8, 6, np.diag([5.0, 5, 1]), make_transform(rotation_from_rpy(*rpy), (0, 0, 1)))
+    assert viewing_direction(camera) == words
