@@ -25,7 +25,8 @@ class FrameJob:
     Synchroniser: stamp_ns, the key time; images, camera -> what the caller pushed, with their stamps_ns; missing,
     camera -> reason; epoch, which counts clock jumps: stamps increase strictly within one; arrival_ns and emitted_ns,
     when the anchor came and when the set left (caller's clock).
-    Gather: frame_set and rig; motion, None if unknown, and why in motion_problem ("" where it is switched off);
+    Gather: frame_set and rig; motion, None if unknown, and why in motion_problem ("" where it is switched off); motion_note,
+    what is worth knowing of it, such as that it is extrapolated;
     fresh, for the first set since a start or a clock jump, which builds on none before it; decode_ns of the slowest image.
     Prepare: inputs of the graph, and network_rig, the cameras that took these very images.
     Infer: outputs, a function that waits for the graph's outputs. Decode: perception.
@@ -44,6 +45,7 @@ class FrameJob:
     rig: CameraRig | None = None
     motion: MotionToKey | None = None
     motion_problem: str = ""
+    motion_note: str = ""
     fresh: bool = False
     decode_ns: int = 0
 

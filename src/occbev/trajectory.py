@@ -87,6 +87,11 @@ class Trajectory:
         return invert_transform(self.at(to_ns)) @ self.at(from_ns)
 
 
+def blend_poses(start: NDArray[np.float64], end: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Return the pose (4, 4) at a share of the way from start to end, beyond the end where share is over 1."""
+    return _interpolate(start[None], end[None], np.array([share]))[0]
+
+
 def _interpolate(
     start: NDArray[np.float64], end: NDArray[np.float64], share: NDArray[np.float64]
 ) -> NDArray[np.float64]:

@@ -139,7 +139,8 @@ class Bench:
         hearing = [s for s in self.node._inputs if s.topic_name in fed]
         matched = [p.get_subscription_count() for p in (*publishers, *self.node._out.values())]
         # From both sides: a publisher still counts a subscription that was made anew since.
-        return all(matched) and all(s.get_publisher_count() for s in hearing)
+        heard = {s.topic_name for s in hearing if s.get_publisher_count()}
+        return all(matched) and heard == {s.topic_name for s in hearing}
 
     def statuses(self) -> dict[str, Any]:
         """Return the newest diagnostics as name -> (level, text, values)."""

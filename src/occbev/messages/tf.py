@@ -139,6 +139,14 @@ class Buffer:
             self._frames = {n: f for n, f in self._frames.items() if keep_static and f.static}
             self._parents = {f.samples[0].parent for f in self._frames.values()}
 
+    def clear_frame(self, child: str) -> None:
+        """Forget the history of one moving frame, as after a step back of its stamps."""
+        with self._changed:
+            frame = self._frames.get(clean_frame(child))
+            if frame is not None and not frame.static:
+                del self._frames[clean_frame(child)]
+                self._parents = {f.samples[-1].parent for f in self._frames.values()}
+
     def frames(self) -> tuple[str, ...]:
         """All frame names known."""
         with self._changed:

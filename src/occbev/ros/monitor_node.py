@@ -16,6 +16,9 @@ from occbev.ros.perception_node import qos_profile
 
 PREFIX = "occbev: "
 
+GONE_S = 10.0
+"""A part that was not heard for this long is of a node that is gone."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,6 +65,10 @@ class Listener:
         self._context.try_shutdown()
 
     def listen(self, seconds: float) -> dict[str, Part]:
-        """Wait for one message, at most this long; return what is known now."""
+        """Wait for one message, at most this long; return the parts that were heard lately."""
         self._executor.spin_once(timeout_sec=seconds)
+        now_s = time.monotonic()
+        gone = [name for name, part in self._node.parts.items() if now_s - part.heard_s > GONE_S]
+        for name in gone:
+            del self._node.parts[name]
         return self._node.parts

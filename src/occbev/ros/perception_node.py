@@ -93,6 +93,7 @@ class PerceptionNode(LifecycleNode):
         self._intake: Intake | None = None
         self._worker: Worker[FrameJob] | None = None
         self._inputs: list[Any] = []
+        self._latched: set[str] = set()
         self._timers_running: list[Any] = []
         self._out: dict[str, Any] = {}
         self._debug: dict[str, Any] = {}
@@ -247,12 +248,24 @@ class PerceptionNode(LifecycleNode):
         )
         self._inputs.append(subscription)
 
+    def _listen_to_latched(self, intake: Intake) -> None:
+        """Subscribe to each CameraInfo that is kept for late comers as one of them: it may have been sent before."""
+        for camera in set(self.parameters.names) - self._latched:
+            topic = self.parameters.info_topic(camera)
+            infos = self.get_publishers_info_by_topic(self.resolve_topic_name(topic))
+            if any(info.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for info in infos):
+                self._latched.add(camera)
+                quality = qos_profile(Quality("reliable", "transient_local", 1))
+                events = subscription_events()(use_default_callbacks=False)
+                kind, take = message_class(CAMERA_INFO), partial(intake.add_info, camera)
+                self._inputs.append(self.create_subscription(kind, topic, take, quality, event_callbacks=events))
+
     def _stop(self) -> None:
         for timer in self._timers_running:
             self.destroy_timer(timer)
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
-        self._timers_running, self._inputs = [], []
+        self._timers_running, self._inputs, self._latched = [], [], set()
         if self._worker is not None and self._intake is not None:
             self._jump.unregister()
             for job in self._worker.stop() + self._intake.flush(time.monotonic_ns()):
@@ -279,7 +292,13 @@ class PerceptionNode(LifecycleNode):
 
     def _on_image(self, camera: str, compressed: bool, message: Any) -> None:
         if self._intake is not None:
-            self._dispatch(self._intake.add_image(camera, message, compressed, time.monotonic_ns()))
+            now_ns, clock_ns = time.monotonic_ns(), self._clock_ns()
+            self._dispatch(self._intake.add_image(camera, message, compressed, now_ns, clock_ns))
+
+    def _clock_ns(self) -> int | None:
+        """The time by which cameras should stamp; None with simulated time, which comes in steps and late."""
+        clock: Any = self.get_clock()
+        return None if clock.ros_time_is_active else int(clock.now().nanoseconds)
 
     def _on_transforms(self, static: bool, message: Any) -> None:
         if self._intake is not None:
@@ -294,7 +313,7 @@ class PerceptionNode(LifecycleNode):
         except MessageError as error:
             self._warn(
                 "odometry",
-                f"odometry on {self.parameters.ego_motion.odometry_topic} is not used: {error}",
+                f"odometry on {self.parameters.ego_motion.odometry_topic}: {error}",
             )
 
     def _on_clock_jump(self, jump: Any) -> None:
@@ -388,11 +407,21 @@ class PerceptionNode(LifecycleNode):
         now_ns = time.monotonic_ns()
         about = self._pipeline.about() if self._pipeline is not None else {}
         statuses = health(self._intake, self.frame_log, self.latencies, about, now_ns)
+        self._count_publishers(self._intake)
+        self._listen_to_latched(self._intake)
         silent = [camera for camera, watch in self._intake.watch.items() if not watch.arrivals]
         if silent:
             texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
             self._warn("silent cameras", "; ".join(texts))
         self._diagnostics.publish(outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds))
+
+    def _count_publishers(self, intake: Intake) -> None:
+        """Note how many publishers send each image topic, and warn where one is too many."""
+        for camera, watch in intake.watch.items():
+            watch.publishers = {name: len(_offers(self, name)) for name in self.parameters.image_topics(camera)}
+            for topic, count in watch.publishers.items():
+                if count > 1:
+                    self._warn(f"publishers {topic}", f"camera {camera}: {count} publishers send {topic}")
 
     def _warn_about_job(self, about: str, text: str) -> None:
         """Warn of a job; a missing camera's text also says what its publishers offer."""

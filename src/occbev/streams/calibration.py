@@ -74,6 +74,18 @@ class Calibration:
         except (MessageError, RigError, TransformException):
             return None
 
+    def describe_frames(self, name: str) -> str:
+        """Say where a camera's images and its CameraInfo name different frames, "" if they agree."""
+        if self._fixed is not None or self._parameters.cameras[name].frame_id:
+            return ""
+        info, image = self._infos.get(name), self._image_frames.get(name, "")
+        frame = "" if info is None else str(info.header.frame_id)
+        if not image or not frame or image == frame:
+            return ""
+        return (
+            f"its images name the frame {image!r}, its CameraInfo {frame!r}, which is used: set cameras.{name}.frame_id"
+        )
+
     def _camera(self, name: str) -> Camera:
         info = self._infos.get(name)
         if info is None:

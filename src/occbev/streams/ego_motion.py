@@ -10,11 +10,17 @@ from numpy.typing import NDArray
 
 from occbev.messages.tf import Buffer, TransformException
 from occbev.streams.parameters import EgoMotionParameters
-from occbev.trajectory import PoseError, Trajectory
+from occbev.trajectory import PoseError, Trajectory, blend_poses
 
 KEPT_NS = 10_000_000_000
 MARGIN_NS = 300_000_000
 """Poses this far around the wanted stamps are enough to interpolate between."""
+
+EXTRAPOLATE_NS = 100_000_000
+"""Poses are extrapolated this far beyond the newest, at the speed of as long before."""
+
+MAX_SPEED, JUMP_M = 70.0, 1.0
+"""Metres per second, and metres beside that; an odometry pose that moves further has jumped."""
 
 REACH_NS = 1_000_000_000
 """Poses that end this long before a stamp have stopped: what comes next will not reach it in time."""
@@ -30,20 +36,38 @@ class EgoPoses:
         self._stamps: list[int] = []
         self._poses: list[NDArray[np.float64]] = []
         self._changed = threading.Condition(threading.RLock())
+        self.extrapolated_s = 0.0
+        """How far the last poses that were asked for lie beyond the newest that came."""
 
-    def add(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> None:
-        """Take one odometry pose; one that is not newer than the last is ignored, a long step back starts again."""
+    def add(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> str:
+        """Take one odometry pose; one that is not newer than the last is ignored, a long step back starts again.
+
+        Returns: what is wrong where the pose jumped from the one before; what was before is forgotten then.
+        """
         with self._changed:
             if self._stamps and stamp_ns < self._stamps[-1] - self._reset_ns:
                 self.clear()
             if self._stamps and stamp_ns <= self._stamps[-1]:
-                return
+                return ""
+            problem = self._find_jump(stamp_ns, ego2global)
+            if problem:
+                self.clear()
             self._stamps.append(stamp_ns)
             self._poses.append(ego2global)
             if self._stamps[0] < stamp_ns - KEPT_NS:
                 stale = bisect_left(self._stamps, stamp_ns - KEPT_NS)
                 del self._stamps[:stale], self._poses[:stale]
             self._changed.notify_all()
+        return problem
+
+    def _find_jump(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> str:
+        if not self._stamps:
+            return ""
+        seconds = (stamp_ns - self._stamps[-1]) / 1e9
+        moved = float(np.linalg.norm(ego2global[:3, 3] - self._poses[-1][:3, 3]))
+        if moved <= MAX_SPEED * seconds + JUMP_M:
+            return ""
+        return f"the pose jumps by {moved:.1f} m in {seconds:.3f} s: motion begins anew there"
 
     def clear(self) -> None:
         """Forget all poses, as after a clock jump."""
@@ -80,11 +104,40 @@ class EgoPoses:
         """Return ego2global (4, 4) at each stamp, or None where ego motion is switched off or absent.
 
         Raises:
-            PoseError: there is a source, but it has no pose at one of the stamps.
+            PoseError: there is a source, but it has no pose at one of the stamps, nor one shortly before.
         """
         source = self.source
+        self.extrapolated_s = 0.0
         if source == "none":
             return None
+        newest_ns = self._newest_ns(source)
+        reach_ns = 0 if newest_ns is None else max(stamps_ns) - newest_ns
+        if newest_ns is not None and 0 < reach_ns <= EXTRAPOLATE_NS:
+            return self._extrapolate(source, stamps_ns, newest_ns)
+        return self._known_poses(source, stamps_ns)
+
+    def _newest_ns(self, source: str) -> int | None:
+        if source == "tf":
+            return self._buffer.latest_ns(self._parameters.fixed_frame, self._base) or None
+        with self._changed:
+            return self._stamps[-1] if self._stamps else None
+
+    def _extrapolate(self, source: str, stamps_ns: list[int], newest_ns: int) -> list[NDArray[np.float64]]:
+        """Return the poses at stamps some of which lie after the newest pose, at the speed of the last tenth of a second."""
+        before_ns = newest_ns - EXTRAPOLATE_NS
+        try:
+            known = self._known_poses(source, [before_ns, newest_ns, *(min(stamp, newest_ns) for stamp in stamps_ns)])
+        except PoseError:
+            return self._known_poses(source, stamps_ns)  # too young to tell a speed
+        self.extrapolated_s = (max(stamps_ns) - newest_ns) / 1e9
+        shares = [(stamp - before_ns) / EXTRAPOLATE_NS for stamp in stamps_ns]
+        before, newest, *within = known
+        return [
+            blend_poses(before, newest, share) if share > 1 else pose
+            for share, pose in zip(shares, within, strict=True)
+        ]
+
+    def _known_poses(self, source: str, stamps_ns: list[int]) -> list[NDArray[np.float64]]:
         if source == "odometry":
             return list(self._trajectory(stamps_ns).at_many(stamps_ns))
         try:

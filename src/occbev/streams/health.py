@@ -13,12 +13,11 @@ from occbev.streams.intake import Intake, Watch
 
 OK, WARN, ERROR = 0, 1, 2
 
-SILENT_S = 1.0
-"""A camera without an image for this long is silent."""
-
+SILENT_S, SILENT_PERIODS = 1.0, 3
+"""A camera without an image for this long, and for so many of its own periods, is silent."""
 
 REMEMBERED_NS = 10_000_000_000
-"""How long a complaint about a transform is shown."""
+"""How long a problem that comes and goes is shown."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def health(
         _whole(intake, frame_log, cameras),
         *cameras,
         _transforms(intake, now_ns),
-        _ego(intake),
+        _ego(intake, now_ns),
         model,
         _latency(latencies),
     ]
@@ -72,6 +71,7 @@ def _whole(intake: Intake, frame_log: FrameLog, cameras: list[Status]) -> Status
 def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
     sync, problems = intake.sync, intake.read_calibration().problems
     age_s = (now_ns - watch.arrivals[-1]) / 1e9 if watch.arrivals else None
+    silent_s = max(SILENT_S, SILENT_PERIODS / watch.rate_hz if watch.rate_hz else 0.0)
     offset_ns = sync.offset_ns(name)
     values = {
         "rate_hz": f"{watch.rate_hz:.2f}",
@@ -85,10 +85,25 @@ def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
     topics = " or ".join(intake.parameters.image_topics(name))
     if age_s is None:
         return Status(f"occbev: {name}", ERROR, f"no image on {topics}", values)
-    if age_s > SILENT_S:
+    if age_s > silent_s:
         return Status(f"occbev: {name}", ERROR, f"silent for {age_s:.1f} s on {topics}", values)
-    problem = problems.get(name) or watch.problem
+    problem = problems.get(name) or watch.problem or sync.describe_absence(name) or _input_problem(intake, name, now_ns)
     return Status(f"occbev: {name}", WARN if problem else OK, problem or "good", values)
+
+
+def _input_problem(intake: Intake, name: str, now_ns: int) -> str:
+    """Say what is wrong with a camera's messages, although its images may be used."""
+    watch = intake.watch[name]
+    if watch.input_problem and now_ns - watch.input_problem_ns < REMEMBERED_NS:
+        return watch.input_problem
+    if intake.sync.clock_problem(name):
+        return intake.sync.clock_problem(name)
+    crowded = {topic: count for topic, count in watch.publishers.items() if count > 1}
+    if crowded:
+        return "; ".join(
+            f"{count} publishers send {topic}: one of them is too many" for topic, count in crowded.items()
+        )
+    return intake.calibration.describe_frames(name)
 
 
 def _transforms(intake: Intake, now_ns: int) -> Status:
@@ -102,14 +117,24 @@ def _transforms(intake: Intake, now_ns: int) -> Status:
         "frames": len(intake.buffer.frames()),
         "problems": watch.problems,
     }
-    text = watch.problem if recent else "good"
-    return Status("occbev: transforms", WARN if recent else OK, text, values)
+    texts = list(watch.conflicts.values())
+    if recent and watch.problem not in texts:
+        texts.append(watch.problem)
+    return Status("occbev: transforms", WARN if texts else OK, "; ".join(texts) or "good", values)
 
 
-def _ego(intake: Intake) -> Status:
-    source, problem = intake.ego.source, intake.motion_problem
-    text = f"not compensated: {problem}" if problem else f"poses come from {source}"
-    return Status("occbev: ego motion", WARN if problem else OK, text, {"source": source})
+def _ego(intake: Intake, now_ns: int) -> Status:
+    source, wanted, values = intake.ego.source, intake.parameters.ego_motion, {"source": intake.ego.source}
+    if intake.odometry_jump and now_ns - intake.odometry_jump_ns < REMEMBERED_NS:
+        return Status("occbev: ego motion", WARN, f"odometry: {intake.odometry_jump}", values)
+    if intake.motion_problem:
+        return Status("occbev: ego motion", WARN, f"not compensated: {intake.motion_problem}", values)
+    if source == "none" and wanted.source != "none":
+        tf = f"TF {wanted.fixed_frame} -> {intake.parameters.base_frame}"
+        return Status("occbev: ego motion", WARN, f"neither odometry on {wanted.odometry_topic} nor {tf} comes", values)
+    note = f", {intake.motion_note}" if intake.motion_note else ""
+    text = "switched off" if source == "none" else f"poses come from {source}{note}"
+    return Status("occbev: ego motion", OK, text, values)
 
 
 def _latency(latencies: Mapping[str, Iterable[float]]) -> Status:

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from occbev.messages.readers import (
     read_image,
     stamp_to_ns,
 )
-from occbev.messages.tf import Buffer
+from occbev.messages.tf import Buffer, clean_frame
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera
 from occbev.streams.calibration import Calibration
@@ -59,8 +60,15 @@ class Watch:
     arrivals: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     refused: Counter[str] = field(default_factory=Counter)
     problem: str = ""
+    input_problem: str = ""
+    input_problem_ns: int = 0
+    publishers: dict[str, int] = field(default_factory=dict)
     fingerprint: int = 0
     repeats: int = 0
+
+    def note_input_problem(self, text: str, now_ns: int) -> None:
+        """Remember what is wrong with images that never come as far as a set."""
+        self.input_problem, self.input_problem_ns = text, now_ns
 
     def note_pixels(self, fingerprint: int) -> None:
         """Count how often in a row the same pixels came."""
@@ -84,9 +92,13 @@ class TransformWatch:
     problem: str = ""
     problem_ns: int = 0
     problems: int = 0
+    conflicts: dict[str, str] = field(default_factory=dict)
+    """Child frame -> how two publishers place it; this holds until the node is activated anew."""
+    stepped_back: dict[str, int] = field(default_factory=dict)
+    """Child frame -> its last stamp, where that stepped back."""
 
     def note(self, static: bool, now_ns: int, problems: list[str]) -> None:
-        """Book one message and what was wrong with it."""
+        """Note one message and what was wrong with it."""
         if static:
             self.static_messages += 1
         else:
@@ -107,15 +119,21 @@ class Intake:
         self.sync = FrameSynchronizer(parameters.names, parameters.anchor_camera, parameters.sync)
         self.watch = {name: Watch() for name in parameters.names}
         self.transforms = TransformWatch()
-        self.motion_problem = ""
+        self.motion_problem = self.motion_note = ""
+        self.odometry_jump, self.odometry_jump_ns = "", 0
         self._gathered_epoch: int | None = None
         self._decode = decode
         self._pool = ThreadPoolExecutor(parameters.decode_threads, "decode")
         self._waiting: Counter[str] = Counter()
         self._lock = threading.RLock()
 
-    def add_image(self, camera: str, message: Any, compressed: bool, now_ns: int) -> list[FrameJob]:
-        """Take an Image or CompressedImage and start to decode it; return the sets that it completes."""
+    def add_image(
+        self, camera: str, message: Any, compressed: bool, now_ns: int, clock_ns: int | None = None
+    ) -> list[FrameJob]:
+        """Take an Image or CompressedImage and start to decode it; return the sets that it completes.
+
+        now_ns: a clock that only goes forward. clock_ns: the clock that cameras should stamp by, None if unknown.
+        """
         stamp_ns = stamp_to_ns(message.header.stamp)
         with self._lock:
             watch = self.watch[camera]
@@ -123,9 +141,10 @@ class Intake:
             self.calibration.note_image_frame(camera, str(message.header.frame_id))
             if stamp_ns == 0:
                 watch.refused["no_stamp"] += 1
-                watch.problem = "its images carry no stamp (header.stamp is 0)"
+                watch.note_input_problem("its images carry no stamp (header.stamp is 0)", now_ns)
                 return []
-            return self.sync.push(camera, stamp_ns, self._start(camera, message, compressed, stamp_ns), now_ns)
+            future = self._start(camera, message, compressed, stamp_ns)
+            return self.sync.push(camera, stamp_ns, future, now_ns, clock_ns)
 
     def add_info(self, camera: str, message: Any) -> None:
         """Take a CameraInfo."""
@@ -133,22 +152,55 @@ class Intake:
             self.calibration.add_info(camera, message)
 
     def add_odometry(self, message: Any) -> None:
-        """Take an Odometry or a pose; raises MessageError for one that tells nothing of the base frame."""
+        """Take an Odometry or a pose; raises MessageError for one that tells nothing of the base frame, or jumps."""
         pose = pose_from_message(message)
-        self.ego.add(pose.stamp_ns, base_pose(pose, self.parameters.base_frame, self.buffer))
+        problem = self.ego.add(pose.stamp_ns, base_pose(pose, self.parameters.base_frame, self.buffer))
+        if problem:
+            self.odometry_jump, self.odometry_jump_ns = problem, time.monotonic_ns()
+            raise MessageError(problem)
 
     def add_transforms(self, message: Any, static: bool, now_ns: int) -> list[str]:
         """Take a TFMessage; the good transforms of it are kept, what is wrong with the others is returned."""
-        if not static and any(self._jumps_back(transform) for transform in message.transforms):
-            self.buffer.clear()
-        problems = [*self.buffer.add_message(message, static), *self.buffer.take_conflicts().values()]
+        believed, problems = [], []
+        for transform in message.transforms:
+            if static or self._is_stamp_believed(transform):
+                believed.append(transform)
+            else:
+                problems.append(self._describe_step_back(transform))
+        problems += self.buffer.add_message(SimpleNamespace(transforms=believed), static)
+        conflicts = self.buffer.take_conflicts()
+        self.transforms.conflicts |= conflicts
+        problems += conflicts.values()
         self.transforms.note(static, now_ns, problems)
         return problems
 
-    def _jumps_back(self, transform: Any) -> bool:
-        newest = self.buffer.newest_ns(transform.child_frame_id)
-        step_ns = int(self.parameters.sync.reset_s * 1e9)
-        return newest is not None and stamp_to_ns(transform.header.stamp) < newest - step_ns
+    def _is_stamp_believed(self, transform: Any) -> bool:
+        """Whether a moving transform may be stored.
+
+        One that steps back by more than `sync.reset_s` is ignored; the second in a row begins the frame anew, as a
+        looped bag does. Other frames are left alone.
+        """
+        child, stamp_ns = clean_frame(transform.child_frame_id), stamp_to_ns(transform.header.stamp)
+        newest_ns, step_ns = self.buffer.newest_ns(child), int(self.parameters.sync.reset_s * 1e9)
+        stepped_back = self.transforms.stepped_back
+        if newest_ns is None or stamp_ns >= newest_ns - step_ns:
+            stepped_back.pop(child, None)
+            return True
+        before_ns = stepped_back.get(child)
+        stepped_back[child] = stamp_ns
+        if before_ns is None or not before_ns < stamp_ns <= before_ns + step_ns:
+            return False
+        del stepped_back[child]
+        self.buffer.clear_frame(child)
+        return True
+
+    def _describe_step_back(self, transform: Any) -> str:
+        child = clean_frame(transform.child_frame_id)
+        newest_ns, stamp_ns = self.buffer.newest_ns(child) or 0, stamp_to_ns(transform.header.stamp)
+        back_s = (newest_ns - stamp_ns) / 1e9
+        return (
+            f"frame {child!r}: its stamp steps back by {back_s:.2f} s and is ignored: does a second publisher send it?"
+        )
 
     def poll(self, now_ns: int) -> list[FrameJob]:
         """Return the sets whose time is up."""
@@ -194,9 +246,9 @@ class Intake:
         job.rig, job.missing = calibrated.rig, missing
         job.decode_ns = max((frame.decode_ns for frame in frames.values() if frame is not None), default=0)
         job.fresh, self._gathered_epoch = job.epoch != self._gathered_epoch, job.epoch
-        self._note_problems(missing)
+        self._set_problems(missing)
         self._add_motion(job, FrameSet(job.stamp_ns, frames, missing))
-        self.motion_problem = job.motion_problem
+        self.motion_problem, self.motion_note = job.motion_problem, job.motion_note
 
     def retune(self, parameters: PerceptionParameters) -> None:
         """Take parameters of which only those have changed that may while the node runs."""
@@ -275,8 +327,15 @@ class Intake:
         placed = {f.camera: replace(f, ego2global=p) for f, p in zip(present, poses[1:], strict=True)}
         job.frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
         job.motion = motion_to_key(job.frame_set, poses[0])
+        if self.ego.extrapolated_s:
+            job.motion_note = f"extrapolated by {self.ego.extrapolated_s * 1e3:.0f} ms"
 
-    def _note_problems(self, missing: Mapping[str, str]) -> None:
+    def note_problem(self, camera: str, reason: str) -> None:
+        """Show in diagnostics why a camera was left out of the last set."""
+        with self._lock:
+            self.watch[camera].problem = reason
+
+    def _set_problems(self, missing: Mapping[str, str]) -> None:
         with self._lock:
             for name, watch in self.watch.items():
                 watch.problem = missing.get(name, "")

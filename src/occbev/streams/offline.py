@@ -97,7 +97,7 @@ class OfflineReplay:
             try:
                 self.intake.add_odometry(record)
             except MessageError as error:
-                self._warn("odometry", f"odometry on {message.topic} is not used: {error}")
+                self._warn("odometry", f"odometry on {message.topic}: {error}")
         else:
             for problem in self.intake.add_transforms(record, role == "tf_static", message.log_ns):
                 self._warn("transforms", problem)

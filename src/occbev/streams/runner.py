@@ -52,6 +52,7 @@ class PerceptionLine:
                 return True
             except ImageError as error:
                 leave_out(job, error.camera, str(error))
+                self._intake.note_problem(error.camera, str(error))
                 self._warn(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
         return False
 

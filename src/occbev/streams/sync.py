@@ -33,6 +33,27 @@ LOCKED_SHARE, ACQUIRE_SHARE = 0.45, 0.5
 REMEMBERED_STAMPS = 16
 """Stamps of each camera that are kept to recognise an image that is sent twice."""
 
+LONE_WITNESSES = 3
+"""Stamps in a row after which a camera that delivers alone is believed that time has jumped."""
+
+FRESH_PERIODS = 1.5
+"""Periods over which a camera's newest stamp tells what time it is."""
+
+LEADS = 5
+"""Images over which the lead of a camera's clock is the median."""
+
+FUTURE_NS = 50_000_000
+"""Stamps further ahead of the node's clock than this are in the future; half a period of them is refused."""
+
+LEARNED_DELAYS, FEWEST_DELAYS = 30, 5
+"""Latest arrivals of a camera that tell how long to wait for it, and how many there must be."""
+
+IN_ORDER_AFTER = 1000
+"""Images in order after which a camera is believed to send all of them so; new ones are."""
+
+DELAY_MARGIN_NS = 20_000_000
+"""A camera is waited for at least this much longer than it has taken lately."""
+
 
 @dataclass(frozen=True)
 class SyncConfig:
@@ -65,6 +86,7 @@ class _Image(NamedTuple):
     stamp_ns: int
     number: int
     payload: Any
+    arrival_ns: int
 
 
 @dataclass
@@ -113,6 +135,11 @@ class _Stream:
         self.offset_ns = 0
         self.misses = 0
         self.awaited = True
+        self.suspects: list[_Image] = []
+        self.leads: deque[int] = deque(maxlen=LEADS)
+        self.delays: deque[int] = deque(maxlen=LEARNED_DELAYS)
+        self.clock_problem = ""
+        self.in_order = IN_ORDER_AFTER
 
     @property
     def locked(self) -> bool:
@@ -131,6 +158,15 @@ class _Stream:
         self.ordered.clear()
         self.offset_ns = 0
 
+    def patience_ns(self, timeout_ns: int) -> int:
+        """How long after the anchor's arrival an image of this camera can still come."""
+        if len(self.delays) < FEWEST_DELAYS:
+            return timeout_ns
+        latest = max(self.delays)
+        if min(self.delays) > timeout_ns:
+            return 0  # it always comes too late
+        return min(timeout_ns, max(0, latest) + max(DELAY_MARGIN_NS, latest - min(self.delays)))
+
     def take_nearest(self, expected_ns: int, window_ns: int) -> _Image | None:
         """Remove and return the waiting image nearest to `expected_ns`, if one is within the window."""
         pool = self.pool
@@ -145,9 +181,12 @@ class _Stream:
 class FrameSynchronizer:
     """Joins images to sets by an anchor camera and each camera's learned offset to it.
 
-    An image belongs to the key time whose anchor stamp + offset it is nearest to. Offsets are medians
-    of recent matches, so the tolerance can stay far below half a period even where cameras fire one
-    after the other. A set leaves when it is complete, or `timeout_s` after its anchor came.
+    An image belongs to the key time whose anchor stamp + offset it is nearest to. Offsets are medians of recent
+    matches, so the tolerance can stay far below half a period even where cameras fire one after the other.
+    A set leaves when it is complete or when nothing more can come for it: images of one camera come in order, and
+    about as late as they lately did; at most `timeout_s` after its anchor came.
+    A stamp that is out of time by more than `reset_s` waits for a witness: another camera, the node's clock or, where
+    one camera delivers alone, its own next stamps. A camera whose clock runs ahead is refused.
     """
 
     def __init__(self, cameras: Sequence[str], anchor: str | None = None, config: SyncConfig | None = None) -> None:
@@ -168,6 +207,8 @@ class FrameSynchronizer:
         self._last_owner = self.anchor
         self._started_ns: int | None = None
         self._earlier_pass: tuple[int, int] | None = None
+        self._left: deque[tuple[int, int]] = deque(maxlen=REMEMBERED_STAMPS)
+        self._provisional = False
         self._number = 0
         self._key_drops: deque[tuple[int, str]] = deque(maxlen=1000)
 
@@ -207,10 +248,22 @@ class FrameSynchronizer:
         """Whether sets no longer wait for this camera."""
         return not self._streams[camera].awaited
 
-    def push(self, camera: str, stamp_ns: int, payload: Any, now_ns: int) -> list[FrameJob]:
+    def clock_problem(self, camera: str) -> str:
+        """What is wrong with a camera's clock, "" if nothing is."""
+        return self._streams[camera].clock_problem
+
+    def describe_absence(self, camera: str) -> str:
+        """Say why a camera has been missing from the last sets, "" if it was in one of them or its first is to come."""
+        stream = self._streams[camera]
+        return self._why_missing(stream) if stream.clock_problem or stream.misses >= SILENT_AFTER else ""
+
+    def push(
+        self, camera: str, stamp_ns: int, payload: Any, now_ns: int, clock_ns: int | None = None
+    ) -> list[FrameJob]:
         """Take one image and return the sets that it completes, oldest first.
 
-        now_ns: a clock that only goes forward. Raises KeyError for an unknown camera.
+        now_ns: a clock that only goes forward. clock_ns: the clock that cameras should stamp by, None if unknown.
+        Raises KeyError for an unknown camera.
         """
         stream = self._streams.get(camera)
         if stream is None:
@@ -221,16 +274,131 @@ class FrameSynchronizer:
         if self._earlier_pass is not None and self._is_straggler(stamp_ns, *self._earlier_pass):
             self._drop_anchored(camera, stamp_ns, "previous_pass")
             return []
-        finished = []
-        if stream.newest_ns is not None and stamp_ns < stream.newest_ns - self._reset_ns:
-            finished = self._restart_at(camera, stamp_ns, now_ns)
-        if stamp_ns in stream.recent:
-            self._drop_anchored(camera, stamp_ns, "duplicate")
-            return finished
-        self._observe(stream, stamp_ns, now_ns)
         self._number += 1
-        self._accept(stream, _Image(stamp_ns, self._number, payload), now_ns)
-        return finished + self._release(now_ns)
+        image = _Image(stamp_ns, self._number, payload, now_ns)
+        timeline_ns = self._timeline_ns(stream, now_ns)
+        if self._is_out_of_time(stream, stamp_ns, timeline_ns):
+            return self._suspect(stream, image, timeline_ns, clock_ns)
+        self._drop_suspects(stream)
+        if self._runs_ahead(stream, stamp_ns, timeline_ns, clock_ns):
+            self._drop_anchored(camera, stamp_ns, "clock_ahead")
+            return []
+        finished = []
+        if self._last_ns is not None and timeline_ns is not None and stamp_ns < self._last_ns - self._reset_ns:
+            finished = self.reset("stamps_went_back", now_ns)  # a set of a wrong stamp far ahead has left
+        return finished + self._admit(stream, image, now_ns)
+
+    def _admit(self, stream: _Stream, image: _Image, now_ns: int) -> list[FrameJob]:
+        """Take an image whose stamp is believed."""
+        if image.stamp_ns in stream.recent:
+            self._drop_anchored(stream.name, image.stamp_ns, "duplicate")
+            return []
+        self._observe(stream, image.stamp_ns, now_ns)
+        self._accept(stream, image, now_ns)
+        return self._release(now_ns)
+
+    def _timeline_ns(self, stream: _Stream, now_ns: int) -> int | None:
+        """The median of the newest stamps of the other cameras that deliver now; None where there is none."""
+        fresh_ns = FRESH_PERIODS * self.period_ns if self.period_ns else self._patience_ns
+        newest = [
+            s.newest_ns
+            for s in self._streams.values()
+            if s is not stream and s.newest_ns is not None and now_ns - self._last_arrival(s.name) <= fresh_ns
+        ]
+        return sorted(newest)[len(newest) // 2] if newest else None
+
+    def _is_out_of_time(self, stream: _Stream, stamp_ns: int, timeline_ns: int | None) -> bool:
+        """Whether a stamp is so far from its camera's last one, or ahead of the other cameras, that time has jumped."""
+        if timeline_ns is not None and stamp_ns > timeline_ns + self._reset_ns + 2 * (self.period_ns or 0):
+            return True
+        if stream.newest_ns is None or stamp_ns >= stream.newest_ns - self._reset_ns:
+            return False
+        if timeline_ns is not None and abs(stamp_ns - timeline_ns) <= self._reset_ns:
+            stream.newest_ns = None  # that one was wrong, this one agrees with the others
+            return False
+        return True
+
+    def _suspect(self, stream: _Stream, image: _Image, timeline_ns: int | None, clock_ns: int | None) -> list[FrameJob]:
+        """Hold an image whose stamp is out of time; begin a new pass once it has a witness."""
+        stream.suspects.append(image)
+        if self._has_witness(stream, image, timeline_ns, clock_ns):
+            return self._jump(image)
+        if len(stream.suspects) >= LONE_WITNESSES:
+            self._drop_suspect(stream, stream.suspects.pop(0))
+        known_ns = timeline_ns if timeline_ns is not None else stream.newest_ns
+        if known_ns is not None:
+            stream.clock_problem = _describe_clock(image.stamp_ns - known_ns, "other stamps")
+        return []
+
+    def _has_witness(self, stream: _Stream, image: _Image, timeline_ns: int | None, clock_ns: int | None) -> bool:
+        known_ns = timeline_ns if timeline_ns is not None else stream.newest_ns
+        if clock_ns is not None and abs(image.stamp_ns - clock_ns) <= self._reset_ns:
+            return True
+        if clock_ns is not None and known_ns is not None and abs(known_ns - clock_ns) <= self._reset_ns:
+            return False  # the clock speaks for the stamps before
+        others = [s.suspects[-1] for s in self._streams.values() if s is not stream and s.suspects]
+        return any(self._agree(image, other) for other in others) or (
+            timeline_ns is None and len(stream.suspects) >= LONE_WITNESSES
+        )
+
+    def _agree(self, image: _Image, other: _Image) -> bool:
+        """Whether two images out of time may be of one new timeline."""
+        is_recent = image.arrival_ns - other.arrival_ns <= self._patience_ns
+        return is_recent and abs(image.stamp_ns - other.stamp_ns) <= max(2 * (self.period_ns or 0), self._acquire_ns)
+
+    def _jump(self, image: _Image) -> list[FrameJob]:
+        """Believe that time has jumped to an image: go on there with all that is held."""
+        held = self._take_suspects()
+        newest_ns = max((s.newest_ns for s in self._streams.values() if s.newest_ns is not None), default=0)
+        finished = []
+        if image.stamp_ns < newest_ns:
+            finished = self.reset("stamps_went_back", image.arrival_ns)
+            self._earlier_pass = (min(other.stamp_ns for _, other in held), newest_ns)
+        for stream, other in held:
+            finished += self._admit(stream, other, image.arrival_ns)
+        return finished
+
+    def _take_suspects(self) -> list[tuple[_Stream, _Image]]:
+        """Take all images that are held, in order of arrival."""
+        held = [(stream, image) for stream in self._streams.values() for image in stream.suspects]
+        for stream in self._streams.values():
+            stream.suspects.clear()
+        return sorted(held, key=lambda entry: entry[1].number)
+
+    def _drop_suspects(self, stream: _Stream) -> None:
+        for image in stream.suspects:
+            self._drop_suspect(stream, image)
+        stream.suspects.clear()
+
+    def _drop_suspect(self, stream: _Stream, image: _Image) -> None:
+        is_old = stream.newest_ns is not None and image.stamp_ns < stream.newest_ns
+        self._drop_anchored(stream.name, image.stamp_ns, "old_stamp" if is_old else "clock_ahead")
+
+    def _runs_ahead(self, stream: _Stream, stamp_ns: int, timeline_ns: int | None, clock_ns: int | None) -> bool:
+        """Whether a camera's clock is ahead, so that its images would wait for key times to come and be joined late.
+
+        It is where stamps lie in the future of the clock by which other cameras stamp. Without such a clock it is where
+        stamps are ahead of those that the others have sent by more than any set would wait.
+        """
+        if timeline_ns is None or self.period_ns is None:
+            stream.clock_problem = ""
+            return False
+        stream.leads.append(stamp_ns - timeline_ns)
+        if (
+            clock_ns is not None
+            and abs(timeline_ns - clock_ns) <= self._reset_ns
+            and timeline_ns <= clock_ns + FUTURE_NS
+        ):
+            lead_ns, against = stamp_ns - clock_ns, "the node's clock"
+            is_ahead, is_refused = lead_ns > FUTURE_NS, lead_ns > max(FUTURE_NS, self.period_ns // 2)
+        else:
+            lead_ns, against = sorted(stream.leads)[len(stream.leads) // 2], "the other cameras"
+            is_ahead = is_refused = len(stream.leads) == LEADS and lead_ns > self._timeout_ns + self.period_ns
+        stream.clock_problem = _describe_clock(lead_ns, against) if is_ahead else ""
+        if is_refused:
+            self._drop_many(stream, len(stream.pool), "clock_ahead")
+            stream.pool.clear()
+        return is_refused
 
     def poll(self, now_ns: int) -> list[FrameJob]:
         """Return the sets whose time is up."""
@@ -242,27 +410,26 @@ class FrameSynchronizer:
         while self._pending:
             finished += self._finish(self._pending.pop(0), now_ns)
         for stream in self._streams.values():
+            self._drop_suspects(stream)
             self._drop_many(stream, len(stream.pool), "unmatched")
             stream.pool.clear()
         return finished
 
     def reset(self, reason: str, now_ns: int) -> list[FrameJob]:
         """Forget every stamp but no offset, as after a clock jump; return what could still be joined."""
+        held = self._take_suspects()
         finished = self.flush(now_ns)
         self.statistics.resets[reason] += 1
         self.epoch += 1
         self._last_ns = None
         self._earlier_pass = None
+        self._left.clear()
         for stream in self._streams.values():
             stream.newest_ns = None
             stream.recent.clear()
-        return finished
-
-    def _restart_at(self, camera: str, stamp_ns: int, now_ns: int) -> list[FrameJob]:
-        """Begin a new pass because `camera` stepped back; remember where the old one ended."""
-        end_ns = max(s.newest_ns for s in self._streams.values() if s.newest_ns is not None)
-        finished = self.reset("stamps_went_back", now_ns)
-        self._earlier_pass = (stamp_ns, end_ns)
+            stream.leads.clear()
+        for stream, image in held:
+            finished += self._admit(stream, image, now_ns)
         return finished
 
     def _is_straggler(self, stamp_ns: int, start_ns: int, end_ns: int) -> bool:
@@ -279,6 +446,7 @@ class FrameSynchronizer:
         gap = 0 if stream.newest_ns is None else stamp_ns - stream.newest_ns
         stream.recent.append(stamp_ns)
         stream.arrival_ns = now_ns
+        stream.in_order = 0 if gap < 0 else stream.in_order + 1
         if gap < 0:
             return
         stream.newest_ns = stamp_ns
@@ -323,9 +491,12 @@ class FrameSynchronizer:
 
     def _accept(self, stream: _Stream, image: _Image, now_ns: int) -> None:
         if stream.name == self.anchor:
-            if not self._place(stream, image, fallback_only=True):
+            key = self._place(stream, image, fallback_only=True)
+            if key is None:
                 self._open_key(stream, image, image.stamp_ns, now_ns)
-        elif not self._place(stream, image):
+            else:
+                self._take_over(key, image)
+        elif self._place(stream, image) is None:
             if stream.name == self._fallback_anchor(now_ns):
                 self._open_key(stream, image, image.stamp_ns - stream.offset_ns, now_ns)
             else:
@@ -345,12 +516,32 @@ class FrameSynchronizer:
         arrival = self._streams[camera].arrival_ns
         return arrival if arrival is not None else (self._started_ns or 0)
 
+    def _take_over(self, key: _Key, image: _Image) -> None:
+        """Give a key of a fallback anchor the exact stamp of the anchor's own image, where order allows it."""
+        place = self._pending.index(key)
+        before = self._pending[place - 1].stamp_ns if place else self._last_ns
+        after = self._pending[place + 1].stamp_ns if place + 1 < len(self._pending) else None
+        if (before is None or before < image.stamp_ns) and (after is None or image.stamp_ns < after):
+            key.stamp_ns, key.owner = image.stamp_ns, self.anchor
+        self._end_provision()
+
+    def _end_provision(self) -> None:
+        """Learn offsets anew once the anchor delivers, if they were learned against a fallback of unknown offset."""
+        if self._provisional:
+            self._provisional = False
+            for stream in self._streams.values():
+                stream.unlearn()
+
     def _open_key(self, stream: _Stream, image: _Image, stamp_ns: int, now_ns: int) -> None:
         """Make a key time of an image and give it what already waits."""
         if self._is_late_key(stamp_ns, stream.name):
             self._drop(stream.name, "late")
             self._drop_key(stamp_ns, "late")
             return
+        if stream.name == self.anchor:
+            self._end_provision()
+        elif not stream.locked:
+            self._provisional = True
         self.statistics.keys += 1
         key = _Key(stamp_ns, now_ns, stream.name, {stream.name: image})
         self._collect(key)
@@ -375,11 +566,11 @@ class FrameSynchronizer:
                 if image is not None:
                     key.images[name] = image
 
-    def _place(self, stream: _Stream, image: _Image, fallback_only: bool = False) -> bool:
-        """Put an image into the waiting key that it is nearest to; False if there is none for it."""
+    def _place(self, stream: _Stream, image: _Image, fallback_only: bool = False) -> _Key | None:
+        """Put an image into the waiting key that it is nearest to and return that; None if there is none for it."""
         keys = [k for k in self._pending if k.owner != self.anchor] if fallback_only else self._pending
         if not keys:
-            return False
+            return None
         expected = image.stamp_ns - stream.offset_ns
         key = keys[0]
         distance = abs(key.stamp_ns - expected)
@@ -387,7 +578,7 @@ class FrameSynchronizer:
             if abs(other.stamp_ns - expected) < distance:
                 key, distance = other, abs(other.stamp_ns - expected)
         if distance > self._window_ns(stream):
-            return False
+            return None
         earlier = key.images.get(stream.name)
         if earlier is None:
             key.images[stream.name] = image
@@ -395,8 +586,8 @@ class FrameSynchronizer:
             key.images[stream.name] = image
             self._keep(stream, earlier)
         else:
-            return False
-        return True
+            return None
+        return key
 
     def _keep(self, stream: _Stream, image: _Image) -> None:
         """Let an image wait for a key time to come, or drop it where none can come any more."""
@@ -405,6 +596,7 @@ class FrameSynchronizer:
         if self._last_ns is not None and self.period_ns is not None:
             if abs(expected - self._last_ns) <= (window if stream.locked else self.period_ns):
                 stream.awaited = True  # it came for the last set, only too late: it is alive
+            self._learn_delay(stream, image, window)
             if expected + window <= self._last_ns or (stream.locked and expected - window <= self._last_ns):
                 self._drop(stream.name, "late")
                 return
@@ -420,6 +612,14 @@ class FrameSynchronizer:
             stream.pool.pop(0)
             self._drop(stream.name, "queue_full")
 
+    def _learn_delay(self, stream: _Stream, image: _Image, window_ns: int) -> None:
+        """Learn from an image that came for a set that has left how long the next ones should wait."""
+        expected = image.stamp_ns - stream.offset_ns
+        for stamp_ns, arrival_ns in self._left:
+            if abs(stamp_ns - expected) <= window_ns:
+                stream.delays.append(image.arrival_ns - arrival_ns)
+                return
+
     def _horizon_ns(self) -> int | None:
         return self._pending[0].stamp_ns if self._pending else self._last_ns
 
@@ -428,26 +628,34 @@ class FrameSynchronizer:
         finished: list[FrameJob] = []
         while self._pending:
             key = self._pending[0]
-            if not self._is_ready(key) and now_ns - key.arrival_ns < self._timeout_ns:
+            if not self._is_ready(key, now_ns) and now_ns - key.arrival_ns < self._timeout_ns:
                 break
             finished += self._finish(self._pending.pop(0), now_ns)
         return finished
 
-    def _is_ready(self, key: _Key) -> bool:
+    def _is_ready(self, key: _Key, now_ns: int) -> bool:
         if self.period_ns is None:  # a neighbouring sweep cannot be told apart yet
             return False
         if len(key.images) == len(self.cameras):
             return True
         if len(key.images) < self.config.min_cameras:
             return False
-        for name, stream in self._streams.items():  # noqa: SIM110 - a generator is slower, and this runs for every image
-            if stream.awaited and name not in key.images:
+        for name, stream in self._streams.items():
+            if stream.awaited and name not in key.images and self._may_come(stream, key, now_ns):
                 return False
         return True
+
+    def _may_come(self, stream: _Stream, key: _Key, now_ns: int) -> bool:
+        """Whether a camera's image for a key can still come: not after a later one, nor much later than lately."""
+        last_ns = key.stamp_ns + stream.offset_ns + self._window_ns(stream)
+        if stream.newest_ns is not None and stream.newest_ns > last_ns and stream.in_order >= IN_ORDER_AFTER:
+            return False
+        return now_ns - key.arrival_ns <= stream.patience_ns(self._timeout_ns)
 
     def _finish(self, key: _Key, now_ns: int) -> list[FrameJob]:
         """Turn a key into a set, or into a counted drop where too few cameras came."""
         self._last_ns, self._last_owner = key.stamp_ns, key.owner
+        self._left.append((key.stamp_ns, key.arrival_ns))
         missing = {n: self._miss(s, now_ns) for n, s in self._streams.items() if n not in key.images}
         if len(key.images) < self.config.min_cameras:
             self.statistics.dropped_keys["too_few_cameras"] += 1
@@ -459,6 +667,7 @@ class FrameSynchronizer:
             self.statistics.used[name] += 1
             stream = self._streams[name]
             stream.misses, stream.awaited = 0, True
+            stream.delays.append(image.arrival_ns - key.arrival_ns)
             if name not in (self.anchor, key.owner):  # the owner's stamp made the key time
                 stream.learn(image.stamp_ns - key.stamp_ns)
         if missing:
@@ -471,6 +680,8 @@ class FrameSynchronizer:
         return [FrameJob(key.stamp_ns, images, stamps_ns, missing, self.epoch, key.arrival_ns, now_ns)]
 
     def _why_missing(self, stream: _Stream) -> str:
+        if stream.clock_problem:
+            return stream.clock_problem
         if stream.arrival_ns is None:
             return "no image received yet"
         if stream.misses > SILENT_AFTER:
@@ -481,7 +692,8 @@ class FrameSynchronizer:
         """Note that a set left without this camera, and say why."""
         reason = self._why_missing(stream)
         stream.misses += 1
-        if stream.misses >= SILENT_AFTER:
+        silent_ns = now_ns - self._last_arrival(stream.name)
+        if stream.misses >= SILENT_AFTER and silent_ns > (SILENT_AFTER + 1) * (self.period_ns or 0):
             stream.awaited = False
         still_delivers = stream.arrival_ns is not None and now_ns - stream.arrival_ns < 2 * (self.period_ns or 0)
         if stream.misses % RELEARN_AFTER == 0 and still_delivers and stream.name != self.anchor:
@@ -505,3 +717,9 @@ class FrameSynchronizer:
     def _drop_many(self, stream: _Stream, count: int, reason: str) -> None:
         if count:
             self.statistics.dropped[stream.name][reason] += count
+
+
+def _describe_clock(difference_ns: int, against: str) -> str:
+    """Say by how much a camera's clock is off."""
+    way = "ahead of" if difference_ns > 0 else "behind"
+    return f"its stamps are {abs(difference_ns) / 1e9:.2f} s {way} {against}: set its clock (PTP, NTP)"
