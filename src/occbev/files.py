@@ -50,11 +50,15 @@ def _check_events(text: str) -> None:
     for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
-            raise YamlError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read: write it out")
+            raise YamlError(f"{_place(event)}: aliases (*{event.anchor}) are not read: write it out")
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_TEXT:
-            raise YamlError(f"line {event.start_mark.line + 1}: a value of over {MAX_YAML_TEXT} characters")
+            raise YamlError(f"{_place(event)}: a value of over {MAX_YAML_TEXT} characters")
         if depth > MAX_YAML_DEPTH or number > MAX_YAML_VALUES:
             raise YamlError(f"more than {MAX_YAML_VALUES} values, or nested deeper than {MAX_YAML_DEPTH}")
+
+
+def _place(event: yaml.Event) -> str:
+    return "a line" if event.start_mark is None else f"line {event.start_mark.line + 1}"
 
 
 def one_line(error: BaseException) -> str:
@@ -121,6 +125,12 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the files of a folder and their names through to the disk."""
+    for path in (*(entry for entry in folder.iterdir() if entry.is_file()), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,8 @@ pytest.importorskip("torch")
 pytest.importorskip("numba")
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from occbev.config import (
@@ -47,7 +48,7 @@ from occbev_training.data.cache import CacheError, open_cache
 from occbev_training.engine.config import OptimConfig, TrainingConfig
 from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.engine.stages import StageInputs, default_start, predictor, train_stage
-from occbev_training.engine.trainer import Trainer, TrainingError
+from occbev_training.engine.trainer import Trainer, TrainingError, hold_folder
 from occbev_training.evaluation.frames import evaluate
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
@@ -157,12 +158,60 @@ def test_a_run_that_died_between_renames_resumes_from_the_older_checkpoint(tmp_p
     assert trainer.progress.step == 10
 
 
-def test_a_run_that_died_before_the_older_checkpoint_was_removed_goes_on(tmp_path: Path) -> None:
+def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
     _toy(tmp_path, steps=10).run()
     shutil.copytree(tmp_path / "checkpoint", tmp_path / "checkpoint.old")
     assert _toy(tmp_path, steps=20).run()
     assert json.loads((tmp_path / "checkpoint" / "progress.json").read_text())["step"] == 20
-    assert not (tmp_path / "checkpoint.old").exists()
+    assert json.loads((tmp_path / "checkpoint.old" / "progress.json").read_text())["step"] == 10
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "ema.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize("cut", [0, 0.5])
+def test_a_damaged_checkpoint_is_named_with_the_way_back(tmp_path: Path, name: str, cut: float) -> None:
+    for steps in (5, 10):
+        _toy(tmp_path, steps=steps).run()
+    path = tmp_path / "checkpoint" / name
+    path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
+    with pytest.raises(
+        TrainingError, match=r"checkpoint: the checkpoint is damaged: .*; remove it to go on from .*old"
+    ):
+        _toy(tmp_path, steps=20).run()
+    shutil.rmtree(tmp_path / "checkpoint")
+    trainer = _toy(tmp_path, steps=5)
+    trainer._resume()
+    assert trainer.progress.step == 5
+
+
+def test_weights_of_a_checkpoint_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=5).run()
+    path = tmp_path / "checkpoint" / "ema.safetensors"
+    save_file({name: value * math.nan for name, value in load_file(path).items()}, path)
+    with pytest.raises(TrainingError, match=r"damaged: the weights \S+ are not finite; remove it to begin anew"):
+        _toy(tmp_path, steps=5).run()
+
+
+def test_two_trainers_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with hold_folder(tmp_path), pytest.raises(TrainingError, match="another process trains in this folder"):
+        _toy(tmp_path).run()
+    assert _toy(tmp_path, steps=5).run()
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _toy(tmp_path, steps=5).run()
+    before = (tmp_path / "checkpoint" / "weights.safetensors").read_bytes()
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("occbev_training.engine.trainer.save_file", full)
+    with pytest.raises(TrainingError, match=r"step 10 cannot be saved: .*No space left.*MB are free") as error:
+        _toy(tmp_path, steps=10).run()
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoint" / "weights.safetensors").read_bytes() == before
+    assert not (tmp_path / "checkpoint.tmp").exists()
 
 
 def test_a_finished_run_goes_on_when_more_steps_are_wanted(tmp_path: Path) -> None:

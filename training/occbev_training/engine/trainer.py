@@ -5,10 +5,10 @@ One process or many (accelerate). What is trained is decided by the network and 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -21,11 +21,13 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from occbev.allocator import keep_large_blocks
 from occbev.config import save_config
+from occbev.files import one_line, replace_file, sync_folder
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.distributed import broadcast_decision, gather_values, random_state, restore_random_state
 from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
@@ -41,7 +43,11 @@ HELD_BYTES = 2**31 - 1
 """Freed memory that a training process may hold, as much as glibc allows."""
 
 
-class TrainingError(RuntimeError):
+CHECKPOINTS = ("checkpoint", "checkpoint.old")
+"""Folders of the last checkpoint and of the one before it."""
+
+
+class TrainingError(ValueError):
     """Training cannot go on, saying at which step and on which samples."""
 
 
@@ -75,8 +81,8 @@ class Progress:
 class Trainer:
     """Trains one network on one objective, in one folder.
 
-    The folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoint/` (to resume) and at the
-    end `weights.safetensors`, the averaged weights with `record`.
+    The folder holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoint/` (to resume), `checkpoint.old/`
+    (the one before) and at the end `weights.safetensors`, the averaged weights with `record`.
     """
 
     def __init__(
@@ -131,19 +137,20 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite, or the checkpoint is of another batch size.
         """
-        self._resume()
-        if self.accelerator.is_main_process:
-            save_config(self.folder / "config.yaml", self.config)
-        log = MetricsLog(self.folder, report, self.accelerator.is_main_process, self.progress.step)
-        try:
-            finished = self._steps(log, minutes)
-            # Not after an error: a step that failed has left its traces in the network.
-            self.save_checkpoint()
-        finally:
-            log.close()
-        if finished:
-            self._save_weights()
-        return finished
+        with hold_folder(self.folder) if self.accelerator.is_main_process else nullcontext():
+            self._resume()
+            if self.accelerator.is_main_process:
+                save_config(self.folder / "config.yaml", self.config)
+            log = MetricsLog(self.folder, report, self.accelerator.is_main_process, self.progress.step)
+            try:
+                finished = self._steps(log, minutes)
+                # Not after an error: a step that failed has left its traces in the network.
+                self.save_checkpoint()
+            finally:
+                log.close()
+            if finished:
+                self._save_weights()
+            return finished
 
     def save_checkpoint(self) -> None:
         """Write everything needed to go on, atomically; all processes call it together."""
@@ -153,27 +160,38 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, random_states: list[dict[str, Any]]) -> None:
-        temporary, final = self.folder / "checkpoint.tmp", self.folder / "checkpoint"
+        """Write a folder beside the last one, then change their names; the one before stays as checkpoint.old."""
+        temporary, final, old = (self.folder / name for name in ("checkpoint.tmp", *CHECKPOINTS))
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(_contiguous(self._bare().state_dict()), temporary / "weights.safetensors")
-        save_file(_contiguous(self.ema.state), temporary / "ema.safetensors")
+        try:
+            self._write_parts(temporary, random_states)
+            sync_folder(temporary)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library names a full disk its own way
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(
+                f"{final}: step {self.progress.step} cannot be saved: {one_line(error)}; "
+                f"{shutil.disk_usage(self.folder).free >> 20} MB are free; the checkpoint before is unharmed"
+            ) from error
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        temporary.rename(final)
+        sync_folder(self.folder)
+
+    def _write_parts(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
+        folder.mkdir()
+        save_file(_contiguous(self._bare().state_dict()), folder / "weights.safetensors")
+        save_file(_contiguous(self.ema.state), folder / "ema.safetensors")
         torch.save(
             {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "random": random_states,
             },
-            temporary / "optimizer.pt",
+            folder / "optimizer.pt",
         )
         record = vars(self.progress) | {"ema_updates": self.ema.updates, "order": self._order()}
-        (temporary / "progress.json").write_text(json.dumps(record))
-        old = self.folder / "checkpoint.old"
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)  # the process may have died before it was removed
-            final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        (folder / "progress.json").write_text(json.dumps(record))
 
     def _order(self) -> dict[str, int]:
         """What the data position counts in: with other values a resumed run would see other samples."""
@@ -309,32 +327,41 @@ class Trainer:
         return scores
 
     def _resume(self) -> None:
-        folder = self.folder / "checkpoint"
-        if not folder.exists():
-            folder = self.folder / "checkpoint.old"  # the process died between two renames
+        found = [self.folder / name for name in CHECKPOINTS if (self.folder / name).exists()]
         rank = self.accelerator.process_index
-        if not folder.exists():
+        if not found:
             if rank:  # dropout and the like must differ between processes; the first keeps the run's seed
                 torch.manual_seed(torch.initial_seed() + rank)
             return
+        folder = found[0]  # the second where the process died between two renames
+        try:
+            self._load(folder, rank)
+        except TrainingError:
+            raise
+        except Exception as error:  # a damaged file makes each library raise its own
+            way = f"remove it to go on from {found[1]}" if len(found) > 1 else "remove it to begin anew"
+            raise TrainingError(f"{folder}: the checkpoint is damaged: {one_line(error)}; {way}") from error
+        logger.info("resumed at step %d of %d", self.progress.step, self.progress.planned)
+
+    def _load(self, folder: Path, rank: int) -> None:
         record = json.loads((folder / "progress.json").read_text())
-        self.ema.updates = record.pop("ema_updates")
-        order = record.pop("order", self._order())
+        ema_updates, order = record.pop("ema_updates"), record.pop("order", self._order())
         if order != self._order():
             raise TrainingError(
                 f"{folder}: made with {order}, this run has {self._order()}; go on with the same, "
                 "or begin a new run from its weights with --from"
             )
-        self.progress = self._gone_on(Progress(**record))
-        self._bare().load_state_dict(load_file(folder / "weights.safetensors"))
-        self.ema.state = {
-            name: value.to(self.accelerator.device) for name, value in load_file(folder / "ema.safetensors").items()
-        }
+        weights, ema = load_file(folder / "weights.safetensors"), load_file(folder / "ema.safetensors")
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        for name, value in [*weights.items(), *ema.items()]:
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"the weights {name} are not finite")
+        self.progress, self.ema.updates = self._gone_on(Progress(**record)), ema_updates
+        self._bare().load_state_dict(weights)
+        self.ema.state = {name: value.to(self.accelerator.device) for name, value in ema.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         restore_random_state(state["random"][rank])
-        logger.info("resumed at step %d of %d", self.progress.step, self.progress.planned)
 
     def _gone_on(self, before: Progress) -> Progress:
         """Return the plan of a run that goes on: what the config wants now, unless that was finished in time."""
@@ -345,9 +372,8 @@ class Trainer:
 
     def _save_weights(self) -> None:
         if self.accelerator.is_main_process:
-            temporary = self.folder / "weights.tmp"
-            save_weights(temporary, _contiguous(self.ema.state), dict(self.record))
-            os.replace(temporary, self.folder / "weights.safetensors")
+            with replace_file(self.folder / "weights.safetensors") as temporary:
+                save_weights(temporary, _contiguous(self.ema.state), dict(self.record))
         self.accelerator.wait_for_everyone()
 
     def _autocast(self) -> torch.autocast:
@@ -447,6 +473,17 @@ def _cut_after(path: Path, step: int) -> None:
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if kept != lines:
         path.write_text("".join(kept))
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other trainers while the block runs; raises TrainingError where one is at work."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"{folder}: another process trains in this folder; stop it, or take another") from None
+        yield
 
 
 def hold_norms(network: nn.Module) -> None:
