@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -14,6 +17,11 @@ from occbev.frame_job import FrameJob
 
 PROCESSED = "processed"
 
+MAX_BYTES = 64 * 2**20
+"""A frame log that has grown beyond this begins anew; the one before stays as FILE.1."""
+
+log = logging.getLogger(__name__)
+
 
 class FrameLog:
     """Counts outcomes and, if it has a file, writes one JSON line for each; safe to use from several threads."""
@@ -22,18 +30,21 @@ class FrameLog:
         self.outcomes: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._file: IO[str] | None = None
-        self._path = ""
+        self._path, self._bytes = "", 0
+        self.problem = ""
+        """Why nothing is written any more, "" where all is well."""
         self.open(path)
 
     def open(self, path: str | Path) -> None:
         """Write to a new file from now on, none for ""; the one of before, closed meanwhile, is continued."""
         self.close()
+        self.problem = ""
         mode = "a" if str(path) == self._path else "w"
         self._path = str(path)
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                self._file = Path(path).open(mode, buffering=1)  # noqa: SIM115 - it lives as long as the node
+                self._file, self._bytes = open_lines(path, mode), Path(path).stat().st_size
 
     def record(self, stamp_ns: int, outcome: str, **details: Any) -> None:
         """Enter what became of one key time; `at_ns`, on the steady clock, tells the passes of a looped bag apart."""
@@ -42,7 +53,29 @@ class FrameLog:
             if self._file is not None:
                 now_ns = time.monotonic_ns()
                 line = {"stamp_ns": stamp_ns, "outcome": outcome, "at_ns": now_ns, **details}
-                self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+                self._write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def _write(self, line: str) -> None:
+        """Write a line; where that fails the file is given up with a warning and counting goes on."""
+        assert self._file is not None
+        try:
+            self._file.write(line)
+            self._bytes += len(line)
+            if self._bytes > MAX_BYTES:
+                self._file.close()
+                os.replace(self._path, f"{self._path}.1")
+                self._file, self._bytes = open_lines(self._path, "w"), 0
+        except (OSError, ValueError) as error:
+            self.problem = f"frame log {self._path} is not written any more: {error}"
+            log.warning("%s", self.problem)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let go of the file; what it could not write is lost."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
     @property
     def drops(self) -> dict[str, int]:
@@ -52,9 +85,12 @@ class FrameLog:
     def close(self) -> None:
         """Close the file; counting goes on."""
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            self._give_up()
+
+
+def open_lines(path: str | Path, mode: str) -> IO[str]:
+    """Open a file that is written line by line."""
+    return Path(path).open(mode, buffering=1, encoding="utf-8")
 
 
 def describe_job(job: FrameJob, stages_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -81,12 +117,21 @@ class FrameLogReader:
         """Return the lines since the last call, without one that is still being written."""
         if not self._path.exists():
             return []
-        with self._path.open("rb") as file:
-            file.seek(self._read)
+        data = b""
+        if self._path.stat().st_size < self._read:  # it began anew: the rest of the one before is in FILE.1
+            data, self._read = self._read_from(Path(f"{self._path}.1"), self._read), 0
+        rest = self._read_from(self._path, self._read)
+        self._read += len(rest)
+        return [json.loads(line) for line in (data + rest).splitlines()]
+
+    @staticmethod
+    def _read_from(path: Path, start: int) -> bytes:
+        if not path.exists():
+            return b""
+        with path.open("rb") as file:
+            file.seek(start)
             data = file.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self._read += len(data)
-        return [json.loads(line) for line in data.splitlines()]
+        return data[: data.rfind(b"\n") + 1]
 
 
 def read_frame_log(path: Path) -> list[dict[str, Any]]:
