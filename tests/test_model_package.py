@@ -157,14 +157,16 @@ def test_a_file_that_is_not_listed_is_refused(folder: Path) -> None:
 
 def test_a_configuration_that_is_not_the_graphs_is_refused(tmp_path: Path) -> None:
     shipped = ModelPackage.load(find_package("occbev-tiny"))
+    folder = tmp_path / "odd #%20[1] \u00fc name"
+    folder.mkdir()
     for name in shipped.files:
-        (tmp_path / name).symlink_to(shipped.folder.resolve() / name)
+        (folder / name).symlink_to(shipped.folder.resolve() / name)
     record = yaml.safe_load((shipped.folder / "config.yaml").read_text())
     record["model"]["occupancy_classes"] = record["model"]["occupancy_classes"][1:]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
     for backend in ("openvino", "onnxruntime"):
         with pytest.raises(GraphError, match=r"occupancy_logits is 1x18x16x200x200, .* describes 1x17x16x200x200"):
-            load_backend(ModelPackage.load(tmp_path), 6, backend)
+            load_backend(ModelPackage.load(folder), 6, backend)
 
 
 def test_weights_that_are_not_numbers_are_refused() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from occbev.geometry import wrap_angle
+from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.deskew import compensated
 from occbev_training.sources.nuscenes import open_nuscenes
 from occbev_training.sources.nuscenes_writer import (
@@ -155,3 +156,12 @@ def test_usual_attribute() -> None:
     assert usual_attribute("bicycle", 3.0) == "cycle.with_rider"
     assert usual_attribute("pedestrian", 0.2) == "pedestrian.standing"
     assert usual_attribute("barrier", 9.0) == ""
+
+
+def test_names_of_drives_and_cameras_cannot_leave_the_folder(tmp_path: Path, tiny_recording) -> None:
+    tiny_recording.name = "../../up"
+    with pytest.raises(ValueError, match=r"drive name '\.\./\.\./up' cannot be a file name"):
+        prepare({"../../up": lambda: tiny_recording}, tmp_path / "cache", PrepareConfig(), 1)
+    with pytest.raises(ValueError, match="drive name"):
+        write_nuscenes([tiny_recording], tmp_path / "root")
+    assert list(tmp_path.rglob("*up*")) == []

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from occbev.files import file_name
 from occbev.geometry import invert_transform, transform_points
 from occbev.inference.pipeline import Pipeline, motion_to_key
 from occbev.inference.preprocess import decode_image
@@ -208,7 +209,7 @@ def _overlay_frame(
         pictures |= _result_pictures(images, at_key, truth, perception, note)
     elif len(truth):
         pictures["boxes"] = _label_picture(images, at_key, truth)
-    names = _write(pictures, out, f"{recording.name}_{key:04d}")
+    names = _write(pictures, out, f"{file_name(recording.name, 'drive name')}_{key:04d}")
     sweep_ms = (sweep.stamp_ns - frame_set.stamp_ns) / 1e6
     return FrameReport(recording.name, key, frame_set.stamp_ns, sweep_ms, coverage, dict(frame_set.missing), names)
 

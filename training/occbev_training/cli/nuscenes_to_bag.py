@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from occbev.files import file_name
 from occbev_training.sources.bag_writer import BagSummary, write_bag
 from occbev_training.sources.nuscenes import NuscenesRecording, open_nuscenes
 from occbev_training.sources.recording import RecordingError
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     report = {}
     for scene in scenes:
         recording = root.recording(scene)
-        path = args.out / scene
+        path = args.out / file_name(scene, f"{args.root}: scene name")
         summary = _write(recording, path, args.storage, console)
         if args.truth:
             write_truth(recording, args.out / f"{scene}.truth")

@@ -21,6 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from occbev.classes import FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
+from occbev.files import file_name
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import FrameSet
@@ -465,7 +466,7 @@ def read_ego_mask(camera: Camera, folder: str) -> NDArray[np.bool_] | None:
 
     Raises RecordingError where the mask has another size than the camera's images.
     """
-    path = Path(folder) / f"{camera.name}.png"
+    path = Path(folder) / f"{file_name(camera.name, 'camera name')}.png"
     if not folder or not path.is_file():
         return None
     import cv2

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev import __version__
-from occbev.files import file_hash, remove_abandoned, replace_file
+from occbev.files import file_hash, file_name, remove_abandoned, replace_file
 from occbev.geometry import invert_transform
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.messages.image_headers import image_fault
@@ -197,7 +197,7 @@ def make_unit(
 
     progress: called after every key frame. source: the opener's fingerprint of the recording.
     """
-    done = read_manifest(folder / f"{unit.name}.json", config)
+    done = read_manifest(folder / f"{file_name(unit.name, 'drive name')}.json", config)
     if done is not None and (done.unit, done.source) == (unit, source) and not done.refused.get("unreadable"):
         for _ in range(unit.first, unit.last):
             progress()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import FREE
 from occbev.config import ImageConfig, from_record, to_record
+from occbev.files import file_name
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.inference.preprocess import Preprocessor, network_camera
@@ -128,11 +129,12 @@ def prepare(
 
 
 def _prepare_job(name: str, opener: Callable[[], Recording], root: Path, config: PrepareConfig) -> tuple[str, int]:
-    done = _count_finished(root / name / "drive.json", config)
+    folder = root / file_name(name, "drive name")
+    done = _count_finished(folder / "drive.json", config)
     if done is not None:
         return name, done
     try:
-        return name, prepare_recording(opener(), root / name, config)
+        return name, prepare_recording(opener(), folder, config)
     except (ValueError, LookupError, OSError) as error:
         raise CacheError(f"drive {name}: {error}") from error
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES
+from occbev.files import file_name
 from occbev.geometry import (
     Array,
     invert_transform,
@@ -285,7 +286,8 @@ class _DriveWriter:
         )
 
     def _file_name(self, folder: str, channel: str, stamp_ns: int, suffix: str) -> str:
-        return f"{folder}/{channel}/{self._name}__{channel}__{int(stamp_ns) // 1000}{suffix}"
+        channel, drive = file_name(channel, "camera name"), file_name(self._name, "drive name")
+        return f"{folder}/{channel}/{drive}__{channel}__{int(stamp_ns) // 1000}{suffix}"
 
     def _write_images(self, key: int) -> None:
         frames = self._recording.frame_set(key).frames
