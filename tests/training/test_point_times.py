@@ -83,3 +83,20 @@ def test_what_cannot_be_told_is_asked_for() -> None:
     assert find_point_times(rows, shuffled, STAMP, 0.1, "when:ms").offsets(rows, shuffled, STAMP)[-1] == np.float32(0.1)
     with pytest.raises(RecordingError, match="want auto, compensated"):
         find_point_times(rows, shuffled, STAMP, 0.1, "never:ms")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("timestamp", 4321.5 + OFFSET),
+        ("timestamp", ((4321.5 + OFFSET) * 1e9).astype("<u8")),
+        ("t", ((4000.25 + OFFSET) * 1e6).astype("<u4")),
+    ],
+)
+def test_times_on_the_clock_of_the_sensor_count_by_their_span(name: str, values: np.ndarray) -> None:
+    """Since the sensor was switched on, say: where it begins is not known, so the first point has the stamp."""
+    rows, points = cloud(name, values), turning(1)
+    found = find_point_times(rows, points, STAMP, 0.1)
+    assert (found.kind, found.own_clock) == ("point_times", True)
+    assert "own clock" in found.text
+    np.testing.assert_allclose(found.offsets(rows, points, STAMP), OFFSET, atol=2e-6)

@@ -111,7 +111,7 @@ def _unpack_zstd(data: bytes, size: int | None) -> bytes:
         raise StorageError(f"cannot be unpacked: {error}") from error
     if len(made) > MAX_CHUNK_BYTES:
         raise StorageError(f"unpacks to more than {MAX_CHUNK_BYTES >> 20} MB")
-    if not unpacker.eof:
+    if not unpacker.eof and (size is None or len(made) <= size):
         raise StorageError("its compressed bytes end too early")
     return bytes(made)
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from occbev.messages.bags import split_order
 from occbev_training.sources.infos import InfoRecording, read_drives
 from occbev_training.sources.nuscenes import NuscenesRoot, RootOptions, find_tables, open_nuscenes
 from occbev_training.sources.recording import Recording, RecordingError
@@ -288,13 +289,27 @@ def _places(path: Path) -> Iterator[Path]:
     if (
         (path.is_dir() and find_tables(path))
         or (path / "metadata.yaml").is_file()
-        or (path.is_file() and path.suffix in BAG_SUFFIXES)
+        or (path.is_file() and _is_bag_file(path))
+        or (path.is_dir() and _holds_splits(path))
     ):
         yield path
     elif path.is_dir():
         for child in sorted(path.iterdir()):
-            if child.is_dir() or child.suffix in BAG_SUFFIXES:
+            if child.is_dir() or _is_bag_file(child):
                 yield from _places(child)
+
+
+def _is_bag_file(path: Path) -> bool:
+    """Whether a file has the name of a bag's storage, packed or not; bags of ROS 1 are refused with the remedy."""
+    name = path.with_suffix("") if path.suffix in (".zstd", ".zst") else path
+    return name.suffix in (*BAG_SUFFIXES, ".bag")
+
+
+def _holds_splits(path: Path) -> bool:
+    """Whether a folder without metadata.yaml holds the numbered parts of one recording: drive_0.mcap, drive_1.mcap."""
+    parts = [split_order(file) for file in path.iterdir() if file.is_file() and _is_bag_file(file)]
+    one_name = len({stem for stem, _, _ in parts}) == 1
+    return len(parts) > 1 and one_name and sorted(number for _, number, _ in parts) == list(range(len(parts)))
 
 
 def read_names(path: Path) -> tuple[str, ...]:

@@ -37,13 +37,15 @@ class PointTimes:
 
     kind: point_times, azimuth or compensated; it is stored with every label. field, scale: where
     they stand and in which unit in seconds. absolute: whether they count from the epoch rather than
-    from the stamp. spin: +1 counterclockwise seen from above, -1 clockwise, for azimuth.
+    from the stamp. own_clock: whether they count from the sensor's own zero, so that the first point has the stamp.
+    spin: +1 counterclockwise seen from above, -1 clockwise, for azimuth.
     """
 
     kind: str
     field: str = ""
     scale: float = 1.0
     absolute: bool = False
+    own_clock: bool = False
     spin: int = 0
     period: float = 0.1
 
@@ -57,6 +59,8 @@ class PointTimes:
             return "no time field: points count as compensated to their stamp"
         unit = next(name for name, scale in _SCALES.items() if scale == self.scale)
         base = "absolute" if self.absolute else "from the stamp"
+        if self.own_clock:
+            base = "on the sensor's own clock: the first point counts as measured at the stamp"
         return f"field {self.field} in {unit}, {base} ({FIELDS.get(self.field, 'named by hand')})"
 
     def offsets(
@@ -70,6 +74,8 @@ class PointTimes:
             return None
         if self.kind == "azimuth":
             return azimuth_offsets(points, self.spin, self.period)
+        if self.own_clock:
+            return _since_first(cloud[self.field], self.scale).astype(np.float32)
         return _seconds(cloud[self.field], self.scale, self.absolute, stamp_ns).astype(np.float32)
 
 
@@ -145,8 +151,15 @@ def _seconds(values: NDArray[np.generic], scale: float, absolute: bool, stamp_ns
     return values.astype(np.float64) * scale
 
 
+def _since_first(values: NDArray[np.generic], scale: float) -> NDArray[np.float64]:
+    """Return seconds since the earliest point, subtracted before they are scaled."""
+    exact = values if values.dtype.kind in "ui" else values.astype(np.float64)
+    finite = exact[np.isfinite(exact.astype(np.float64))]
+    return np.asarray((exact - finite.min()).astype(np.float64) * scale)
+
+
 def _fitting(values: NDArray[np.generic], name: str, stamp_ns: int) -> PointTimes | None:
-    """Return the first unit in which a field's values span one rotation near the stamp, or None."""
+    """Return the first unit in which a field's values span one rotation near the stamp, or else anywhere; or None."""
     finite = values[np.isfinite(values.astype(np.float64))]
     if not len(finite):
         return None
@@ -157,6 +170,9 @@ def _fitting(values: NDArray[np.generic], name: str, stamp_ns: int) -> PointTime
             near = np.abs(seconds).max() < 1.0
             if near and SPAN[0] <= seconds.max() - seconds.min() <= SPAN[1]:
                 return PointTimes("point_times", name, _SCALES[unit], absolute)
+    for unit in scales:
+        if SPAN[0] <= float(_since_first(finite, _SCALES[unit]).max()) <= SPAN[1]:
+            return PointTimes("point_times", name, _SCALES[unit], own_clock=True)
     return None
 
 
