@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import cv2
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from occbev_training.simulator.drive import DriveConfig, SimulatedDrive, split_of
-from occbev_training.simulator.lidar import LidarConfig
+from occbev.rig import CameraRig
+from occbev_training.simulator.drive import WORLDS, DriveConfig, SimulatedDrive, split_of
+from occbev_training.simulator.lidar import LidarConfig, read_lidar
 
 SINGLE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """Set for the workers: threads of the linear algebra library only wait for each other on 3 x 3 products."""
@@ -47,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WxH",
         help="picture size; 640x360 is a full frame, 352x128 (default) is what the network sees",
     )
+    parser.add_argument(
+        "--rig",
+        type=Path,
+        metavar="YAML",
+        help="rig file: any number of cameras of any size, lens and place, and with the key lidar a LiDAR;"
+        " takes the place of --image",
+    )
+    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="version of the streets (default v1)")
     parser.add_argument("--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
 
@@ -66,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Render all drives that are not there yet; returns 0."""
     if args.drives < 1 or args.workers < 1:
         raise ValueError(f"--drives {args.drives} and --workers {args.workers} must be at least 1")
-    config = DriveConfig(args.keys, args.key_rate, args.image, lidar=LidarConfig(rate=args.sweep_rate))
+    config = _config(args)
     seeds = list(range(args.first_seed, args.first_seed + args.drives))
     _record(args.out, config, seeds)
     os.environ.update(SINGLE_THREAD)
@@ -125,10 +134,17 @@ def _write_bag(drive: SimulatedDrive, bag: Path, truth: Path) -> None:
         write_truth(drive, truth)
 
 
+def _config(args: argparse.Namespace) -> DriveConfig:
+    rig = None if args.rig is None else CameraRig.load(args.rig)
+    lidar = LidarConfig() if args.rig is None else read_lidar(args.rig)
+    lidar = replace(lidar, rate=args.sweep_rate)
+    return DriveConfig(args.keys, args.key_rate, args.image, lidar=lidar, rig=rig, world=args.world)
+
+
 def _record(out: Path, config: DriveConfig, seeds: list[int]) -> None:
     """Keep what was simulated beside it; refuse to mix two configurations in one folder."""
     path = out / "simulation.json"
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    settings: dict[str, Any] = json.loads(json.dumps(config.as_record()))
     known = json.loads(path.read_text()) if path.exists() else {"config": settings, "seeds": []}
     if known["config"] != settings:
         raise ValueError(f"{path}: the drives there were made with other settings; choose another folder")

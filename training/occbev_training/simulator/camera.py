@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -93,9 +94,22 @@ class Exposure:
         )
 
 
+def firing_times(names: Sequence[str]) -> dict[str, float]:
+    """Return when each camera fires, in seconds from the key time: as mounted, or spread over 40 ms in order."""
+    if set(names) <= set(MOUNTS):
+        return {name: MOUNTS[name].offset for name in names}
+    return dict(zip(names, np.linspace(-0.02, 0.02, len(names)).tolist(), strict=True))
+
+
 def pixel_rays(camera: Camera, step: int = 1) -> F32:
-    """Unit directions (h, w, 3) in the optical frame through pixel centres, every `step`-th of them."""
+    """Unit directions (h, w, 3) in the optical frame through pixel centres, every `step`-th of them.
+
+    They are NaN where the lens shows nothing.
+    """
     u, v = np.meshgrid(np.arange(0, camera.width, step) + step / 2, np.arange(0, camera.height, step) + step / 2)
+    if not camera.lens.is_pinhole:
+        rays = camera.lens.unproject(np.stack([u, v], -1).reshape(-1, 2))
+        return rays.reshape(*u.shape, 3).astype(np.float32)
     k = camera.intrinsic
     directions = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones_like(u)], -1)
     return (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
@@ -114,7 +128,9 @@ class Painter:
         cam2world = ego2world @ camera.cam2ego
         offset = pose[:, :2] - cam2world[:2, 3]
         distance = np.maximum(np.linalg.norm(offset, axis=1), 1e-3)
-        half = np.arctan(camera.width / 2 / camera.intrinsic[0, 0]) + 0.3
+        half = 0.3 + (
+            np.arctan(camera.width / 2 / camera.intrinsic[0, 0]) if camera.lens.is_pinhole else camera.lens.max_angle
+        )
         ahead = offset @ cam2world[:2, 2] / distance > np.cos(half)
         self.scene.place(pose, (distance < 15) | (ahead & (distance < 120)))
 
@@ -140,7 +156,10 @@ class Painter:
     def radiance(self, camera: Camera, ego2world: NDArray[np.float64]) -> F32:
         """Linear RGB (H * W, 3) seen by every pixel."""
         cam2world = ego2world @ camera.cam2ego
-        directions = pixel_rays(camera).reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
+        rays = pixel_rays(camera).reshape(-1, 3)
+        dark = np.isnan(rays).any(1)
+        rays[dark] = (0, 0, 1)
+        directions = rays @ cam2world[:3, :3].T.astype(np.float32)
         origin = cam2world[:3, 3].astype(np.float32)
         hits = self.scene.first(np.broadcast_to(origin, directions.shape), directions)
         colour = np.empty_like(directions)
@@ -151,6 +170,7 @@ class Painter:
         surface = self._shade(seen, hits, origin, rays, openness, float(camera.intrinsic[0, 0]), ego2world)
         share = np.exp(-self.light.haze * distance)[:, None]
         colour[seen] = surface * share + self.light.haze_colour * (1 - share)
+        colour[dark] = 0
         return colour
 
     def _shade(

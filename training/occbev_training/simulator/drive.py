@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,9 +21,9 @@ from occbev.geometry import (
 )
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import CameraFrame, FrameSet, Sweep
-from occbev.rig import Camera
+from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
-from occbev_training.simulator.camera import MOUNTS, Exposure, Painter, build_rig, pixel_rays
+from occbev_training.simulator.camera import Exposure, Painter, build_rig, firing_times, pixel_rays
 from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mount_lidar
 from occbev_training.simulator.raycast import StreetScene
 from occbev_training.simulator.truth import Solids, annotate, find_seen_voxels, mark_centres, mark_ends
@@ -35,6 +36,9 @@ SEED_RANGES: Mapping[str, range] = {
     "test": range(20_000, 1_000_000),
 }
 """Which seeds a split may use: a drive seen in training is never scored."""
+
+WORLDS = ("v1",)
+"""Versions of the streets; a seed draws the same street of a version for ever."""
 
 _MARGIN = 1.1
 """Seconds of sweeps before the first and after the last key frame."""
@@ -64,10 +68,21 @@ class DriveConfig:
     """Quality of the encoded pictures."""
     lidar: LidarConfig = field(default_factory=LidarConfig)
     """The LiDAR."""
+    rig: CameraRig | None = None
+    """The cameras, exactly; None draws a vehicle with six of size `image`."""
+    world: str = WORLDS[0]
+    """Which streets are drawn: "v1"."""
     grid: VoxelGrid = GRIDS["occ3d"]
     """Grid of the dense labels."""
 
+    def as_record(self) -> dict[str, Any]:
+        """Return the configuration as plain values."""
+        record = asdict(replace(self, rig=None)) | {"grid": self.grid.as_record()}
+        return record | {"rig": None if self.rig is None else [camera.as_record() for camera in self.rig.cameras]}
+
     def __post_init__(self) -> None:
+        if self.world not in WORLDS:
+            raise ValueError(f"world {self.world!r}: known are {', '.join(WORLDS)}")
         if self.keys < 1 or self.key_rate <= 0:
             raise ValueError(f"a drive needs key frames: keys {self.keys}, key_rate {self.key_rate}")
         if abs(self.lidar.rate / self.key_rate - round(self.lidar.rate / self.key_rate)) > 1e-9:
@@ -94,7 +109,8 @@ class SimulatedDrive:
         self._motion = EgoMotion.of(self._world)
         self._start_ns = 1_600_000_000_000_000_000 + seed * 1_000_000_000_000
         rng = np.random.default_rng((seed, 1))
-        self.rig = build_rig(rng, config.image)
+        self.rig = config.rig or build_rig(rng, config.image)
+        self._firing = firing_times(self.rig.names)
         self.lidar2ego = mount_lidar(config.lidar)
         self._world2global = make_transform(
             rotation_from_yaw(rng.uniform(-np.pi, np.pi)), [*rng.uniform(300, 2000, 2), 0.0]
@@ -197,12 +213,16 @@ class SimulatedDrive:
             cam2world = self._ego2world(time) @ camera.cam2ego
             step = max(1, round(camera.intrinsic[0, 0] / 140))
             rays = pixel_rays(camera, step)
+            dark = np.isnan(rays).any(-1)
+            rays[dark] = (0, 0, 1)
             world = rays.reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
             origins = np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape)
-            distance = self._scene.first(origins, world, 80.0).distance.reshape(rays.shape[:2])
+            distance = self._scene.first(origins, world, 80.0).distance.reshape(rays.shape[:2]).copy()
+            distance[dark] = np.nan
             cam2ego = world2ego @ cam2world
             mark_ends(seen, grid, cam2ego, rays, distance)
-            mark_centres(seen, self._in_view[number], cam2ego, camera, step, rays[..., 2] * distance)
+            along = rays[..., 2] if camera.lens.is_pinhole else np.float32(1)
+            mark_centres(seen, self._in_view[number], cam2ego, camera, step, along * distance)
         return seen.reshape(grid.shape)
 
     @cached_property
@@ -224,7 +244,7 @@ class SimulatedDrive:
         return self._start_ns + np.rint(times * 1e6).astype(np.int64) * 1000
 
     def _camera_time(self, key: int, camera: str) -> float:
-        return float(self._sweep_times[self._key_sweeps[key]]) + MOUNTS[camera].offset
+        return float(self._sweep_times[self._key_sweeps[key]]) + self._firing[camera]
 
     def _key_pose(self, key: int) -> tuple[float, NDArray[np.float64]]:
         time = float(self._sweep_times[self._key_sweeps[key]])
@@ -245,6 +265,9 @@ class SimulatedDrive:
 
 
 def _may_see(camera: Camera, centres: NDArray[np.float64], margin: float = 16.0) -> NDArray[np.bool_]:
-    pixels, depth = project_points(transform_points(camera.ego2cam, centres), camera.intrinsic)
-    size = np.array([camera.width, camera.height])
+    size, local = np.array([camera.width, camera.height]), transform_points(camera.ego2cam, centres)
+    if not camera.lens.is_pinhole:
+        pixels, lit = camera.lens.project(local)
+        return lit & np.all((pixels > -margin) & (pixels < size + margin), axis=-1)
+    pixels, depth = project_points(local, camera.intrinsic)
     return (depth > 0.05) & np.all((pixels > -margin) & (pixels < size + margin), axis=-1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import occbev
@@ -65,7 +65,7 @@ def keep_drive(
 
 def content_hash(seed: int, config: DriveConfig) -> str:
     """Return twelve hex digits over the seed, the configuration and the sources that make a drive."""
-    asked = json.dumps([seed, asdict(config)], sort_keys=True, default=str)
+    asked = json.dumps([seed, config.as_record()], sort_keys=True)
     digest = hashlib.sha256(asked.encode())
     for root, name in MAKERS:
         path = ROOTS[root] / name

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.config import ConfigError, from_record
+from occbev.files import read_yaml
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev_training.simulator.actors import ego_body
 from occbev_training.simulator.materials import Materials
@@ -28,12 +31,23 @@ class LidarConfig:
     """Lowest and highest beam."""
     position: tuple[float, float, float] = (0.94, 0.0, 1.84)
     """Place in base_link; the sensor's own x points right and its y forward."""
+    rotation_deg: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Roll, pitch and yaw by which it is turned from there, in base_link."""
     reach: float = 70.0
     """Longest range that returns."""
     noise: float = 0.02
     """Standard deviation of the range."""
     drop: float = 0.05
     """Share of returns that are lost."""
+
+    def __post_init__(self) -> None:
+        if self.rings < 1 or self.columns < 1 or self.rate <= 0 or self.reach <= 0:
+            raise ConfigError(
+                f"a LiDAR needs rings, columns, rate and reach above zero, got {self.rings}, {self.columns}, "
+                f"{self.rate} and {self.reach}"
+            )
+        if not -90 <= self.elevation_deg[0] <= self.elevation_deg[1] <= 90:
+            raise ConfigError(f"elevation_deg {list(self.elevation_deg)}: want lowest and highest beam, -90 to 90")
 
 
 @dataclass(frozen=True)
@@ -137,9 +151,23 @@ class Lidar:
         self.scene.place(pose, np.linalg.norm(offset, axis=1) < self.config.reach + 8)
 
 
+def read_lidar(rig_file: Path) -> LidarConfig:
+    """Read the key `lidar` of a rig file; without it the LiDAR is the usual one.
+
+    Raises:
+        ConfigError: naming the file and the key.
+    """
+    record = read_yaml(rig_file)
+    try:
+        return from_record(LidarConfig, record.get("lidar") or {}, "lidar")
+    except ConfigError as error:
+        raise ConfigError(f"{rig_file}: {error}") from error
+
+
 def mount_lidar(config: LidarConfig) -> NDArray[np.float64]:
-    """lidar2ego (4, 4): the sensor's x to the right, y forward, z up."""
-    return make_transform(rotation_from_rpy(0.0, 0.0, -np.pi / 2), config.position)
+    """lidar2ego (4, 4): the sensor's x to the right, y forward, z up, then turned by its rotation."""
+    turned = rotation_from_rpy(*np.deg2rad(config.rotation_deg))
+    return make_transform(turned @ rotation_from_rpy(0.0, 0.0, -np.pi / 2), config.position)
 
 
 def _beams(config: LidarConfig) -> tuple[F32, NDArray[np.float64]]:

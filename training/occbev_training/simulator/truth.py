@@ -171,19 +171,28 @@ def mark_centres(
 ) -> None:
     """Mark voxels whose centre no surface hides from a camera.
 
-    voxels: flat indices (S,) and centres (S, 3) in the ego frame. depth: (h, w) of every `step`-th pixel.
+    voxels: flat indices (S,) and centres (S, 3) in the ego frame. depth: (h, w) of every `step`-th pixel; the
+    distance along its ray where the lens is no pinhole.
     """
     flat, centres = voxels
     ego2cam = invert_transform(cam2ego).astype(np.float32)
     local = centres @ ego2cam[:3, :3].T + ego2cam[:3, 3]
-    before = np.maximum(local[:, 2], np.float32(0.05))
-    k = camera.intrinsic.astype(np.float32)
-    u, v = k[0, 0] * local[:, 0] / before + k[0, 2], k[1, 1] * local[:, 1] / before + k[1, 2]
-    inside = (local[:, 2] > 0.05) & (u >= 0) & (v >= 0) & (u < camera.width) & (v < camera.height)
-    u, v, z, flat = u[inside], v[inside], local[inside, 2], flat[inside]
+    u, v, away = _see(camera, local)
+    inside = (away > 0.05) & (u >= 0) & (v >= 0) & (u < camera.width) & (v < camera.height)
+    u, v, away, flat = u[inside], v[inside], away[inside], flat[inside]
     row = np.minimum((v / step).astype(np.int32), depth.shape[0] - 1)
     column = np.minimum((u / step).astype(np.int32), depth.shape[1] - 1)
-    seen[flat[z < depth[row, column]]] = True
+    seen[flat[away < depth[row, column]]] = True
+
+
+def _see(camera: Camera, local: F32) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return pixels and how far away points (S, 3) of the camera frame are: depth, or the distance for other lenses."""
+    if not camera.lens.is_pinhole:
+        pixels, lit = camera.lens.project(local)
+        return *np.nan_to_num(pixels, nan=-1.0).T, np.linalg.norm(local, axis=1) * lit
+    before = np.maximum(local[:, 2], np.float32(0.05))
+    k = camera.intrinsic.astype(np.float32)
+    return k[0, 0] * local[:, 0] / before + k[0, 2], k[1, 1] * local[:, 1] / before + k[1, 2], local[:, 2]
 
 
 def _clip(origins: F32, directions: F32, lo: F32, hi: F32) -> tuple[F32, F32]:

@@ -1,0 +1,119 @@
+"""Simulated drives through the user's own rig: any number of cameras of any lens and size, and any LiDAR."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from occbev.config import ConfigError
+from occbev.geometry import make_transform, rotation_from_rpy, transform_points
+from occbev.grid import GRIDS
+from occbev.rig import Camera, CameraRig
+from occbev_training.cli import main
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
+from occbev_training.simulator.lidar import LidarConfig, mount_lidar, read_lidar
+
+OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+
+
+def surround_rig() -> CameraRig:
+    """Three fisheyes of 190 degrees on the body and one wide pinhole of another size behind the windscreen."""
+
+    def pose(yaw_deg: float, pitch_deg: float, *place: float) -> np.ndarray:
+        return make_transform(rotation_from_rpy(0, np.deg2rad(pitch_deg), np.deg2rad(yaw_deg)) @ OPTICAL, place)
+
+    fisheye = np.array([[38.0, 0, 70], [0, 38, 45], [0, 0, 1]])
+    pinhole = np.array([[80.0, 0, 80], [0, 80, 30], [0, 0, 1]])
+    lens = ("equidistant", (0.02, -0.005, 0.001, 0.0))
+    return CameraRig(
+        (
+            Camera("windscreen", 160, 64, pinhole, pose(0, 0, 1.5, 0.0, 1.4)),
+            Camera("left mirror", 140, 90, fisheye, pose(90, 15, 1.9, 0.95, 1.0), *lens),
+            Camera("tail", 140, 90, fisheye, pose(180, 15, -1.0, 0.0, 0.9), *lens),
+            Camera("right mirror", 140, 90, fisheye, pose(-90, 15, 1.9, -0.95, 1.0), *lens),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def drive() -> SimulatedDrive:
+    lidar = LidarConfig(columns=360, rings=64, position=(0.2, 0.0, 2.1), rotation_deg=(0.0, 0.0, 30.0))
+    config = DriveConfig(keys=1, lidar=lidar, rig=surround_rig(), grid=GRIDS["tiny"])
+    return SimulatedDrive(20_050, config)
+
+
+def test_cameras_keep_their_names_sizes_and_places(drive: SimulatedDrive) -> None:
+    assert drive.rig.hash == surround_rig().hash
+    frames = drive.frame_set(0).frames
+    for camera in drive.rig.cameras:
+        picture = cv2.imdecode(np.frombuffer(frames[camera.name].image, np.uint8), 1)
+        assert picture.shape[:2] == (camera.height, camera.width)
+    assert len({frame.stamp_ns for frame in frames.values()}) == 4
+
+
+def test_a_fisheye_is_dark_where_it_shows_nothing_and_sees_beside_itself(drive: SimulatedDrive) -> None:
+    camera = drive.rig["tail"]
+    picture = cv2.imdecode(np.frombuffer(drive.frame_set(0).frames["tail"].image, np.uint8), 0)
+    assert picture[:4, :4].mean() < 20 < picture[20:70, 40:100].mean()
+    beside = camera.cam2ego @ np.array([5.0, 0.0, -0.3, 1.0])  # behind the image plane
+    _, _, inside = camera.project(beside[None, :3])
+    assert inside[0]
+
+
+def test_what_the_lidar_hits_is_seen_by_the_camera_that_looks_there(drive: SimulatedDrive) -> None:
+    """A return that a camera's truth does not see stands behind something nearer; few do from a roof."""
+    sweep = drive.sweep(int(np.argmin(np.abs(drive.sweep_stamp_ns - drive.key_stamp_ns[0]))))
+    points = transform_points(sweep.lidar2ego, sweep.points)
+    truth = drive.occupancy_truth(0)
+    cells, in_grid = truth.grid.indices(points)
+    away = np.linalg.norm(points[:, :2], axis=1) > 4  # not the vehicle itself
+    for name in ("left mirror", "tail"):
+        _, _, inside = drive.rig[name].project(points)
+        chosen = inside & in_grid & away
+        assert chosen.sum() > 200
+        assert truth.mask_camera[tuple(cells[chosen].T)].mean() > 0.8
+
+
+def test_a_lidar_turns_and_stands_where_its_rig_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "rig.yaml"
+    surround_rig().save(path)
+    assert read_lidar(path) == LidarConfig()
+    record = yaml.safe_load(path.read_text())
+    record["lidar"] = {"rings": 128, "position": [1.0, 0.5, 2.0], "rotation_deg": [0.0, 0.0, 90.0]}
+    path.write_text(yaml.safe_dump(record))
+    lidar = read_lidar(path)
+    assert (lidar.rings, lidar.position) == (128, (1.0, 0.5, 2.0))
+    forward = mount_lidar(lidar)[:3, :3] @ [0, 1, 0]
+    np.testing.assert_allclose(forward, [0, 1, 0], atol=1e-9)
+    assert len(CameraRig.load(path)) == 4, "other readers pass over the LiDAR"
+    record["lidar"] = {"ring": 64}
+    path.write_text(yaml.safe_dump(record))
+    with pytest.raises(ConfigError, match=r"rig\.yaml.*ring"):
+        read_lidar(path)
+
+
+def test_the_command_takes_a_rig_file(tmp_path: Path) -> None:
+    path = tmp_path / "rig.yaml"
+    CameraRig(surround_rig().cameras[2:3]).save(path)
+    path.write_text(path.read_text() + "lidar: {rings: 16, columns: 90}\n")
+    out = tmp_path / "out"
+    arguments = ["simulate", str(out), "--keys", "1", "--format", "bag", "--rig", str(path), "--workers", "1"]
+    assert main([*arguments, "--first-seed", "20051", "--world", "v1"]) == 0
+    settings = json.loads((out / "simulation.json").read_text())["config"]
+    assert settings["lidar"]["rings"] == 16
+    assert [camera["name"] for camera in settings["rig"]] == ["tail"]
+    assert CameraRig.load(out / "truth/sim-020051/rig.yaml").names == ("tail",)
+
+
+def test_worlds_and_lidars_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="v1"):
+        DriveConfig(world="v9")
+    with pytest.raises(ConfigError, match="rings"):
+        LidarConfig(rings=0)
+    with pytest.raises(ConfigError, match="elevation_deg"):
+        LidarConfig(elevation_deg=(10.0, -10.0))
