@@ -14,6 +14,7 @@ COMMANDS: Mapping[str, str] = {
     "pairs": "turn unlabelled drives into measured image-LiDAR pairs",
     "view": "draw a stored pair: images, label, visibility, evidence",
     "label-truth": "compare labels with the simulator's truth and with the published recipe",
+    "labels": "take boxes of one's own for bags, from a topic or from files",
     "prepare": "decode and label key frames once, into a sample cache",
     "pretrain": "stage 1: learn to reconstruct occupancy from image-LiDAR pairs",
     "reconstruct": "what a pre-training run says of samples: scores and a picture",
