@@ -1,15 +1,18 @@
 """Decode and label every key frame once, into a sample cache that training reads.
 
-    occbev-train prepare CACHE --nuscenes ROOT --scenes train.txt
-    occbev-train prepare CACHE --simulate 120 --first-seed 0 --keys 16
+    occbev-train prepare NUSCENES_ROOT --scenes train.txt --out CACHE
+    occbev-train prepare BAGS --labels LABELS --out CACHE          # boxes of one's own, of 'occbev-train labels'
+    occbev-train prepare --simulate 120 --first-seed 0 --keys 16 --out CACHE
 
-Finished drives are kept when the command is given again; a drive that was cut off is made anew.
+Finished drives stay when the command is given again; a drive that was cut off, or whose content changed, is made
+anew. What cannot be read is named and left out, and costs nothing else; the status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,24 +21,39 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev.config import ModelConfig
 from occbev.inference.families import load_model
+from occbev_training.cli.inputs import (
+    INPUTS_HELP,
+    FoundInputs,
+    add_input_arguments,
+    class_map,
+    find_inputs,
+    split_output,
+)
 from occbev_training.data.label_frame import in_base_link
-from occbev_training.occupancy.prepare import PrepareConfig, prepare
+from occbev_training.occupancy.prepare import DriveReport, PrepareConfig, prepare_drives
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
-from occbev_training.sources.discovery import OpenScene, chosen_names, read_names
-from occbev_training.sources.nuscenes import open_nuscenes
+from occbev_training.sources.categories import describe_classless
+from occbev_training.sources.discovery import Opener
+from occbev_training.sources.labelled import MAX_GAP, OpenLabelled
 from occbev_training.sources.recording import Recording
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("cache", type=Path, help="folder of the cache")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--nuscenes", type=Path, metavar="ROOT", help="data root in the nuScenes schema")
-    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these scenes of ROOT, one name a line")
-    source.add_argument("--simulate", type=int, metavar="DRIVES", help="simulate this many drives")
+    parser.add_argument("inputs", type=Path, nargs="*", help=INPUTS_HELP)
+    parser.add_argument("--out", type=Path, help="folder of the cache")
+    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="one more input: a nuScenes-like root")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FOLDER", help="boxes of the drives: FOLDER/DRIVE.json, or one plain JSON file"
+    )
+    parser.add_argument(
+        "--max-gap", type=float, default=MAX_GAP, help=f"seconds from a key frame to its labels (default {MAX_GAP})"
+    )
+    parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate this many drives")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
     parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive")
+    parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
     parser.add_argument(
         "--model",
         type=Path,
@@ -53,32 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    add_input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the cache; prints each drive as it is finished."""
+    """Build the cache; prints each drive as it is finished; 1 if an input failed or no box is there to learn."""
+    args.inputs, args.out = split_output(args.inputs, args.out, "the cache", bool(args.simulate or args.nuscenes))
     model = in_base_link(load_model(args.model))  # as training will ask for it
     config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
-    if args.scenes and not args.nuscenes:
-        raise ValueError("--scenes names scenes of --nuscenes ROOT")
-    jobs = _nuscenes_jobs(args) if args.nuscenes else _make_simulated_jobs(args, model)
     console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("drives", total=len(jobs))
-
-        def finished(name: str, count: int) -> None:
-            progress.advance(task)
-            console.print(f"{name}: {count} samples", highlight=False)
-
-        total = prepare(jobs, args.cache, config, args.workers, finished)
-    console.print(f"{args.cache}: {total} samples of {len(jobs)} drives")
-    return 0
+    found = _find(args, model)
+    reports = list(_with_progress(found.openers, args, config, console))
+    problems = found.problems | {report.name: report.problem for report in reports if report.problem}
+    lines, boxless = _summarise(args, [report for report in reports if not report.problem])
+    for line in [*(f"left out: {name}: {reason}" for name, reason in problems.items()), *lines]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 1 if problems or boxless else 0
 
 
 @dataclass(frozen=True)
@@ -88,23 +96,78 @@ class Simulate:
     seed: int
     config: DriveConfig
 
+    @property
+    def name(self) -> str:
+        """The drive's name."""
+        return f"sim-{self.seed:06d}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Nothing: the seed is the name, and the model's size and grid are held against the cache."""
+        return ""
+
+    def keys(self) -> int:
+        """Number of key frames."""
+        return self.config.keys
+
     def __call__(self) -> Recording:
         """Build the world."""
         return SimulatedDrive(self.seed, self.config)
 
 
-def _nuscenes_jobs(args: argparse.Namespace) -> dict[str, Callable[[], Recording]]:
-    names = read_names(args.scenes) if args.scenes else None
-    scenes = chosen_names(open_nuscenes(args.nuscenes).scenes, names, args.nuscenes)
-    return {scene: OpenScene(args.nuscenes, scene) for scene in scenes}
-
-
-def _make_simulated_jobs(args: argparse.Namespace, model: ModelConfig) -> dict[str, Callable[[], Recording]]:
-    config = DriveConfig(
-        keys=args.keys,
-        key_rate=args.key_rate,
-        image=(model.image.width, model.image.height),
-        grid=model.grid,
-    )
+def _find(args: argparse.Namespace, model: ModelConfig) -> FoundInputs:
+    """Find the drives of all inputs, with their labels where there are some."""
+    size = (model.image.width, model.image.height)
+    config = DriveConfig(keys=args.keys, key_rate=args.key_rate, image=size, grid=model.grid)
     seeds = range(args.first_seed, args.first_seed + args.simulate)
-    return {f"sim-{seed:06d}": Simulate(seed, config) for seed in seeds}
+    inputs = [*args.inputs, *([] if args.nuscenes is None else [args.nuscenes])]
+    found = find_inputs(args, inputs, args.out / "infos", args.key_interval, [Simulate(seed, config) for seed in seeds])
+    if args.labels is not None:
+        found.openers = [OpenLabelled(o, _labels_of(args, o), class_map(args), args.max_gap) for o in found.openers]
+    return found
+
+
+def _labels_of(args: argparse.Namespace, opener: Opener) -> Path:
+    return args.labels / f"{opener.name}.json" if args.labels.is_dir() else args.labels
+
+
+def _with_progress(
+    openers: Sequence[Opener], args: argparse.Namespace, config: PrepareConfig, console: Console
+) -> Iterator[DriveReport]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    jobs: dict[str, Callable[[], Recording]] = {opener.name: opener for opener in openers}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("drives", total=len(jobs))
+        for report in prepare_drives(jobs, args.out, config, args.workers):
+            progress.advance(task)
+            if not report.problem:
+                console.print(f"{report.name}: {report.samples} samples", highlight=False, markup=False)
+            yield report
+
+
+def _summarise(args: argparse.Namespace, reports: Sequence[DriveReport]) -> tuple[list[str], bool]:
+    """Return what the cache holds, as lines, and whether a filter, or nothing at all, left it without any box."""
+    boxes, classless = Counter[str](), Counter[str]()
+    for report in reports:
+        boxes.update(report.boxes)
+        classless.update(report.classless)
+    without = sum(report.without_points for report in reports)
+    total = boxes.total()
+    lines = [
+        f"{report.name}: left out: {count} {what}" for report in reports for what, count in report.left_out.items()
+    ]
+    lines.append(f"{args.out}: {sum(report.samples for report in reports)} samples of {len(reports)} drives")
+    if total:
+        listed = ", ".join(f"{name} {count}" for name, count in boxes.most_common())
+        lines.append(f"boxes: {listed}; {without} of them without a LiDAR return, which training leaves out")
+    if classless:
+        lines.append(f"left out: {describe_classless(classless)}")
+    useless = total == without and (bool(classless) or bool(total) or args.no_labels)
+    if useless and reports:
+        lines.append("no box is left: no detection head can be trained on this cache")
+    return lines, useless

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import queue
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from occbev_training.occupancy.pairs import PairConfig, Unit, UnitFailure, UnitReport, make_unit
 from occbev_training.sources.discovery import Opener
 from occbev_training.sources.recording import leave_out
-from occbev_training.workers import start_workers
+from occbev_training.workers import KILLED, TaskRunner
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +20,6 @@ Job = tuple[Opener, Unit]
 Result = UnitReport | UnitFailure
 
 EXECUTORS = ("local", "ray")
-
-KILLED = "its worker process was ended from outside, or by a library that crashed: is there memory enough for it?"
 
 
 def run_jobs(
@@ -47,7 +41,8 @@ def run_jobs(
     elif workers <= 1:
         yield from (make_job(job, out, config, on_key) for job in jobs)
     else:
-        yield from _LocalWorkers(out, config, on_key).run(jobs, workers)
+        work = partial(_run_job_and_report, out=out, config=config)
+        yield from TaskRunner(work, _report_death, _listen, on_key).run(jobs, workers)
 
 
 def make_job(job: Job, out: Path, config: PairConfig, on_key: Callable[[], None] = lambda: None) -> Result:
@@ -62,52 +57,9 @@ def make_job(job: Job, out: Path, config: PairConfig, on_key: Callable[[], None]
     return UnitFailure(unit, problems[unit.name])
 
 
-class _LocalWorkers:
-    """Runs jobs in fresh interpreters, which report every key frame over a queue."""
-
-    def __init__(self, out: Path, config: PairConfig, on_key: Callable[[], None]) -> None:
-        self.out, self.config, self.on_key = out, config, on_key
-
-    def run(self, jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-        """Yield the result of every job; one that ends its worker process costs no other."""
-        waiting = deque(jobs)
-        while waiting:
-            for job in (yield from self._drain(waiting, workers)):
-                if (yield from self._drain(deque([job]), 1)):
-                    logger.warning("%s: %s", job[1].name, KILLED)
-                    yield UnitFailure(job[1], KILLED)
-
-    def _drain(self, waiting: deque[Job], workers: int) -> Generator[Result, None, list[Job]]:
-        """Run jobs until none waits or a worker process dies; returns the jobs that were running then."""
-        reports = multiprocessing.get_context("spawn").Queue()
-        running: dict[Future[Result], Job] = {}
-        with start_workers(workers, _listen, reports) as pool:
-            try:
-                while waiting or running:
-                    while waiting and len(running) < workers:
-                        future = pool.submit(_run_job_and_report, waiting[0], self.out, self.config)
-                        running[future] = waiting.popleft()
-                    done, _ = wait(running, 0.2, FIRST_COMPLETED)
-                    self._pass_on(reports)
-                    for future in done:
-                        result = future.result()
-                        del running[future]
-                        yield result
-            except BrokenProcessPool:
-                return list(running.values())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        self._pass_on(reports)
-        return []
-
-    def _pass_on(self, reports: Any) -> None:
-        while True:
-            try:
-                reports.get_nowait()
-            except queue.Empty:
-                return
-            self.on_key()
+def _report_death(job: Job) -> Result:
+    logger.warning("%s: %s", job[1].name, KILLED)
+    return UnitFailure(job[1], KILLED)
 
 
 _REPORTS: list[Any] = []

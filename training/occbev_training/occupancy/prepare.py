@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.classes import FREE
+from occbev.classes import DETECTION_CLASSES, FREE
 from occbev.config import ImageConfig, from_record, to_record
-from occbev.files import file_name
+from occbev.files import file_name, replace_file
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.inference.preprocess import Preprocessor, network_camera
@@ -29,7 +29,10 @@ from occbev_training.data.cache import FORMAT, MIN_LIDAR_DEPTH, CachedSample, Ca
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording
+from occbev_training.sources.recording import Recording, describe_error, leave_out
+from occbev_training.workers import KILLED, TaskRunner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,101 +49,69 @@ class PrepareConfig:
     """Sweeps that must hit a near voxel for occupied; 1 for recordings with hardly a sweep for each key frame."""
 
 
-def make_sample(
-    recording: Recording,
-    key: int,
-    config: PrepareConfig,
-    preprocessor: Preprocessor,
-    label: Callable[[int, FrameSet], LabelVolumes],
-) -> CachedSample:
-    """Decode and label one key frame; label: (key, its frames) -> the three-state label."""
-    key_ns = int(recording.key_stamp_ns[key])
-    frames = recording.frame_set(key)
-    images, valid, rig = _network_images(recording, frames, key_ns, preprocessor)
-    intrinsic = np.stack([camera.intrinsic for camera in rig.cameras])
-    cam2ego = np.stack([camera.cam2ego for camera in rig.cameras])
-    volumes = label(key, frames)
-    return CachedSample(
-        images,
-        valid,
-        intrinsic,
-        cam2ego,
-        *_lidar_pixels(recording, key_ns, rig),
-        volumes.state,
-        volumes.camera_visible,
-        volumes.hit_sweeps,
-        volumes.pass_sweeps,
-        *_boxes(recording, key),
-        *_truth(recording, key, config.grid),
-    )
+@dataclass(frozen=True)
+class DriveReport:
+    """What became of a drive.
+
+    boxes: class -> boxes. without_points: boxes without a LiDAR return. classless: category -> boxes that have
+    no class here. left_out: what could not be read, a key frame or a camera -> how often, with the first reason.
+    problem: why there is no drive; "" where there is one.
+    """
+
+    name: str
+    samples: int = 0
+    boxes: Mapping[str, int] = field(default_factory=dict)
+    without_points: int = 0
+    classless: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    problem: str = ""
 
 
-def prepare_recording(recording: Recording, folder: Path, config: PrepareConfig) -> int:
-    """Write the samples of one recording, then its drive.json; returns the number of samples."""
-    marker = folder / "drive.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    preprocessor, files = Preprocessor(config.image), {}
-    label = _labeller(recording, config)
-    for key in range(len(recording.key_stamp_ns)):
-        name = f"{key:04d}.npz"
-        files[name] = write_sample(folder / name, make_sample(recording, key, config, preprocessor, label))
-    info = CacheInfo(config.image, recording.rig.names, config.grid)
-    temporary = marker.with_suffix(".tmp")
-    stamps = [int(stamp) for stamp in recording.key_stamp_ns]
-    poses = [recording.trajectory.at(stamp).tolist() for stamp in stamps]
-    record = {
-        "info": to_record(info),
-        "labels": _label_record(config),
-        "files": files,
-        "stamp_ns": stamps,
-        "ego2global": poses,
-    }
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, marker)
-    return len(files)
+Job = tuple[str, Callable[[], Recording]]
+"""Drive name, and a function that opens the recording; picklable where there are workers."""
 
 
-def prepare(
-    jobs: Mapping[str, Callable[[], Recording]],
-    root: Path,
-    config: PrepareConfig,
-    workers: int = 1,
-    finished: Callable[[str, int], None] = lambda name, count: None,
-) -> int:
+def prepare_drives(
+    jobs: Mapping[str, Callable[[], Recording]], root: Path, config: PrepareConfig, workers: int = 1
+) -> Iterator[DriveReport]:
     """Build a cache from recordings, side by side in `workers` processes; resumes where it stopped.
 
-    jobs: drive name -> a picklable function that opens the recording.
-    finished: called with each drive's name and its number of samples.
+    A drive that fails, whatever the reason, is reported; the others go on.
     """
-    total = 0
+    work = partial(prepare_job, root=root, config=config)
     if workers <= 1:
-        results: Iterator[tuple[str, int]] = (_prepare_job(n, o, root, config) for n, o in jobs.items())
-        for name, count in results:
-            total += count
-            finished(name, count)
-        return total
-    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-        futures = [pool.submit(_prepare_job, name, opener, root, config) for name, opener in jobs.items()]
-        for future in as_completed(futures):
-            name, count = future.result()
-            total += count
-            finished(name, count)
+        return map(work, jobs.items())
+    return TaskRunner(work, _report_death).run(list(jobs.items()), workers)
+
+
+def prepare(jobs: Mapping[str, Callable[[], Recording]], root: Path, config: PrepareConfig, workers: int = 1) -> int:
+    """Build a cache as `prepare_drives`; returns the number of samples. Raises CacheError where a drive fails."""
+    total = 0
+    for report in prepare_drives(jobs, root, config, workers):
+        if report.problem:
+            raise CacheError(f"drive {report.name}: {report.problem}")
+        total += report.samples
     return total
 
 
-def _prepare_job(name: str, opener: Callable[[], Recording], root: Path, config: PrepareConfig) -> tuple[str, int]:
-    folder = root / file_name(name, "drive name")
-    done = _count_finished(folder / "drive.json", config)
-    if done is not None:
-        return name, done
-    try:
-        return name, prepare_recording(opener(), folder, config)
-    except (ValueError, LookupError, OSError) as error:
-        raise CacheError(f"drive {name}: {error}") from error
+def prepare_job(job: Job, root: Path, config: PrepareConfig) -> DriveReport:
+    """Prepare one drive in this process, if it is not finished."""
+    name, opener = job
+    problems: dict[str, str] = {}
+    with leave_out(problems, name):
+        source = str(getattr(opener, "fingerprint", ""))
+        folder = root / file_name(name, "drive name")
+        done = _read_finished(folder / "drive.json", config, source)
+        return done or _DriveWriter(opener(), folder, config, source).write(name)
+    return DriveReport(name, problem=problems[name])
 
 
-def _count_finished(marker: Path, config: PrepareConfig) -> int | None:
-    """Return how many samples a finished drive has, None of one that is not.
+def _report_death(job: Job) -> DriveReport:
+    return DriveReport(job[0], problem=KILLED)
+
+
+def _read_finished(marker: Path, config: PrepareConfig, source: str) -> DriveReport | None:
+    """Return the report of a finished drive, None of one that is not, or whose recording changed since.
 
     Raises:
         CacheError: it was made in another way.
@@ -157,39 +128,130 @@ def _count_finished(marker: Path, config: PrepareConfig) -> int | None:
                 f"{marker.parent}: made with {what} {made[what]}, asked for is {value}; "
                 "name another cache, or remove the drive"
             )
-    return len(record["files"])
+    if record.get("source", source) != source:
+        return None
+    return DriveReport(**record.get("report", {"name": marker.parent.name, "samples": len(record["files"])}))
 
 
-def _one_thread() -> None:
-    """Processes are the unit of parallel work: keep OpenCV and numba from adding threads of their own."""
-    import cv2
+class _DriveWriter:
+    """Writes the samples of one recording, then its drive.json; a key frame that cannot be read costs no other."""
 
-    cv2.setNumThreads(1)
-    os.environ["NUMBA_NUM_THREADS"] = "1"
+    def __init__(self, recording: Recording, folder: Path, config: PrepareConfig, source: str) -> None:
+        self.recording, self.folder, self.config, self.source = recording, folder, config, source
+        self.preprocessor, self.label = Preprocessor(config.image), _labeller(recording, config)
+        self.left_out, self.first = Counter[str](), dict[str, str]()
+        self.boxes, self.without_points = Counter[str](), 0
+
+    def write(self, name: str) -> DriveReport:
+        """Write every sample and the record; raises CacheError where no key frame can be read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker, files, keys = self.folder / "drive.json", dict[str, str](), []
+        marker.unlink(missing_ok=True)
+        for key in range(len(self.recording.key_stamp_ns)):
+            sample = self._make(key)
+            if sample is not None:
+                file = f"{key:04d}.npz"
+                files[file] = write_sample(self.folder / file, sample)
+                keys.append(key)
+        left_out = {f"{what}, the first: {self.first[what]}": count for what, count in self.left_out.items()}
+        if not files:
+            raise CacheError("; ".join(f"{count} {what}" for what, count in left_out.items()) or "it has no key frame")
+        classless = dict(getattr(self.recording, "classless", {}))
+        report = DriveReport(name, len(files), dict(self.boxes), self.without_points, classless, left_out)
+        self._write_record(marker, files, keys, report)
+        return report
+
+    def _make(self, key: int) -> CachedSample | None:
+        """Make one sample, or count why there is none."""
+        try:
+            frames = self.recording.frame_set(key)
+            sample, broken = make_sample(self.recording, key, self.config, self.preprocessor, self.label, frames)
+        except Exception as error:  # whatever a reader or decoder raises of one key frame's data
+            logger.debug("%s key %d", self.recording.name, key, exc_info=True)
+            self._leave_out("key frames", key, describe_error(error))
+            return None
+        for camera, reason in {**frames.missing, **broken}.items():
+            self._leave_out(f"images of {camera}", key, reason)
+        self.boxes.update(DETECTION_CLASSES[int(label)] for label in sample.labels)
+        self.without_points += int(np.count_nonzero(sample.lidar_points == 0))
+        return sample
+
+    def _leave_out(self, what: str, key: int, reason: str) -> None:
+        self.left_out[what] += 1
+        self.first.setdefault(what, f"key {key}: {reason}")
+
+    def _write_record(self, marker: Path, files: Mapping[str, str], keys: Sequence[int], report: DriveReport) -> None:
+        stamps = [int(self.recording.key_stamp_ns[key]) for key in keys]
+        record = {
+            "info": to_record(CacheInfo(self.config.image, self.recording.rig.names, self.config.grid)),
+            "labels": _label_record(self.config),
+            "source": self.source,
+            "files": files,
+            "stamp_ns": stamps,
+            "ego2global": [self.recording.trajectory.at(stamp).tolist() for stamp in stamps],
+            "report": asdict(report),
+        }
+        with replace_file(marker) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
+
+
+def make_sample(
+    recording: Recording,
+    key: int,
+    config: PrepareConfig,
+    preprocessor: Preprocessor,
+    label: Callable[[int, FrameSet], LabelVolumes],
+    frames: FrameSet,
+) -> tuple[CachedSample, dict[str, str]]:
+    """Decode and label one key frame; returns also the cameras whose image cannot be decoded, with the reason.
+
+    label: (key, its frames) -> the three-state label. frames: of the key frame.
+    """
+    key_ns = int(recording.key_stamp_ns[key])
+    images, valid, rig, broken = _network_images(recording, frames, key_ns, preprocessor)
+    intrinsic = np.stack([camera.intrinsic for camera in rig.cameras])
+    cam2ego = np.stack([camera.cam2ego for camera in rig.cameras])
+    volumes = label(key, frames)
+    sample = CachedSample(
+        images,
+        valid,
+        intrinsic,
+        cam2ego,
+        *_lidar_pixels(recording, key_ns, rig),
+        volumes.state,
+        volumes.camera_visible,
+        volumes.hit_sweeps,
+        volumes.pass_sweeps,
+        *_boxes(recording, key),
+        *_truth(recording, key, config.grid),
+    )
+    return sample, broken
 
 
 def _network_images(
     recording: Recording, frames: FrameSet, key_ns: int, preprocessor: Preprocessor
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_], CameraRig]:
-    """Decode and fit each camera's image; the rig's poses are carried to the key time."""
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], CameraRig, dict[str, str]]:
+    """Decode and fit each camera's image; the rig's poses are carried to the key time.
+
+    Returns also the cameras whose image cannot be decoded or has no pose, with the reason: they are missing.
+    """
     global2ego = invert_transform(recording.trajectory.at(key_ns))
     shape = (len(recording.rig), preprocessor.config.height, preprocessor.config.width, 3)
     images, valid = np.zeros(shape, np.uint8), np.zeros(len(recording.rig), bool)
-    cameras, motions = [], []
+    cameras, motions, broken = [], [], dict[str, str]()
     for index, camera in enumerate(recording.rig.cameras):
         frame = frames.frames.get(camera.name)
-        if frame is None:
-            fitted = network_camera(camera, preprocessor.config)
-            motions.append(np.eye(4))
-        else:
-            array = preprocessor.decode(frame, camera).image
-            assert isinstance(array, np.ndarray)
-            images[index], fitted = preprocessor.network_image(array, camera)
-            pose = recording.trajectory.at(frame.stamp_ns) if frame.ego2global is None else frame.ego2global
-            motions.append(global2ego @ pose)
-            valid[index] = True
+        fitted, motion = network_camera(camera, preprocessor.config), np.eye(4)
+        if frame is not None:
+            with leave_out(broken, camera.name):
+                array = preprocessor.decode(frame, camera).image
+                assert isinstance(array, np.ndarray)
+                pose = recording.trajectory.at(frame.stamp_ns) if frame.ego2global is None else frame.ego2global
+                images[index], fitted = preprocessor.network_image(array, camera)
+                motion, valid[index] = global2ego @ pose, True
         cameras.append(fitted)
-    return images, valid, CameraRig(tuple(cameras)).move_cameras(motions)
+        motions.append(motion)
+    return images, valid, CameraRig(tuple(cameras)).move_cameras(motions), broken
 
 
 def _lidar_pixels(

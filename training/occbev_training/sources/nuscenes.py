@@ -285,7 +285,8 @@ class NuscenesRecording:
         samples = root.samples_of_scene.get(scene["token"], [])
         data = [row for sample in samples for row in root.data_of(sample["token"])]
         self.absent = _count_absent(root, data)
-        self._files = [row["filename"] for row in data if root.has_data(row)]
+        used = [row for row in data if row["is_key_frame"] or root.channel(row) == root.lidar_channel]
+        self._files = [row["filename"] for row in used if root.has_data(row)]
         if self.absent:
             log.warning("%s: %s: files not there, by channel: %s", root.path, self.name, self.absent)
         if available_only:
@@ -361,7 +362,7 @@ class NuscenesRecording:
 
     @property
     def files(self) -> list[Path]:
-        """Every image and sweep of the scene that is on disk."""
+        """Every sweep and image of a key frame of the scene that is on disk."""
         return [self._root.path / name for name in self._files]
 
     def key_pose(self, key: int) -> Array:
