@@ -81,6 +81,25 @@ def open_samples(
     return open_pairs(root, model.image, model.grid, split, drives, kept)
 
 
+def require_boxes(samples: Samples) -> None:
+    """Refuse samples without any box that a detection head could learn: one with a LiDAR return.
+
+    Raises:
+        CacheError: there is none; the head would learn that nothing is ever there.
+    """
+    boxes = 0
+    for index in range(len(samples)):
+        points = samples.read(index, ("lidar_points",))["lidar_points"]
+        if np.any(points > 0):
+            return
+        boxes += len(points)
+    what = f"{boxes} boxes, none of them with a LiDAR return" if boxes else "no box"
+    raise CacheError(
+        f"{samples.root}: {len(samples)} samples and {what}, so that no detection head can be trained on it; "
+        "'occbev-train prepare' lists the categories that have no class, 'occbev-train labels' takes boxes of one's own"
+    )
+
+
 def balanced_order(samples: Samples, classes: int, seed: int) -> NDArray[np.int64]:
     """Return sample indices drawn so that every class is seen alike often (CBGS, Zhu et al. 2019, section 3.2).
 

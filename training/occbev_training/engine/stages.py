@@ -28,7 +28,7 @@ from occbev.inference.pipeline import boxes_of
 from occbev_training.data.cache import CacheError
 from occbev_training.data.datasets import SampleDataset, batches
 from occbev_training.data.label_frame import in_base_link
-from occbev_training.data.samples import Samples, balanced_order, open_samples
+from occbev_training.data.samples import Samples, balanced_order, open_samples, require_boxes
 from occbev_training.data.windows import history_length
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.trainer import Objective, Trainer, tune_process
@@ -90,6 +90,8 @@ def train_stage(
     samples = _training_samples(config, model, inputs, folder)
     network = build_model(model, config.stage)
     _require_labels(model, network)
+    if getattr(network, "detection_head", None) is not None:
+        require_boxes(samples)
     start = inputs.start or default_start(model)
     begun = begin_from(network, start)
     if config.channels_last:
