@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from occbev.classes import DETECTION_CLASSES
+from occbev.files import file_name
 from occbev.inference.pipeline import motion_to_key
 from occbev.inference.preprocess import decode_image
 from occbev.reports.rendering import (
@@ -126,13 +127,13 @@ def _label(opener: Opener, args: argparse.Namespace, several: bool) -> LabelCoun
     if not counts.classes:
         raise RecordingError(f"{counts.source}: no box is left: {'; '.join(counts.lines())}")
     picture = label_picture(labelled, int(np.argmax([len(labelled.boxes_at(k)) for k in range(counts.key_frames)])))
-    write_picture(str(args.out / f"{opener.name}.jpg"), picture)
+    write_picture(str(args.out / f"{file_name(opener.name, 'drive name')}.jpg"), picture)
     return counts
 
 
 def _read_frames(opener: Opener, args: argparse.Namespace, several: bool) -> tuple[list[LabelFrame], LabelCounts]:
     if args.boxes is not None:
-        own = args.boxes / f"{opener.name}.json"
+        own = args.boxes / f"{file_name(opener.name, 'drive name')}.json"
         if several and not own.is_file():
             raise RecordingError(f"{own}: no such file; of several drives each has its own in --boxes FOLDER")
         path = own if own.is_file() else args.boxes
@@ -192,7 +193,7 @@ def _write(labelled: LabelledRecording, args: argparse.Namespace, counts: LabelC
         made.append(LabelFrame(int(stamp), BASE_FRAME, boxes))
         points[int(stamp)] = returns.tolist()
     counts.key_frames, counts.unlabelled, counts.classless = len(made), labelled.unlabelled, labelled.classless
-    write_plain(args.out / f"{labelled.name}.json", made, points)
+    write_plain(args.out / f"{file_name(labelled.name, 'drive name')}.json", made, points)
 
 
 def label_picture(recording: LabelledRecording, key: int) -> Picture:

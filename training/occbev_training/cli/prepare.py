@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev.config import ModelConfig
+from occbev.files import file_name
 from occbev.inference.families import load_model
 from occbev_training.cli.inputs import (
     INPUTS_HELP,
@@ -128,7 +129,7 @@ def _find(args: argparse.Namespace, model: ModelConfig) -> FoundInputs:
 
 
 def _labels_of(args: argparse.Namespace, opener: Opener) -> Path:
-    return args.labels / f"{opener.name}.json" if args.labels.is_dir() else args.labels
+    return args.labels / f"{file_name(opener.name, 'drive name')}.json" if args.labels.is_dir() else args.labels
 
 
 def _with_progress(
