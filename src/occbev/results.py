@@ -63,6 +63,8 @@ class Sweep:
     time_offset: (M,) float32 seconds from `stamp_ns` at which each point was measured, or None
     where the points are already compensated to `stamp_ns`.
     lidar2ego: (4, 4). pose_source: where ego poses come from, such as "odom".
+    origins, sensor: of a cloud that several sensors measured, where each stands (K, 3) in the LiDAR frame and which
+    of them measured each point (M,); None where all beams begin at the frame's origin.
     """
 
     points: NDArray[np.float32]
@@ -71,6 +73,8 @@ class Sweep:
     intensity: NDArray[np.float32] | None = None
     time_offset: NDArray[np.float32] | None = None
     pose_source: str = "odom"
+    origins: NDArray[np.float64] | None = None
+    sensor: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

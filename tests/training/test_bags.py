@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import yaml
 from rosbags.rosbag2 import Writer
 
+from occbev.geometry import transform_points
 from occbev.messages.bags import BagReader
-from occbev.messages.topics import BagTopics, detect_topics
+from occbev.messages.topics import BagTopics, LidarSensor, detect_topics
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bag_writer import TYPESTORE, cloud_message, write_bag
 from occbev_training.sources.bags import BagRecording
+from occbev_training.sources.deskew import RayLimits, deskew_rays
 from occbev_training.sources.recording import RecordingError
 from occbev_training.sources.truth import read_truth, write_truth
 
@@ -338,3 +341,67 @@ def test_unknown_velocity_survives_the_truth_folder(tmp_path: Path, make_recordi
 def test_a_folder_that_is_no_truth_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match=str(tmp_path)):
         read_truth(tmp_path)
+
+
+def in_base_link(recording, fields: dict[str, object]):
+    """Change a bag's clouds into those of a driver that moves them into base_link, with further fields."""
+
+    def change(topic: str, message):
+        if topic != "/lidar_top/points":
+            return message
+        cloud = np.asarray(message.data).view("<f4").reshape(-1, 5)
+        layout = [(n, "<f4") for n in ("x", "y", "z", "intensity", "time")] + [(n, "<u2") for n in fields]
+        rows = np.zeros(len(cloud), layout)
+        points = transform_points(recording.lidar2ego, cloud[:, :3])
+        for i, axis in enumerate("xyz"):
+            rows[axis] = points[:, i]
+        rows["time"] = cloud[:, 4]
+        for name, make in fields.items():
+            rows[name] = make(len(rows))
+        message.header.frame_id = "base_link"
+        field = TYPESTORE.types["sensor_msgs/msg/PointField"]
+        message.fields = [field(n, rows.dtype.fields[n][1], 7 if k == "<f4" else 4, 1) for n, k in layout]
+        message.point_step, message.row_step = rows.itemsize, rows.itemsize * len(rows)
+        message.data = rows.view(np.uint8).reshape(-1)
+        return message
+
+    return change
+
+
+def test_clouds_in_the_frame_of_the_vehicle_need_the_place_of_their_sensor(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    moved = rewrite(tmp_path / "bag", tmp_path / "moved", in_base_link(tiny_recording, {}))
+    with pytest.raises(
+        RecordingError, match=r"/lidar_top/points: its clouds are in 'base_link' itself.*--lidar-origin"
+    ):
+        BagRecording(moved)
+    place = tiny_recording.lidar2ego[:3, 3]
+    read = BagRecording(moved, BagOptions(lidar_origin=tuple(place.tolist())))
+    np.testing.assert_allclose(read.lidar2ego[:3, 3], place)
+    for index in (0, 5):
+        ours, plain = (
+            deskew_rays(r.sweep(index), r.trajectory, int(r.key_stamp_ns[1])) for r in (read, tiny_recording)
+        )
+        np.testing.assert_allclose(ours.end, plain.end, atol=1e-4)
+        np.testing.assert_allclose(ours.origin, plain.origin, atol=1e-6)
+
+
+def test_each_sensor_of_a_merged_cloud_has_its_place(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    rings = {"ring": lambda count: np.arange(count) % 4}
+    merged = rewrite(tmp_path / "bag", tmp_path / "merged", in_base_link(tiny_recording, rings))
+    topics = detect_topics(BagReader(merged).topics)
+    sensors = (LidarSensor(0, 1, "lidar_top"), LidarSensor(2, 3, (0.0, 1.0, 0.5)))
+    read = BagRecording(merged, BagOptions(dataclasses.replace(topics, lidar_field="ring", sensors=sensors)))
+    stamp, limits = int(read.sweep_stamp_ns[5]), RayLimits(min_range=0.0)
+    rays, plain = (deskew_rays(r.sweep(5), r.trajectory, stamp, limits=limits) for r in (read, tiny_recording))
+    assert len(rays) == len(plain)
+    first = np.abs(rays.origin - tiny_recording.lidar2ego[:3, 3]).max(axis=1) < 2.0
+    second = np.abs(rays.origin - (0.0, 1.0, 0.5)).max(axis=1) < 2.0
+    assert (first | second).all()
+    assert np.ptp(rays.origin[:, 2]) == pytest.approx(abs(tiny_recording.lidar2ego[2, 3] - 0.5), abs=1e-3)
+    order = [np.lexsort(np.round(ends.T, 3)) for ends in (rays.end, plain.end)]
+    np.testing.assert_allclose(rays.end[order[0]], plain.end[order[1]], atol=2e-3)
+    fewer = dataclasses.replace(topics, lidar_field="ring", sensors=sensors[:1])
+    with pytest.raises(RecordingError, match="points have ring 2 to 3, which belongs to no sensor"):
+        BagRecording(merged, BagOptions(fewer)).sweep(0)

@@ -93,6 +93,7 @@ def test_drops_are_counted_in_the_given_order(trajectory) -> None:
         "not_finite": 2,
         "too_near": 1,
         "ego_body": 1,
+        "beyond_any_lidar": 0,
         "beyond_max_range": 1,
     }
     assert rays.hit.tolist() == [True, False]
@@ -144,7 +145,7 @@ def test_the_compiled_loop_sorts_as_the_plain_one(trajectory, monkeypatch) -> No
     pytest.importorskip("numba")
     rng = np.random.default_rng(4)
     points = rng.uniform(-70, 70, (400, 3)) * rng.choice([0.01, 1.0], (400, 1))
-    points[:3] = np.nan
+    points[:3], points[3] = np.nan, 1000.0
     sweep = Sweep(points.astype(np.float32), START_NS, LIDAR2EGO)
     compiled = deskew_rays(sweep, trajectory, START_NS)
     monkeypatch.setattr(deskew, "_sorter", lambda: deskew._sort_returns)
@@ -153,3 +154,11 @@ def test_the_compiled_loop_sorts_as_the_plain_one(trajectory, monkeypatch) -> No
     assert compiled.dropped == plain.dropped
     for name in ("end", "origin", "hit"):
         assert np.array_equal(getattr(compiled, name), getattr(plain, name)), name
+
+
+def test_points_beyond_any_lidar_carve_nothing_and_are_counted() -> None:
+    points = np.array([[10, 0, 0], [100, 0, 0], [499, 0, 0], [501, 0, 0], [6e4, 0, 0]], np.float32)
+    trajectory = Trajectory(np.array([1], np.int64), np.eye(4)[None])
+    rays = deskew_rays(Sweep(points, 1, np.eye(4)), trajectory, 1)
+    assert rays.hit.tolist() == [True, False, False]
+    assert (rays.dropped["beyond_any_lidar"], rays.dropped["beyond_max_range"]) == (2, 2)

@@ -6,6 +6,7 @@ One such file serves `occbev-train bag-check`, `pairs` and `prepare`, `occbev ov
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,21 @@ TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 ODOMETRY, POSE = "nav_msgs/msg/Odometry", "geometry_msgs/msg/PoseStamped"
 
 
+Place = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class LidarSensor:
+    """One sensor of a merged cloud: the points whose field holds values from `first` to `last`.
+
+    origin: where it stands in the vehicle's frame, or the name of its own frame.
+    """
+
+    first: float
+    last: float
+    origin: Place | str
+
+
 @dataclass(frozen=True)
 class BagTopics:
     """Which topics of a bag hold what.
@@ -30,6 +46,8 @@ class BagTopics:
     images, infos: camera -> topic; infos may lack cameras whose calibration comes from a rig file.
     lidar: PointCloud2. odometry: Odometry or PoseStamped; None takes poses from `tf`.
     tf, tf_static: topics of TFMessage. frames: camera -> optical frame, where its messages name another.
+    lidar_origin: where the sensor of clouds in the vehicle's own frame stands in it, in metres. lidar_field, sensors: the
+    field that tells the sensors of a merged cloud apart, and each of them.
     profile: name of the scheme that was recognised. notes: what a user should know of how topics were chosen.
     """
 
@@ -41,6 +59,9 @@ class BagTopics:
     tf: str = TF_TOPIC
     tf_static: str = TF_STATIC_TOPIC
     frames: Mapping[str, str] = field(default_factory=dict)
+    lidar_origin: Place | None = None
+    lidar_field: str = ""
+    sensors: tuple[LidarSensor, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -343,6 +364,12 @@ def load_topics(path: Path) -> BagTopics:
     odometry: /odom                            # Odometry or PoseStamped; left out: poses come from tf
     tf: /tf
     tf_static: /tf_static
+    lidar_origin: [1.2, 0.0, 1.9]              # only for clouds in base_link itself: where the sensor stands, metres
+    lidar_sensors:                             # or, for a cloud that several sensors measured, each of them
+      field: ring                              # what tells them apart
+      sensors:
+        - {from: 0, to: 63, origin: [1.2, 0.0, 1.9]}
+        - {from: 64, to: 95, origin: left_lidar}   # or a frame of tf_static
 
     info may be left out where a rig file is given, frame where the messages name the optical frame, tf and tf_static
     where they have these names.
@@ -354,7 +381,7 @@ def load_topics(path: Path) -> BagTopics:
         record: Any = read_yaml(path)
     except (OSError, ValueError) as error:
         raise RecordingError(f"{path}: {error}") from error
-    known = {"cameras", *_PLAIN_KEYS}
+    known = {"cameras", "lidar_origin", "lidar_sensors", *_PLAIN_KEYS}
     if not isinstance(record, dict) or not isinstance(record.get("cameras"), dict) or set(record) - known:
         found = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise RecordingError(f"{path}: wants the keys {sorted(known)}, cameras with at least one; it has {found}")
@@ -379,7 +406,35 @@ def load_topics(path: Path) -> BagTopics:
         others.get("tf", TF_TOPIC),
         others.get("tf_static", TF_STATIC_TOPIC),
         parts["frame"],
+        None if record.get("lidar_origin") is None else _as_place(path, "lidar_origin", record["lidar_origin"]),
+        *_read_sensors(path, record.get("lidar_sensors")),
     )
+
+
+def _as_place(path: Path, key: str, value: Any) -> Place:
+    numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
+    if not numbers or not all(map(math.isfinite, value)):
+        raise RecordingError(f"{path}: {key} is {value!r}: want x, y and z in metres")
+    return float(value[0]), float(value[1]), float(value[2])
+
+
+def _read_sensors(path: Path, record: Any) -> tuple[str, tuple[LidarSensor, ...]]:
+    if record is None:
+        return "", ()
+    wanted = "want field: NAME and sensors: [{from, to, origin}, ...]"
+    if not isinstance(record, dict) or set(record) != {"field", "sensors"} or not isinstance(record["sensors"], list):
+        raise RecordingError(f"{path}: lidar_sensors is {record!r}: {wanted}")
+    found = []
+    for number, entry in enumerate(record["sensors"]):
+        key = f"lidar_sensors.sensors[{number}]"
+        if not isinstance(entry, dict) or set(entry) != {"from", "to", "origin"}:
+            raise RecordingError(f"{path}: {key} is {entry!r}: {wanted}")
+        origin = entry["origin"]
+        place = origin if isinstance(origin, str) else _as_place(path, f"{key}.origin", origin)
+        found.append(LidarSensor(float(entry["from"]), float(entry["to"]), place))
+    if not found:
+        raise RecordingError(f"{path}: lidar_sensors names none: {wanted}")
+    return _as_text(path, "lidar_sensors.field", record["field"]), tuple(found)
 
 
 _PLAIN_KEYS = ("lidar", "odometry", "tf", "tf_static")
@@ -406,5 +461,14 @@ def topics_record(topics: BagTopics) -> dict[str, Any]:
         | ({"frame": topics.frames[name]} if name in topics.frames else {})
         for name, image in topics.images.items()
     }
-    others = {key: getattr(topics, key) for key in _PLAIN_KEYS if getattr(topics, key) is not None}
-    return {"cameras": cameras, **others}
+    record: dict[str, Any] = {key: getattr(topics, key) for key in _PLAIN_KEYS if getattr(topics, key) is not None}
+    if topics.lidar_origin is not None:
+        record["lidar_origin"] = list(topics.lidar_origin)
+    if topics.sensors:
+        record["lidar_sensors"] = {"field": topics.lidar_field, "sensors": [_sensor_record(s) for s in topics.sensors]}
+    return {"cameras": cameras, **record}
+
+
+def _sensor_record(sensor: LidarSensor) -> dict[str, Any]:
+    origin = sensor.origin if isinstance(sensor.origin, str) else list(sensor.origin)
+    return {"from": sensor.first, "to": sensor.last, "origin": origin}

@@ -20,6 +20,13 @@ def add_bag_arguments(parser: argparse.ArgumentParser) -> None:
     bags.add_argument("--topics", type=Path, help="YAML file that names all topics; `occbev rig BAG` writes one")
     bags.add_argument("--rig", type=Path, help="rig file, in place of the bag's camera_info")
     bags.add_argument("--base-frame", default="base_link", help="frame of the vehicle")
+    bags.add_argument(
+        "--lidar-origin",
+        type=float,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+        help="where the LiDAR stands in base_link, for clouds that come in base_link",
+    )
     bags.add_argument("--point-times", default="auto", metavar="HOW", help=f"{', '.join(MODES)} or FIELD:UNIT:absolute")
     clocks = bags.add_mutually_exclusive_group()
     clocks.add_argument("--clock-fix", action="store_true", help="measure clock offsets and correct them")
@@ -34,5 +41,6 @@ def bag_options(args: argparse.Namespace, key_interval: float = 0.0) -> BagOptio
         key_interval=key_interval,
         base_frame=args.base_frame,
         rig=None if args.rig is None else CameraRig.load(args.rig),
+        lidar_origin=None if args.lidar_origin is None else tuple(args.lidar_origin),
         point_times=args.point_times,
     )

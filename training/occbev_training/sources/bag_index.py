@@ -37,6 +37,8 @@ class BagOptions:
     """The vehicle's frame: x forward, y left, z up."""
     rig: CameraRig | None = None
     """Calibration of the cameras in place of the bag's own."""
+    lidar_origin: tuple[float, float, float] | None = None
+    """Where the LiDAR stands in the vehicle's frame, for clouds that come in that frame."""
     point_times: str = "auto"
     """How points know their time; see `point_times.MODES`."""
     clock: Mapping[str, ClockCorrection] = field(default_factory=dict)

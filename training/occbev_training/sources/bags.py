@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import Array
+from occbev.geometry import Array, invert_transform, make_transform, transform_points
 from occbev.graph import DEFAULT_CAMERAS
 from occbev.messages.bags import BagMessage
 from occbev.messages.image_headers import encoded_size, image_fault
@@ -33,7 +33,7 @@ from occbev.messages.readers import (
     read_image,
 )
 from occbev.messages.tf import Buffer, TransformException, clean_frame
-from occbev.messages.topics import front_camera, is_compensated
+from occbev.messages.topics import LidarSensor, front_camera, is_compensated
 from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig, RigError
 from occbev.trajectory import Trajectory
@@ -83,7 +83,9 @@ class BagRecording(IndexedBag):
         self._add_transforms(self.topics.tf_static)
         self.left_out: dict[str, str] = {}
         self.rig = self.options.rig or self._rig(kept)
-        self.lidar2ego = self._lidar2ego()
+        self._frame2lidar, self.lidar2ego = _SAME, np.eye(4)
+        self._origins: Array | None = None
+        self._place_lidar()
         self.trajectory = self._read_trajectory(kept)
         self.skipped = self.skipped | dict(self._bad)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
@@ -114,7 +116,9 @@ class BagRecording(IndexedBag):
             offsets = self.point_times.offsets(cloud, points, raw_ns)
         names = cloud.dtype.names or ()
         intensity = cloud["intensity"].astype(np.float32) if "intensity" in names else None
-        return Sweep(points, int(self.sweep_stamp_ns[index]), self.lidar2ego, intensity, offsets)
+        sensor = None if self._origins is None else self._sensors_of(cloud, topic)
+        stamp_ns = int(self.sweep_stamp_ns[index])
+        return Sweep(points, stamp_ns, self.lidar2ego, intensity, offsets, origins=self._origins, sensor=sensor)
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the images of one key frame, encoded ones as their bytes; a broken image is a missing camera."""
@@ -212,9 +216,12 @@ class BagRecording(IndexedBag):
         """Return a structured cloud (M,) and its places (M, 3)."""
         try:
             cloud = cloud_from_message(message)
-            return cloud, points_of_cloud(cloud)
+            points = points_of_cloud(cloud)
         except MessageError as error:
             raise RecordingError(f"{topic}: {error}") from error
+        if self._frame2lidar is not _SAME:
+            points = transform_points(self._frame2lidar, points).astype(np.float32)
+        return cloud, points
 
     def _image(self, topic: str, number: int) -> NDArray[np.uint8] | bytes:
         """Return the bytes of a compressed image, or the (H, W, 3) RGB array of a raw one."""
@@ -314,16 +321,50 @@ class BagRecording(IndexedBag):
             raise problem
         return frame, None
 
-    def _lidar2ego(self) -> Array:
+    def _place_lidar(self) -> None:
+        """Find where the LiDAR stands; raises RecordingError where its clouds do not tell."""
         topic = self.topics.lidar
         if topic is None or not self._index[topic].stamp_ns:
-            return np.eye(4)  # without a sweep nothing can be moved by it
+            return  # without a sweep nothing can be moved by it
         index = self._index[topic]
-        message = self._message(topic, index.log_ns[0], index.raw_ns[0])
+        frame = clean_frame(str(self._message(topic, index.log_ns[0], index.raw_ns[0]).header.frame_id))
+        given = self.options.lidar_origin or self.topics.lidar_origin
         try:
-            return self._sensor2base(message.header.frame_id, topic)
+            if self.topics.sensors:
+                places = np.array([self._sensor_place(sensor, topic) for sensor in self.topics.sensors])
+                self._origins, given = places - places[0], tuple(places[0].tolist())
+            if frame == self._base_frame and given is None:
+                raise RecordingError(
+                    f"{topic}: its clouds are in {frame!r} itself, so that it is not known where their beams begin; "
+                    "say --lidar-origin X Y Z, or lidar_sensors in a file for --topics where several sensors are merged"
+                )
+            frame2base = np.eye(4) if frame == self._base_frame else self._sensor2base(frame, topic)
         except RecordingError as error:
             raise RecordingError(f"{self._bag.path}: {error}") from error
+        self.lidar2ego = frame2base if given is None else make_transform(np.eye(3), given)
+        if given is not None:
+            self._frame2lidar = invert_transform(self.lidar2ego) @ frame2base
+
+    def _sensor_place(self, sensor: LidarSensor, topic: str) -> Array:
+        """Return where a sensor of a merged cloud stands in the vehicle's frame."""
+        if isinstance(sensor.origin, str):
+            return self._sensor2base(sensor.origin, topic)[:3, 3]
+        return np.array(sensor.origin)
+
+    def _sensors_of(self, cloud: NDArray[np.void], topic: str) -> NDArray[np.int64]:
+        """Return which sensor measured each point (M,); raises RecordingError where a point belongs to none."""
+        name = self.topics.lidar_field
+        if name not in (cloud.dtype.names or ()):
+            raise RecordingError(f"{topic}: no field {name!r} that tells the sensors apart; it has {cloud.dtype.names}")
+        values, sensor = cloud[name].astype(np.float64), np.full(len(cloud), -1)
+        for number, own in enumerate(self.topics.sensors):
+            sensor[(values >= own.first) & (values <= own.last)] = number
+        if (sensor < 0).any():
+            stray = values[sensor < 0]
+            raise RecordingError(
+                f"{topic}: {len(stray)} points have {name} {stray.min():g} to {stray.max():g}, which belongs to no sensor"
+            )
+        return sensor
 
     def _read_trajectory(self, kept: Mapping[str, Sequence[BagMessage]]) -> Trajectory:
         topic = self.topics.odometry
@@ -453,6 +494,10 @@ def bridge_slow_poses(trajectory: Trajectory) -> Trajectory:
     metres, radians = trajectory.interpolation_error
     smooth = metres <= SMALL_ERROR[0] and radians <= SMALL_ERROR[1]
     return replace(trajectory, max_gap=gap) if smooth else trajectory
+
+
+_SAME = np.eye(4)
+"""Where points stay as they are."""
 
 
 def _at_topic(topic: str, error: Exception) -> str:

@@ -6,13 +6,14 @@ It stands between the recordings and the labels: raw sweep in, rays with their o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import invert_transform, transform_points
+from occbev.geometry import invert_transform, make_transform, transform_points
 from occbev.results import Sweep
 from occbev.trajectory import Trajectory
 
@@ -42,6 +43,10 @@ class EgoBox:
         for axis, (lo, hi) in enumerate(zip(self.lo, self.hi, strict=True)):
             inside &= (points[..., axis] >= lo) & (points[..., axis] <= hi)
         return inside
+
+
+LIDAR_REACH = 500.0
+"""Metres that no LiDAR measures beyond: such points are marks of drivers or noise, and carve nothing."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,9 @@ def deskew_rays(
     Raises PoseError where the trajectory does not cover the sweep or the reference; a sweep without
     times needs no pose at its own stamp.
     """
+    if sweep.origins is not None:
+        parts = [deskew_rays(part, trajectory, reference_ns, ego_box, limits) for part in by_sensor(sweep)]
+        return _join(parts)
     ego_box, limits = ego_box or EgoBox(), limits or RayLimits()
     end, hit, kept, dropped = _usable_returns(sweep, ego_box, limits)
     origin = np.ascontiguousarray(sweep.lidar2ego[:3, 3][None])  # one for all until they move apart
@@ -136,6 +144,39 @@ def deskew_rays(
         motion = trajectory.relative(sweep.stamp_ns, reference_ns)
         end, origin = _transform_each(motion, end), _transform_each(motion, origin)
     return Rays(end, np.broadcast_to(origin, end.shape), hit, dropped)
+
+
+def by_sensor(sweep: Sweep) -> list[Sweep]:
+    """Return the points of each sensor of a merged cloud as a sweep of their own, in a frame where that sensor stands."""
+    if sweep.origins is None or sweep.sensor is None:
+        return [sweep]
+    return [_one_sensor(sweep, number, origin) for number, origin in enumerate(sweep.origins)]
+
+
+def _one_sensor(sweep: Sweep, number: int, origin: NDArray[np.float64]) -> Sweep:
+    own = sweep.sensor == number
+
+    def of(values: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        return None if values is None else values[own]
+
+    return replace(
+        sweep,
+        points=(sweep.points[own] - origin).astype(np.float32),
+        lidar2ego=sweep.lidar2ego @ make_transform(np.eye(3), origin),
+        intensity=of(sweep.intensity),
+        time_offset=of(sweep.time_offset),
+        origins=None,
+        sensor=None,
+    )
+
+
+def _join(parts: Sequence[Rays]) -> Rays:
+    """Put the rays of several sensors together."""
+    dropped: Counter[str] = Counter()
+    for part in parts:
+        dropped.update(part.dropped)
+    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("end", "origin", "hit"))
+    return Rays(*arrays, dropped=dict(dropped))
 
 
 def _move(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -191,11 +232,12 @@ def _usable_returns(
             *np.array([ego_box.lo, ego_box.hi]),
             limits.min_range,
             limits.max_range,
+            LIDAR_REACH,
             end,
             hit,
             kept,
         )
-    dropped = dict(zip(("not_finite", "too_near", "ego_body"), lost, strict=True))
+    dropped = dict(zip(("not_finite", "too_near", "ego_body", "beyond_any_lidar"), lost, strict=True))
     end, hit, kept = end[:count].copy(), hit[:count].copy(), kept[:count].copy()
     if limits.isolated_filter:
         alone = _isolate(points[kept].astype(np.float64), limits)
@@ -205,7 +247,7 @@ def _usable_returns(
 
 
 @functools.lru_cache(maxsize=1)
-def _sorter() -> Callable[..., tuple[int, int, int, int, int]]:
+def _sorter() -> Callable[..., tuple[int, int, int, int, int, int]]:
     """Return `_sort_returns`, compiled where numba is installed."""
     try:
         import numba
@@ -214,14 +256,14 @@ def _sorter() -> Callable[..., tuple[int, int, int, int, int]]:
     return numba.njit(cache=True, nogil=True)(_sort_returns)  # type: ignore[no-any-return]
 
 
-def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, hit, kept):  # type: ignore[no-untyped-def]
+def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, reach, end, hit, kept):  # type: ignore[no-untyped-def]
     """Write the ends of usable points in ego, cut at the maximum range; in one loop, for arrays cost more.
 
-    Returns how many there are, how many points are not finite, too near and on the ego body, and how
-    many ends were cut.
+    Returns how many there are, how many points are not finite, too near, on the ego body and farther away than any
+    LiDAR measures, and how many ends were cut.
     """
     m = lidar2ego
-    count = not_finite = too_near = body = cut = 0
+    count = not_finite = too_near = body = beyond = cut = 0
     for i in range(len(points)):
         x, y, z = np.float64(points[i, 0]), np.float64(points[i, 1]), np.float64(points[i, 2])
         distance = np.sqrt(x * x + y * y + z * z)
@@ -230,6 +272,9 @@ def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, h
             continue
         if distance < min_range:
             too_near += 1
+            continue
+        if distance > reach:
+            beyond += 1
             continue
         inside = True
         for a in range(3):
@@ -246,7 +291,7 @@ def _sort_returns(points, times, lidar2ego, lo, hi, min_range, max_range, end, h
                 end[count, a] = m[a, 0] * x + m[a, 1] * y + m[a, 2] * z + m[a, 3]
         hit[count], kept[count] = distance <= max_range, i
         count += 1
-    return count, not_finite, too_near, body, cut
+    return count, not_finite, too_near, body, beyond, cut
 
 
 def _isolate(points: NDArray[np.float64], limits: RayLimits) -> NDArray[np.bool_]:
