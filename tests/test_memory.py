@@ -109,7 +109,7 @@ def test_a_landmark_is_read_where_it_was(frame: str) -> None:
 
     model = replace(LIFT, bev=replace(BEV, frame=frame))
     before, now = pose(10, 0.2), pose(12, 0.5)
-    table = family_of(model).motion(model, Moment(1, now), Moment(0, before))["table_warp"][0]
+    table = family_of(model).motion(model, Moment(1, now, RIG), Moment(0, before, RIG))["table_warp"][0]
     ego2frame = invert_transform(frame2ego(frame))
     landmark = np.array([[11.5, 4.5, 0.0]])  # in global axes
     seen = [transform_points(ego2frame @ invert_transform(p), landmark)[0, :2] for p in (now, before)]

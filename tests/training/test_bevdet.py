@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,19 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from occbev.config import ConfigError, ModelConfig  # noqa: E402
+from occbev.config import (  # noqa: E402
+    ConfigError,
+    LiftConfig,
+    ModelConfig,
+)
+from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.families.bevdet import BevDetConfig  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
+from occbev.inference.tables import image_to_past  # noqa: E402
 from occbev_training.data.datasets import TrainingBatch  # noqa: E402
+from occbev_training.export.zoo import randomise_zero_init  # noqa: E402
 from occbev_training.losses.config import LossConfig  # noqa: E402
 from occbev_training.losses.objectives import FinetuneObjective, PretrainObjective  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
@@ -24,6 +32,7 @@ from occbev_training.models.families import reduced  # noqa: E402
 from occbev_training.models.lift_splat.bevdet import build_bevdet  # noqa: E402
 from occbev_training.models.lift_splat.depth_net import matching_cost  # noqa: E402
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_geometry  # noqa: E402
+from occbev_training.models.lift_splat.stereo import Matching  # noqa: E402
 from occbev_training.models.lift_splat.temporal import TemporalFusion, warp_bev  # noqa: E402
 from occbev_training.models.network import Frame  # noqa: E402
 
@@ -70,7 +79,7 @@ def test_every_network_of_the_family_runs(repository: Path, name: str) -> None:
     past = [Frame(random_images(i + 1), VALID, points) for i in range(frames - 1)]
     matching = None
     if config.bevdet.stereo:
-        matching = torch.zeros(CAMERAS, BINS, SIZE[0] // 4, SIZE[1] // 4, 2)
+        matching = Matching(torch.ones(1), torch.eye(3, 4).expand(1, CAMERAS, 3, 4))
         past = [replace(p, matching=matching) for p in past] + [Frame(random_images(9), VALID, None)]
     with torch.no_grad():
         output = network(random_images(), VALID, points, past, matching)
@@ -231,11 +240,100 @@ def test_both_stages_train_the_family(repository: Path, name: str, want: set[str
         assert gradient.abs().sum() > 0
 
 
-def test_stereo_is_not_trained_on_an_empty_cost_volume(repository: Path) -> None:
+def plain_cost(key: np.ndarray, past: np.ndarray, img2past: np.ndarray, size: tuple[int, int], lift: LiftConfig):
+    """The cost volume of one camera by loops: key, past (F, h, w); returns (D, h, w)."""
+    channels, rows, columns = key.shape
+    depths = lift.depth.lo + np.arange(lift.depth.bins) * lift.depth.step
+    cost = np.zeros((len(depths), rows, columns))
+    for d, i, j in np.ndindex(cost.shape):
+        u, v = j * (size[0] - 1) / (columns - 1), i * (size[1] - 1) / (rows - 1)
+        x, y, z = img2past @ (u * depths[d], v * depths[d], depths[d], 1.0)
+        read = np.zeros(channels)
+        if z >= 1e-3:
+            # From network pixels to the map: first on first and last on last.
+            column, row = x / z * (columns - 1) / (size[0] - 1), y / z * (rows - 1) / (size[1] - 1)
+            for r, c in (
+                (math.floor(row), math.floor(column)),
+                (math.floor(row), math.floor(column) + 1),
+                (math.floor(row) + 1, math.floor(column)),
+                (math.floor(row) + 1, math.floor(column) + 1),
+            ):
+                if 0 <= r < rows and 0 <= c < columns:
+                    read += past[:, r, c] * (1 - abs(row - r)) * (1 - abs(column - c))
+        cost[d, i, j] = np.abs(key[:, i, j] - read).sum() + 5.0 * (read[-4] == 0)
+    weight = np.exp(-cost - (-cost).max(0))
+    return weight / weight.sum(0)
+
+
+def test_the_cost_volume_is_the_plain_one(repository: Path) -> None:
+    """Two cameras that turned and moved, against loops over every depth, row and column."""
     config = reduced_of(repository, "bevdet_occ_r50_4d_stereo")
-    objective = FinetuneObjective(config, LossConfig(), torch.ones(18))
-    with pytest.raises(ConfigError, match=r"bevdet\.stereo is not trained"):
-        objective(build_bevdet(config, "finetune"), a_batch(config, 0))
+    network = build_bevdet(config, "finetune")
+    rng, size = np.random.default_rng(0), (config.image.width, config.image.height)
+    shape = (CAMERAS, 8, size[1] // 4, size[0] // 4)
+    key, past = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    optics = np.array([[70.0, 0, 47], [0, 65, 30], [0, 0, 1]])
+    moved = make_transform(rotation_from_yaw(0.1), (0.3, -0.1, -1.2))
+    poses = np.stack([np.eye(4), moved @ moved])
+    img2past = image_to_past(np.stack([optics] * 2), poses @ moved, np.stack([optics * [[1.1], [1], [1]]] * 2), poses)
+    got = network.matching_cost(*(torch.from_numpy(a) for a in (key, past, img2past)), torch.tensor([1.0, 0.0]))
+    want = plain_cost(key[0], past[0], img2past[0].astype(np.float64), size, config.lift)
+    np.testing.assert_allclose(got[0].numpy(), want, atol=2e-5)
+    assert (want.max(0) > 0.5).any()  # it prefers something
+    assert not got[1].any()  # of a camera that was not there before nothing is said
+
+
+def test_a_pixel_is_found_where_it_was() -> None:
+    """A still point, projected by both cameras; `image_to_past` brings its first pixel to its earlier one."""
+    optics = np.array([[70.0, 0, 47], [0, 65, 30], [0, 0, 1]])
+    cam2global = make_transform(rotation_from_yaw(0.3), (5.0, 1.0, 2.0))
+    before = make_transform(rotation_from_yaw(0.2), (4.0, 1.5, 2.0))
+    point = cam2global @ (0.4, -0.2, 6.0, 1.0)
+
+    def seen(pose: np.ndarray) -> np.ndarray:
+        return optics @ (np.linalg.inv(pose) @ point)[:3]
+
+    now, then = seen(cam2global), seen(before)
+    (img2past,) = image_to_past(optics[None], cam2global[None], optics[None], before[None])
+    np.testing.assert_allclose(img2past @ (*now, 1.0), then, rtol=1e-5)
+
+
+def test_stereo_learns_from_its_past(repository: Path) -> None:
+    """Fine-tuning runs on batches with a past, and what the frame before shows changes depth."""
+    config = reduced_of(repository, "bevdet_occ_r50_4d_stereo")
+    torch.manual_seed(0)
+    network = randomise_zero_init(build_bevdet(config, "finetune")).eval()
+    points, still = geometry(config), torch.eye(3, 4).expand(1, CAMERAS, 3, 4)
+    past = [
+        Frame(random_images(1), VALID, points, Matching(torch.ones(1), still)),
+        Frame(random_images(2), VALID, None),
+    ]
+
+    def depth(known: float, other: int = 1) -> torch.Tensor:
+        frames = [replace(past[0], images=random_images(other)), past[1]]
+        with torch.no_grad():
+            return network(random_images(), VALID, points, frames, Matching(torch.tensor([known]), still)).depth_logits
+
+    assert torch.equal(depth(0.0), depth(0.0, other=5))  # nothing is known of before
+    assert not torch.allclose(depth(1.0), depth(1.0, other=5))
+
+
+@pytest.mark.parametrize("name", ["bevdepth4d_r50_megvii", "bevdet_occ_r50_4d_stereo"])
+def test_a_missing_camera_is_silent_in_every_network(repository: Path, name: str) -> None:
+    """Refining a lifted volume has biases, and stereo a state: neither lets a missing camera speak."""
+    config = reduced_of(repository, name)
+    torch.manual_seed(0)
+    network, points = randomise_zero_init(build_bevdet(config, "finetune")).eval(), geometry(config)
+    one, images = torch.tensor([[1.0, 0.0]]), random_images()
+    other = images.clone()
+    other[:, 1] = 7.0
+    with torch.no_grad():
+        a, b = (network.frame_bev(Frame(i, one, points))[0] for i in (images, other))
+        maps = [network.matching_map(Frame(i, one, None)) for i in (images, other)]
+    torch.testing.assert_close(a, b)
+    if maps[0] is not None:
+        torch.testing.assert_close(maps[0], maps[1])
+        assert not maps[0][1].any()
 
 
 def test_imagenet_weights_are_torchvisions(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from occbev_training.export.package import (  # noqa: E402
     ExportError,
     check_graphs,
     example_inputs,
-    export_package,
     relative_differences,
     ring_rig,
     run_onnx,
@@ -37,6 +36,7 @@ from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.families import make_geometry, make_graph, reduced  # noqa: E402
 from occbev_training.models.graphs import GraphError  # noqa: E402
+from occbev_training.models.lift_splat.stereo import Matching  # noqa: E402
 from occbev_training.models.lift_splat.temporal import warp_bev  # noqa: E402
 from occbev_training.models.network import Frame, NetworkOutput  # noqa: E402
 from occbev_training.models.queries.bevformer import Motion  # noqa: E402
@@ -53,7 +53,9 @@ EXPORTED = {
     "bevdepth4d_r50": BOXES | STATE,
     "bevdepth_r50_first": BOXES,
     "bevdepth_r50_megvii": BOXES,
+    "bevdepth4d_r50_megvii": BOXES | STATE,
     "bevdet_occ_r50": VOXELS,
+    "bevdet_occ_r50_4d_stereo": VOXELS | STATE | {"state_out_match"},
     "flashocc_r50_m0": VOXELS,
     "bevformer_tiny": ANSWERS | STATE,
     "bevformer_small_occ": VOXELS | STATE,
@@ -138,6 +140,32 @@ def poses() -> tuple[np.ndarray, np.ndarray]:
     return before, before @ make_transform(rotation_from_yaw(0.1), (1.5, -0.2, 0.0))
 
 
+def test_two_steps_of_a_stereo_graph_are_two_frames_of_the_network(repository: Path) -> None:
+    model = model_of(repository, "bevdet_occ_r50_4d_stereo")
+    network = network_of(model)
+    graph, rig, valid = make_graph(network), ring_rig(model, 2), torch.tensor([[1.0, 0.0]])
+    (before, now), family = poses(), family_of(model)
+    earlier, later = Moment(0, before, rig), Moment(500_000_000, now, rig)
+    first, second = (example_inputs(model, graph, 2, seed) | {"camera_valid": valid.numpy()} for seed in (0, 1))
+    first |= family.motion(model, earlier, None)
+    second |= family.motion(model, later, earlier)
+    state = run_torch(graph, first)
+    carried = {name.replace("out", "in"): state[name] for name in ("state_out_bev", "state_out_match")}
+    got = run_torch(graph, {**second, **carried})["occupancy_logits"]
+    geometry = make_geometry(model, rig.intrinsics[None], rig.cam2egos[None], valid)
+    matching = Matching(torch.ones(1), tensor(second, "table_matching")[None])
+    with torch.no_grad():
+        past = Frame(tensor(first, "images"), valid, geometry)
+        key = Frame(tensor(second, "images"), valid, geometry, matching)
+        bev, _ = network.frame_bev(key, network.matching_map(past))
+        warp = torch.from_numpy(warp_table(np.linalg.inv(before) @ now, model.bev, model.lift.reference_quirks))
+        moved = warp_bev(network.frame_bev(past)[0], warp[None])
+        want = network.heads(network.temporal(bev, [moved]))["occupancy_logits"]
+        alone = network.heads(network.temporal(network.frame_bev(key)[0], [moved]))["occupancy_logits"]
+    error = (torch.from_numpy(got) - want).abs().max()
+    assert error < 0.02 * (alone - want).abs().max()  # it matches with the frame before
+
+
 @pytest.mark.parametrize("name", ["occbev-small", "bevdet4d_r50", "bevformer_tiny"])
 def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, name: str) -> None:
     model = model_of(repository, name)
@@ -180,11 +208,11 @@ def tensor(inputs: dict[str, np.ndarray], name: str) -> torch.Tensor:
 
 
 def test_a_first_frame_ignores_whatever_the_state_holds(repository: Path) -> None:
-    for name in ("occbev-small", "bevformer_tiny"):
+    for name in ("occbev-small", "bevformer_tiny", "bevdet_occ_r50_4d_stereo"):
         model = model_of(repository, name)
         graph = make_graph(network_of(model))
         inputs = example_inputs(model, graph, 2, seed=0)
-        other = {**inputs, "state_in_bev": inputs["state_in_bev"] + 3}
+        other = {n: array + 3 if n.startswith("state_in") else array for n, array in inputs.items()}
         first, second = (run_torch(graph, i) for i in (inputs, other))
         for key in first:
             np.testing.assert_allclose(first[key], second[key], rtol=1e-4, atol=1e-5)
@@ -216,13 +244,11 @@ def test_the_command_makes_a_package_of_weights(repository: Path, tmp_path: Path
     assert set(second.files) == set(package.files)
 
 
-@pytest.mark.parametrize("name", ["bevdepth4d_r50_megvii", "bevdet_occ_r50_4d_stereo"])
-def test_what_has_no_plain_form_is_refused_by_name(repository: Path, tmp_path: Path, name: str) -> None:
-    model = model_of(repository, name)
-    with pytest.raises(ExportError, match="not exported: .*(volume|images)"):
-        export_package(build_model(model, "finetune"), model, tmp_path, {}, {})
+def test_what_is_no_network_of_a_family_has_no_graph(repository: Path) -> None:
     with pytest.raises(GraphError, match="Linear"):
         make_graph(torch.nn.Linear(1, 1))
+    with pytest.raises(GraphError, match="no 'factored' graph"):
+        make_graph(network_of(model_of(repository, "bevdet_r50")), "factored")
 
 
 def test_a_graph_with_a_loop_is_refused(tmp_path: Path) -> None:

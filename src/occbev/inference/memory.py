@@ -63,7 +63,7 @@ class Memory:
         """
         if not self.active:
             return {}
-        now = None if ego2global is None else Moment(stamp_ns, ego2global, rig)
+        now = Moment(stamp_ns, ego2global, rig)
         family = family_of(self._model)
         first = family.first_state(self._model, len(rig))
         if not (self._continues(now) and self._fits(first)):
@@ -81,10 +81,10 @@ class Memory:
         state = {name.replace("out", "in", 1): np.array(outputs[name], np.float32) for name in names}
         self._past = None if ego2global is None else _Past(Moment(stamp_ns, ego2global, rig), state)
 
-    def _continues(self, now: Moment | None) -> bool:
-        if self._past is None or now is None:
+    def _continues(self, now: Moment) -> bool:
+        past = None if self._past is None else self._past.moment
+        if past is None or past.ego2global is None or now.ego2global is None:
             return False
-        past = self._past.moment
         seconds = (now.stamp_ns - past.stamp_ns) / 1e9
         moved = float(np.linalg.norm(now.ego2global[:3, 3] - past.ego2global[:3, 3]))
         return 0 < seconds <= MAX_GAP_S and moved <= MAX_SPEED * seconds

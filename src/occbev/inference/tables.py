@@ -228,6 +228,19 @@ def ray_table(
     )
 
 
+def image_to_past(
+    intrinsic: ArrayLike, cam2global: ArrayLike, past_intrinsic: ArrayLike, past_cam2global: ArrayLike
+) -> NDArray[np.float32]:
+    """Return img2past (N, 3, 4): (u d, v d, d, 1) of a pixel at depth d to its place in the image before.
+
+    The place is u, v times depth, depth. intrinsics: (N, 3, 3) of network-size images. poses: (N, 4, 4).
+    """
+    cam2past = np.linalg.inv(np.asarray(past_cam2global, np.float64)) @ np.asarray(cam2global, np.float64)
+    img2past = np.asarray(past_intrinsic, np.float64) @ cam2past[:, :3]
+    img2past[..., :3] = img2past[..., :3] @ np.linalg.inv(np.asarray(intrinsic, np.float64))
+    return img2past.astype(np.float32)
+
+
 def gate_parameters(intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike) -> NDArray[np.float32]:
     """Return what BEVDet's first BEVDepth reads of each camera, (N, 33): its matrices, row by row.
 

@@ -9,7 +9,7 @@
 Weights hold the heads that were trained, and the package predicts what these say: of a pre-training run voxels that are
 free, occupied or unknown, without classes and without boxes.
 Every graph is run beside torch before the package is sealed; graphs of an earlier export in the folder are removed.
-Networks of every family are exported but those with a cost volume or depth aggregation, which are refused by name.
+Networks of every family are exported.
 """
 
 from __future__ import annotations

@@ -43,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"{name}: {error}", highlight=False)
             complete = False
             continue
-        if row.refused:
-            console.print(f"{name} is not exported: {row.refused}", highlight=False)
         complete &= row.keys is None or row.keys[0] == row.keys[1]
         if args.json:
             print(json.dumps(vars(row)), flush=True)

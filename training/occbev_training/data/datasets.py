@@ -46,6 +46,7 @@ from occbev_training.data.windows import history_length, past_indices
 from occbev_training.models.families import make_geometry, training_family
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.history import History, MotionTables, PastFrames, View
+from occbev_training.models.lift_splat.stereo import Matching
 
 SEMANTIC_VOXELS = 60_000
 """Voxels per sample whose semantics are supervised, drawn from those that the cameras see."""
@@ -112,7 +113,7 @@ class TrainingBatch:
     semantics_mask: Tensor
     shown: Tensor | None = None
     past: tuple[PastFrames, ...] = ()
-    motion: MotionTables | None = None
+    motion: MotionTables | Matching | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Move every tensor."""

@@ -15,7 +15,6 @@ from occbev.config import ModelConfig
 from occbev_training.export.package import check_graphs, write_onnx
 from occbev_training.models.build import build_model
 from occbev_training.models.families import make_graph, reduced
-from occbev_training.models.graphs import GraphError
 from occbev_training.models.renaming import load_reference
 
 
@@ -89,8 +88,8 @@ class FamilyRow:
     """One network, as measured by `measure`.
 
     parameters: in millions. keys: weights of the published table that found their place, out of all, or None.
-    parity: largest difference of ONNX Runtime from torch relative to an output's largest value; None if the network
-        has no graph, for the reason in `refused`, or if none was asked for. operators: of the ONNX graph.
+    parity: largest difference of ONNX Runtime from torch relative to an output's largest value; None if it was not
+        asked for. operators: of the ONNX graph.
     """
 
     name: str
@@ -98,20 +97,18 @@ class FamilyRow:
     parameters: float
     keys: tuple[int, int] | None
     parity: float | None
-    refused: str
     operators: tuple[str, ...]
 
     def cells(self) -> list[str]:
         """The row of the README's table; scores of our own weights stand in another table there."""
         published = PUBLISHED.get(self.name, Published())
-        parity = "not exported" if self.refused else "not measured"
         return [
             f"`{self.name}`",
             self.family,
             f"{self.parameters:.2f}",
             "-" if self.keys is None else f"{self.keys[0]} of {self.keys[1]}",
             " ".join(published.fixtures) or "-",
-            parity if self.parity is None else f"{self.parity:.0e}",
+            "not measured" if self.parity is None else f"{self.parity:.0e}",
             published.score or "-",
             "see above" if self.name == SCORED else "-",
         ]
@@ -163,15 +160,11 @@ def count_converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:
     return len(report.converted), len(shapes)
 
 
-def export_reduced(model: ModelConfig, stage: str) -> tuple[float | None, str, tuple[str, ...]]:
-    """Export a network with random weights; returns its parity, why it has no graph, and the graph's operators."""
+def export_random(model: ModelConfig, stage: str) -> tuple[float, tuple[str, ...]]:
+    """Export a network with random weights; returns its parity and the graph's operators."""
     torch.manual_seed(0)
     network = randomise_zero_init(build_model(model, stage)).eval()
-    try:
-        graph = make_graph(network)
-    except GraphError as error:
-        return None, str(error), ()
     with tempfile.TemporaryDirectory() as folder:
-        operators = write_onnx(graph, model, Path(folder) / "model.onnx")
+        operators = write_onnx(make_graph(network), model, Path(folder) / "model.onnx")
         parity = check_graphs(network, model, Path(folder), cameras=(6, 5))
-    return max(parity.onnxruntime.values()), "", tuple(sorted(operators))
+    return max(parity.onnxruntime.values()), tuple(sorted(operators))

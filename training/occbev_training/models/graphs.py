@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from occbev.inference.backend import FACTORS
 from occbev.inference.tables import GATHER_STAGES
 from occbev_training.models.lift_splat.bevdet import BevDetNetwork
-from occbev_training.models.lift_splat.lift_splat import BatchedPoints, splat_by_gather
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints
 from occbev_training.models.lift_splat.temporal import warp_bev
 from occbev_training.models.network import NetworkOutput, OccBevNetwork
 from occbev_training.models.queries.bevformer import BevFormerViews, CameraSlots, Motion
@@ -47,6 +47,7 @@ GATHER_TABLES = (
     "table_ray",
 )
 LIFT_STATE = ("state_in_bev", "state_known", "table_warp")
+STEREO_STATE = ("state_in_match", "table_matching")
 BEVFORMER_STATE = ("can_bus", "state_in_bev", "state_known", "table_align", "table_shift")
 
 
@@ -71,31 +72,53 @@ class Graph(nn.Module):
 
 
 class LiftGraph(Graph):
-    """What both forms of a Lift-Splat graph share: state and heads."""
+    """What both forms of a Lift-Splat graph share: images, state and heads."""
+
+    tables: tuple[str, ...]
 
     def __init__(self, network: OccBevNetwork) -> None:
-        """Raises: GraphError for parts that have no such form."""
         super().__init__(network)
-        if isinstance(network, BevDetNetwork) and network.image_encoder.matching_stage is not None:
-            raise GraphError(
-                "the stereo cost volume needs two frames' images, which no graph is given: no runtime runs it"
-            )
         self.temporal = network.temporal is not None
-        if self.temporal and network.view_transform.makes_volume:
-            raise GraphError("a volume of past frames cannot be warped in the plane")
+        self.stereo = isinstance(network, BevDetNetwork) and network.matching_grid is not None
+        self.inputs = (*SOURCES, *self.tables, *LIFT_STATE * self.temporal, *STEREO_STATE * self.stereo)
         self.outputs = tuple(n for n, part in HEADS.items() if getattr(network, part) is not None)
-        self.outputs += ("state_out_bev",) if self.temporal else ()
+        self.outputs += ("state_out_bev",) * self.temporal + ("state_out_match",) * self.stereo
+
+    def predict_depth(
+        self,
+        images: Tensor,
+        camera_valid: Tensor,
+        table_ray: Tensor,
+        state_known: Tensor | None,
+        state_in_match: Tensor | None,
+        table_matching: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return depth logits and context of the images, and what the next frame is matched with.
+
+        state_in_match: (N, F, h / 4, w / 4), of the frame before. table_matching: (N, 3, 4) of `image_to_past`.
+        """
+        network, ray = self.network, table_ray.flatten(0, 1)
+        if not self.stereo:
+            return (*network.view_transform.predict_depth(network.image_encoder(images.flatten(0, 1)), ray), None)
+        assert state_known is not None
+        assert state_in_match is not None
+        assert table_matching is not None
+        features, match = network.image_encoder.with_matching(images.flatten(0, 1))
+        cost = network.matching_cost(match, state_in_match, table_matching, state_known)
+        logits, context = network.view_transform.predict_depth(features, ray, cost)
+        return logits, context, match * camera_valid.view(-1, 1, 1, 1)
 
     def answer(
         self,
         bev: Tensor,
+        match: Tensor | None,
         state_in_bev: Tensor | None,
         state_known: Tensor | None,
         table_warp: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Return `outputs` of a splatted BEV.
 
-        state_in_bev: (1, past frames * C, Y, X), newest first, in the frame of the BEV before.
+        state_in_bev: (1, past frames * C, Y, X), or (.., Z, Y, X), newest first, in the frame of the BEV before.
         state_known: (1,), 0 where there was none. table_warp: (1, Y, X, 2) of `warp_table`.
         """
         network = self.network
@@ -105,12 +128,12 @@ class LiftGraph(Graph):
         assert state_known is not None
         assert table_warp is not None
         bev = network.temporal.refine(bev)
-        stand_in = bev.repeat(1, network.temporal.frames - 1, 1, 1)
-        past = stand_in + state_known * (warp_bev(state_in_bev, table_warp) - stand_in)
+        fallback = torch.cat([bev] * (network.temporal.frames - 1), 1)
+        past = fallback + state_known * (warp_bev(state_in_bev, table_warp) - fallback)
         history = past.split(bev.shape[1], 1)
         state = torch.cat([bev, *history[:-1]], 1)
         heads = self._heads(network.temporal(bev, history))
-        return self._select({**heads, "state_out_bev": state})
+        return self._select({**heads, "state_out_bev": state, "state_out_match": match})
 
     def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         return self.network.heads(bev)
@@ -122,11 +145,7 @@ class LiftGraph(Graph):
 class BagGraph(LiftGraph):
     """A Lift-Splat network that splats by an embedding bag."""
 
-    form = "bag"
-
-    def __init__(self, network: OccBevNetwork) -> None:
-        super().__init__(network)
-        self.inputs = (*SOURCES, *BAG_TABLES, *(LIFT_STATE if self.temporal else ()))
+    form, tables = "bag", BAG_TABLES
 
     def forward(
         self,
@@ -140,12 +159,15 @@ class BagGraph(LiftGraph):
         state_in_bev: Tensor | None = None,
         state_known: Tensor | None = None,
         table_warp: Tensor | None = None,
+        state_in_match: Tensor | None = None,
+        table_matching: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return `outputs`."""
         points = BatchedPoints(table_pixel, table_depth, table_weight, table_offset, table_ray)
-        features = self.network.image_encoder(images.flatten(0, 1))
-        bev, _ = self.network.view_transform(features, camera_valid, points)
-        return self.answer(bev, state_in_bev, state_known, table_warp)
+        stereo = (state_known, state_in_match, table_matching)
+        logits, context, match = self.predict_depth(images, camera_valid, table_ray, *stereo)
+        bev = self.network.view_transform.pool(logits, context, camera_valid, points)
+        return self.answer(bev, match, state_in_bev, state_known, table_warp)
 
 
 class FactoredGraph(BagGraph):
@@ -166,15 +188,7 @@ class FactoredGraph(BagGraph):
 class GatherGraph(LiftGraph):
     """A Lift-Splat network that splats by staged gathers, for ONNX."""
 
-    form = "gather"
-
-    def __init__(self, network: OccBevNetwork) -> None:
-        super().__init__(network)
-        if getattr(network.view_transform, "aggregate", None) is not None:
-            raise GraphError(
-                "depth aggregation needs the whole lifted volume: it has no form by gathers; run it in torch"
-            )
-        self.inputs = (*SOURCES, *GATHER_TABLES, *(LIFT_STATE if self.temporal else ()))
+    form, tables = "gather", GATHER_TABLES
 
     def forward(
         self,
@@ -191,16 +205,16 @@ class GatherGraph(LiftGraph):
         state_in_bev: Tensor | None = None,
         state_known: Tensor | None = None,
         table_warp: Tensor | None = None,
+        state_in_match: Tensor | None = None,
+        table_matching: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return `outputs`."""
-        lift = self.network.view_transform
-        features = self.network.image_encoder(images.flatten(0, 1))
-        logits, context = lift.predict_depth(features, table_ray.flatten(0, 1))
-        rows, depth = lift.rows(logits, context, camera_valid.flatten())
+        stereo = (state_known, state_in_match, table_matching)
+        logits, context, match = self.predict_depth(images, camera_valid, table_ray, *stereo)
         stages = (table_stage2, table_stage3, table_stage4)
         tables = (table_pixel, table_depth, table_weight, *stages, table_cell)
-        bev = lift.to_bev(splat_by_gather(rows, depth, tables))
-        return self.answer(bev, state_in_bev, state_known, table_warp)
+        bev = self.network.view_transform.gather(logits, context, camera_valid, tables)
+        return self.answer(bev, match, state_in_bev, state_known, table_warp)
 
 
 class BevFormerGraph(Graph):

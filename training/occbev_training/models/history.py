@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from occbev_training.models.geometry import Geometry
+from occbev_training.models.lift_splat.stereo import Matching
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,33 @@ class MotionTables:
 
 @dataclass(frozen=True)
 class PastFrames:
-    """One past instant of a batch. images: (B, N, 3, h, w) uint8. camera_valid: (B, N). motion: of a BEVFormer."""
+    """One past instant of a batch. images: (B, N, 3, h, w) uint8. camera_valid: (B, N).
+
+    geometry: None where the frame only serves the newer one for matching. motion: how it came from the next older one.
+    """
 
     images: Tensor
     camera_valid: Tensor
-    geometry: Geometry
-    motion: MotionTables | None = None
+    geometry: Geometry | None
+    motion: MotionTables | Matching | None = None
 
     def to(self, device: torch.device) -> PastFrames:
         """Move every tensor."""
         motion = None if self.motion is None else self.motion.to(device)
-        return PastFrames(self.images.to(device), self.camera_valid.to(device), self.geometry.to(device), motion)
+        geometry = None if self.geometry is None else self.geometry.to(device)
+        return PastFrames(self.images.to(device), self.camera_valid.to(device), geometry, motion)
 
 
 @dataclass(frozen=True)
 class History:
     """What a batch is shown before its key frame.
 
-    past: see `occbev_training.models.families.record.TrainingFamily.history` for their order. motion: how the key
+    past: in the order that `TrainingFamily.run` takes. motion: how the key
     frame came from the newest of them. geometry: of the key frame, with what it knows of the motion.
     """
 
     past: tuple[PastFrames, ...]
-    motion: MotionTables | None
+    motion: MotionTables | Matching | None
     geometry: Geometry
 
 

@@ -19,6 +19,7 @@ from occbev_training.models.heads.detection_head import DetectionHead
 from occbev_training.models.heads.occupancy_head import OccupancyDecoder
 from occbev_training.models.lift_splat.bev_encoder import BevEncoder
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat
+from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.lift_splat.temporal import TemporalFusion
 
 
@@ -48,14 +49,14 @@ class Frame:
 
     images: (B, N, 3, H, W) normalised. camera_valid: (B, N).
     points: where its frusta fall in the key frame's BEV.
-    matching: (B * N, D, H / 4, W / 4, 2), where each depth hypothesis falls in the next older frame, of networks
-        with stereo. points None: the frame serves only as the older one of a pair.
+    matching: where its cameras saw things in the next older frame, of networks with stereo.
+        points None: the frame serves only as the older one of a pair.
     """
 
     images: Tensor
     camera_valid: Tensor
     points: BatchedPoints | None
-    matching: Tensor | None = None
+    matching: Matching | None = None
 
 
 class OccBevNetwork(nn.Module):
@@ -87,7 +88,7 @@ class OccBevNetwork(nn.Module):
         camera_valid: Tensor,
         points: BatchedPoints,
         past: Sequence[Frame] = (),
-        matching: Tensor | None = None,
+        matching: Matching | None = None,
     ) -> NetworkOutput:
         """Run every part that is there.
 

@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from occbev.config import RESNET_DEPTHS, ConfigError
 from occbev.geometry import frame2ego
 from occbev.inference.families.lift_splat import SplatFamily, SplatModel
-from occbev.inference.families.record import Outputs
+from occbev.inference.families.record import Arrays, Moment, Outputs
 from occbev.inference.postprocess import BoxDecoding, move_boxes
-from occbev.inference.tables import camera_parameters, gate_parameters
+from occbev.inference.tables import camera_parameters, gate_parameters, image_to_past
 from occbev.inference.task_boxes import TaskDecoding, decode_tasks
 from occbev.results import Boxes3D
 
@@ -82,8 +82,19 @@ class BevDetConfig:
                 raise ConfigError(f"bevdet.{name} {getattr(self, name)!r}: must be one of {known}")
         if self.frames < 1:
             raise ConfigError(f"bevdet.frames {self.frames}: must be at least 1")
+        if self.stereo and (self.depth_net != "camera" or self.frames < 2):
+            raise ConfigError("bevdet.stereo: needs depth_net camera and at least 2 frames")
         if self.tasks:
             self.decoding.check(len(self.tasks), sum(self.tasks))
+
+    @property
+    def matching_channels(self) -> int:
+        """Channels of the maps that stereo matches: those of the ResNet's first stage."""
+        return 64 if self.depth == 18 else 256
+
+
+MATCHING_STRIDE = 4
+"""Pixels of the input image per cell of the maps that stereo matches."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,21 @@ class BevDet(SplatFamily[BevDetModel]):
         parameters = gate_parameters if parts.depth_net == "gated" else camera_parameters
         return parameters(source, cam2frame, src2img)[:, :, None, None]
 
+    def first_state(self, model: BevDetModel, cameras: int) -> Arrays:
+        """Return the state of networks that lift and splat; with stereo also state_in_match (N, F, h / 4, w / 4)."""
+        state = super().first_state(model, cameras)
+        if model.bevdet.stereo:
+            size = (model.image.height // MATCHING_STRIDE, model.image.width // MATCHING_STRIDE)
+            state["state_in_match"] = np.zeros((cameras, model.bevdet.matching_channels, *size), np.float32)
+        return state
+
+    def motion(self, model: BevDetModel, now: Moment, before: Moment | None) -> Arrays:
+        """Return the motion of networks that lift and splat; with stereo also table_matching (N, 3, 4)."""
+        motion = super().motion(model, now, before)
+        if model.bevdet.stereo:
+            motion["table_matching"] = matching_table(now, before)
+        return motion
+
     def decode_boxes(
         self, model: BevDetModel, outputs: Outputs, decoding: BoxDecoding, cameras: tuple[str, ...] = ()
     ) -> Boxes3D | None:
@@ -127,6 +153,20 @@ class BevDet(SplatFamily[BevDetModel]):
         maps, parts = (outputs["heatmap"][0], outputs["box"][0]), model.bevdet
         boxes = decode_tasks(*maps, parts.tasks, model.bev, parts.decoding, decoding.threshold, cameras)
         return move_boxes(boxes[: decoding.max_boxes], frame2ego(model.bev.frame))
+
+
+def matching_table(now: Moment, before: Moment | None) -> NDArray[np.float32]:
+    """Return img2past (N, 3, 4) of `image_to_past`; that of a camera that stands still in a first frame."""
+    if before is None:
+        return np.tile(np.eye(3, 4, dtype=np.float32), (len(now.rig), 1, 1))
+    assert before.ego2global is not None
+    assert now.ego2global is not None
+    return image_to_past(
+        now.rig.intrinsics,
+        now.ego2global @ now.rig.cam2egos,
+        before.rig.intrinsics,
+        before.ego2global @ before.rig.cam2egos,
+    )
 
 
 FAMILY = BevDet()

@@ -105,11 +105,15 @@ class BevFormer(QueryFamily[BevFormerModel]):
         columns, rows = model.bev.shape
         return {"state_in_bev": np.zeros((1, model.bevformer.channels, rows, columns), np.float32)}
 
-    def motion(self, model: BevFormerModel, now: Moment | None, before: Moment | None) -> Arrays:
+    def motion(self, model: BevFormerModel, now: Moment, before: Moment | None) -> Arrays:
         """Return can_bus (1, 18), state_known (1,), table_align (1, Q) and table_shift (1, 2)."""
         former = model.bevformer
-        motion = EgoMotion.between(before.ego2global, now.ego2global) if now and before else None
-        signals = can_bus(np.eye(4) if now is None else now.ego2global, motion)
+        motion = None
+        if before is not None:
+            assert before.ego2global is not None
+            assert now.ego2global is not None
+            motion = EgoMotion.between(before.ego2global, now.ego2global)
+        signals = can_bus(np.eye(4) if now.ego2global is None else now.ego2global, motion)
         tables = motion_tables(motion, model.bev, former.turn_centre, former.reference_quirks)
         return {"can_bus": signals[None], **tables}
 

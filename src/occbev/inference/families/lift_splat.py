@@ -85,21 +85,25 @@ class SplatFamily(Family[Splat]):
         raise NotImplementedError
 
     def first_state(self, model: Splat, cameras: int) -> Arrays:
-        """Return state_in_bev (1, past frames * C, Y, X) of nothing; none without a memory."""
+        """Return state_in_bev (1, past frames * C, Y, X), or (.., Z, Y, X), of nothing; none without a memory."""
         if not model.past_frames:
             return {}
         columns, rows = model.bev.shape
         channels = model.lift.channels * model.past_frames
-        return {"state_in_bev": np.zeros((1, channels, rows, columns), np.float32)}
+        heights = () if model.lift.height_bins == 1 else (model.lift.height_bins,)
+        return {"state_in_bev": np.zeros((1, channels, *heights, rows, columns), np.float32)}
 
-    def motion(self, model: Splat, now: Moment | None, before: Moment | None) -> Arrays:
+    def motion(self, model: Splat, now: Moment, before: Moment | None) -> Arrays:
         """Return state_known (1,) and table_warp (1, Y, X, 2)."""
-        known = now is not None and before is not None
-        key2past = invert_transform(before.ego2global) @ now.ego2global if now and before else np.eye(4)
+        key2past = np.eye(4)
+        if before is not None:
+            assert before.ego2global is not None
+            assert now.ego2global is not None
+            key2past = invert_transform(before.ego2global) @ now.ego2global
         to_ego = frame2ego(model.bev.frame)
         key2past = invert_transform(to_ego) @ key2past @ to_ego
         warp = warp_table(key2past, model.bev, model.lift.reference_quirks)
-        return {"state_known": np.array([float(known)], np.float32), "table_warp": warp[None]}
+        return {"state_known": np.array([float(before is not None)], np.float32), "table_warp": warp[None]}
 
 
 class LiftSplat(SplatFamily[LiftSplatModel]):

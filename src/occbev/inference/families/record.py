@@ -24,12 +24,12 @@ Outputs = Mapping[str, NDArray[Any]]
 class Moment:
     """When and from where a frame set was seen.
 
-    ego2global: (4, 4) at the key time. rig: network-size cameras at the key time, None where no family asks for it.
+    ego2global: (4, 4) at the key time, None where it is not known. rig: network-size cameras at the key time.
     """
 
     stamp_ns: int
-    ego2global: NDArray[np.float64]
-    rig: CameraRig | None = None
+    ego2global: NDArray[np.float64] | None
+    rig: CameraRig
 
 
 class Family(Generic[Model]):
@@ -51,10 +51,10 @@ class Family(Generic[Model]):
         """Return the `state_in_*` inputs of a first frame; none without a memory."""
         return {}
 
-    def motion(self, model: Model, now: Moment | None, before: Moment | None) -> Arrays:
+    def motion(self, model: Model, now: Moment, before: Moment | None) -> Arrays:
         """Return the inputs of a graph that say how the vehicle moved.
 
-        now: None where no pose is known. before: the frame that the state is of, None in a first frame.
+        before: the frame that the state is of, None in a first frame; where it is given both poses are known.
         """
         return {}
 

@@ -31,6 +31,7 @@ from occbev_training.models.families.record import REDUCED_CELLS
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import BevFormerGraph
 from occbev_training.models.history import History, MotionTables, PastFrames, View, stack_images
+from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.network import NetworkOutput
 from occbev_training.models.queries.bevformer import BevFormer, BevFormerViews, Motion, pair_cameras
 from occbev_training.models.queries.query_networks import (
@@ -111,12 +112,12 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
         camera_valid: Tensor,
         geometry: Geometry,
         past: Sequence[PastFrames] = (),
-        motion: MotionTables | None = None,
+        motion: MotionTables | Matching | None = None,
     ) -> NetworkOutput:
         """Run a network; past: oldest first, seen without gradients."""
         assert isinstance(geometry, BevFormerViews)
         if past:
-            assert motion is not None
+            assert isinstance(motion, MotionTables)
             bev = remember(getattr(network, "module", network), [_past_frame(frame) for frame in past])
             assert bev is not None
             geometry = replace(geometry, motion=Motion(bev, motion.known, motion.align, motion.shift))
@@ -166,7 +167,7 @@ def _can_bus(views: Sequence[View | None], motions: Sequence[EgoMotion | None]) 
 
 def _past_frame(frame: PastFrames) -> PastFrame:
     assert isinstance(frame.geometry, BevFormerViews)
-    assert frame.motion is not None
+    assert isinstance(frame.motion, MotionTables)
     motion = frame.motion
     return PastFrame(frame.images, frame.geometry, motion.known, motion.align, motion.shift)
 

@@ -20,6 +20,7 @@ from occbev_training.models.heads.occupancy_head import OccupancyDecoder
 from occbev_training.models.history import History, MotionTables, PastFrames, View, into_key, stack_images
 from occbev_training.models.lift_splat.bev_encoder import BevEncoder
 from occbev_training.models.lift_splat.lift_splat import LiftSplat, batch_geometry
+from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.lift_splat.temporal import TemporalFusion
 from occbev_training.models.network import Frame, NetworkOutput, OccBevNetwork
 
@@ -63,11 +64,11 @@ class SplatTraining(TrainingFamily[Splat]):
         camera_valid: Tensor,
         geometry: Geometry,
         past: Sequence[PastFrames] = (),
-        motion: MotionTables | None = None,
+        motion: MotionTables | Matching | None = None,
     ) -> NetworkOutput:
-        """Run a network; past: newest first."""
-        frames = [Frame(frame.images, frame.camera_valid, frame.geometry) for frame in past]
-        output: NetworkOutput = network(images, camera_valid, geometry, frames)
+        """Run a network; past: newest first, motion: of stereo."""
+        frames = [Frame(frame.images, frame.camera_valid, frame.geometry, frame.motion) for frame in past]
+        output: NetworkOutput = network(images, camera_valid, geometry, frames, motion)
         return output
 
     def reduce(self, model: Splat) -> Splat:

@@ -14,6 +14,7 @@ from occbev.grid import VoxelGrid
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import Graph
 from occbev_training.models.history import History, MotionTables, PastFrames, View
+from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.network import NetworkOutput
 
 Model = TypeVar("Model", bound=ModelConfig)
@@ -75,7 +76,7 @@ class TrainingFamily(Generic[Model]):
         camera_valid: Tensor,
         geometry: Geometry,
         past: Sequence[PastFrames] = (),
-        motion: MotionTables | None = None,
+        motion: MotionTables | Matching | None = None,
     ) -> NetworkOutput:
         """Run a network on normalised images (B, N, 3, H, W); past: of `history`, normalised as well."""
         output: NetworkOutput = network(images, camera_valid, geometry)

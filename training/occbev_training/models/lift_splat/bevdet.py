@@ -5,7 +5,7 @@ The same line as our own networks, `OccBevNetwork`, with past frames and the par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ from occbev_training.models.lift_splat.depth_net import (
     PlainDepth,
     matching_cost,
 )
-from occbev_training.models.lift_splat.lift_splat import BatchedPoints, Splatter
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, Splatter, splat_volume_by_gather
+from occbev_training.models.lift_splat.stereo import MatchingGrid
 from occbev_training.models.lift_splat.temporal import TemporalFusion
 from occbev_training.models.network import Frame, OccBevNetwork
 from occbev_training.models.renaming import Rules
@@ -73,13 +74,27 @@ class ReferenceLift(Splatter):
         """Return the BEV of depth logits and context."""
         if self.aggregate is None:
             return super().pool(logits, context, camera_valid, points)
-        depth = logits.float().softmax(1) * camera_valid.flatten().view(-1, 1, 1, 1)
-        volume = self.aggregate(context[:, :, None] * depth[:, None])  # (M, C, D, h, w)
-        rows = volume.float().permute(0, 2, 3, 4, 1).reshape(-1, self.channels)
+        rows = self.refined_rows(self.aggregate, logits, context, camera_valid.flatten())
         cells = functional.embedding_bag(
             points.depth, rows, points.offset, mode="sum", per_sample_weights=points.weight
         )
         return self.to_bev(cells)
+
+    def gather(self, logits: Tensor, context: Tensor, camera_valid: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """Return the BEV as `pool` does, by the tables of `gather_tables`."""
+        if self.aggregate is None:
+            return super().gather(logits, context, camera_valid, tables)
+        rows = self.refined_rows(self.aggregate, logits, context, camera_valid.flatten())
+        return self.to_bev(splat_volume_by_gather(rows, tables))
+
+    def refined_rows(self, aggregate: nn.Module, logits: Tensor, context: Tensor, camera_valid: Tensor) -> Tensor:
+        """Return the refined volume (M * D * h * w, C).
+
+        camera_valid: (M,); a missing camera adds nothing: the refinement has biases, so that it is silenced after it.
+        """
+        volume = aggregate(context[:, :, None] * logits.float().softmax(1)[:, None])  # (M, C, D, h, w)
+        volume = volume.float() * camera_valid.view(-1, 1, 1, 1, 1)
+        return volume.permute(0, 2, 3, 4, 1).reshape(-1, self.channels)
 
 
 class BevDetNetwork(OccBevNetwork):
@@ -89,6 +104,8 @@ class BevDetNetwork(OccBevNetwork):
     """Rules that turn our weight names into those of published checkpoints."""
     first_boxes = False
     """Whether the head speaks of boxes as BEVDet's first release did."""
+    matching_grid: MatchingGrid | None
+    """Where depth hypotheses fall in the image before, of networks with stereo."""
 
     def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         """Run the heads, see `OccBevNetwork.heads`; boxes are l, w, h and yaw whatever the head was trained for."""
@@ -103,7 +120,8 @@ class BevDetNetwork(OccBevNetwork):
         features, match = self.image_encoder.with_matching(frame.images.flatten(0, 1))
         cost = None
         if match is not None and older is not None and frame.matching is not None:
-            cost = matching_cost(match, older, frame.matching)
+            known = frame.matching.known.repeat_interleave(frame.images.shape[1])
+            cost = self.matching_cost(match, older, frame.matching.img2past.flatten(0, 1), known)
         ray = frame.points.ray.flatten(0, 1)
         logits, context = self.view_transform.predict_depth(features, ray, cost)
         bev = self.view_transform.pool(logits, context, frame.camera_valid, frame.points)
@@ -111,10 +129,20 @@ class BevDetNetwork(OccBevNetwork):
 
     @torch.no_grad()
     def matching_map(self, frame: Frame) -> Tensor | None:
-        """Return the stride-4 map of a network with stereo, else None."""
-        if self.image_encoder.matching_stage is None:
+        """Return the stride-4 map of a network with stereo, else None; that of a missing camera is zero."""
+        if self.matching_grid is None:
             return None
-        return self.image_encoder.matching(frame.images.flatten(0, 1))
+        matching: Tensor = self.image_encoder.matching(frame.images.flatten(0, 1))
+        return matching * frame.camera_valid.view(-1, 1, 1, 1)
+
+    def matching_cost(self, match: Tensor, older: Tensor, img2past: Tensor, known: Tensor) -> Tensor:
+        """Return how well each depth hypothesis fits (M, D, h / 4, w / 4), zero where nothing is known.
+
+        match, older: (M, F, h / 4, w / 4) of this frame and the one before. img2past: (M, 3, 4). known: (M,) or (1,).
+        """
+        assert self.matching_grid is not None
+        with torch.no_grad():
+            return matching_cost(match, older, self.matching_grid(img2past)) * known.view(-1, 1, 1, 1)
 
 
 def from_first_boxes(box: Tensor) -> Tensor:
@@ -137,6 +165,8 @@ def build_bevdet(config: BevDetModel, stage: str) -> BevDetNetwork:
     )
     network.reference_names = rules_for(config)
     network.first_boxes = parts.first_boxes
+    size = (config.image.width, config.image.height)
+    network.matching_grid = MatchingGrid(size, config.lift) if parts.stereo else None
     return network
 
 

@@ -19,8 +19,11 @@ CAMERA_PARAMETERS = 27
 GATE_PARAMETERS = 33
 """Intrinsics, image rotation and translation, pose: 9 + 9 + 3 + 9 + 3 values of the gated depth net."""
 
-MATCHING_GROUP = 4
+MATCHING_GROUP = 16
 """Channels that the cost volume compares at a time, which bounds its memory."""
+
+UNSEEN_CHANNEL = -4
+"""Channel that is zero where a depth hypothesis falls outside the other image, as published."""
 
 UNSEEN_COST = 5.0
 """Added where a depth hypothesis falls outside the other image."""
@@ -161,9 +164,9 @@ def matching_cost(key: Tensor, past: Tensor, grid: Tensor) -> Tensor:
         for start in range(0, key.shape[1], MATCHING_GROUP):
             group = slice(start, start + MATCHING_GROUP)
             warped = functional.grid_sample(past[:, group], flat, align_corners=True)
-            warped = warped.unflatten(2, (bins, rows))  # (M, 4, D, h, w)
+            warped = warped.unflatten(2, (bins, rows))  # (M, 16, D, h, w)
             cost = cost + (key[:, group, None] - warped).abs().sum(1)
-        cost = cost + UNSEEN_COST * (warped[:, 0] == 0)
+        cost = cost + UNSEEN_COST * (warped[:, UNSEEN_CHANNEL] == 0)
         return (-cost).softmax(1)
 
 

@@ -155,9 +155,21 @@ def splat_by_gather(context: Tensor, depth: Tensor, tables: Sequence[Tensor]) ->
 
     tables: those of `gather_tables` in its order. Returns: (Y * X, C).
     """
-    pixel, depth_index, weight, *stages, cell = tables
+    pixel, depth_index, weight, *later = tables
     weights = _rows(depth, depth_index) * weight  # (rows1, 8)
-    sums = (_rows(context, pixel) * weights[..., None]).sum(1)  # (rows1, C)
+    return _add_stages(_rows(context, pixel) * weights[..., None], later)
+
+
+def splat_volume_by_gather(volume: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """Splat the rows of a lifted volume (S, C) as they are; tables and result as of `splat_by_gather`."""
+    _, depth_index, weight, *later = tables
+    return _add_stages(_rows(volume, depth_index) * weight[..., None], later)
+
+
+def _add_stages(rows: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """Add up weighted rows (rows1, 8, C) stage by stage and take each cell's sum."""
+    *stages, cell = tables
+    sums = rows.sum(1)  # (rows1, C)
     assert len(stages) == GATHER_STAGES - 1
     for stage in stages:
         sums = _rows(sums, stage).sum(1)
@@ -213,6 +225,10 @@ class Splatter(nn.Module):
         """
         logits, context = self.predict_depth(features, points.ray.flatten(0, 1))
         return self.pool(logits, context, camera_valid, points), logits
+
+    def gather(self, logits: Tensor, context: Tensor, camera_valid: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """Return the BEV as `pool` does, by the tables of `gather_tables`."""
+        return self.to_bev(splat_by_gather(*self.rows(logits, context, camera_valid.flatten()), tables))
 
     def pool(self, logits: Tensor, context: Tensor, camera_valid: Tensor, points: BatchedPoints) -> Tensor:
         """Return the BEV of depth logits and context."""

@@ -35,8 +35,9 @@ class TemporalFusion(nn.Module):
 
 
 def warp_bev(past: Tensor, grid: Tensor) -> Tensor:
-    """Bring a past BEV (B, C, Y, X) into the key frame; zero where it has nothing.
+    """Bring a past BEV (B, C, Y, X), or a volume (B, C, Z, Y, X), into the key frame; zero where it has nothing.
 
     grid: (B, Y, X, 2), `occbev.inference.reference_points.warp_table` of each.
     """
-    return functional.grid_sample(past, grid, align_corners=True)
+    planes = functional.grid_sample(past.flatten(1, -3), grid, align_corners=True)
+    return planes.unflatten(1, past.shape[1:-2])
