@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is in float64, which exports are judged by."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:

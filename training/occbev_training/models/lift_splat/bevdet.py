@@ -20,6 +20,7 @@ from occbev_training.models.heads.centre_head import CentreHead
 from occbev_training.models.heads.detection_head import BOX_CHANNELS
 from occbev_training.models.heads.occupancy_head import OccupancyDecoder
 from occbev_training.models.heads.reference_occupancy import PlaneOccupancy, VolumeOccupancy
+from occbev_training.models.layers import at_least_float32
 from occbev_training.models.lift_splat.bev_residual_encoder import (
     PlaneBlock,
     PlaneEncoder,
@@ -92,8 +93,8 @@ class ReferenceLift(Splatter):
 
         camera_valid: (M,); a missing camera adds nothing: the refinement has biases, so that it is silenced after it.
         """
-        volume = aggregate(context[:, :, None] * logits.float().softmax(1)[:, None])  # (M, C, D, h, w)
-        volume = volume.float() * camera_valid.view(-1, 1, 1, 1, 1)
+        volume = aggregate(context[:, :, None] * at_least_float32(logits).softmax(1)[:, None])  # (M, C, D, h, w)
+        volume = at_least_float32(volume) * camera_valid.view(-1, 1, 1, 1, 1)
         return volume.permute(0, 2, 3, 4, 1).reshape(-1, self.channels)
 
 

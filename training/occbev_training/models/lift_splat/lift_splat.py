@@ -25,7 +25,7 @@ from occbev.inference.tables import (
     lift_points,
     to_bev_frame,
 )
-from occbev_training.models.layers import conv_bn_relu
+from occbev_training.models.layers import at_least_float32, conv_bn_relu
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ class Splatter(nn.Module):
 
         camera_valid: (M,); a camera that is missing adds nothing anywhere.
         """
-        depth = depth_logits.float().softmax(1) * camera_valid.view(-1, 1, 1, 1)
-        return context.float().permute(0, 2, 3, 1).reshape(-1, self.channels), depth.flatten()
+        depth = at_least_float32(depth_logits).softmax(1) * camera_valid.view(-1, 1, 1, 1)
+        return at_least_float32(context).permute(0, 2, 3, 1).reshape(-1, self.channels), depth.flatten()
 
     def to_bev(self, cells: Tensor) -> Tensor:
         """Turn (B * Z * Y * X, C) into (B, C, Y, X), or (B, C, Z, Y, X) of a volume."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from occbev_training.models.layers import at_least_float32
+
 CHUNK_ENTRIES = 1 << 19
 """Bilinear corners that the bag form makes at a time: few enough to stay near the processor."""
 
@@ -85,7 +87,7 @@ def sample_map(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels
     """
     if value.device.type == "cpu":
         return _sample_map_by_bags(value, locations, weights, levels)
-    maps, places, shares = (v[None].float() for v in (value, locations, weights))
+    maps, places, shares = (at_least_float32(v[None]) for v in (value, locations, weights))
     return sample_by_grid(maps, levels, places, shares)[0]
 
 
