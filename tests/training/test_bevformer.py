@@ -222,7 +222,7 @@ def views(points, visible, valid=None, can_bus=None, motion=None) -> bevformer.B
     count = points.shape[:2]
     hits = bevformer.pair_cameras(points, visible, torch.ones(count) if valid is None else valid)
     still = torch.zeros(count[0], 18) if can_bus is None else can_bus
-    return bevformer.BevFormerViews(hits, still, motion)
+    return bevformer.BevFormerViews(hits, still, torch.arange(count[1]).expand(count), motion)
 
 
 def test_every_output_has_its_shape_and_takes_gradients() -> None:

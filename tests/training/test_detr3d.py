@@ -33,6 +33,7 @@ def test_published_cross_attention(golden_folder: Path) -> None:
         [arrays[f"feat{i}"][0].float() for i in (0, 1)],
         normalise_images(arrays["lidar2img"], width, height)[None],
         torch.ones(1, 6),
+        torch.arange(6)[None],
     )
     query, position = (arrays[name].transpose(0, 1) for name in ("query", "query_pos"))
     with torch.no_grad():
@@ -107,7 +108,7 @@ def test_a_missing_camera_is_not_read() -> None:
     query, position = torch.randn(2, 1, 6, 8)
     reference = torch.tensor([0.9, 0.5, 0.5]).expand(1, 6, 3)  # ahead of both
     scenes = [
-        CameraScene([maps * scale], matrices, torch.tensor([[1.0, valid]]))
+        CameraScene([maps * scale], matrices, torch.tensor([[1.0, valid]]), torch.tensor([[0, 1]]))
         for scale, valid in ((1, 0.0), (torch.tensor([1.0, 0]).view(2, 1, 1, 1), 1.0), (1, 1.0))
     ]
     missing, dark, both = (attention(query, position, reference, scene) for scene in scenes)

@@ -88,7 +88,7 @@ def test_package_holds_everything_and_verifies(folder: Path) -> None:
 
 def test_measured_differences_are_recorded_and_small(folder: Path) -> None:
     difference = ModelPackage.load(folder).metrics["export_difference"]
-    assert set(difference) == {"onnxruntime", "openvino", "openvino_before_rounding"}
+    assert set(difference) == {"torch", "onnxruntime", "openvino", "openvino_before_rounding"}
     for runtime, tolerance in (
         ("onnxruntime", 1e-4),
         ("openvino_before_rounding", 1e-4),

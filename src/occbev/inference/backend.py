@@ -27,6 +27,7 @@ PER_CAMERA = {
     "table_query": 0,
     "table_points": 0,
     "table_matching": 0,
+    "table_camera": 0,
     "state_in_match": 0,
 }
 """Input of a graph -> which of its axes is the number of cameras."""

@@ -6,6 +6,7 @@ Networks of every family run here; what one remembers of the frame before is hel
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -46,6 +47,8 @@ from occbev.inference.space_calibration import read_calibration
 from occbev.inference.table_cache import TableCache
 from occbev.results import Boxes3D, CameraFrame, FrameSet, GroundGrid, Occupancy, Perception, Timings
 from occbev.rig import Camera, CameraRig
+
+logger = logging.getLogger(__name__)
 
 PIPELINE_STAGES = ("decode", "preprocess", "tables", "inference", "postprocess")
 """Names of the timed stages, in order."""
@@ -189,6 +192,8 @@ class Pipeline:
             self._tables = TableCache(self.package.model, self.backend.form)
             self._loaded_for = len(rig)
         self.rig = rig
+        if places := family_of(self.package.model).describe_cameras(self.package.model, rig):
+            logger.info("%s takes cameras %s", self.package.model.name, places)
         self._view: _View | None = None
 
     @property

@@ -8,7 +8,7 @@
 
 Weights hold the heads that were trained, and the package predicts what these say: of a pre-training run voxels that are
 free, occupied or unknown, without classes and without boxes.
-Every graph is run beside torch before the package is sealed; graphs of an earlier export in the folder are removed.
+Every graph is run beside torch in double precision before the package is sealed; it takes the place of an earlier one.
 Networks of every family are exported.
 """
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"operators: {operators}", highlight=False)
     for runtime, outputs in package.metrics["export_difference"].items():
         worst = max(outputs.values())
-        console.print(f"{runtime}: differs from torch by at most {worst:.1e} of an output's largest value")
+        console.print(f"{runtime}: differs from double precision by at most {worst:.1e} of an output's largest value")
     if frames is not None:
         share = package.metrics["int8_agreement"]
         console.print(f"int8: agrees with float to {share:.3f} (soft intersection over union)")

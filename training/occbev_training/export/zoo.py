@@ -145,11 +145,10 @@ def measure(
     if published.table and golden is not None:
         keys = count_converted_keys(network, golden / f"{published.table}_state_dict.json")
     parity: float | None = None
-    refused, operators = "", tuple[str, ...]()
+    operators: tuple[str, ...] = ()
     if export:
-        shrunk = model if full_size else reduced(model)
-        parity, refused, operators = export_reduced(shrunk, published.stage)
-    return FamilyRow(name, model.family, parameters, keys, parity, refused, operators)
+        parity, operators = export_random(model if full_size else reduced(model), published.stage)
+    return FamilyRow(name, model.family, parameters, keys, parity, operators)
 
 
 def count_converted_keys(network: nn.Module, table: Path) -> tuple[int, int]:

@@ -221,7 +221,7 @@ class BevFormerGraph(Graph):
     """A BEVFormer with its tables and the BEV of the frame before."""
 
     form = "slots"
-    inputs = (*SOURCES, "table_query", "table_points", "table_slot", *BEVFORMER_STATE)
+    inputs = (*SOURCES, "table_query", "table_points", "table_slot", "table_camera", *BEVFORMER_STATE)
 
     def __init__(self, network: BevFormerNetwork) -> None:
         super().__init__(network)
@@ -234,6 +234,7 @@ class BevFormerGraph(Graph):
         table_query: Tensor,
         table_points: Tensor,
         table_slot: Tensor,
+        table_camera: Tensor,
         can_bus: Tensor,
         state_in_bev: Tensor,
         state_known: Tensor,
@@ -243,7 +244,7 @@ class BevFormerGraph(Graph):
         """Return `outputs`."""
         hits = CameraSlots(table_query, table_points, camera_valid[0], table_slot)
         motion = Motion(state_in_bev, state_known, table_align, table_shift)
-        output = self.network(images, camera_valid, BevFormerViews(hits, can_bus, motion))
+        output = self.network(images, camera_valid, BevFormerViews(hits, can_bus, table_camera[None], motion))
         return (*_answers(output, self.outputs[:-1]), output.bev)
 
 
@@ -251,15 +252,17 @@ class Detr3dGraph(Graph):
     """A DETR3D with its projection matrices."""
 
     form = "projection"
-    inputs = (*SOURCES, "table_projection")
+    inputs = (*SOURCES, "table_projection", "table_camera")
 
     def __init__(self, network: Detr3dNetwork) -> None:
         super().__init__(network)
         self.outputs = _query_outputs(network)
 
-    def forward(self, images: Tensor, camera_valid: Tensor, table_projection: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, images: Tensor, camera_valid: Tensor, table_projection: Tensor, table_camera: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return `outputs`."""
-        output = self.network(images, camera_valid, CameraViews(table_projection))
+        output = self.network(images, camera_valid, CameraViews(table_projection, table_camera[None]))
         return _answers(output, self.outputs)
 
 

@@ -93,12 +93,13 @@ class BevFormer(QueryFamily[BevFormerModel]):
     config = BevFormerModel
 
     def tables(self, model: BevFormerModel, rig: CameraRig, alive: NDArray[np.bool_], form: str) -> Tables:
-        """Return `reference_tables`; missing cameras, which take up room otherwise, are left out."""
+        """Return `reference_tables`, missing cameras, which take up room otherwise, left out; and table_camera (N,)."""
         former, size = model.bevformer, (model.image.width, model.image.height)
         pillars = pillar_points(model.bev, former.z_range, former.heights)
         places, visible = project(pillars, frame_to_images(rig.intrinsics, rig.cam2egos, model.bev.frame), size)
         visible &= alive[:, None, None]
-        return reference_tables(places, visible, former.max_rows, former.max_slots)
+        tables = reference_tables(places, visible, former.max_rows, former.max_slots)
+        return tables | {"table_camera": model.cameras.places(rig)}
 
     def first_state(self, model: BevFormerModel, cameras: int) -> Arrays:
         """Return state_in_bev (1, C, Y, X) of nothing."""

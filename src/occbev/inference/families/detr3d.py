@@ -33,9 +33,10 @@ class Detr3d(QueryFamily[Detr3dModel]):
     config = Detr3dModel
 
     def tables(self, model: Detr3dModel, rig: CameraRig, alive: NDArray[np.bool_], form: str) -> Tables:
-        """Return table_projection (1, N, 4, 4), see `projection_table`."""
+        """Return table_projection (1, N, 4, 4), see `projection_table`, and table_camera (N,)."""
         size = (model.image.width, model.image.height)
-        return {"table_projection": projection_table(rig.intrinsics, rig.cam2egos, size, model.bev.frame)[None]}
+        projection = projection_table(rig.intrinsics, rig.cam2egos, size, model.bev.frame)
+        return {"table_projection": projection[None], "table_camera": model.cameras.places(rig)}
 
 
 FAMILY = Detr3d()

@@ -7,10 +7,12 @@ from typing import TypeVar
 
 from occbev.config import RESNET_DEPTHS, ConfigError, ModelConfig
 from occbev.geometry import frame2ego
+from occbev.inference.camera_order import CameraOrder
 from occbev.inference.families.record import Family, Outputs
 from occbev.inference.postprocess import BoxDecoding
 from occbev.inference.query_boxes import QueryDecoding, decode_queries
 from occbev.results import Boxes3D
+from occbev.rig import CameraRig
 
 REFERENCE_CAMERAS = 6
 """Cameras that DETR3D's published weights know."""
@@ -68,6 +70,8 @@ class QueryModel(ModelConfig):
     """Image encoder."""
     query_head: QueryHeadConfig | None = None
     """Detection head; null for none."""
+    cameras: CameraOrder = field(default_factory=CameraOrder)
+    """Cameras in the order that the weights were trained with."""
 
 
 Query = TypeVar("Query", bound=QueryModel)
@@ -75,6 +79,10 @@ Query = TypeVar("Query", bound=QueryModel)
 
 class QueryFamily(Family[Query]):
     """What both families do."""
+
+    def describe_cameras(self, model: Query, rig: CameraRig) -> str:
+        """Say which camera takes the place of which, see `CameraOrder`."""
+        return model.cameras.describe(rig)
 
     def decode_boxes(
         self, model: Query, outputs: Outputs, decoding: BoxDecoding, cameras: tuple[str, ...] = ()

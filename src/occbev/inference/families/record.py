@@ -47,6 +47,10 @@ class Family(Generic[Model]):
         """
         raise NotImplementedError
 
+    def describe_cameras(self, model: Model, rig: CameraRig) -> str:
+        """Say which camera takes the place of which that the network was trained with; empty where none matters."""
+        return ""
+
     def first_state(self, model: Model, cameras: int) -> Arrays:
         """Return the `state_in_*` inputs of a first frame; none without a memory."""
         return {}

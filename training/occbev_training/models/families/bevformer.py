@@ -25,6 +25,7 @@ from occbev_training.models.families.queries import (
     QueryTraining,
     make_query_head,
     make_voxel_decoder,
+    place_cameras,
     raise_heights,
 )
 from occbev_training.models.families.record import REDUCED_CELLS
@@ -80,7 +81,7 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
         valid = torch.as_tensor(np.asarray(camera_valid), dtype=torch.float32)
         hits = pair_cameras(points, visible, valid, former.reference_quirks)
         still = torch.from_numpy(can_bus(np.eye(4), None)).expand(len(seen), -1)
-        return BevFormerViews(hits, still)
+        return BevFormerViews(hits, still, place_cameras(model, cam2ego))
 
     def default_history(self, model: BevFormerModel) -> int:
         """Return the past frames of the published tiny and small recipes."""
@@ -98,12 +99,13 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
             motions = [_motion(b, v) for b, v in zip(before, views, strict=True)]
             filled = [view or key for view, key in zip(views, keys, strict=True)]
             images, valid = stack_images(filled)
-            hits = self.geometry(model, [v.intrinsic for v in filled], [v.cam2ego for v in filled], valid).hits
-            seen = BevFormerViews(hits, _can_bus(views, motions))
+            still = self.geometry(model, [v.intrinsic for v in filled], [v.cam2ego for v in filled], valid)
+            assert isinstance(still, BevFormerViews)
+            seen = replace(still, can_bus=_can_bus(views, motions))
             frames.append(PastFrames(images, valid, seen, _tables(motions, model)))
             before = views
         motions = [_motion(b, v) for b, v in zip(before, keys, strict=True)]
-        return History(tuple(frames), _tables(motions, model), BevFormerViews(geometry.hits, _can_bus(keys, motions)))
+        return History(tuple(frames), _tables(motions, model), replace(geometry, can_bus=_can_bus(keys, motions)))
 
     def run(
         self,

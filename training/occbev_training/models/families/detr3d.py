@@ -16,6 +16,7 @@ from occbev_training.models.families.queries import (
     extent_of,
     make_query_head,
     make_voxel_decoder,
+    place_cameras,
 )
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import Detr3dGraph
@@ -46,9 +47,8 @@ class Detr3dTraining(QueryTraining[Detr3dModel]):
         """Return projection matrices."""
         size = (model.image.width, model.image.height)
         samples = zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True)
-        return CameraViews(
-            torch.from_numpy(np.stack([projection_table(*rig, size, model.bev.frame) for rig in samples]))
-        )
+        projections = [projection_table(*rig, size, model.bev.frame) for rig in samples]
+        return CameraViews(torch.from_numpy(np.stack(projections)), place_cameras(model, cam2ego))
 
     def describe(self, model: Detr3dModel) -> dict[str, str]:
         """Say in words what it is made of."""

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
 
 from occbev.config import ConfigError
 from occbev.inference.families.queries import QueryHeadConfig, QueryModel
@@ -46,6 +49,14 @@ class QueryTraining(TrainingFamily[Query]):
 def raise_heights(heights: tuple[float, float]) -> tuple[float, float]:
     """Turn heights in LiDAR axes into those in base_link."""
     return heights[0] + LIDAR_HEIGHT, heights[1] + LIDAR_HEIGHT
+
+
+def place_cameras(model: QueryModel, cam2ego: ArrayLike) -> Tensor:
+    """Return whose weights each camera of a batch takes, (B, N), by where it looks.
+
+    cam2ego: (B, N, 4, 4). A mirrored scene mirrors its cameras: each takes the weights of what it looks like.
+    """
+    return torch.from_numpy(np.stack([model.cameras.places_by_direction(poses) for poses in np.asarray(cam2ego)]))
 
 
 def make_query_head(

@@ -88,17 +88,19 @@ _Record = TypeVar("_Record", CameraPairs, CameraSlots, Motion)
 class BevFormerViews:
     """What calibration and ego motion say to a BEVFormer.
 
-    hits: which cameras see which query. can_bus: (B, 18). motion: None where no sample has a frame before.
+    hits: which cameras see which query. can_bus: (B, 18). cameras: (B, N), the embedding that each camera takes.
+    motion: None where no sample has a frame before.
     """
 
     hits: CameraPairs | CameraSlots
     can_bus: Tensor
+    cameras: Tensor
     motion: Motion | None = None
 
     def to(self, device: torch.device | str) -> BevFormerViews:
         """Move every tensor."""
         motion = None if self.motion is None else _move(self.motion, device)
-        return BevFormerViews(_move(self.hits, device), self.can_bus.to(device), motion)
+        return BevFormerViews(_move(self.hits, device), self.can_bus.to(device), self.cameras.to(device), motion)
 
 
 def _move(record: _Record, device: torch.device | str) -> _Record:
@@ -304,13 +306,14 @@ class BevFormer(nn.Module):
         maps: Sequence[Tensor],
         hits: CameraPairs | CameraSlots,
         can_bus: Tensor,
+        cameras: Tensor,
         motion: Motion | None = None,
     ) -> Tensor:
         """Return the BEV (B, C, Y, X), which is also `Motion.previous` of the next frame.
 
-        maps: levels of (B * N, C, H_l, W_l). can_bus: (B, 18).
+        maps: levels of (B * N, C, H_l, W_l). can_bus: (B, 18). cameras: (B, N), the embedding of each.
         """
-        features, levels = self._embed(maps, len(can_bus))
+        features, levels = self._embed(maps, cameras)
         query = self.bev_embedding.weight + self.can_bus(can_bus)[:, None]  # (B, Q, C)
         past, references = self._look_back(query, motion)
         position = self._position()
@@ -318,11 +321,12 @@ class BevFormer(nn.Module):
             query = layer(query, position, past, references, self._plane, features, levels, hits)
         return query.transpose(1, 2).unflatten(2, self._plane.shapes[0])
 
-    def _embed(self, maps: Sequence[Tensor], batch: int) -> tuple[Tensor, Levels]:
-        cameras = maps[0].shape[0] // batch
-        if cameras > len(self.camera_embeds):
-            raise ValueError(f"{cameras} cameras, but the network has embeddings for {len(self.camera_embeds)}")
-        camera = self.camera_embeds[:cameras].repeat(batch, 1)[..., None, None]
+    def _embed(self, maps: Sequence[Tensor], cameras: Tensor) -> tuple[Tensor, Levels]:
+        if cameras.shape[1] > len(self.camera_embeds):
+            raise ValueError(
+                f"{cameras.shape[1]} cameras, but the network has embeddings for {len(self.camera_embeds)}"
+            )
+        camera = self.camera_embeds.index_select(0, cameras.flatten())[..., None, None]
         named = [m + camera + e[:, None, None] for m, e in zip(maps, self.level_embeds, strict=False)]
         return flatten_levels(named)
 

@@ -23,13 +23,14 @@ PILLAR_HEIGHTS = 4
 
 @dataclass(frozen=True)
 class CameraViews:
-    """What calibration says to a DETR3D: frame2img of `CameraScene`."""
+    """What calibration says to a DETR3D: frame2img and cameras of `CameraScene`."""
 
     frame2img: Tensor
+    cameras: Tensor
 
     def to(self, device: torch.device | str) -> CameraViews:
-        """Move it."""
-        return CameraViews(self.frame2img.to(device))
+        """Move both."""
+        return CameraViews(self.frame2img.to(device), self.cameras.to(device))
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class CameraScene:
     """Feature maps of the cameras and how points get there.
 
     maps: levels of (B * N, C, H_l, W_l). frame2img: (B, N, 4, 4), to x and y in 0..1 of the image times
-    depth, and depth. camera_valid: (B, N).
+    depth, and depth. camera_valid: (B, N). cameras: (B, N), whose weights each camera takes.
     """
 
     maps: Sequence[Tensor]
     frame2img: Tensor
     camera_valid: Tensor
+    cameras: Tensor
 
 
 class CameraSampling(nn.Module):
@@ -81,8 +83,9 @@ class CameraSampling(nn.Module):
         """Return (B, Q, C) of query and position (B, Q, C) and reference (B, Q, 3) in 0..1."""
         place, visible = project(reference * self.span + self.lo, scene)  # (B, N, Q, 2), (B, N, Q)
         weights = self.attention_weights(query + position).sigmoid()
-        weights = weights.unflatten(-1, (self.cameras, self.levels))[:, :, : place.shape[1]]
-        weights = weights.permute(0, 2, 1, 3) * visible[..., None]  # (B, N, Q, levels)
+        weights = weights.unflatten(-1, (self.cameras, self.levels)).transpose(1, 2)  # (B, cameras, Q, levels)
+        own = [each.index_select(0, chosen) for each, chosen in zip(weights, scene.cameras, strict=True)]
+        weights = torch.stack(own) * visible[..., None]  # (B, N, Q, levels)
         sampled = torch.stack([read(level, place) for level in scene.maps], -1)
         # (B, N, C, Q, levels)
         total = (sampled * weights[:, :, None]).sum((1, 4)).transpose(1, 2)

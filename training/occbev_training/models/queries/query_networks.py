@@ -126,7 +126,7 @@ class BevFormerNetwork(nn.Module):
         images: (B, N, 3, H, W) normalised. camera_valid: (B, N), which `geometry` was made with.
         """
         maps = self.image_encoder(images.flatten(0, 1))
-        bev = self.view_transform(maps, geometry.hits, geometry.can_bus, geometry.motion)
+        bev = self.view_transform(maps, geometry.hits, geometry.can_bus, geometry.cameras, geometry.motion)
         logits, codes = None, None
         if self.detection_head:
             shape = (int(bev.shape[2]), int(bev.shape[3]))
@@ -166,7 +166,7 @@ def remember(network: BevFormerNetwork, frames: Sequence[PastFrame]) -> Tensor |
         for frame in frames:
             motion = bev if bev is None else Motion(bev, frame.known, frame.align, frame.shift)
             maps = network.image_encoder(frame.images.flatten(0, 1))
-            bev = network.view_transform(maps, frame.views.hits, frame.views.can_bus, motion)
+            bev = network.view_transform(maps, frame.views.hits, frame.views.can_bus, frame.views.cameras, motion)
     network.train(was_training)
     return bev
 
@@ -191,7 +191,7 @@ class Detr3dNetwork(nn.Module):
     def forward(self, images: Tensor, camera_valid: Tensor, geometry: CameraViews) -> NetworkOutput:
         """images: (B, N, 3, H, W) normalised. camera_valid: (B, N)."""
         maps = self.image_encoder(images.flatten(0, 1))
-        scene = CameraScene(maps, geometry.frame2img, camera_valid)
+        scene = CameraScene(maps, geometry.frame2img, camera_valid, geometry.cameras)
         logits, codes, reconstruction = None, None, None
         if self.detection_head is not None:
             logits, codes = self.detection_head(scene, len(images))
