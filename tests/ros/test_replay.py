@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 pytest.importorskip("rosbags", reason="reads and writes bags")
@@ -203,7 +204,7 @@ def test_offline_refuses_a_bag_without_the_topics(tmp_path: Path, stub_pipeline:
         BagReader(path) as bag,
         pytest.raises(BagError, match=r"Configured: /rear\. In the bag: /cam_front"),
     ):
-        OfflineReplay(wanted, stub_pipeline(wanted)).topics(bag)
+        OfflineReplay(wanted, stub_pipeline(wanted)).feed.topics(bag)
 
 
 def test_offline_sees_the_same_sets_and_motion_as_the_node(
@@ -431,3 +432,23 @@ def test_waiting_for_a_node_that_never_comes_names_the_topics(parameters: Percep
         stopper.start()
         player.play(lambda _: None)
         stopper.join()
+
+
+def test_a_bag_is_read_in_python_as_it_is_replayed(
+    parameters: PerceptionParameters, stub_pipeline: Any, tmp_path: Path
+) -> None:
+    from occbev import load_bag
+    from occbev.streams.offline import OfflineReplay
+
+    path = BagDrive(tmp_path / "bag").write(4)
+    file = tmp_path / "perception.yaml"
+    file.write_text(yaml.safe_dump({"/**": {"ros__parameters": record()}}))
+    pipeline = stub_pipeline(parameters)
+    with BagReader(path) as bag:
+        list(OfflineReplay(parameters, pipeline).results(bag))
+    frames = load_bag(path, file)
+    read = list(frames)
+    assert [frame_set.stamp_ns for frame_set, _ in read] == [frame_set.stamp_ns for frame_set in pipeline.seen]
+    assert frames.rig.hash == pipeline.rigs[-1].hash
+    assert read[0][0].frames["CAM_LEFT"].image.shape == (48, 64, 3)
+    np.testing.assert_allclose(read[0][1]["CAM_RIGHT"], pipeline.motions[0]["CAM_RIGHT"])
