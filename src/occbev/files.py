@@ -6,12 +6,18 @@ import glob
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
+
+MAX_ARRAY_BYTES = 4 * 2**30
+"""Most bytes that the arrays of one file may unpack to."""
 
 MAX_YAML_BYTES = 2**20
 MAX_YAML_VALUES = 100_000
@@ -42,6 +48,33 @@ def read_yaml(path: Path) -> Any:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise YamlError(f"not YAML: {one_line(error)}") from error
+
+
+class ArraysError(ValueError):
+    """A file of arrays that cannot be read, in one line that begins with its path."""
+
+
+def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read arrays of an .npz file that may come from anybody, all of them if `names` is None.
+
+    Nothing is unpickled. Raises:
+        ArraysError: the file is damaged, lacks one of the names, or unpacks to over `MAX_ARRAY_BYTES`.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_ARRAY_BYTES:
+            raise ArraysError(f"{path}: it unpacks to {size} bytes, at most {MAX_ARRAY_BYTES} are read")
+        with np.load(path, allow_pickle=False) as arrays:
+            wanted = list(arrays) if names is None else list(names)
+            absent = [name for name in wanted if name not in arrays]
+            if absent:
+                raise ArraysError(f"{path}: no array {absent[0]!r}, it has {sorted(arrays)[:20]}")
+            return {name: np.asarray(arrays[name]) for name in wanted}
+    except ArraysError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and its header parser each raise their own
+        raise ArraysError(f"{path}: not a whole .npz file: {one_line(error)}") from error
 
 
 def _check_events(text: str) -> None:

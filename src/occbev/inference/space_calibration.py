@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from occbev.files import read_arrays
 from occbev.grid import BevGrid
 from occbev.inference.model_package import ModelPackage
 
@@ -68,10 +68,10 @@ class SpaceCalibration:
     def load(cls, path: Path) -> SpaceCalibration:
         """Read `save` back; raises SpaceCalibrationError naming the file."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                edges, fitted_on = tuple(arrays["edges"].tolist()), str(arrays["fitted_on"])
-                return cls(arrays["occupied"], arrays["obstacle"], arrays["missed"], edges, fitted_on)
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            arrays = read_arrays(path, ("occupied", "obstacle", "missed", "edges", "fitted_on"))
+            edges, fitted_on = tuple(arrays["edges"].tolist()), str(arrays["fitted_on"])
+            return cls(arrays["occupied"], arrays["obstacle"], arrays["missed"], edges, fitted_on)
+        except (TypeError, ValueError) as error:
             raise SpaceCalibrationError(f"{path}: not a calibration of 'occbev-train calibrate': {error}") from error
 
     def save(self, path: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "convert": "turn a published checkpoint into a model package",
     "families": "every network: parameters, published keys, parity of its exported graph",
     "bench": "parts of networks, side by side with plain baselines",
+    "fuzz": "damaged images, rigs, results, packages and bags: each is read or refused in one line",
 }
 """Sub-command -> one line of help. Each is `occbev_training.cli.<name>` with `add_arguments` and `run`."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ImageConfig, from_record
-from occbev.files import file_hash
+from occbev.files import ArraysError, file_hash, read_arrays
 from occbev.grid import GRIDS, VoxelGrid
 
 FORMAT = 1
@@ -134,8 +134,7 @@ class SampleCache:
 
     def read(self, index: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Read some arrays of one sample, without the rest."""
-        with np.load(self.path(index), allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
+        return read_arrays(self.path(index), names)
 
 
 def open_cache(root: Path, drives: Sequence[str] | None = None, labelled: bool = False) -> SampleCache:
@@ -189,10 +188,9 @@ def _moments(drive: str, record: Mapping[str, Any]) -> list[Moment]:
 def read_sample(path: Path) -> CachedSample:
     """Read one sample; raises CacheError naming the file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return CachedSample(**{f.name: archive[f.name] for f in fields(CachedSample)})
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise CacheError(f"{path}: {error}") from error
+        return CachedSample(**read_arrays(path, [f.name for f in fields(CachedSample)]))
+    except ArraysError as error:
+        raise CacheError(str(error)) from error
 
 
 def write_sample(path: Path, sample: CachedSample) -> str:

@@ -5,7 +5,6 @@ Needs neither torch nor numba: predictions come from a function, priors from a s
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
+from occbev.files import read_arrays
 from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
 from occbev.inference.pipeline import boxes_of as decoded_boxes
 from occbev.inference.postprocess import BoxDecoding, decode_boxes, decode_occupancy
@@ -98,14 +98,9 @@ class Priors:
     def load(cls, path: Path) -> Priors:
         """Read `save` back; raises ValueError naming the file."""
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                return cls(
-                    archive["heatmap"],
-                    archive["box"],
-                    archive["occupied"],
-                    float(archive["threshold"]),
-                )
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            arrays = read_arrays(path, ("heatmap", "box", "occupied", "threshold"))
+            return cls(arrays["heatmap"], arrays["box"], arrays["occupied"], float(arrays["threshold"]))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the priors of a training set: {error}") from error
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import OCCUPANCY_CLASSES
+from occbev.files import ArraysError, read_arrays
 from occbev_training.metrics.nuscenes_results import ResultsError
 
 ARRAY = "arr_0"
@@ -47,15 +47,15 @@ def read_occupancy(
             raise ResultsError(f"{folder}: no {token}.npz; the folder must hold one file for every sample")
         path = nested[0]
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            name = next((n for n in KNOWN_ARRAYS if n in arrays), None)
-            if name is None:
-                raise ResultsError(f"{path}: holds {sorted(arrays)}, want one of {KNOWN_ARRAYS}")
-            label = arrays[name]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ResultsError(f"{path}: {error}") from error
+        arrays = read_arrays(path)
+    except ArraysError as error:
+        raise ResultsError(str(error)) from error
+    name = next((n for n in KNOWN_ARRAYS if n in arrays), None)
+    if name is None:
+        raise ResultsError(f"{path}: holds {sorted(arrays)}, want one of {KNOWN_ARRAYS}")
+    label = arrays[name]
     if label.shape != tuple(shape) or not np.issubdtype(label.dtype, np.integer):
         raise ResultsError(f"{path}: {label.dtype} {label.shape}, want integers {tuple(shape)} [x, y, z]")
-    if label.min() < 0 or label.max() >= classes:
+    if label.size and (label.min() < 0 or label.max() >= classes):
         raise ResultsError(f"{path}: class {label.max()}, classes are 0 to {classes - 1}")
     return label.astype(np.uint8)

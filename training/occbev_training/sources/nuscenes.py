@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES
+from occbev.files import ArraysError, read_arrays
 from occbev.geometry import (
     Array,
     invert_transform,
@@ -439,18 +440,19 @@ def _camera(name: str, data: Row, sensor: Row) -> Camera:
 def read_occ3d(path: Path) -> OccupancyTruth:
     """Read one Occ3D `labels.npz`; raises RecordingError naming a missing array or a wrong shape."""
     grid = GRIDS["occ3d"]
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in ("semantics", "mask_lidar", "mask_camera"):
-            if name not in arrays:
-                raise RecordingError(f"{path}: no array {name!r}, it has {sorted(arrays)}")
-            if arrays[name].shape != grid.shape:
-                raise RecordingError(f"{path}: {name} has shape {arrays[name].shape}, Occ3D has {grid.shape}")
-        return OccupancyTruth(
-            arrays["semantics"].astype(np.uint8),
-            arrays["mask_lidar"].astype(bool),
-            arrays["mask_camera"].astype(bool),
-            grid,
-        )
+    try:
+        arrays = read_arrays(path, ("semantics", "mask_lidar", "mask_camera"))
+    except ArraysError as error:
+        raise RecordingError(str(error)) from error
+    for name, values in arrays.items():
+        if values.shape != grid.shape:
+            raise RecordingError(f"{path}: {name} has shape {values.shape}, Occ3D has {grid.shape}")
+    return OccupancyTruth(
+        arrays["semantics"].astype(np.uint8),
+        arrays["mask_lidar"].astype(bool),
+        arrays["mask_camera"].astype(bool),
+        grid,
+    )
 
 
 def _read_table(path: Path) -> dict[str, Row]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES
+from occbev.files import read_arrays
 from occbev.grid import VoxelGrid
 from occbev.results import Boxes3D
 from occbev.rig import CameraRig
@@ -54,13 +55,13 @@ class Truth:
         path = self.folder / "occupancy" / f"{self.key_stamp_ns[key]}.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            grid = VoxelGrid.from_record(json.loads(str(arrays["grid"])))
-            masks = {
-                name: np.unpackbits(arrays[name], count=grid.size).reshape(grid.shape).astype(bool)
-                for name in ("mask_lidar", "mask_camera")
-            }
-            return OccupancyTruth(arrays["semantics"], grid=grid, **masks)
+        arrays = read_arrays(path, ("grid", "semantics", "mask_lidar", "mask_camera"))
+        grid = VoxelGrid.from_record(json.loads(str(arrays["grid"])))
+        masks = {
+            name: np.unpackbits(arrays[name], count=grid.size).reshape(grid.shape).astype(bool)
+            for name in ("mask_lidar", "mask_camera")
+        }
+        return OccupancyTruth(arrays["semantics"], grid=grid, **masks)
 
     def nearest_key(self, stamp_ns: int, tolerance: float = 0.06) -> int | None:
         """Return the key frame nearest to a stamp, or None where none lies within `tolerance` seconds."""
@@ -95,8 +96,8 @@ def read_truth(folder: Path) -> Truth:
         record = json.loads((folder / "index.json").read_text())
         if record["format"] != FORMAT:
             raise RecordingError(f"{folder}: format {record['format']!r}, want {FORMAT!r}")
-        with np.load(folder / "trajectory.npz", allow_pickle=False) as poses:
-            trajectory = Trajectory(poses["stamp_ns"], poses["ego2global"])
+        poses = read_arrays(folder / "trajectory.npz", ("stamp_ns", "ego2global"))
+        trajectory = Trajectory(poses["stamp_ns"], poses["ego2global"])
         return Truth(
             folder,
             record["name"],

@@ -55,7 +55,7 @@ def read_model(record: Mapping[str, Any], where: str = "") -> ModelConfig:
     """
     record, dot = _rename(dict(record)), f"{where}." if where else ""
     name = record.setdefault("family", "lss")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         near = difflib.get_close_matches(str(name), FAMILIES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{dot}family {name!r}: must be one of {sorted(FAMILIES)}{hint}")
