@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
 from occbev.config import ConfigError
+from occbev.graph import OUTPUT_TOPICS
 from occbev.streams.frame_log import read_frame_log
 
 pytestmark = pytest.mark.ros
@@ -58,7 +59,7 @@ def test_the_frame_log_holds_every_key_time(make_bench: Callable[..., Any], tmp_
     assert [line["stamp_ns"] for line in lines] == keys
     first = lines[0]
     assert (first["outcome"], set(first["cameras"]), first["boxes"]) == ("processed", NAMES, 1)
-    assert set(first["published"]) == {"objects", "points", "grid", "markers"}
+    assert set(first["published"]) == set(OUTPUT_TOPICS)
     assert {"sync", "decode", "inference", "publish", "total"} <= set(first["stages_ms"])
 
 
