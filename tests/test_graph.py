@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from occbev import graph
-from occbev.cli.run import split_assignments, write_numbers
+from occbev.cli.run import split_assignments, write_values
 from occbev.config import ConfigError
 from occbev.streams.parameters import (
     CameraParameters,
@@ -185,11 +185,48 @@ def test_run_splits_launch_arguments_from_parameters() -> None:
         split_assignments(["model=m"])
 
 
-def test_run_writes_numbers_as_their_parameters_are_typed() -> None:
-    given = {"sync.timeout_s": "1", "threads": "1", "model": "5"}
-    assert write_numbers(given) == {"sync.timeout_s": "1.0", "threads": "1", "model": "5"}
-    with pytest.raises(ValueError, match="sync.timeout_s:=soon: want a number"):
-        write_numbers({"sync.timeout_s": "soon"})
+def test_run_writes_values_as_their_parameters_are_typed() -> None:
+    given = {"sync.timeout_s": "1", "threads": "1", "debug_topics": "true", "cameras.A.extrinsic": "[]", "odd": "5"}
+    assert write_values(given) == {**given, "sync.timeout_s": "1.0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("sync.timeout_s", "soon", "sync.timeout_s is 'soon': want a number"),
+        ("threads", "2.5", "threads is 2.5: want a whole number"),
+        ("threads", "-1", "must be between 0 and 256"),
+        ("debug_topics", "1", "debug_topics is 1: want a true or false"),
+        ("model", "5", "model is 5: want a text"),
+        ("cameras.names", "CAM", "cameras.names is 'CAM': want a list of texts"),
+        ("waiting_sets", "many", "want a whole number"),
+    ],
+)
+def test_run_refuses_wrong_values_like_the_node(name: str, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        write_values({name: text})
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"rviz": "maybe"}, "rviz:=maybe: want one of true, false"),
+        ({"log_level": "loud"}, "want one of debug, info"),
+        ({"params_file": "/no/such.yaml"}, "parameter file /no/such.yaml does not exist"),
+        ({"bag": "/no/bag"}, "bag /no/bag does not exist"),
+        ({"rig": "/no/rig.yaml"}, "rig /no/rig.yaml does not exist"),
+    ],
+)
+def test_what_would_fail_later_is_refused_before_anything_starts(values: dict[str, str], problem: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=problem):
+        graph.check_arguments(values)
+    graph.check_arguments({})
+
+
+def test_rviz_follows_the_namespace() -> None:
+    command = graph.rviz_command("/car")
+    assert "/perception/output/objects:=/car/perception/output/objects" in command
+    assert "--ros-args" not in graph.rviz_command()
 
 
 def test_the_player_plays_for_the_node_with_all_its_parameters() -> None:

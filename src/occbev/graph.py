@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from occbev.share import share_path
 
@@ -44,6 +45,7 @@ class Quality:
 
 SENSOR = Quality("best_effort")
 RESULT = Quality("reliable")
+LATCHED_RESULT = Quality("reliable", "transient_local", 1)
 TF, TF_STATIC = Quality("reliable", depth=100), Quality("reliable", "transient_local", 100)
 
 
@@ -76,7 +78,7 @@ OUTPUT_TOPICS: dict[str, Topic] = {
     "grid": Topic(
         "~/output/occupancy/grid",
         "nav_msgs/msg/OccupancyGrid",
-        RESULT,
+        LATCHED_RESULT,
         "ground grid: 100 blocked, 0 free, -1 unknown",
     ),
     "markers": Topic(
@@ -156,20 +158,27 @@ class Argument:
     name: str
     default: str
     text: str
+    choices: tuple[str, ...] = ()
 
+
+TRUTHS = ("true", "false")
 
 ARGUMENTS = (
     Argument("params_file", "", "ROS parameter file; empty for the shipped config/perception.yaml"),
     Argument("model", "", "model package: a folder or the name of a shipped one"),
     Argument("rig", "", "rig YAML to use in place of CameraInfo and TF"),
-    Argument("backend", "", "openvino, onnxruntime, tensorrt, torch or auto"),
+    Argument("backend", "", "inference runtime", ("", "auto", "openvino", "onnxruntime", "tensorrt", "torch")),
     Argument("bag", "", "bag to replay through the node"),
-    Argument("rviz", "false", "start RViz with the shipped view"),
-    Argument("use_sim_time", "false", "take time from /clock"),
+    Argument("rviz", "false", "start RViz with the shipped view", TRUTHS),
+    Argument("use_sim_time", "false", "take time from /clock", TRUTHS),
     Argument("namespace", "", "namespace of the node"),
-    Argument("log_level", "info", "debug, info, warn, error or fatal"),
+    Argument("autostart", "", "configure and activate at start", ("", *TRUTHS)),
+    Argument("log_level", "info", "least severity of messages", ("debug", "info", "warn", "error", "fatal")),
 )
-"""Launch arguments; an empty one leaves the parameter file's value."""
+"""Arguments of `occbev run` and the launch file; an empty one leaves the parameter file's value."""
+
+RESPAWN = Argument("respawn", "false", "start the node again when it ends", TRUTHS)
+"""Argument of the launch file alone."""
 
 PARAMETER_ARGUMENTS = ("model", "rig", "backend")
 """Arguments that set the parameter of the same name when they are not empty."""
@@ -193,7 +202,26 @@ def parameters(values: Mapping[str, str]) -> dict[str, str | bool]:
     chosen: dict[str, str | bool] = {n: values[n] for n in PARAMETER_ARGUMENTS if values.get(n)}
     if is_true(values.get("use_sim_time", "")) or values.get("bag"):
         chosen["use_sim_time"] = True
+    if values.get("autostart"):
+        chosen["autostart"] = is_true(values["autostart"])
     return chosen
+
+
+def check_arguments(values: Mapping[str, str]) -> None:
+    """Refuse what would fail later, before anything is started.
+
+    Raises:
+        ValueError: an argument has a value that is none of its choices. FileNotFoundError: a file is absent.
+    """
+    for argument in (*ARGUMENTS, RESPAWN):
+        value = values.get(argument.name, argument.default)
+        if argument.choices and value.lower() not in argument.choices:
+            raise ValueError(f"{argument.name}:={value}: want one of {', '.join(filter(None, argument.choices))}")
+    if not Path(params_file(values)).is_file():
+        raise FileNotFoundError(f"parameter file {params_file(values)} does not exist")
+    for name in ("bag", "rig"):
+        if values.get(name) and not Path(values[name]).exists():
+            raise FileNotFoundError(f"{name} {values[name]} does not exist")
 
 
 def rviz_file() -> str:
@@ -201,9 +229,19 @@ def rviz_file() -> str:
     return str(share_path("config/rviz/occbev.rviz"))
 
 
-def rviz_command() -> list[str]:
-    """Return the command that shows the results in RViz."""
-    return ["rviz2", "-d", rviz_file()]
+def rviz_command(namespace: str = "") -> list[str]:
+    """Return the command that shows the results of a node in a namespace in RViz."""
+    return ["rviz2", *rviz_arguments(namespace)]
+
+
+def rviz_arguments(namespace: str = "") -> list[str]:
+    """Return the arguments of RViz: the shipped view, its topics remapped into a namespace."""
+    arguments = ["-d", rviz_file()]
+    if namespace.strip("/"):
+        arguments.append("--ros-args")
+        for topic in OUTPUT_TOPICS.values():
+            arguments += ["-r", f"{resolve(topic.name)}:={resolve(topic.name, namespace)}"]
+    return arguments
 
 
 def player_command(values: Mapping[str, str], extra: Mapping[str, str] | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from occbev import graph
-from occbev.streams.parameters import PerceptionParameters, leaves
+from occbev.streams.parameters import find_leaf, fit_value, parse_value
 
 GRACE_S = 8.0
 """How long a child may take to end before it is killed."""
@@ -44,15 +44,17 @@ def run(args: argparse.Namespace) -> int:
     values, extra = split_assignments(args.assignments)
     if args.params_file:
         values["params_file"] = str(args.params_file)
-    check_file(graph.params_file(values))
+    graph.check_arguments(values)
+    parameters = write_values(extra)
+    rviz = _existing(graph.rviz_command(values["namespace"])) if graph.is_true(values["rviz"]) else []
     from occbev.ros.perception_node import main
 
     with contextlib.ExitStack() as stack:
         if values["bag"]:
             stack.enter_context(child(graph.player_command(values, extra)))
-        if graph.is_true(values["rviz"]):
-            stack.enter_context(child(_existing(graph.rviz_command())))
-        return main(graph.node_arguments(values, write_numbers(extra)))
+        if rviz:
+            stack.enter_context(child(rviz))
+        return main(graph.node_arguments(values, parameters))
 
 
 def end_with(parent: int) -> bool:
@@ -110,29 +112,28 @@ def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, str], dict[
     return values, extra
 
 
-def write_numbers(extra: Mapping[str, str]) -> dict[str, str]:
-    """Write numbers as their parameters are typed: rcl ignores `1` over a double that the parameter file gives.
+def write_values(given: Mapping[str, str]) -> dict[str, str]:
+    """Return parameters with their values in the type of each: rcl ignores `1` over a double of the parameter file.
 
+    Names that are unknown are left to the node, which names the nearest known one.
     Raises:
-        ValueError: a number is wanted and something else was given.
+        ConfigError: a value of a wrong type or out of range.
     """
-    numbers = {leaf.name for leaf in leaves(PerceptionParameters) if isinstance(leaf.default, float)}
-    return {name: _number(name, text) if name in numbers else text for name, text in extra.items()}
+    return {name: _write_value(name, text) for name, text in given.items()}
 
 
-def _number(name: str, text: str) -> str:
-    try:
-        return repr(float(text))
-    except ValueError as error:
-        raise ValueError(f"{name}:={text}: want a number") from error
-
-
-def check_file(path: str) -> None:
-    """Raise FileNotFoundError for a parameter file that is not there; rclpy's own message does not name it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"parameter file {path} does not exist")
+def _write_value(name: str, text: str) -> str:
+    leaf = find_leaf(name)
+    if leaf is None:
+        return text
+    value = fit_value(leaf, parse_value(name, text))
+    return repr(value) if isinstance(value, float) else text
 
 
 def argument_help() -> str:
     """Describe the launch arguments in one line."""
-    return "; ".join(f"{argument.name}: {argument.text}" for argument in graph.ARGUMENTS)
+    return "; ".join(f"{a.name}: {a.text}{_describe_choices(a)}" for a in graph.ARGUMENTS)
+
+
+def _describe_choices(argument: graph.Argument) -> str:
+    return f" ({', '.join(filter(None, argument.choices))})" if argument.choices else ""

@@ -10,9 +10,9 @@ from typing import Any
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.parameter import Parameter
 
-from occbev.graph import DEFAULT_CAMERAS
 from occbev.ros.rclpy_internals import parameter_overrides
 from occbev.streams.parameters import (
+    CAMERA_NAMES,
     OLD_NAMES,
     CameraParameters,
     Leaf,
@@ -36,10 +36,9 @@ def declare_parameters(node: Any) -> PerceptionParameters:
     _take_old_names(node)
     for leaf in leaves(PerceptionParameters):
         _declare(node, leaf)
-    cameras = "Cameras in order; each has its own cameras.<name>.* parameters."
     file = node.get_parameter("topics").value
     named = read_topic_values(file) if file else {}
-    _declare(node, Leaf("cameras.names", named.get("cameras.names", list(DEFAULT_CAMERAS)), cameras))
+    _declare(node, replace(CAMERA_NAMES, default=named.get("cameras.names", CAMERA_NAMES.default)))
     for camera in node.get_parameter("cameras.names").value:
         for leaf in leaves(CameraParameters, f"cameras.{camera}."):
             _declare(node, replace(leaf, default=named.get(leaf.name, leaf.default)))
@@ -77,14 +76,18 @@ def _declare(node: Any, leaf: Leaf) -> None:
     """Declare one parameter; a given value of a wrong type or out of range is named before rclpy sees it."""
     overrides = parameter_overrides(node)
     given = overrides.get(leaf.name)
-    if given is not None:
+    if given is not None and given.value is None:
+        del overrides[leaf.name]  # an empty list in a file, as `ros2 param dump` writes it
+    elif given is not None:
         overrides[leaf.name] = Parameter(leaf.name, value=fit_value(leaf, given.value))
     default = list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
     node.declare_parameter(leaf.name, default, _descriptor(leaf))
 
 
 def _descriptor(leaf: Leaf) -> ParameterDescriptor:
-    descriptor = ParameterDescriptor(name=leaf.name, description=leaf.text, read_only=not leaf.live)
+    descriptor = ParameterDescriptor(
+        name=leaf.name, description=leaf.text, read_only=not (leaf.live or leaf.unconfigured)
+    )
     if isinstance(leaf.default, tuple):
         descriptor.dynamic_typing = True  # an empty list in YAML has no type
     if leaf.range and isinstance(leaf.default, float):

@@ -21,9 +21,10 @@ from typing import Any
 import rclpy
 from rclpy.clock import Clock, ClockType, JumpThreshold  # type: ignore[attr-defined]
 from rclpy.duration import Duration
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Float32
 
@@ -56,8 +57,11 @@ from occbev.ros.worker import Worker
 from occbev.streams.frame_log import PROCESSED, FrameLog, describe_job
 from occbev.streams.health import health
 from occbev.streams.intake import Intake
-from occbev.streams.parameters import QOS_PREFIX, PerceptionParameters, is_ours
+from occbev.streams.parameters import QOS_PREFIX, UNCONFIGURED, PerceptionParameters, is_ours
 from occbev.streams.runner import PerceptionLine, box_decoding, load_pipeline
+
+OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+"""Parts of a topic's quality of service that parameters may override."""
 
 POLL_S = 0.02
 """How often timeouts of the synchroniser are looked at."""
@@ -94,6 +98,7 @@ class PerceptionNode(LifecycleNode):
         self._worker: Worker[FrameJob] | None = None
         self._inputs: list[Any] = []
         self._latched: set[str] = set()
+        self._jump: Any = None
         self._timers_running: list[Any] = []
         self._out: dict[str, Any] = {}
         self._debug: dict[str, Any] = {}
@@ -107,30 +112,42 @@ class PerceptionNode(LifecycleNode):
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model and create the publishers."""
-        try:
-            self.parameters = read_node_parameters(self)
-            begin = time.monotonic()
-            self._pipeline = self._make_pipeline(self.parameters)
-            self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
-        except (ValueError, LookupError, OSError, ImportError) as error:
-            self.get_logger().error(f"cannot configure: {error}")
+        if not self._attempt("configure", self._configure, self._unload):
             return TransitionCallbackReturn.FAILURE
-        self.frame_log.open(self.parameters.frame_log_path)
-        self._advertise()
-        self.get_logger().info(f"{self.parameters.model} is loaded after {time.monotonic() - begin:.1f} s")
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe and start to work."""
+        if not self._attempt("activate", self._activate, self._stop):
+            return TransitionCallbackReturn.FAILURE
+        return super().on_activate(state)
+
+    def _attempt(self, transition: str, step: Callable[[], None], undo: Callable[[], None]) -> bool:
+        """Do a transition; whatever it raises is logged with its cause, undone, and fails the transition."""
+        try:
+            step()
+            return True
+        except Exception as error:
+            is_plain = isinstance(error, (ValueError, OSError, ImportError))
+            cause = str(error) if is_plain else f"{type(error).__name__}: {error}"
+            self.get_logger().error(f"cannot {transition}: {cause}")
+            undo()
+            return False
+
+    def _configure(self) -> None:
+        begin = time.monotonic()
+        self.parameters = read_node_parameters(self)
+        self._pipeline = self._make_pipeline(self.parameters)
+        self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
+        self.frame_log.open(self.parameters.frame_log_path)
+        self._advertise()
+        self.get_logger().info(f"{self.parameters.model} is loaded after {time.monotonic() - begin:.1f} s")
+
+    def _activate(self) -> None:
         assert self._pipeline is not None
         if self.is_overrun:
-            self.get_logger().error("cannot activate: the network still runs on the last set")
-            return TransitionCallbackReturn.FAILURE
-        try:
-            self._intake = Intake(self.parameters, self._pipeline.decode_frame)
-        except (ValueError, OSError) as error:
-            self.get_logger().error(f"cannot activate: {error}")
-            return TransitionCallbackReturn.FAILURE
+            raise RuntimeError("the network still runs on the last set")
+        self._intake = Intake(self.parameters, self._pipeline.decode_frame)
         self._last_end_ns = None
         self._worker = self._make_worker(PerceptionLine(self._intake, self._pipeline, self._warn_about_job))
         self._subscribe(self._intake)
@@ -140,7 +157,6 @@ class PerceptionNode(LifecycleNode):
         ]
         self._report_unknown(QOS_PREFIX)  # they are known only once the topics are
         self.get_logger().info(f"listening to {', '.join(self.parameters.names)}")
-        return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop listening; the model stays loaded."""
@@ -200,7 +216,7 @@ class PerceptionNode(LifecycleNode):
             topic.name,
             qos_profile(topic.quality),
             event_callbacks=events,
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            qos_overriding_options=QoSOverridingOptions(OVERRIDABLE),
         )
 
     def _subscribe(self, intake: Intake) -> None:
@@ -244,7 +260,7 @@ class PerceptionNode(LifecycleNode):
             take,
             qos_profile(topic.quality),
             event_callbacks=events,
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            qos_overriding_options=QoSOverridingOptions(OVERRIDABLE),
         )
         self._inputs.append(subscription)
 
@@ -267,7 +283,8 @@ class PerceptionNode(LifecycleNode):
             self.destroy_subscription(subscription)
         self._timers_running, self._inputs, self._latched = [], [], set()
         if self._worker is not None and self._intake is not None:
-            self._jump.unregister()
+            if self._jump is not None:
+                self._jump.unregister()
             for job in self._worker.stop() + self._intake.flush(time.monotonic_ns()):
                 self.frame_log.record(job.stamp_ns, "stopped")
             self._account_for_drops()
@@ -442,6 +459,10 @@ class PerceptionNode(LifecycleNode):
 
         if not any(is_ours(parameter.name) for parameter in changed):
             return SetParametersResult(successful=True)
+        fixed = sorted({parameter.name for parameter in changed} & UNCONFIGURED)
+        if fixed and self._pipeline is not None:
+            reason = f"{', '.join(fixed)} may change only while the node is unconfigured: clean it up first"
+            return SetParametersResult(successful=False, reason=reason)
         try:
             self.parameters = read_node_parameters(self, changed)
         except ConfigError as error:
@@ -505,10 +526,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; returns the exit status."""
     profile = use_large_image_profile()
     kept = keep_large_blocks()
-    rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))
+    try:
+        rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))
+    except Exception as error:  # rcl's own classes differ between distributions
+        print(f"perception: {error}", file=sys.stderr)
+        return 2
     try:
         return _run(f"Fast DDS profile {profile}; allocator tuned: {kept}")
-    except ConfigError as error:
+    except (ConfigError, ParameterException) as error:
         print(f"perception: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, ExternalShutdownException):

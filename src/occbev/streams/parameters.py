@@ -117,9 +117,9 @@ class OccupancyParameters:
 class PerceptionParameters:
     """All parameters of the perception node."""
 
-    model: str = "occbev-tiny"
+    model: str = field(default="occbev-tiny", metadata={"unconfigured": True})
     """Model package: a folder, or the name of a shipped one."""
-    backend: str = "auto"
+    backend: str = field(default="auto", metadata={"unconfigured": True})
     """Inference runtime: openvino, onnxruntime, tensorrt, torch or auto."""
     threads: int = bounded(0, 0, 256)
     """CPU threads of the runtime; 0 leaves it to the runtime."""
@@ -131,7 +131,7 @@ class PerceptionParameters:
     """Topic of moving transforms."""
     tf_static_topic: str = TF_STATIC_TOPIC
     """Topic of fixed transforms."""
-    rig: str = ""
+    rig: str = field(default="", metadata={"unconfigured": True})
     """Rig YAML to use in place of CameraInfo and TF; empty: calibration comes from the topics."""
     base_frame: str = "base_link"
     """Frame of all results: x forward, y left, z up."""
@@ -223,14 +223,14 @@ def read_parameters(path: Path, changes: Mapping[str, str] | None = None) -> Per
             merged.update(node["ros__parameters"])
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a ROS parameter file (node name, then ros__parameters): {error!r}") from error
-    values = {name: _parse(name, text) for name, text in (changes or {}).items()}
+    values = {name: parse_value(name, text) for name, text in (changes or {}).items()}
     try:
         return parameters_from_record(nest_names(values, merged))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _parse(name: str, text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -304,6 +304,8 @@ class Leaf:
     text: str
     range: tuple[float, float] | None = None
     live: bool = False
+    unconfigured: bool = False
+    """Whether it may change before the node is configured."""
 
 
 @cache
@@ -324,7 +326,28 @@ def _leaves(schema: type, prefix: str) -> Iterator[Leaf]:
                 texts[entry.name],
                 entry.metadata.get("range"),
                 entry.metadata.get("live", False),
+                entry.metadata.get("unconfigured", False),
             )
+
+
+def read_values(given: Mapping[str, str]) -> dict[str, Any]:
+    """Return parameters given as text in the type of each; raises ConfigError for an unknown name or a wrong value."""
+    values = {}
+    for name, text in given.items():
+        leaf = find_leaf(name)
+        if leaf is None:
+            raise ConfigError(f"parameter {name} is unknown")
+        values[name] = fit_value(leaf, parse_value(name, text))
+    return values
+
+
+def find_leaf(name: str) -> Leaf | None:
+    """Return the parameter of a dotted name, also of one camera's; None for an unknown one."""
+    known = {leaf.name: leaf for leaf in (*leaves(PerceptionParameters), CAMERA_NAMES)}
+    own = {leaf.name: leaf for leaf in leaves(CameraParameters)}
+    if name.startswith("cameras.") and name.count(".") == 2:
+        return dataclasses.replace(own[name.split(".")[2]], name=name) if name.split(".")[2] in own else None
+    return known.get(OLD_NAMES.get(name, name))
 
 
 def field_texts(schema: type) -> dict[str, str]:
@@ -338,6 +361,16 @@ def field_texts(schema: type) -> dict[str, str]:
     return texts
 
 
+CAMERA_NAMES = Leaf(
+    "cameras.names",
+    list(DEFAULT_CAMERAS),
+    "Cameras in order; each has its own cameras.<name>.* parameters.",
+)
+
+UNCONFIGURED = frozenset(leaf.name for leaf in leaves(PerceptionParameters) if leaf.unconfigured)
+"""Parameters that may change while the node is unconfigured."""
+
+
 def fit_value(leaf: Leaf, value: Any) -> Any:
     """Return a value in the type of its parameter: 5 is a double where one is wanted.
 
@@ -345,6 +378,8 @@ def fit_value(leaf: Leaf, value: Any) -> Any:
         ConfigError: another type, or out of range.
     """
     wanted = type(leaf.default)
+    if wanted is list and not (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)):
+        raise ConfigError(f"{leaf.name} is {value!r}: want a list of texts")
     if wanted in (tuple, list):
         return value
     if wanted is float and type(value) is int:

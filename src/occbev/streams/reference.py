@@ -43,7 +43,13 @@ def _parameter_row(leaf: Leaf) -> tuple[str, ...]:
     default = str(leaf.default).lower() if isinstance(leaf.default, bool) else str(leaf.default)
     default = "" if leaf.default in ("", ()) else f"`{default}`"
     limits = "" if leaf.range is None else f"{leaf.range[0]:g} to {leaf.range[1]:g}"
-    return f"`{leaf.name}`", default, leaf.text, limits, "yes" if leaf.live else ""
+    return (
+        f"`{leaf.name}`",
+        default,
+        leaf.text,
+        limits,
+        "yes" if leaf.live else "while unconfigured" if leaf.unconfigured else "",
+    )
 
 
 def tables() -> dict[str, str]:

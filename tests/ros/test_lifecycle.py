@@ -1,0 +1,99 @@
+"""Transitions that fail say why, and parameters come and go: dumped, changed while unconfigured, overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="needs ROS 2")
+
+from occbev.config import ConfigError
+from occbev.streams.parameters import nest_names
+
+pytestmark = pytest.mark.ros
+
+
+def refuse(*_: Any) -> Any:
+    raise AttributeError("nobody expects this")
+
+
+def test_whatever_a_transition_raises_is_logged_and_fails_it(
+    make_bench: Callable[..., Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(active=False, frame_log_path="/proc/nowhere/log.jsonl")
+    assert bench.transition("configure") == "FAILURE"
+    assert "cannot configure: [Errno 2]" in capfd.readouterr().err
+    make = bench.node._make_pipeline
+    bench.node._make_pipeline = refuse
+    assert bench.transition("configure") == "FAILURE"
+    assert "cannot configure: AttributeError: nobody expects this" in capfd.readouterr().err
+    bench.node._make_pipeline = make
+    monkeypatch.setattr(bench.node.frame_log, "open", lambda path: None)
+    assert bench.transition("configure") == "SUCCESS"
+    subscribe = bench.node._subscribe
+    bench.node._subscribe = refuse
+    assert bench.transition("activate") == "FAILURE"
+    assert "cannot activate: AttributeError" in capfd.readouterr().err
+    bench.node._subscribe = subscribe
+    assert bench.transition("activate") == "SUCCESS"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"cameras__names": "CAM"}, "cameras.names is 'CAM': want a list of texts"),
+        ({"cameras__names": [1, 2]}, r"cameras.names is \[1, 2\]: want a list of texts"),
+    ],
+)
+def test_lists_of_a_wrong_type_are_named(make_bench: Callable[..., Any], values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_bench(active=False, **values)
+
+
+def test_model_and_rig_may_change_while_unconfigured(make_bench: Callable[..., Any]) -> None:
+    from rclpy.parameter import Parameter
+
+    bench = make_bench(active=False)
+    for name in ("model", "backend", "rig"):
+        (changed,) = bench.node.set_parameters([Parameter(name, value="auto" if name == "backend" else "")])
+        assert changed.successful, changed.reason
+    assert bench.transition("configure") == "SUCCESS"
+    (refused,) = bench.node.set_parameters([Parameter("model", value="other")])
+    assert "model may change only while the node is unconfigured" in refused.reason
+
+
+def test_durability_of_an_output_can_be_overridden_and_the_grid_is_latched(make_bench: Callable[..., Any]) -> None:
+    from rclpy.qos import DurabilityPolicy
+
+    name = "qos_overrides./perception/output/objects.publisher.durability"
+    bench = make_bench(**{name: "transient_local"}, wait=False)
+    durability = {
+        key: bench.node.get_publishers_info_by_topic(publisher.topic_name)[0].qos_profile.durability
+        for key, publisher in bench.node._out.items()
+    }
+    assert durability["objects"] == durability["grid"] == DurabilityPolicy.TRANSIENT_LOCAL
+    assert durability["points"] == DurabilityPolicy.VOLATILE
+
+
+def test_dumped_parameters_load_again(make_bench: Callable[..., Any], tmp_path: Path) -> None:
+    import rclpy
+
+    bench = make_bench(sync__timeout_s=1.5)
+    values = {name: p.value for name, p in bench.node.get_parameters_by_prefix("").items()}
+    plain = {n: list(v) if hasattr(v, "tolist") else v for n, v in values.items()}
+    path = tmp_path / "dump.yaml"
+    path.write_text(yaml.safe_dump({"/perception": {"ros__parameters": nest_names(plain)}}))
+    context = rclpy.Context()
+    rclpy.init(args=["--ros-args", "--params-file", str(path)], context=context)
+    try:
+        from occbev.ros.perception_node import PerceptionNode
+
+        again = PerceptionNode(bench.node._make_pipeline, context=context)
+        assert again.parameters == bench.node.parameters
+        again.destroy_node()
+    finally:
+        context.shutdown()
