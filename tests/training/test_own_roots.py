@@ -17,7 +17,7 @@ from occbev_training.sources.categories import class_of, read_class_map
 from occbev_training.sources.discovery import OpenScene, find_recordings, read_names
 from occbev_training.sources.nuscenes import RootOptions, find_tables, open_nuscenes
 from occbev_training.sources.nuscenes_writer import write_nuscenes
-from occbev_training.sources.recording import RecordingError
+from occbev_training.sources.recording import RecordingError, require_beam_origin
 
 VERSION = "v1.0-sim"
 
@@ -136,12 +136,15 @@ def test_a_t4_root_is_read_as_the_same_drive(root: Path, tmp_path: Path) -> None
     assert read.rig["CAM_FRONT"].distortion_model == "plumb_bob"
     assert read.frame_set(0).cameras == given.frame_set(0).cameras
     np.testing.assert_allclose(read.annotations(1).boxes.box, given.annotations(1).boxes.box, atol=1e-5)
+    with pytest.raises(RecordingError, match="clouds are in base_link itself.*--lidar-origin X Y Z"):
+        require_beam_origin(read)
     inside = given.sweep(3).points @ given.lidar2ego[:3, :3].T + given.lidar2ego[:3, 3]
     np.testing.assert_allclose(read.sweep(3).points, inside, atol=1e-5)
     origin = tuple(given.lidar2ego[:3, 3])
     placed = open_nuscenes(t4, options=RootOptions(lidar_origin=origin)).recordings()[0]
     np.testing.assert_allclose(placed.lidar2ego[:3, 3], origin)
     np.testing.assert_allclose(placed.sweep(3).points + np.float32(origin), inside, atol=1e-5)
+    require_beam_origin(placed)
     with pytest.raises(RecordingError, match="--lidar-origin is for clouds in base_link"):
         open_nuscenes(root, options=RootOptions(lidar_origin=origin)).recordings()
 

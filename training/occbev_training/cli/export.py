@@ -1,10 +1,10 @@
 """Turn the weights of a run of either stage, or a converted checkpoint, into a model package with graphs.
 
-    occbev-train export out/finetune/weights.safetensors out/my-model --model config/models/occbev-tiny.yaml
-    occbev-train export out/pretrain/weights.safetensors out/my-voxels --model config/models/occbev-tiny.yaml
+    occbev-train export out/finetune/weights.safetensors --out out/my-model --model config/models/occbev-tiny.yaml
+    occbev-train export out/pretrain/weights.safetensors --out out/my-voxels --model config/models/occbev-tiny.yaml
     occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/converted
-    occbev-train export out/converted out/bevformer_tiny
-    occbev-train export out/my-model out/my-model-int8 --int8 out/cache
+    occbev-train export out/converted --out out/bevformer_tiny
+    occbev-train export out/my-model --out out/my-model-int8 --int8 out/cache
 
 Weights hold the heads that were trained, and the package predicts what these say: of a pre-training run voxels that are
 free, occupied or unknown, without classes and without boxes.
@@ -25,6 +25,7 @@ from rich.console import Console
 from occbev.config import ConfigError, ModelConfig
 from occbev.inference.families import load_model
 from occbev.inference.model_package import ModelPackage
+from occbev_training.cli.inputs import choose_output
 from occbev_training.data.cache import open_cache
 from occbev_training.export.package import ExportError, export_package
 from occbev_training.export.quantise import QuantisationError
@@ -40,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="weights.safetensors of a run of either stage, or a package of weights",
     )
-    parser.add_argument("folder", type=Path, help="where the package is written")
+    parser.add_argument("position", type=Path, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="folder where the package is written")
     parser.add_argument("--model", type=Path, help="model configuration (YAML); a package has its own")
     parser.add_argument("--provenance", type=Path, help="JSON: data, steps, seeds of the training")
     parser.add_argument("--metrics", type=Path, help="JSON: held-out scores")
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, check the graphs against torch, and print what was written; 1 if a graph is refused."""
+    args.out = choose_output(args.out, args.position, "the package")
     model, weights, provenance = _source(args.weights, args.model)
     model = _calibrate(model, args.calibration)
     state, _ = read_weights(weights)
@@ -72,15 +75,15 @@ def run(args: argparse.Namespace) -> int:
     frames = None if args.int8 is None else open_cache(args.int8)
     try:
         with console.status("exporting and checking the graphs on several rigs"):
-            package = export_package(network, model, args.folder, *records, args.add, args.cameras or None, frames)
+            package = export_package(network, model, args.out, *records, args.add, args.cameras or None, frames)
     except (ExportError, QuantisationError) as error:
         Console(stderr=True).print(f"{model.name}: {error}", highlight=False)
         return 1
-    sizes = {name: (args.folder / name).stat().st_size for name in package.files}
+    sizes = {name: (args.out / name).stat().st_size for name in package.files}
     operators = package.provenance["operators"]
     if args.json:
         record = {"bytes": sizes, "metrics": package.metrics, "operators": operators.split()}
-        print(json.dumps({"folder": str(args.folder), **record}))
+        print(json.dumps({"folder": str(args.out), **record}))
         return 0
     for name, size in sizes.items():
         console.print(f"{size / 1e6:8.2f} MB  {name}")

@@ -58,7 +58,9 @@ def class_map(args: argparse.Namespace) -> ClassMap:
 
 def root_options(args: argparse.Namespace) -> RootOptions:
     """Turn the arguments of `add_root_arguments`, or of `add_version_arguments`, into options."""
-    return RootOptions(args.version, class_map(args), getattr(args, "lidar_columns", COLUMNS))
+    origin = getattr(args, "lidar_origin", None)
+    columns = getattr(args, "lidar_columns", COLUMNS)
+    return RootOptions(args.version, class_map(args), columns, None if origin is None else tuple(origin))
 
 
 def split_output(paths: Sequence[Path], out: Path | None, what: str, alone: bool = False) -> tuple[list[Path], Path]:
@@ -75,6 +77,13 @@ def split_output(paths: Sequence[Path], out: Path | None, what: str, alone: bool
         first = f": {paths[0]} is an input" if paths and holds_recordings(paths[0]) else ""
         raise ValueError(f"name {what} with --out FOLDER{first}")
     return list(paths[1:]), paths[0]
+
+
+def choose_output(out: Path | None, position: Path | None, what: str) -> Path:
+    """Return the output of --out, or the older last position; raises ValueError where both or none are given."""
+    if (out is None) == (position is None):
+        raise ValueError(f"name {what} with --out FOLDER{'' if out is None else f', not with {position} as well'}")
+    return Path(out or position or "")
 
 
 @dataclass

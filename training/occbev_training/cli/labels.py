@@ -169,7 +169,7 @@ def _finder(opener: Opener, recording: Recording, base_frame: str) -> Frame2Base
         if not isinstance(opener, OpenBag) or not isinstance(recording, BagRecording):
             raise RecordingError(f"{opener.name}: no frame {frame!r}; frames are {sorted(fixed)}")
         if bag is None:
-            bag = BagFrames(opener.path, base_frame, recording.trajectory, recording.topics.odometry)
+            bag = BagFrames(opener.path, base_frame, recording.trajectory, recording.topics)
         return bag.frame2base(frame, stamp_ns)
 
     return frame2base

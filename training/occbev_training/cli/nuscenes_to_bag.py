@@ -4,7 +4,7 @@ Every ego pose of the tables goes onto /odometry and /tf at its own stamp, so th
 camera's own exposure can be looked up. Images and sweeps whose files are not there are left out
 and counted.
 
-    occbev-train nuscenes-to-bag data/nuscenes out/bags --scene scene-0103
+    occbev-train nuscenes-to-bag data/nuscenes --out out/bags --scene scene-0103
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev.files import file_name
+from occbev_training.cli.inputs import choose_output
 from occbev_training.sources.bag_writer import BagSummary, write_bag
 from occbev_training.sources.nuscenes import NuscenesRecording, open_nuscenes
 from occbev_training.sources.recording import RecordingError
@@ -27,7 +28,8 @@ from occbev_training.sources.truth import write_truth
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("root", type=Path, help="nuScenes data root (holds v1.0-*, samples, sweeps)")
-    parser.add_argument("out", type=Path, help="folder that gets one bag per scene, named after it")
+    parser.add_argument("position", type=Path, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="folder that gets one bag per scene, named after it")
     parser.add_argument("--scene", action="append", help="only this scene; may be given again")
     parser.add_argument("--version", help="folder of the tables, where the root holds several")
     parser.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="bag storage")
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the bags; prints what each got and what was missing."""
     console = Console(stderr=args.json)
+    args.out = choose_output(args.out, args.position, "the folder of bags")
     root = open_nuscenes(args.root, args.version)
     scenes = args.scene or list(root.scenes)
     unknown = sorted(set(scenes) - set(root.scenes))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import cv2
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from occbev.rig import CameraRig
+from occbev_training.cli.inputs import choose_output
 from occbev_training.simulator.drive import WORLDS, DriveConfig, SimulatedDrive, split_of
 from occbev_training.simulator.lidar import LidarConfig, read_lidar
+from occbev_training.workers import start_workers
 
 SINGLE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """Set for the workers: threads of the linear algebra library only wait for each other on 3 x 3 products."""
@@ -30,12 +31,8 @@ FORMATS = ("nuscenes", "bag", "both")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="folder to write to; a nuScenes root, bags/ and truth/",
-    )
+    parser.add_argument("position", type=Path, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="folder to write to; a nuScenes root, bags/ and truth/")
     parser.add_argument("--drives", type=int, default=1, help="number of drives (default 1)")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first drive (default 0)")
     parser.add_argument("--keys", type=int, default=20, help="key frames per drive (default 20)")
@@ -73,6 +70,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Render all drives that are not there yet; returns 0."""
+    args.out = choose_output(args.out, args.position, "the folder of drives")
     if args.drives < 1 or args.workers < 1:
         raise ValueError(f"--drives {args.drives} and --workers {args.workers} must be at least 1")
     config = _config(args)
@@ -89,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(*columns) as progress:
         task = progress.add_task("simulate", total=len(seeds))
         # Fresh interpreters: a forked child would inherit Embree's threads in an unknown state.
-        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        with start_workers(args.workers) as pool:
             jobs = [pool.submit(write_seed, seed, config, args.out, args.format) for seed in seeds]
             try:
                 for job in as_completed(jobs):

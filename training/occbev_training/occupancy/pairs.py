@@ -45,7 +45,7 @@ from occbev_training.occupancy.quality import (
     observed_drop,
 )
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording, describe_error
+from occbev_training.sources.recording import Recording, describe_error, require_beam_origin
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +342,7 @@ class _PaperBuilder(LabelBuilder):
 
 
 def _builder(recording: Recording, config: PairConfig) -> LabelBuilder:
+    require_beam_origin(recording)
     kind = _PaperBuilder if config.variant == "occbev_paper" else LabelBuilder
     return kind(recording, config.label, config.grid)
 

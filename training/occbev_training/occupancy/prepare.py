@@ -29,7 +29,7 @@ from occbev_training.data.cache import FORMAT, MIN_LIDAR_DEPTH, CachedSample, Ca
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording, describe_error, leave_out
+from occbev_training.sources.recording import Recording, describe_error, leave_out, require_beam_origin
 from occbev_training.workers import KILLED, TaskRunner
 
 logger = logging.getLogger(__name__)
@@ -332,6 +332,7 @@ def _labeller(recording: Recording, config: PrepareConfig) -> Callable[[int, Fra
     if label_config is None:
         nothing = np.zeros(config.grid.shape, np.uint8)
         return lambda key, frames: LabelVolumes(nothing, nothing, nothing, nothing, config.grid.hash)
+    require_beam_origin(recording)
     builder = LabelBuilder(recording, label_config, config.grid)
 
     return lambda key, frames: builder.build(key, frames).volumes

@@ -15,6 +15,7 @@ from occbev.geometry import Array, invert_transform, make_transform, rotation_fr
 from occbev.messages.bags import INTERFACES, BagReader
 from occbev.messages.readers import header_stamp
 from occbev.messages.tf import Buffer, InvalidArgumentException, clean_frame
+from occbev.messages.topics import BagTopics
 from occbev.trajectory import Trajectory
 from occbev_training.sources.box_labels import LabelBox, LabelFrame
 from occbev_training.sources.recording import RecordingError
@@ -148,17 +149,18 @@ def _make_box(
 
 
 class BagFrames:
-    """Every frame that a bag's /tf, /tf_static and odometry know, over its whole time."""
+    """Every frame that a bag's transforms and odometry know, over its whole time."""
 
-    def __init__(self, bag: Path, base_frame: str, trajectory: Trajectory, odometry: str | None = None) -> None:
-        """trajectory: of the vehicle, in the frame of the topic `odometry`, None where /tf gave it."""
+    def __init__(self, bag: Path, base_frame: str, trajectory: Trajectory, topics: BagTopics) -> None:
+        """trajectory: of the vehicle, in the frame of the odometry topic, if there is one."""
         self._base, self._trajectory, self._odometry_frame = base_frame, trajectory, ""
         self._buffer = Buffer(cache_s=1e9)
         store = _type_store()
         with BagReader(bag) as reader:
-            for message in reader.messages([topic for topic in ("/tf_static", "/tf") if topic in reader.topics]):
-                self._add(store.deserialize_cdr(message.data, message.type), message.topic == "/tf_static")
-            for message in reader.messages([] if odometry is None else [odometry]):
+            trees = [topic for topic in (topics.tf_static, topics.tf) if topic in reader.topics]
+            for message in reader.messages(trees):
+                self._add(store.deserialize_cdr(message.data, message.type), message.topic == topics.tf_static)
+            for message in reader.messages([] if topics.odometry is None else [topics.odometry]):
                 self._odometry_frame = clean_frame(store.deserialize_cdr(message.data, message.type).header.frame_id)
                 break
 

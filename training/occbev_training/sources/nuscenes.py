@@ -276,6 +276,7 @@ class NuscenesRoot:
 class NuscenesRecording:
     """One scene as a `Recording`.
 
+    beams_from_base: whether clouds are in base_link, and where their beams begin is not known.
     sample_tokens: (K,) token of each key frame. absent: channel -> files that the tables name
     and the disk lacks. Sweeps are those whose files are there.
     """
@@ -298,6 +299,7 @@ class NuscenesRecording:
             )
         self.sample_tokens = tuple(str(sample["token"]) for sample in samples)
         self.lidar2ego, self.rig = self._calibration(data)
+        self.beams_from_base = bool(np.allclose(self.lidar2ego, np.eye(4), atol=1e-6))
         self.trajectory = _trajectory(root, data)
         self._sweeps = sorted(
             (row for row in data if root.channel(row) == root.lidar_channel and root.has_data(row)),

@@ -27,6 +27,15 @@ def describe_error(error: BaseException) -> str:
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+def require_beam_origin(recording: Recording) -> None:
+    """Refuse to cast rays of clouds in base_link from the road below the rear axle; raises RecordingError."""
+    if getattr(recording, "beams_from_base", False):
+        raise RecordingError(
+            f"{recording.name}: its clouds are in base_link itself, which does not say where their beams begin; "
+            "give --lidar-origin X Y Z, the place of the LiDAR in base_link in metres"
+        )
+
+
 @contextmanager
 def leave_out(problems: MutableMapping[str, str], name: str) -> Iterator[None]:
     """Run the reading of one input: whatever it raises becomes its line in `problems`, and the rest goes on.
