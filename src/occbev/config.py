@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
@@ -21,6 +22,8 @@ import yaml
 from occbev.classes import DETECTION_CLASSES, OCCUPANCY_CLASSES
 from occbev.files import YamlError, read_yaml
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,6 +56,11 @@ def brief(value: Any) -> str:
 def bounded(default: Any, low: float, high: float, live: bool = False) -> Any:
     """Make a field with a range for the node's parameters; `live` ones may be set while it runs."""
     return field(default=default, metadata={"range": (low, high), "live": live})
+
+
+def formerly(default: Any, name: str) -> Any:
+    """Make a field that had another name; the old one works for one version more, with a warning."""
+    return field(default=default, metadata={"formerly": name})
 
 
 @dataclass(frozen=True)
@@ -312,6 +320,7 @@ def _convert_dataclass(schema: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where or schema.__name__}: want keys and values, got {brief(value)}")
     hints = typing.get_type_hints(schema)
     known = {f.name for f in dataclasses.fields(schema) if f.init}
+    former = {f.metadata["formerly"]: f.name for f in dataclasses.fields(schema) if "formerly" in f.metadata}
     arguments = {}
     for key, entry in value.items():
         dotted = f"{where}.{key}" if where else str(key)
@@ -319,6 +328,9 @@ def _convert_dataclass(schema: Any, value: Any, where: str) -> Any:
             if entry != "xyz":
                 raise ConfigError(f"{dotted}: {brief(entry)}, only 'xyz' is supported")
             continue
+        if key in former:
+            logger.warning("%s is now called %s; the old name works for one version more", dotted, former[key])
+            key = former[key]
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {sorted(known)}"

@@ -107,12 +107,12 @@ def test_every_runtime_equals_torch_on_any_rig(package: ModelPackage, name: str,
     found = outputs(load_backend(package, cameras, name, F32), rig(cameras))
     assert set(expected) == {"occupancy_logits", "heatmap", "box"}
     if set(FACTORS) <= set(found):
-        occupied, _, kind_share = (torch.from_numpy(found.pop(key)) for key in FACTORS)
+        occupied, _, class_probability = (torch.from_numpy(found.pop(key)) for key in FACTORS)
         share = torch.from_numpy(expected.pop("occupancy_logits")).softmax(1)
         occupied = interleave(occupied.flatten(1, 2))
         torch.testing.assert_close(occupied, 1 - share[:, -1:], atol=0.02, rtol=0)
         likeliest = (share[:, :-1].amax(1) / occupied[:, 0])[..., ::2, ::2]
-        torch.testing.assert_close(kind_share, likeliest, atol=0.02, rtol=0)
+        torch.testing.assert_close(class_probability, likeliest, atol=0.02, rtol=0)
     assert set(found) == set(expected)
     for key, array in expected.items():
         assert found[key].shape == array.shape

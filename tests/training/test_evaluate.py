@@ -181,8 +181,8 @@ def test_priors_know_nothing_of_scattered_cars(tmp_path: Path) -> None:
         return [[*rng.uniform(-15, 15, 2), 0.8, 4.4, 1.9, 1.6, 0, 0, 0] for _ in range(3)]
 
     seen = _cache(tmp_path / "a", [_sample(scattered(), [CAR] * 3, ROAD) for _ in range(12)])
-    held_out = _cache(tmp_path / "b", [_sample(scattered(), [CAR] * 3, ROAD) for _ in range(12)])
-    assert score_priors(held_out, fit_priors(seen, MODEL), MODEL)["car_AP_2m_30m"] < 0.1
+    evaluation_data = _cache(tmp_path / "b", [_sample(scattered(), [CAR] * 3, ROAD) for _ in range(12)])
+    assert score_priors(evaluation_data, fit_priors(seen, MODEL), MODEL)["car_AP_2m_30m"] < 0.1
 
 
 def test_boxes_without_returns_and_unseen_voxels_do_not_enter_the_priors(tmp_path: Path) -> None:

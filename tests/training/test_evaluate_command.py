@@ -25,7 +25,7 @@ from occbev.grid import GRIDS, BevGrid  # noqa: E402
 from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
-from occbev_training.evaluation.data import HeldOutError, RootFrames, open_held_out  # noqa: E402
+from occbev_training.evaluation.data import EvaluationDataError, RootFrames, open_evaluation_data  # noqa: E402
 from occbev_training.evaluation.run_package import RunOptions, run_package, shares  # noqa: E402
 from occbev_training.metrics.nuscenes_results import ResultsError  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
@@ -239,8 +239,8 @@ def test_a_cache_is_scored_with_priors_and_calibrated(package: Path, cache: Path
 def test_a_cache_and_its_recording_give_the_network_the_same(package: Path, cache: Path, root: Path) -> None:
     """What is scored on a cache is what is scored on the drive that it was made of."""
     loaded, options = ModelPackage.load(package), RunOptions(backend="torch")
-    cached = run_package(loaded, open_held_out(cache), [0, 1], options).results()
-    direct = run_package(loaded, open_held_out(root), [0, 1], options).results()
+    cached = run_package(loaded, open_evaluation_data(cache), [0, 1], options).results()
+    direct = run_package(loaded, open_evaluation_data(root), [0, 1], options).results()
     for a, b in zip(cached, direct, strict=True):
         assert (a.drive, a.name) == (b.drive, b.name)
         np.testing.assert_array_equal(a.annotations.boxes.label, b.annotations.boxes.label)
@@ -294,7 +294,7 @@ def test_a_root_without_images_can_still_be_scored_by_files(root: Path, tmp_path
         (tmp_path / name).symlink_to(root / name)
     bare = open_nuscenes(tmp_path)
     assert len(RootFrames(bare, with_images=False)) == 4
-    with pytest.raises(HeldOutError, match="no key frame has an image"):
+    with pytest.raises(EvaluationDataError, match="no key frame has an image"):
         RootFrames(bare)
 
 
@@ -307,12 +307,12 @@ def test_simulated_bags_are_scored_with_the_truth_beside_them(
     drive = make_recording("tiny-0", 3)
     write_bag(drive, tmp_path / "bags" / drive.name)
     write_truth(drive, tmp_path / "truth" / drive.name)
-    held_out = open_held_out(tmp_path)
-    assert held_out.drives == ("tiny-0",) * 3
-    frame = held_out.frame(1)
+    evaluation_data = open_evaluation_data(tmp_path)
+    assert evaluation_data.drives == ("tiny-0",) * 3
+    frame = evaluation_data.frame(1)
     np.testing.assert_array_equal(frame.annotations.boxes.label, drive.annotations(1).boxes.label)
     assert frame.frame_set.stamp_ns == drive.key_stamp_ns[1]
     assert len(frame.frame_set.cameras) == len(drive.rig)
     assert frame.truth.origins.shape == (3, 3)
-    results = run_package(ModelPackage.load(package), held_out, [1], RunOptions("torch")).results()
+    results = run_package(ModelPackage.load(package), evaluation_data, [1], RunOptions("torch")).results()
     assert results[0].occupancy.rays is not None

@@ -163,13 +163,13 @@ def test_factors_must_be_those_of_the_logits() -> None:
         head.kinds.bias[3] = -5.0  # so that no cell has this kind
         occupied, kind, share = (part.numpy() for part in head.factors(cells))
         outputs = {"occupancy_logits": head.logits(cells).numpy()}
-    outputs |= {"occupied": occupied, "kind": kind, "kind_share": share}
+    outputs |= {"occupied": occupied, "class_id": kind, "class_probability": share}
     export.check_factors(outputs)
     for wrong in (
         {"occupied": occupied + 0.01},
         {"occupied": occupied.swapaxes(1, 2).copy()},
-        {"kind": np.full_like(kind, 3)},
-        {"kind_share": share + 0.01},
+        {"class_id": np.full_like(kind, 3)},
+        {"class_probability": share + 0.01},
     ):
         with pytest.raises(export.ExportError, match="differ from the logits"):
             export.check_factors({**outputs, **wrong})

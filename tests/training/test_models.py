@@ -379,14 +379,14 @@ def test_a_class_is_as_likely_as_occupied_and_its_kind_together() -> None:
     with torch.no_grad():
         cells = 3 * torch.randn(2, MODEL.occupancy.cell_channels, 2, 8, 8)
         share = head.logits(cells).softmax(1)
-        occupied, kind, kind_share = head.factors(cells)
+        occupied, kind, class_probability = head.factors(cells)
         alone = torch.softmax(head.kinds(cells.flatten(3)), 1).unflatten(3, (8, 8))
     assert share.shape == (2, kinds + 1, 2, 16, 16)
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         part = share[..., row::2, column::2]
         torch.testing.assert_close(1 - part[:, -1], occupied[:, row, column])
         torch.testing.assert_close(part[:, :-1], occupied[:, row, column][:, None] * alone)
-    torch.testing.assert_close(kind_share, alone.amax(1))
+    torch.testing.assert_close(class_probability, alone.amax(1))
     assert torch.equal(kind.long(), alone.argmax(1))
 
 

@@ -64,9 +64,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> tuple[
 
     root = tmp_path_factory.mktemp("families")
     config = PrepareConfig(model.image, model.grid, 0.3)
-    for name in ("train", "held_out"):
+    for name in ("train", "evaluation_data"):
         prepare({name: lambda n=name: Recording(name=n, keys=3)}, root / name, config)
-    return root / "train", root / "held_out"
+    return root / "train", root / "evaluation_data"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

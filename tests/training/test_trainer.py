@@ -482,7 +482,7 @@ class Workplace:
     """Two caches and a model config on disk."""
 
     train: Path
-    held_out: Path
+    evaluation_data: Path
     model: Path
 
 
@@ -503,9 +503,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     config = PrepareConfig(MODEL.image, MODEL.grid, 0.3)
     jobs = {name: (lambda n=name: Recording(name=n, keys=2, seed=ord(n[0]))) for name in "abcd"}
     prepare({name: jobs[name] for name in "abc"}, root / "train", config)
-    prepare({"d": jobs["d"]}, root / "held_out", config)
+    prepare({"d": jobs["d"]}, root / "evaluation_data", config)
     save_config(root / "model.yaml", MODEL)
-    return Workplace(root / "train", root / "held_out", root / "model.yaml")
+    return Workplace(root / "train", root / "evaluation_data", root / "model.yaml")
 
 
 def _stage(workplace: Workplace, stage: str, steps: int, **changes: Any) -> TrainingConfig:
@@ -525,7 +525,7 @@ def _stage(workplace: Workplace, stage: str, steps: int, **changes: Any) -> Trai
 def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) -> None:
     """Pre-train, be stopped, go on to the same weights; carry them over; fine-tune; score a drive of its own."""
     config = _stage(workplace, "pretrain", 6)
-    inputs = StageInputs(workplace.train, workplace.held_out)
+    inputs = StageInputs(workplace.train, workplace.evaluation_data)
     assert train_stage(config, inputs, tmp_path / "whole")
 
     def stop_early(trainer: Trainer) -> None:
@@ -558,8 +558,8 @@ def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) 
 
     network = build_model(MODEL, "finetune")
     load_strictly(network, read_weights(tmp_path / "fine" / "weights.safetensors")[0], "fine")
-    held_out = open_cache(workplace.held_out)
-    scores = evaluate(held_out, predictor(network.eval(), MODEL, held_out), MODEL)
+    evaluation_data = open_cache(workplace.evaluation_data)
+    scores = evaluate(evaluation_data, predictor(network.eval(), MODEL, evaluation_data), MODEL)
     assert 0 <= scores.summary()["occupancy_iou"] <= 1
 
 

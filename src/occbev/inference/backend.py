@@ -32,8 +32,12 @@ PER_CAMERA = {
 }
 """Input of a graph -> which of its axes is the number of cameras."""
 
-FACTORS = ("occupied", "kind", "kind_share")
+FACTORS = ("occupied", "class_id", "class_probability")
 """Outputs that take the place of `occupancy_logits`, see `occbev.inference.postprocess.decode_factors`."""
+
+
+FORMER_OUTPUTS = {"kind": "class_id", "kind_share": "class_probability"}
+"""Outputs of graphs of earlier versions -> their names now; read for one version more."""
 
 
 class BackendError(ValueError):

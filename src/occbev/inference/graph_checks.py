@@ -56,7 +56,7 @@ def _wanted_shapes(model: ModelConfig) -> dict[str, Shape]:
         "occupancy_logits": (1, len(model.occupancy_classes), *volume),
         "reconstruction_logits": (1, 2, *volume),
         "heatmap": (1, len(model.detection_classes), *plane),
-        "box": (1, 10, *plane),
+        "box": (1, None, *plane),
         "class_logits": (1, None, len(model.detection_classes)),
         "box_codes": (1, None, 10),
     }

@@ -15,6 +15,7 @@ from occbev.config import ModelConfig
 from occbev.files import one_line
 from occbev.inference.backend import (
     FACTORS,
+    FORMER_OUTPUTS,
     PER_CAMERA,
     Arrays,
     BackendError,
@@ -90,6 +91,7 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OpenVino
     path = package.path(INT8_GRAPH) if int8 else package.path(*GRAPHS)
     try:
         graph = core.read_model(path)
+        _rename_outputs(graph)
         graph.reshape(_shapes(graph, cameras))
         _check_graph(path, graph, package.model)
         _leave_out_logits(graph)
@@ -98,6 +100,13 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OpenVino
         raise BackendError(
             f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {one_line(error)}"
         ) from error
+
+
+def _rename_outputs(graph: openvino.Model) -> None:
+    """Give outputs of graphs of earlier versions the names that they have now."""
+    for port in graph.outputs:
+        if port.get_any_name() in FORMER_OUTPUTS:
+            port.get_tensor().set_names({FORMER_OUTPUTS[port.get_any_name()]})
 
 
 def _check_graph(path: Path, graph: openvino.Model, model: ModelConfig) -> None:

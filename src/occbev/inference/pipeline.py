@@ -330,10 +330,10 @@ def voxels_of(
     """
     ground = [label for label, name in enumerate(model.occupancy_classes) if name in GROUND_CLASSES]
     if set(FACTORS) <= set(outputs):
-        occupied, kind, kind_share = (outputs[name][0] for name in FACTORS)
+        occupied, class_id, class_probability = (outputs[name][0] for name in FACTORS)
         free = len(model.occupancy_classes) - 1
         return decode_factors(
-            occupied, kind, kind_share, free, model.grid, cameras, observed, min_free, ground, max_occupied
+            occupied, class_id, class_probability, free, model.grid, cameras, observed, min_free, ground, max_occupied
         )
     if "occupancy_logits" not in outputs:
         logits = outputs["reconstruction_logits"][0]

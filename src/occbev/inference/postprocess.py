@@ -188,8 +188,8 @@ def decode_occupancy(
 
 def decode_factors(
     occupied: Floats,
-    kind: NDArray[np.uint8],
-    kind_share: Floats,
+    class_id: NDArray[np.uint8],
+    class_probability: Floats,
     free: int,
     grid: VoxelGrid,
     cameras: tuple[str, ...] = (),
@@ -198,35 +198,35 @@ def decode_factors(
     ground: Sequence[int] = (),
     max_occupied: Floats | None = None,
 ) -> Occupancy:
-    """Decide on voxels as `decode_occupancy` does, from P(occupied) and the likeliest of P(kind | occupied).
+    """Decide on voxels as `decode_occupancy` does, from P(occupied) and the likeliest of P(class | occupied).
 
     occupied: (S, S, Z, Y / S, X / S), of each of the S x S voxels of a cell; the first axis is y.
-    kind, kind_share: (Z, Y / S, X / S), of each cell. free: the class that is free. Others: as of `decode_occupancy`.
+    class_id, class_probability: (Z, Y / S, X / S), of each cell. free: the class that is free. Others: as of `decode_occupancy`.
     Raises:
         OutputError: the volume does not fit the grid, or is not finite.
     """
     split, (x, y, z) = occupied.shape[0], grid.shape
     cells = (z, y // split, x // split)
-    if occupied.shape != (split, split, *cells) or not kind.shape == kind_share.shape == cells:
+    if occupied.shape != (split, split, *cells) or not class_id.shape == class_probability.shape == cells:
         raise OutputError(
-            f"occupied {occupied.shape}, kind {kind.shape} and kind_share {kind_share.shape} do not fit a grid of"
+            f"occupied {occupied.shape}, class_id {class_id.shape} and class_probability {class_probability.shape} do not fit a grid of"
             f" {grid.shape} [x, y, z]"
         )
-    if not (np.isfinite(occupied).all() and np.isfinite(kind_share).all()):
+    if not (np.isfinite(occupied).all() and np.isfinite(class_probability).all()):
         raise OutputError("probabilities of occupancy hold values that are not finite")
     label = np.empty((*cells[:2], split, cells[2], split), np.uint8)
     confidence, known = np.empty(label.shape, np.float32), np.ones(label.shape, bool)
     for row, column in np.ndindex(split, split):
         likely = occupied[row, column]
-        share, rest = likely * kind_share, 1 - likely
+        share, rest = likely * class_probability, 1 - likely
         is_free = (rest > share) & (rest >= np.float32(min_free))
-        label[:, :, row, :, column] = _chosen(is_free, np.uint8(free), kind)
+        label[:, :, row, :, column] = _chosen(is_free, np.uint8(free), class_id)
         confidence[:, :, row, :, column] = _chosen(is_free, rest, share)
         if max_occupied is not None:
             known[:, :, row, :, column] = (likely <= max_occupied[row::split, column::split]) | ~is_free
     volume = grid.shape[::-1]
     decided = label.reshape(volume), confidence.reshape(volume), known.reshape(volume)
-    return _occupancy(*decided, free, grid, cameras, observed, _evidence_of(occupied, kind, ground))
+    return _occupancy(*decided, free, grid, cameras, observed, _evidence_of(occupied, class_id, ground))
 
 
 def occupied_probability(outputs: Mapping[str, NDArray[Any]]) -> Floats:
@@ -243,11 +243,11 @@ def occupied_probability(outputs: Mapping[str, NDArray[Any]]) -> Floats:
     return np.asarray(1 - share[-1] / share.sum(0), np.float32)
 
 
-def _evidence_of(occupied: Floats, kind: NDArray[np.uint8], ground: Sequence[int]) -> VoxelEvidence:
+def _evidence_of(occupied: Floats, class_id: NDArray[np.uint8], ground: Sequence[int]) -> VoxelEvidence:
     """Take each cell for what is likeliest there."""
-    is_ground = np.zeros(kind.shape, bool)
+    is_ground = np.zeros(class_id.shape, bool)
     for label in ground:
-        is_ground |= kind == label
+        is_ground |= class_id == label
     weight = occupied.mean((0, 1)) * is_ground if len(ground) else None
     return VoxelEvidence(occupied * ~is_ground, weight)
 

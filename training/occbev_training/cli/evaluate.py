@@ -28,7 +28,7 @@ from rich.table import Table
 from occbev.inference.model_package import ModelPackage
 from occbev_training.cli.inputs import add_version_arguments, root_options
 from occbev_training.data.cache import open_cache
-from occbev_training.evaluation.data import CacheFrames, HeldOut, RootFrames, open_held_out
+from occbev_training.evaluation.data import CacheFrames, EvaluationData, RootFrames, open_evaluation_data
 from occbev_training.evaluation.frames import Priors, fit_priors, score_priors
 from occbev_training.evaluation.report import draw_plots, draw_worst, write_json
 from occbev_training.evaluation.result_files import official_scores, results_of, scenes_of, score_files
@@ -159,9 +159,12 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
 def _of_package(args: argparse.Namespace, console: Console) -> Record:
     """Run a package on held-out frames and score what it says."""
     drives = _drives(args)
-    package, held_out = ModelPackage.load(args.package), open_held_out(args.data, drives, root_options(args))
+    package, evaluation_data = (
+        ModelPackage.load(args.package),
+        open_evaluation_data(args.data, drives, root_options(args)),
+    )
     priors = _priors(args, package, console)
-    indices = _chosen(len(held_out), args.limit, package.model.past_frames > 0)
+    indices = _chosen(len(evaluation_data), args.limit, package.model.past_frames > 0)
     voxels = args.out / "voxels" if args.save_voxels else None
     options = RunOptions(
         args.backend,
@@ -180,8 +183,8 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
             args.package, args.data, indices, options, args.workers, lambda done: progress.update(task, completed=done)
         )
     scores = Scores.of(done.results(), package.model.occupancy_classes)
-    if isinstance(held_out, RootFrames):
-        scores = official_scores(scores, done.results(), held_out, indices)
+    if isinstance(evaluation_data, RootFrames):
+        scores = official_scores(scores, done.results(), evaluation_data, indices)
     min_free = package.model.occupancy.min_free if args.min_free is None else args.min_free
     record = {
         "package": {
@@ -193,34 +196,39 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
             "outputs": list(done.outputs),
         },
         "min_free": min_free,
-        **_base_record(args, held_out, scores),
+        **_base_record(args, evaluation_data, scores),
     }
     if done.calibration is not None:
         record["calibration"] = done.calibration.as_record()
-    if priors is not None and isinstance(held_out, CacheFrames):
-        record["priors"] = score_priors(held_out.cache, priors, package.model, indices)
+    if priors is not None and isinstance(evaluation_data, CacheFrames):
+        record["priors"] = score_priors(evaluation_data.cache, priors, package.model, indices)
     if args.out:
-        _write_files(args, done, held_out, indices, scores, record)
+        _write_files(args, done, evaluation_data, indices, scores, record)
     return record
 
 
 def _write_files(
-    args: argparse.Namespace, done: PackageRun, held_out: HeldOut, indices: list[int], scores: Scores, record: Record
+    args: argparse.Namespace,
+    done: PackageRun,
+    evaluation_data: EvaluationData,
+    indices: list[int],
+    scores: Scores,
+    record: Record,
 ) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     worst = [frame for frames in done.worst.values() for frame in frames]
     by = sorted({frame.by for frame in worst})
     record["worst"] = [
-        line for kind in by for line in draw_worst([f for f in worst if f.by == kind], held_out, args.out)
+        line for kind in by for line in draw_worst([f for f in worst if f.by == kind], evaluation_data, args.out)
     ]
-    if isinstance(held_out, RootFrames) and scores.boxes is not None:
-        write_results(args.out / "results.json", results_of(done.results(), held_out, indices))
+    if isinstance(evaluation_data, RootFrames) and scores.boxes is not None:
+        write_results(args.out / "results.json", results_of(done.results(), evaluation_data, indices))
 
 
-def _base_record(args: argparse.Namespace, held_out: HeldOut, scores: Scores) -> Record:
+def _base_record(args: argparse.Namespace, evaluation_data: EvaluationData, scores: Scores) -> Record:
     intervals = scores.intervals(args.draws) if args.draws else None
     return {
-        "data": held_out.source,
+        "data": evaluation_data.source,
         "samples": len(scores.names),
         "drives": len(set(scores.drives)),
         **scores.as_record(),

@@ -277,7 +277,9 @@ def _objective(model: ModelConfig, config: TrainingConfig, samples: Samples) -> 
     if config.stage == "pretrain":
         return objectives.PretrainObjective(model, config.loss)
     counts = torch.from_numpy(semantic_counts(samples, len(model.occupancy_classes)))
-    return objectives.FinetuneObjective(model, config.loss, losses.balanced_weights(counts, config.loss.most))
+    return objectives.FinetuneObjective(
+        model, config.loss, losses.balanced_weights(counts, config.loss.max_class_weight)
+    )
 
 
 def _loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], Any]:
@@ -295,18 +297,18 @@ def _validation(
 ) -> Callable[[nn.Module], Mapping[str, float]] | None:
     if root is None:
         return None
-    held_out = _open_evaluation_data(config, model, root)
-    if (held_out.info.image, held_out.info.grid) != (samples.info.image, samples.info.grid):
-        raise CacheError(f"{root}: made with {held_out.info}, the training samples with {samples.info}")
+    evaluation_data = _open_evaluation_data(config, model, root)
+    if (evaluation_data.info.image, evaluation_data.info.grid) != (samples.info.image, samples.info.grid):
+        raise CacheError(f"{root}: made with {evaluation_data.info}, the training samples with {samples.info}")
     indices = np.unique(
-        np.linspace(0, len(held_out) - 1, min(config.validate_samples, len(held_out))).round().astype(int)
+        np.linspace(0, len(evaluation_data) - 1, min(config.validate_samples, len(evaluation_data))).round().astype(int)
     )
 
     def validate(network: nn.Module) -> Mapping[str, float]:
-        predict = predictor(network, model, held_out, config.history)
+        predict = predictor(network, model, evaluation_data, config.history)
         if config.stage == "pretrain":
-            return {"iou": reconstruction_iou(held_out, predict, indices)}
-        return evaluate(held_out, predict, model, indices=indices).summary()
+            return {"iou": reconstruction_iou(evaluation_data, predict, indices)}
+        return evaluate(evaluation_data, predict, model, indices=indices).summary()
 
     return validate
 

@@ -32,12 +32,12 @@ CACHE_INTERVAL_NS = 500_000_000
 """Time between samples of a cache that does not know when they were taken."""
 
 
-class HeldOutError(ValueError):
+class EvaluationDataError(ValueError):
     """Data that cannot be scored on, saying what is there and what would be right."""
 
 
 @dataclass(frozen=True)
-class HeldOutFrame:
+class EvaluationFrame:
     """One key frame. Truth is in base_link at its stamp.
 
     token: the nuScenes sample, "" where there is none. motion: camera -> (4, 4), ego at its exposure -> ego
@@ -55,7 +55,7 @@ class HeldOutFrame:
     truth: OccupancyView | None
 
 
-class HeldOut(Protocol):
+class EvaluationData(Protocol):
     """Key frames of some drives, by time within each. drives: the drive of every frame."""
 
     source: str
@@ -63,18 +63,20 @@ class HeldOut(Protocol):
 
     def __len__(self) -> int: ...
 
-    def frame(self, index: int) -> HeldOutFrame:
+    def frame(self, index: int) -> EvaluationFrame:
         """Read one frame."""
         ...
 
 
-def open_held_out(path: Path, drives: Sequence[str] | None = None, root_options: RootOptions | None = None) -> HeldOut:
+def open_evaluation_data(
+    path: Path, drives: Sequence[str] | None = None, root_options: RootOptions | None = None
+) -> EvaluationData:
     """Open a sample cache, a nuScenes-like root, or a folder of `occbev-train simulate --format bag`.
 
     drives: only these; all by default. root_options: how a nuScenes-like root is read.
 
     Raises:
-        HeldOutError: the folder is none of these.
+        EvaluationDataError: the folder is none of these.
         ValueError: it lacks one of the drives.
     """
     if any(path.glob("*/drive.json")):
@@ -83,7 +85,7 @@ def open_held_out(path: Path, drives: Sequence[str] | None = None, root_options:
         return RootFrames(open_nuscenes(path, options=root_options), drives)
     if (path / "truth").is_dir() and (path / "bags").is_dir():
         return BagFrames(path, drives)
-    raise HeldOutError(
+    raise EvaluationDataError(
         f"{path}: neither a sample cache (*/drive.json), nor a nuScenes root (*/sample_data.json),"
         " nor simulated bags (bags/ and truth/)"
     )
@@ -101,7 +103,7 @@ class CacheFrames:
     def __len__(self) -> int:
         return len(self.cache)
 
-    def frame(self, index: int) -> HeldOutFrame:
+    def frame(self, index: int) -> EvaluationFrame:
         """Read one frame; its rig is carried to the key time already."""
         sample, drive, names = self.cache[index], self.drives[index], self.cache.info.cameras
         pose, stamp_ns = None, CACHE_INTERVAL_NS * (index + 1)
@@ -114,7 +116,7 @@ class CacheFrames:
         }
         missing = {name: "not in the cache" for name, frame in frames.items() if frame is None}
         truth = dense_truth({name: getattr(sample, name) for name in TRUTH}, self.cache.info.grid)
-        return HeldOutFrame(
+        return EvaluationFrame(
             self.cache.name(index),
             drive,
             "",
@@ -141,11 +143,11 @@ class RecordingFrames:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def frame(self, index: int) -> HeldOutFrame:
+    def frame(self, index: int) -> EvaluationFrame:
         """Read one frame."""
         recording, key = self.keys[index]
         frame_set, pose = recording.frame_set(key), key_pose(recording, key)
-        return HeldOutFrame(
+        return EvaluationFrame(
             f"{recording.name}/{key:04d}",
             recording.name,
             token_of(recording, key),
@@ -199,7 +201,7 @@ class RootFrames(RecordingFrames):
             if not with_images or recording.available(key)
         ]
         if not keys:
-            raise HeldOutError(f"{root.path}: no key frame has an image file")
+            raise EvaluationDataError(f"{root.path}: no key frame has an image file")
         super().__init__(keys)
         self.tokens = tuple(token_of(recording, key) for recording, key in keys)
 

@@ -19,7 +19,7 @@ from occbev.inference.preprocess import decode_image
 from occbev.reports import rendering
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera, CameraRig
-from occbev_training.evaluation.data import HeldOut, HeldOutFrame
+from occbev_training.evaluation.data import EvaluationData, EvaluationFrame
 from occbev_training.evaluation.run_package import WorstFrame
 from occbev_training.metrics.detection import TP_ERRORS
 
@@ -69,18 +69,18 @@ def draw_plots(record: Record, folder: Path) -> list[Path]:
     return made
 
 
-def draw_worst(worst: Sequence[WorstFrame], held_out: HeldOut, folder: Path) -> list[dict[str, Any]]:
+def draw_worst(worst: Sequence[WorstFrame], evaluation_data: EvaluationData, folder: Path) -> list[dict[str, Any]]:
     """Draw frames with what was predicted beside the truth; returns a line about each."""
     lines = []
     for rank, found in enumerate(sorted(worst, reverse=True)):
-        frame = held_out.frame(found.index)
+        frame = evaluation_data.frame(found.index)
         path = folder / f"worst_{found.by}_{rank + 1}.jpg"
         rendering.write_picture(str(path), frame_picture(frame, found.boxes, found.label))
         lines.append({"frame": frame.name, "by": found.by, "quality": -found.badness, "picture": path.name})
     return lines
 
 
-def frame_picture(frame: HeldOutFrame, boxes: Boxes3D | None, label: NDArray[np.uint8] | None) -> rendering.Picture:
+def frame_picture(frame: EvaluationFrame, boxes: Boxes3D | None, label: NDArray[np.uint8] | None) -> rendering.Picture:
     """Draw one frame: images with boxes, predicted in colour and true dashed; below, both from above."""
     rows = [rendering.camera_mosaic(_images_with_boxes(frame, boxes))]
     above = {}
@@ -100,7 +100,7 @@ def frame_picture(frame: HeldOutFrame, boxes: Boxes3D | None, label: NDArray[np.
     return rendering.stack_pictures(rows)
 
 
-def _images_with_boxes(frame: HeldOutFrame, boxes: Boxes3D | None) -> dict[str, rendering.Picture]:
+def _images_with_boxes(frame: EvaluationFrame, boxes: Boxes3D | None) -> dict[str, rendering.Picture]:
     pictures = {}
     for camera in _rig_at_key(frame).cameras:
         taken = frame.frame_set.frames.get(camera.name)
@@ -129,7 +129,7 @@ def _enlarge(image: NDArray[np.uint8], camera: Camera) -> tuple[NDArray[np.uint8
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), np.uint8), larger
 
 
-def _rig_at_key(frame: HeldOutFrame) -> CameraRig:
+def _rig_at_key(frame: EvaluationFrame) -> CameraRig:
     if frame.motion is None:
         return frame.rig
     return frame.rig.move_cameras(frame.motion.get(name, np.eye(4)) for name in frame.rig.names)

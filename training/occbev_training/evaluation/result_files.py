@@ -12,7 +12,7 @@ from typing import Any
 
 from occbev.geometry import invert_transform
 from occbev.results import Boxes3D
-from occbev_training.evaluation.data import HeldOutError, RootFrames, key_pose
+from occbev_training.evaluation.data import EvaluationDataError, RootFrames, key_pose
 from occbev_training.evaluation.scores import FrameResult, Scores, count_occupancy
 from occbev_training.metrics.detection import match_near
 from occbev_training.metrics.nuscenes_results import (
@@ -68,7 +68,7 @@ def score_files(
     root: with frames that have no image.
     Raises:
         ResultsError: a sample is missing, or a file is not what it should be.
-        HeldOutError: voxels are given and a sample has no dense truth below gts/.
+        EvaluationDataError: voxels are given and a sample has no dense truth below gts/.
     """
     unknown = sorted(set(results or ()) - set(root.tokens))
     if unknown:
@@ -96,7 +96,9 @@ def _frame(root: RootFrames, index: int, results: Results | None, voxels: Path |
     if voxels is not None:
         truth = root.truth(index)
         if truth is None:
-            raise HeldOutError(f"{root.root.path}: no gts/{recording.name}/{token}/labels.npz to score voxels against")
+            raise EvaluationDataError(
+                f"{root.root.path}: no gts/{recording.name}/{token}/labels.npz to score voxels against"
+            )
         counts = count_occupancy(read_occupancy(voxels, token, truth.grid.shape), truth)
     name = f"{recording.name}/{key:04d}"
     return FrameResult(name, recording.name, boxes, recording.annotations(key), counts)

@@ -21,7 +21,7 @@ from occbev.inference.model_package import ModelPackage
 from occbev.inference.pipeline import Pipeline, predicts_voxels, voxels_of
 from occbev.inference.postprocess import BoxDecoding
 from occbev.results import Boxes3D, Occupancy, Perception
-from occbev_training.evaluation.data import HeldOut, HeldOutFrame, open_held_out
+from occbev_training.evaluation.data import EvaluationData, EvaluationFrame, open_evaluation_data
 from occbev_training.evaluation.frames import SCORING, Prediction, score_frame
 from occbev_training.evaluation.scores import FrameResult, found_share
 from occbev_training.metrics.calibration import FreeThreshold
@@ -116,7 +116,7 @@ class PackageNetwork:
         """The runtime and what it runs on, in words."""
         return "" if self._tap is None else f"{self._tap.name}, {self._tap.device}"
 
-    def __call__(self, frame: HeldOutFrame) -> Prediction:
+    def __call__(self, frame: EvaluationFrame) -> Prediction:
         """Predict one frame; a new drive begins without memory of the one before."""
         pipeline = self._pipeline_for(frame)
         found = self.perception = pipeline.run(frame.frame_set, frame.motion)
@@ -133,7 +133,7 @@ class PackageNetwork:
         assert self._tap is not None
         return voxels_of(self._tap.last, self.package.model, min_free)
 
-    def _pipeline_for(self, frame: HeldOutFrame) -> Pipeline:
+    def _pipeline_for(self, frame: EvaluationFrame) -> Pipeline:
         options, known = self.options, self._pipeline
         if self._tap is None or known is None or len(known.rig) != len(frame.rig):
             settings = RunSettings(options.threads, options.precision)
@@ -166,7 +166,7 @@ class _Tap:
 
 def run_package(
     package: ModelPackage,
-    held_out: HeldOut,
+    evaluation_data: EvaluationData,
     indices: Sequence[int],
     options: RunOptions,
     progress: Callable[[int], None] = lambda done: None,
@@ -180,7 +180,7 @@ def run_package(
     if options.calibrate:
         run.calibration = FreeThreshold(len(model.occupancy_classes))
     for done, index in enumerate(sorted(indices)):
-        frame = held_out.frame(index)
+        frame = evaluation_data.frame(index)
         output = network(frame)
         result = score_frame(frame.name, frame.drive, output, model, frame.annotations, frame.truth)
         if run.calibration is not None and frame.truth is not None and output.label is not None:
@@ -206,14 +206,14 @@ def run_in_processes(
 
     Results are those of one process, since they are put in order before anything is scored.
     """
-    held_out = open_held_out(data, options.drives, options.root)
+    evaluation_data = open_evaluation_data(data, options.drives, options.root)
     if workers <= 1:
-        return run_package(ModelPackage.load(folder), held_out, indices, options, progress)
+        return run_package(ModelPackage.load(folder), evaluation_data, indices, options, progress)
     run, done = PackageRun(), 0
     with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
         jobs = {
             pool.submit(_run_share, folder, data, share, options): len(share)
-            for share in shares(held_out.drives, indices, workers)
+            for share in shares(evaluation_data.drives, indices, workers)
         }
         for job in as_completed(jobs):
             run.join(job.result(), options.worst)
@@ -233,8 +233,8 @@ def shares(drives: Sequence[str], indices: Sequence[int], workers: int) -> Itera
 
 
 def _run_share(folder: Path, data: Path, indices: Sequence[int], options: RunOptions) -> PackageRun:
-    held_out = open_held_out(data, options.drives, options.root)
-    return run_package(ModelPackage.load(folder), held_out, indices, options)
+    evaluation_data = open_evaluation_data(data, options.drives, options.root)
+    return run_package(ModelPackage.load(folder), evaluation_data, indices, options)
 
 
 def _one_thread() -> None:

@@ -22,7 +22,7 @@ from occbev.inference.space_calibration import SpaceCalibration, read_calibratio
 from occbev.results import CameraFrame, FrameSet, GroundGrid, VoxelEvidence
 from occbev.rig import CameraRig
 from occbev_training.data.pair_samples import PairSamples
-from occbev_training.evaluation.data import HeldOut, HeldOutFrame, RecordingFrames, read_cached_rig
+from occbev_training.evaluation.data import EvaluationData, EvaluationFrame, RecordingFrames, read_cached_rig
 from occbev_training.evaluation.run_package import PackageNetwork, RunOptions
 from occbev_training.metrics.space import (
     CurveFit,
@@ -35,7 +35,7 @@ from occbev_training.metrics.space import (
 )
 from occbev_training.sources.recording import Recording
 
-Frames = Iterable[tuple[HeldOutFrame, SpaceTruth]]
+Frames = Iterable[tuple[EvaluationFrame, SpaceTruth]]
 """Key frames with what is true of them, by time within each drive."""
 
 MAX_FRAMES = 120
@@ -46,10 +46,10 @@ class SpaceError(ValueError):
     """Frames or a package that cannot be used for a ground grid, saying what would be right."""
 
 
-def dense_frames(held_out: HeldOut, indices: Iterable[int], config: GroundGridConfig) -> Iterator[Any]:
+def dense_frames(evaluation_data: EvaluationData, indices: Iterable[int], config: GroundGridConfig) -> Iterator[Any]:
     """Yield frames whose dense classes are known."""
     for index in indices:
-        frame = held_out.frame(index)
+        frame = evaluation_data.frame(index)
         if frame.truth is not None:
             truth = frame.truth
             yield frame, truth_of_classes(truth.semantics, truth.mask_camera, truth.grid, config)
@@ -80,7 +80,7 @@ def pair_frames(pairs: PairSamples, indices: Iterable[int], config: GroundGridCo
         missing = {name: "not among the pair's images" for name, frame in frames.items() if frame is None}
         rig = read_cached_rig(sample, names)
         frame_set = FrameSet(index + 1, frames, missing)
-        frame = HeldOutFrame(pairs.name(index), pairs.drive(index), "", frame_set, rig, None, None, None, None)
+        frame = EvaluationFrame(pairs.name(index), pairs.drive(index), "", frame_set, rig, None, None, None, None)
         yield frame, truth_of_states(sample.state, sample.camera_visible > 0, grid, config)
 
 
@@ -117,7 +117,7 @@ class SpaceNetwork:
             ground = maker.make(evidence, sight, config or GroundGridConfig())
             yield SpaceFrame(evidence, occupied, sight, truth, ground, frame.name, frame.drive)
 
-    def _sight_of(self, frame: HeldOutFrame) -> SightLines:
+    def _sight_of(self, frame: EvaluationFrame) -> SightLines:
         """The lines of sight of a frame's cameras, kept for the last rig."""
         model = self.package.model
         rig = CameraRig(tuple(network_camera(camera, model.image) for camera in frame.rig.cameras))

@@ -10,7 +10,7 @@ from occbev.config import ModelConfig
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev_training.data.pair_samples import PairSamples, open_pairs
 from occbev_training.data.shards import INDEX_NAME
-from occbev_training.evaluation.data import HeldOut, open_held_out
+from occbev_training.evaluation.data import EvaluationData, open_evaluation_data
 from occbev_training.evaluation.space import Frames, dense_frames, pair_frames
 
 
@@ -23,7 +23,7 @@ def open_frames(folder: Path, model: ModelConfig, limit: int, config: GroundGrid
     """Open the frames of a folder, at most `limit`, evenly spread.
 
     Raises:
-        HeldOutError, CacheError: the folder holds no such frames.
+        EvaluationDataError, CacheError: the folder holds no such frames.
     """
     data, config = _open(folder, model), config or GroundGridConfig()
     indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(int)).tolist()
@@ -32,7 +32,7 @@ def open_frames(folder: Path, model: ModelConfig, limit: int, config: GroundGrid
     return dense_frames(data, indices, config)
 
 
-def _open(folder: Path, model: ModelConfig) -> HeldOut | PairSamples:
+def _open(folder: Path, model: ModelConfig) -> EvaluationData | PairSamples:
     if (folder / INDEX_NAME).exists():
         return open_pairs(folder, model.image, model.grid)
-    return open_held_out(folder)
+    return open_evaluation_data(folder)

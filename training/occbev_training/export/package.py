@@ -341,23 +341,24 @@ class _Judge:
 
 
 def check_factors(outputs: Mapping[str, NDArray[Any]]) -> None:
-    """Hold the factors of a graph against its own logits; of equally likely kinds either may be named.
+    """Hold the factors of a graph against its own logits; of equally likely classes either may be named.
 
     Raises: ExportError if what they say is likeliest is not, or has other probabilities.
     """
     if not set(FACTORS) <= set(outputs):
         return
     share = torch.from_numpy(outputs["occupancy_logits"]).double().softmax(1)
-    occupied, kind, kind_share = (torch.from_numpy(outputs[name]) for name in FACTORS)
+    occupied, class_id, class_probability = (torch.from_numpy(outputs[name]) for name in FACTORS)
     occupied = interleave(occupied.flatten(1, 2))
-    kind, kind_share = (
-        part[:, None].repeat_interleave(SUBPIXEL, 3).repeat_interleave(SUBPIXEL, 4) for part in (kind, kind_share)
+    class_id, class_probability = (
+        part[:, None].repeat_interleave(SUBPIXEL, 3).repeat_interleave(SUBPIXEL, 4)
+        for part in (class_id, class_probability)
     )
-    claimed = occupied * kind_share
+    claimed = occupied * class_probability
     worst = max(
         float((1 - share[:, -1:] - occupied).abs().max()),
         float((share[:, :-1].amax(1, keepdim=True) - claimed).abs().max()),
-        float((share.gather(1, kind.long()) - claimed).abs().max()),
+        float((share.gather(1, class_id.long()) - claimed).abs().max()),
     )
     if worst > FACTOR_TOLERANCE:
         raise ExportError(f"the factors differ from the logits by a probability of {worst:.2g}")

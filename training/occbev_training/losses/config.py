@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from occbev.config import ConfigError
+from occbev.config import ConfigError, formerly
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LossConfig:
     """Scene-class affinity of occupied against free: precision, recall, specificity."""
     semantic_scale: float = 0.0
     """Scene-class affinity of every class."""
-    most: float = 3.0
+    max_class_weight: float = formerly(3.0, "most")
     """Largest weight of a rare semantic class relative to the commonest; 1 weighs all alike."""
 
     def __post_init__(self) -> None:

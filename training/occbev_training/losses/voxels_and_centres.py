@@ -137,13 +137,13 @@ def semantic_loss(logits: Tensor, semantics: Tensor, mask: Tensor, class_weight:
 _IGNORED = 255
 
 
-def balanced_weights(counts: Tensor, most: float = 10.0) -> Tensor:
+def balanced_weights(counts: Tensor, max_weight: float = 10.0) -> Tensor:
     """Return the inverse root of each class's frequency (K,), relative to the commonest class.
 
-    most: the largest weight, which classes that do not occur get as well.
+    max_weight: the largest weight, which classes that do not occur get as well.
     """
     common = counts.max().clamp(min=1).float()
-    return (common / counts.float().clamp(min=1)).sqrt().clamp(max=most)
+    return (common / counts.float().clamp(min=1)).sqrt().clamp(max=max_weight)
 
 
 def lovasz_softmax(probability: Tensor, labels: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class OccBevNetwork(nn.Module):
     def factored_heads(self, bev: Tensor) -> dict[str, Tensor | None]:
         """Run the heads of fine-tuning as `heads` does, and say of voxels what `OccupancyDecoder.factors` says.
 
-        Returns: `reconstruction_logits`, `occupancy_logits`, `occupied`, `kind`, `kind_share`, `heatmap`, `box`.
+        Returns: `reconstruction_logits`, `occupancy_logits`, `occupied`, `kind`, `class_probability`, `heatmap`, `box`.
         """
         bev = self.bev_encoder(bev)
         answers: dict[str, Tensor | None] = self.centres(bev)

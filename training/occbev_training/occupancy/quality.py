@@ -83,7 +83,7 @@ def label_hash(label: OccupancyLabel) -> str:
     return digest.hexdigest()[:16]
 
 
-def held_out_sweep(builder: LabelBuilder, window: Window) -> tuple[float, float]:
+def evaluation_data_sweep(builder: LabelBuilder, window: Window) -> tuple[float, float]:
     """Q1: label without one sweep, then ask that sweep.
 
     Returns: the share of its returns in or next to an occupied cell, and the share of its beams
@@ -220,7 +220,7 @@ def measure_key(
     previous: the key frame before it, for Q4. thorough: also Q6 and Q9, which cost another label.
     """
     key, label, window = examined.key, examined.label, examined.window
-    ends, through = held_out_sweep(builder, window)
+    ends, through = evaluation_data_sweep(builder, window)
     decision = examined.decision
     values = {
         "q1_ends_in_occupied": ends,

@@ -27,9 +27,6 @@ FAMILIES: Mapping[str, Family[Any]] = {
 }
 """Key `family` of a model's configuration -> its record."""
 
-RENAMED = {"bevdet.published_buffers": "bevdet.reference_buffers"}
-"""Keys under their old names, which work for one version more."""
-
 
 def family_of(model: ModelConfig) -> Family[Any]:
     """Return the record of a model's family."""
@@ -73,17 +70,10 @@ def read_model(record: Mapping[str, Any], where: str = "") -> ModelConfig:
 
 
 def _rename(record: dict[str, Any]) -> dict[str, Any]:
-    """Turn the forms of earlier versions into today's, with a warning."""
+    """Turn the form of earlier versions into today's, with a warning."""
     if record.get("family", "lss") == "lss" and record.get("bevdet") is not None:
         logger.warning("family 'lss' with a section 'bevdet' is now family 'bevdet'; write that")
         record["family"] = "bevdet"
         for key in ("encoder", "memory", "detection"):  # written out with their defaults, and never read
             record.pop(key, None)
-    for old, new in RENAMED.items():
-        section, _, key = old.partition(".")
-        part = record.get(section)
-        if isinstance(part, dict) and key in part:
-            logger.warning("%s is now called %s; the old name works for one version more", old, new)
-            part = {(new.partition(".")[2] if name == key else name): value for name, value in part.items()}
-            record[section] = part
     return record

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occbev.config import RESNET_DEPTHS, ConfigError
+from occbev.config import RESNET_DEPTHS, ConfigError, formerly
 from occbev.geometry import frame2ego
 from occbev.inference.families.lift_splat import SplatFamily, SplatModel
 from occbev.inference.families.record import Arrays, Moment, Outputs
@@ -65,7 +65,7 @@ class BevDetConfig:
     """The head speaks of boxes as BEVDet's first release did: width before length, angles of its own."""
     decoding: TaskDecoding = field(default_factory=TaskDecoding)
     """How the detection head's maps become boxes."""
-    reference_buffers: str = "none"
+    reference_buffers: str = formerly("none", "published_buffers")
     """Geometry constants kept for exact round trips of checkpoints: none, lift or voxel."""
 
     def __post_init__(self) -> None:
