@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from occbev_training.sources.categories import class_of, read_class_map
-from occbev_training.sources.discovery import OpenScene, find_recordings, read_names
+from occbev_training.sources.discovery import OpenScene, find_recordings, read_names, search_recordings
 from occbev_training.sources.nuscenes import RootOptions, find_tables, open_nuscenes
 from occbev_training.sources.nuscenes_writer import write_nuscenes
 from occbev_training.sources.recording import RecordingError, require_beam_origin
@@ -183,6 +183,20 @@ def test_a_folder_of_t4_sets_is_a_list_of_drives(root: Path, tmp_path: Path) -> 
         (t4 / "input_bag").mkdir()
         (t4 / "input_bag" / "metadata.yaml").write_text("")
     assert [opener.name for opener in find_recordings(tmp_path / "sets")] == ["one", "two"]
+
+
+def test_a_place_that_cannot_be_listed_costs_no_other(root: Path, tmp_path: Path) -> None:
+    sets = tmp_path / "sets"
+    as_t4(root, sets / "good")
+    as_t4(root, sets / "broken")
+    (sets / "broken" / "annotation" / "scene.json").write_text("[{")
+    (sets / "round").symlink_to(sets)
+    found, problems = search_recordings(sets)
+    assert [opener.name for opener in found] == ["tiny-0"]
+    assert list(problems) == [str(sets / "broken")]
+    assert "scene.json: not a table" in problems[str(sets / "broken")]
+    with pytest.raises(RecordingError, match=r"scene\.json: not a table"):
+        find_recordings(sets)
 
 
 def test_equal_calibrations_may_have_several_tokens_but_not_differ(root: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from occbev_training.sources.discovery import (
     OpenBag,
     Opener,
     chosen_names,
-    find_recordings,
     holds_recordings,
     read_names,
+    search_recordings,
 )
 from occbev_training.sources.infos import convert_infos
 from occbev_training.sources.lidar_files import COLUMNS
@@ -94,6 +94,14 @@ class FoundInputs:
     problems: dict[str, str] = field(default_factory=dict)
 
 
+def describe_problems(problems: Mapping[str, str]) -> list[str]:
+    """Return a line for each input that was left out."""
+    return [
+        f"left out: {reason}" if reason.startswith(name) else f"left out: {name}: {reason}"
+        for name, reason in problems.items()
+    ]
+
+
 def find_inputs(
     args: argparse.Namespace,
     paths: Sequence[Path],
@@ -115,7 +123,9 @@ def find_inputs(
     wholes = list(more)
     for path in paths:
         with leave_out(found.problems, str(path)):
-            wholes += _recordings_of(path, args, converted, key_interval)
+            openers, unlisted = _search(path, args, converted, key_interval)
+            wholes += openers
+            found.problems |= unlisted
     if args.scenes:
         names = set(chosen_names([opener.name for opener in wholes], read_names(args.scenes), args.scenes))
         wholes = [opener for opener in wholes if opener.name in names]
@@ -141,12 +151,14 @@ def _add(found: FoundInputs, part: Opener, inspect: Callable[[Opener], None]) ->
         found.openers.append(part)
 
 
-def _recordings_of(path: Path, args: argparse.Namespace, converted: Path, key_interval: float) -> list[Opener]:
+def _search(
+    path: Path, args: argparse.Namespace, converted: Path, key_interval: float
+) -> tuple[list[Opener], dict[str, str]]:
     clocks = "fix" if args.clock_fix else "ignore" if args.ignore_clocks else "refuse"
     root = args.data_root
     if path.suffix == ".pkl":
         path, root = _convert(path, converted), root or path.parent
-    return find_recordings(path, bag_options(args, key_interval), clocks, root, root_options(args))
+    return search_recordings(path, bag_options(args, key_interval), clocks, root, root_options(args))
 
 
 def _convert(path: Path, folder: Path) -> Path:

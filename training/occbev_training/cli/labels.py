@@ -37,7 +37,7 @@ from occbev.reports.rendering import (
     stack_pictures,
     write_picture,
 )
-from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, class_map, find_inputs
+from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, class_map, describe_problems, find_inputs
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.box_labels import BASE_FRAME, LabelFrame, read_labels, write_plain
 from occbev_training.sources.box_topics import BOX_TYPES, BagFrames, box_topics, read_box_topic
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
             record[opener.name] = vars(counts)
             for line in counts.lines():
                 console.print(f"{opener.name}: {line}", highlight=False, markup=False, soft_wrap=True)
-    for name, reason in found.problems.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    for line in describe_problems(found.problems):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if args.json:
         print(json.dumps({"drives": record, "problems": found.problems}))
     return 1 if found.problems or not record else 0

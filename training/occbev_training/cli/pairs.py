@@ -29,7 +29,7 @@ from rich.table import Table
 
 from occbev.files import replace_file
 from occbev.grid import GRIDS
-from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs, split_output
+from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, describe_problems, find_inputs, split_output
 from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.executors import EXECUTORS, Job, run_jobs
 from occbev_training.occupancy.labels import LabelConfig
@@ -250,7 +250,7 @@ def _report(
         if count:
             reason = reasons.get(text.rpartition(" ")[2], "")
             first = f"; the first: {reason}" if reason else ""
-            console.print(f"{text} {count}{remedy}{first}", highlight=False, markup=False)
+            console.print(f"{text} {count}{remedy}{first}", highlight=False, markup=False, soft_wrap=True)
     if skipped:
         console.print(f"messages skipped: {_counts(skipped)}", highlight=False, markup=False)
     if len({row["drive"] for row in rows}) > 1 and args.validation > 0 and not splits["validation"]:
@@ -265,8 +265,8 @@ _REMEDY = {
 
 
 def _print_problems(problems: Mapping[str, str], console: Console) -> None:
-    for name, reason in problems.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, markup=False)
+    for line in describe_problems(problems):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quality(rows: Sequence[Mapping[str, Any]], refused: Counter[str]) -> dict[str, dict[str, float]]:

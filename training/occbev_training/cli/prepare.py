@@ -27,6 +27,7 @@ from occbev_training.cli.inputs import (
     FoundInputs,
     add_input_arguments,
     class_map,
+    describe_problems,
     find_inputs,
     split_output,
 )
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     reports = list(_with_progress(found.openers, args, config, console))
     problems = found.problems | {report.name: report.problem for report in reports if report.problem}
     lines, boxless = _summarise(args, [report for report in reports if not report.problem])
-    for line in [*(f"left out: {name}: {reason}" for name, reason in problems.items()), *lines]:
+    for line in [*describe_problems(problems), *lines]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 1 if problems or boxless else 0
 

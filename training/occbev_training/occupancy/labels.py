@@ -235,6 +235,8 @@ class LabelBuilder:
         self.config = config or LabelConfig()
         self.grid = grid or GRIDS["occ3d"]
         self._rays: dict[int, SweepRays | str] = {}
+        self.first_unreadable = ""
+        """Why the first sweep that cannot be read cannot."""
         self._tracks = read_tracks(recording) if self.config.objects == "boxes" else {}
         self._scratch = BundleScratch(self.grid)
         self._camera_rays: dict[str, tuple[Camera, CameraRays]] = {}
@@ -354,6 +356,7 @@ class LabelBuilder:
             except Exception as error:  # whatever a reader or decompressor raises costs this sweep alone
                 logger.warning("%s sweep %d: %s", self.recording.name, index, describe_error(error))
                 self._rays[index] = "unreadable"
+                self.first_unreadable = self.first_unreadable or describe_error(error)
             else:
                 timed = sweep.time_offset is not None
                 self._rays[index] = SweepRays(sweep.stamp_ns, middle_ns(sweep), rays, timed, ego2global)

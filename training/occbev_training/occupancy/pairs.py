@@ -309,6 +309,7 @@ class _SampleMaker:
         expected = stats["sweeps_expected"]
         if stats["sweeps"] < self.config.min_support * expected or not stats["reference_sweeps"]:
             lost = "".join(f", {name} {count}" for name, count in examined.window.lost.items())
+            lost += f", the first: {self._builder.first_unreadable}" if examined.window.lost.get("unreadable") else ""
             at_key = "" if stats["reference_sweeps"] else ", none of them at the key time"
             self._refuse(key, "low_support", f"{stats['sweeps']} of {expected} sweeps within the window{at_key}{lost}")
             return None, frames

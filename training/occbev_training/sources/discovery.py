@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from occbev.messages.bags import split_order
 from occbev_training.sources.infos import InfoRecording, read_drives
 from occbev_training.sources.nuscenes import NuscenesRoot, RootOptions, find_tables, open_nuscenes
-from occbev_training.sources.recording import Recording, RecordingError
+from occbev_training.sources.recording import Recording, RecordingError, leave_out
 
 if TYPE_CHECKING:
     from occbev_training.sources.bag_index import BagOptions
@@ -253,50 +253,78 @@ def find_recordings(
     data_root: Path | None = None,
     root_options: RootOptions | None = None,
 ) -> list[Opener]:
+    """List recordings as `search_recordings`.
+
+    Raises:
+        RecordingError: there is none, or one of them cannot be listed.
+    """
+    found, problems = search_recordings(path, options, check_clocks, data_root, root_options)
+    for name, reason in problems.items():
+        raise RecordingError(reason if name in reason else f"{name}: {reason}")
+    return found
+
+
+def search_recordings(
+    path: Path,
+    options: BagOptions | None = None,
+    check_clocks: str = "refuse",
+    data_root: Path | None = None,
+    root_options: RootOptions | None = None,
+) -> tuple[list[Opener], dict[str, str]]:
     """List the recordings of a nuScenes-like root, of a converted info file, of a bag, or of a folder of these.
 
     options: how bags are read. data_root: where the files of an info file are; its folder if None.
     root_options: how nuScenes-like roots are read.
-
-    Raises:
-        RecordingError: there is none.
+    Returns: the recordings, and places that cannot be listed -> why.
     """
-    if path.is_file() and path.suffix == ".json":
-        return [OpenInfos(path, data_root or path.parent, drive) for drive in read_drives(path)]
     options, root_options = options or _bag_options(), root_options or RootOptions()
     found: list[Opener] = []
-    for place in _places(path):
-        if place.is_dir() and find_tables(place):
-            found += [OpenScene(place, scene, root_options) for scene in _root(place, root_options).scenes]
-        else:
-            found.append(OpenBag(place, options, check_clocks))
-    if not found:
-        raise RecordingError(
+    problems: dict[str, str] = {}
+    if path.is_file() and path.suffix == ".json":
+        with leave_out(problems, str(path)):
+            found += [OpenInfos(path, data_root or path.parent, drive) for drive in read_drives(path)]
+        return found, problems
+    for place in _find_places(path, problems):
+        with leave_out(problems, str(place)):
+            if place.is_dir() and find_tables(place):
+                found += [OpenScene(place, scene, root_options) for scene in _root(place, root_options).scenes]
+            else:
+                found.append(OpenBag(place, options, check_clocks))
+    if not found and not problems:
+        problems[str(path)] = (
             f"{path}: neither a nuScenes root (a folder with v*/scene.json, or a T4 one with annotation/scene.json), "
             "nor an info file, nor a bag "
             f"(a folder with metadata.yaml, or a file ending in {' or '.join(BAG_SUFFIXES)})"
         )
-    return found
+    return found, problems
 
 
 def holds_recordings(path: Path) -> bool:
-    """Whether a path is, or holds, anything that `find_recordings` or `convert_infos` reads."""
-    return path.suffix == ".pkl" or next(_places(path), None) is not None
+    """Whether a path is, or holds, anything that `search_recordings` or `convert_infos` reads, or is named so."""
+    return path.suffix in (".pkl", *BAG_SUFFIXES) or bool(_find_places(path, {}))
 
 
-def _places(path: Path) -> Iterator[Path]:
-    """Yield roots and bags at or below a path: what holds one is not searched further."""
-    if (
-        (path.is_dir() and find_tables(path))
-        or (path / "metadata.yaml").is_file()
-        or (path.is_file() and _is_bag_file(path))
-        or (path.is_dir() and _holds_splits(path))
-    ):
-        yield path
-    elif path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() or _is_bag_file(child):
-                yield from _places(child)
+def _find_places(path: Path, problems: dict[str, str], seen: set[Path] | None = None) -> list[Path]:
+    """List roots and bags at or below a path: what holds one is not searched further, and no folder twice.
+
+    problems: gets the folders that cannot be read.
+    """
+    seen = set() if seen is None else seen
+    with leave_out(problems, str(path)):
+        if path.resolve() in seen:
+            return []
+        seen.add(path.resolve())
+        if (
+            (path.is_dir() and find_tables(path))
+            or (path / "metadata.yaml").is_file()
+            or (path.is_file() and _is_bag_file(path))
+            or (path.is_dir() and _holds_splits(path))
+        ):
+            return [path]
+        children = sorted(path.iterdir()) if path.is_dir() else []
+        below = [child for child in children if child.is_dir() or _is_bag_file(child)]
+        return [place for child in below for place in _find_places(child, problems, seen)]
+    return []
 
 
 def _is_bag_file(path: Path) -> bool:
