@@ -78,11 +78,16 @@ class ImageConfig:
     channel_order: str = "rgb"
     """Order of the channels that the network was trained on: rgb, or bgr_swapped for BEVDet checkpoints."""
     fit: str = "cover"
-    """cover (the height is cut to the lower rows) or pad (rows of the mean colour below, as BEVFormer has it)."""
+    """cover (a tall image is cut to the lower rows, or to those around the horizon where they lack it) or pad (rows of
+    the mean colour below, as BEVFormer has it)."""
+    lens: str = "rectify"
+    """rectify (images become those of a pinhole) or keep (geometry follows the lens, so that a fisheye keeps its field)."""
 
     def __post_init__(self) -> None:
         if self.fit not in ("cover", "pad"):
             raise ConfigError(f"image.fit {self.fit!r}: must be cover or pad")
+        if self.lens not in ("rectify", "keep"):
+            raise ConfigError(f"image.lens {self.lens!r}: must be rectify or keep")
         if self.width % 32 or self.height % 32 or min(self.width, self.height) <= 0:
             raise ConfigError(f"image size {self.width}x{self.height}: both must be positive multiples of 32")
         if self.channel_order not in ("rgb", "bgr_swapped"):
@@ -132,6 +137,10 @@ class LiftConfig:
     """Capacity of the gather form in cells that hold points, 0 for all cells; fewer make a faster graph."""
     height_bins: int = 1
     """Cells along z within z_range; more than one makes a volume."""
+    canonical_focal: float = 0.0
+    """Focal length in pixels of the network's images at which depth bins are metres; those of a camera with another one
+    grow with it. An image alone tells how far something is in units of the focal length: one network then serves
+    cameras of any. 0: bins are metres for every camera."""
     reference_quirks: bool = False
     """Geometry as BEVDet's published weights know it: feature cells spread from first to last pixel, bins
     lifted to their near edge, cell indices truncated towards zero."""

@@ -26,6 +26,9 @@ MAX_FISHEYE_ANGLE = np.deg2rad(95.0)
 MAX_SLOPE = np.tan(np.deg2rad(89.0))
 """Largest x / z of a ray through a lens without fisheye."""
 
+MATRIX_COLUMNS = 18
+"""Columns of a lens as one array (3, 18): the intrinsic, and in the last row the model's number and coefficients."""
+
 NEWTON_STEPS = 20
 EXACT = 1e-9
 """Change of a slope or of an angle at which an inversion has converged."""
@@ -62,6 +65,24 @@ class Lens:
             )
         if not np.all(np.isfinite(self.coefficients)):
             raise LensError(f"distortion coefficients must be finite, got {list(self.coefficients)}")
+
+    @classmethod
+    def from_matrix(cls, matrix: ArrayLike) -> Lens:
+        """Read `as_matrix` back; (3, 3) is a pinhole. A matrix that an image warp (3, 3) was folded into is as good."""
+        matrix = np.asarray(matrix, np.float64)
+        if matrix.shape[1] == 3 or not matrix[2, 3]:
+            return cls(matrix[:, :3])
+        model = list(COEFFICIENTS)[int(matrix[2, 3])]
+        return cls(matrix[:, :3], model, tuple(matrix[2, 4 : 4 + max(COEFFICIENTS[model])].tolist()))
+
+    def as_matrix(self) -> Array:
+        """Return the lens as one array (3, 18), whose first three columns are the intrinsic."""
+        matrix = np.zeros((3, MATRIX_COLUMNS))
+        matrix[:, :3] = self.intrinsic
+        if not self.is_pinhole:
+            matrix[2, 3] = list(COEFFICIENTS).index(self.model)
+            matrix[2, 4 : 4 + len(self.coefficients)] = self.coefficients
+        return matrix
 
     @property
     def is_pinhole(self) -> bool:
@@ -103,6 +124,21 @@ class Lens:
             slopes = self._distort(seen[:, :2] / seen[:, 2:])
         pixels[valid] = slopes @ self.intrinsic[:2, :2].T + self.intrinsic[:2, 2]
         return pixels, valid
+
+    def see(self, points: ArrayLike) -> tuple[Array, Array]:
+        """Return pixels (M, 2) of points (M, 3) of the camera frame, and how far away they are (M,).
+
+        That is the depth, or for a fisheye the distance; 0 where the lens cannot see a point.
+        """
+        points = np.asarray(points, np.float64).reshape(-1, 3)
+        pixels, seen = self.project(points)
+        away = np.linalg.norm(points, axis=1) if self.is_fisheye else points[:, 2]
+        return np.nan_to_num(pixels, nan=-1e6), np.where(seen, away, 0.0)
+
+    def rays(self, pixels: ArrayLike) -> Array:
+        """Return where pixels (M, 2) look (M, 3), per metre of what `see` calls away; NaN where a lens shows nothing."""
+        rays = self.unproject(pixels)
+        return rays if self.is_fisheye else rays / rays[:, 2:]
 
     def unproject(self, pixels: ArrayLike) -> Array:
         """Return the unit rays (M, 3) of the camera frame that reach pixels (M, 2); NaN where none does."""

@@ -201,6 +201,13 @@ class CameraRig:
         return np.stack([camera.intrinsic for camera in self.cameras])
 
     @property
+    def lens_matrices(self) -> NDArray[np.float64]:
+        """What the geometry of networks takes: `intrinsics`, or (N, 3, 18) where some lens is no pinhole."""
+        if all(camera.lens.is_pinhole for camera in self.cameras):
+            return self.intrinsics
+        return np.stack([camera.lens.as_matrix() for camera in self.cameras])
+
+    @property
     def cam2egos(self) -> NDArray[np.float64]:
         """Poses of the cameras, (N, 4, 4)."""
         return np.stack([camera.cam2ego for camera in self.cameras])

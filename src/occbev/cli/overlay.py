@@ -163,6 +163,8 @@ def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
 
 def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameReport]:
     pipeline = Pipeline(args.model, recording.rig, args.backend) if args.model else None
+    for rows in pipeline.seen_rows if pipeline else []:
+        Console(stderr=True).print(str(rows), style="yellow" if rows.cuts_horizon else None, markup=False)
     written = 0
     for key, stamp_ns in enumerate(recording.key_stamp_ns.tolist()):
         sweep_index = nearest_sweep(recording, stamp_ns, args.max_gap)

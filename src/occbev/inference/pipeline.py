@@ -42,7 +42,7 @@ from occbev.inference.postprocess import (
     unobserved,
     voxels_in_view,
 )
-from occbev.inference.preprocess import Preprocessor
+from occbev.inference.preprocess import Preprocessor, seen_rows
 from occbev.inference.space_calibration import read_calibration
 from occbev.inference.table_cache import TableCache
 from occbev.results import Boxes3D, CameraFrame, FrameSet, GroundGrid, Occupancy, Perception, Timings
@@ -194,6 +194,7 @@ class Pipeline:
         self.rig = rig
         if places := family_of(self.package.model).describe_cameras(self.package.model, rig):
             logger.info("%s takes cameras %s", self.package.model.name, places)
+        self.seen_rows = seen_rows(rig, self.package.model.image)
         self._view: _View | None = None
 
     @property

@@ -292,6 +292,9 @@ def voxels_in_view(rig: CameraRig, grid: VoxelGrid) -> NDArray[np.bool_]:
     x, y, z = (axis.astype(np.float32) for axis in axes)
     inside = np.empty((len(rig), *grid.shape[::-1]), bool)
     for index, camera in enumerate(rig.cameras):
+        if not camera.lens.is_pinhole:
+            inside[index] = volume_from_xyz(camera.project(grid.centres().reshape(-1, 3))[2].reshape(grid.shape))
+            continue
         # A projection is affine before its division, so a grid needs three outer sums and no list of points.
         ego2img = (camera.intrinsic @ camera.ego2cam[:3]).astype(np.float32)
         u, v, depth = (row[0] * x + (row[1] * y)[:, None] + (row[2] * z + row[3])[:, None, None] for row in ego2img)

@@ -17,12 +17,19 @@ from numpy.typing import NDArray
 
 from occbev.config import ImageConfig
 from occbev.files import one_line
+from occbev.lens import Lens
 from occbev.messages.image_headers import JPEG_START, PNG_START, decoding_fault, encoded_size, is_whole, jpeg_size
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 
 MAX_ENLARGEMENT = 4
 """An image may be this many times as wide as its calibration says: it is scaled down at once."""
+
+SKY = 0.28
+"""Share of the network's rows above the horizon where the crop is placed by it, as in 16:9 images of a level camera."""
+
+LEAST_SKY = 0.1
+"""With a smaller share above the horizon in the lower rows, the crop is placed by the horizon."""
 
 REDUCED_READ = {
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -50,16 +57,26 @@ class Fit:
     crop: tuple[int, int]
 
     @classmethod
-    def cover(cls, width: int, height: int, config: ImageConfig) -> Fit:
-        """Scale to the network's width and keep the lower rows.
+    def of(cls, camera: Camera, config: ImageConfig) -> Fit:
+        """Return the fit of one camera's images, which keeps the horizon."""
+        row = horizon_row(camera, config)
+        return cls.cover(camera.width, camera.height, config, None if row is None else row / camera.height)
+
+    @classmethod
+    def cover(cls, width: int, height: int, config: ImageConfig, horizon: float | None = None) -> Fit:
+        """Scale to the network's width and keep the lower rows, or those around the horizon where they lack it.
 
         A flatter image keeps its middle columns, or with `config.fit` "pad" all of them and leaves rows below empty.
+        horizon: its height in the image, 0 at the top, 1 at the bottom; None where it is not known.
         """
         scaled_height = round(height * config.width / width)
         if scaled_height < config.height and config.fit == "pad":
             return cls((config.width, scaled_height), (0, 0))
         if scaled_height >= config.height:
-            return cls((config.width, scaled_height), (0, scaled_height - config.height))
+            top = scaled_height - config.height
+            if horizon is not None and horizon * scaled_height < top + LEAST_SKY * config.height:
+                top = min(max(round(horizon * scaled_height - SKY * config.height), 0), top)
+            return cls((config.width, scaled_height), (0, top))
         scaled_width = max(config.width, round(width * config.height / height))
         return cls((scaled_width, config.height), ((scaled_width - config.width) // 2, 0))
 
@@ -99,9 +116,9 @@ class Preprocessor:
             ImageError: the image is no uint8 RGB, or its aspect is not the calibration's.
         """
         camera = match_size(camera, image)
-        fit = Fit.cover(camera.width, camera.height, self.config)
+        fit = Fit.of(camera, self.config)
         fitted = network_camera(camera, self.config)
-        if not camera.lens.is_pinhole:
+        if not camera.lens.is_pinhole and self.config.lens == "rectify":
             image = self._rectify(_scale(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
             return self._fill(image), fitted
         (x, y), (width, height) = fit.crop, (self.config.width, self.config.height)
@@ -239,11 +256,69 @@ def fit_camera(camera: Camera, width: int, height: int) -> Camera:
 
 
 def network_camera(camera: Camera, config: ImageConfig) -> Camera:
-    """Return the rectified camera of network size that `camera` becomes."""
-    fit = Fit.cover(camera.width, camera.height, config)
+    """Return the camera of network size that `camera` becomes: rectified, or with its lens as `config.lens` says."""
+    fit = Fit.of(camera, config)
     scale_x, scale_y = fit.scaled[0] / camera.width, fit.scaled[1] / camera.height
     fitted = camera.resize(scale_x, scale_y, fit.crop, (config.width, config.height))
-    return replace(fitted, distortion_model="none", distortion=())
+    return fitted if config.lens == "keep" else replace(fitted, distortion_model="none", distortion=())
+
+
+def horizon_row(camera: Camera, config: ImageConfig) -> float | None:
+    """Return the row of an image on which the horizon lies straight ahead; None if the camera looks up or down.
+
+    It is of the rectified image, unless the network keeps the lens.
+    """
+    axis = camera.cam2ego[:3, 2]
+    ahead = camera.cam2ego[:3, :3].T @ np.array([axis[0], axis[1], 0.0])
+    if ahead[2] < 0.05:
+        return None
+    lens = camera.lens if config.lens == "keep" else Lens(camera.intrinsic)
+    pixels, seen = lens.project(ahead[None])
+    return float(pixels[0, 1]) if seen[0] else None
+
+
+@dataclass(frozen=True)
+class SeenRows:
+    """What part of a camera's images a network is shown: rows [first, last) of `height`, columns [left, right)."""
+
+    camera: str
+    first: int
+    last: int
+    left: int
+    right: int
+    width: int
+    height: int
+    horizon: float | None
+
+    @classmethod
+    def of(cls, camera: Camera, config: ImageConfig) -> SeenRows:
+        """Return it for one camera, in pixels of its own images."""
+        fit = Fit.of(camera, config)
+        scale_x, scale_y = fit.scaled[0] / camera.width, fit.scaled[1] / camera.height
+        (x, y), size = fit.crop, (camera.width, camera.height)
+        last, right = min(y + config.height, fit.scaled[1]), min(x + config.width, fit.scaled[0])
+        ends = (round(y / scale_y), round(last / scale_y), round(x / scale_x), round(right / scale_x))
+        return cls(camera.name, *ends, *size, horizon_row(camera, config))
+
+    @property
+    def cuts_horizon(self) -> bool:
+        """Whether the horizon lies outside: what is far away is not seen."""
+        return self.horizon is not None and not self.first <= self.horizon < self.last
+
+    def __str__(self) -> str:
+        shown = f"camera {self.camera}: the network is shown rows {self.first} to {self.last} of {self.height}"
+        if (self.left, self.right) != (0, self.width):
+            shown += f", columns {self.left} to {self.right} of {self.width}"
+        if self.horizon is None:
+            return f"{shown}; the horizon is not in sight"
+        if self.cuts_horizon:
+            return f"{shown}; the horizon, at row {self.horizon:.0f}, is cut: nothing far away is seen"
+        return f"{shown}; the horizon is at row {self.horizon:.0f}"
+
+
+def seen_rows(rig: CameraRig, config: ImageConfig) -> list[SeenRows]:
+    """Return for each camera of a rig what part of its images a network is shown."""
+    return [SeenRows.of(camera, config) for camera in rig.cameras]
 
 
 def _scale(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

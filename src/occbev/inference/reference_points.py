@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occbev.geometry import frame2ego, wrap_angle, wxyz_from_rotation, yaw_from_rotation
+from occbev.geometry import frame2ego, transform_points, wrap_angle, wxyz_from_rotation, yaw_from_rotation
 from occbev.grid import BevGrid
 from occbev.inference.capacity import Tables, check_capacity
+from occbev.lens import Lens
 
 NEAREST = 1e-5
 """Depth in metres from which a point counts as before a camera."""
@@ -58,6 +59,26 @@ def project(
     visible = (depth[..., 0] > NEAREST) & np.all((place > 0) & (place < 1), -1)
     shape = (len(frame2img), *points.shape[:-1])
     return place.astype(np.float32).reshape(*shape, 2), visible.reshape(shape)
+
+
+def see_points(
+    points: ArrayLike, intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], frame: str
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return where points (..., 3) of a grid's frame appear in N images, and whether they do; see `project`.
+
+    intrinsic: (N, 3, 3), or (N, 3, 18) of lenses that are no pinholes. cam2ego: (N, 4, 4).
+    """
+    intrinsic, points = np.asarray(intrinsic, np.float64), np.asarray(points, np.float64)
+    if intrinsic.shape[2] == 3:
+        return project(points, frame_to_images(intrinsic, cam2ego, frame), image_size)
+    places, visible = [], []
+    for matrix, pose in zip(intrinsic, np.asarray(cam2ego, np.float64), strict=True):
+        frame2cam = np.linalg.inv(pose) @ frame2ego(frame)
+        pixels, away = Lens.from_matrix(matrix).see(transform_points(frame2cam, points.reshape(-1, 3)))
+        places.append(pixels / image_size)
+        visible.append((away > NEAREST) & np.all((places[-1] > 0) & (places[-1] < 1), -1))
+    shape = (len(intrinsic), *points.shape[:-1])
+    return np.stack(places).astype(np.float32).reshape(*shape, 2), np.stack(visible).reshape(shape)
 
 
 def reference_tables(points: NDArray[np.float32], visible: NDArray[np.bool_], max_rows: int, max_slots: int) -> Tables:
@@ -209,5 +230,9 @@ def projection_table(
 
     intrinsic: (N, 3, 3) of images of image_size (width, height). cam2ego: (N, 4, 4).
     """
+    if np.shape(intrinsic)[2] > 3:
+        raise ValueError(
+            "a network that projects in its graph, as DETR3D does, takes pinholes: want image.lens rectify"
+        )
     scale = np.diag([1 / image_size[0], 1 / image_size[1], 1.0, 1.0])
     return (scale @ frame_to_images(intrinsic, cam2ego, frame)).astype(np.float32)

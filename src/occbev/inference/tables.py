@@ -16,6 +16,7 @@ from occbev.config import LiftConfig
 from occbev.geometry import frame2ego, invert_transform
 from occbev.grid import BevGrid
 from occbev.inference.capacity import TableCapacityError, Tables, check_capacity
+from occbev.lens import Lens
 
 GATHER_WIDTH = 8
 """Rows that one stage of the gather form adds up."""
@@ -60,7 +61,7 @@ def lift_points(
 ) -> LiftPoints:
     """Place every frustum point of every camera in the BEV (Philion & Fidler 2020, eq. 1-3).
 
-    intrinsic: (N, 3, 3) of the network-size images, augmentation folded in.
+    intrinsic: (N, 3, 3) of the network-size images, augmentation folded in, or (N, 3, 18) of other lenses, see `Lens`.
     cam2ego: (N, 4, 4) into the frame of `bev`, BEV augmentation folded in.
     image_size: (width, height). A feature cell stands for the centre of its stride x stride pixels,
     a depth bin for its centre. Points outside the BEV or `lift.z_range` are left out.
@@ -74,12 +75,30 @@ def frustum_points(
 ) -> NDArray[np.float64]:
     """Return where every depth bin of every feature cell is, (N, D, h, w, 3) in ego; see `lift_points`."""
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
-    rays = feature_pixels(image_size, lift) @ np.swapaxes(
-        cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2
-    )  # (N, h * w, 3) per metre of depth
-    points = rays[:, None] * bin_depths(lift)[None, :, None, None] + cam2ego[:, None, None, :3, 3]
+    if intrinsic.shape[2] > 3:
+        rays = lens_rays(intrinsic, image_size, lift) @ np.swapaxes(cam2ego[:, :3, :3], 1, 2)
+    else:
+        rays = feature_pixels(image_size, lift) @ np.swapaxes(
+            cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2
+        )  # (N, h * w, 3) per metre of depth
+    depths = depth_scale(intrinsic, lift)[:, None] * bin_depths(lift)  # (N, D)
+    points = rays[:, None] * depths[:, :, None, None] + cam2ego[:, None, None, :3, 3]
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
     return points.reshape(*points.shape[:2], rows, columns, 3)
+
+
+def depth_scale(intrinsic: ArrayLike, lift: LiftConfig) -> NDArray[np.float64]:
+    """Return metres per unit of the depth bins, for each camera (N,): 1, or as `lift.canonical_focal` says."""
+    matrices = np.asarray(intrinsic, np.float64)
+    if not lift.canonical_focal:
+        return np.ones(len(matrices))
+    return np.sqrt(np.abs(np.linalg.det(matrices[:, :2, :2]))) / lift.canonical_focal
+
+
+def lens_rays(matrices: ArrayLike, image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.float64]:
+    """Return where each feature cell looks in its camera's frame, (N, h * w, 3) per metre; see `Lens.rays`."""
+    pixels = feature_pixels(image_size, lift)[:, :2]
+    return np.stack([Lens.from_matrix(matrix).rays(pixels) for matrix in np.asarray(matrices)])
 
 
 def place_points(points: ArrayLike, lift: LiftConfig, bev: BevGrid) -> LiftPoints:
@@ -215,12 +234,16 @@ def ray_table(
     """
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
-    rays = np.swapaxes(np.linalg.inv(intrinsic), 1, 2)
-    rays = feature_pixels(image_size, lift) @ rays  # (N, h * w, 3) in cam, per metre of depth
+    if intrinsic.shape[2] > 3:
+        rays = np.nan_to_num(lens_rays(intrinsic, image_size, lift))
+        across = np.arctan2(rays[..., :1], rays[..., 2:])  # a slope has no end beside a fisheye
+    else:
+        rays = feature_pixels(image_size, lift) @ np.swapaxes(np.linalg.inv(intrinsic), 1, 2)
+        across = rays[..., :1]  # (N, h * w, 1), rays in cam per metre of depth
     climb = rays @ cam2ego[:, 2, :3, None]
     height = np.broadcast_to(cam2ego[:, 2, 3, None, None] / 2, climb.shape)
     area = np.linalg.det(intrinsic[:, :2, :2])  # negative where augmentation mirrored the image
-    slope, focal = rays[..., :1] * np.sign(area)[:, None, None], np.sqrt(np.abs(area))
+    slope, focal = across * np.sign(area)[:, None, None], np.sqrt(np.abs(area))
     pixel_angle = np.broadcast_to(10 / focal[:, None, None], climb.shape)
     table = np.concatenate([slope, climb, height, pixel_angle], -1)
     return np.ascontiguousarray(

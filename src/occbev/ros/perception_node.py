@@ -149,7 +149,9 @@ class PerceptionNode(LifecycleNode):
             raise RuntimeError("the network still runs on the last set")
         self._intake = Intake(self.parameters, self._pipeline.decode_frame)
         self._last_end_ns = None
-        self._worker = self._make_worker(PerceptionLine(self._intake, self._pipeline, self._warn_about_job))
+        self._worker = self._make_worker(
+            PerceptionLine(self._intake, self._pipeline, self._warn_about_job, self.get_logger().info)
+        )
         self._subscribe(self._intake)
         self._timers_running = [
             self.create_timer(POLL_S, self._on_poll, clock=self._steady),

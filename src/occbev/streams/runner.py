@@ -8,6 +8,7 @@ line.decode(job)        its outputs -> boxes and voxels
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,11 @@ from occbev.streams.parameters import PerceptionParameters
 FEW_CORES = 2
 """Up to so many cores two sets in flight give more throughput than one after the other, whose threads wait for each other."""
 
+LOG = logging.getLogger(__name__)
+
+Inform = Callable[[str], object]
+"""Called with what is good to know."""
+
 Warn = Callable[[str, str], None]
 """Called with what a problem is about, such as "camera CAM_FRONT" or "motion", and with its text."""
 
@@ -33,8 +39,9 @@ Warn = Callable[[str, str], None]
 class PerceptionLine:
     """The three stages over one job. `decode` may run in another thread while the next job is prepared and inferred."""
 
-    def __init__(self, intake: Intake, pipeline: Pipeline, warn: Warn) -> None:
-        self._intake, self._pipeline, self._warn = intake, pipeline, warn
+    def __init__(self, intake: Intake, pipeline: Pipeline, warn: Warn, inform: Inform = LOG.info) -> None:
+        self._intake, self._pipeline, self._warn, self._inform = intake, pipeline, warn, inform
+        self._described = ""
 
     def prepare(self, job: FrameJob) -> bool:
         """Gather images, calibration and motion, and make the network's input.
@@ -49,12 +56,26 @@ class PerceptionLine:
         while self._has_enough(job):
             try:
                 self._pipeline.prepare(job)
+                self._describe_view(job)
                 return True
             except ImageError as error:
                 leave_out(job, error.camera, str(error))
                 self._intake.note_problem(error.camera, str(error))
                 self._warn(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
         return False
+
+    def _describe_view(self, job: FrameJob) -> None:
+        """Log once for each rig what the network is shown of each camera, and warn where a horizon is cut."""
+        rig = self._pipeline.rig
+        if rig.hash == self._described or job.frame_set is None:
+            return
+        self._described = rig.hash
+        for rows in self._pipeline.seen_rows:
+            if rows.camera in job.frame_set.cameras:
+                if rows.cuts_horizon:
+                    self._warn(f"view {rows.camera}", str(rows))
+                else:
+                    self._inform(str(rows))
 
     def infer(self, job: FrameJob) -> None:
         """Run the network; see `Pipeline.infer`."""

@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rig file: any number of cameras of any size, lens and place, and with the key lidar a LiDAR;"
         " takes the place of --image",
     )
+    parser.add_argument(
+        "--random-rigs",
+        action="store_true",
+        help="every drive through cameras and a LiDAR of its own, drawn by its seed",
+    )
     parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="version of the streets (default v1)")
     parser.add_argument("--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
@@ -136,7 +141,9 @@ def _config(args: argparse.Namespace) -> DriveConfig:
     rig = None if args.rig is None else CameraRig.load(args.rig)
     lidar = LidarConfig() if args.rig is None else read_lidar(args.rig)
     lidar = replace(lidar, rate=args.sweep_rate)
-    return DriveConfig(args.keys, args.key_rate, args.image, lidar=lidar, rig=rig, world=args.world)
+    return DriveConfig(
+        args.keys, args.key_rate, args.image, lidar=lidar, rig=rig, random_rigs=args.random_rigs, world=args.world
+    )
 
 
 def _record(out: Path, config: DriveConfig, seeds: list[int]) -> None:

@@ -21,9 +21,10 @@ from occbev.classes import FREE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
 from occbev.geometry import (
     box_corners,
-    project_points,
     transform_points,
 )
+from occbev.inference.tables import depth_scale
+from occbev.lens import Lens
 from occbev_training.data.augment import (
     AugmentConfig,
     Draw,
@@ -332,7 +333,8 @@ def depth_labels(sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], mod
     )
     column, row = (pixel[inside] // stride).astype(np.int64).T
     nearest = np.full(shape, np.inf, np.float32)
-    np.minimum.at(nearest, (sample.lidar_camera[inside], row, column), sample.lidar_depth[inside])
+    units = sample.lidar_depth / depth_scale(augment_intrinsic(sample.intrinsic, draw), lift)[sample.lidar_camera]
+    np.minimum.at(nearest, (sample.lidar_camera[inside], row, column), units[inside].astype(np.float32))
     return depth_to_bin(nearest, lift.depth)
 
 
@@ -351,7 +353,8 @@ def in_any_image(
     for index in np.flatnonzero(alive):
         # A mirrored pose is no rotation, so it is inverted in full.
         ego2cam = np.linalg.inv(cam2ego[index])
-        pixel, depth = project_points(transform_points(ego2cam, points), intrinsic[index])
+        pixel, depth = Lens.from_matrix(intrinsic[index]).see(transform_points(ego2cam, points.reshape(-1, 3)))
+        pixel, depth = pixel.reshape(*points.shape[:2], 2), depth.reshape(points.shape[:2])
         inside = np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
         seen |= np.any(inside & (depth > 0.1), axis=1)
     return seen

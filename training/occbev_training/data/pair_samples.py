@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from occbev.classes import FREE, OCCUPIED_STATE
 from occbev.config import ImageConfig
-from occbev.geometry import project_points, transform_points
+from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
 from occbev.inference.preprocess import Preprocessor, network_camera
 from occbev.results import CameraFrame
-from occbev.rig import Camera
+from occbev.rig import Camera, CameraRig
 from occbev_training.data.cache import (
     MIN_LIDAR_DEPTH,
     CachedSample,
@@ -173,7 +173,7 @@ def pair_to_sample(pair: PairSample, info: CacheInfo) -> CachedSample:
     return CachedSample(
         images,
         valid,
-        np.stack([c.intrinsic for c in fitted]),
+        CameraRig(tuple(fitted)).lens_matrices,
         np.stack([c.cam2ego for c in fitted]),
         *_returns(pair, fitted, info.grid),
         label.state,
@@ -204,7 +204,7 @@ def _returns(
     found = []
     for index, camera in enumerate(cameras):
         points = _seen_hits(pair, index, grid) if pair.lidar is None else pair.lidar
-        pixel, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
+        pixel, depth = camera.lens.see(transform_points(camera.ego2cam, points))
         inside = (depth > MIN_LIDAR_DEPTH) & np.all((pixel >= 0) & (pixel < (camera.width, camera.height)), axis=-1)
         found.append(
             (

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from occbev.inference.pipeline import motion_to_key
 from occbev.inference.postprocess import voxels_in_view
+from occbev.lens import Lens
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 from occbev_training.data.cache import CachedSample, SampleCache, open_cache
@@ -267,7 +268,7 @@ def read_cached_rig(sample: CachedSample, names: Sequence[str]) -> CameraRig:
     height, width = sample.images.shape[1:3]
     return CameraRig(
         tuple(
-            Camera(name, width, height, intrinsic, cam2ego)
-            for name, intrinsic, cam2ego in zip(names, sample.intrinsic, sample.cam2ego, strict=True)
+            Camera(name, width, height, lens.intrinsic, cam2ego, lens.model, lens.coefficients)
+            for name, lens, cam2ego in zip(names, map(Lens.from_matrix, sample.intrinsic), sample.cam2ego, strict=True)
         )
     )

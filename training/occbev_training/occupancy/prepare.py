@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from occbev.classes import DETECTION_CLASSES, FREE
 from occbev.config import ImageConfig, from_record, to_record
 from occbev.files import file_name, replace_file
-from occbev.geometry import invert_transform, project_points, transform_points
+from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.inference.preprocess import Preprocessor, network_camera
 from occbev.results import FrameSet
@@ -209,7 +209,7 @@ def make_sample(
     """
     key_ns = int(recording.key_stamp_ns[key])
     images, valid, rig, broken = _network_images(recording, frames, key_ns, preprocessor)
-    intrinsic = np.stack([camera.intrinsic for camera in rig.cameras])
+    intrinsic = rig.lens_matrices
     cam2ego = np.stack([camera.cam2ego for camera in rig.cameras])
     volumes = label(key, frames)
     sample = CachedSample(
@@ -263,7 +263,7 @@ def _lidar_pixels(
     points = rays.end[rays.hit]
     cameras, pixels, depths = [], [], []
     for index, camera in enumerate(rig.cameras):
-        pixel, depth = project_points(transform_points(camera.ego2cam, points), camera.intrinsic)
+        pixel, depth = camera.lens.see(transform_points(camera.ego2cam, points))
         inside = (depth > MIN_LIDAR_DEPTH) & np.all((pixel >= 0) & (pixel < (camera.width, camera.height)), axis=-1)
         cameras.append(np.full(np.count_nonzero(inside), index, np.uint8))
         pixels.append(pixel[inside].astype(np.float32))

@@ -26,6 +26,7 @@ from occbev.trajectory import Trajectory
 from occbev_training.simulator.camera import Exposure, Painter, build_rig, firing_times, pixel_rays
 from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mount_lidar
 from occbev_training.simulator.raycast import StreetScene
+from occbev_training.simulator.rigs import draw_lidar, draw_rig
 from occbev_training.simulator.truth import Solids, annotate, find_seen_voxels, mark_centres, mark_ends
 from occbev_training.simulator.world import build_world
 from occbev_training.sources.recording import Annotations, OccupancyTruth
@@ -70,6 +71,8 @@ class DriveConfig:
     """The LiDAR."""
     rig: CameraRig | None = None
     """The cameras, exactly; None draws a vehicle with six of size `image`."""
+    random_rigs: bool = False
+    """Every drive has cameras and a LiDAR of its own, see `draw_rig`; in place of `rig`, `image` and `lidar`."""
     world: str = WORLDS[0]
     """Which streets are drawn: "v1"."""
     grid: VoxelGrid = GRIDS["occ3d"]
@@ -81,6 +84,8 @@ class DriveConfig:
         return record | {"rig": None if self.rig is None else [camera.as_record() for camera in self.rig.cameras]}
 
     def __post_init__(self) -> None:
+        if self.random_rigs and self.rig is not None:
+            raise ValueError("random_rigs and rig exclude each other: drives have rigs of their own, or this one")
         if self.world not in WORLDS:
             raise ValueError(f"world {self.world!r}: known are {', '.join(WORLDS)}")
         if self.keys < 1 or self.key_rate <= 0:
@@ -109,7 +114,11 @@ class SimulatedDrive:
         self._motion = EgoMotion.of(self._world)
         self._start_ns = 1_600_000_000_000_000_000 + seed * 1_000_000_000_000
         rng = np.random.default_rng((seed, 1))
-        self.rig = config.rig or build_rig(rng, config.image)
+        if config.random_rigs:
+            own = np.random.default_rng((seed, 4))
+            self.rig, config = draw_rig(own), replace(config, lidar=draw_lidar(own, config.lidar.rate))
+        else:
+            self.rig = config.rig or build_rig(rng, config.image)
         self._firing = firing_times(self.rig.names)
         self.lidar2ego = mount_lidar(config.lidar)
         self._world2global = make_transform(

@@ -125,7 +125,7 @@ class BevDet(SplatFamily[BevDetModel]):
         scale = model.image.width / parts.source_width
         src2img = np.diag([scale, scale, 1.0])
         src2img[1, 2] = model.image.height - round(scale * parts.source_height)
-        source = np.linalg.inv(src2img) @ np.asarray(intrinsic, np.float64)
+        source = np.linalg.inv(src2img) @ np.asarray(intrinsic, np.float64)[:, :, :3]
         parameters = gate_parameters if parts.depth_net == "gated" else camera_parameters
         return parameters(source, cam2frame, src2img)[:, :, None, None]
 

@@ -14,11 +14,10 @@ from occbev.inference.families.record import Arrays, Moment
 from occbev.inference.reference_points import (
     EgoMotion,
     can_bus,
-    frame_to_images,
     motion_tables,
     pillar_points,
-    project,
     reference_tables,
+    see_points,
 )
 from occbev.rig import CameraRig
 
@@ -96,7 +95,7 @@ class BevFormer(QueryFamily[BevFormerModel]):
         """Return `reference_tables`, missing cameras, which take up room otherwise, left out; and table_camera (N,)."""
         former, size = model.bevformer, (model.image.width, model.image.height)
         pillars = pillar_points(model.bev, former.z_range, former.heights)
-        places, visible = project(pillars, frame_to_images(rig.intrinsics, rig.cam2egos, model.bev.frame), size)
+        places, visible = see_points(pillars, rig.lens_matrices, rig.cam2egos, size, model.bev.frame)
         visible &= alive[:, None, None]
         tables = reference_tables(places, visible, former.max_rows, former.max_slots)
         return tables | {"table_camera": model.cameras.places(rig)}

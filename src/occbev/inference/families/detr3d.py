@@ -35,7 +35,7 @@ class Detr3d(QueryFamily[Detr3dModel]):
     def tables(self, model: Detr3dModel, rig: CameraRig, alive: NDArray[np.bool_], form: str) -> Tables:
         """Return table_projection (1, N, 4, 4), see `projection_table`, and table_camera (N,)."""
         size = (model.image.width, model.image.height)
-        projection = projection_table(rig.intrinsics, rig.cam2egos, size, model.bev.frame)
+        projection = projection_table(rig.lens_matrices, rig.cam2egos, size, model.bev.frame)
         return {"table_projection": projection[None], "table_camera": model.cameras.places(rig)}
 
 

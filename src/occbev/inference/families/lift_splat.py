@@ -69,7 +69,7 @@ class SplatFamily(Family[Splat]):
     def tables(self, model: Splat, rig: CameraRig, alive: NDArray[np.bool_], form: str) -> Tables:
         """Return `bag_tables` or `gather_tables`, with table_ray (1, N, K, h, w) of `calibration`."""
         size = (model.image.width, model.image.height)
-        intrinsic, cam2frame = rig.intrinsics, to_bev_frame(rig.cam2egos, model.bev)
+        intrinsic, cam2frame = rig.lens_matrices, to_bev_frame(rig.cam2egos, model.bev)
         points = lift_points(intrinsic, cam2frame, size, model.lift, model.bev)
         room = (model.bev, model.lift.max_points, model.lift.height_bins)
         tables = (

@@ -6,10 +6,11 @@ robot needs of it, stand in `occbev.inference.families`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from occbev.config import ModelConfig
@@ -32,9 +33,18 @@ def training_family(model: ModelConfig) -> TrainingFamily[Any]:
     return TRAINING[model.family]
 
 
-def make_geometry(model: ModelConfig, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike) -> Geometry:
+def make_geometry(
+    model: ModelConfig, intrinsic: Sequence[ArrayLike], cam2ego: ArrayLike, camera_valid: ArrayLike
+) -> Geometry:
     """Return what a network of the model's family takes as geometry, see `TrainingFamily.geometry`."""
-    return training_family(model).geometry(model, intrinsic, cam2ego, camera_valid)
+    return training_family(model).geometry(model, _same_lenses(intrinsic), cam2ego, camera_valid)
+
+
+def _same_lenses(intrinsics: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
+    """Bring rigs of pinholes (N, 3, 3) and of other lenses (N, 3, 18) into one shape."""
+    arrays = [np.asarray(intrinsic, np.float64) for intrinsic in intrinsics]
+    columns = max(array.shape[2] for array in arrays)
+    return [np.pad(array, ((0, 0), (0, 0), (0, columns - array.shape[2]))) for array in arrays]
 
 
 def make_graph(network: nn.Module, form: str = "onnx") -> Graph:

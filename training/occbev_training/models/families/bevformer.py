@@ -16,10 +16,9 @@ from occbev.inference.families.bevformer import BevFormerModel
 from occbev.inference.reference_points import (
     EgoMotion,
     can_bus,
-    frame_to_images,
     motion_tables,
     pillar_points,
-    project,
+    see_points,
 )
 from occbev_training.models.families.queries import (
     QueryTraining,
@@ -76,7 +75,7 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
         former, size = model.bevformer, (model.image.width, model.image.height)
         samples = zip(np.asarray(intrinsic), np.asarray(cam2ego), strict=True)
         pillars = pillar_points(model.bev, former.z_range, former.heights)
-        seen = [project(pillars, frame_to_images(*rig, model.bev.frame), size) for rig in samples]
+        seen = [see_points(pillars, *rig, size, model.bev.frame) for rig in samples]
         points, visible = (torch.from_numpy(np.stack(part)) for part in zip(*seen, strict=True))
         valid = torch.as_tensor(np.asarray(camera_valid), dtype=torch.float32)
         hits = pair_cameras(points, visible, valid, former.reference_quirks)
