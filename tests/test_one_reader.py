@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,21 @@ from occbev.frame_job import FrameJob
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.bags import BagMessage, BagReader, BagWriter, type_store
 from occbev.messages.readers import ENCODINGS
-from occbev.streams.offline import OfflineReplay
+from occbev.streams.bag_jobs import BagJobs
 from occbev.streams.parameters import PerceptionParameters, parameters_from_record
 from occbev_training.sources.bags import BagRecording
 
 MOUNT = make_transform(rotation_from_rpy(0.01, -0.02, 0.03), (0.4, 0.1, 1.2))
 
 
-class Gathered(OfflineReplay):
-    """The node's side of a bag, up to what would go into the network."""
-
-    def __init__(self, parameters: PerceptionParameters) -> None:
-        pipeline: Any = SimpleNamespace(decode_frame=lambda frame, camera: frame)
-        super().__init__(parameters, pipeline)
-        self.jobs: list[FrameJob] = []
-
-    def _run(self, job: FrameJob) -> None:
-        self.intake.gather(job)
-        self.jobs.append(job)
+def gather_jobs(path: Path, parameters: PerceptionParameters) -> list[FrameJob]:
+    """The node's side of a bag, up to what would go into the network; images stay as they came."""
+    feed, jobs = BagJobs(parameters, lambda frame, camera: frame, lambda about, text: None), []
+    with BagReader(path) as bag:
+        for job in feed.jobs(bag):
+            feed.intake.gather(job)
+            jobs.append(job)
+    return jobs
 
 
 def gather(path: Path, drive: Drive) -> list[FrameJob]:
@@ -49,10 +45,7 @@ def gather(path: Path, drive: Drive) -> list[FrameJob]:
         "ego_motion": {"odometry_topic": "/odom", "source": "odometry" if drive.odometry else "tf"},
         "sync": {"min_cameras": 1},
     }
-    node = Gathered(parameters_from_record(record))
-    with BagReader(path) as bag:
-        list(node.results(bag))
-    return node.jobs
+    return gather_jobs(path, parameters_from_record(record))
 
 
 def assert_equal(path: Path, drive: Drive) -> BagRecording:

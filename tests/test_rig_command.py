@@ -12,17 +12,17 @@ import yaml
 pytest.importorskip("rosbags", reason="reads and writes bags")
 
 from tests.small_bags import FORWARD, Camera, Drive
-from tests.test_one_reader import Gathered
+from tests.test_one_reader import gather_jobs
 
 from occbev.cli import main
 from occbev.cli.rig import viewing_direction
 from occbev.config import ConfigError
 from occbev.geometry import make_transform, rotation_from_rpy
-from occbev.messages.bags import BagReader, BagWriter
+from occbev.messages.bags import BagWriter
 from occbev.messages.topics import load_topics
 from occbev.rig import Camera as RigCamera
 from occbev.rig import CameraRig
-from occbev.streams.parameters import PerceptionParameters, parameters_from_record, read_parameters
+from occbev.streams.parameters import parameters_from_record, read_parameters
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bags import BagRecording
 
@@ -50,13 +50,6 @@ def write_topics(path: Path) -> Path:
     return path
 
 
-def gather(bag: Path, parameters: PerceptionParameters) -> Gathered:
-    node = Gathered(parameters)
-    with BagReader(bag) as reader:
-        list(node.results(reader))
-    return node
-
-
 def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Path) -> None:
     given = write_topics(tmp_path / "mine.yaml")
     assert main(["rig", str(bag), "--out", str(tmp_path / "out"), "--topics", str(given)]) == 0
@@ -68,7 +61,7 @@ def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Pa
     assert by_topics.names == by_parameters.names == NAMES
     assert by_topics.anchor_camera == "front"
     for parameters in (by_topics, by_parameters):
-        jobs = gather(bag, parameters).jobs
+        jobs = gather_jobs(bag, parameters)
         assert len(jobs) == len(recording.key_stamp_ns) == 4
         for job in jobs:
             assert job.frame_set is not None

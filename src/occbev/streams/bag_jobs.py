@@ -62,6 +62,8 @@ class BagJobs:
     def jobs(self, bag: BagReader) -> Iterator[FrameJob]:
         """Yield a job for every set, before it is gathered; raises BagError where the bag is damaged."""
         now_ns = 0
+        for note in bag.notes:
+            self._warn("bag", note)
         self._read_static_transforms(bag)
         try:
             for message in bag.messages(self.topics(bag)):

@@ -397,6 +397,13 @@ def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
     finally:
         bag.close()
     faults = [f"{topic}: {fault}" for topic, own in times.items() if (fault := clock_fault(own)) is not None]
+    simulated = [topic for topic, own in times.items() if own.simulated]
+    others = [topic for topic, own in times.items() if len(own.stamp_ns) and not own.simulated]
+    if simulated and others:
+        raise RecordingError(
+            f"{path}: {', '.join(simulated)} have simulated time, {', '.join(others)} have wall time; record all of them "
+            "with use_sim_time, or none"
+        )
     if faults:
         raise RecordingError(f"{path}: {'; '.join(faults)}. Give --clock-fix to measure and correct it")
 

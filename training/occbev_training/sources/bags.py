@@ -9,7 +9,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class BagRecording(IndexedBag):
     def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
         """Index a bag; raises RecordingError saying which topic, frame or count is wrong."""
         super().__init__(path, options)
+        for note in self.notes:
+            LOG.warning("%s: %s", self._bag.path, note)
         self.name = self.location = self._bag.path.stem
         self._base_frame = self.options.base_frame
         contents = self._part()
@@ -411,31 +413,47 @@ class BagRecording(IndexedBag):
         anchor = self.rig[self.options.anchor or front_camera(self.rig.names)].name
         stamps = {name: self.exposures(name) for name in self.rig.names}
         reach = {name: _half_period(of) for name, of in stamps.items()}
-        found: dict[int, dict[str, int]] = {}
+        found: dict[int, _Key] = {}
+        lag_ns: dict[str, int] = {}
         for stamp in sorted(stamps[anchor].tolist()):
             chosen = {
                 name: near for name, of in stamps.items() if (near := _nearest(of, stamp, reach[name])) is not None
             }
-            key = self._key_time([int(stamps[name][i]) for name, i in chosen.items()])
-            if len(chosen) > len(found.get(key, ())):
-                found[key] = chosen
+            key = self._key_time([int(stamps[name][i]) for name, i in chosen.items()], lag_ns)
+            if key not in found or len(chosen) > len(found[key].chosen):
+                found[key] = _Key(stamp, key, chosen)
         if not found:
             raise RecordingError(f"{self._bag.path}: {self.topics.images[anchor]}: no image, so there is no key frame")
+        keys = [found[key] for key in sorted(found)]
         interval_ns = round(self.options.key_interval * 1e9)
-        return list(_spaced(sorted(found.items()), interval_ns, round(0.25e9 * _period(stamps[anchor]))))
+        spaced = _spaced(keys, interval_ns, round(0.25e9 * _period(stamps[anchor])))
+        return [(key.stamp_ns, key.chosen) for key in spaced]
 
-    def _key_time(self, exposures: list[int]) -> int:
+    def _key_time(self, exposures: list[int], lag_ns: dict[str, int]) -> int:
         """Return the middle of the sweep that belongs to exposures, or the last exposure where no sweep is near.
 
         That is the one nearest to the last exposure, or where that one is far from another, to the middle of them.
+        lag_ns: how far the sweep was after these two at the key before, so that of two that are equally near the same
+        is taken again; it is brought up to date.
         """
-        sweeps = self.sweep_stamp_ns + self._sweep_middle_ns
-        reach = max(KEY_TOLERANCE, 0.5 * JITTER * _period(sweeps))
-        for wanted in (max(exposures), (min(exposures) + max(exposures)) // 2):
-            sweep = _nearest(sweeps, wanted, reach)
-            if sweep is not None and max(abs(int(sweeps[sweep]) - stamp) for stamp in exposures) <= KEY_TOLERANCE * 1e9:
-                return int(sweeps[sweep])
+        sweeps, reach = self._sweep_middles
+        sweep: int | None = None
+        for name, wanted in (("last", max(exposures)), ("middle", (min(exposures) + max(exposures)) // 2)):
+            sweep = _nearest(sweeps, wanted + lag_ns.get(name, 0), reach)
+            if sweep is None or abs(int(sweeps[sweep]) - wanted) > reach * 1e9:
+                sweep = _nearest(sweeps, wanted, reach)
+            if sweep is None:
+                continue
+            lag_ns[name] = int(sweeps[sweep]) - wanted
+            if max(abs(int(sweeps[sweep]) - stamp) for stamp in exposures) <= KEY_TOLERANCE * 1e9:
+                break
         return max(exposures) if sweep is None else int(sweeps[sweep])
+
+    @cached_property
+    def _sweep_middles(self) -> tuple[NDArray[np.int64], float]:
+        """The times (S,) of the middles of all sweeps, and how many seconds one may lie from the exposures of its key."""
+        sweeps = self.sweep_stamp_ns + self._sweep_middle_ns
+        return sweeps, max(KEY_TOLERANCE, 0.5 * JITTER * _period(sweeps))
 
     @cached_property
     def _sweep_middle_ns(self) -> int:
@@ -460,19 +478,26 @@ class BagRecording(IndexedBag):
         raise RecordingError(f"{self._bag.path}: {topic}: the message of {stamp_ns} ns is gone")
 
 
-def _spaced(
-    keys: Sequence[tuple[int, dict[str, int]]], interval_ns: int, slack_ns: int
-) -> Iterator[tuple[int, dict[str, int]]]:
-    """Yield key frames that are an interval apart, but for some slack.
+@dataclass(frozen=True)
+class _Key:
+    """A key frame: its time, the anchor's exposure, and camera -> message number."""
+
+    anchor_ns: int
+    stamp_ns: int
+    chosen: dict[str, int]
+
+
+def _spaced(keys: Sequence[_Key], interval_ns: int, slack_ns: int) -> Iterator[_Key]:
+    """Yield key frames whose anchor's exposures are an interval apart, but for some slack.
 
     One within the next half interval that has more cameras is taken instead, as at the start of a recording.
     """
-    stamps, place = [key for key, _ in keys], 0
+    stamps, place = [key.anchor_ns for key in keys], 0
     while place < len(keys):
         near = keys[place : bisect_right(stamps, stamps[place] + interval_ns // 2)]
-        best = max(near, key=lambda entry: len(entry[1]))
+        best = max(near, key=lambda key: len(key.chosen))
         yield best
-        place = bisect_left(stamps, best[0] + max(interval_ns - slack_ns, 1))
+        place = bisect_left(stamps, best.anchor_ns + max(interval_ns - slack_ns, 1))
 
 
 def _period(stamp_ns: NDArray[np.int64]) -> float:
@@ -512,8 +537,8 @@ def _size_fault(image: NDArray[np.uint8], size: tuple[int, int]) -> str | None:
 
 
 def _nearest(stamps: NDArray[np.int64], wanted: int, tolerance: float) -> int | None:
-    if len(stamps) == 0:
-        return None
-    away = np.abs(stamps - wanted)
-    index = int(np.argmin(away))
-    return index if away[index] <= tolerance * 1e9 else None
+    """Return the place of the stamp nearest to one, among stamps (M,) in order; None where none is near enough."""
+    after = int(np.searchsorted(stamps, wanted))
+    near = [place for place in (after - 1, after) if 0 <= place < len(stamps)]
+    best = min(near, key=lambda place: abs(int(stamps[place]) - wanted), default=None)
+    return best if best is not None and abs(int(stamps[best]) - wanted) <= tolerance * 1e9 else None
