@@ -335,7 +335,7 @@ def test_a_camera_whose_clock_runs_ahead_is_refused_and_named(camera: str, perio
             image.stamp += periods / 12
     sync = synchronizer()
     sets = feed(sync, images)
-    assert sum(len(set(s.images.values())) > 1 for s in sets) <= 1
+    assert mixed(sets) <= 8, "while its lead is learned"
     assert sum(len(s.images) == 5 for s in sets) >= 150 - max(20, periods + 10)
     assert sync.statistics.dropped[camera]["clock_ahead"] > 100
     assert "ahead of" in sets[-10].missing[camera]
@@ -461,3 +461,12 @@ def test_a_wrong_stamp_far_ahead_that_was_believed_does_not_stop_the_output() ->
     sets = feed(synchronizer(), alone)
     assert mixed(sets) == 0
     assert complete(sets[-30:]) == 30
+
+
+def test_images_that_come_in_bursts_are_not_ahead() -> None:
+    images = simulate(sweeps=120, phases_ms=(0,) * 6)
+    for image in images:
+        image.arrival = 1000 + (image.sweep // 4) * 0.02 + CAMERAS.index(image.camera) * 1e-3 + image.sweep % 4 * 1e-4
+    sync = synchronizer(timeout_s=0.05)
+    feed(sync, sorted(images, key=lambda i: i.arrival))
+    assert not any(sync.statistics.dropped[camera]["clock_ahead"] for camera in CAMERAS)

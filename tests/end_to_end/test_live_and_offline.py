@@ -164,7 +164,7 @@ def test_build_only_loads_the_model_and_ends(model: str) -> None:
     ("assignment", "text"),
     [
         ("threads:=-1", "threads is -1: must be between 0 and 256"),
-        ("sync.timeout_s:=soon", "sync.timeout_s:=soon: want a number"),
+        ("sync.timeout_s:=soon", "sync.timeout_s is 'soon': want a number"),
         ("rviz:=true", "there is no rviz2 here"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,28 @@ def test_dumped_parameters_load_again(make_bench: Callable[..., Any], tmp_path: 
         again.destroy_node()
     finally:
         context.shutdown()
+
+
+def test_lifecycle_cycles_hold_no_memory(stub_pipeline: Any, assert_nothing_runs: Callable[[], None]) -> None:
+    """40 cycles after the first ten; 200 in a process of their own grew by 3.5 MB, of which 5 are allowed."""
+    import rclpy
+    from rclpy.lifecycle import TransitionCallbackReturn
+
+    from occbev.ros.perception_node import PerceptionNode
+
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    node = PerceptionNode(stub_pipeline, context=context)
+    for cycle in range(50):
+        if cycle == 10:
+            before_mb = resident_mb()
+        for step in ("configure", "activate", "deactivate", "cleanup"):
+            assert getattr(node, f"trigger_{step}")() == TransitionCallbackReturn.SUCCESS
+    assert resident_mb() - before_mb < 5
+    node.close()
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+    assert_nothing_runs()

@@ -24,7 +24,7 @@ def test_the_baseline_loses_and_mixes_what_it_is_known_to(with_ros_time: bool) -
         pytest.importorskip("rclpy", reason="needs ROS 2")
     stream = sync.arrivals(0, drop=0.05)[:600]
     assert sync._search(stream, 0.1, with_ros_time) > 10
-    search = sync.ApproximateTime(sync.CAMERAS, 0.02, with_ros_time=with_ros_time)
+    search = sync.ApproximateTime(sync.CAMERA_NAMES, 0.02, with_ros_time=with_ros_time)
     clean = sync.arrivals(0)[:300]
     assert not any(search.push(i.camera, i.stamp_ns, i.sweep) for i in clean)
 

@@ -10,13 +10,11 @@ from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from occbev.config import bounded
 from occbev.frame_job import FrameJob
-
-LEARNED_MATCHES = 15
-"""Matches over which a camera's offset is the median, and anchor gaps that give the period."""
+from occbev.streams.camera_stream import IN_ORDER_AFTER, LEADS, LEARNED_MATCHES, CameraStream, StampedPayload
 
 WARM_UP_GAPS, ANCHOR_GAPS = 2, 3
 """Gaps between stamps that must be seen before the period counts as known: of any cameras, of the anchor."""
@@ -30,8 +28,8 @@ RELEARN_AFTER = 5
 LOCKED_SHARE, ACQUIRE_SHARE = 0.45, 0.5
 """Largest share of the anchor's period that a match may be off, once and before the offset is known."""
 
-REMEMBERED_STAMPS = 16
-"""Stamps of each camera that are kept to recognise an image that is sent twice."""
+REMEMBERED_SETS = 16
+"""Sets that have left whose arrival is kept, to learn from an image that comes too late for one."""
 
 LONE_WITNESSES = 3
 """Stamps in a row after which a camera that delivers alone is believed that time has jumped."""
@@ -39,20 +37,8 @@ LONE_WITNESSES = 3
 FRESH_PERIODS = 1.5
 """Periods over which a camera's newest stamp tells what time it is."""
 
-LEADS = 5
-"""Images over which the lead of a camera's clock is the median."""
-
 FUTURE_NS = 50_000_000
 """Stamps further ahead of the node's clock than this are in the future; half a period of them is refused."""
-
-LEARNED_DELAYS, FEWEST_DELAYS = 30, 5
-"""Latest arrivals of a camera that tell how long to wait for it, and how many there must be."""
-
-IN_ORDER_AFTER = 1000
-"""Images in order after which a camera is believed to send all of them so; new ones are."""
-
-DELAY_MARGIN_NS = 20_000_000
-"""A camera is waited for at least this much longer than it has taken lately."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +64,6 @@ class SyncConfig:
                 raise ValueError(f"sync.{name} is {getattr(self, name)}, must be positive")
         if self.min_cameras < 1 or self.queue < 1:
             raise ValueError(f"sync.min_cameras {self.min_cameras} and sync.queue {self.queue} must be at least 1")
-
-
-class _Image(NamedTuple):
-    """One image as the caller handed it in; `number` orders equal stamps without looking at payloads."""
-
-    stamp_ns: int
-    number: int
-    payload: Any
-    arrival_ns: int
 
 
 @dataclass
@@ -118,64 +95,7 @@ class _Key:
     stamp_ns: int
     arrival_ns: int
     owner: str
-    images: dict[str, _Image]
-
-
-class _Stream:
-    """What is known of one camera: its unmatched images, its offset to the anchor, whether it is alive."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.pool: list[_Image] = []
-        self.newest_ns: int | None = None
-        self.arrival_ns: int | None = None
-        self.recent: deque[int] = deque(maxlen=REMEMBERED_STAMPS)
-        self.matches: deque[int] = deque()
-        self.ordered: list[int] = []
-        self.offset_ns = 0
-        self.misses = 0
-        self.awaited = True
-        self.suspects: list[_Image] = []
-        self.leads: deque[int] = deque(maxlen=LEADS)
-        self.delays: deque[int] = deque(maxlen=LEARNED_DELAYS)
-        self.clock_problem = ""
-        self.in_order = IN_ORDER_AFTER
-
-    @property
-    def locked(self) -> bool:
-        return bool(self.matches)
-
-    def learn(self, offset_ns: int) -> None:
-        ordered = self.ordered
-        if len(ordered) == LEARNED_MATCHES:
-            del ordered[bisect_left(ordered, self.matches.popleft())]
-        self.matches.append(offset_ns)
-        insort(ordered, offset_ns)
-        self.offset_ns = ordered[len(ordered) // 2]
-
-    def unlearn(self) -> None:
-        self.matches.clear()
-        self.ordered.clear()
-        self.offset_ns = 0
-
-    def patience_ns(self, timeout_ns: int) -> int:
-        """How long after the anchor's arrival an image of this camera can still come."""
-        if len(self.delays) < FEWEST_DELAYS:
-            return timeout_ns
-        latest = max(self.delays)
-        if min(self.delays) > timeout_ns:
-            return 0  # it always comes too late
-        return min(timeout_ns, max(0, latest) + max(DELAY_MARGIN_NS, latest - min(self.delays)))
-
-    def take_nearest(self, expected_ns: int, window_ns: int) -> _Image | None:
-        """Remove and return the waiting image nearest to `expected_ns`, if one is within the window."""
-        pool = self.pool
-        best = bisect_left(pool, (expected_ns,))
-        if best == len(pool) or (best and expected_ns - pool[best - 1].stamp_ns <= pool[best].stamp_ns - expected_ns):
-            best -= 1
-        if not pool or abs(pool[best].stamp_ns - expected_ns) > window_ns:
-            return None
-        return pool.pop(best)
+    images: dict[str, StampedPayload]
 
 
 class FrameSynchronizer:
@@ -199,7 +119,7 @@ class FrameSynchronizer:
         self.retune(self.config)
         self.statistics = SyncStatistics(dropped={name: Counter() for name in self.cameras})
         self.epoch = 0
-        self._streams: dict[str, _Stream] = {name: _Stream(name) for name in self.cameras}
+        self._streams: dict[str, CameraStream] = {name: CameraStream(name) for name in self.cameras}
         self._pending: list[_Key] = []
         self._anchor_gaps: deque[int] = deque(maxlen=LEARNED_MATCHES)
         self._first_gaps: list[int] = []
@@ -207,7 +127,7 @@ class FrameSynchronizer:
         self._last_owner = self.anchor
         self._started_ns: int | None = None
         self._earlier_pass: tuple[int, int] | None = None
-        self._left: deque[tuple[int, int]] = deque(maxlen=REMEMBERED_STAMPS)
+        self._left: deque[tuple[int, int]] = deque(maxlen=REMEMBERED_SETS)
         self._provisional = False
         self._number = 0
         self._key_drops: deque[tuple[int, str]] = deque(maxlen=1000)
@@ -275,7 +195,7 @@ class FrameSynchronizer:
             self._drop_anchored(camera, stamp_ns, "previous_pass")
             return []
         self._number += 1
-        image = _Image(stamp_ns, self._number, payload, now_ns)
+        image = StampedPayload(stamp_ns, self._number, payload, now_ns)
         timeline_ns = self._timeline_ns(stream, now_ns)
         if self._is_out_of_time(stream, stamp_ns, timeline_ns):
             return self._suspect(stream, image, timeline_ns, clock_ns)
@@ -288,7 +208,7 @@ class FrameSynchronizer:
             finished = self.reset("stamps_went_back", now_ns)  # a set of a wrong stamp far ahead has left
         return finished + self._admit(stream, image, now_ns)
 
-    def _admit(self, stream: _Stream, image: _Image, now_ns: int) -> list[FrameJob]:
+    def _admit(self, stream: CameraStream, image: StampedPayload, now_ns: int) -> list[FrameJob]:
         """Take an image whose stamp is believed."""
         if image.stamp_ns in stream.recent:
             self._drop_anchored(stream.name, image.stamp_ns, "duplicate")
@@ -297,7 +217,7 @@ class FrameSynchronizer:
         self._accept(stream, image, now_ns)
         return self._release(now_ns)
 
-    def _timeline_ns(self, stream: _Stream, now_ns: int) -> int | None:
+    def _timeline_ns(self, stream: CameraStream, now_ns: int) -> int | None:
         """The median of the newest stamps of the other cameras that deliver now; None where there is none."""
         fresh_ns = FRESH_PERIODS * self.period_ns if self.period_ns else self._patience_ns
         newest = [
@@ -307,7 +227,7 @@ class FrameSynchronizer:
         ]
         return sorted(newest)[len(newest) // 2] if newest else None
 
-    def _is_out_of_time(self, stream: _Stream, stamp_ns: int, timeline_ns: int | None) -> bool:
+    def _is_out_of_time(self, stream: CameraStream, stamp_ns: int, timeline_ns: int | None) -> bool:
         """Whether a stamp is so far from its camera's last one, or ahead of the other cameras, that time has jumped."""
         if timeline_ns is not None and stamp_ns > timeline_ns + self._reset_ns + 2 * (self.period_ns or 0):
             return True
@@ -318,7 +238,9 @@ class FrameSynchronizer:
             return False
         return True
 
-    def _suspect(self, stream: _Stream, image: _Image, timeline_ns: int | None, clock_ns: int | None) -> list[FrameJob]:
+    def _suspect(
+        self, stream: CameraStream, image: StampedPayload, timeline_ns: int | None, clock_ns: int | None
+    ) -> list[FrameJob]:
         """Hold an image whose stamp is out of time; begin a new pass once it has a witness."""
         stream.suspects.append(image)
         if self._has_witness(stream, image, timeline_ns, clock_ns):
@@ -330,7 +252,9 @@ class FrameSynchronizer:
             stream.clock_problem = _describe_clock(image.stamp_ns - known_ns, "other stamps")
         return []
 
-    def _has_witness(self, stream: _Stream, image: _Image, timeline_ns: int | None, clock_ns: int | None) -> bool:
+    def _has_witness(
+        self, stream: CameraStream, image: StampedPayload, timeline_ns: int | None, clock_ns: int | None
+    ) -> bool:
         known_ns = timeline_ns if timeline_ns is not None else stream.newest_ns
         if clock_ns is not None and abs(image.stamp_ns - clock_ns) <= self._reset_ns:
             return True
@@ -341,12 +265,12 @@ class FrameSynchronizer:
             timeline_ns is None and len(stream.suspects) >= LONE_WITNESSES
         )
 
-    def _agree(self, image: _Image, other: _Image) -> bool:
+    def _agree(self, image: StampedPayload, other: StampedPayload) -> bool:
         """Whether two images out of time may be of one new timeline."""
         is_recent = image.arrival_ns - other.arrival_ns <= self._patience_ns
         return is_recent and abs(image.stamp_ns - other.stamp_ns) <= max(2 * (self.period_ns or 0), self._acquire_ns)
 
-    def _jump(self, image: _Image) -> list[FrameJob]:
+    def _jump(self, image: StampedPayload) -> list[FrameJob]:
         """Believe that time has jumped to an image: go on there with all that is held."""
         held = self._take_suspects()
         newest_ns = max((s.newest_ns for s in self._streams.values() if s.newest_ns is not None), default=0)
@@ -358,23 +282,23 @@ class FrameSynchronizer:
             finished += self._admit(stream, other, image.arrival_ns)
         return finished
 
-    def _take_suspects(self) -> list[tuple[_Stream, _Image]]:
+    def _take_suspects(self) -> list[tuple[CameraStream, StampedPayload]]:
         """Take all images that are held, in order of arrival."""
         held = [(stream, image) for stream in self._streams.values() for image in stream.suspects]
         for stream in self._streams.values():
             stream.suspects.clear()
         return sorted(held, key=lambda entry: entry[1].number)
 
-    def _drop_suspects(self, stream: _Stream) -> None:
+    def _drop_suspects(self, stream: CameraStream) -> None:
         for image in stream.suspects:
             self._drop_suspect(stream, image)
         stream.suspects.clear()
 
-    def _drop_suspect(self, stream: _Stream, image: _Image) -> None:
+    def _drop_suspect(self, stream: CameraStream, image: StampedPayload) -> None:
         is_old = stream.newest_ns is not None and image.stamp_ns < stream.newest_ns
         self._drop_anchored(stream.name, image.stamp_ns, "old_stamp" if is_old else "clock_ahead")
 
-    def _runs_ahead(self, stream: _Stream, stamp_ns: int, timeline_ns: int | None, clock_ns: int | None) -> bool:
+    def _runs_ahead(self, stream: CameraStream, stamp_ns: int, timeline_ns: int | None, clock_ns: int | None) -> bool:
         """Whether a camera's clock is ahead, so that its images would wait for key times to come and be joined late.
 
         It is where stamps lie in the future of the clock by which other cameras stamp. Without such a clock it is where
@@ -392,7 +316,7 @@ class FrameSynchronizer:
             lead_ns, against = stamp_ns - clock_ns, "the node's clock"
             is_ahead, is_refused = lead_ns > FUTURE_NS, lead_ns > max(FUTURE_NS, self.period_ns // 2)
         else:
-            lead_ns, against = sorted(stream.leads)[len(stream.leads) // 2], "the other cameras"
+            lead_ns, against = min(stream.leads), "the other cameras"
             is_ahead = is_refused = len(stream.leads) == LEADS and lead_ns > self._timeout_ns + self.period_ns
         stream.clock_problem = _describe_clock(lead_ns, against) if is_ahead else ""
         if is_refused:
@@ -441,7 +365,7 @@ class FrameSynchronizer:
             return False
         return True
 
-    def _observe(self, stream: _Stream, stamp_ns: int, now_ns: int) -> None:
+    def _observe(self, stream: CameraStream, stamp_ns: int, now_ns: int) -> None:
         """Learn the period from the gap to the camera's newest stamp."""
         gap = 0 if stream.newest_ns is None else stamp_ns - stream.newest_ns
         stream.recent.append(stamp_ns)
@@ -485,11 +409,11 @@ class FrameSynchronizer:
             self._unlocked_ns = int(ACQUIRE_SHARE * period_ns)
             self._patience_ns = max(2 * self._timeout_ns, 3 * period_ns)
 
-    def _window_ns(self, stream: _Stream) -> int:
+    def _window_ns(self, stream: CameraStream) -> int:
         """Furthest that an image of this camera may be from where it is expected."""
         return self._locked_ns if stream.matches or stream.name == self.anchor else self._unlocked_ns
 
-    def _accept(self, stream: _Stream, image: _Image, now_ns: int) -> None:
+    def _accept(self, stream: CameraStream, image: StampedPayload, now_ns: int) -> None:
         if stream.name == self.anchor:
             key = self._place(stream, image, fallback_only=True)
             if key is None:
@@ -516,7 +440,7 @@ class FrameSynchronizer:
         arrival = self._streams[camera].arrival_ns
         return arrival if arrival is not None else (self._started_ns or 0)
 
-    def _take_over(self, key: _Key, image: _Image) -> None:
+    def _take_over(self, key: _Key, image: StampedPayload) -> None:
         """Give a key of a fallback anchor the exact stamp of the anchor's own image, where order allows it."""
         place = self._pending.index(key)
         before = self._pending[place - 1].stamp_ns if place else self._last_ns
@@ -532,7 +456,7 @@ class FrameSynchronizer:
             for stream in self._streams.values():
                 stream.unlearn()
 
-    def _open_key(self, stream: _Stream, image: _Image, stamp_ns: int, now_ns: int) -> None:
+    def _open_key(self, stream: CameraStream, image: StampedPayload, stamp_ns: int, now_ns: int) -> None:
         """Make a key time of an image and give it what already waits."""
         if self._is_late_key(stamp_ns, stream.name):
             self._drop(stream.name, "late")
@@ -566,7 +490,7 @@ class FrameSynchronizer:
                 if image is not None:
                     key.images[name] = image
 
-    def _place(self, stream: _Stream, image: _Image, fallback_only: bool = False) -> _Key | None:
+    def _place(self, stream: CameraStream, image: StampedPayload, fallback_only: bool = False) -> _Key | None:
         """Put an image into the waiting key that it is nearest to and return that; None if there is none for it."""
         keys = [k for k in self._pending if k.owner != self.anchor] if fallback_only else self._pending
         if not keys:
@@ -589,7 +513,7 @@ class FrameSynchronizer:
             return None
         return key
 
-    def _keep(self, stream: _Stream, image: _Image) -> None:
+    def _keep(self, stream: CameraStream, image: StampedPayload) -> None:
         """Let an image wait for a key time to come, or drop it where none can come any more."""
         window = self._window_ns(stream)
         expected = image.stamp_ns - stream.offset_ns
@@ -612,7 +536,7 @@ class FrameSynchronizer:
             stream.pool.pop(0)
             self._drop(stream.name, "queue_full")
 
-    def _learn_delay(self, stream: _Stream, image: _Image, window_ns: int) -> None:
+    def _learn_delay(self, stream: CameraStream, image: StampedPayload, window_ns: int) -> None:
         """Learn from an image that came for a set that has left how long the next ones should wait."""
         expected = image.stamp_ns - stream.offset_ns
         for stamp_ns, arrival_ns in self._left:
@@ -645,7 +569,7 @@ class FrameSynchronizer:
                 return False
         return True
 
-    def _may_come(self, stream: _Stream, key: _Key, now_ns: int) -> bool:
+    def _may_come(self, stream: CameraStream, key: _Key, now_ns: int) -> bool:
         """Whether a camera's image for a key can still come: not after a later one, nor much later than lately."""
         last_ns = key.stamp_ns + stream.offset_ns + self._window_ns(stream)
         if stream.newest_ns is not None and stream.newest_ns > last_ns and stream.in_order >= IN_ORDER_AFTER:
@@ -679,7 +603,7 @@ class FrameSynchronizer:
         stamps_ns = {name: image.stamp_ns for name, image in present.items()}
         return [FrameJob(key.stamp_ns, images, stamps_ns, missing, self.epoch, key.arrival_ns, now_ns)]
 
-    def _why_missing(self, stream: _Stream) -> str:
+    def _why_missing(self, stream: CameraStream) -> str:
         if stream.clock_problem:
             return stream.clock_problem
         if stream.arrival_ns is None:
@@ -688,7 +612,7 @@ class FrameSynchronizer:
             return f"no matching image for {stream.misses} sets"
         return f"no image within {self._window_ns(stream) / 1e6:.0f} ms of its expected time"
 
-    def _miss(self, stream: _Stream, now_ns: int) -> str:
+    def _miss(self, stream: CameraStream, now_ns: int) -> str:
         """Note that a set left without this camera, and say why."""
         reason = self._why_missing(stream)
         stream.misses += 1
@@ -714,7 +638,7 @@ class FrameSynchronizer:
         self.statistics.dropped_keys[reason] += 1
         self._key_drops.append((stamp_ns, reason))
 
-    def _drop_many(self, stream: _Stream, count: int, reason: str) -> None:
+    def _drop_many(self, stream: CameraStream, count: int, reason: str) -> None:
         if count:
             self.statistics.dropped[stream.name][reason] += count
 
