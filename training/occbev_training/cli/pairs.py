@@ -204,7 +204,9 @@ def _report(
     """Print how many samples there are, the quality table, and the reasons of what was refused."""
     refused, missing, skipped = Counter[str](), Counter[str](), Counter[str]()
     reasons: dict[str, str] = {}
+    calibration: dict[str, dict[str, str]] = {}
     for report in read_reports(args.out):
+        calibration.setdefault(report.unit.drive, dict(report.calibration))
         refused.update(report.refused)
         missing.update(report.missing)
         skipped.update(report.skipped)
@@ -218,6 +220,7 @@ def _report(
         "missing_images": dict(missing),
         "skipped_messages": dict(skipped),
         "reasons": reasons,
+        "calibration": calibration,
         "problems": dict(problems),
         "quality": quality,
     }

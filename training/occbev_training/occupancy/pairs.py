@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from occbev_training.data.shards import (
     ShardWriter,
     write_index,
 )
+from occbev_training.occupancy.extrinsics import RigVerdict, gather, judge_rig
 from occbev_training.occupancy.labels import Examined, LabelBuilder, LabelConfig
 from occbev_training.occupancy.paper import paper_label
 from occbev_training.occupancy.quality import (
@@ -45,7 +46,7 @@ from occbev_training.occupancy.quality import (
     observed_drop,
 )
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording, describe_error, require_beam_origin
+from occbev_training.sources.recording import Recording, RecordingError, describe_error, require_beam_origin
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class PairConfig:
     max_standing: int = 10
     """Standing key frames that are kept in a row."""
     thorough_every: int = 20
-    """Every n-th key frame is also measured for camera alignment and determinism; 0 for none."""
+    """Every n-th key frame is also measured for determinism, and holds what is known of the cameras; 0 for none."""
     gate: bool = True
     """Refuse samples that break a limit; off, they are only marked."""
     lidar: bool = False
@@ -139,6 +140,8 @@ class UnitReport:
     """Camera -> kept samples without its image; each sample holds the reason."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Topic and reason -> messages of the recording that were left out, told by its first unit."""
+    calibration: Mapping[str, str] = field(default_factory=dict)
+    """Camera -> what its images say of its calibration."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """What was refused or missing -> the first case of it, in words with its key frame, topic and value."""
 
@@ -204,10 +207,11 @@ def make_unit(
         return done
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder, unit.name)
+    rig = _judge_rig(recording, unit, config)
     writer = ShardWriter(folder, unit.name, config.shard_bytes)
     refused, missing = Refusals(), Counter[str]()
     try:
-        for sample, values, broken in _samples(recording, unit, config, refused, progress):
+        for sample, values, broken in _samples(recording, unit, config, refused, progress, rig.agreement):
             writer.add(sample, _row(recording, sample, values, broken))
             for camera, reason in sample.meta["missing"].items():
                 missing[camera] += 1
@@ -227,10 +231,27 @@ def make_unit(
         source,
         dict(sorted(missing.items())),
         getattr(recording, "skipped", {}) if unit.first == 0 else {},
+        {verdict.camera: verdict.text for verdict in rig.cameras},
         dict(sorted(refused.first.items())),
     )
     _write_manifest(folder / f"{unit.name}.json", report)
     return report
+
+
+def _judge_rig(recording: Recording, unit: Unit, config: PairConfig) -> RigVerdict:
+    """Ask the unit's images whether the cameras look where their calibration says.
+
+    Raises RecordingError where they surely do not and samples are gated: every label would be seen from a wrong place.
+    """
+    if config.variant == "occbev_paper":
+        return RigVerdict((), "", 0)
+    verdict = judge_rig(recording, gather(recording, unit.first, unit.last))
+    if config.gate and verdict.faults:
+        raise RecordingError(
+            f"calibration contradicts the images: {'; '.join(verdict.faults)}. Correct it (`occbev overlay` draws it), "
+            "or give --no-gate to make the pairs all the same"
+        )
+    return verdict
 
 
 Measured = tuple[PairSample, dict[str, float], list[str]]
@@ -238,10 +259,15 @@ Measured = tuple[PairSample, dict[str, float], list[str]]
 
 
 def _samples(
-    recording: Recording, unit: Unit, config: PairConfig, refused: Refusals, progress: Callable[[], None]
+    recording: Recording,
+    unit: Unit,
+    config: PairConfig,
+    refused: Refusals,
+    progress: Callable[[], None],
+    camera_agreement: float,
 ) -> Iterator[Measured]:
     """Yield the unit's samples; a key frame that cannot be read costs no other."""
-    maker = _SampleMaker(recording, config, refused)
+    maker = _SampleMaker(recording, config, refused, camera_agreement)
     chosen, standing = _moving_keys(recording, config)
     refused.counts["standing"] += sum(unit.first <= key < unit.last for key in standing)
     for key in range(unit.first, unit.last):
@@ -255,8 +281,11 @@ def _samples(
 class _SampleMaker:
     """Labels, measures and gates key frames in order; what is refused is counted in `refused`."""
 
-    def __init__(self, recording: Recording, config: PairConfig, refused: Refusals) -> None:
+    def __init__(
+        self, recording: Recording, config: PairConfig, refused: Refusals, camera_agreement: float = np.nan
+    ) -> None:
         self.recording, self.config, self.refused = recording, config, refused
+        self._camera_agreement = camera_agreement
         self._builder = _builder(recording, config)
         all_but_one = max(1, len(recording.rig) - 1)
         self._max_camera_dt = config.max_camera_dt or camera_reach(recording)
@@ -289,7 +318,7 @@ class _SampleMaker:
             return {"q8_border_ratio": border_ratio(examined.label)}
         every = self.config.thorough_every
         thorough = every > 0 and key % every == 0
-        values = measure_key(self._builder, examined, frames, self._previous, thorough)
+        values = measure_key(self._builder, examined, frames, self._previous, thorough, self._camera_agreement)
         self._previous = examined
         return values
 
@@ -324,6 +353,22 @@ class _SampleMaker:
         text = f"{self.recording.name} key {key}: {reason}"
         logger.info("%s: %s", name, text)
         self.refused.add(name, text)
+
+
+@dataclass(frozen=True)
+class TrialPair:
+    """One key frame as a pair in memory, or why it is none: reason -> the case in words."""
+
+    key: int
+    sample: PairSample | None
+    refused: Mapping[str, str]
+
+
+def try_key(recording: Recording, key: int, config: PairConfig) -> TrialPair:
+    """Make the pair of one key frame without writing it."""
+    refused = Refusals()
+    made = _SampleMaker(recording, replace(config, thorough_every=0), refused).make(key)
+    return TrialPair(key, None if made is None else made[0], refused.first)
 
 
 def _bound(name: str) -> str:

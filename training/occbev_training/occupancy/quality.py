@@ -18,7 +18,6 @@ from occbev.classes import FREE, FREE_STATE, OCCUPIED_STATE
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import VoxelGrid
 from occbev.results import FrameSet, Sweep
-from occbev_training.occupancy.alignment import camera_alignment
 from occbev_training.occupancy.labels import (
     Decision,
     Examined,
@@ -53,7 +52,7 @@ class Limit:
 
 LIMITS: tuple[Limit, ...] = (
     Limit("q1_ends_in_occupied", "returns of a held-out sweep in or next to occupied", at_least=0.90),
-    Limit("q1_through_occupied", "beams of a held-out sweep through occupied", at_most=0.10),
+    Limit("q1_through_occupied", "beams of a held-out sweep through occupied", at_most=0.18),
     Limit("q2_self_carve", "hit cells that one sweep alone would remove", at_most=0.04),
     Limit(
         "q3_observed_drop",
@@ -64,15 +63,16 @@ LIMITS: tuple[Limit, ...] = (
     Limit("q5_ground_thickness", "spread of ground returns in a column over sweeps, m", at_most=0.15),
     Limit(
         "q6_camera_alignment",
-        "share of cameras whose depth edges fit best as calibrated",
-        at_least=0.3,
+        "share of the drive's cameras that their images do not contradict",
+        at_least=1.0,
     ),
     Limit("q7_ego_leak", "occupied cells inside the vehicle", at_most=0),
     Limit("q8_border_ratio", "occupied cells on a border plane against the plane within", at_most=2.0),
     Limit("q9_deterministic", "same label from shuffled points", at_least=1.0),
 )
-"""What good labels keep. Simulated streets whose labels are 99.8 % right set the bounds of Q1 and Q2:
-trees and fences let 4 to 8 % of the beams through. Q5 gates at a fault; good poses give below 0.06 m."""
+"""What good labels keep. Simulated streets whose labels are 99.8 % right and a real drive whose labels are as good
+set the bounds of Q1 and Q2: trees and fences let 4 to 8 % of the beams through, real ones with a dense LiDAR up to
+15 %. Q5 gates at a fault; good poses give below 0.06 m. Q6 is judged over a drive, see `extrinsics`."""
 
 
 def label_hash(label: OccupancyLabel) -> str:
@@ -214,10 +214,12 @@ def measure_key(
     frames: FrameSet,
     previous: Examined | None = None,
     thorough: bool = False,
+    camera_agreement: float = np.nan,
 ) -> dict[str, float]:
     """Measure one labelled key frame.
 
-    previous: the key frame before it, for Q4. thorough: also Q6 and Q9, which cost another label.
+    previous: the key frame before it, for Q4. thorough: also Q9, which costs another label.
+    camera_agreement: Q6, which `extrinsics.judge_rig` finds over several key frames of the drive.
     """
     key, label, window = examined.key, examined.label, examined.window
     ends, through = evaluation_data_sweep(builder, window)
@@ -237,7 +239,7 @@ def measure_key(
         motion = recording.trajectory.relative(int(stamps[key - 1]), int(stamps[key]))
         values["q4_temporal_iou"] = temporal_iou(previous.label, label, motion)
     if thorough:
-        values["q6_camera_alignment"] = camera_alignment(recording, key, frames)
+        values["q6_camera_alignment"] = camera_agreement
         values["q9_deterministic"] = float(is_deterministic(builder, key, frames, label))
     return values
 
