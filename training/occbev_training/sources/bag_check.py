@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.geometry import invert_transform, pose_from_xyzw
 from occbev.messages.bags import BagReader
+from occbev.messages.readers import stamp_to_ns
+from occbev.messages.tf import Buffer, clean_frame
 from occbev.messages.topics import ODOMETRY, POSE, BagTopics, detect_topics
 from occbev.rig import Camera
-from occbev.trajectory import PoseError
+from occbev.trajectory import PoseError, Trajectory
 from occbev_training.sources.bag_index import BagOptions, raw_times, usable_stamps
 from occbev_training.sources.bags import SMALL_ERROR, BagRecording
 from occbev_training.sources.clocks import (
@@ -43,6 +47,9 @@ T = TypeVar("T")
 
 CAMERA_RATE, ODOMETRY_RATE = 5.0, 20.0
 """Lowest accepted message rates in Hz."""
+
+DIFFERENT = 0.5, np.deg2rad(3.0)
+"""Metres and radians by which odometry and /tf may differ over a second; an estimate corrects itself now and then."""
 
 NOTICEABLE = 0.01
 """Seconds of clock offset from which on a fix is recommended."""
@@ -89,6 +96,8 @@ def check_bag(path: Path, options: BagOptions | None = None, measure_turns: bool
         except RecordingError as error:
             return [*verdicts, Verdict("messages", False, str(error))]
         verdicts += _presence(bag, topics, times)
+        parents, tf_path = _read_transforms(bag, topics, options.base_frame)
+        verdicts.append(parents)
         for topic in dict.fromkeys([*topics.images.values(), topics.lidar, topics.odometry]):
             if topic is not None and len(times[topic].stamp_ns):
                 verdicts += [_stamps(topic, times[topic]), _clock(topic, times[topic])]
@@ -98,7 +107,7 @@ def check_bag(path: Path, options: BagOptions | None = None, measure_turns: bool
         verdicts.append(Verdict("message counts", True, "as promised"))  # reading holds them against each other
     finally:
         bag.close()
-    return verdicts + _as_recording(path, replace(options, topics=topics), measure_turns)
+    return verdicts + _as_recording(path, replace(options, topics=topics), measure_turns, tf_path)
 
 
 def read_times(
@@ -134,6 +143,33 @@ def _presence(bag: BagReader, topics: BagTopics, times: Mapping[str, TopicTimes]
     if topics.odometry is None and topics.tf not in bag.topics:
         verdicts.append(Verdict("odometry", False, f"no topic of {ODOMETRY} or {POSE}, and no {topics.tf}"))
     return verdicts  # poses are judged as the reader finds them
+
+
+def _read_transforms(bag: BagReader, topics: BagTopics, base_frame: str) -> tuple[Verdict, Trajectory | None]:
+    """One parent and, of fixed frames, one place for each frame; of the vehicle's own frame that is a must.
+
+    Returns also the vehicle's poses in its parent, as the moving transforms tell them.
+    """
+    buffer, conflicts, poses = Buffer(1.0), dict[str, str](), dict[int, NDArray[np.float64]]()
+    for message in bag.messages([t for t in (topics.tf_static, topics.tf) if t in bag.topics]):
+        try:
+            decoded = bag.decode(message)
+        except RecordingError:
+            continue  # the reader counts it
+        buffer.add_message(decoded, message.topic == topics.tf_static)
+        conflicts |= buffer.take_conflicts()
+        for transform in decoded.transforms if message.topic == topics.tf else ():
+            if clean_frame(transform.child_frame_id) == base_frame:
+                with suppress(ValueError):
+                    t, q = transform.transform.translation, transform.transform.rotation
+                    stamp = stamp_to_ns(transform.header.stamp)
+                    poses[stamp] = pose_from_xyzw((t.x, t.y, t.z), (q.x, q.y, q.z, q.w))
+    text = "; ".join(conflicts.values()) or "each frame has one"
+    verdict = Verdict("parents of frames", not conflicts, text, must=base_frame in conflicts)
+    stamps = sorted(poses)
+    if not stamps:
+        return verdict, None
+    return verdict, Trajectory(np.array(stamps, np.int64), np.stack([poses[stamp] for stamp in stamps]), max_gap=0.5)
 
 
 def _odometry(recording: BagRecording) -> Verdict:
@@ -206,7 +242,7 @@ def clock_fault(times: TopicTimes) -> str | None:
     return None
 
 
-def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[Verdict]:
+def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path: Trajectory | None) -> list[Verdict]:
     """Transforms, calibration, poses, point times and clocks, as the reader itself sees them."""
     try:
         recording = BagRecording(path, options)
@@ -235,7 +271,7 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[
             Verdict("key frames", True, f"{len(recording.key_stamp_ns)} of {len(recording.rig)} cameras{parts}")
         )
         verdicts.append(_odometry(recording))
-        verdicts.append(_poses(recording))
+        verdicts += [_poses(recording), *_against_tf(recording, tf_path)]
         if len(recording.sweep_stamp_ns):
             verdicts.append(_point_times(recording))
             if measure_turns:
@@ -243,6 +279,36 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool) -> list[
     finally:
         recording.close()
     return verdicts
+
+
+def _against_tf(recording: BagRecording, tf_path: Trajectory | None) -> list[Verdict]:
+    """Odometry against /tf where both tell the vehicle's poses: over each second they must drive the same way."""
+    if recording.topics.odometry is None or tf_path is None:
+        return []
+    apart = _largest_difference(recording.trajectory, tf_path)
+    if apart is None:
+        return []
+    metres, radians = apart
+    same = metres <= DIFFERENT[0] and radians <= DIFFERENT[1]
+    where = f"{recording.topics.odometry} and {recording.topics.tf}"
+    text = f"{where}: over a second they differ by up to {metres:.2f} m and {np.rad2deg(radians):.1f} degrees"
+    return [Verdict("odometry against /tf", same, text + ("" if same else "; which one is right?"))]
+
+
+def _largest_difference(one: Trajectory, other: Trajectory) -> tuple[float, float] | None:
+    """Return the largest difference of the motions over a second, in metres and radians; None without a second shared."""
+    first, last = max(one.stamp_ns[0], other.stamp_ns[0]), min(one.stamp_ns[-1], other.stamp_ns[-1])
+    worst: tuple[float, float] | None = None
+    for start in np.arange(first, last - 1_000_000_000, 1_000_000_000).tolist():
+        try:
+            motions = [path.relative(start, start + 1_000_000_000) for path in (one, other)]
+        except PoseError:
+            continue
+        step = invert_transform(motions[0]) @ motions[1]
+        metres = float(np.linalg.norm(step[:3, 3]))
+        radians = float(np.arccos(np.clip((np.trace(step[:3, :3]) - 1) / 2, -1, 1)))
+        worst = (metres, radians) if worst is None else (max(worst[0], metres), max(worst[1], radians))
+    return worst
 
 
 def _poses(recording: Recording) -> Verdict:
