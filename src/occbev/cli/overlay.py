@@ -75,6 +75,15 @@ class FrameReport:
     pictures: list[str]
 
 
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What the images of a recording say of its rig: camera -> verdict, and one line for each fault."""
+
+    recording: str
+    cameras: dict[str, str]
+    faults: list[str]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("source", type=Path, help="ROS 2 bag (folder, .mcap, .db3) or nuScenes data root")
@@ -97,21 +106,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write pictures and print points and median depth of every camera."""
+    """Write pictures, print points and median depth of every camera; 1 where images contradict the calibration."""
     args.out.mkdir(parents=True, exist_ok=True)
-    reports = [report for recording in _recordings(args) for report in _overlay(recording, args)]
+    reports: list[FrameReport] = []
+    calibration: list[CalibrationReport] = []
+    for recording in _recordings(args):
+        found = list(_overlay(recording, args))
+        reports += found
+        if found:
+            calibration.append(_judge(recording))
     if not reports:
         raise LookupError(f"{args.source}: no key frame has both an image and a sweep within {args.max_gap} s")
     if args.json:
-        print(
-            json.dumps(
-                {"source": str(args.source), "frames": [asdict(report) for report in reports]},
-                indent=2,
-            )
-        )
+        record = {"frames": [asdict(report) for report in reports], "calibration": [asdict(c) for c in calibration]}
+        print(json.dumps({"source": str(args.source)} | record, indent=2))
     else:
         _print(reports, args.out)
-    return 0
+        _print_calibration(calibration)
+    return 1 if any(report.faults for report in calibration) else 0
 
 
 def lidar_in_camera(
@@ -174,6 +186,14 @@ def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameRe
         if frame_set.cameras:
             yield _overlay_frame(recording, key, sweep_index, frame_set, pipeline, args.out)
             written += 1
+
+
+def _judge(recording: Recording) -> CalibrationReport:
+    """Compare the calibration with the images over several key frames."""
+    from occbev_training.occupancy.extrinsics import judge_rig
+
+    verdict = judge_rig(recording)
+    return CalibrationReport(recording.name, {v.camera: v.text for v in verdict.cameras}, verdict.faults)
 
 
 def _set_pose(frame_set: FrameSet) -> FrameSet:
@@ -273,3 +293,12 @@ def _print(reports: list[FrameReport], out: Path) -> None:
         console.print(table)
     count: Any = sum(len(report.pictures) for report in reports)
     console.print(f"{count} pictures in {escape(str(out))}")
+
+
+def _print_calibration(reports: list[CalibrationReport]) -> None:
+    console = Console()
+    for report in reports:
+        for name, text in report.cameras.items():
+            console.print(f"{report.recording}: {name}: {text}", highlight=False, markup=False)
+        for fault in report.faults:
+            console.print(f"{report.recording}: calibration contradicts the images: {fault}", style="red", markup=False)
