@@ -15,6 +15,9 @@ from occbev.messages.tf import Buffer, TransformException
 from occbev.rig import Camera, CameraRig, RigError
 from occbev.streams.parameters import PerceptionParameters
 
+NEAR, LOW, HIGH = 5.0, 1.0, 6.0
+"""Metres from a camera, below and above `base_link`, within which grids have voxels to see."""
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -86,6 +89,17 @@ class Calibration:
             f"its images name the frame {image!r}, its CameraInfo {frame!r}, which is used: set cameras.{name}.frame_id"
         )
 
+    def describe_view(self, name: str) -> str:
+        """Say where a camera looks past every voxel, as one in the body frame does, "" where it does not."""
+        camera = self.camera(name)
+        if camera is None or _reaches_the_road(camera):
+            return ""
+        frame = self._parameters.cameras[name].frame_id or (
+            info.header.frame_id if (info := self._infos.get(name)) else ""
+        )
+        source = f"is {frame!r} the optical frame?" if frame else "is its extrinsic that of the optical frame?"
+        return f"its rays meet no voxel beyond {NEAR:g} m: it looks at the sky or at the ground; {source}"
+
     def _camera(self, name: str) -> Camera:
         info = self._infos.get(name)
         if info is None:
@@ -124,6 +138,15 @@ class Calibration:
 
     def _load_rig(self, path: str) -> CameraRig:
         return CameraRig.load(Path(path)).reorder(self._parameters.names)
+
+
+def _reaches_the_road(camera: Camera) -> bool:
+    """Whether any of a camera's rays is `NEAR` metres away while it is between the ground and `HIGH` metres."""
+    pixels = np.stack(np.meshgrid(np.linspace(0, camera.width, 7), np.linspace(0, camera.height, 7)), -1).reshape(-1, 2)
+    rays = camera.lens.unproject(pixels) @ camera.cam2ego[:3, :3].T
+    x, y, z = rays[np.isfinite(rays).all(axis=1)].T
+    height = camera.cam2ego[2, 3] + NEAR * z / np.maximum(np.hypot(x, y), 1e-6)
+    return bool(np.any((height > -LOW) & (height < HIGH)))
 
 
 def fallback_camera(name: str) -> Camera:
