@@ -101,6 +101,20 @@ def test_points_of_the_vehicle_itself_and_outside_do_not_count() -> None:
     assert lidar_in_camera(Sweep(points[:1], 0, np.eye(4)), np.eye(4), frame, CAMERA)[1].median_depth is None
 
 
+def test_a_calibration_that_the_images_contradict_ends_with_status_1(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("occbev_training")
+    from occbev_training.occupancy import extrinsics
+
+    wrong = extrinsics.CameraVerdict("CAM_FRONT", "rolled by 90 degrees", -0.9, extrinsics.Evidence())
+    monkeypatch.setattr(extrinsics, "judge_rig", lambda recording: extrinsics.RigVerdict((wrong,), "", 1))
+    assert main(["overlay", str(shared / "data" / "nuscenes-one"), "--out", str(tmp_path)]) == 1
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "scene-0061: calibration contradicts the images: CAM_FRONT: wrong" in lines
+    assert "rolled by 90 degrees" in lines
+
+
 class Stamps:
     def __init__(self, *stamps: int) -> None:
         self.sweep_stamp_ns = np.array(stamps, np.int64)

@@ -299,6 +299,11 @@ def _print_calibration(reports: list[CalibrationReport]) -> None:
     console = Console()
     for report in reports:
         for name, text in report.cameras.items():
-            console.print(f"{report.recording}: {name}: {text}", highlight=False, markup=False)
+            console.print(f"{report.recording}: {name}: {text}", highlight=False, markup=False, soft_wrap=True)
         for fault in report.faults:
-            console.print(f"{report.recording}: calibration contradicts the images: {fault}", style="red", markup=False)
+            console.print(
+                f"{report.recording}: calibration contradicts the images: {fault}",
+                style="red",
+                markup=False,
+                soft_wrap=True,
+            )
