@@ -256,8 +256,10 @@ def _report(
             console.print(f"{text} {count}{remedy}{first}", highlight=False, markup=False, soft_wrap=True)
     if skipped:
         console.print(f"messages skipped: {_counts(skipped)}", highlight=False, markup=False)
-    if len({row["drive"] for row in rows}) > 1 and args.validation > 0 and not splits["validation"]:
-        console.print("no validation split: the drives met within 100 m of each other, so that none may be held back")
+    if rows and args.validation > 0 and not splits["validation"]:
+        drives = len({row["drive"] for row in rows})
+        why = "there is one drive" if drives == 1 else f"the {drives} drives met within 100 m of each other"
+        console.print(f"no validation split: {why}; give pairs of other drives to --validation of 'pretrain'")
     _print_problems(problems, console)
 
 

@@ -334,15 +334,29 @@ class _SampleMaker:
         except PoseError as error:
             self._refuse(key, "no_pose", str(error))
             return None, frames
-        stats = examined.label.stats
-        expected = stats["sweeps_expected"]
-        if stats["sweeps"] < self.config.min_support * expected or not stats["reference_sweeps"]:
-            lost = "".join(f", {name} {count}" for name, count in examined.window.lost.items())
-            lost += f", the first: {self._builder.first_unreadable}" if examined.window.lost.get("unreadable") else ""
-            at_key = "" if stats["reference_sweeps"] else ", none of them at the key time"
-            self._refuse(key, "low_support", f"{stats['sweeps']} of {expected} sweeps within the window{at_key}{lost}")
+        refusal = self._judge_support(examined)
+        if refusal is not None:
+            self._refuse(key, *refusal)
             return None, frames
         return examined, frames
+
+    def _judge_support(self, examined: Examined) -> tuple[str, str] | None:
+        """Return why a label has too few sweeps behind it, by name and in words, or None."""
+        stats, lost = examined.label.stats, examined.window.lost
+        needed = self.config.min_support * stats["sweeps_expected"]
+        if stats["sweeps"] >= needed and stats["reference_sweeps"]:
+            return None
+        text = f"{stats['sweeps']} of {stats['sweeps_expected']} sweeps within the window"
+        unreadable = lost.get("unreadable", 0)
+        if unreadable:
+            return (
+                "unreadable_sweeps",
+                f"{text}, {unreadable} cannot be read; the first: {self._builder.first_unreadable}",
+            )
+        text += "".join(f", {count} {name}" for name, count in lost.items())
+        if stats["reference_sweeps"]:
+            return "low_support", text
+        return "no_sweep_at_key", f"{text}, none of them at the key time"
 
     def _count_cameras(self, frames: FrameSet) -> str:
         name, reason = next(iter(frames.missing.items()), ("", "none is calibrated"))
@@ -694,6 +708,8 @@ def assign_splits(rows: Sequence[Mapping[str, Any]], shares: Mapping[str, float]
 def _draw_splits(groups: Collection[str], shares: Mapping[str, float]) -> dict[str, str]:
     """Draw a split for each group by its name; a split that none fell into gets the one that fell nearest to it."""
     names, edges = list(shares), np.cumsum(list(shares.values())) / sum(shares.values())
+    if len(groups) == 1:  # nothing could be learned from a drive that is held back
+        return dict.fromkeys(groups, max(shares, key=lambda name: shares[name]))
     draw = {group: int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 for group in sorted(groups)}
     split = {group: names[int(np.searchsorted(edges, at, side="right"))] for group, at in draw.items()}
     for number, name in enumerate(names):
