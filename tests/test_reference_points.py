@@ -103,7 +103,7 @@ def test_alignment_keeps_still_cells_and_drops_what_was_outside() -> None:
 def test_ego_motion_values_stand_in_the_published_order() -> None:
     before, now = pose(10, 20, math.radians(350)), pose(11, 22, math.radians(5))
     motion = rp.EgoMotion.between(before, now)
-    values = rp.can_bus(now, motion, (1, 2, 3), (4, 5, 6), (7, 8, 9))
+    values = rp.can_bus(now, motion, rp.EgoSignals((1, 2, 3), (4, 5, 6), (7, 8, 9)))
     half = math.radians(2.5)
     want = [1, 2, 0, math.cos(half), 0, 0, math.sin(half), *range(1, 10), math.radians(5), 15]
     np.testing.assert_allclose(values, want, atol=1e-5)
@@ -117,3 +117,14 @@ def test_a_first_frame_knows_no_past() -> None:
     assert tables["state_known"] == 0
     assert (tables["table_align"] == BEV.size).all()
     assert not tables["table_shift"].any()
+
+
+def test_velocity_and_yaw_rate_follow_from_two_poses() -> None:
+    """A vehicle that heads left drives 2 m ahead in half a second and turns by 0.1: 4 m/s forward, 0.2 rad/s."""
+    before = make_transform(rotation_from_yaw(math.pi / 2 - 0.1), (5.0, 1.0, 0.0))
+    now = make_transform(rotation_from_yaw(math.pi / 2), (5.0, 3.0, 0.0))
+    values = rp.can_bus(now, rp.EgoMotion.between(before, now, seconds=0.5))
+    np.testing.assert_allclose(values[13:16], [4.0, 0.0, 0.0], atol=1e-5)
+    np.testing.assert_allclose(values[10:13], [0.0, 0.0, 0.2], atol=1e-5)
+    assert not values[7:10].any()  # no acceleration is known
+    assert not rp.can_bus(now, rp.EgoMotion.between(before, now))[7:16].any()  # nor anything without times

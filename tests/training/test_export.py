@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,9 +176,26 @@ def test_factors_must_be_those_of_the_logits() -> None:
             export.check_factors({**outputs, **wrong})
 
 
-def test_pre_training_network_is_not_a_package(tmp_path: Path) -> None:
-    with pytest.raises(export.ExportError, match="stage finetune"):
-        export.export_package(build_model(MODEL, "pretrain"), MODEL, tmp_path, {}, {})
+def test_a_refused_export_leaves_the_package_that_was_there(folder: Path, tmp_path: Path) -> None:
+    before, network = ModelPackage.load(shutil.copytree(folder, tmp_path / "package")), a_network()
+    with torch.no_grad():
+        network.detection_head.box[-1].weight[0, 0] = float("nan")
+    with pytest.raises(export.ExportError, match=r"detection_head\.box.*not finite"):
+        export.export_package(network, MODEL, before.folder, {}, {}, (), (3,))
+    with torch.no_grad():  # finite weights whose answers are not
+        network.detection_head.box[-1].weight.fill_(3e38)
+    with pytest.raises(export.ExportError, match="box holds values that are not finite"):
+        export.export_package(network, MODEL, before.folder, {}, {}, (), (3,))
+    assert ModelPackage.load(before.folder).files == before.files
+    assert {path.name for path in before.folder.iterdir()} == {*before.files, "config.yaml"}
+
+
+def test_what_is_not_finite_is_never_close() -> None:
+    sound, broken = {"box": np.ones(3)}, {"box": np.array([1.0, np.nan, 1.0])}
+    with pytest.raises(export.ExportError, match="box holds values that are not finite"):
+        export.relative_differences(sound, broken)
+    with pytest.raises(export.ExportError, match="lacks the outputs"):
+        export.relative_differences(sound, {})
 
 
 def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,19 +115,21 @@ class EgoMotion:
     """How the vehicle came from the frame before to this one.
 
     delta: (3,) metres in global axes. yaw: of this frame, radians. turn: since then, radians.
+    seconds: since then, 0 where they are not known.
     """
 
     delta: NDArray[np.float64]
     yaw: float
     turn: float
+    seconds: float = 0.0
 
     @classmethod
-    def between(cls, previous: ArrayLike, current: ArrayLike) -> EgoMotion:
-        """Derive it from both (4, 4) poses in global axes."""
+    def between(cls, previous: ArrayLike, current: ArrayLike, seconds: float = 0.0) -> EgoMotion:
+        """Derive it from both (4, 4) poses in global axes; seconds: between them, 0 if unknown."""
         before, now = np.asarray(previous, np.float64), np.asarray(current, np.float64)
         yaws = [yaw_from_rotation(pose[:3, :3]) for pose in (before, now)]
         turn = float(wrap_angle(yaws[1] - yaws[0]))
-        return cls(now[:3, 3] - before[:3, 3], yaws[1], turn)
+        return cls(now[:3, 3] - before[:3, 3], yaws[1], turn, seconds)
 
 
 def bev_shift(motion: EgoMotion, bev: BevGrid, reference_quirks: bool = False) -> NDArray[np.float32]:
@@ -161,23 +163,37 @@ def align_table(turn: float, bev: BevGrid, centre: tuple[float, float] | None = 
     return np.where(inside, row * columns + column, bev.size).astype(np.int32).reshape(-1)
 
 
-def can_bus(
-    pose: ArrayLike,
-    motion: EgoMotion | None,
-    acceleration: ArrayLike = (0.0, 0.0, 0.0),
-    rotation_rate: ArrayLike = (0.0, 0.0, 0.0),
-    velocity: ArrayLike = (0.0, 0.0, 0.0),
-) -> NDArray[np.float32]:
+@dataclass(frozen=True)
+class EgoSignals:
+    """What the vehicle's bus says, in ego axes and SI units; zero where it is not known.
+
+    acceleration: (3,), gravity included, as nuScenes' CAN files have it. rotation_rate, velocity: (3,).
+    """
+
+    acceleration: ArrayLike = (0.0, 0.0, 0.0)
+    rotation_rate: ArrayLike = (0.0, 0.0, 0.0)
+    velocity: ArrayLike = (0.0, 0.0, 0.0)
+
+    @classmethod
+    def from_motion(cls, pose: ArrayLike, motion: EgoMotion | None) -> EgoSignals:
+        """Derive velocity and yaw rate from two poses, means over the time between; acceleration stays unknown."""
+        if motion is None or motion.seconds <= 0:
+            return cls()
+        velocity = np.asarray(pose, np.float64)[:3, :3].T @ motion.delta / motion.seconds
+        return cls(rotation_rate=(0.0, 0.0, motion.turn / motion.seconds), velocity=velocity)
+
+
+def can_bus(pose: ArrayLike, motion: EgoMotion | None, signals: EgoSignals | None = None) -> NDArray[np.float32]:
     """Return ego motion as published weights read it, (18,): raw metres, radians and degrees.
 
-    pose: (4, 4) ego2global. motion: None in the first frame. The rest is in ego axes, SI units.
+    pose: (4, 4) ego2global. motion: None in the first frame. signals: by default those that the motion tells.
     """
     pose = np.asarray(pose, np.float64)
+    signals = signals or EgoSignals.from_motion(pose, motion)
+    bus = (signals.acceleration, signals.rotation_rate, signals.velocity)
     yaw = yaw_from_rotation(pose[:3, :3]) % (2 * math.pi)
     delta, turn = (np.zeros(3), 0.0) if motion is None else (motion.delta, motion.turn)
-    return np.concatenate(
-        [delta, wxyz_from_rotation(pose[:3, :3]), acceleration, rotation_rate, velocity, [yaw, math.degrees(turn)]]
-    ).astype(np.float32)
+    return np.concatenate([delta, wxyz_from_rotation(pose[:3, :3]), *bus, [yaw, math.degrees(turn)]]).astype(np.float32)
 
 
 def motion_tables(

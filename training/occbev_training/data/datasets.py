@@ -39,7 +39,7 @@ from occbev_training.data.augment import (
     grid_mask_image,
     live_bits,
 )
-from occbev_training.data.cache import CachedSample, CacheError
+from occbev_training.data.cache import CachedSample, CacheError, Moment
 from occbev_training.data.label_frame import boxes_in_frame, in_base_link
 from occbev_training.data.published_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
@@ -83,12 +83,13 @@ class TrainingSample:
     semantics_mask: NDArray[np.bool_]
     shown: NDArray[np.bool_] | None = None
     ego2global: NDArray[np.float64] | None = None
+    stamp_ns: int = 0
     past: tuple[View | None, ...] = ()
 
     @property
     def view(self) -> View:
         """What the cameras saw of it."""
-        return View(self.images, self.camera_valid, self.intrinsic, self.cam2ego, self.ego2global)
+        return View(self.images, self.camera_valid, self.intrinsic, self.cam2ego, self.ego2global, self.stamp_ns)
 
 
 @dataclass(frozen=True)
@@ -294,18 +295,19 @@ def with_past(
         return sample
     rng = np.random.default_rng(draw.seed + 2) if vary and training_family(model).skips_frames else None
     chosen = past_indices(samples, index, length, rng)
-    past = tuple(None if i is None else _past_view(samples[i], draw, samples.moment(i).ego2global) for i in chosen)
-    pose = augment_ego2global(samples.moment(index).ego2global, draw)
-    return replace(sample, ego2global=pose, past=past)
+    past = tuple(None if i is None else _past_view(samples[i], draw, samples.moment(i)) for i in chosen)
+    moment = samples.moment(index)
+    return replace(sample, ego2global=augment_ego2global(moment.ego2global, draw), stamp_ns=moment.stamp_ns, past=past)
 
 
-def _past_view(sample: CachedSample, draw: Draw, ego2global: NDArray[np.float64]) -> View:
+def _past_view(sample: CachedSample, draw: Draw, moment: Moment) -> View:
     return View(
         augment_images(sample.images, draw),
         draw.alive & sample.camera_valid,
         augment_intrinsic(sample.intrinsic, draw),
         augment_cam2ego(sample.cam2ego, draw),
-        augment_ego2global(ego2global, draw),
+        augment_ego2global(moment.ego2global, draw),
+        moment.stamp_ns,
     )
 
 

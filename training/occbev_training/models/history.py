@@ -19,7 +19,7 @@ class View:
     """One instant of a sample, augmented.
 
     images: (N, h, w, 3) uint8. camera_valid: (N,). intrinsic: (N, 3, 3). cam2ego: (N, 4, 4) at the instant's key
-    time. ego2global: (4, 4), or None where it is not known and not needed.
+    time. ego2global: (4, 4), or None where it is not known and not needed. stamp_ns: 0 where no past is asked for.
     """
 
     images: NDArray[np.uint8]
@@ -27,6 +27,7 @@ class View:
     intrinsic: NDArray[np.float64]
     cam2ego: NDArray[np.float64]
     ego2global: NDArray[np.float64] | None
+    stamp_ns: int = 0
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
 def _motion(before: View | None, now: View | None) -> EgoMotion | None:
     if before is None or now is None or before.ego2global is None or now.ego2global is None:
         return None
-    return EgoMotion.between(before.ego2global, now.ego2global)
+    return EgoMotion.between(before.ego2global, now.ego2global, (now.stamp_ns - before.stamp_ns) / 1e9)
 
 
 def _tables(motions: Sequence[EgoMotion | None], model: BevFormerModel) -> MotionTables:
