@@ -99,6 +99,7 @@ def test_every_model_of_the_tree_is_read_as_its_family(repository: Path) -> None
             {"encoder": {"backbone": "resnet50"}},
             r"model\.encoder: backbone 'resnet50': must be one of .*tf_efficientnet_lite0",
         ),
+        ({"encoder": {"channels": 8}}, r"model\.encoder: channels 8: must be at least 16"),
         ({"family": "detr3d", "resnet": {"depth": 99}}, r"model\.resnet: depth 99: must be one of \(14, 18, 50, 101\)"),
         ({"family": "bevdet", "bevdet": {"depth": 99}}, r"model\.bevdet: bevdet\.depth 99: must be one of"),
     ],

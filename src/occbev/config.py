@@ -39,6 +39,9 @@ BACKBONES = (
 )
 """Backbones of our own image encoder."""
 
+MIN_CHANNELS = 16
+"""Least channels of the image features: with 8 of them oneDNN, which torch runs on CPUs, corrupts the heap."""
+
 RESNET_DEPTHS = (14, 18, 50, 101)
 """Depths of the residual networks that published networks have as image encoders."""
 
@@ -162,6 +165,10 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise ConfigError(f"backbone {self.backbone!r}: must be one of {BACKBONES}")
+        if self.channels < MIN_CHANNELS:
+            raise ConfigError(
+                f"channels {self.channels}: must be at least {MIN_CHANNELS}; narrower ones end the process on CPUs"
+            )
 
 
 @dataclass(frozen=True)

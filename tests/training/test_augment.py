@@ -18,7 +18,7 @@ from occbev.geometry import (
     transform_points,
 )
 from occbev.grid import VoxelGrid
-from occbev_training.data import published_inputs as published
+from occbev_training.data import reference_inputs as reference
 from occbev_training.data.augment import (
     NO_AUGMENTATION,
     AugmentConfig,
@@ -228,21 +228,10 @@ def test_motion_between_frames_stays_rigid_and_true(seed: int) -> None:
     assert np.linalg.det(rotation) == pytest.approx(1.0)
 
 
-def test_the_published_scene_change_is_the_published_matrix() -> None:
-    """lss-family: rotate, scale, then mirror; boxes as published but for the wrapped yaw."""
-    drawn = published.BevDraw(17.0, 1.04, True, False)
-    draw = still(bev_angle=np.deg2rad(17.0), bev_scale=1.04, bev_sign=(-1, 1))
-    np.testing.assert_allclose(draw.ego2ego[:3, :3], published.bev_matrix(drawn), atol=1e-12)
-    boxes = np.array([[3.0, -2, 1, 4, 2, 1.5, 0.4, 2, -1]])
-    got, wanted = augment_boxes(boxes, draw), published.augment_boxes(boxes, drawn)
-    wanted[:, 6] = np.arctan2(np.sin(wanted[:, 6]), np.cos(wanted[:, 6]))
-    np.testing.assert_allclose(got, wanted, atol=1e-12)
-
-
 def test_the_published_image_draw_reaches_the_recorded_pixels() -> None:
     """Stored matrix, then drawn matrix: together the published chain from a 1600x900 image."""
     config = AugmentConfig(image_recipe="bevdet")
-    stored = published.image_matrix(published.draw_image((1600, 900), (704, 256)))
+    stored = reference.image_matrix(reference.draw_image((1600, 900), (704, 256)))
     flips = 0
     for seed in range(30):
         for image in draw_augmentation(seed, 2, (704, 256), config).images:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from occbev.config import ConfigError
 from occbev.geometry import rotation_from_yaw
 from occbev.grid import VoxelGrid
-from occbev_training.data import published_inputs as published
+from occbev_training.data import reference_inputs as reference
 
 Float = NDArray[np.float64]
 
@@ -353,8 +353,8 @@ def _reference_matrix(rng: np.random.Generator, size: tuple[int, int], source: t
 
     Samples are stored as the fixed transform of testing left them, so that is undone first.
     """
-    drawn = published.image_matrix(published.draw_image(source, size, rng))
-    stored = published.image_matrix(published.draw_image(source, size))
+    drawn = reference.image_matrix(reference.draw_image(source, size, rng))
+    stored = reference.image_matrix(reference.draw_image(source, size))
     return drawn @ np.linalg.inv(stored)
 
 

@@ -41,7 +41,7 @@ from occbev_training.data.augment import (
 )
 from occbev_training.data.cache import CachedSample, CacheError, Moment
 from occbev_training.data.label_frame import boxes_in_frame, in_base_link
-from occbev_training.data.published_inputs import depth_to_bin
+from occbev_training.data.reference_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
 from occbev_training.data.windows import history_length, past_indices
 from occbev_training.models.families import make_geometry, training_family

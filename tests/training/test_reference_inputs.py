@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,17 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch")
 from occbev.config import DepthConfig, ImageConfig, LiftConfig  # noqa: E402
-from occbev.geometry import make_transform, rotation_from_wxyz  # noqa: E402
+from occbev.geometry import (  # noqa: E402
+    invert_transform,
+    make_transform,
+    project_points,
+    rotation_from_wxyz,
+    transform_points,
+    wrap_angle,
+)
 from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
+from occbev.inference.pipeline import motion_to_key  # noqa: E402
 from occbev.inference.tables import (  # noqa: E402
     LiftPoints,
     bin_depths,
@@ -22,7 +31,11 @@ from occbev.inference.tables import (  # noqa: E402
     frustum_points,
     place_points,
 )
-from occbev_training.data import published_inputs as inputs  # noqa: E402
+from occbev.results import CameraFrame, FrameSet  # noqa: E402
+from occbev.rig import Camera, CameraRig  # noqa: E402
+from occbev_training.data import reference_inputs as inputs  # noqa: E402
+from occbev_training.data.augment import NO_AUGMENTATION, Draw, augment_boxes, draw_augmentation  # noqa: E402
+from occbev_training.data.datasets import depth_labels  # noqa: E402
 from occbev_training.losses.voxels_and_centres import depth_bce  # noqa: E402
 from occbev_training.models.lift_splat.lift_splat import batch_points, splat  # noqa: E402
 
@@ -80,16 +93,34 @@ def test_image_matrices(geometry: Arrays) -> None:
 
 
 def test_bev_matrices_and_boxes(geometry: Arrays) -> None:
+    """The draws that training makes move the scene and its boxes as published; only yaws are wrapped."""
     rows = zip(geometry["bda_params"], geometry["bda_mats"], geometry["boxes_bda"], strict=True)
-    for (angle, scale, flip_x, flip_y), matrix, boxes in rows:
-        draw = inputs.BevDraw(angle, scale, bool(flip_x), bool(flip_y))
-        close(inputs.bev_matrix(draw), matrix)
-        close(inputs.augment_boxes(geometry["boxes_in"], draw), boxes)
+    for (angle, scale, flip_x, flip_y), matrix, want in rows:
+        sign = (-1 if flip_x else 1, -1 if flip_y else 1)
+        draw = Draw((), sign, np.ones(6, bool), 0, float(np.deg2rad(angle)), float(scale))
+        close(draw.ego2ego[:3, :3], matrix)
+        boxes = augment_boxes(geometry["boxes_in"].astype(np.float64), draw)
+        close(np.delete(boxes, 6, 1), np.delete(want, 6, 1))
+        close(wrap_angle(boxes[:, 6] - want[:, 6]), np.zeros(len(boxes)))
 
 
-def test_the_key_ego_frame_is_that_of_camera_0(geometry: Arrays) -> None:
-    got = inputs.cam2key_ego(geometry["sensor2ego"], geometry["ego2global"])
-    close(got, geometry["sensor2keyego"])
+def test_cameras_move_into_the_ego_frame_of_the_key_pose(geometry: Arrays) -> None:
+    """What node, replay and training run; the published key pose is that of camera 0."""
+    poses = geometry["ego2global"].astype(np.float64)
+    names = tuple(f"camera_{i}" for i in range(6))
+    frames = {n: CameraFrame(n, i, b"", pose) for i, (n, pose) in enumerate(zip(names, poses, strict=True))}
+    motion = motion_to_key(FrameSet(0, frames), poses[0])
+    optics = geometry["intrins"].astype(np.float64)
+    matrices = zip(names, optics, geometry["sensor2ego"].astype(np.float64), strict=True)
+    rig = CameraRig(tuple(Camera(n, 1600, 900, k, orthonormal(pose)) for n, k, pose in matrices))
+    got = rig.move_cameras(motion[name] for name in names).cam2egos
+    np.testing.assert_allclose(got, geometry["sensor2keyego"], rtol=1e-4, atol=1e-3)  # single precision, far away
+
+
+def orthonormal(pose: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Take the rounding out of a rotation that was stored in single precision."""
+    u, _, v = np.linalg.svd(pose[:3, :3])
+    return make_transform(u @ v, pose[:3, 3])
 
 
 def test_frustum_points(geometry: Arrays) -> None:
@@ -209,19 +240,34 @@ def poses(arrays: Arrays, name: str) -> NDArray[np.float64]:
     return np.stack([make_transform(rotation_from_wxyz(r), t) for r, t in rows])
 
 
-def test_depth_images(depth_gt: Arrays) -> None:
+def test_lidar_points_fall_on_the_published_pixels(depth_gt: Arrays) -> None:
     src2img = homogeneous(depth_gt["post_rots"], depth_gt["post_trans"])
-    lidar2ego, ego2global = poses(depth_gt, "lidar2ego"), poses(depth_gt, "lidar_ego2global")
-    cam2ego, cam_ego2global = poses(depth_gt, "cam2ego"), poses(depth_gt, "cam_ego2global")
-    points, images = depth_gt["lidar_points"], []
-    for camera in range(6):
-        cam = inputs.lidar_to_cam(points, lidar2ego, ego2global, cam2ego[camera], cam_ego2global[camera])
-        pixels = inputs.points_to_image(cam, depth_gt["intrins"][camera], src2img[camera])
-        images.append(inputs.depth_image(pixels, SIZE, DepthConfig(1, 60, 0.5)))
-    want = depth_gt["gt_depth"]
-    differs = np.abs(np.stack(images) - want) > 1e-3
+    lidar2global = poses(depth_gt, "lidar_ego2global") @ poses(depth_gt, "lidar2ego")
+    cam2global = poses(depth_gt, "cam_ego2global") @ poses(depth_gt, "cam2ego")
+    images = np.full((6, SIZE[1], SIZE[0]), np.inf)
+    for camera, image in enumerate(images):
+        lidar2cam = invert_transform(cam2global[camera]) @ lidar2global
+        points = transform_points(lidar2cam, depth_gt["lidar_points"].astype(np.float64))
+        pixel, depth = project_points(points, src2img[camera] @ depth_gt["intrins"][camera].astype(np.float64))
+        place = np.rint(pixel)
+        seen = np.all((place >= 0) & (place < SIZE), 1) & (depth >= 1) & (depth < 60)
+        column, row = place[seen].astype(int).T
+        np.minimum.at(image, (row, column), depth[seen])
+    got, want = np.where(np.isfinite(images), images, 0), depth_gt["gt_depth"]
     assert (want > 0).sum() > 1000
-    assert differs.sum() <= 0.005 * (want > 0).sum()
+    assert (np.abs(got - want) > 1e-3).sum() <= 0.005 * (want > 0).sum()
+
+
+def training_bins(images: NDArray[np.float32], depth: DepthConfig) -> NDArray[np.int64]:
+    """Depth labels as a training sample gets them, of sparse depth images (6, h, w)."""
+    camera, row, column = np.nonzero(images)
+    lift = replace(LiftConfig(), depth=depth)
+    model = LiftSplatModel(image=ImageConfig(192, 64), lift=lift)  # a column of cells more than the arrays
+    sample = SimpleNamespace(
+        lidar_camera=camera, lidar_pixel=np.stack([column, row], 1) + 0.5, lidar_depth=images[camera, row, column]
+    )
+    still = draw_augmentation(0, len(images), SIZE, NO_AUGMENTATION)
+    return depth_labels(sample, still, np.ones(len(images), bool), model)[..., : SIZE[0] // 16]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +276,7 @@ def test_depth_images(depth_gt: Arrays) -> None:
     ids=["bevdet", "megvii"],
 )
 def test_depth_bins_and_their_loss(depth_gt: Arrays, prefix: str, depth: DepthConfig) -> None:
-    bins = inputs.depth_bins(depth_gt["gt_depth"], 16, depth)
+    bins = training_bins(depth_gt["gt_depth"], depth)
     np.testing.assert_array_equal(bins, depth_gt[f"{prefix}bins_index"])
     prediction = torch.from_numpy(depth_gt[f"{prefix}depth_pred"]).requires_grad_()
     rows = prediction.permute(0, 2, 3, 1).flatten(0, 2)
@@ -246,16 +292,6 @@ def test_depth_bins_at_their_borders(depth_gt: Arrays) -> None:
     np.testing.assert_array_equal(got, depth_gt["edge_bins"])
 
 
-def test_the_truncating_depth_image(depth_gt: Arrays) -> None:
-    for row, want in zip(depth_gt["megvii_aug_params"], depth_gt["megvii_depth_maps"], strict=True):
-        draw = draw_of(row)
-        uvd = depth_gt["megvii_uvd"].astype(np.float64)
-        ones = np.column_stack([uvd[:, :2], np.ones(len(uvd))])
-        pixels = (ones @ inputs.image_matrix(draw).T)[:, :2]
-        got = inputs.truncated_depth_image(np.column_stack([pixels, uvd[:, 2]]), SIZE)
-        assert (np.abs(got - want) > 1e-3).sum() <= 0.005 * (want > 0).sum()
-
-
 def test_camera_parameters_are_in_the_published_order() -> None:
     intrinsic = np.array([[[10.0, 0, 30], [0, 20, 40], [0, 0, 1]]])
     src2img = np.array([[1.0, 2, 3], [4, 5, 6], [0, 0, 1]])
@@ -265,7 +301,7 @@ def test_camera_parameters_are_in_the_published_order() -> None:
     np.testing.assert_array_equal(got, [want])
 
 
-def test_augmentation_keeps_pixels_and_boxes_where_they_belong() -> None:
+def test_draws_stay_in_the_published_range() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         draw = inputs.draw_image(SOURCE, (704, 256), rng)
@@ -273,17 +309,6 @@ def test_augmentation_keeps_pixels_and_boxes_where_they_belong() -> None:
         scale = np.sqrt(np.linalg.det(matrix[:2, :2]) * (-1 if draw.flip else 1))
         assert np.isclose(scale, draw.scale)
         assert 0.38 <= draw.scale <= 0.55
-        bev = inputs.draw_bev(rng)
-        box = np.array([[10.0, 4, 1, 4, 2, 1.5, 0.3, 3 * np.cos(0.3), 3 * np.sin(0.3)]])
-        moved = inputs.augment_boxes(box, bev)[0]
-        heading = np.array([np.cos(moved[6]), np.sin(moved[6])])
-        np.testing.assert_allclose(moved[7:9], 3 * bev.scale * heading, atol=1e-9)
-
-
-def test_voxels_flip_as_boxes_do() -> None:
-    volume = np.arange(24).reshape(4, 3, 2)
-    flipped = inputs.flip_voxels(volume, inputs.BevDraw(flip_x=True, flip_y=True))
-    np.testing.assert_array_equal(flipped, volume[::-1, ::-1])
 
 
 def test_sorting_points_by_pixel_changes_no_gradient(pool: Arrays) -> None:
