@@ -15,7 +15,9 @@ EXTRAS = {
         "opencv-python-headless>=4.5.4",  # the first with IMREAD_REDUCED and CPython 3.10 wheels
         "openvino>=2024.4",  # EmbeddingBagOffsets with per-sample weights from ONNX and IR
         "onnxruntime>=1.17",
-        "rosbags>=0.10.4",  # the first whose Writer takes version 9 and MCAP
+        "rosbags>=0.11",  # the first that unpacks with the two below
+        "lz4>=4",
+        "backports.zstd>=1; python_version < '3.14'",  # later ones have compression.zstd
         "rich>=13",
     ],
     # ROS 2 where no distribution is installed: the Kilted wheels (CPython 3.10 to 3.13, x86_64).
