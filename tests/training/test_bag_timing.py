@@ -140,3 +140,13 @@ def test_simulated_time_is_told_from_wall_time(tmp_path: Path) -> None:
     mixed = [restamped(m, back) if m.topic != LIDAR else m for m in messages]
     with pytest.raises(RecordingError, match=r"simulated time.* /points.*wall time|/points.*wall time.*simulated"):
         refuse_bad_clocks(write(tmp_path / "mixed", mixed), BagOptions())
+
+
+def test_a_bag_that_was_played_and_recorded_again_is_read(tmp_path: Path) -> None:
+    """Its log is years after its stamps, for all topics alike; one topic alone that is late is refused."""
+    late = 10**17
+    messages = [replace(message, log_ns=message.log_ns + late) for message in with_lidar(of_phases(0, 5))]
+    refuse_bad_clocks(write(tmp_path / "again", messages), BagOptions())
+    mixed = [replace(m, log_ns=m.log_ns - 2 * 10**9) if m.topic == LIDAR else m for m in messages]
+    with pytest.raises(RecordingError, match=rf"{LIDAR}: stamps are .* s behind the log"):
+        refuse_bad_clocks(write(tmp_path / "mixed", sorted(mixed, key=lambda m: m.log_ns)), BagOptions())

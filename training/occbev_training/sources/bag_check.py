@@ -21,7 +21,7 @@ from occbev.messages.tf import Buffer, clean_frame
 from occbev.messages.topics import ODOMETRY, POSE, BagTopics, detect_topics
 from occbev.rig import Camera
 from occbev.trajectory import PoseError, Trajectory
-from occbev_training.sources.bag_index import BagOptions, raw_times, usable_stamps
+from occbev_training.sources.bag_index import BagOptions, raw_times, split_at_jumps, usable_stamps
 from occbev_training.sources.bags import SMALL_ERROR, BagRecording
 from occbev_training.sources.clocks import (
     AGREE,
@@ -38,6 +38,7 @@ from occbev_training.sources.clocks import (
     lidar_turns,
     measure_offset,
     stretches_in_turns,
+    without_common_lag,
 )
 from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.point_times import SPAN
@@ -98,9 +99,10 @@ def check_bag(path: Path, options: BagOptions | None = None, measure_turns: bool
         verdicts += _presence(bag, topics, times)
         parents, tf_path = _read_transforms(bag, topics, options.base_frame)
         verdicts.append(parents)
+        clocks = without_common_lag(split_at_jumps(times)[0])
         for topic in dict.fromkeys([*topics.images.values(), topics.lidar, topics.odometry]):
-            if topic is not None and len(times[topic].stamp_ns):
-                verdicts += [_stamps(topic, times[topic]), _clock(topic, times[topic])]
+            if topic is not None and len(clocks[topic].stamp_ns):
+                verdicts += [_stamps(topic, times[topic]), _clock(topic, clocks[topic])]
         for name, kinds in _SHOULD.items():
             there = any(kind in bag.topics.values() for kind in kinds)
             verdicts.append(Verdict(name, there, "present" if there else "absent", must=False))
@@ -462,7 +464,12 @@ def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
         times = raw_times(bag, topics)
     finally:
         bag.close()
-    faults = [f"{topic}: {fault}" for topic, own in times.items() if (fault := clock_fault(own)) is not None]
+    faults = [
+        f"{topic}: {fault}"
+        for stretch in split_at_jumps(times)
+        for topic, own in without_common_lag(stretch).items()
+        if (fault := clock_fault(own)) is not None
+    ]
     simulated = [topic for topic, own in times.items() if own.simulated]
     others = [topic for topic, own in times.items() if len(own.stamp_ns) and not own.simulated]
     if simulated and others:

@@ -129,6 +129,20 @@ def raw_times(bag: BagReader, topics: BagTopics) -> dict[str, TopicTimes]:
     return times
 
 
+def split_at_jumps(times: Mapping[str, TopicTimes]) -> list[dict[str, TopicTimes]]:
+    """Return the times of each stretch between jumps of the clock."""
+    cuts = []
+    for own in times.values():
+        _, jumps, _ = usable_stamps(own.stamp_ns.tolist(), own.log_ns.tolist())
+        cuts += own.log_ns[jumps].tolist()
+
+    def within(own: TopicTimes, first: int, last: int) -> TopicTimes:
+        inside = (own.log_ns >= first) & (own.log_ns < last)
+        return TopicTimes(own.stamp_ns[inside], own.log_ns[inside])
+
+    return [{topic: within(own, *ends) for topic, own in times.items()} for ends in _stretches(sorted(cuts))]
+
+
 def topic_times(stamp_ns: Sequence[int], log_ns: Sequence[int]) -> TopicTimes:
     return TopicTimes(np.array(stamp_ns, np.int64), np.array(log_ns, np.int64))
 

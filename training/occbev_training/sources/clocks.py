@@ -120,6 +120,15 @@ class TopicTimes:
         return float((np.median(last) - np.median(first)) / step), float(error)
 
 
+def without_common_lag(times: Mapping[str, TopicTimes]) -> dict[str, TopicTimes]:
+    """Take off the log times what all topics lag behind them alike, as where a bag that was played is recorded again."""
+    lags = [float(np.median(own.lag)) for own in times.values() if len(own.stamp_ns)]
+    common = float(np.median(lags)) if len(lags) > 1 else 0.0
+    if abs(common) <= CLOCK_OFFSET or max(abs(lag - common) for lag in lags) > CLOCK_OFFSET:
+        return dict(times)
+    return {topic: TopicTimes(own.stamp_ns, own.log_ns - round(common * 1e9)) for topic, own in times.items()}
+
+
 def by_log_times(times: Mapping[str, TopicTimes], reference: str) -> dict[str, ClockCorrection]:
     """Return a rough correction of every topic, such that it lags behind the log as the reference does.
 
