@@ -133,9 +133,11 @@ def compressed_from_message(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) ->
     stated = str(message.format)
     head = bytes(message.data[:16])
     if not head.startswith((JPEG_START, PNG_START)):
+        video = any(kind in stated.lower() for kind in ("264", "265", "hevc", "av1"))
+        hint = "; decode video to images with `ros2 run image_transport republish`" if video else ""
         known = not stated or any(kind in stated.lower() for kind in ("jp", "png"))
         raise (MessageError if known else EncodingError)(
-            f"format {stated!r} with bytes beginning {head[:8].hex(' ')!r}: only JPEG and PNG are understood"
+            f"format {stated!r} with bytes beginning {head[:8].hex(' ')!r}: only JPEG and PNG are understood{hint}"
         )
     data = bytes(message.data)
     fault = decoding_fault(data, max_pixels)
