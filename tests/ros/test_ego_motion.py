@@ -110,3 +110,12 @@ def test_a_pose_that_jumps_is_named_and_begins_anew() -> None:
     assert poses.ego.add(S + 100_000_000, far) == ""
     with pytest.raises(PoseError):
         poses.ego.poses([S])
+
+
+@pytest.mark.parametrize("source", ["odometry", "tf"])
+def test_late_poses_cost_no_more_than_the_wait_that_is_set(source: str) -> None:
+    poses = Poses(source)
+    poses.add(49 * S)
+    begin = time.monotonic()
+    poses.ego.wait_until(49 * S + S // 2, 0.1)
+    assert 0.08 < time.monotonic() - begin < 0.5

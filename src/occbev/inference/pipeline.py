@@ -154,7 +154,7 @@ class Pipeline:
         return job.perception
 
     def run(self, frame_set: FrameSet, motion: MotionToKey | None = None) -> Perception:
-        """Perceive one frame set: prepare, infer, decode; raises what they raise.
+        """Prepare, infer and decode one frame set; raises what they raise.
 
         motion: how far ego moved from each exposure to the key time; None treats all as taken at the key time.
         """

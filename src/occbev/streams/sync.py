@@ -219,11 +219,11 @@ class FrameSynchronizer:
 
     def _timeline_ns(self, stream: CameraStream, now_ns: int) -> int | None:
         """The median of the newest stamps of the other cameras that deliver now; None where there is none."""
-        fresh_ns = FRESH_PERIODS * self.period_ns if self.period_ns else self._patience_ns
+        since_ns = now_ns - (FRESH_PERIODS * self.period_ns if self.period_ns else self._patience_ns)
         newest = [
             s.newest_ns
             for s in self._streams.values()
-            if s is not stream and s.newest_ns is not None and now_ns - self._last_arrival(s.name) <= fresh_ns
+            if s.newest_ns is not None and s.arrival_ns is not None and s.arrival_ns >= since_ns and s is not stream
         ]
         return sorted(newest)[len(newest) // 2] if newest else None
 
