@@ -17,6 +17,7 @@ from occbev.rig import Camera, CameraRig
 from occbev_training.cli import main
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.simulator.lidar import LidarConfig, mount_lidar, read_lidar
+from occbev_training.simulator.rigs import draw_lidar, draw_rig
 
 OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
@@ -102,7 +103,7 @@ def test_the_command_takes_a_rig_file(tmp_path: Path) -> None:
     CameraRig(surround_rig().cameras[2:3]).save(path)
     path.write_text(path.read_text() + "lidar: {rings: 16, columns: 90}\n")
     out = tmp_path / "out"
-    arguments = ["simulate", str(out), "--keys", "1", "--format", "bag", "--rig", str(path), "--workers", "1"]
+    arguments = ["simulate", "--out", str(out), "--keys", "1", "--format", "bag", "--rig", str(path), "--workers", "1"]
     assert main([*arguments, "--first-seed", "20051", "--world", "v1"]) == 0
     settings = json.loads((out / "simulation.json").read_text())["config"]
     assert settings["lidar"]["rings"] == 16
@@ -117,3 +118,19 @@ def test_worlds_and_lidars_that_are_none_are_refused() -> None:
         LidarConfig(rings=0)
     with pytest.raises(ConfigError, match="elevation_deg"):
         LidarConfig(elevation_deg=(10.0, -10.0))
+
+
+def test_random_rigs_differ_and_keep_their_bounds() -> None:
+    rigs = [draw_rig(np.random.default_rng(seed)) for seed in range(40)]
+    assert {len(rig) for rig in rigs} == set(range(3, 9))
+    cameras = [camera for rig in rigs for camera in rig.cameras]
+    ratio = np.array([camera.intrinsic[0, 0] / camera.width / (1260 / 1600) for camera in cameras])
+    height = np.array([camera.cam2ego[2, 3] for camera in cameras])
+    assert (ratio.min(), ratio.max()) == (pytest.approx(0.5, abs=0.05), pytest.approx(1.6, abs=0.1))
+    assert 0.5 <= height.min() < 0.7 < 2.3 < height.max() <= 2.5
+    assert len({(camera.width, camera.height) for camera in cameras}) == 5
+    rings = {draw_lidar(np.random.default_rng(seed), 10.0).rings for seed in range(40)}
+    assert rings == {16, 32, 64, 128}
+    assert draw_rig(np.random.default_rng(3)).hash == rigs[3].hash
+    with pytest.raises(ValueError, match="exclude each other"):
+        DriveConfig(rig=rigs[0], random_rigs=True)

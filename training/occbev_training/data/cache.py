@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,12 @@ class SampleCache:
     info: CacheInfo
     samples: tuple[tuple[str, str], ...]
     moments: tuple[Moment, ...] = ()
+    cameras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Drive -> its cameras, of drives whose rig differs from that of `info`."""
+
+    def cameras_of(self, index: int) -> tuple[str, ...]:
+        """Names of the cameras of one sample."""
+        return self.cameras.get(self.drive(index), self.info.cameras)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -158,7 +164,7 @@ def open_cache(root: Path, drives: Sequence[str] | None = None, labelled: bool =
     infos = {name: record["info"] for name, record in records.items()}
     first = next(iter(infos))
     for name, info in infos.items():
-        if info != infos[first]:
+        if {**info, "cameras": 0} != {**infos[first], "cameras": 0}:
             raise CacheError(f"{root}: drive {name} was made with {info}, drive {first} with {infos[first]}")
     if labelled:
         _require_one_kind_of_labels(root, records)
@@ -167,7 +173,8 @@ def open_cache(root: Path, drives: Sequence[str] | None = None, labelled: bool =
     samples = tuple((name, file) for name, record in records.items() for file in sorted(record["files"]))
     moments = [m for name, record in records.items() for m in _moments(name, record)]
     known = tuple(moments) if len(moments) == len(samples) else ()
-    return SampleCache(root, from_record(CacheInfo, infos[first]), samples, known)
+    cameras = {name: tuple(info["cameras"]) for name, info in infos.items()}
+    return SampleCache(root, from_record(CacheInfo, infos[first]), samples, known, cameras)
 
 
 def _require_one_kind_of_labels(root: Path, records: Mapping[str, Mapping[str, Any]]) -> None:

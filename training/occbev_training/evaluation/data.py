@@ -106,7 +106,7 @@ class CacheFrames:
 
     def frame(self, index: int) -> EvaluationFrame:
         """Read one frame; its rig is carried to the key time already."""
-        sample, drive, names = self.cache[index], self.drives[index], self.cache.info.cameras
+        sample, drive, names = self.cache[index], self.drives[index], self.cache.cameras_of(index)
         pose, stamp_ns = None, CACHE_INTERVAL_NS * (index + 1)
         if self.cache.moments:
             moment = self.cache.moment(index)

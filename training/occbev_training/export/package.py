@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from occbev.config import MAX_CAMERAS, ModelConfig, to_record
+from occbev.config import MAX_CAMERAS, ImageConfig, ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.backend import FACTORS, PER_CAMERA
 from occbev.inference.families import family_of
@@ -449,6 +449,15 @@ def relative_differences(
     }
 
 
+def _seen_share(image: ImageConfig) -> str:
+    """Say which rows of a level camera's images reach the network."""
+    if image.fit == "pad":
+        return "all"
+    wide, tall = (min(1.0, image.height / image.width * aspect) for aspect in (16 / 9, 4 / 3))
+    lower = f"the lower {wide:.0%} of a 16:9 image, {tall:.0%} of a 4:3 one"
+    return f"{lower}; around the horizon where the lower rows lack it"
+
+
 def model_card(
     network: nn.Module,
     model: ModelConfig,
@@ -468,6 +477,7 @@ def model_card(
     rows = {
         "parameters": f"{parameters / 1e6:.2f} million",
         "input": f"{cameras} cameras, {image.width}x{image.height} pixels each",
+        "rows that it sees": _seen_share(image),
         **training_family(model).describe(model),
         "BEV": f"{_extent(model.bev.lo, model.bev.hi)}, cells of {model.bev.pitch[0]:.4g} m, frame {model.bev.frame}",
     }

@@ -143,7 +143,7 @@ def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> li
         arrays: Arrays = {
             "images": images[None],
             "camera_valid": sample.camera_valid[None].astype(np.float32),
-            **tables.tables(read_cached_rig(sample, cache.info.cameras)),
+            **tables.tables(read_cached_rig(sample, [f"camera {i}" for i in range(len(sample.images))])),
             **Memory(model).inputs(0, None),
         }
         return {name: array for name, array in arrays.items() if name in names}

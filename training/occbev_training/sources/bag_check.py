@@ -14,7 +14,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.config import ImageConfig
 from occbev.geometry import invert_transform, pose_from_xyzw
+from occbev.inference.preprocess import seen_rows
 from occbev.messages.bags import BagReader
 from occbev.messages.readers import stamp_to_ns
 from occbev.messages.tf import Buffer, clean_frame
@@ -259,6 +261,10 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path:
                 f"{np.round(camera.cam2ego[:3, 3], 2).tolist()}",
             )
             for camera in recording.rig.cameras
+        ]
+        verdicts += [
+            Verdict(f"what a network is shown of {rows.camera}", not rows.cuts_horizon, str(rows), must=False)
+            for rows in seen_rows(recording.rig, ImageConfig())
         ]
         if len(recording.sweep_stamp_ns):
             verdicts.append(
