@@ -468,9 +468,9 @@ def _counts(evidence: Evidence) -> bool:
 def _swapped_with(
     verdicts: Mapping[str, CameraVerdict], name: str, weighed: Mapping[str, Sequence[tuple[Placement, Evidence]]]
 ) -> dict[str, CameraVerdict]:
-    """Name the other one of two swapped cameras, too, where its own images alone are not sure."""
+    """Name the other one of two swapped cameras as such, too, where its own images alone are not sure of it."""
     other = next((p.other for p, _ in weighed[name] if p.other and p.fault == verdicts[name].fault), "")
-    if other not in verdicts or verdicts[other].fault:
+    if other not in verdicts or any(p.other and p.fault == verdicts[other].fault for p, _ in weighed[other]):
         return {}
     here = weighed[other][0][1]
     there = next(((e, p) for p, e in weighed[other] if p.other == name), None)
@@ -483,12 +483,14 @@ def _lidar_fault(
     moments: Sequence[Moment], cameras: Sequence[Camera], calibrated: Mapping[str, float], lidar2ego: Array
 ) -> str:
     """Return how the LiDAR is turned, "" where it is not: all cameras must gain together."""
+    best, named = LEAST, ""
     for fault, turn in lidar_turns(lidar2ego).items():
         places = {c.name: Placement(fault, c.cam2ego, lidar_turn=turn) for c in cameras}
         gains = [weigh(moments, name, place).score - calibrated[name] for name, place in places.items()]
-        if gains and np.mean(gains) > LEAST:
-            return f"{fault}: {sum(gain > 0 for gain in gains)} of {len(gains)} cameras fit better so"
-    return ""
+        if gains and np.mean(gains) > best:
+            best = float(np.mean(gains))
+            named = f"{fault}: {sum(gain > 0 for gain in gains)} of {len(gains)} cameras fit better so"
+    return named
 
 
 def gather(recording: Recording, first: int = 0, last: int | None = None, count: int = 3) -> list[Moment]:
