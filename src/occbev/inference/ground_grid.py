@@ -223,7 +223,7 @@ class SightLines:
         first = np.cumsum([0, *(fan.rays.size for fan in fans)])
         self._rays = np.concatenate([fan.rays for fan in fans]) if fans else np.zeros((0, 1), np.intp)
         self._ray_height = _spread(places, [len(fan.rays) for fan in fans])[:, None]
-        self.in_image = self._views[chosen].any((0, 1)) if chosen else np.zeros(grid.bev.shape[::-1], bool)
+        self.in_image = np.any(self._views[chosen], axis=(0, 1)) if chosen else np.zeros(grid.bev.shape[::-1], bool)
         """Cells (Y, X) of which some voxel lies in an image."""
         self._cells = _joined([fan.cells for fan in fans])
         self._along = _joined([fan.along for fan in fans])

@@ -96,7 +96,7 @@ def load(package: ModelPackage, cameras: int, settings: RunSettings) -> OpenVino
         _check_graph(path, graph, package.model)
         _leave_out_logits(graph)
         return OpenVinoBackend(core.compile_model(graph, "CPU", options), int8, settings.at_once)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second where its message quotes bytes of the file
         raise BackendError(
             f"{path}: OpenVINO {openvino.__version__} cannot load it for {cameras} cameras: {one_line(error)}"
         ) from error

@@ -37,7 +37,7 @@ STORAGE_NAMES = ("*.mcap", "*.db3", "*.mcap.zst*", "*.db3.zst*")
 
 TF_TYPE = "tf2_msgs/msg/TFMessage"
 
-_BROKEN = (SerdeError, ValueError, AssertionError, LookupError, TypeError, struct.error, MemoryError)
+_BROKEN = (SerdeError, TypesysError, ValueError, AssertionError, LookupError, TypeError, struct.error, MemoryError)
 """What rosbags raises at bytes that are no message."""
 
 

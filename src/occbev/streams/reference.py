@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from occbev import graph
@@ -70,10 +71,14 @@ def fill(page: str) -> str:
     """
     for name, table in tables().items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        page, found = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", page, flags=re.S)
+        page, found = re.subn(pattern, partial(_fill_place, table), page, flags=re.S)
         if not found:
             raise ValueError(f"the page has no place for the table {name!r}: want <!-- {name} --> and <!-- end -->")
     return page
+
+
+def _fill_place(table: str, place: re.Match[str]) -> str:
+    return f"{place[1]}{table}\n{place[2]}"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from occbev.benchmarks import Options, Report, run_interleaved
-from occbev.config import DepthConfig, ImageConfig, LiftConfig, ModelConfig
+from occbev.config import DepthConfig, ImageConfig, LiftConfig
 from occbev.grid import BevGrid
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.tables import LiftPoints, lift_points
 from occbev_training.benchmarks.measure import bench_device, peak_bytes, speedup, waiting
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, batch_points, splat
@@ -51,7 +52,7 @@ class Case:
 def make_case(bins: int = 118, channels: int = 80, seed: int = 0, device: str = "cpu") -> Case:
     """Return random features of a level ring of six cameras, with the geometry of a nuScenes car."""
     lift = replace(LiftConfig(), depth=DepthConfig(1.0, 60.0, 59.0 / bins), channels=channels)
-    model = ModelConfig(image=ImageConfig(704, 256), lift=lift, bev=BEV)
+    model = LiftSplatModel(image=ImageConfig(704, 256), lift=lift, bev=BEV)
     points = _ring_points(model)
     generator = torch.Generator().manual_seed(seed)
     depth = torch.randn(CAMERA_COUNT, bins, 16, 44, generator=generator).softmax(1)
@@ -68,7 +69,7 @@ def make_case(bins: int = 118, channels: int = 80, seed: int = 0, device: str = 
     )
 
 
-def _ring_points(model: ModelConfig) -> LiftPoints:
+def _ring_points(model: LiftSplatModel) -> LiftPoints:
     intrinsic = np.array([[557.0, 0, 352], [0, 557, 76], [0, 0, 1]])
     poses = np.tile(np.eye(4), (CAMERA_COUNT, 1, 1))
     for pose, yaw in zip(poses, np.deg2rad([55, 0, -55, 110, 180, -110]), strict=True):

@@ -137,7 +137,7 @@ def _read_frames(opener: Opener, args: argparse.Namespace, several: bool) -> tup
         if several and not own.is_file():
             raise RecordingError(f"{own}: no such file; of several drives each has its own in --boxes FOLDER")
         path = own if own.is_file() else args.boxes
-        frames, left_out = read_labels(path, args.frame, args.times), {}
+        frames, left_out = read_labels(path, args.frame, args.times), dict[str, int]()
     elif isinstance(opener, OpenBag):
         topic = args.topic or _only_topic(opener.path)
         path = Path(topic)

@@ -176,7 +176,7 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
         report = transfer(state, network)
         logger.info("began from %s: %s", start, report)
         return {"start": start.name, "sha256": digest, "transfer": report.as_record()}
-    encoder = network.image_encoder
+    encoder: Any = network.image_encoder
     if not hasattr(encoder, "load_imagenet"):
         raise ConfigError(f"{start}: {type(encoder).__name__} takes no ImageNet file; give safetensors")
     unused = encoder.load_imagenet(start)

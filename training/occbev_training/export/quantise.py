@@ -140,11 +140,12 @@ def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> li
 
     def inputs(sample: CachedSample) -> Arrays:
         images = np.stack([preprocessor.normalise(image) for image in sample.images])
+        rig = read_cached_rig(sample, [f"camera {i}" for i in range(len(sample.images))])
         arrays: Arrays = {
             "images": images[None],
             "camera_valid": sample.camera_valid[None].astype(np.float32),
-            **tables.tables(read_cached_rig(sample, [f"camera {i}" for i in range(len(sample.images))])),
-            **Memory(model).inputs(0, None),
+            **tables.tables(rig),
+            **Memory(model).inputs(0, None, rig),
         }
         return {name: array for name, array in arrays.items() if name in names}
 

@@ -49,7 +49,7 @@ def truth_of_classes(
     ground = np.isin(label, _GROUND)
     layer = _nearest_ground(ground)
     obstacle, free = _columns((label != FREE) & ~ground, ground, seen, layer, grid, config)
-    return SpaceTruth(obstacle, free, ~seen.any(0), label != FREE, seen)
+    return SpaceTruth(obstacle, free, ~np.any(seen, axis=0), label != FREE, seen)
 
 
 def truth_of_states(state: NDArray[np.uint8], visible: Bools, grid: VoxelGrid, config: GroundGridConfig) -> SpaceTruth:
@@ -70,7 +70,7 @@ def _columns(
     first, last = band_layers(grid, config)
     above = np.arange(len(things))[:, None, None] - layer
     things = things & (above >= first) & (above <= last)
-    return (things & seen).any(0), (ground & seen).any(0) & ~things.any(0)
+    return np.any(things & seen, axis=0), np.any(ground & seen, axis=0) & ~np.any(things, axis=0)
 
 
 def _nearest_ground(ground: Bools) -> NDArray[np.intp]:
@@ -211,5 +211,5 @@ def missed_curves(
     for number in range(len(RING_EDGES)):
         here = ring == number if (ring == number).any() else np.ones(len(ring), bool)
         ordered = np.sort(score[here & may])
-        curves[number] = np.searchsorted(ordered, SCORES, side="right") / max(1, np.count_nonzero(here))
+        curves[number] = np.searchsorted(ordered, SCORES, side="right") / max(1, int(np.count_nonzero(here)))
     return curves

@@ -54,7 +54,8 @@ def build_for_weights(config: ModelConfig, names: Iterable[str]) -> nn.Module:
 def with_geometry(network: nn.Module, config: ModelConfig) -> nn.Module:
     """Give a network of fine-tuning the decoder of pre-training in place of the semantic head; returns it."""
     pretrained = build_model(config, "pretrain")
-    network.occupancy_head, network.occupancy_decoder = None, pretrained.occupancy_decoder
+    for name, part in (("occupancy_head", None), ("occupancy_decoder", pretrained.occupancy_decoder)):
+        setattr(network, name, part)
     if getattr(network, "view_transform", None) is None:  # DETR3D reads the images without one
         network.view_transform = pretrained.view_transform
     return network

@@ -74,6 +74,7 @@ class Graph(nn.Module):
 class LiftGraph(Graph):
     """What both forms of a Lift-Splat graph share: images, state and heads."""
 
+    network: OccBevNetwork
     tables: tuple[str, ...]
 
     def __init__(self, network: OccBevNetwork) -> None:
@@ -100,10 +101,12 @@ class LiftGraph(Graph):
         network, ray = self.network, table_ray.flatten(0, 1)
         if not self.stereo:
             return (*network.view_transform.predict_depth(network.image_encoder(images.flatten(0, 1)), ray), None)
+        assert isinstance(network, BevDetNetwork)
         assert state_known is not None
         assert state_in_match is not None
         assert table_matching is not None
         features, match = network.image_encoder.with_matching(images.flatten(0, 1))
+        assert match is not None
         cost = network.matching_cost(match, state_in_match, table_matching, state_known)
         logits, context = network.view_transform.predict_depth(features, ray, cost)
         return logits, context, match * camera_valid.view(-1, 1, 1, 1)
@@ -122,7 +125,7 @@ class LiftGraph(Graph):
         state_known: (1,), 0 where there was none. table_warp: (1, Y, X, 2) of `warp_table`.
         """
         network = self.network
-        if not self.temporal:
+        if network.temporal is None:
             return self._select(self._heads(bev))
         assert state_in_bev is not None
         assert state_known is not None
@@ -139,7 +142,11 @@ class LiftGraph(Graph):
         return self.network.heads(bev)
 
     def _select(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        return tuple(results[name] for name in self.outputs)
+        chosen = {name: results[name] for name in self.outputs}
+        absent = [name for name, value in chosen.items() if value is None]
+        if absent:
+            raise GraphError(f"the network answers without {absent}")
+        return tuple(value for value in chosen.values() if value is not None)
 
 
 class BagGraph(LiftGraph):
@@ -220,6 +227,7 @@ class GatherGraph(LiftGraph):
 class BevFormerGraph(Graph):
     """A BEVFormer with its tables and the BEV of the frame before."""
 
+    network: BevFormerNetwork
     form = "slots"
     inputs = (*SOURCES, "table_query", "table_points", "table_slot", "table_camera", *BEVFORMER_STATE)
 
@@ -251,6 +259,7 @@ class BevFormerGraph(Graph):
 class Detr3dGraph(Graph):
     """A DETR3D with its projection matrices."""
 
+    network: Detr3dNetwork
     form = "projection"
     inputs = (*SOURCES, "table_projection", "table_camera")
 

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from occbev.inference.backend import FACTORS
-from occbev_training.models.encoders.image_encoder import ImageEncoder
-from occbev_training.models.heads.detection_head import DetectionHead
 from occbev_training.models.heads.occupancy_head import OccupancyDecoder
-from occbev_training.models.lift_splat.bev_encoder import BevEncoder
-from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, Splatter
 from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.lift_splat.temporal import TemporalFusion
 
@@ -64,12 +61,12 @@ class OccBevNetwork(nn.Module):
 
     def __init__(
         self,
-        image_encoder: ImageEncoder,
-        view_transform: LiftSplat,
-        bev_encoder: BevEncoder,
-        occupancy_decoder: OccupancyDecoder | None = None,
-        occupancy_head: OccupancyDecoder | None = None,
-        detection_head: DetectionHead | None = None,
+        image_encoder: nn.Module,
+        view_transform: Splatter,
+        bev_encoder: nn.Module,
+        occupancy_decoder: nn.Module | None = None,
+        occupancy_head: nn.Module | None = None,
+        detection_head: nn.Module | None = None,
         temporal: TemporalFusion | None = None,
     ) -> None:
         """temporal: joins the BEV of past frames to that of the key frame; None without a memory."""
@@ -140,6 +137,7 @@ class OccBevNetwork(nn.Module):
         answers: dict[str, Tensor | None] = self.centres(bev)
         answers["reconstruction_logits"] = self.occupancy_decoder(bev) if self.occupancy_decoder else None
         if self.occupancy_head is not None:
+            assert isinstance(self.occupancy_head, OccupancyDecoder), "only our own heads answer in factors"
             cells = self.occupancy_head.cells(bev)
             answers |= dict(zip(FACTORS, self.occupancy_head.factors(cells), strict=True))
             answers["occupancy_logits"] = self.occupancy_head.logits(cells)

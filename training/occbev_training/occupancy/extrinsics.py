@@ -155,7 +155,7 @@ def small_grey(image: NDArray[np.uint8] | bytes, camera: Camera) -> tuple[Image,
         distortion_model="none",
     )
     scaled = cv2.resize(grey, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    return cv2.GaussianBlur(scaled, (0, 0), 1.0), small
+    return np.asarray(cv2.GaussianBlur(scaled, (0, 0), 1.0), np.float32), small
 
 
 def _gradients(grey: Image) -> Image:

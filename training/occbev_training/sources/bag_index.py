@@ -209,7 +209,8 @@ class IndexedBag:
             cuts += [raw.log_ns[i] for i in jumps]
             index[topic] = Index(raw.raw_ns, stamps, raw.log_ns).only(keep)
             skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
-        if topic := self.topics.odometry:
+        if self.topics.odometry:
+            topic = self.topics.odometry
             poses = kept[topic]
             stamps = [self._bag.stamp_ns(message) for message in poses]
             keep, jumps, reasons = usable_stamps(stamps, [message.log_ns for message in poses])

@@ -161,7 +161,8 @@ class BagFrames:
             for message in reader.messages(trees):
                 self._add(store.deserialize_cdr(message.data, message.type), message.topic == topics.tf_static)
             for message in reader.messages([] if topics.odometry is None else [topics.odometry]):
-                self._odometry_frame = clean_frame(store.deserialize_cdr(message.data, message.type).header.frame_id)
+                pose: Any = store.deserialize_cdr(message.data, message.type)
+                self._odometry_frame = clean_frame(pose.header.frame_id)
                 break
 
     def frame2base(self, frame: str, stamp_ns: int) -> Array:

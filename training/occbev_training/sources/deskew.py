@@ -175,8 +175,8 @@ def _join(parts: Sequence[Rays]) -> Rays:
     dropped: Counter[str] = Counter()
     for part in parts:
         dropped.update(part.dropped)
-    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in ("end", "origin", "hit"))
-    return Rays(*arrays, dropped=dict(dropped))
+    end, origin, hit = (np.concatenate([getattr(part, name) for part in parts]) for name in ("end", "origin", "hit"))
+    return Rays(end, origin, hit, dropped=dict(dropped))
 
 
 def _move(a2b: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -38,6 +38,7 @@ class DeformableConv2d(nn.Module):
         channels = _TAPS * (3 if modulated else 2)
         self.conv_offset = nn.Conv2d(inputs, channels, 3, stride, padding=1)
         nn.init.zeros_(self.conv_offset.weight)  # begin as a plain convolution
+        assert self.conv_offset.bias is not None
         nn.init.zeros_(self.conv_offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -82,9 +83,10 @@ class _Trunk(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        model = timm.create_model(config.backbone, pretrained=False)
+        model: Any = timm.create_model(config.backbone, pretrained=False)
         self.conv_stem, self.bn1 = model.conv_stem, model.bn1
-        self.blocks = model.blocks[: config.stages]
+        stages: nn.Sequential = model.blocks[: config.stages]
+        self.blocks = stages
 
     def forward(self, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
         """Return the outputs of the stages that `taps` names."""
@@ -105,7 +107,7 @@ def fold_norms(trunk: _Trunk, frozen_stages: int) -> None:
     if frozen_stages > 0:
         fold_block(trunk)
     for stage in trunk.blocks[: max(0, frozen_stages - 1)]:
-        for block in stage:
+        for block in stage.children():
             fold_block(block)
 
 
@@ -146,7 +148,7 @@ def _block_places(stages: Iterable[nn.Module]) -> dict[int, tuple[str, bool]]:
     blocks = [
         (f"blocks.{s}.{b}", hasattr(block, "conv_pwl"))
         for s, stage in enumerate(stages)
-        for b, block in enumerate(stage)  # type: ignore[arg-type, var-annotated]
+        for b, block in enumerate(stage.children())
     ]
     return dict(enumerate(blocks))
 

@@ -125,4 +125,5 @@ def _alter(block: nn.Module, caffe_style: bool, deformable: bool) -> None:
 
 def _width(stage: nn.Sequential) -> int:
     last = stage[-1]
-    return int(last.conv3.out_channels if isinstance(last, Bottleneck) else last.conv2.out_channels)
+    assert isinstance(last, (BasicBlock, Bottleneck))
+    return last.conv3.out_channels if isinstance(last, Bottleneck) else last.conv2.out_channels

@@ -119,7 +119,9 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
         assert isinstance(geometry, BevFormerViews)
         if past:
             assert isinstance(motion, MotionTables)
-            bev = remember(getattr(network, "module", network), [_past_frame(frame) for frame in past])
+            bare: nn.Module = getattr(network, "module", network)
+            assert isinstance(bare, BevFormerNetwork)
+            bev = remember(bare, [_past_frame(frame) for frame in past])
             assert bev is not None
             geometry = replace(geometry, motion=Motion(bev, motion.known, motion.align, motion.shift))
         output: NetworkOutput = network(images, camera_valid, geometry)
@@ -136,8 +138,10 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
         """Return the same architecture at a small size."""
         former = model.bevformer
         centre = None if former.turn_centre is None else (REDUCED_CELLS / 2, REDUCED_CELLS / 2)
-        sizes = {"channels": 32, "heads": 4, "hidden": 32, "layers": 2, "max_rows": REDUCED_CELLS**2}
-        return replace(super().reduce(model), bevformer=replace(former, turn_centre=centre, **sizes))
+        small = replace(
+            former, turn_centre=centre, channels=32, heads=4, hidden=32, layers=2, max_rows=REDUCED_CELLS**2
+        )
+        return replace(super().reduce(model), bevformer=small)
 
     def describe(self, model: BevFormerModel) -> dict[str, str]:
         """Say in words what it is made of."""

@@ -19,7 +19,7 @@ from occbev_training.models.heads.detection_head import DetectionHead
 from occbev_training.models.heads.occupancy_head import OccupancyDecoder
 from occbev_training.models.history import History, MotionTables, PastFrames, View, into_key, stack_images
 from occbev_training.models.lift_splat.bev_encoder import BevEncoder
-from occbev_training.models.lift_splat.lift_splat import LiftSplat, batch_geometry
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat, batch_geometry
 from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.lift_splat.temporal import TemporalFusion
 from occbev_training.models.network import Frame, NetworkOutput, OccBevNetwork
@@ -67,7 +67,7 @@ class SplatTraining(TrainingFamily[Splat]):
         motion: MotionTables | Matching | None = None,
     ) -> NetworkOutput:
         """Run a network; past: newest first, motion: of stereo."""
-        frames = [Frame(frame.images, frame.camera_valid, frame.geometry, frame.motion) for frame in past]
+        frames = [_as_frame(frame) for frame in past]
         output: NetworkOutput = network(images, camera_valid, geometry, frames, motion)
         return output
 
@@ -129,6 +129,12 @@ class LiftSplatTraining(SplatTraining[LiftSplatModel]):
     def describe(self, model: LiftSplatModel) -> dict[str, str]:
         """Say in words what it is made of."""
         return {"image encoder": f"{model.encoder.backbone}, {model.encoder.stages} stages", **super().describe(model)}
+
+
+def _as_frame(past: PastFrames) -> Frame:
+    assert past.geometry is None or isinstance(past.geometry, BatchedPoints)
+    assert past.motion is None or isinstance(past.motion, Matching)
+    return Frame(past.images, past.camera_valid, past.geometry, past.motion)
 
 
 def _occupancy(model: LiftSplatModel, classes: int) -> OccupancyDecoder:

@@ -22,24 +22,26 @@ class CentreHead(nn.Module):
         super().__init__()
         self.classes = tuple(tasks)
         self.shared = conv_bn_relu(inputs, width, 3)
-        self.tasks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    name: nn.Sequential(conv_bn_relu(width, width, 3), nn.Conv2d(width, outputs, 3, padding=1))
-                    for name, outputs in (*BOX_BRANCHES.items(), ("heatmap", classes))
-                }
-            )
-            for classes in tasks
-        )
-        for task in self.tasks:
-            nn.init.constant_(task["heatmap"][-1].bias, -2.19)  # as in `detection_head`
+        self.tasks = nn.ModuleList(_task(width, classes) for classes in tasks)
 
     def forward(self, bev: Tensor) -> tuple[Tensor, Tensor]:
         """Turn (B, C, Y, X) into heat map logits (B, K, Y, X) and boxes (B, tasks * 10, Y, X)."""
         shared = self.shared(bev)
-        heatmap = torch.cat([task["heatmap"](shared) for task in self.tasks], 1)
-        box = torch.cat([task[name](shared) for task in self.tasks for name in BOX_BRANCHES], 1)
+        tasks = [task for task in self.tasks if isinstance(task, nn.ModuleDict)]
+        heatmap = torch.cat([task["heatmap"](shared) for task in tasks], 1)
+        box = torch.cat([task[name](shared) for task in tasks for name in BOX_BRANCHES], 1)
         return heatmap, box
+
+
+def _task(width: int, classes: int) -> nn.ModuleDict:
+    branches = nn.ModuleDict()
+    for name, outputs in (*BOX_BRANCHES.items(), ("heatmap", classes)):
+        hidden, last = conv_bn_relu(width, width, 3), nn.Conv2d(width, outputs, 3, padding=1)
+        if name == "heatmap":
+            assert last.bias is not None
+            nn.init.constant_(last.bias, -2.19)  # as in `detection_head`
+        branches[name] = nn.Sequential(hidden, last)
+    return branches
 
 
 def split_tasks(heatmap: Tensor, box: Tensor, tasks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

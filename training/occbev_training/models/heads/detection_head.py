@@ -18,10 +18,12 @@ class DetectionHead(nn.Module):
         super().__init__()
         width = config.channels
         self.shared = conv_bn_relu(inputs, width, 3)
-        self.heatmap = nn.Sequential(conv_bn_relu(width, width, 3), nn.Conv2d(width, classes, 1))
+        hidden, logits = conv_bn_relu(width, width, 3), nn.Conv2d(width, classes, 1)
+        self.heatmap = nn.Sequential(hidden, logits)
         self.box = nn.Sequential(conv_bn_relu(width, width, 3), nn.Conv2d(width, BOX_CHANNELS, 1))
         # Nearly every cell is empty: begin at a probability of 0.1, else they drown the first steps.
-        nn.init.constant_(self.heatmap[-1].bias, -2.19)
+        assert logits.bias is not None
+        nn.init.constant_(logits.bias, -2.19)
 
     def forward(self, bev: Tensor) -> tuple[Tensor, Tensor]:
         """Turn (B, C, Y, X) into heat map logits (B, K, Y, X) and boxes (B, 10, Y, X)."""

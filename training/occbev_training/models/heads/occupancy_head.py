@@ -108,8 +108,9 @@ class CellTrunk(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         )
-        self.hidden = nn.Sequential(nn.Conv2d(width, config.cell_channels, 1), nn.ReLU(inplace=True))
-        start_alive(self.hidden[0])
+        first = nn.Conv2d(width, config.cell_channels, 1)
+        self.hidden = nn.Sequential(first, nn.ReLU(inplace=True))
+        start_alive(first)
 
     def forward(self, plane: Tensor) -> Tensor:
         """Turn the plane (B, C, Y / 2, X / 2) into features of cells (B, F, Z, Y / 2, X / 2)."""
@@ -126,6 +127,7 @@ def start_alive(layer: nn.Conv2d) -> None:
     """
     with torch.no_grad():
         layer.weight -= layer.weight.mean(1, keepdim=True)
+        assert layer.bias is not None
         layer.bias.fill_(0.1)
 
 
@@ -141,6 +143,10 @@ class Resampling(nn.Module):
 
     Linear between the two nearest BEV centres; beyond the border ones, constant.
     """
+
+    lower: Tensor
+    upper: Tensor
+    share: Tensor
 
     def __init__(self, bev: BevGrid, grid: VoxelGrid, axis: int) -> None:
         """axis: 0 = x, 1 = y."""

@@ -35,6 +35,9 @@ class CrossAttention(Protocol):
 class QueryHead(nn.Module):
     """Object queries, decoder layers, and per layer a classifier and a regressor."""
 
+    lo: Tensor
+    span: Tensor
+
     def __init__(
         self,
         config: QueryHeadConfig,

@@ -105,6 +105,8 @@ class BevDetNetwork(OccBevNetwork):
     """Rules that turn our weight names into those of published checkpoints."""
     first_boxes = False
     """Whether the head speaks of boxes as BEVDet's first release did."""
+    image_encoder: ResNetImageEncoder
+    view_transform: ReferenceLift
     matching_grid: MatchingGrid | None
     """Where depth hypotheses fall in the image before, of networks with stereo."""
 

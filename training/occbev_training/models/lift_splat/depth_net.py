@@ -160,7 +160,7 @@ def matching_cost(key: Tensor, past: Tensor, grid: Tensor) -> Tensor:
     """
     with torch.no_grad():
         bins, rows = grid.shape[1:3]
-        flat, cost, warped = grid.flatten(1, 2), 0, key
+        flat, cost, warped = grid.flatten(1, 2), grid.new_zeros(()), key
         for start in range(0, key.shape[1], MATCHING_GROUP):
             group = slice(start, start + MATCHING_GROUP)
             warped = functional.grid_sample(past[:, group], flat, align_corners=True)

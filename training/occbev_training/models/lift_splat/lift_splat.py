@@ -6,7 +6,7 @@ Which frustum point feeds which cell is computed outside the network (`occbev.in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from occbev.config import LiftConfig
 from occbev.inference.families import family_of
-from occbev.inference.families.lift_splat import SplatModel
+from occbev.inference.families.lift_splat import SplatFamily, SplatModel
 from occbev.inference.tables import (
     GATHER_STAGES,
     RAY_CHANNELS,
@@ -66,8 +66,8 @@ class BatchedPoints:
 
     def to(self, device: torch.device | str) -> BatchedPoints:
         """Move every tensor."""
-        moved = (getattr(self, f.name) for f in fields(self))
-        return BatchedPoints(*(None if part is None else part.to(device) for part in moved))
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: part.to(device) for name, part in moved.items() if part is not None})
 
 
 def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: SplatModel) -> BatchedPoints:
@@ -79,8 +79,9 @@ def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: SplatModel)
     cam2frame = to_bev_frame(cam2ego, config.bev)
     samples = list(zip(np.asarray(intrinsic), cam2frame, strict=True))
     points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
-    calibration = family_of(config).calibration
-    rays = np.stack([calibration(config, k, pose) for k, pose in samples])
+    family = family_of(config)
+    assert isinstance(family, SplatFamily)
+    rays = np.stack([family.calibration(config, k, pose) for k, pose in samples])
     return batch_points(points, rays, config)
 
 
@@ -88,13 +89,13 @@ def batch_points(points: Sequence[LiftPoints], rays: np.ndarray, config: SplatMo
     """Join the points of B samples; rays: (B, N, K, h, w) of `SplatFamily.calibration`."""
     stride, cells = config.lift.stride, config.bev.size * config.lift.height_bins
     pixels = rays.shape[1] * (config.image.height // stride) * (config.image.width // stride)
-    pixel = [p.pixel + i * pixels for i, p in enumerate(points)]
+    pixel = np.concatenate([p.pixel + i * pixels for i, p in enumerate(points)])
     depth = [p.depth + i * pixels * config.lift.depth.bins for i, p in enumerate(points)]
     cell = np.concatenate([p.cell + i * cells for i, p in enumerate(points)])
     offset = np.searchsorted(cell, np.arange(len(points) * cells)).astype(np.int32)
     weight = np.ones(len(cell) + 1, np.float32)
     weight[-1] = 0
-    pixel, dummy = np.concatenate(pixel), np.zeros(1, np.int32)
+    dummy = np.zeros(1, np.int32)
     return BatchedPoints(
         torch.from_numpy(np.concatenate([pixel, dummy])),
         torch.from_numpy(np.concatenate([*depth, dummy])),

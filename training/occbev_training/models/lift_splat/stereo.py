@@ -40,6 +40,10 @@ class Matching:
 class MatchingGrid(nn.Module):
     """Turns matrices into the places where every depth hypothesis of every cell falls in the image before."""
 
+    pixels: Tensor
+    depths: Tensor
+    last: Tensor
+
     def __init__(self, image_size: tuple[int, int], lift: LiftConfig) -> None:
         """image_size: (width, height) of the network's input."""
         super().__init__()

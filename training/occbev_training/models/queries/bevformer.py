@@ -7,7 +7,7 @@ Where queries project to in the images, and how the vehicle moved, comes from ou
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -81,7 +81,7 @@ class Motion:
     shift: Tensor
 
 
-_Record = TypeVar("_Record", CameraPairs, CameraSlots, Motion)
+_Record = TypeVar("_Record", bound="CameraPairs | CameraSlots | Motion")
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ class BevFormerViews:
 
 def _move(record: _Record, device: torch.device | str) -> _Record:
     """Return a dataclass whose tensors are on a device."""
-    values = (getattr(record, f.name) for f in fields(record))
-    return type(record)(*(v.to(device) if isinstance(v, Tensor) else v for v in values))
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
+    make: Callable[..., _Record] = type(record)
+    return make(**moved)
 
 
 def pair_cameras(points: Tensor, visible: Tensor, camera_valid: Tensor, reference_quirks: bool = False) -> CameraPairs:
@@ -283,6 +285,8 @@ class EncoderLayer(nn.Module):
 
 class BevFormer(nn.Module):
     """Queries of a BEV grid, refined by layers that read cameras and the past."""
+
+    centres: Tensor
 
     def __init__(self, config: BevFormerConfig, bev: BevGrid, levels: int) -> None:
         """levels: feature maps per image."""

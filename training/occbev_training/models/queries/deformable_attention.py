@@ -140,7 +140,7 @@ class _BagSampling(torch.autograd.Function):
         for rows in _chunks(locations, 4 * CHUNK_ENTRIES):
             leaves = [v[rows].detach().requires_grad_() for v in (locations, weights)]
             with torch.enable_grad():
-                corner, entry = _entries(*leaves, ctx.levels)  # type: ignore[attr-defined]
+                corner, entry = _entries(leaves[0], leaves[1], ctx.levels)  # type: ignore[attr-defined]
             of_read = gradient[rows].unflatten(1, (heads, -1)).flatten(0, 1)
             of_entry = _entry_gradient(of_read, corner, table)
             grad_locations[rows], grad_weights[rows] = torch.autograd.grad(entry, leaves, of_entry)

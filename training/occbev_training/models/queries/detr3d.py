@@ -50,6 +50,9 @@ class CameraScene:
 class CameraSampling(nn.Module):
     """Reads every level of every camera at the reference point of each query."""
 
+    lo: Tensor
+    span: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -95,6 +98,8 @@ class CameraSampling(nn.Module):
 
 class PillarSampling(nn.Module):
     """Mean of what the cameras show at points on the pillars of a BEV grid: a BEV for the occupancy decoder."""
+
+    points: Tensor
 
     def __init__(self, channels: int, bev: BevGrid, z_range: tuple[float, float]) -> None:
         """channels: of the maps and of the BEV, which holds a share of them for each height."""
