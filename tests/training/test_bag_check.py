@@ -130,6 +130,27 @@ def test_poses_of_tf_count_by_the_frame_of_the_vehicle(bag, tmp_path) -> None:
     assert "poses of /tf: 10.0 Hz" in verdict.text
 
 
+def test_a_frame_with_two_parents_and_poses_that_disagree_are_named(bag, tmp_path) -> None:
+    good = verdicts_by_name(bag)
+    assert good["parents of frames"].ok
+    assert good["odometry against /tf"].ok
+
+    def other(topic: str, message):
+        if topic == "/tf":
+            base = message.transforms[0]
+            base.transform.translation.x *= 1.5
+            map2base = copy.deepcopy(base)
+            map2base.header.frame_id = "survey"
+            message.transforms.append(map2base)
+        return message
+
+    found = verdicts_by_name(rewrite(bag, tmp_path / "other", other))
+    assert not found["odometry against /tf"].ok
+    assert "/odometry and /tf: over a second they differ by up to" in found["odometry against /tf"].text
+    assert found["parents of frames"].must
+    assert "'survey'" in found["parents of frames"].text
+
+
 def test_what_cannot_be_read_does_not_end_the_check(bag, tmp_path) -> None:
     number = iter(range(1000))
 

@@ -34,6 +34,7 @@ from occbev_training.occupancy.pairs import (
     my_share,
     units_of,
 )
+from occbev_training.sources.recording import RecordingError
 
 CONFIG = PairConfig(LabelConfig(window=0.3, camera_spacing=0.02), GRID, segment=4, min_cameras=1, thorough_every=0)
 
@@ -336,3 +337,18 @@ def test_a_key_that_cannot_be_read_costs_no_other_and_is_tried_again(tmp_path) -
     assert report.reasons["unreadable"] == "traced key 2: MemoryError: no room"
     recording.frame_set = frame_set
     assert make_unit(recording, unit, tmp_path, CONFIG).samples == 5
+
+
+def test_a_drive_whose_images_contradict_its_calibration_is_left_out(tmp_path, monkeypatch) -> None:
+    from occbev_training.occupancy import pairs
+    from occbev_training.occupancy.extrinsics import CameraVerdict, Evidence, RigVerdict
+
+    wrong = CameraVerdict("CAM_FRONT", "rolled by 90 degrees", -0.9, Evidence())
+    monkeypatch.setattr(pairs, "judge_rig", lambda recording, moments: RigVerdict((wrong,), "", 2))
+    unit = Unit("traced", 0, 1)
+    with pytest.raises(RecordingError, match=r"CAM_FRONT: wrong: .* rolled by 90 degrees .*--no-gate"):
+        make_unit(drive(), unit, tmp_path, CONFIG)
+    report = make_unit(drive(), unit, tmp_path, dataclasses.replace(CONFIG, gate=False, thorough_every=1))
+    assert report.samples == 1
+    assert report.rows[0]["q6_camera_alignment"] == 0.0
+    assert report.calibration == {"CAM_FRONT": wrong.text}
