@@ -39,6 +39,7 @@ class StubPipeline:
         self.seen: list[FrameSet] = []
         self.motions: list[Any] = []
         self.forgotten: list[int] = []
+        self.seen_rows: list[Any] = []
         self.delay_s, self.closed = delay_s, False
 
     def decode_frame(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
