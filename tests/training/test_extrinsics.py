@@ -149,7 +149,7 @@ def test_a_rig_without_a_key_frame_has_no_agreement() -> None:
     verdict = RigVerdict((wrong, CameraVerdict("B", "", 0.5, Evidence())), "", 2)
     assert verdict.agreement == 0.5
     assert verdict.faults == [f"A: {wrong.text}"]
-    assert "wrong: it fits better if the camera is rolled by 90 degrees" in wrong.text
+    assert "wrong: by its images, the calibration is rolled by 90 degrees" in wrong.text
 
 
 def test_an_image_that_cannot_be_decoded_is_named() -> None:

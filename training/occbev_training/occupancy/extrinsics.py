@@ -328,7 +328,7 @@ def placements(camera: Camera, rig: CameraRig) -> list[Placement]:
     found.append(Placement("turned from body to optical frame twice", here @ _rotation(_BODY2OPTICAL)))
     found.append(Placement("inverted (its transform goes the other way)", invert_transform(here)))
     others = [other for other in rig.cameras if other.name != camera.name]
-    return found + [Placement(f"in the place of {o.name}", o.cam2ego, o.name) for o in others]
+    return found + [Placement(f"another camera's: the place of {o.name} fits", o.cam2ego, o.name) for o in others]
 
 
 def _rotation(rotation: Array) -> Array:
@@ -389,7 +389,7 @@ class CameraVerdict:
         e = self.evidence
         seen = f"{e.edge_count} depth edges, {e.motion_count} moved and {e.overlap_count} shared patches"
         if self.fault:
-            return f"{self.answer}: it fits better if the camera is {self.fault} (by {-self.margin:.2f}; {seen})"
+            return f"{self.answer}: by its images, the calibration is {self.fault} (margin {-self.margin:.2f}; {seen})"
         return f"{self.answer} (margin {self.margin:.2f}; {seen})"
 
 

@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import OCCUPIED_STATE
-from occbev.config import ImageConfig
-from occbev.inference.preprocess import seen_rows
-from occbev.rig import Camera, CameraRig
+from occbev.rig import Camera
 from occbev_training.occupancy.extrinsics import CameraVerdict, Moment, RigVerdict, gather, judge_rig
 from occbev_training.occupancy.pairs import PairConfig, TrialPair, try_key
 from occbev_training.sources.bag_check import Verdict
@@ -58,7 +56,7 @@ def try_drive(recording: Recording, config: PairConfig | None = None) -> Trial:
     left_out = recording.left_out.items() if isinstance(recording, BagRecording) else ()
     verdicts = [Verdict(f"camera {name} is left out", False, reason, must=False) for name, reason in left_out]
     verdicts += [_view_verdict(row) for row in rows if "?" in row.view]
-    verdicts += [*_calibration_verdicts(rig), *_shown_rows(recording.rig), _motion_verdict(recording)]
+    verdicts += [*_calibration_verdicts(rig), _motion_verdict(recording)]
     return Trial([*verdicts, *_pair_verdicts(recording, config or PairConfig())], rows)
 
 
@@ -136,16 +134,6 @@ def _calibration_verdicts(rig: RigVerdict) -> list[Verdict]:
 def _camera_verdict(verdict: CameraVerdict) -> Verdict:
     sure = bool(verdict.fault)
     return Verdict(f"calibration of {verdict.camera}", verdict.answer == "agrees", verdict.text, must=sure)
-
-
-def _shown_rows(rig: CameraRig) -> list[Verdict]:
-    """What the smallest shipped network is shown of each image: without the horizon, nothing far away is seen."""
-    image = ImageConfig()
-    where = f"at {image.width}x{image.height}"
-    return [
-        Verdict(f"rows of {rows.camera} {where}", not rows.cuts_horizon, str(rows), must=False)
-        for rows in seen_rows(rig, image)
-    ]
 
 
 def _motion_verdict(recording: Recording) -> Verdict:
