@@ -16,8 +16,9 @@ from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.pipeline import Pipeline  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
+from occbev_training.engine.stages import keep_trainable_heads  # noqa: E402
 from occbev_training.export.package import export_package, ring_rig  # noqa: E402
-from occbev_training.models.build import build_for_weights, build_model, with_geometry  # noqa: E402
+from occbev_training.models.build import HEADS, build_for_weights, build_model, with_geometry  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
 
 CAMERAS = 3
@@ -64,3 +65,29 @@ def test_weights_say_which_heads_a_network_has(repository: Path) -> None:
         assert set(build_for_weights(model, state).state_dict()) == set(state)
     heads = [{name.split(".")[0] for name in state} & {"occupancy_head", "detection_head"} for state in states]
     assert heads == [set(), {"occupancy_head", "detection_head"}, {"detection_head"}]
+
+
+class Labelled:
+    """Two samples without dense truth, with or without three-state labels."""
+
+    root = Path("cache")
+
+    def __init__(self, state: int) -> None:
+        self._state = np.full((2, 2, 2), state, np.uint8)
+
+    def __len__(self) -> int:
+        return 2
+
+    def read(self, index: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        nothing = np.zeros((2, 2, 2), bool)
+        arrays = {"state": self._state, "mask_camera": nothing, "semantics": nothing.astype(np.uint8)}
+        return {name: arrays[name] for name in names}
+
+
+@pytest.mark.parametrize(("state", "head"), [(OCCUPIED_STATE, "occupancy_decoder"), (UNOBSERVED_STATE, None)])
+def test_a_semantic_head_without_truth_is_not_trained(repository: Path, state: int, head: str | None) -> None:
+    model = model_of(repository, "occbev-tiny")
+    network = keep_trainable_heads(build_model(model, "finetune"), model, Labelled(state))
+    heads = {name.split(".")[0] for name in network.state_dict()} & set(HEADS)
+    assert heads == {"detection_head"} | ({head} if head else set())
+    assert set(build_for_weights(model, network.state_dict()).state_dict()) == set(network.state_dict())

@@ -19,6 +19,8 @@ COMMANDS: Mapping[str, str] = {
     "pretrain": "stage 1: learn to reconstruct occupancy from image-LiDAR pairs",
     "reconstruct": "what a pre-training run says of samples: scores and a picture",
     "finetune": "stage 2: learn boxes and semantic occupancy",
+    "learn": "the whole way: bags to pairs to a package that the node runs",
+    "adapt": "adapt a package to your own drives, without labels",
     "evaluate": "score a model package on held-out drives",
     "calibrate": "make a package's probabilities of occupancy honest, on held-out drives",
     "export": "turn a training checkpoint into a model package",

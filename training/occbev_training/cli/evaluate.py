@@ -4,6 +4,7 @@
     occbev-train evaluate PACKAGE --data CACHE --fit-priors TRAINING_CACHE --priors priors.npz
     occbev-train evaluate PACKAGE --data VALIDATION_CACHE --calibrate --json report.json
     occbev-train evaluate PACKAGE --data NUSCENES_ROOT --scenes val.txt --out out/evaluation --workers 2
+    occbev-train evaluate PACKAGE --pairs out/pairs --boxes boxes.json
     occbev-train evaluate --results results.json --nuscenes NUSCENES_ROOT
     occbev-train evaluate --voxels FOLDER_OF_NPZ --nuscenes NUSCENES_ROOT
 
@@ -51,6 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         help="held-out drives: a sample cache, a nuScenes root, or a folder of simulated bags and their truth",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FOLDER",
+        help="score occupancy and depth against the LiDAR labels of 'occbev-train pairs': of drives without any other truth",
+    )
+    parser.add_argument("--split", choices=("train", "validation"), help="with --pairs: only this split")
+    parser.add_argument(
+        "--boxes", type=Path, metavar="JSON", help="with --pairs: labelled boxes, to score boxes as well"
     )
     parser.add_argument(
         "--results", type=Path, metavar="JSON", help="score this nuScenes result file instead of a package"
@@ -109,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     """Score and print; exits with 0 whatever the scores are."""
     _check(args)
     console = Console()
+    if args.pairs is not None:
+        return _of_pairs(args, console)
     record = _of_files(args, console) if args.package is None else _of_package(args, console)
     if args.json:
         write_json(args.json, record)
@@ -126,8 +139,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("nothing to score: name a package, or --results or --voxels")
     if args.package is not None and (args.results or args.voxels):
         raise ValueError("a package or result files are scored, not both")
-    if args.package is not None and args.data is None:
-        raise ValueError("a package needs --data: drives that it never saw")
+    if args.package is not None and (args.data is None) == (args.pairs is None):
+        raise ValueError("a package needs --data or --pairs: drives that it never saw")
+    if args.package is None and args.pairs is not None:
+        raise ValueError("--pairs scores a package: name one")
     if args.package is None and args.nuscenes is None:
         raise ValueError("result files need --nuscenes ROOT, the tables that they are of")
     if args.min_free is not None and not 0 <= args.min_free <= 1:
@@ -154,6 +169,49 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
         scores, _ = score_files(root, results, args.voxels, lambda done: progress.update(task, completed=done))
     scored = [str(path) for path in (args.results, args.voxels) if path is not None]
     return {"scored": scored, **_base_record(args, root, scores)}
+
+
+def _of_pairs(args: argparse.Namespace, console: Console) -> int:
+    """Score a package's weights against LiDAR labels, and print what can be told without other truth."""
+    from occbev_training.data.pair_samples import open_pairs
+    from occbev_training.engine.adapt import load_network, score_pairs
+    from occbev_training.engine.stages import predictor
+    from occbev_training.evaluation.label_scores import box_scores
+    from occbev_training.sources.box_file import read_box_file
+
+    package, drives = ModelPackage.load(args.package), _drives(args)
+    model, network = package.model, load_network(package)
+    samples = open_pairs(args.pairs, model.image, model.grid, args.split, drives)
+    with console.status(f"scoring {min(len(samples), args.limit or len(samples))} pairs"):
+        scores = score_pairs(network, package, samples, args.limit, args.min_free)
+        if args.boxes is not None:
+            scores |= box_scores(predictor(network, model, samples), samples, model, read_box_file(args.boxes))
+    record: Record = {
+        "package": {"name": model.name, "hash": package.hash, "predicts": package.predicts},
+        "data": str(args.pairs),
+        "drives": len(samples.drives),
+        **scores,
+    }
+    if args.json:
+        write_json(args.json, record)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "metrics.json", record)
+    _print_pair_scores(console, record)
+    return 0
+
+
+def _print_pair_scores(console: Console, record: Record) -> None:
+    table = Table("score", "value", title=f"{record['package']['name']} against {record['frames']} LiDAR labels")
+    for name, value in record.items():
+        if isinstance(value, dict) and name != "package":
+            for part, number in value.items():
+                table.add_row(f"{name}, {part}", _number(number))
+        elif isinstance(value, float):
+            table.add_row(name, _number(value))
+    console.print(table)
+    if record["package"]["predicts"]:
+        console.print(f"the package predicts {record['package']['predicts']}", highlight=False)
 
 
 def _of_package(args: argparse.Namespace, console: Console) -> Record:

@@ -96,7 +96,7 @@ def run_stage(args: argparse.Namespace, stage: str, start: Path | None) -> int:
         raise ConfigError(f"{args.config}: stage is {config.stage}, the command is {stage}")
     if start is not None:
         inputs = replace(inputs, start=start)
-    with Display(console) as display, _signals() as prepared:
+    with Display(console) as display, signals() as prepared:
         finished = train_stage(config, inputs, args.out, display.show, prepared)
     return 0 if finished else 130
 
@@ -187,7 +187,7 @@ class Display:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[Trainer], None]]:
+def signals() -> Iterator[Callable[[Trainer], None]]:
     """Turn SIGINT and SIGTERM into a request to stop, for a trainer that is handed over."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -80,6 +80,22 @@ class PairSamples:
         return Moment(drive, pair.meta["stamp_ns"], np.array(pair.calibration["ego2global"]))
 
     @property
+    def stamp_ns(self) -> NDArray[np.int64]:
+        """Key times (M,)."""
+        return np.array([self._reader.row(key)["stamp_ns"] for _, key in self.pairs], np.int64)
+
+    def network_rig(self) -> CameraRig:
+        """Return the cameras of the first pair as the network sees through them."""
+        pair = self._reader.sample(self.pairs[0][1])
+        records = (dict(pair.calibration["cameras"][name]) for name in pair.calibration["order"])
+        own = ({k: v for k, v in record.items() if k not in ("stamp_ns", "cam2ego_at_key")} for record in records)
+        return CameraRig(tuple(network_camera(Camera.from_record(record), self.info.image) for record in own))
+
+    def only(self, indices: NDArray[np.int64]) -> PairSamples:
+        """Return some of the pairs, by number; decoded ones are shared."""
+        return replace(self, pairs=tuple(self.pairs[i] for i in indices))
+
+    @property
     def drives(self) -> tuple[str, ...]:
         """Names of the drives, sorted."""
         return tuple(sorted({drive for drive, _ in self.pairs}))

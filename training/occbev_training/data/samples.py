@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +58,73 @@ class Samples(Protocol):
     def read(self, index: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Read some arrays of one sample."""
         ...
+
+
+@dataclass(frozen=True)
+class JoinedSamples:
+    """Samples of several folders one after the other: of one input size and grid, of rigs that may differ."""
+
+    parts: tuple[Samples, ...]
+
+    def __post_init__(self) -> None:
+        first = self.parts[0].info
+        for part in self.parts[1:]:
+            if (part.info.image, part.info.grid) != (first.image, first.grid):
+                raise CacheError(f"{part.root}: made with {part.info}, {self.parts[0].root} with {first}")
+
+    @property
+    def root(self) -> Path:
+        """Folder of the first part."""
+        return self.parts[0].root
+
+    @property
+    def info(self) -> CacheInfo:
+        """What the first part was made for."""
+        return self.parts[0].info
+
+    @property
+    def drives(self) -> tuple[str, ...]:
+        """Names of the drives, sorted."""
+        return tuple(sorted({drive for part in self.parts for drive in part.drives}))
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits over the content."""
+        return hashlib.sha256("".join(part.hash for part in self.parts).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> CachedSample:
+        part, place = self._place(index)
+        return part[place]
+
+    def name(self, index: int) -> str:
+        """Drive and key of one sample, for messages."""
+        part, place = self._place(index)
+        return part.name(place)
+
+    def drive(self, index: int) -> str:
+        """Drive of one sample."""
+        part, place = self._place(index)
+        return part.drive(place)
+
+    def moment(self, index: int) -> Moment:
+        """When and where one sample was taken."""
+        part, place = self._place(index)
+        return part.moment(place)
+
+    def read(self, index: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Read some arrays of one sample."""
+        part, place = self._place(index)
+        return part.read(place, names)
+
+    def _place(self, index: int) -> tuple[Samples, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
 
 
 def open_samples(

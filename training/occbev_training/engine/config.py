@@ -64,7 +64,7 @@ class TrainingConfig:
     """One stage of training."""
 
     stage: str = "pretrain"
-    """pretrain (occupancy from LiDAR) or finetune (boxes and semantic occupancy)."""
+    """pretrain (occupancy from LiDAR), finetune (boxes and semantic occupancy) or adapt (a package to new drives)."""
     model: str = "config/models/occbev-tiny.yaml"
     """Model config, relative to the working directory."""
     steps: int = 1000
@@ -111,8 +111,8 @@ class TrainingConfig:
     """Minutes between checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.stage not in ("pretrain", "finetune"):
-            raise ConfigError(f"stage {self.stage!r}: must be pretrain or finetune")
+        if self.stage not in ("pretrain", "finetune", "adapt"):
+            raise ConfigError(f"stage {self.stage!r}: must be pretrain, finetune or adapt")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r}: must be one of {PRECISIONS}")
         if self.frame not in ("base_link", "published"):

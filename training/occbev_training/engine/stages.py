@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from occbev.classes import UNOBSERVED_STATE
 from occbev.config import (
     ConfigError,
     ModelConfig,
@@ -35,7 +36,7 @@ from occbev_training.engine.trainer import Objective, Trainer, tune_process
 from occbev_training.evaluation.frames import SCORING, Prediction, evaluate, reconstruction_iou
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
-from occbev_training.models.build import build_model
+from occbev_training.models.build import build_model, with_geometry
 from occbev_training.models.checkpoints import read_weights, transfer
 from occbev_training.models.families import training_family
 from occbev_training.models.network import NetworkOutput
@@ -88,7 +89,7 @@ def train_stage(
     torch.manual_seed(config.seed)
     model = model_to_train(config)
     samples = _training_samples(config, model, inputs, folder)
-    network = build_model(model, config.stage)
+    network = keep_trainable_heads(build_model(model, config.stage), model, samples)
     _require_labels(model, network)
     if getattr(network, "detection_head", None) is not None:
         require_boxes(samples)
@@ -112,7 +113,7 @@ def train_stage(
         config,
         network,
         _objective(model, config, samples),
-        _loader(dataset, config),
+        make_loader(dataset, config),
         folder,
         validate,
         epoch_passes=len(dataset) / (config.batch * world_size()),
@@ -123,6 +124,21 @@ def train_stage(
         _write_inputs(folder, model, inputs, start)
     prepared(trainer)
     return trainer.run(inputs.minutes, report)
+
+
+def keep_trainable_heads(network: nn.Module, model: ModelConfig, samples: Samples) -> nn.Module:
+    """Take the semantic head from a network where no sample has dense truth: it would be exported as it began.
+
+    Where samples have three-state labels the decoder of pre-training takes its place, and goes on learning from them.
+    """
+    if getattr(network, "occupancy_head", None) is None or semantic_counts(samples, len(model.occupancy_classes)).any():
+        return network
+    if any(np.any(samples.read(i, ("state",))["state"] != UNOBSERVED_STATE) for i in {0, len(samples) // 2}):
+        logger.warning("%s: no sample has classes of voxels; voxels stay geometric, without classes", samples.root)
+        return with_geometry(network, model)
+    logger.warning("%s: no sample has labels of voxels; the network will have boxes alone", samples.root)
+    network.occupancy_head = None
+    return network
 
 
 def _require_labels(model: ModelConfig, network: nn.Module) -> None:
@@ -202,7 +218,15 @@ NDArrayInt = np.ndarray[Any, np.dtype[np.int64]]
 def predictor(
     network: nn.Module, model: ModelConfig, samples: Samples, history: int = -1
 ) -> Callable[[int], Prediction]:
-    """Return a function that predicts one sample with a network in evaluation mode.
+    """Return a function that predicts one sample with a network in evaluation mode; history: see `network_outputs`."""
+    look = network_outputs(network, model, samples, history)
+    return lambda index: _prediction(look(index), model)
+
+
+def network_outputs(
+    network: nn.Module, model: ModelConfig, samples: Samples, history: int = -1
+) -> Callable[[int], NetworkOutput]:
+    """Return a function that runs a network in evaluation mode on one sample, as it was recorded.
 
     history: as `TrainingConfig.history`; the past is of consecutive frames.
     """
@@ -213,17 +237,16 @@ def predictor(
     collate, length = Collate(model), history_length(model, history)
     device = next(network.parameters()).device
 
-    def predict(index: int) -> Prediction:
+    def look(index: int) -> NetworkOutput:
         cached = samples[index]
         still = draw_augmentation(0, len(cached.images), size, NO_AUGMENTATION)
         sample = augmented(samples.name(index), cached, still, model)
         sample = with_past(sample, samples, index, still, model, length, vary=False)
         batch = collate([sample]).to(device)
         with torch.no_grad():
-            output = objectives.run_network(network, batch, model)
-        return _prediction(output, model)
+            return objectives.run_network(network, batch, model)
 
-    return predict
+    return look
 
 
 def _prediction(output: NetworkOutput, model: ModelConfig) -> Prediction:
@@ -282,7 +305,9 @@ def _objective(model: ModelConfig, config: TrainingConfig, samples: Samples) -> 
     )
 
 
-def _loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], Any]:
+def make_loader(dataset: SampleDataset, config: TrainingConfig) -> Callable[[int], Any]:
+    """Return a function that gives endless batches, this process's share, from a forward pass on."""
+
     def load(first: int) -> Any:
         from accelerate import PartialState
 

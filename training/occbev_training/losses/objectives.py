@@ -47,7 +47,7 @@ class PretrainObjective:
 
 @dataclass(frozen=True)
 class FinetuneObjective:
-    """Stage 2: boxes and semantic occupancy, with depth kept as an auxiliary.
+    """Stage 2: boxes and semantic occupancy, or geometric where nothing has classes, with depth as an auxiliary.
 
     class_weight: (K,) of the semantic classes, from the whole training set.
     """
@@ -67,6 +67,9 @@ class FinetuneObjective:
         terms = detect(output, batch.boxes, batch.labels, self.model, self.weights)
         if output.occupancy_logits is not None:
             terms |= self._occupancy(output.occupancy_logits, batch)
+        if output.reconstruction_logits is not None:
+            loss = losses.three_state_loss(output.reconstruction_logits, batch.state, batch.visible, batch.evidence)
+            terms["reconstruction"] = self.weights.reconstruction * loss
         return terms | depth_term(output, batch, self.weights)
 
     def _occupancy(self, logits: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:

@@ -1,0 +1,116 @@
+"""Adaptation without labels: what is held out, what is minimised, and how it is scored against LiDAR labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from occbev.classes import FREE_STATE, OCCUPIED_STATE  # noqa: E402
+from occbev.config import ImageConfig  # noqa: E402
+from occbev.geometry import make_transform  # noqa: E402
+from occbev.grid import GRIDS  # noqa: E402
+from occbev_training.data.cache import CachedSample, CacheError, CacheInfo  # noqa: E402
+from occbev_training.data.pair_samples import PairSamples  # noqa: E402
+from occbev_training.engine.adapt import divide  # noqa: E402
+from occbev_training.evaluation.label_scores import LabelScores, depth_errors  # noqa: E402
+from occbev_training.losses.adaptation import occupied_score  # noqa: E402
+from occbev_training.models.network import NetworkOutput  # noqa: E402
+
+GRID = GRIDS["tiny"]
+SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Stamped(PairSamples):
+    """Pairs that exist by name alone: drive and whole seconds."""
+
+    @property
+    def stamp_ns(self):
+        return np.array([int(key) * SECOND for _, key in self.pairs], np.int64)
+
+
+def drives(names: str, seconds: int) -> Stamped:
+    pairs = tuple((name, str(second)) for name in names for second in range(seconds))
+    return Stamped(Path("pairs"), CacheInfo(ImageConfig(), (), GRID), pairs, "")
+
+
+def test_no_sweep_of_a_training_label_is_of_the_held_out_time() -> None:
+    train, held_out = divide(drives("ab", 10), window=2.0, share=0.3)
+    assert [key for _, key in held_out.pairs] == ["7", "8", "9"] * 2
+    assert [key for _, key in train.pairs] == ["0", "1", "2", "3", "4"] * 2, "a label at 5 s looks ahead to 7 s"
+
+
+def test_of_many_drives_whole_ones_are_held_out() -> None:
+    train, held_out = divide(drives("abcdefghij", 4), window=2.0, share=0.2)
+    assert {drive for drive, _ in held_out.pairs} == {"a", "f"}
+    assert not {drive for drive, _ in train.pairs} & {"a", "f"}
+
+
+def test_a_drive_too_short_to_hold_out_is_refused_with_its_length() -> None:
+    with pytest.raises(CacheError, match=r"over 2.0 s are too few .* shorter --window"):
+        divide(drives("a", 3), window=2.0, share=0.5)
+
+
+def test_the_score_of_a_semantic_head_is_the_log_odds_of_its_occupied_mass() -> None:
+    logits = torch.randn(1, 18, 2, 2, 2)
+    occupied = 1 - logits.softmax(1)[0, -1].flatten()
+    score = occupied_score(NetworkOutput(occupancy_logits=logits), 0, torch.arange(8))
+    torch.testing.assert_close(torch.sigmoid(score), occupied)
+    geometric = occupied_score(NetworkOutput(reconstruction_logits=logits[:, :2]), 0, torch.tensor([3]))
+    torch.testing.assert_close(geometric, (logits[0, 1] - logits[0, 0]).flatten()[3:4])
+
+
+def a_sample(state: np.ndarray) -> CachedSample:
+    """One camera that looks along x and sees everything; a return 10 m and one 20 m ahead, the latter on the road."""
+    optical = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+    pixel, depth = np.array([[48.0, 24.0], [8.0, 56.0]], np.float32), np.array([10.0, 20.0], np.float32)
+    nothing = np.zeros(GRID.shape, np.uint8)
+    return CachedSample(
+        np.zeros((1, 64, 96, 3), np.uint8),
+        np.ones(1, bool),
+        np.array([[[80.0, 0, 48], [0, 80, 40], [0, 0, 1]]]),
+        make_transform(optical, (0, 0, 1.5))[None],
+        np.zeros(2, np.uint8),
+        pixel,
+        depth,
+        state,
+        np.ones(GRID.shape, np.uint8),
+        nothing,
+        nothing,
+        np.zeros((0, 9), np.float32),
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
+        nothing,
+        nothing.astype(bool),
+    )
+
+
+def test_scores_count_observed_voxels_and_rays_through_free_space() -> None:
+    state = np.full(GRID.shape, FREE_STATE, np.uint8)
+    state[30] = OCCUPIED_STATE  # a wall 8 m ahead
+    state[:, :3] = 0
+    scores = LabelScores(GRID, prior=np.ones(GRID.shape, bool))
+    assert scores.add(a_sample(state), state == OCCUPIED_STATE) == 1.0
+    record = scores.as_record()
+    assert record["iou"] == record["RayIoU"] == 1.0
+    assert record["mean_grid_iou"] < 0.05
+    worse = LabelScores(GRID)
+    moved = np.roll(state == OCCUPIED_STATE, 4, 0)  # 3.2 m too far
+    worse.add(a_sample(state), moved | (state == 0))
+    assert worse.as_record()["iou"] == 0.0, "voxels that nobody observed are not counted"
+    assert worse.as_record()["RayIoU_by_threshold"]["2"] < 0.1
+    assert worse.as_record()["RayIoU_by_threshold"]["4"] > 0.5
+
+
+def test_depth_errors_are_of_the_nearest_return_and_apart_for_obstacles() -> None:
+    sample = a_sample(np.zeros(GRID.shape, np.uint8))
+    every, obstacle = depth_errors(sample, np.full((1, 4, 6), 15.0), stride=16)
+    assert sorted(every.tolist()) == [0.25, 0.5]
+    assert obstacle.tolist() == [0.5], "the road is no obstacle"
+    behind = replace(sample, lidar_pixel=sample.lidar_pixel[[0, 0]], lidar_depth=np.array([30.0, 10.0], np.float32))
+    assert depth_errors(behind, np.full((1, 4, 6), 10.0), stride=16)[0].tolist() == [0.0]

@@ -1,0 +1,248 @@
+"""Adapt a model package to your own drives, without one label.
+
+    occbev-train adapt occbev-tiny BAG_OR_FOLDER --out out/adapted
+    occbev-train adapt PACKAGE out/pairs --out out/adapted --boxes boxes.json
+
+Occupancy and depth learn from the LiDAR of the drives; boxes and classes are rehearsed on simulated streets, half of them
+seen through your cameras. A part of the drives is held out: it stops the training and scores it. OUT gets the package,
+report.html with scores and pictures, and all that lets the command go on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from occbev.config import ConfigError, ModelConfig, load_config
+from occbev.grid import GRIDS
+from occbev.inference.model_package import ModelPackage, find_package
+from occbev.share import share_path
+from occbev_training.cli import pairs
+from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments
+from occbev_training.cli.pretrain import Display, signals
+from occbev_training.data.label_frame import in_base_link
+from occbev_training.data.pair_samples import PairSamples, open_pairs
+from occbev_training.data.samples import Samples
+from occbev_training.data.shards import INDEX_NAME, ShardReader
+from occbev_training.engine.adapt import (
+    AdaptConfig,
+    AdaptData,
+    Adapted,
+    adapt,
+    divide,
+    evenly,
+    load_network,
+    occupied_voxels,
+    provenance_of,
+)
+from occbev_training.engine.rehearsal import make_rehearsal
+from occbev_training.engine.stages import network_outputs, predictor
+from occbev_training.evaluation.adapt_report import Look, write_report
+from occbev_training.evaluation.frames import evaluate
+from occbev_training.evaluation.label_scores import box_scores
+from occbev_training.export.package import export_package
+from occbev_training.sources.box_file import BoxFile, read_box_file
+
+PICTURES = 3
+"""Held-out frames in the report."""
+
+KEY_INTERVAL = 0.2
+"""Seconds between key frames of bags: a few seconds of driving should give enough to learn from."""
+
+WINDOW = 0.5
+"""Seconds of sweeps on either side of a label: short, so that little of a drive lies between what is learned and held out."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("package", help="model package: a folder, or the name of a shipped one")
+    parser.add_argument("inputs", type=Path, nargs="+", help=f"{INPUTS_HELP}, or one folder of pairs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; gone on with if it holds one")
+    parser.add_argument("--config", type=Path, help="in place of config/training/adapt.yaml")
+    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
+    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
+    parser.add_argument("--held-out", type=float, help="share of the drives that is held out, instead of the config's")
+    parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
+    parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes: only scores use them")
+    parser.add_argument("--key-interval", type=float, default=KEY_INTERVAL, help="seconds between key frames of bags")
+    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
+    parser.add_argument("--threads", type=int, help="compute threads of the training")
+    add_input_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Adapt, export and report; 130 when it was stopped."""
+    console = Console()
+    logging.getLogger("occbev_training").setLevel(logging.WARNING)
+    package, config = ModelPackage.load(find_package(args.package)), adapt_config(args)
+    root = _pairs_of(args, package.model)
+    samples = open_pairs(root, package.model.image, package.model.grid, kept=args.out / "samples")
+    train, held_out = divide(samples, _window(root), config.held_out)
+    rehearsal, forgotten = _rehearsal(args, package, config, samples, console)
+    data = AdaptData(train, held_out, rehearsal, forgotten)
+    console.print(
+        f"{package.model.name}: learns from {len(train)} pairs, {len(held_out)} are held out, "
+        f"{len(rehearsal or ())} simulated frames are rehearsed",
+        highlight=False,
+    )
+    with Display(console) as display, signals() as prepared:
+        found = adapt(package, data, config, args.out / "run", args.minutes, display.show, prepared)
+    if found is None:
+        return 130
+    _finish(args, package, config, data, found, console)
+    return 0
+
+
+def adapt_config(args: argparse.Namespace) -> AdaptConfig:
+    """Return the config with what the options change."""
+    config = load_config(args.config or share_path("config/training/adapt.yaml"), AdaptConfig)
+    training = config.training
+    if args.steps is not None:
+        training = replace(training, steps=args.steps)
+    if args.threads is not None:
+        training = replace(training, threads=args.threads)
+    given = {"held_out": args.held_out, "rehearsal_drives": args.rehearsal_drives}
+    return replace(config, training=training, **{k: v for k, v in given.items() if v is not None})
+
+
+def _pairs_of(args: argparse.Namespace, model: ModelConfig) -> Path:
+    """Return the folder of pairs: the one that is given, or the one that `pairs` makes of the bags."""
+    if (args.inputs[0] / INDEX_NAME).exists():
+        if len(args.inputs) > 1:
+            raise ConfigError(f"{args.inputs[0]}: one folder of pairs, or bags; given are {len(args.inputs)} inputs")
+        return Path(args.inputs[0])
+    out: Path = args.out / "pairs"
+    wanted = ["--key-interval", str(args.key_interval), "--window", str(args.window), "--grid", grid_name(model)]
+    workers = ["--lidar", "--workers", str(args.workers)]
+    status = make_pairs([*wanted, *workers, *given_arguments(args, add_input_arguments)], args.inputs, out)
+    if not (out / INDEX_NAME).exists():
+        raise ConfigError(f"{out}: no pairs could be made (status {status}): 'occbev-train bag-check' says what lacks")
+    return out
+
+
+def grid_name(model: ModelConfig) -> str:
+    """Return the name of the grid that a model's labels are on; raises ConfigError where it has none."""
+    grid = in_base_link(model).grid
+    for name, known in GRIDS.items():
+        if known == grid:
+            return name
+    raise ConfigError(f"{model.name}: its grid {grid.as_record()} has no name, so that no pairs can be made for it")
+
+
+def make_pairs(options: Sequence[str], inputs: Sequence[Path], out: Path) -> int:
+    """Run the command `pairs`; returns its status."""
+    parser = argparse.ArgumentParser()
+    pairs.add_arguments(parser)
+    return pairs.run(parser.parse_args([*map(str, inputs), "--out", str(out), *options]))
+
+
+def given_arguments(args: argparse.Namespace, declare: Callable[[argparse.ArgumentParser], None]) -> list[str]:
+    """Return those options of `declare` that were given, as words for another command."""
+    parser = argparse.ArgumentParser()
+    declare(parser)
+    words: list[str] = []
+    for name, value in vars(parser.parse_args([])).items():
+        given = getattr(args, name, value)
+        if given != value:
+            words += [f"--{name.replace('_', '-')}", *([] if given is True else [str(given)])]
+    return words
+
+
+def _window(root: Path) -> float:
+    """Return how many seconds of sweeps on either side the labels of a folder were made from."""
+    reader = ShardReader(root)
+    return float(reader.sample(reader.rows[0]["key"]).meta["window"])
+
+
+def _rehearsal(
+    args: argparse.Namespace, package: ModelPackage, config: AdaptConfig, samples: PairSamples, console: Console
+) -> tuple[Samples | None, Samples | None]:
+    if not config.rehearsal or not config.rehearsal_drives:
+        return None, None
+    columns = (TextColumn("simulated drives to rehearse"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=config.rehearsal_drives + 2)
+        return make_rehearsal(
+            args.out / "rehearsal",
+            package.model,
+            samples.network_rig(),
+            config.rehearsal_drives,
+            config.rehearsal_keys,
+            args.workers,
+            lambda name, count: progress.advance(task),
+        )
+
+
+def _finish(
+    args: argparse.Namespace,
+    package: ModelPackage,
+    config: AdaptConfig,
+    data: AdaptData,
+    found: Adapted,
+    console: Console,
+) -> None:
+    """Score boxes, write the package and the page, and print what came of it."""
+    begun = load_network(package)
+    models = {"before": (begun, package.model), "after": (found.network, found.model)}
+    boxes = _box_file(args)
+    record: dict[str, Any] = {"before": dict(found.before), "after": dict(found.after)}
+    for name, (network, model) in models.items():
+        if boxes is not None:
+            record[name] |= box_scores(predictor(network, model, data.held_out), data.held_out, model, boxes)
+        if data.forgotten is not None:
+            scores = evaluate(data.forgotten, predictor(network, model, data.forgotten), model).summary()
+            record[name] |= {f"simulated_{key}": value for key, value in scores.items()}
+    metrics = {"held_out_part_of_the_drives": record}
+    provenance = provenance_of(package, data, config, found)
+    extra = [package.path("priors.npz")] if package.has("priors.npz") else []
+    with console.status("exporting and checking the graphs"):
+        written = export_package(found.network, found.model, args.out / "package", provenance, metrics, extra)
+    (args.out / "scores.json").write_text(json.dumps(record, indent=1))
+    looks = _looks(package, data, found)
+    facts = {
+        "learned from": f"{len(data.train)} pairs of {', '.join(data.train.drives)}; no box and no class of them",
+        "held out": f"{len(data.held_out)} pairs, no sweep of which is in a label that was learned from",
+        "rehearsed": f"{len(data.rehearsal or ())} simulated frames, half of them through these cameras",
+        "training": f"{found.steps} steps, {found.seconds:.0f} s",
+        "package": f"{args.out / 'package'}, from {package.model.name} ({package.hash})",
+    }
+    page = {**record, "grid": package.model.grid}
+    write_report(args.out / "report.html", f"{package.model.name}, adapted without labels", facts, page, looks)
+    for key in ("iou", "obstacle_depth_error", "car_AP_2m_30m", "simulated_car_AP_2m_30m", "simulated_occupancy_iou"):
+        if key in record["before"]:
+            console.print(f"{key}: {record['before'][key]:.3f} -> {record['after'][key]:.3f}", highlight=False)
+    if "mean_grid_iou" in record["before"]:
+        console.print(f"mean grid: iou {record['before']['mean_grid_iou']:.3f}", highlight=False)
+    console.print(f"{args.out / 'package'}: predicts {written.predicts}", highlight=False)
+    console.print(
+        f"look at {args.out / 'report.html'}; next: occbev replay BAG --model {args.out / 'package'}", highlight=False
+    )
+
+
+def _looks(package: ModelPackage, data: AdaptData, found: Adapted) -> list[Look]:
+    samples, looks = data.held_out, []
+    before = network_outputs(load_network(package), package.model, samples)
+    after = network_outputs(found.network, found.model, samples)
+    for index in evenly(len(samples), PICTURES):
+        volumes = [
+            occupied_voxels(look(index), model.occupancy.min_free)
+            for look, model in ((before, package.model), (after, found.model))
+        ]
+        looks.append(Look(samples.name(index), samples[index], *volumes))
+    return looks
+
+
+def _box_file(args: argparse.Namespace) -> BoxFile | None:
+    """Return the boxes that are given, or those of a `boxes.json` in the folder of the only input."""
+    beside = args.inputs[0] / "boxes.json"
+    path = args.boxes or (beside if beside.is_file() else None)
+    return None if path is None else read_box_file(path)

@@ -1,0 +1,190 @@
+"""The whole way from a folder of bags to a package that the node runs, in one command.
+
+    occbev-train learn BAGS --out out/mine
+    occbev-train learn BAGS --out out/mine --package PACKAGE
+    occbev-train learn BAGS --out out/mine --pretrain config/training/pretrain_tiny.yaml
+
+It prints its plan first, and then runs the single commands in order, each as you would: bag-check, pairs, adapt (or
+pretrain, export and evaluate). What was made stays when it is given again. OUT/package is the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from occbev.config import load_config
+from occbev.inference.model_package import ModelPackage, find_package
+from occbev_training.cli.adapt import KEY_INTERVAL, WINDOW, adapt_config, given_arguments, grid_name
+from occbev_training.cli.bag_arguments import add_bag_arguments
+from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs
+from occbev_training.engine.config import TrainingConfig
+from occbev_training.engine.stages import model_to_train
+
+SECONDS_PER_PAIR, SECONDS_PER_DRIVE, SECONDS_PER_STEP = 1.5, 8.0, 2.5
+"""What a pair, a simulated drive and a training step take of one core with occbev-tiny, for the plan."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. must: whether the way ends where it fails."""
+
+    words: tuple[str, ...]
+    must: bool = True
+
+    def __str__(self) -> str:
+        return f"occbev-train {shlex.join(self.words)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with which drives. frames: drive -> key frames. seconds: of one core, about."""
+
+    frames: dict[str, int]
+    problems: dict[str, str]
+    steps: tuple[Step, ...]
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("inputs", type=Path, nargs="+", help=INPUTS_HELP)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for all that is made; gone on with if it is there"
+    )
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--package", default="occbev-tiny", help="package to adapt (default occbev-tiny)")
+    way.add_argument(
+        "--pretrain", type=Path, metavar="CONFIG", help="stage 1 by this training config, instead of adapting"
+    )
+    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
+    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
+    parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
+    parser.add_argument("--key-interval", type=float, default=KEY_INTERVAL, help="seconds between key frames of bags")
+    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
+    parser.add_argument("--plan", action="store_true", help="print the plan and do nothing")
+    add_input_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan and follow it; the status is that of the first step that must not fail and did."""
+    from occbev_training.cli import main
+
+    console = Console()
+    plan = make_plan(args)
+    print_plan(plan, console)
+    if args.plan:
+        return 0
+    for number, step in enumerate(plan.steps, 1):
+        console.print(f"\n[bold]{number} of {len(plan.steps)}[/]  {step}", highlight=False, soft_wrap=True)
+        status = main(step.words)
+        if status and step.must:
+            return status
+    console.print(f"\n{args.out / 'package'} is ready; next: {next_command(args)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Look at the inputs and decide on the steps."""
+    found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval)
+    frames = {opener.name: opener.keys() for opener in found.openers}
+    how = ("--no-turns", *given_arguments(args, add_bag_arguments))
+    checks = tuple(Step(("bag-check", str(path), *how), must=False) for path in args.inputs if _is_bag(path))
+    training, seconds = _pretrain_steps(args) if args.pretrain else _adapt_steps(args)
+    return Plan(frames, dict(found.problems), checks + training, seconds + SECONDS_PER_PAIR * sum(frames.values()))
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print drives, frames, steps and about how long it takes."""
+    for name, count in plan.frames.items():
+        console.print(f"{name}: {count} key frames", highlight=False)
+    for name, reason in plan.problems.items():
+        console.print(f"left out: {name}: {reason}", highlight=False, markup=False)
+    console.print(
+        f"{len(plan.frames)} drives, {sum(plan.frames.values())} key frames, about {plan.seconds / 60:.0f} minutes "
+        "of one processor core; a GPU is used where there is one",
+        highlight=False,
+    )
+    for step in plan.steps:
+        console.print(f"  {step}", highlight=False, soft_wrap=True)
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """Return the command that shows the package at work; names of one's own are the node's, by a parameter file."""
+    bag, package = shlex.quote(str(args.inputs[0])), args.out / "package"
+    if args.topics is None:
+        return f"occbev replay {bag} --model {shlex.quote(str(package))}"
+    path = args.out / "perception.yaml"
+    parameters = {"topics": str(args.topics.resolve()), "model": str(package.resolve())}
+    path.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
+    return f"occbev replay {bag} --params-file {shlex.quote(str(path))}"
+
+
+def _pairs_step(args: argparse.Namespace, grid: str, validation: float) -> Step:
+    how = ("--key-interval", f"{args.key_interval:g}", "--window", f"{args.window:g}", "--grid", grid, "--lidar")
+    words = ("pairs", *map(str, args.inputs), "--out", str(args.out / "pairs"), *how)
+    shared = (
+        "--workers",
+        str(args.workers),
+        "--validation",
+        f"{validation:g}",
+        *given_arguments(args, add_input_arguments),
+    )
+    return Step(
+        (*words, *shared), must=False
+    )  # one input that cannot be read costs no other; the next step needs pairs
+
+
+def _adapt_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
+    package = ModelPackage.load(find_package(args.package))
+    given = _given(args, ("steps", "minutes", "rehearsal_drives"))
+    words = (
+        "adapt",
+        str(args.package),
+        str(args.out / "pairs"),
+        "--out",
+        str(args.out),
+        "--workers",
+        str(args.workers),
+    )
+    config = adapt_config(argparse.Namespace(config=None, threads=None, held_out=None, **vars_of(args)))
+    seconds = SECONDS_PER_STEP * config.training.steps + SECONDS_PER_DRIVE * config.rehearsal_drives
+    boxes = args.inputs[0] / "boxes.json"
+    known = ("--boxes", str(boxes)) if boxes.is_file() else ()
+    return (_pairs_step(args, grid_name(package.model), 0.1), Step((*words, *given, *known))), seconds
+
+
+def _pretrain_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
+    config = load_config(args.pretrain, TrainingConfig)
+    root, package = str(args.out / "pairs"), str(args.out / "package")
+    folder = args.out / "pretrain"
+    given = _given(args, ("steps", "minutes"))
+    steps = (
+        _pairs_step(args, grid_name(model_to_train(config)), 0.2),
+        Step(("pretrain", str(args.pretrain), "--data", root, "--out", str(folder), *given)),
+        Step(("export", str(folder / "weights.safetensors"), package, "--model", str(folder / "model.yaml"))),
+        Step(("evaluate", package, "--pairs", root, "--split", "validation"), must=False),
+    )
+    return steps, SECONDS_PER_STEP * (args.steps or config.steps)
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the options among these that were given, as words."""
+    options = ((f"--{name.replace('_', '-')}", getattr(args, name)) for name in names)
+    return tuple(word for option, value in options if value is not None for word in (option, str(value)))
+
+
+def vars_of(args: argparse.Namespace) -> dict[str, object]:
+    """Return the options that decide on an adaptation's config."""
+    return {"steps": args.steps, "rehearsal_drives": args.rehearsal_drives}
+
+
+def _is_bag(path: Path) -> bool:
+    return path.suffix in (".mcap", ".db3") or (path / "metadata.yaml").is_file() or any(path.glob("*.mcap"))

@@ -1,0 +1,343 @@
+"""Adapt a package to unlabelled drives: its occupancy and depth learn from their LiDAR, its boxes and classes rehearse.
+
+The network keeps all heads. It is stopped by a part of the drives that it does not learn from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from occbev.config import ConfigError, ModelConfig, to_record
+from occbev.files import replace_file
+from occbev.grid import xyz_from_volume
+from occbev.inference.model_package import ModelPackage
+from occbev_training.data.cache import CacheError
+from occbev_training.data.datasets import SampleDataset
+from occbev_training.data.pair_samples import PairSamples
+from occbev_training.data.samples import Samples
+from occbev_training.engine.config import TrainingConfig
+from occbev_training.engine.stages import make_loader, network_outputs, semantic_counts
+from occbev_training.engine.trainer import Loader, Trainer, tune_process
+from occbev_training.evaluation.frames import Priors
+from occbev_training.evaluation.label_scores import LabelScores, believed_depth
+from occbev_training.losses import objectives
+from occbev_training.losses import voxels_and_centres as losses
+from occbev_training.losses.adaptation import AdaptObjective, SourcedBatch
+from occbev_training.models.build import build_for_weights
+from occbev_training.models.checkpoints import load_strictly, read_weights, save_weights
+from occbev_training.models.network import NetworkOutput
+
+logger = logging.getLogger(__name__)
+
+BEST = "best.safetensors"
+"""Weights of the validation that scored best, in the folder of the run."""
+
+DONE = "adapted.json"
+"""Steps and seconds of a run that ended."""
+
+MANY_DRIVES = 5
+"""From so many drives on whole ones are held out; of fewer, the end of each."""
+
+FITTED = 8
+"""Held-out pairs that the threshold is fitted on, at most."""
+
+THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7)
+"""Least probabilities of free that are tried for the package's `occupancy.min_free`."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """How a package is adapted: the schema of `config/training/adapt.yaml`."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Steps, losses, rates and augmentation; `accumulate` passes make a step, the last of them of rehearsed frames."""
+    rehearsal: float = 0.5
+    """Weight of the rehearsed frames' losses; 0 rehearses nothing, and boxes and classes are forgotten."""
+    rehearsal_drives: int = 12
+    """Simulated drives to rehearse: half of them through the user's rig, half through the simulator's own."""
+    rehearsal_keys: int = 4
+    """Key frames of each."""
+    held_out: float = 0.2
+    """Share of the drives that stops the training and is scored: whole drives, or the end of each of a few."""
+    patience: int = 3
+    """Validations in a row without a better one after which it stops."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out {self.held_out}: must be between 0 and 1")
+        if self.rehearsal < 0 or self.rehearsal_drives < 0 or self.rehearsal_keys < 1 or self.patience < 1:
+            raise ConfigError(
+                "rehearsal and rehearsal_drives must be at least 0, rehearsal_keys and patience at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class AdaptData:
+    """Pairs to learn from and to be scored on; rehearsed samples and others that show what is forgotten, None without."""
+
+    train: PairSamples
+    held_out: PairSamples
+    rehearsal: Samples | None
+    forgotten: Samples | None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What came of it. before, after: records of `LabelScores` on the held-out pairs. min_free: best there."""
+
+    network: nn.Module
+    model: ModelConfig
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    steps: int
+    seconds: float
+
+
+def divide(samples: PairSamples, window: float, share: float) -> tuple[PairSamples, PairSamples]:
+    """Divide pairs into those to learn from and those held out; no sweep of a training label is from a held-out time.
+
+    window: seconds of sweeps on either side of a label.
+    Raises:
+        CacheError: nothing would be left to learn from.
+    """
+    drives, stamps = samples.drives, samples.stamp_ns
+    if len(drives) >= MANY_DRIVES:
+        away = set(drives[:: max(2, round(1 / share))])
+        held = np.array([drive in away for drive, _ in samples.pairs])
+        return samples.only(np.flatnonzero(~held)), samples.only(np.flatnonzero(held))
+    learned, held_out = [], []
+    for drive in drives:
+        of = np.array([i for i, (name, _) in enumerate(samples.pairs) if name == drive])
+        cut = stamps[of].min() + (1 - share) * (stamps[of].max() - stamps[of].min())
+        held_out += of[stamps[of] > cut].tolist()
+        learned += of[stamps[of] + window * 1e9 <= cut].tolist()
+    if not learned or not held_out:
+        seconds = (stamps.max() - stamps.min()) / 1e9
+        raise CacheError(
+            f"{samples.root}: {len(samples)} pairs over {seconds:.1f} s are too few to hold {share:.0%} of the time out, "
+            f"with labels that look {window:g} s ahead; record for longer, or make pairs with a shorter --window"
+        )
+    return samples.only(np.array(learned)), samples.only(np.array(held_out))
+
+
+def adapt(
+    package: ModelPackage,
+    data: AdaptData,
+    config: AdaptConfig,
+    folder: Path,
+    minutes: float | None = None,
+    report: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    prepared: Callable[[Trainer], None] = lambda trainer: None,
+) -> Adapted | None:
+    """Adapt a package's network in `folder`, going on where an earlier run stopped; None after a request to stop.
+
+    A run that ended is not repeated.
+    """
+    network = load_network(package)
+    before = _kept_scores(folder / "before.json", lambda: score_pairs(network, package, data.held_out))
+    done = folder / DONE
+    if not done.exists():
+        trainer = _trainer(package, network, data, config, folder, before["iou"])
+        prepared(trainer)
+        if not trainer.run(minutes, report):
+            return None
+        progress = trainer.progress
+        with replace_file(done) as path:
+            path.write_text(json.dumps({"steps": progress.step, "seconds": progress.seconds}))
+    best = load_network(package, folder / BEST if (folder / BEST).exists() else None)
+    model, after = fit_threshold(best, package, data.held_out)
+    return Adapted(best, model, before, after, **json.loads(done.read_text()))
+
+
+def _trainer(
+    package: ModelPackage, network: nn.Module, data: AdaptData, config: AdaptConfig, folder: Path, begun: float
+) -> Trainer:
+    """Put the trainer together; begun: the IoU that it has to beat."""
+    training, model = config.training, package.model
+    tune_process(training.threads)
+    torch.manual_seed(training.seed)
+    if training.channels_last:
+        objectives.prefer_channels_last(network)
+    if training.precision == "bf16" and not torch.cuda.is_available():
+        objectives.keep_large_depthwise_in_float32(network)
+    stop = EarlyStop(folder / BEST, config.patience, begun)
+    validate = stop.watch(lambda bare: score_pairs(bare, package, data.held_out, training.validate_samples))
+    stop.trainer = Trainer(
+        training, network, _objective(model, config, data), _loader(data, config, model), folder, validate
+    )
+    return stop.trainer
+
+
+def load_network(package: ModelPackage, weights: Path | None = None) -> nn.Module:
+    """Build a package's network, in evaluation mode, with its weights or those of another file."""
+    path = weights or package.path("weights.safetensors")
+    state, _ = read_weights(path)
+    network = build_for_weights(package.model, state)
+    load_strictly(network, state, str(path))
+    return network.eval()
+
+
+class EarlyStop:
+    """Keeps the weights of the best validation and ends the plan when none is better for a while."""
+
+    def __init__(self, best: Path, patience: int, begun: float) -> None:
+        """begun: the score before training, which a validation must beat for its weights to be kept."""
+        self._path, self._patience = best, patience
+        self._best, self._since = begun, 0
+        self.trainer: Trainer | None = None
+
+    def watch(self, score: Callable[[nn.Module], Mapping[str, Any]]) -> Callable[[nn.Module], Mapping[str, float]]:
+        """Return a validation function that scores, keeps and stops."""
+
+        def validate(network: nn.Module) -> Mapping[str, float]:
+            record = score(network)
+            self._since += 1
+            known = _kept_iou(self._path) if self._path.exists() else self._best
+            if record["iou"] > known:
+                self._since = 0
+                save_weights(self._path, network.state_dict(), {"iou": record["iou"]})
+            if self._since >= self._patience and self.trainer is not None:
+                self.trainer.progress.planned = self.trainer.progress.step
+            return {name: value for name, value in record.items() if isinstance(value, float)}
+
+        return validate
+
+
+def score_pairs(
+    network: nn.Module,
+    package: ModelPackage,
+    samples: PairSamples,
+    most: int | None = None,
+    min_free: float | None = None,
+) -> dict[str, Any]:
+    """Score a network's occupancy and depth on pairs, of which at most `most` evenly spaced ones count.
+
+    min_free: as `occupancy.min_free`; the package's by default.
+    """
+    model = package.model
+    least = model.occupancy.min_free if min_free is None else min_free
+    scores = LabelScores(model.grid, mean_grid(package))
+    look = network_outputs(network, model, samples)
+    for index in evenly(len(samples), most):
+        output = look(index)
+        depth, lift = None, getattr(model, "lift", None)
+        if output.depth_logits is not None and lift is not None:
+            depth = believed_depth(output.depth_logits[0].float().cpu().numpy(), lift)
+        scores.add(samples[index], occupied_voxels(output, least), depth, lift.stride if lift else 1)
+    return scores.as_record()
+
+
+def fit_threshold(
+    network: nn.Module, package: ModelPackage, samples: PairSamples
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return the model with the `occupancy.min_free` that has the best IoU on the pairs, and its scores there."""
+    look, model = network_outputs(network, package.model, samples), package.model
+    scores = {least: LabelScores(model.grid) for least in THRESHOLDS}
+    for index in evenly(len(samples), FITTED):
+        output, sample = look(index), samples[index]
+        for least, score in scores.items():
+            score.add(sample, occupied_voxels(output, least))
+    best = max(THRESHOLDS, key=lambda least: scores[least].as_record()["iou"])
+    fitted = replace(model, occupancy=replace(model.occupancy, min_free=best))
+    return fitted, score_pairs(network, package, samples, min_free=best)
+
+
+def mean_grid(package: ModelPackage) -> NDArray[np.bool_] | None:
+    """Return the mean grid (X, Y, Z) of the data that a package came from, None where it does not ship it."""
+    return Priors.load(package.path("priors.npz")).occupancy() if package.has("priors.npz") else None
+
+
+def occupied_voxels(output: NetworkOutput, min_free: float) -> NDArray[np.bool_]:
+    """Return (X, Y, Z) what the first sample's voxels are decided to be, as the runtime decides with this `min_free`."""
+    if output.occupancy_logits is None:
+        assert output.reconstruction_logits is not None
+        free = output.reconstruction_logits[0].float().softmax(0)[0]
+        is_free = free >= (min_free or 0.5)
+    else:
+        share = output.occupancy_logits[0].float().softmax(0)
+        is_free = (share[-1] > share[:-1].amax(0)) & (share[-1] >= min_free)
+    return xyz_from_volume(~is_free.cpu().numpy())
+
+
+def evenly(count: int, most: int | None) -> list[int]:
+    """Return at most `most` evenly spaced indices."""
+    return np.unique(np.linspace(0, count - 1, min(most or count, count)).round().astype(int)).tolist()
+
+
+def _objective(model: ModelConfig, config: AdaptConfig, data: AdaptData) -> AdaptObjective:
+    counts = np.ones(len(model.occupancy_classes), np.int64)
+    if data.rehearsal is not None:
+        counts = semantic_counts(data.rehearsal, len(counts), most=30)
+    weights = config.training.loss
+    class_weight = losses.balanced_weights(torch.from_numpy(counts), weights.max_class_weight)
+    finetune = objectives.FinetuneObjective(model, weights, class_weight)
+    return AdaptObjective(model, weights, finetune, config.rehearsal)
+
+
+def _loader(data: AdaptData, config: AdaptConfig, model: ModelConfig) -> Loader:
+    """Return batches of the user's pairs, every last pass of a step being rehearsed."""
+    training = config.training
+    own = SampleDataset(data.train, model, training.augment, training.seed, history=training.history)
+    if data.rehearsal is None or not config.rehearsal:
+        load = make_loader(own, training)
+        return lambda first: (SourcedBatch(batch, False) for batch in load(first))
+    if training.accumulate < 2:
+        raise ConfigError("training.accumulate must be at least 2: the last pass of a step is of rehearsed frames")
+    old = SampleDataset(data.rehearsal, model, training.augment, training.seed + 1, history=training.history)
+    load_own, load_old = make_loader(own, training), make_loader(old, training)
+
+    def load_both(first: int) -> Iterator[SourcedBatch]:
+        step, passes = first // training.accumulate, training.accumulate - 1
+        mine, rehearsed = iter(load_own(step * passes)), iter(load_old(step))
+        while True:
+            for _ in range(passes):
+                yield SourcedBatch(next(mine), False)
+            yield SourcedBatch(next(rehearsed), True)
+
+    return load_both
+
+
+def _kept_scores(path: Path, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a file holds, or score and write it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(score(), indent=1))
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def _kept_iou(path: Path) -> float:
+    record = read_weights(path)[1]
+    return float(str(record["iou"]))
+
+
+def provenance_of(package: ModelPackage, data: AdaptData, config: AdaptConfig, found: Adapted) -> dict[str, Any]:
+    """Return the provenance of an adapted package: that of the package it came from, and what was learned since."""
+    added = {
+        "from": {"name": package.model.name, "hash": package.hash},
+        "pairs": len(data.train),
+        "drives": list(data.train.drives),
+        "data_hash": data.train.hash,
+        "held_out_pairs": len(data.held_out),
+        "rehearsed": 0 if data.rehearsal is None else len(data.rehearsal),
+        "steps": found.steps,
+        "seconds": round(found.seconds, 1),
+        "seed": config.training.seed,
+        "config": to_record(config),
+    }
+    drives = ", ".join(data.train.drives[:4]) + (" and more" if len(data.train.drives) > 4 else "")
+    told = f"{package.trained_on}; adapted without labels to {len(data.train)} image-LiDAR pairs of {drives}"
+    kept = {
+        name: value for name, value in package.provenance.items() if name not in ("int8", "exported_with", "operators")
+    }
+    return {**kept, "data": told, "adapted": added}
