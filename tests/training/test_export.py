@@ -183,6 +183,7 @@ def test_a_refused_export_leaves_the_package_that_was_there(folder: Path, tmp_pa
     with pytest.raises(export.ExportError, match=r"detection_head\.box.*not finite"):
         export.export_package(network, MODEL, before.folder, {}, {}, (), (3,))
     with torch.no_grad():  # finite weights whose answers are not
+        network.detection_head.box[0][1].bias.fill_(1e3)
         network.detection_head.box[-1].weight.fill_(3e38)
     with pytest.raises(export.ExportError, match="box holds values that are not finite"):
         export.export_package(network, MODEL, before.folder, {}, {}, (), (3,))

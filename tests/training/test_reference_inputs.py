@@ -21,15 +21,19 @@ from occbev.geometry import (  # noqa: E402
     wrap_angle,
 )
 from occbev.grid import BevGrid  # noqa: E402
+from occbev.inference.families import family_of, load_model  # noqa: E402
 from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.pipeline import motion_to_key  # noqa: E402
 from occbev.inference.tables import (  # noqa: E402
+    Augmentation,
     LiftPoints,
     bin_depths,
     camera_parameters,
     feature_pixels,
     frustum_points,
+    gate_parameters,
     place_points,
+    to_bev_frame,
 )
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
@@ -264,7 +268,10 @@ def training_bins(images: NDArray[np.float32], depth: DepthConfig) -> NDArray[np
     lift = replace(LiftConfig(), depth=depth)
     model = LiftSplatModel(image=ImageConfig(192, 64), lift=lift)  # a column of cells more than the arrays
     sample = SimpleNamespace(
-        lidar_camera=camera, lidar_pixel=np.stack([column, row], 1) + 0.5, lidar_depth=images[camera, row, column]
+        intrinsic=np.tile(np.eye(3), (len(images), 1, 1)),
+        lidar_camera=camera,
+        lidar_pixel=np.stack([column, row], 1) + 0.5,
+        lidar_depth=images[camera, row, column],
     )
     still = draw_augmentation(0, len(images), SIZE, NO_AUGMENTATION)
     return depth_labels(sample, still, np.ones(len(images), bool), model)[..., : SIZE[0] // 16]
@@ -290,6 +297,27 @@ def test_depth_bins_and_their_loss(depth_gt: Arrays, prefix: str, depth: DepthCo
 def test_depth_bins_at_their_borders(depth_gt: Arrays) -> None:
     got = inputs.depth_to_bin(depth_gt["edge_depths"], DepthConfig(1, 60, 0.5))
     np.testing.assert_array_equal(got, depth_gt["edge_bins"])
+
+
+@pytest.mark.parametrize("name", ["bevdepth4d_r50", "bevdepth_r50_first"])
+def test_camera_parameters_under_augmentation_are_those_of_the_source(
+    geometry: Arrays, repository: Path, name: str
+) -> None:
+    """A training sample holds augmentation folded in; the depth net is told camera and augmentation apart, as published."""
+    model = load_model(repository / "config/models" / f"{name}.yaml")
+    model = replace(model, image=replace(model.image, width=192, height=64))
+    source, cam2ego = geometry["intrins"].astype(np.float64), geometry["sensor2ego"].astype(np.float64)
+    src2img = homogeneous(geometry["post_rots"], geometry["post_trans"])
+    nominal = inputs.image_matrix(inputs.draw_image(SOURCE, (192, 64)))
+    scene = make_transform(geometry["bda_mats"][0].astype(np.float64), (0.0, 0.0, 0.0))
+    change = Augmentation(src2img @ np.linalg.inv(nominal), scene)
+    cam2frame = to_bev_frame(scene @ cam2ego, model.bev)
+    got = family_of(model).calibration(model, src2img @ source, cam2frame, change)[:, :, 0, 0]
+    if model.bevdet.depth_net == "gated":
+        want = gate_parameters(source, to_bev_frame(cam2ego, model.bev), src2img)
+    else:
+        want = camera_parameters(source, cam2ego, src2img, scene)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
 def test_camera_parameters_are_in_the_published_order() -> None:

@@ -139,6 +139,17 @@ def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
     return depth.lo + (index + (0 if lift.reference_quirks else 0.5)) * depth.step
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """What training changed of one sample; folded into its intrinsics and poses, but told apart by some depth nets.
+
+    image: (N, 3, 3), network pixels as recorded to augmented ones. scene: (4, 4), ego to augmented ego.
+    """
+
+    image: NDArray[np.float64]
+    scene: NDArray[np.float64]
+
+
 def camera_parameters(
     intrinsic: ArrayLike, cam2ego: ArrayLike, src2img: ArrayLike | None = None, bda: ArrayLike | None = None
 ) -> NDArray[np.float32]:
@@ -291,6 +302,13 @@ def to_bev_frame(cam2ego: ArrayLike, bev: BevGrid) -> NDArray[np.float64]:
         return cam2ego
     ego2frame: NDArray[np.float64] = invert_transform(frame2ego(bev.frame))
     return ego2frame @ cam2ego
+
+
+def move_to_frame(ego2ego: ArrayLike, bev: BevGrid) -> NDArray[np.float64]:
+    """Return a change of ego (4, 4) as one of the frame of a BEV."""
+    to_ego = frame2ego(bev.frame)
+    frame2frame: NDArray[np.float64] = invert_transform(to_ego) @ np.asarray(ego2ego, np.float64) @ to_ego
+    return frame2frame
 
 
 def feature_pixels(image_size: tuple[int, int], lift: LiftConfig) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from occbev.config import ConfigError
 from occbev.geometry import rotation_from_yaw
 from occbev.grid import VoxelGrid
+from occbev.inference.tables import Augmentation
 from occbev_training.data import reference_inputs as reference
 
 Float = NDArray[np.float64]
@@ -268,6 +269,11 @@ def augment_cam2ego(cam2ego: Float, draw: Draw) -> Float:
     A mirrored or scaled pose is no rigid motion any more, which every view transform allows.
     """
     return draw.ego2ego @ cam2ego
+
+
+def augmentation_of(draw: Draw) -> Augmentation:
+    """Return what a draw changes, for depth nets that tell it apart from the camera."""
+    return Augmentation(np.stack([image.matrix for image in draw.images]), draw.ego2ego)
 
 
 def augment_ego2global(ego2global: Float, draw: Draw) -> Float:

@@ -23,7 +23,7 @@ from occbev.geometry import (
     box_corners,
     transform_points,
 )
-from occbev.inference.tables import depth_scale
+from occbev.inference.tables import Augmentation, depth_scale
 from occbev.lens import Lens
 from occbev_training.data.augment import (
     AugmentConfig,
@@ -35,6 +35,7 @@ from occbev_training.data.augment import (
     augment_intrinsic,
     augment_pixels,
     augment_voxels,
+    augmentation_of,
     draw_augmentation,
     grid_mask_image,
     live_bits,
@@ -84,12 +85,14 @@ class TrainingSample:
     shown: NDArray[np.bool_] | None = None
     ego2global: NDArray[np.float64] | None = None
     stamp_ns: int = 0
+    augmentation: Augmentation | None = None
     past: tuple[View | None, ...] = ()
 
     @property
     def view(self) -> View:
         """What the cameras saw of it."""
-        return View(self.images, self.camera_valid, self.intrinsic, self.cam2ego, self.ego2global, self.stamp_ns)
+        seen = (self.images, self.camera_valid, self.intrinsic, self.cam2ego)
+        return View(*seen, self.ego2global, self.stamp_ns, self.augmentation)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,9 @@ class Collate:
         """Stack; volumes go from [x, y, z] to (Z, Y, X). A rig with fewer cameras than others gets black ones."""
         samples = _same_cameras(samples)
         valid = np.stack([s.camera_valid for s in samples])
-        geometry = make_geometry(self.model, [s.intrinsic for s in samples], [s.cam2ego for s in samples], valid)
+        changes = [s.augmentation for s in samples]
+        rigs = [s.intrinsic for s in samples], [s.cam2ego for s in samples]
+        geometry = make_geometry(self.model, *rigs, valid, changes)
         history, windows = History((), None, geometry), [s.past for s in samples]
         if windows[0]:
             keys = [s.view for s in samples]
@@ -284,6 +289,7 @@ def augmented(
         augment_voxels(sample.semantics, draw, model.grid, FREE),
         supervised,
         None if draw.grid_mask is None else grid_mask_image(draw.grid_mask, size),
+        augmentation=augmentation_of(draw),
     )
 
 
@@ -308,6 +314,7 @@ def _past_view(sample: CachedSample, draw: Draw, moment: Moment) -> View:
         augment_cam2ego(sample.cam2ego, draw),
         augment_ego2global(moment.ego2global, draw),
         moment.stamp_ns,
+        augmentation_of(draw),
     )
 
 
@@ -370,13 +377,24 @@ def _same_cameras(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
 def _pad(sample: TrainingSample, cameras: int) -> TrainingSample:
     """Add cameras that see nothing; what they would be calibrated to does not matter."""
     names = ("images", "camera_valid", "intrinsic", "cam2ego")
-    past = tuple(view and replace(view, **_grown(view, names, cameras)) for view in sample.past)
+    past = tuple(
+        view and replace(view, **_grown(view, names, cameras), augmentation=_padded(view.augmentation, cameras))
+        for view in sample.past
+    )
     depth = np.pad(
         sample.depth_bin,
         ((0, cameras - len(sample.images)), (0, 0), (0, 0)),
         constant_values=NO_DEPTH,
     )
-    return replace(sample, **_grown(sample, names, cameras), depth_bin=depth, past=past)
+    change = _padded(sample.augmentation, cameras)
+    return replace(sample, **_grown(sample, names, cameras), depth_bin=depth, past=past, augmentation=change)
+
+
+def _padded(change: Augmentation | None, cameras: int) -> Augmentation | None:
+    if change is None:
+        return None
+    image = np.concatenate([change.image, np.tile(np.eye(3), (cameras - len(change.image), 1, 1))])
+    return replace(change, image=image)
 
 
 def _grown(record: Any, names: Sequence[str], cameras: int) -> dict[str, Any]:

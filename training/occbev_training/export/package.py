@@ -32,7 +32,7 @@ from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.backend import FACTORS, PER_CAMERA
 from occbev.inference.families import family_of
 from occbev.inference.families.record import Moment
-from occbev.inference.model_package import CONFIG_NAME, ModelPackage, write_package
+from occbev.inference.model_package import CONFIG_NAME, ModelPackage, PackageError, write_package
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.inference.table_cache import TableCache
 from occbev.rig import Camera, CameraRig
@@ -128,12 +128,21 @@ def export_package(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         _write(network, model, Path(partial), provenance, metrics, extra_files, cameras, calibration)
-        for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES]:
-            stale.unlink()  # a graph that an earlier export left would be sealed, and preferred
+        sealed = _sealed(folder)
+        for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES or path.name in sealed]:
+            stale.unlink()  # of an earlier export
         (folder / CONFIG_NAME).unlink(missing_ok=True)  # it comes last: without it a folder is no package
         for path in sorted(Path(partial).iterdir(), key=lambda path: path.name == CONFIG_NAME):
             os.replace(path, folder / path.name)
     return ModelPackage.load(folder)
+
+
+def _sealed(folder: Path) -> set[str]:
+    """Return the files of the package that a folder holds, none if it is no package."""
+    try:
+        return set(ModelPackage.load(folder, verify=False).files)
+    except PackageError:
+        return set()
 
 
 def require_finite(network: nn.Module, name: str) -> None:

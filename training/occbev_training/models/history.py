@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from occbev.inference.tables import Augmentation
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.lift_splat.stereo import Matching
 
@@ -28,6 +29,7 @@ class View:
     cam2ego: NDArray[np.float64]
     ego2global: NDArray[np.float64] | None
     stamp_ns: int = 0
+    augmentation: Augmentation | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from occbev.geometry import frame2ego
 from occbev.inference.families.lift_splat import SplatFamily, SplatModel
 from occbev.inference.families.record import Arrays, Moment, Outputs
 from occbev.inference.postprocess import BoxDecoding, move_boxes
-from occbev.inference.tables import camera_parameters, gate_parameters, image_to_past
+from occbev.inference.tables import Augmentation, camera_parameters, gate_parameters, image_to_past, move_to_frame
 from occbev.inference.task_boxes import TaskDecoding, decode_tasks
 from occbev.results import Boxes3D
 
@@ -116,18 +116,25 @@ class BevDet(SplatFamily[BevDetModel]):
 
     config = BevDetModel
 
-    def calibration(self, model: BevDetModel, intrinsic: ArrayLike, cam2frame: ArrayLike) -> NDArray[np.float32]:
+    def calibration(
+        self, model: BevDetModel, intrinsic: ArrayLike, cam2frame: ArrayLike, augmentation: Augmentation | None = None
+    ) -> NDArray[np.float32]:
         """Return the published camera parameters (N, K, 1, 1): those of source images, which were scaled to the
-        network's width and cut to the lower rows."""
-        parts = model.bevdet
+        network's width and cut to the lower rows; augmentation stands in them beside the camera's own."""
+        parts, intrinsic, cam2frame = model.bevdet, np.asarray(intrinsic, np.float64), np.asarray(cam2frame, np.float64)
         if parts.depth_net == "plain":
-            return np.zeros((len(np.asarray(intrinsic)), 1, 1, 1), np.float32)
+            return np.zeros((len(intrinsic), 1, 1, 1), np.float32)
         scale = model.image.width / parts.source_width
         src2img = np.diag([scale, scale, 1.0])
         src2img[1, 2] = model.image.height - round(scale * parts.source_height)
-        source = np.linalg.inv(src2img) @ np.asarray(intrinsic, np.float64)[:, :, :3]
-        parameters = gate_parameters if parts.depth_net == "gated" else camera_parameters
-        return parameters(source, cam2frame, src2img)[:, :, None, None]
+        scene = np.eye(4)
+        if augmentation is not None:
+            src2img, scene = augmentation.image @ src2img, move_to_frame(augmentation.scene, model.bev)
+            cam2frame = np.linalg.inv(scene) @ cam2frame
+        source = np.linalg.inv(src2img) @ intrinsic[:, :, :3]
+        if parts.depth_net == "gated":
+            return gate_parameters(source, cam2frame, src2img)[:, :, None, None]
+        return camera_parameters(source, cam2frame, src2img, scene)[:, :, None, None]
 
     def first_state(self, model: BevDetModel, cameras: int) -> Arrays:
         """Return the state of networks that lift and splat; with stereo also state_in_match (N, F, h / 4, w / 4)."""

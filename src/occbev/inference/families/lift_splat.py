@@ -21,7 +21,7 @@ from occbev.inference.capacity import Tables
 from occbev.inference.families.record import Arrays, Family, Moment, Outputs
 from occbev.inference.postprocess import BoxDecoding, decode_boxes, move_boxes
 from occbev.inference.reference_points import warp_table
-from occbev.inference.tables import bag_tables, gather_tables, lift_points, ray_table, to_bev_frame
+from occbev.inference.tables import Augmentation, bag_tables, gather_tables, lift_points, ray_table, to_bev_frame
 from occbev.results import Boxes3D
 from occbev.rig import CameraRig
 
@@ -77,10 +77,13 @@ class SplatFamily(Family[Splat]):
         )
         return tables | {"table_ray": self.calibration(model, intrinsic, cam2frame)[None]}
 
-    def calibration(self, model: Splat, intrinsic: ArrayLike, cam2frame: ArrayLike) -> NDArray[np.float32]:
+    def calibration(
+        self, model: Splat, intrinsic: ArrayLike, cam2frame: ArrayLike, augmentation: Augmentation | None = None
+    ) -> NDArray[np.float32]:
         """Return what the depth net reads of each camera: (N, K, h, w), or (N, K, 1, 1) if constant.
 
         intrinsic: (N, 3, 3) of network-size images. cam2frame: (N, 4, 4) into the frame of the BEV.
+        augmentation: of training, which both hold as well.
         """
         raise NotImplementedError
 
@@ -111,7 +114,13 @@ class LiftSplat(SplatFamily[LiftSplatModel]):
 
     config = LiftSplatModel
 
-    def calibration(self, model: LiftSplatModel, intrinsic: ArrayLike, cam2frame: ArrayLike) -> NDArray[np.float32]:
+    def calibration(
+        self,
+        model: LiftSplatModel,
+        intrinsic: ArrayLike,
+        cam2frame: ArrayLike,
+        augmentation: Augmentation | None = None,
+    ) -> NDArray[np.float32]:
         """Return `ray_table`."""
         return ray_table(intrinsic, cam2frame, (model.image.width, model.image.height), model.lift)
 

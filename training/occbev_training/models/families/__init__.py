@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from occbev.config import ModelConfig
+from occbev.inference.tables import Augmentation
 from occbev_training.models.families import bevdet, bevformer, detr3d, lift_splat
 from occbev_training.models.families.record import TrainingFamily
 from occbev_training.models.geometry import Geometry
@@ -34,10 +35,15 @@ def training_family(model: ModelConfig) -> TrainingFamily[Any]:
 
 
 def make_geometry(
-    model: ModelConfig, intrinsic: Sequence[ArrayLike], cam2ego: ArrayLike, camera_valid: ArrayLike
+    model: ModelConfig,
+    intrinsic: Sequence[ArrayLike],
+    cam2ego: ArrayLike,
+    camera_valid: ArrayLike,
+    augmentations: Sequence[Augmentation | None] | None = None,
 ) -> Geometry:
     """Return what a network of the model's family takes as geometry, see `TrainingFamily.geometry`."""
-    return training_family(model).geometry(model, _same_lenses(intrinsic), cam2ego, camera_valid)
+    family = training_family(model)
+    return family.geometry(model, _same_lenses(intrinsic), cam2ego, camera_valid, augmentations)
 
 
 def _same_lenses(intrinsics: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:

@@ -20,6 +20,7 @@ from occbev.inference.reference_points import (
     pillar_points,
     see_points,
 )
+from occbev.inference.tables import Augmentation
 from occbev_training.models.families.queries import (
     QueryTraining,
     make_query_head,
@@ -69,7 +70,12 @@ class BevFormerTraining(QueryTraining[BevFormerModel]):
         return BevFormerNetwork(encoder, view, occupancy_head=occupancy, detection_head=detection)
 
     def geometry(
-        self, model: BevFormerModel, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike
+        self,
+        model: BevFormerModel,
+        intrinsic: ArrayLike,
+        cam2ego: ArrayLike,
+        camera_valid: ArrayLike,
+        augmentations: Sequence[Augmentation | None] | None = None,
     ) -> Geometry:
         """Return the views of first frames."""
         former, size = model.bevformer, (model.image.width, model.image.height)

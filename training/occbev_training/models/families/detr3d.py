@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from occbev.inference.families.detr3d import Detr3dModel
 from occbev.inference.reference_points import projection_table
+from occbev.inference.tables import Augmentation
 from occbev_training.models.families.queries import (
     QueryTraining,
     extent_of,
@@ -42,7 +44,12 @@ class Detr3dTraining(QueryTraining[Detr3dModel]):
         return Detr3dNetwork(encoder, detection)
 
     def geometry(
-        self, model: Detr3dModel, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike
+        self,
+        model: Detr3dModel,
+        intrinsic: ArrayLike,
+        cam2ego: ArrayLike,
+        camera_valid: ArrayLike,
+        augmentations: Sequence[Augmentation | None] | None = None,
     ) -> Geometry:
         """Return projection matrices."""
         size = (model.image.width, model.image.height)

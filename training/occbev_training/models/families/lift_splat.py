@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from occbev.config import BevEncoderConfig, ConfigError, DepthConfig, DetectionHeadConfig, EncoderConfig, LiftConfig
 from occbev.inference.families.lift_splat import LiftSplatModel, SplatModel
+from occbev.inference.tables import Augmentation
 from occbev_training.models.encoders.image_encoder import ImageEncoder
 from occbev_training.models.families.record import TrainingFamily
 from occbev_training.models.geometry import Geometry
@@ -30,9 +31,16 @@ Splat = TypeVar("Splat", bound=SplatModel)
 class SplatTraining(TrainingFamily[Splat]):
     """What networks that lift and splat share."""
 
-    def geometry(self, model: Splat, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike) -> Geometry:
+    def geometry(
+        self,
+        model: Splat,
+        intrinsic: ArrayLike,
+        cam2ego: ArrayLike,
+        camera_valid: ArrayLike,
+        augmentations: Sequence[Augmentation | None] | None = None,
+    ) -> Geometry:
         """Return `batch_geometry`."""
-        return batch_geometry(intrinsic, cam2ego, model)
+        return batch_geometry(intrinsic, cam2ego, model, augmentations)
 
     def lift(self, model: Splat) -> LiftConfig | None:
         """Return its view transform."""
@@ -54,7 +62,8 @@ class SplatTraining(TrainingFamily[Splat]):
             view.cam2ego if view is key else into_key(key, view) @ view.cam2ego
             for view, key in zip(seen, keys, strict=True)
         ]
-        geometry = self.geometry(model, [v.intrinsic for v in seen], poses, [v.camera_valid for v in seen])
+        rigs = ([v.intrinsic for v in seen], poses, [v.camera_valid for v in seen])
+        geometry = self.geometry(model, *rigs, [v.augmentation for v in seen])
         return PastFrames(*stack_images(seen), geometry)
 
     def run(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from occbev.config import LiftConfig, ModelConfig
 from occbev.grid import VoxelGrid
+from occbev.inference.tables import Augmentation
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import Graph
 from occbev_training.models.history import History, MotionTables, PastFrames, View
@@ -44,11 +45,19 @@ class TrainingFamily(Generic[Model]):
         """Build a network with random weights, see `occbev_training.models.build`."""
         raise NotImplementedError
 
-    def geometry(self, model: Model, intrinsic: ArrayLike, cam2ego: ArrayLike, camera_valid: ArrayLike) -> Geometry:
+    def geometry(
+        self,
+        model: Model,
+        intrinsic: ArrayLike,
+        cam2ego: ArrayLike,
+        camera_valid: ArrayLike,
+        augmentations: Sequence[Augmentation | None] | None = None,
+    ) -> Geometry:
         """Return what the network takes as geometry.
 
         intrinsic: (B, N, 3, 3) of network-size images. cam2ego: (B, N, 4, 4). camera_valid: (B, N).
-        Augmentation is folded in. A network with a memory gets the geometry of a first frame: no motion.
+        Augmentation is folded in; augmentations: of each sample, for networks that tell it apart.
+        A network with a memory gets the geometry of a first frame: no motion.
         """
         raise NotImplementedError
 

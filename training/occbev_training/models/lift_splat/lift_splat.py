@@ -21,6 +21,7 @@ from occbev.inference.families.lift_splat import SplatFamily, SplatModel
 from occbev.inference.tables import (
     GATHER_STAGES,
     RAY_CHANNELS,
+    Augmentation,
     LiftPoints,
     lift_points,
     to_bev_frame,
@@ -70,7 +71,12 @@ class BatchedPoints:
         return replace(self, **{name: part.to(device) for name, part in moved.items() if part is not None})
 
 
-def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: SplatModel) -> BatchedPoints:
+def batch_geometry(
+    intrinsic: ArrayLike,
+    cam2ego: ArrayLike,
+    config: SplatModel,
+    augmentations: Sequence[Augmentation | None] | None = None,
+) -> BatchedPoints:
     """Place the frusta of a batch in the BEV.
 
     intrinsic: (B, N, 3, 3) of network-size images. cam2ego: (B, N, 4, 4). Augmentation folded in.
@@ -81,7 +87,8 @@ def batch_geometry(intrinsic: ArrayLike, cam2ego: ArrayLike, config: SplatModel)
     points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
     family = family_of(config)
     assert isinstance(family, SplatFamily)
-    rays = np.stack([family.calibration(config, k, pose) for k, pose in samples])
+    changes = augmentations or [None] * len(samples)
+    rays = np.stack([family.calibration(config, *rig, change) for rig, change in zip(samples, changes, strict=True)])
     return batch_points(points, rays, config)
 
 
