@@ -16,6 +16,7 @@ from occbev.inference.model_package import ModelPackage, find_package
 from occbev.inference.space_calibration import read_calibration
 from occbev_training.evaluation.data import RecordingFrames
 from occbev_training.evaluation.space import Frames, SpaceNetwork, dense_frames, lidar_frames, score_space
+from occbev_training.metrics.space import SpaceCounts
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 
 SEED, KEYS = 20_009, 100
@@ -31,12 +32,16 @@ def run(options: Options) -> Report:
     values: dict[str, Any] = {
         "model": package.model.name,
         "calibrated_on": read_calibration(package).fitted_on or "nothing",
-        "demo_drive": score_space(package, simulated_frames(config), config).as_record(),
+        **_named("demo", score_space(package, simulated_frames(config), config)),
     }
     shared = Path(os.environ.get("OCCBEV_SHARED", "../shared")) / "data" / "pandaset-002a"
     if shared.is_dir():
-        values["pandaset_002a"] = score_space(package, recorded_frames(shared, package, config), config).as_record()
+        values |= _named("pandaset", score_space(package, recorded_frames(shared, package, config), config))
     return Report("space", {**values, **time_grid(package, config, options.rounds)})
+
+
+def _named(drive: str, counts: SpaceCounts) -> dict[str, Any]:
+    return {f"{drive}_{name}": value for name, value in counts.as_record().items()}
 
 
 def simulated_frames(config: GroundGridConfig) -> Frames:
