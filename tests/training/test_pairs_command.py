@@ -218,6 +218,7 @@ def test_bag_check_ends_with_one_where_a_must_fails(bags, capsys) -> None:
     failed = [v["requirement"] for v in record["verdicts"] if v["must"] and not v["ok"]]
     assert failed.count("one pair") == 1, "clouds of noise break the limits"
     assert all(name.startswith("camera ") for name in failed if name != "one pair"), "2 Hz cameras"
+    assert {row["agrees"] for row in record["cameras"]} == {"not sure"}
 
 
 def test_what_is_opened_and_how_has_a_fingerprint(bags, tmp_path) -> None:

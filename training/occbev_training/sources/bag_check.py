@@ -297,7 +297,7 @@ def _against_tf(recording: BagRecording, tf_path: Trajectory | None) -> list[Ver
     if apart is None:
         return []
     metres, radians = apart
-    same = metres <= DIFFERENT[0] and radians <= DIFFERENT[1]
+    same = bool(metres <= DIFFERENT[0] and radians <= DIFFERENT[1])
     where = f"{recording.topics.odometry} and {recording.topics.tf}"
     text = f"{where}: over a second they differ by up to {metres:.2f} m and {np.rad2deg(radians):.1f} degrees"
     return [Verdict("odometry against /tf", bool(same), text + ("" if same else "; which one is right?"))]
