@@ -137,7 +137,7 @@ def keep_trainable_heads(network: nn.Module, model: ModelConfig, samples: Sample
         logger.warning("%s: no sample has classes of voxels; voxels stay geometric, without classes", samples.root)
         return with_geometry(network, model)
     logger.warning("%s: no sample has labels of voxels; the network will have boxes alone", samples.root)
-    network.occupancy_head = None
+    network.occupancy_head = None  # type: ignore[assignment]
     return network
 
 
