@@ -137,6 +137,19 @@ def test_tables_follow_each_cameras_own_motion(backend: KnownBackend) -> None:
     assert not np.array_equal(still["table_pixel"], backend.inputs["table_pixel"])
 
 
+def test_the_ground_grid_is_made_where_it_is_wanted(backend: KnownBackend) -> None:
+    line, made = pipeline(backend), []
+    for wants_ground in (True, False):
+        job = job_of(frame_set("left", "front", "right"))
+        job.wants_ground = wants_ground
+        line.prepare(job)
+        line.infer(job)
+        made.append(line.decode(job))
+    assert made[0].ground is not None
+    assert made[1].ground is None
+    np.testing.assert_array_equal(made[0].occupancy.state, made[1].occupancy.state)
+
+
 def test_motion_must_name_every_camera_that_is_present(backend: KnownBackend) -> None:
     with pytest.raises(LookupError, match="right"):
         pipeline(backend).run(frame_set("left", "front", "right"), {"left": np.eye(4), "front": np.eye(4)})

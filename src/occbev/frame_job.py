@@ -29,6 +29,7 @@ class FrameJob:
     what is worth knowing of it, such as that it is extrapolated;
     fresh, for the first set since a start or a clock jump, which builds on none before it; decode_ns of the slowest image.
     Prepare: inputs of the graph, and network_rig, the cameras that took these very images.
+    wants_ground, whether the ground grid is made: it costs milliseconds, and not everybody needs it.
     Infer: outputs, a function that waits for the graph's outputs. Decode: perception.
     stage_ns: how long each stage took. begun_ns, decoded_ns, published_ns: when (steady clock).
     """
@@ -51,6 +52,7 @@ class FrameJob:
 
     inputs: Arrays = field(default_factory=dict)
     network_rig: CameraRig | None = None
+    wants_ground: bool = True
     outputs: Callable[[], Arrays] | None = None
     perception: Perception | None = None
 

@@ -87,6 +87,9 @@ OUTPUT_TOPICS: dict[str, Topic] = {
 }
 """What the perception node publishes where someone listens."""
 
+GROUND_OUTPUTS = ("obstacles", "grid")
+"""Outputs that need the ground grid."""
+
 DIAGNOSTICS = Topic(
     "/diagnostics",
     "diagnostic_msgs/msg/DiagnosticArray",

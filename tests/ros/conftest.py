@@ -39,6 +39,7 @@ class StubPipeline:
         self.seen: list[FrameSet] = []
         self.motions: list[Any] = []
         self.forgotten: list[int] = []
+        self.wants_ground: list[bool] = []
         self.seen_rows: list[Any] = []
         self.delay_s, self.closed = delay_s, False
 
@@ -63,6 +64,7 @@ class StubPipeline:
                 match_size(self.rig[frame.camera], frame.image)
 
     def infer(self, job: FrameJob) -> None:
+        self.wants_ground.append(job.wants_ground)
         job.perception = self.run(job.frame_set, job.motion)
         job.stage_ns["inference"] = 1_000_000
 

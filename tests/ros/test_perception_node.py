@@ -63,6 +63,21 @@ def test_the_frame_log_holds_every_key_time(make_bench: Callable[..., Any], tmp_
     assert {"sync", "decode", "inference", "publish", "total"} <= set(first["stages_ms"])
 
 
+def test_the_ground_grid_is_made_only_while_someone_listens(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench().ready()
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    node = bench.vehicle.node
+    for subscription in [s for s in node.subscriptions if s.topic_name.endswith(("/grid", "/obstacles"))]:
+        node.executor.create_task(node.destroy_subscription, subscription)
+    bench.wait(lambda: not any(bench.node._out[key].get_subscription_count() for key in ("grid", "obstacles")))
+    bench.vehicle.drive(3, start_ns=2 * 10**9)
+    bench.finished(6)
+    assert bench.pipeline.wants_ground == [True] * 3 + [False] * 3
+    bench.wait(lambda: len(bench.received["points"]) == 6)
+    assert (len(bench.received["grid"]), len(bench.received["obstacles"])) == (3, 3)
+
+
 def test_a_slow_pipeline_drops_old_sets_and_counts_them(make_bench: Callable[..., Any]) -> None:
     bench = make_bench(delay_s=0.15, max_waiting_sets=1).ready()
     keys = bench.vehicle.drive(20, period_s=0.04)

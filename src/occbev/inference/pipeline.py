@@ -263,7 +263,8 @@ class Pipeline:
         seen, min_free = self._find_seen(job), model.occupancy.min_free
         occupancy = voxels_of(outputs, model, min_free, cameras, seen.observed, self._pool, self._max_occupied)
         assert occupancy.evidence is not None
-        ground = self._ground_grids.make(occupancy.evidence, seen.sight, self.ground)
+        make = self._ground_grids.make
+        ground = make(occupancy.evidence, seen.sight, self.ground) if job.wants_ground else None
         return Boxes3D.empty(cameras) if boxes is None else boxes, occupancy, ground
 
     def _find_seen(self, job: FrameJob) -> _Seen:

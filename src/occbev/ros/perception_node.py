@@ -36,6 +36,7 @@ from occbev.graph import (
     COMPRESSED,
     DIAGNOSTICS,
     FRAME_INPUTS,
+    GROUND_OUTPUTS,
     LATENCIES,
     NODE_NAME,
     ODOMETRY,
@@ -374,6 +375,7 @@ class PerceptionNode(LifecycleNode):
     def _begin(self, line: PerceptionLine, worker: Worker[FrameJob], job: FrameJob) -> bool:
         """Worker's first thread: one set into the network; False with too few cameras."""
         job.begun_ns = time.monotonic_ns()
+        job.wants_ground = any(key in self._find_wanted() for key in GROUND_OUTPUTS)
         if line.prepare(job):
             line.infer(job)
             return True
@@ -389,17 +391,24 @@ class PerceptionNode(LifecycleNode):
         if not worker.claim(job):
             return
         job.decoded_ns = time.monotonic_ns()
-        published = self._publish(perception)
+        published = self._publish(perception, job.wants_ground)
         job.published_ns = time.monotonic_ns()
         self._log_processed(job, published)
 
-    def _publish(self, perception: Perception) -> list[str]:
-        """Publish what someone listens to; return which outputs those were."""
+    def _publish(self, perception: Perception, has_ground: bool) -> list[str]:
+        """Publish what someone listens to; return which outputs those were.
+
+        has_ground: False where nobody listened to an output of the ground grid when the set began.
+        """
         makers = self._writer.makers(perception, self.parameters)
-        wanted = [key for key, publisher in self._out.items() if publisher.get_subscription_count() > 0]
+        wanted = [key for key in self._find_wanted() if has_ground or key not in GROUND_OUTPUTS]
         for key in wanted:
             self._out[key].publish(makers[key]())
         return wanted
+
+    def _find_wanted(self) -> list[str]:
+        """Return the outputs that someone listens to."""
+        return [key for key, publisher in self._out.items() if publisher.get_subscription_count() > 0]
 
     def _log_processed(self, job: FrameJob, published: list[str]) -> None:
         """Log a processed set: images, missing cameras, the latency of every stage."""
