@@ -13,7 +13,7 @@ import pytest
 
 from occbev.frame_job import FrameJob
 from occbev.streams.frame_log import FrameLog
-from occbev.streams.health import ERROR, health
+from occbev.streams.health import ERROR, WARN, health
 from occbev.streams.intake import Intake
 from occbev.streams.parameters import parameters_from_record
 
@@ -41,6 +41,16 @@ def test_a_slow_camera_does_not_flap(hz: float) -> None:
     text = next(s.text for s in health(intake, log, {}, {}, now_ns + int(4 * S / hz)) if s.name == "occbev: A")
     assert "silent for" in text
     intake.close()
+
+
+def test_a_frame_log_that_is_not_written_any_more_is_named() -> None:
+    intake, log = Intake(PARAMETERS, lambda frame, camera: frame), FrameLog("/dev/full")
+    log.record(1, "processed")
+    (whole,) = [s for s in health(intake, log, {}, {}, S) if s.name == "occbev: perception"]
+    assert whole.level >= WARN
+    assert "frame log /dev/full is not written any more" in whole.text
+    intake.close()
+    log.close()
 
 
 @pytest.mark.parametrize("bad", ["frozen", "broken", "black"])

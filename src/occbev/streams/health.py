@@ -65,7 +65,10 @@ def _whole(intake: Intake, frame_log: FrameLog, cameras: list[Status]) -> Status
         **{f"dropped.{reason}": count for reason, count in frame_log.drops.items()},
         **{f"resets.{reason}": count for reason, count in sync.resets.items()},
     }
-    return Status("occbev: perception", level, f"{good} of {len(cameras)} cameras are good", values)
+    text = f"{good} of {len(cameras)} cameras are good"
+    if frame_log.problem:
+        level, text = max(level, WARN), f"{text}; {frame_log.problem}"
+    return Status("occbev: perception", level, text, values)
 
 
 def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
