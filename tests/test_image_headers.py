@@ -8,6 +8,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+from tests.hostile_images import progressive
 
 from occbev.config import ImageConfig
 from occbev.inference.preprocess import ImageError, Preprocessor, decode_image
@@ -19,14 +20,6 @@ PIXELS = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
 JPEG = cv2.imencode(".jpg", PIXELS)[1].tobytes()
 PROGRESSIVE = cv2.imencode(".jpg", PIXELS, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
 PNG = cv2.imencode(".png", PIXELS)[1].tobytes()
-
-
-def bomb(side: int, scans: int) -> bytes:
-    """A progressive JPEG of side x side pixels whose scans are all empty."""
-    image = cv2.imencode(".jpg", np.zeros((side, side), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
-    first = image.index(b"\xff\xda")
-    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x05\x00"  # coefficients 1 to 5, no bits
-    return image[:first] + scan * scans + b"\xff\xd9"
 
 
 def test_sizes_agree_with_the_decoder_wherever_it_decodes() -> None:
@@ -55,13 +48,20 @@ def test_whole_images_are_decoded(data: bytes) -> None:
 
 
 def test_a_progressive_bomb_is_refused_at_once() -> None:
-    data = bomb(4000, 6000)
-    assert len(data) < 100_000
+    data = progressive(2000, 2000, 6000)
+    assert len(data) < 200_000
     assert count_scans(data) > MAX_SCANS
     began = time.process_time()
     with pytest.raises(ImageError, match="a JPEG of 6000 scans; at most 64"):
         decode_image(data, "A")
     assert time.process_time() - began < 0.1
+
+
+def test_scans_over_many_pixels_are_refused_and_an_encoders_own_are_not() -> None:
+    assert decoding_fault(progressive(6000, 6000, 10)) is None
+    with pytest.raises(ImageError, match="a JPEG of 12 scans over 6000x6000 pixels; at most 400000000"):
+        decode_image(progressive(6000, 6000, 12), "A")
+    assert decode_image(progressive(320, 240, MAX_SCANS), "A").shape == (240, 320, 3)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -74,7 +74,7 @@ def test_pixels_are_limited_in_every_format(suffix: str) -> None:
 def test_an_image_of_another_size_than_calibrated_is_refused_before_it_is_decoded() -> None:
     camera = Camera("A", 640, 360, [[500.0, 0, 320], [0, 500, 180], [0, 0, 1]], np.eye(4))
     preprocessor = Preprocessor(ImageConfig())
-    data = bomb(4000, MAX_SCANS - 1)
+    data = progressive(4000, 4000, 20)
     began = time.process_time()
     with pytest.raises(ImageError, match="4000x4000 but the calibration is for 640x360"):
         preprocessor.decode(CameraFrame("A", 0, data), camera)

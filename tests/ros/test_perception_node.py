@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
-from occbev.config import ConfigError
+from tests.hostile_images import progressive
+
+from occbev.config import ConfigError, ImageConfig
 from occbev.graph import OUTPUT_TOPICS
+from occbev.inference.preprocess import Preprocessor
+from occbev.rig import CameraRig
+from occbev.streams.calibration import fallback_camera
 from occbev.streams.frame_log import read_frame_log
 
 pytestmark = pytest.mark.ros
@@ -129,6 +135,27 @@ def test_a_bad_image_costs_one_camera_not_the_node(
     assert any("camera CAM_LEFT is missing" in line and text in line for line in bench.logged)
     assert set(bench.pipeline.seen[-1].cameras) == NAMES
     assert bench.node._intake.watch["CAM_LEFT"].refused["bad_image"] == 5
+
+
+def test_a_camera_that_sends_bombs_costs_only_itself(
+    make_bench: Callable[..., Any], stub_pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessor = Preprocessor(ImageConfig(width=64, height=32))
+    monkeypatch.setattr(stub_pipeline, "decode_frame", lambda _, frame, camera: preprocessor.decode(frame, camera))
+    bombs = {2: progressive(2000, 1500, 6000), 4: progressive(4000, 2400, 40)}
+    bench = make_bench().ready()
+    began = time.process_time()
+    for i in range(7):
+        for camera in sorted(NAMES):
+            data = bombs.get(i) if camera == "CAM_LEFT" else None
+            bench.vehicle.image(camera, 10**9 + i * 50_000_000, data)
+        time.sleep(0.05)
+    bench.finished(7)
+    assert time.process_time() - began < 4, "decoding the first takes longer"
+    assert bench.node.frame_log.outcomes == {"processed": 7}
+    assert [set(s.missing) for s in bench.pipeline.seen] == [{"CAM_LEFT"} if i in bombs else set() for i in range(7)]
+    assert "a JPEG of 6000 scans" in bench.pipeline.seen[2].missing["CAM_LEFT"]
+    assert "4000x2400 but the calibration is for 64x48" in bench.pipeline.seen[4].missing["CAM_LEFT"]
 
 
 def test_an_unknown_encoding_is_named_with_the_known_ones(make_bench: Callable[..., Any]) -> None:
@@ -461,6 +488,45 @@ def test_a_slow_network_does_not_hold_up_the_end_nor_fail_it() -> None:
     assert process.returncode == 0, text
     assert time.monotonic() - begin < 30
     assert "closed" not in text
+
+
+def test_hostile_images_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    """Eight images wait that are as large as their calibration allows, of as many scans as are decoded."""
+    CameraRig((replace(fallback_camera("CAM_FRONT"), width=1600, height=1200),)).save(tmp_path / "rig.yaml")
+    (tmp_path / "bomb.jpg").write_bytes(progressive(6400, 4800, 13))
+    process = run_main(f"""
+        from pathlib import Path
+        from types import SimpleNamespace as Fields
+        from rclpy.parameter import Parameter
+        from occbev.config import ImageConfig
+        from occbev.grid import GRIDS
+        from occbev.inference.preprocess import Preprocessor
+        decode, bomb = Preprocessor(ImageConfig()).decode, Path({str(tmp_path / "bomb.jpg")!r}).read_bytes()
+        given = {{"rig": {str(tmp_path / "rig.yaml")!r}, "cameras.names": ["CAM_FRONT"]}}
+        def traced(frame, camera):
+            print("at work", flush=True)
+            return decode(frame, camera)
+        class Busy(p.PerceptionNode):
+            def __init__(self):
+                network = Fields(grid=GRIDS["tiny"], decode_frame=traced, about=dict, close=lambda: None)
+                given_now = [Parameter(name, value=value) for name, value in given.items()]
+                super().__init__(lambda parameters: network, parameter_overrides=given_now)
+            def start(self):
+                started = super().start()
+                for i in range(1, 9):
+                    header = Fields(stamp=Fields(sec=i, nanosec=0), frame_id="cam_front")
+                    message = Fields(header=header, format="jpeg", data=bomb + bytes(i))
+                    self._intake.add_image("CAM_FRONT", message, True, time.monotonic_ns())
+                return started
+        p.PerceptionNode = Busy
+    """)
+    assert process.stdout is not None
+    assert any(line == "at work\n" for line in process.stdout)
+    process.terminate()
+    begin = time.monotonic()
+    text, _ = process.communicate(timeout=50)
+    assert process.returncode == 0, text
+    assert time.monotonic() - begin < 10, "two seconds where nothing else runs"
 
 
 def test_a_set_that_outlasts_the_end_is_booked_once_and_its_network_is_left_alone(

@@ -23,6 +23,9 @@ MAX_SCANS = 64
 """Most scans of a JPEG: each is a pass over the whole image, and encoders write 1 to 20. A file of 68 kB can hold
 thousands of empty ones, which take ten seconds to decode."""
 
+MAX_SCANNED_PIXELS = 10 * MAX_IMAGE_PIXELS
+"""Most pixels times scans of a JPEG: half a second of decoding."""
+
 
 def encoded_size(data: bytes) -> tuple[int, int] | None:
     """Return (width, height) of a JPEG or PNG from its header, or None where it has none."""
@@ -69,6 +72,8 @@ def decoding_fault(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> str | Non
         return f"an image of {size[0]}x{size[1]} pixels exceeds max_image_pixels = {max_pixels}"
     if data.startswith(JPEG_START) and (scans := count_scans(data)) > MAX_SCANS:
         return f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded"
+    if data.startswith(JPEG_START) and scans * size[0] * size[1] > MAX_SCANNED_PIXELS:
+        return f"a JPEG of {scans} scans over {size[0]}x{size[1]} pixels; at most {MAX_SCANNED_PIXELS} are gone through"
     return None
 
 
