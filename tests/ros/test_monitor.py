@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,17 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2")
 
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
 from rich.console import Console
 
 from occbev.cli import main
 from occbev.cli.monitor import dashboard
+from occbev.graph import DIAGNOSTICS
+from occbev.ros.monitor_node import Part
+from occbev.ros.outputs import diagnostics_message
+from occbev.ros.perception_node import qos_profile
+from occbev.streams.health import Status
 
 pytestmark = pytest.mark.ros
 
@@ -35,17 +43,43 @@ def test_the_dashboard_shows_cameras_drops_and_latency(
     bench.wait(lambda: sum(bench.node.frame_log.outcomes.values()) >= 4)
     capsys.readouterr()
     assert main(["monitor", "--json", "--wait", "20"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    record = json.loads(capsys.readouterr().out)["/perception"]
     assert record["perception"]["values"]["processed"] == "4"
     assert record["CAM_RIGHT"]["level"] == 2
     assert "total.p50_ms" in record["latency"]["values"]
 
-    from occbev.ros.monitor_node import Part
-
-    text = shown({name: Part(name, p["level"], p["text"], p["values"], 1e12) for name, p in record.items()})
+    parts = {name: Part(name, p["level"], p["text"], p["values"], 1e12) for name, p in record.items()}
+    text = shown({"/perception": parts})
     assert "CAM_RIGHT" in text
     assert "no image on ~/input/cam_right/image" in text
     assert "inference" in text
+
+
+def test_two_nodes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    talker = rclpy.create_node("talker", context=context)
+    publisher = talker.create_publisher(DiagnosticArray, DIAGNOSTICS.name, qos_profile(DIAGNOSTICS.quality))
+    said, ended = {"/red/perception": "6 of 6 cameras are good", "/blue/perception": "2 of 6"}, threading.Event()
+
+    def talk() -> None:
+        while not ended.wait(0.1):
+            for node, text in said.items():
+                publisher.publish(diagnostics_message([Status("occbev: perception", 0, text, {})], 1, node))
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    try:
+        assert main(["monitor", "--json", "--wait", "20"]) == 0
+    finally:
+        ended.set()
+        thread.join()
+        talker.destroy_node()
+        rclpy.shutdown(context=context)
+    record = json.loads(capsys.readouterr().out)
+    assert {node: parts["perception"]["text"] for node, parts in record.items()} == said
+    text = shown({n: {"perception": Part("perception", 0, t, {}, 1e12)} for n, t in said.items()})
+    assert all(f"{node}: {state}" in text for node, state in said.items())
 
 
 def test_without_a_node_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

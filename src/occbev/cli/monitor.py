@@ -1,4 +1,4 @@
-"""A terminal dashboard of the running node: cameras, offsets, drops by reason, latency; from /diagnostics."""
+"""A terminal dashboard of the running nodes: cameras, offsets, drops by reason, latency; from /diagnostics."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from rich.text import Text
 if TYPE_CHECKING:
     from occbev.ros.monitor_node import Listener, Part
 
+Nodes = Mapping[str, Mapping[str, "Part"]]
+"""Full name of a perception node -> name of a part -> its newest state."""
+
 COLOURS = {0: "green", 1: "yellow", 2: "red"}
 STALE_S = 3.0
 """A node that was not heard for this long is shown as stale."""
+
+ROUND_S = 1.5
+"""Within so many seconds every node reports once."""
 
 WHOLE, LATENCY = "perception", "latency"
 REMARKS = ("transforms", "ego motion", "model")
@@ -27,7 +33,7 @@ CAMERA_COLUMNS = ("rate_hz", "age_s", "offset_ms", "received", "used")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--json", action="store_true", help="print the first report as JSON and end")
+    parser.add_argument("--json", action="store_true", help="print the first report of each node as JSON and end")
     parser.add_argument("--wait", type=float, default=10.0, help="with --json: seconds to wait for a node")
 
 
@@ -40,11 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _snapshot(listener: Listener, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
-    parts: dict[str, Part] = {}
-    while not parts and time.monotonic() < deadline:
-        parts = listener.listen(0.1)
-    record = {p.name: {"level": p.level, "text": p.text, "values": p.values} for p in parts.values()}
+    deadline, nodes = time.monotonic() + seconds, listener.listen(0.0)
+    while time.monotonic() < deadline:
+        found, nodes = bool(nodes), listener.listen(0.1)
+        if nodes and not found:
+            deadline = time.monotonic() + ROUND_S
+    record = {
+        node: {p.name: {"level": p.level, "text": p.text, "values": p.values} for p in parts.values()}
+        for node, parts in nodes.items()
+    }
     print(json.dumps(record, indent=2))
     return 0 if record else 1
 
@@ -55,14 +65,19 @@ def _watch(listener: Listener) -> int:
             live.update(dashboard(listener.listen(0.25)))
 
 
-def dashboard(parts: Mapping[str, Part]) -> Group:
-    """Lay the parts out as tables."""
-    if WHOLE not in parts:
+def dashboard(nodes: Nodes) -> Group:
+    """Lay the parts of each node out as tables."""
+    heard = {node: parts for node, parts in nodes.items() if WHOLE in parts}
+    if not heard:
         return Group(Text("waiting for a perception node on /diagnostics", style="yellow"))
+    return Group(*(_node(name, parts) for name, parts in heard.items()))
+
+
+def _node(name: str, parts: Mapping[str, Part]) -> Group:
     whole = parts[WHOLE]
     age_s = time.monotonic() - whole.heard_s
     stale = f"  (not heard for {age_s:.0f} s)" if age_s > STALE_S else ""
-    title = Text(whole.text + stale, style="red" if stale else COLOURS.get(whole.level, "red"))
+    title = Text(f"{name}: {whole.text}{stale}", style="red" if stale else COLOURS.get(whole.level, "red"))
     remarks = [_remark(parts[name]) for name in REMARKS if name in parts]
     return Group(title, _sets(whole), _cameras(parts), _latencies(parts), *remarks)
 

@@ -1,4 +1,4 @@
-"""Listens to the diagnostics of a running perception node and keeps the newest of each part."""
+"""Listens to the diagnostics of the running perception nodes and keeps the newest of each part."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Part:
 
 
 class MonitorNode(Node):
-    """parts: name -> newest state, in the order in which the node reports them."""
+    """nodes: full name of a perception node -> its parts, name -> newest state, in the order in which it reports them."""
 
     def __init__(self, **options: Any) -> None:
         """Subscribe; spin to receive."""
         super().__init__("occbev_monitor", **options)
-        self.parts: dict[str, Part] = {}
+        self.nodes: dict[str, dict[str, Part]] = {}
         self.create_subscription(DiagnosticArray, DIAGNOSTICS.name, self._take, qos_profile(DIAGNOSTICS.quality))
 
     def _take(self, message: Any) -> None:
@@ -45,7 +45,8 @@ class MonitorNode(Node):
             if status.name.startswith(PREFIX):
                 name = status.name.removeprefix(PREFIX)
                 values = {entry.key: entry.value for entry in status.values}
-                self.parts[name] = Part(name, status.level[0], status.message, values, time.monotonic())
+                part = Part(name, status.level[0], status.message, values, time.monotonic())
+                self.nodes.setdefault(status.hardware_id, {})[name] = part
 
 
 class Listener:
@@ -64,11 +65,14 @@ class Listener:
         self._node.destroy_node()
         self._context.try_shutdown()
 
-    def listen(self, seconds: float) -> dict[str, Part]:
-        """Wait for one message, at most this long; return the parts that were heard lately."""
+    def listen(self, seconds: float) -> dict[str, dict[str, Part]]:
+        """Wait for one message, at most this long; return each node's parts that were heard lately."""
         self._executor.spin_once(timeout_sec=seconds)
-        now_s = time.monotonic()
-        gone = [name for name, part in self._node.parts.items() if now_s - part.heard_s > GONE_S]
-        for name in gone:
-            del self._node.parts[name]
-        return self._node.parts
+        since_s = time.monotonic() - GONE_S
+        for node, parts in list(self._node.nodes.items()):
+            recent = {name: part for name, part in parts.items() if part.heard_s >= since_s}
+            if recent:
+                self._node.nodes[node] = recent
+            else:
+                del self._node.nodes[node]
+        return self._node.nodes

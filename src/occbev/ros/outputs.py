@@ -303,7 +303,7 @@ def encoder(parameters: PerceptionParameters) -> Callable[[Perception], Iterator
 
 
 def diagnostics_message(statuses: Iterable[Status], stamp_ns: int, hardware: str = "") -> DiagnosticArray:
-    """Make a diagnostic_msgs/DiagnosticArray."""
+    """Make a diagnostic_msgs/DiagnosticArray; hardware tells the nodes apart that share its topic."""
     out = DiagnosticArray(header=header_at(stamp_ns, ""))
     for status in statuses:
         values = [KeyValue(key=str(key), value=str(value)) for key, value in status.values.items()]

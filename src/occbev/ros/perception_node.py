@@ -441,7 +441,8 @@ class PerceptionNode(LifecycleNode):
         if silent:
             texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
             self._warn("silent cameras", "; ".join(texts))
-        self._diagnostics.publish(outputs.diagnostics_message(statuses, self.get_clock().now().nanoseconds))
+        now = self.get_clock().now().nanoseconds
+        self._diagnostics.publish(outputs.diagnostics_message(statuses, now, self.get_fully_qualified_name()))
 
     def _count_publishers(self, intake: Intake) -> None:
         """Note how many publishers send each image topic, and warn where one is too many."""
