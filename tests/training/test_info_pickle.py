@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pickle
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from occbev.geometry import make_transform, rotation_from_wxyz
+from occbev_training.cli.inputs import add_input_arguments, find_inputs
 from occbev_training.sources.discovery import find_recordings
 from occbev_training.sources.info_pickle import (
     PickleLimits,
@@ -179,6 +181,19 @@ def test_both_layouts_make_the_same_recording(tmp_path: Path, make) -> None:
     assert np.allclose(recording.trajectory.at(int(recording.key_stamp_ns[2]))[:3, 3], [108, 5, 0])
     assert recording.sweep(0).points.shape == (50, 3)
     assert recording.annotations(0) is None
+
+
+def test_points_of_an_info_file_may_have_other_columns(tmp_path: Path) -> None:
+    path = lay_out(tmp_path / "nuscenes", old_infos())
+    for file in path.parent.glob("s*/LIDAR_TOP/*.bin"):
+        np.arange(200, dtype="<f4").tofile(file)
+    args = argparse.ArgumentParser()
+    add_input_arguments(args)
+    (four,) = find_inputs(args.parse_args(["--lidar-columns", "4"]), [path], tmp_path, 0.5).openers
+    (five,) = find_inputs(args.parse_args([]), [path], tmp_path, 0.5).openers
+    assert four().sweep(0).points[1].tolist() == [4, 5, 6]
+    assert five().sweep(0).points[1].tolist() == [5, 6, 7]
+    assert four.fingerprint != five.fingerprint
 
 
 def test_a_gap_begins_another_drive(tmp_path: Path) -> None:

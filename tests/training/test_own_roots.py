@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from occbev.cli.overlay import _recordings
 from occbev_training.sources.categories import class_of, read_class_map
 from occbev_training.sources.discovery import OpenScene, find_recordings, read_names, search_recordings
 from occbev_training.sources.nuscenes import RootOptions, find_tables, open_nuscenes
@@ -147,6 +149,14 @@ def test_a_t4_root_is_read_as_the_same_drive(root: Path, tmp_path: Path) -> None
     require_beam_origin(placed)
     with pytest.raises(RecordingError, match="--lidar-origin is for clouds in base_link"):
         open_nuscenes(root, options=RootOptions(lidar_origin=origin)).recordings()
+
+
+def test_an_overlay_takes_t4_roots_with_and_without_a_version(root: Path, tmp_path: Path) -> None:
+    t4 = as_t4(root, tmp_path / "t4")
+    shutil.copytree(t4, tmp_path / "versions" / "0")
+    for place in (t4, tmp_path / "versions"):
+        (recording,) = _recordings(argparse.Namespace(source=place, scene=None, version=None))
+        assert len(recording.key_stamp_ns) == 4
 
 
 def test_rows_that_t4_marks_as_not_valid_are_missing(root: Path, tmp_path: Path) -> None:

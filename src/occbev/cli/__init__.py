@@ -32,22 +32,20 @@ def dispatch(program: str, package: str, commands: Mapping[str, str], arguments:
     A module has `add_arguments(parser)` and `run(args) -> exit status`, and may raise
     ValueError, LookupError or OSError for bad input: its text is printed, status 2.
     One that declares the default `more` gets the arguments that the parser does not know.
+    Options may stand between positions: `pairs BAG --workers 2 BAG`.
     """
     chosen = arguments[0] if arguments and arguments[0] in commands else None
     parser = argparse.ArgumentParser(prog=program, description=(sys.modules[package].__doc__ or "").splitlines()[0])
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in commands.items():
-        subparser = subparsers.add_parser(name, help=text, description=text)
-        if name == chosen:
-            module = importlib.import_module(f"{package}.{name.replace('-', '_')}")
-            subparser.description = module.__doc__
-            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
-            module.add_arguments(subparser)
-    args, more = parser.parse_known_args(arguments)
-    if hasattr(args, "more"):
-        args.more = more
-    elif more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    own = {name: subparsers.add_parser(name, help=text, description=text) for name, text in commands.items()}
+    if chosen is None:
+        parser.parse_args(arguments)  # prints help, or what is wrong, and ends
+        parser.error(f"name a command first: one of {', '.join(commands)}")
+    module = importlib.import_module(f"{package}.{chosen.replace('-', '_')}")
+    own[chosen].description = module.__doc__
+    own[chosen].formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(own[chosen])
+    args = _parse(own[chosen], arguments[1:])
     try:
         return int(module.run(args))
     except KeyboardInterrupt:
@@ -55,3 +53,14 @@ def dispatch(program: str, package: str, commands: Mapping[str, str], arguments:
     except (ValueError, LookupError, OSError) as error:
         print(f"{program} {chosen}: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command's arguments, with options before, between and after the positions.
+
+    Where unknown options are passed on as `more`, their values look like positions, so that the order is strict.
+    """
+    if parser.get_default("more") is None:
+        return parser.parse_intermixed_args(arguments)
+    args, args.more = parser.parse_known_args(arguments)
+    return args

@@ -156,15 +156,14 @@ def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
     try:
         from occbev_training.sources.bag_index import BagOptions
         from occbev_training.sources.bags import BagRecording
-        from occbev_training.sources.nuscenes import open_nuscenes
+        from occbev_training.sources.nuscenes import find_tables, open_nuscenes
     except ImportError as error:
         raise LookupError(
             f"reading recordings needs the offline package ({error}): pip install --no-deps ./training"
         ) from error
     if not args.source.exists():
         raise FileNotFoundError(f"{args.source}: no such bag or nuScenes data root")
-    tables = [path.parent.name for path in args.source.glob("*/sample_data.json")] if args.source.is_dir() else []
-    if tables:
+    if args.source.is_dir() and find_tables(args.source):
         scenes = [args.scene] if args.scene else None
         yield from open_nuscenes(args.source, args.version).recordings(scenes, available_only=True)
     else:

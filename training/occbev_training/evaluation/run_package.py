@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from occbev_training.evaluation.scores import FrameResult, found_share
 from occbev_training.metrics.calibration import FreeThreshold
 from occbev_training.metrics.occ3d_results import write_occupancy
 from occbev_training.sources.nuscenes import RootOptions
+from occbev_training.workers import start_workers
 
 WORST = 3
 """Frames of each kind that are kept to be drawn."""
@@ -210,7 +210,7 @@ def run_in_processes(
     if workers <= 1:
         return run_package(ModelPackage.load(folder), evaluation_data, indices, options, progress)
     run, done = PackageRun(), 0
-    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+    with start_workers(workers) as pool:
         jobs = {
             pool.submit(_run_share, folder, data, share, options): len(share)
             for share in shares(evaluation_data.drives, indices, workers)
@@ -235,13 +235,6 @@ def shares(drives: Sequence[str], indices: Sequence[int], workers: int) -> Itera
 def _run_share(folder: Path, data: Path, indices: Sequence[int], options: RunOptions) -> PackageRun:
     evaluation_data = open_evaluation_data(data, options.drives, options.root)
     return run_package(ModelPackage.load(folder), evaluation_data, indices, options)
-
-
-def _one_thread() -> None:
-    """Processes are the unit of parallel work: keep libraries from adding threads of their own."""
-    import cv2
-
-    cv2.setNumThreads(1)
 
 
 def _keep_worst(run: PackageRun, index: int, result: FrameResult, output: Prediction, most: int) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from occbev.messages.bags import split_order
 from occbev_training.sources.infos import InfoRecording, read_drives
+from occbev_training.sources.lidar_files import COLUMNS
 from occbev_training.sources.nuscenes import NuscenesRoot, RootOptions, find_tables, open_nuscenes
 from occbev_training.sources.recording import Recording, RecordingError, leave_out
 
@@ -156,11 +157,15 @@ _OPEN_BAG: list[tuple[OpenBag, object, BagRecording]] = []
 
 @dataclass(frozen=True)
 class OpenInfos:
-    """Opens one drive of a converted info file of mmdet3d; root is the data root of its files."""
+    """Opens one drive of a converted info file of mmdet3d.
+
+    root: data root of its files. lidar_columns: float32 values of a LiDAR point.
+    """
 
     infos: Path
     root: Path
     drive: str
+    lidar_columns: int = COLUMNS
 
     @property
     def name(self) -> str:
@@ -169,8 +174,8 @@ class OpenInfos:
 
     @property
     def fingerprint(self) -> str:
-        """The info file and the drive's files."""
-        return _fingerprint("infos", [self.infos, *self._recording().files])
+        """The info file, the drive's files, and how they are read."""
+        return _fingerprint(["infos", self.lidar_columns], [self.infos, *self._recording().files])
 
     def keys(self) -> int:
         """Number of key frames of which an image is there."""
@@ -181,7 +186,7 @@ class OpenInfos:
         return self._recording()
 
     def _recording(self) -> InfoRecording:
-        return InfoRecording(self.drive, read_drives(self.infos)[self.drive], self.root)
+        return InfoRecording(self.drive, read_drives(self.infos)[self.drive], self.root, self.lidar_columns)
 
 
 @dataclass(frozen=True)
@@ -282,7 +287,8 @@ def search_recordings(
     problems: dict[str, str] = {}
     if path.is_file() and path.suffix == ".json":
         with leave_out(problems, str(path)):
-            found += [OpenInfos(path, data_root or path.parent, drive) for drive in read_drives(path)]
+            root, columns = data_root or path.parent, root_options.lidar_columns
+            found += [OpenInfos(path, root, drive, columns) for drive in read_drives(path)]
         return found, problems
     for place in _find_places(path, problems):
         with leave_out(problems, str(place)):

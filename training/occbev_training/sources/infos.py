@@ -25,7 +25,7 @@ from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.sources.info_pickle import read_infos
-from occbev_training.sources.lidar_files import read_lidar_file
+from occbev_training.sources.lidar_files import COLUMNS, read_lidar_file
 from occbev_training.sources.nuscenes import LIDAR_CHANNEL
 from occbev_training.sources.recording import RecordingError
 
@@ -105,13 +105,13 @@ def _samples(record: Mapping[str, Any], path: Path) -> Sequence[Mapping[str, Any
 class InfoRecording:
     """One drive of an info file as a `Recording`; its boxes are not read."""
 
-    def __init__(self, name: str, keys: Sequence[_Key], root: Path) -> None:
-        """root: nuScenes data root, with `samples/` and `sweeps/`.
+    def __init__(self, name: str, keys: Sequence[_Key], root: Path, lidar_columns: int = COLUMNS) -> None:
+        """root: nuScenes data root, with `samples/` and `sweeps/`. lidar_columns: float32 values of a point.
 
         Raises:
             RecordingError: no key frame has an image there, or the calibration changes.
         """
-        self.name, self._root = name, root
+        self.name, self._root, self._columns = name, root, lidar_columns
         self._keys = [key for key in keys if any(self._find(c) for c in key.cameras.values())]
         if not self._keys:
             raise RecordingError(
@@ -130,7 +130,7 @@ class InfoRecording:
         """Read one LiDAR file; its points are compensated to its stamp."""
         data = self._sweeps[index]
         path = self._root / str(self._find(data))
-        points, intensity = read_lidar_file(path)
+        points, intensity = read_lidar_file(path, self._columns)
         return Sweep(points, data.stamp_ns, data.sensor2ego, intensity, None, "ego_pose")
 
     @property
