@@ -339,6 +339,20 @@ def test_a_key_that_cannot_be_read_costs_no_other_and_is_tried_again(tmp_path) -
     assert make_unit(recording, unit, tmp_path, CONFIG).samples == 5
 
 
+def test_an_error_of_the_code_is_told_from_bad_data_and_logged(tmp_path, caplog) -> None:
+    recording = drive()
+    frame_set = recording.frame_set
+    recording.frame_set = lambda key: None.name if key == 2 else frame_set(key)
+    with caplog.at_level("DEBUG", "occbev_training.occupancy.pairs"):
+        report = make_unit(recording, Unit(recording.name, 0, 5), tmp_path, CONFIG)
+    assert (report.samples, report.refused["unexpected_error"]) == (4, 1)
+    assert report.reasons["unexpected_error"].startswith("traced key 2: AttributeError: 'NoneType' object")
+    (traced,) = [record for record in caplog.records if record.exc_info and record.module == "pairs"]
+    assert (traced.levelname, traced.exc_info[0]) == ("DEBUG", AttributeError)
+    recording.frame_set = frame_set
+    assert make_unit(recording, Unit(recording.name, 0, 5), tmp_path, CONFIG).samples == 5
+
+
 def test_a_drive_whose_images_contradict_its_calibration_is_left_out(tmp_path, monkeypatch) -> None:
     from occbev_training.occupancy import pairs
     from occbev_training.occupancy.extrinsics import CameraVerdict, Evidence, RigVerdict

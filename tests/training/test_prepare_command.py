@@ -15,6 +15,7 @@ pytest.importorskip("numba", reason="the label kernels need numba: training envi
 from occbev_training.cli import main
 from occbev_training.data.cache import CacheError, open_cache
 from occbev_training.data.samples import require_boxes
+from occbev_training.sources.nuscenes import NuscenesRecording
 from occbev_training.sources.nuscenes_writer import write_nuscenes
 
 
@@ -53,6 +54,23 @@ def test_broken_images_and_drives_cost_nothing_else(root: Path, tmp_path: Path, 
         (cache, *others) = open_cache(out).drives
         assert (cache, others) == ("tiny-0", [])
     assert [sample.camera_valid.tolist() for sample in open_cache(out)] == [[True, False, False]] * 2
+
+
+@pytest.mark.parametrize("command", ["prepare", "pairs"])
+def test_an_error_of_the_code_costs_one_key_frame_and_the_status(root, tmp_path, monkeypatch, capsys, command) -> None:
+    frame_set = NuscenesRecording.frame_set
+
+    def fail(self: Any, key: int) -> Any:
+        return self.no_such_thing if key == 1 and self.name == "tiny-0" else frame_set(self, key)
+
+    options = [] if command == "pairs" else ["--no-labels"]
+    options += ["--no-gate", "--grid", "tiny", "--min-support", "0"] if command == "pairs" else []
+    arguments = [command, str(root), "--out", str(tmp_path / "out"), *options]
+    with monkeypatch.context() as fault:
+        fault.setattr(NuscenesRecording, "frame_set", fail)
+        assert main(arguments) == 1
+    assert "AttributeError: 'NuscenesRecording' object has no attribute" in " ".join(capsys.readouterr().out.split())
+    assert main(arguments) == 0, "it is made anew when the fault is gone"
 
 
 def test_a_drive_whose_content_changed_is_made_anew(root: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.executors import EXECUTORS, Job, run_jobs
 from occbev_training.occupancy.labels import LabelConfig
 from occbev_training.occupancy.pairs import (
+    UNEXPECTED_ERROR,
     VARIANTS,
     PairConfig,
     Unit,
@@ -97,25 +98,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the pairs, index them, print the quality table; 1 if no sample was kept or an input failed."""
+    """Make the pairs, index them, print the quality table; 1 if no sample was kept, an input failed, or the code did."""
     console = Console(stderr=args.json)
     if not console.is_terminal:
         logging.getLogger("occbev_training").setLevel(logging.ERROR)  # the end names each problem once
     args.inputs, args.out = split_output(args.inputs, args.out, "the pairs", bool(args.simulate or args.join))
     config = _config(args)
-    problems: dict[str, str] = {}
+    problems, unexpected = dict[str, str](), 0
     if not args.join:
         jobs, problems = _find_jobs(args, config)
         for result in _with_progress(jobs, args, config, console):
             if isinstance(result, UnitFailure):
                 problems[result.unit.name] = result.reason
+            else:
+                unexpected += result.refused.get(UNEXPECTED_ERROR, 0)
+    failed = bool(problems or unexpected)
     if not args.join and args.num_tasks > 1:
         _print_problems(problems, console)
-        return 1 if problems else 0
+        return 1 if failed else 0
     splits = {"train": 0, "validation": 0}
     splits |= join_units(args.out, {"train": 1 - args.validation, "validation": args.validation})
     _report(args, console, splits, problems)
-    return 1 if problems or not sum(splits.values()) else 0
+    return 1 if failed or not sum(splits.values()) else 0
 
 
 def _config(args: argparse.Namespace) -> PairConfig:
@@ -265,6 +269,7 @@ def _report(
 
 _REMEDY = {
     "low_support": ": too few of the expected sweeps are there; --min-support 0 keeps such frames",
+    "unexpected_error": ": a fault of occbev, please report it; its traceback is logged at debug level",
     "too_few_cameras": ": --min-cameras says how many must be there",
 }
 

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the cache; prints each drive as it is finished; 1 if an input failed or no box is there to learn."""
+    """Build the cache; prints each drive as it is finished; 1 if an input or the code failed, or no box is there to learn."""
     args.inputs, args.out = split_output(args.inputs, args.out, "the cache", bool(args.simulate or args.nuscenes))
     model = in_base_link(load_model(args.model))  # as training will ask for it
     config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     lines, boxless = _summarise(args, [report for report in reports if not report.problem])
     for line in [*describe_problems(problems), *lines]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return 1 if problems or boxless else 0
+    unexpected = any(report.unexpected for report in reports)
+    return 1 if problems or boxless or unexpected else 0
 
 
 @dataclass(frozen=True)

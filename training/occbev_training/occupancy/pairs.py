@@ -46,7 +46,7 @@ from occbev_training.occupancy.quality import (
     observed_drop,
 )
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording, RecordingError, describe_error, require_beam_origin
+from occbev_training.sources.recording import UNEXPECTED, Recording, RecordingError, describe_error, require_beam_origin
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,10 @@ class UnitFailure:
     reason: str
 
 
+UNEXPECTED_ERROR = "unexpected_error"
+"""Why a key frame is refused where the fault is not in its data but in the code."""
+
+
 @dataclass
 class Refusals:
     """Key frames that became no pair.
@@ -201,7 +205,7 @@ def make_unit(
     progress: called after every key frame. source: the opener's fingerprint of the recording.
     """
     done = read_manifest(folder / f"{file_name(unit.name, 'drive name')}.json", config)
-    if done is not None and (done.unit, done.source) == (unit, source) and not done.refused.get("unreadable"):
+    if done is not None and (done.unit, done.source) == (unit, source) and not _may_go_better(done):
         for _ in range(unit.first, unit.last):
             progress()
         return done
@@ -236,6 +240,11 @@ def make_unit(
     )
     _write_manifest(folder / f"{unit.name}.json", report)
     return report
+
+
+def _may_go_better(report: UnitReport) -> bool:
+    """Whether what was in the way of a key frame may be gone: a file that was away, a fault of the code."""
+    return any(report.refused.get(name) for name in ("unreadable", UNEXPECTED_ERROR))
 
 
 def _judge_rig(recording: Recording, unit: Unit, config: PairConfig) -> RigVerdict:
@@ -298,7 +307,8 @@ class _SampleMaker:
             return self._make(key)
         except Exception as error:  # whatever a reader or decoder raises of one key frame's data
             logger.debug("%s key %d", self.recording.name, key, exc_info=True)
-            self._refuse(key, "unreadable", describe_error(error))
+            name = UNEXPECTED_ERROR if isinstance(error, UNEXPECTED) else "unreadable"
+            self._refuse(key, name, describe_error(error))
             return None
 
     def _make(self, key: int) -> Measured | None:

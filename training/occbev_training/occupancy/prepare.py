@@ -29,7 +29,7 @@ from occbev_training.data.cache import FORMAT, MIN_LIDAR_DEPTH, CachedSample, Ca
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.sources.deskew import deskew_rays
-from occbev_training.sources.recording import Recording, describe_error, leave_out, require_beam_origin
+from occbev_training.sources.recording import UNEXPECTED, Recording, describe_error, leave_out, require_beam_origin
 from occbev_training.workers import KILLED, TaskRunner
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class DriveReport:
 
     boxes: class -> boxes. without_points: boxes without a LiDAR return. classless: category -> boxes that have
     no class here. left_out: what could not be read, a key frame or a camera -> how often, with the first reason.
-    problem: why there is no drive; "" where there is one.
+    unexpected: key frames that were left out for a fault of the code. problem: why there is no drive; "" where there is one.
     """
 
     name: str
@@ -64,6 +64,7 @@ class DriveReport:
     without_points: int = 0
     classless: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    unexpected: int = 0
     problem: str = ""
 
 
@@ -102,7 +103,9 @@ def prepare_job(job: Job, root: Path, config: PrepareConfig) -> DriveReport:
         source = str(getattr(opener, "fingerprint", ""))
         folder = root / file_name(name, "drive name")
         done = _read_finished(folder / "drive.json", config, source)
-        return done or _DriveWriter(opener(), folder, config, source).write(name)
+        if done is not None and not done.unexpected:
+            return done
+        return _DriveWriter(opener(), folder, config, source).write(name)
     return DriveReport(name, problem=problems[name])
 
 
@@ -140,7 +143,7 @@ class _DriveWriter:
         self.recording, self.folder, self.config, self.source = recording, folder, config, source
         self.preprocessor, self.label = Preprocessor(config.image), _labeller(recording, config)
         self.left_out, self.first = Counter[str](), dict[str, str]()
-        self.boxes, self.without_points = Counter[str](), 0
+        self.boxes, self.without_points, self.unexpected = Counter[str](), 0, 0
 
     def write(self, name: str) -> DriveReport:
         """Write every sample and the record; raises CacheError where no key frame can be read."""
@@ -157,7 +160,7 @@ class _DriveWriter:
         if not files:
             raise CacheError("; ".join(f"{count} {what}" for what, count in left_out.items()) or "it has no key frame")
         classless = dict(getattr(self.recording, "classless", {}))
-        report = DriveReport(name, len(files), dict(self.boxes), self.without_points, classless, left_out)
+        report = DriveReport(name, len(files), dict(self.boxes), self.without_points, classless, left_out, self.unexpected)
         self._write_record(marker, files, keys, report)
         return report
 
@@ -169,6 +172,7 @@ class _DriveWriter:
         except Exception as error:  # whatever a reader or decoder raises of one key frame's data
             logger.debug("%s key %d", self.recording.name, key, exc_info=True)
             self._leave_out("key frames", key, describe_error(error))
+            self.unexpected += isinstance(error, UNEXPECTED)
             return None
         for camera, reason in {**frames.missing, **broken}.items():
             self._leave_out(f"images of {camera}", key, reason)

@@ -27,6 +27,10 @@ def describe_error(error: BaseException) -> str:
     return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+UNEXPECTED = (AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
+"""What wrong code raises: an error of these kinds is ours to mend, whatever input it met."""
+
+
 def require_beam_origin(recording: Recording) -> None:
     """Refuse to cast rays of clouds in base_link from the road below the rear axle; raises RecordingError."""
     if getattr(recording, "beams_from_base", False):
