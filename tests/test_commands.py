@@ -6,6 +6,7 @@ from argparse import Namespace
 from importlib import import_module
 
 import pytest
+
 from occbev import cli
 
 
@@ -34,7 +35,9 @@ def test_options_may_stand_between_inputs(monkeypatch, arguments, inputs):
     assert [str(path) for path in parsed(monkeypatch, "occbev-train", *arguments).inputs] == inputs
 
 
-@pytest.mark.parametrize("order", [("W", "--model", "M", "OUT"), ("--model", "M", "W", "OUT"), ("W", "OUT", "--model", "M")])
+@pytest.mark.parametrize(
+    "order", [("W", "--model", "M", "OUT"), ("--model", "M", "W", "OUT"), ("W", "OUT", "--model", "M")]
+)
 def test_options_may_stand_before_the_older_last_position(monkeypatch, order):
     pytest.importorskip("torch")
     args = parsed(monkeypatch, "occbev-train", "export", *order)

@@ -197,3 +197,19 @@ def test_every_topic_can_be_named_in_a_file(tmp_path: Path) -> None:
     path.write_text("cameras: {a: {image: /f}, b: {image: /f}}\n")
     with pytest.raises(RecordingError, match="cameras a and b both name /f"):
         load_topics(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("lidar: [/a, /a]", "lidar is .*: want a topic, or a list of different ones"),
+        ("lidar: []", "lidar is .*: want a topic, or a list of different ones"),
+        ("lidar: [/a, 3]", "lidar is 3: want the name of a topic"),
+        ("lidar: [/a, /b]\nlidar_origin: [0, 0, 1]", "lidar_origin is for one topic"),
+    ],
+)
+def test_a_list_of_lidars_names_different_topics(tmp_path: Path, lines: str, reason: str) -> None:
+    path = tmp_path / "topics.yaml"
+    path.write_text(f"cameras:\n  front: {{image: /f/image}}\n{lines}\n")
+    with pytest.raises(RecordingError, match=reason):
+        load_topics(path)

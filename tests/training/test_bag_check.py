@@ -46,6 +46,33 @@ def test_a_good_bag_passes_all_but_the_camera_rate(bag) -> None:
     assert not found["IMU"].must
 
 
+def test_sizes_and_messages_that_were_left_out_have_their_lines(bag, tmp_path) -> None:
+    from tests.training.test_bags import rewrite
+
+    found = verdicts_by_name(bag)
+    assert found["image size of CAM_FRONT"].ok
+    assert found["image size of CAM_FRONT"].text == "images 64x40; calibration 64x40"
+    assert found["messages left out"].text == "none"
+    number = iter(range(1000))
+
+    def spoil(topic: str, message):
+        if topic in ("/cam_back/camera_info", "/cam_front/camera_info"):
+            message.width = 128
+        if topic == "/cam_front/camera_info":
+            message.height = 80
+        if topic == "/odometry" and next(number) < 5:
+            message.pose.pose.orientation.w = float("nan")
+        return message
+
+    found = verdicts_by_name(rewrite(bag, tmp_path / "spoiled", spoil))
+    front, back = found["image size of CAM_FRONT"], found["image size of CAM_BACK"]
+    assert not front.ok
+    assert front.text == "images 64x40; calibration 128x80: it is scaled to the images"
+    assert not back.ok
+    assert back.text == "images 64x40; calibration 128x40: images that are not 128x40 are missing"
+    assert found["messages left out"].text == "/odometry: bad pose 5"
+
+
 def test_a_bag_without_cameras_says_which_topics_it_has(bag, tmp_path) -> None:
     from occbev.messages.topics import BagTopics
     from occbev_training.sources.bag_index import BagOptions

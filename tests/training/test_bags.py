@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from rosbags.rosbag2 import Writer
+from scipy.spatial import cKDTree
 
-from occbev.geometry import transform_points
+from occbev.geometry import invert_transform, make_transform, rotation_from_wxyz, transform_points
 from occbev.messages.bags import BagReader
-from occbev.messages.topics import BagTopics, LidarSensor, detect_topics
+from occbev.messages.topics import BagTopics, LidarSensor, detect_topics, load_topics, topics_record
+from occbev_training.sources.bag_check import check_bag
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bag_writer import TYPESTORE, cloud_message, write_bag
 from occbev_training.sources.bags import BagRecording
-from occbev_training.sources.deskew import RayLimits, deskew_rays
+from occbev_training.sources.deskew import RayLimits, deskew_rays, middle_ns
 from occbev_training.sources.recording import RecordingError
 from occbev_training.sources.truth import read_truth, write_truth
 
@@ -384,6 +388,92 @@ def test_clouds_in_the_frame_of_the_vehicle_need_the_place_of_their_sensor(tmp_p
         )
         np.testing.assert_allclose(ours.end, plain.end, atol=1e-4)
         np.testing.assert_allclose(ours.origin, plain.origin, atol=1e-6)
+
+
+def two_lidars(source: Path, target: Path, late_ns: int, cut: bool = False) -> Path:
+    """Divide the points of a bag's LiDAR among two topics: the second LiDAR stands elsewhere and publishes later.
+
+    cut: the second has one cloud less, and one that is damaged.
+    """
+    place = make_transform(rotation_from_wxyz((0.8, 0, 0, 0.6)), (-1.0, 0.5, 1.2))
+    number = count(0)
+    with BagReader(source) as bag, Writer(target, version=8) as writer:
+        known: dict[str, object] = {}
+
+        def write(topic: str, log_ns: int, message) -> None:
+            kind = message.__msgtype__
+            if topic not in known:
+                known[topic] = writer.add_connection(topic, kind, typestore=TYPESTORE)
+            writer.write(known[topic], log_ns, TYPESTORE.serialize_cdr(message, kind))
+
+        lidar2ego = BagRecording(source).lidar2ego
+        for entry in bag.messages():
+            message = bag.decode(entry)
+            if entry.topic == "/tf_static":
+                row = copy.deepcopy(message.transforms[-1])
+                row.header.frame_id, row.child_frame_id = "base_link", "lidar_left"
+                for axis, value in zip("xyz", place[:3, 3], strict=True):
+                    setattr(row.transform.translation, axis, float(value))
+                for axis, value in zip("xyzw", (0.0, 0.0, 0.6, 0.8), strict=True):
+                    setattr(row.transform.rotation, axis, value)
+                message.transforms.append(row)
+            if entry.topic != "/lidar_top/points":
+                write(entry.topic, entry.log_ns, message)
+                continue
+            rows = np.asarray(message.data).view("<f4").reshape(-1, 5)
+            data = rows[::2].copy(), rows[1::2].copy()
+            moved = invert_transform(place) @ lidar2ego
+            data[1][:, :3] = transform_points(moved, data[1][:, :3])
+            data[1][:, 4] -= late_ns / 1e9
+            stamp, index = entry.log_ns, next(number)
+            for topic, part, late in zip(("/top/points", "/left/points"), data, (0, late_ns), strict=True):
+                if cut and topic == "/left/points" and index == 3:
+                    continue
+                message.width, message.row_step = len(part), len(part) * 20
+                message.data = part.view(np.uint8).reshape(-1)[: -7 if cut and late and index == 4 else None]
+                nanoseconds = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec + late
+                message.header.stamp.sec, message.header.stamp.nanosec = divmod(nanoseconds, 10**9)
+                message.header.frame_id = "lidar_left" if late else message.header.frame_id
+                write(topic, stamp + late, message)
+    return target
+
+
+def test_several_lidars_are_one_sweep_whose_beams_begin_at_each(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    both = two_lidars(tmp_path / "bag", tmp_path / "both", 30_000_000)
+    with pytest.raises(
+        RecordingError, match=r"several topics .*\['/left/points', '/top/points'\]; name one, or all of"
+    ):
+        BagRecording(both)
+    record = topics_record(detect_topics({t: k for t, k in BagReader(both).topics.items() if t != "/left/points"}))
+    (tmp_path / "topics.yaml").write_text(yaml.safe_dump(record | {"lidar": ["/top/points", "/left/points"]}))
+    topics = load_topics(tmp_path / "topics.yaml")
+    assert topics_record(topics)["lidar"] == ["/top/points", "/left/points"]
+    read = BagRecording(both, BagOptions(topics))
+    np.testing.assert_array_equal(read.key_stamp_ns, tiny_recording.key_stamp_ns)
+    for index in (2, 7):
+        stamp, limits = int(read.sweep_stamp_ns[index]), RayLimits(min_range=0.0)
+        rays, plain = (deskew_rays(r.sweep(index), r.trajectory, stamp, limits=limits) for r in (read, tiny_recording))
+        assert len(rays) == len(plain)
+        assert middle_ns(read.sweep(index)) == pytest.approx(middle_ns(tiny_recording.sweep(index)), abs=2e6)
+        apart = cKDTree(plain.end).query(rays.end)[0]
+        assert apart.max() < 2e-3, "each point where it was, by its own time"
+        left = np.abs(rays.origin - (-1.0, 0.5, 1.2)).max(axis=1) < 1.0
+        top = np.abs(rays.origin - tiny_recording.lidar2ego[:3, 3]).max(axis=1) < 1.0
+        assert (left ^ top).all()
+        assert left.mean() == pytest.approx(0.5, abs=0.01)
+    found = {verdict.requirement: verdict for verdict in check_bag(both, BagOptions(topics))}
+    assert {"clock of /left/points", "turns seen on /left/points", "turns seen on /top/points"} <= set(found)
+
+
+def test_a_cloud_of_another_lidar_that_is_lost_costs_no_sweep(tmp_path: Path, tiny_recording, caplog) -> None:
+    write_bag(tiny_recording, tmp_path / "bag")
+    both = two_lidars(tmp_path / "bag", tmp_path / "both", 50_000_000, cut=True)
+    topics = detect_topics({t: k for t, k in BagReader(both).topics.items() if t != "/left/points"})
+    read = BagRecording(both, BagOptions(dataclasses.replace(topics, other_lidars=("/left/points",))))
+    shares = [read.sweep(i).sensor.mean() for i in range(7)]
+    assert np.round(shares, 1).tolist() == [0.5, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5]
+    assert "sweep 4 is read without a cloud of /left/points: /left/points: " in caplog.text
 
 
 def test_each_sensor_of_a_merged_cloud_has_its_place(tmp_path: Path, tiny_recording) -> None:

@@ -44,7 +44,8 @@ class BagTopics:
     """Which topics of a bag hold what.
 
     images, infos: camera -> topic; infos may lack cameras whose calibration comes from a rig file.
-    lidar: PointCloud2. odometry: Odometry or PoseStamped; None takes poses from `tf`.
+    lidar: PointCloud2. other_lidars: those of further LiDARs, whose clouds are joined to its.
+    odometry: Odometry or PoseStamped; None takes poses from `tf`.
     tf, tf_static: topics of TFMessage. frames: camera -> optical frame, where its messages name another.
     lidar_origin: where the sensor of clouds in the vehicle's own frame stands in it, in metres. lidar_field, sensors: the
     field that tells the sensors of a merged cloud apart, and each of them.
@@ -63,12 +64,18 @@ class BagTopics:
     lidar_field: str = ""
     sensors: tuple[LidarSensor, ...] = ()
     notes: tuple[str, ...] = ()
+    other_lidars: tuple[str, ...] = ()
+
+    @property
+    def lidars(self) -> list[str]:
+        """The topics of all LiDARs."""
+        return [*([] if self.lidar is None else [self.lidar]), *self.other_lidars]
 
     @property
     def all(self) -> list[str]:
         """Every topic that is named."""
-        others = [topic for topic in (self.lidar, self.odometry) if topic is not None]
-        return [*self.images.values(), *self.infos.values(), *others]
+        poses = [] if self.odometry is None else [self.odometry]
+        return [*self.images.values(), *self.infos.values(), *self.lidars, *poses]
 
 
 @dataclass(frozen=True)
@@ -346,7 +353,10 @@ def _only(topics: Mapping[str, str], msgtype: str, hint: str) -> str | None:
     hinted = [name for name in found if hint in name.lower()]
     choice = found if len(found) < 2 else hinted
     if len(found) > 1 and len(hinted) != 1:
-        raise RecordingError(f"several topics of type {msgtype}: {sorted(found)}; name one in a file for --topics")
+        several = ", or all of them as a list" if msgtype == CLOUD else ""
+        raise RecordingError(
+            f"several topics of type {msgtype}: {sorted(found)}; name one{several} in a file for --topics"
+        )
     return choice[0] if choice else None
 
 
@@ -360,7 +370,7 @@ def load_topics(path: Path) -> BagTopics:
 
     cameras:                                   # as many as there are; the names are the rig's
       front: {image: /front/color/image_raw, info: /front/color/camera_info, frame: front_optical}
-    lidar: /points                             # PointCloud2; leave it out for a vehicle without
+    lidar: /points                             # PointCloud2, or a list of them; leave it out for a vehicle without
     odometry: /odom                            # Odometry or PoseStamped; left out: poses come from tf
     tf: /tf
     tf_static: /tf_static
@@ -381,7 +391,7 @@ def load_topics(path: Path) -> BagTopics:
         record: Any = read_yaml(path)
     except (OSError, ValueError) as error:
         raise RecordingError(f"{path}: {error}") from error
-    known = {"cameras", "lidar_origin", "lidar_sensors", *_PLAIN_KEYS}
+    known = {"cameras", "lidar", "lidar_origin", "lidar_sensors", *_PLAIN_KEYS}
     if not isinstance(record, dict) or not isinstance(record.get("cameras"), dict) or set(record) - known:
         found = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise RecordingError(f"{path}: wants the keys {sorted(known)}, cameras with at least one; it has {found}")
@@ -397,10 +407,11 @@ def load_topics(path: Path) -> BagTopics:
             parts[key][str(name)] = _as_text(path, f"cameras.{name}.{key}", value)
     others = {key: _as_text(path, key, record[key]) for key in _PLAIN_KEYS if record.get(key) is not None}
     _refuse_shared(path, parts["image"])
+    lidar, *other_lidars = _read_lidars(path, record)
     return BagTopics(
         parts["image"],
         parts["info"],
-        others.get("lidar"),
+        lidar,
         others.get("odometry"),
         path.name,
         others.get("tf", TF_TOPIC),
@@ -408,7 +419,22 @@ def load_topics(path: Path) -> BagTopics:
         parts["frame"],
         None if record.get("lidar_origin") is None else _as_place(path, "lidar_origin", record["lidar_origin"]),
         *_read_sensors(path, record.get("lidar_sensors")),
+        other_lidars=tuple(str(topic) for topic in other_lidars),
     )
+
+
+def _read_lidars(path: Path, record: Mapping[str, Any]) -> list[str | None]:
+    """Return the topics of LiDARs, the one whose clouds are the sweeps first; it alone is None without any."""
+    given = record.get("lidar")
+    if given is None:
+        return [None]
+    topics = [_as_text(path, "lidar", topic) for topic in (given if isinstance(given, list) else [given])]
+    if not topics or len(set(topics)) < len(topics):
+        raise RecordingError(f"{path}: lidar is {given!r}: want a topic, or a list of different ones")
+    both = [key for key in ("lidar_origin", "lidar_sensors") if record.get(key) is not None]
+    if len(topics) > 1 and both:
+        raise RecordingError(f"{path}: {both[0]} is for one topic; of several LiDARs tf tells where each stands")
+    return list(topics)
 
 
 def _as_place(path: Path, key: str, value: Any) -> Place:
@@ -437,7 +463,7 @@ def _read_sensors(path: Path, record: Any) -> tuple[str, tuple[LidarSensor, ...]
     return _as_text(path, "lidar_sensors.field", record["field"]), tuple(found)
 
 
-_PLAIN_KEYS = ("lidar", "odometry", "tf", "tf_static")
+_PLAIN_KEYS = ("odometry", "tf", "tf_static")
 
 
 def _as_text(path: Path, key: str, value: Any) -> str:
@@ -462,6 +488,8 @@ def topics_record(topics: BagTopics) -> dict[str, Any]:
         for name, image in topics.images.items()
     }
     record: dict[str, Any] = {key: getattr(topics, key) for key in _PLAIN_KEYS if getattr(topics, key) is not None}
+    if topics.lidars:
+        record = {"lidar": topics.lidars if topics.other_lidars else topics.lidar} | record
     if topics.lidar_origin is not None:
         record["lidar_origin"] = list(topics.lidar_origin)
     if topics.sensors:

@@ -160,7 +160,9 @@ class _DriveWriter:
         if not files:
             raise CacheError("; ".join(f"{count} {what}" for what, count in left_out.items()) or "it has no key frame")
         classless = dict(getattr(self.recording, "classless", {}))
-        report = DriveReport(name, len(files), dict(self.boxes), self.without_points, classless, left_out, self.unexpected)
+        report = DriveReport(
+            name, len(files), dict(self.boxes), self.without_points, classless, left_out, self.unexpected
+        )
         self._write_record(marker, files, keys, report)
         return report
 

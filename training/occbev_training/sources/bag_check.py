@@ -18,6 +18,7 @@ from occbev.config import ImageConfig
 from occbev.geometry import invert_transform, pose_from_xyzw
 from occbev.inference.preprocess import seen_rows
 from occbev.messages.bags import BagReader
+from occbev.messages.image_headers import encoded_size
 from occbev.messages.readers import stamp_to_ns
 from occbev.messages.tf import Buffer, clean_frame
 from occbev.messages.topics import ODOMETRY, POSE, BagTopics, detect_topics
@@ -53,6 +54,9 @@ CAMERA_RATE, ODOMETRY_RATE = 5.0, 20.0
 
 DIFFERENT = 0.5, np.deg2rad(3.0)
 """Metres and radians by which odometry and /tf may differ over a second; an estimate corrects itself now and then."""
+
+IMAGES = 5
+"""Images of a camera whose size is looked at."""
 
 NOTICEABLE = 0.01
 """Seconds of clock offset from which on a fix is recommended."""
@@ -102,7 +106,7 @@ def check_bag(path: Path, options: BagOptions | None = None, measure_turns: bool
         parents, tf_path = _read_transforms(bag, topics, options.base_frame)
         verdicts.append(parents)
         clocks = without_common_lag(split_at_jumps(times)[0])
-        for topic in dict.fromkeys([*topics.images.values(), topics.lidar, topics.odometry]):
+        for topic in dict.fromkeys([*topics.images.values(), *topics.lidars, topics.odometry]):
             if topic is not None and len(clocks[topic].stamp_ns):
                 verdicts += [_stamps(topic, times[topic]), _clock(topic, clocks[topic])]
         for name, kinds in _SHOULD.items():
@@ -141,9 +145,9 @@ def _presence(bag: BagReader, topics: BagTopics, times: Mapping[str, TopicTimes]
         )
     if topics.lidar is None:
         verdicts.append(Verdict("lidar", False, "no sensor_msgs/PointCloud2 topic; vendor packets are not read"))
-    else:
-        rate = _rate(times[topics.lidar])
-        verdicts.append(Verdict("lidar", rate > 0, f"{topics.lidar}: {rate:.1f} Hz"))
+    for topic in topics.lidars:
+        rate = _rate(times[topic])
+        verdicts.append(Verdict("lidar", rate > 0, f"{topic}: {rate:.1f} Hz"))
     if topics.odometry is None and topics.tf not in bag.topics:
         verdicts.append(Verdict("odometry", False, f"no topic of {ODOMETRY} or {POSE}, and no {topics.tf}"))
     return verdicts  # poses are judged as the reader finds them
@@ -262,6 +266,7 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path:
             )
             for camera in recording.rig.cameras
         ]
+        verdicts += [_image_size(recording, name, size) for name, size in recording.calibrated_sizes.items()]
         verdicts += [
             Verdict(f"what a network is shown of {rows.camera}", not rows.cuts_horizon, str(rows), must=False)
             for rows in seen_rows(recording.rig, ImageConfig())
@@ -278,6 +283,7 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path:
         verdicts.append(
             Verdict("key frames", True, f"{len(recording.key_stamp_ns)} of {len(recording.rig)} cameras{parts}")
         )
+        verdicts.append(_left_out(recording))
         verdicts.append(_odometry(recording))
         verdicts += [_poses(recording), *_against_tf(recording, tf_path)]
         if len(recording.sweep_stamp_ns):
@@ -287,6 +293,30 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path:
     finally:
         recording.close()
     return verdicts
+
+
+def _image_size(recording: BagRecording, camera: str, calibrated: tuple[int, int]) -> Verdict:
+    """Width and height of a few images over the drive against those of the camera's calibration."""
+    stamps, sizes = recording.exposures(camera), Counter[tuple[int, int]]()
+    for number in np.unique(np.linspace(0, len(stamps) - 1, IMAGES).astype(int)).tolist() if len(stamps) else ():
+        with suppress(RecordingError, ValueError):
+            image = recording.exposure(camera, number)
+            size = encoded_size(image) if isinstance(image, bytes) else (image.shape[1], image.shape[0])
+            sizes.update([] if size is None else [size])
+    found = ", ".join(f"{width}x{height}" for width, height in sizes) or "none that can be read"
+    text = f"images {found}; calibration {calibrated[0]}x{calibrated[1]}"
+    used = recording.rig[camera].width, recording.rig[camera].height
+    if set(sizes) - {used}:
+        text += f": images that are not {used[0]}x{used[1]} are missing"
+    elif used != calibrated:
+        text += ": it is scaled to the images"
+    return Verdict(f"image size of {camera}", set(sizes) == {calibrated}, text, must=False)
+
+
+def _left_out(recording: BagRecording) -> Verdict:
+    """Messages that were left out, such as poses before an estimator has begun."""
+    counts = ", ".join(f"{what} {count}" for what, count in recording.skipped.items())
+    return Verdict("messages left out", not counts, counts or "none", must=False)
 
 
 def _against_tf(recording: BagRecording, tf_path: Trajectory | None) -> list[Verdict]:
@@ -360,10 +390,11 @@ def measure_clocks(recording: BagRecording) -> dict[str, ClockOffset]:
     """Compare LiDAR and cameras with the odometry by how they see the vehicle turn; topic -> offset."""
     found: dict[str, ClockOffset] = {}
     trajectory = recording.trajectory
-    if recording.topics.lidar is not None:
-        runs = stretches_in_turns(recording.sweep_stamp_ns, trajectory)
-        turns = joined([lidar_turns(sweeps) for run in runs for sweeps in _readable(recording.sweep, run)])
-        found[recording.topics.lidar] = measure_offset(turns, trajectory)
+    for topic in recording.topics.lidars:
+        runs = stretches_in_turns(recording.cloud_stamps(topic), trajectory)
+        read = partial(recording.cloud, topic)
+        turns = joined([lidar_turns(sweeps) for run in runs for sweeps in _readable(read, run)])
+        found[topic] = measure_offset(turns, trajectory)
     for camera in recording.rig.cameras:
         stamps = recording.exposures(camera.name)
         scale = min(1.0, 800 / camera.width)

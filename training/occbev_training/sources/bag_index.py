@@ -100,7 +100,7 @@ def _contents(bag: BagReader, topics: BagTopics) -> Contents:
 
 
 def _read(bag: BagReader, topics: BagTopics) -> Contents:
-    large = [*topics.images.values(), *([topics.lidar] if topics.lidar else [])]
+    large = [*topics.images.values(), *topics.lidars]
     infos = set(topics.infos.values())
     small = [*infos, topics.tf_static, topics.tf, *([topics.odometry] if topics.odometry else [])]
     index = {topic: Index() for topic in large}

@@ -39,6 +39,7 @@ from occbev.rig import Camera, CameraRig, RigError
 from occbev.trajectory import Trajectory
 from occbev_training.sources.bag_index import BagOptions, Index, IndexedBag, topic_times
 from occbev_training.sources.clocks import TopicTimes
+from occbev_training.sources.deskew import join_clouds
 from occbev_training.sources.point_times import PointTimes, find_point_times
 from occbev_training.sources.recording import RecordingError
 
@@ -60,6 +61,10 @@ WHOLE_S = 1e9
 LOG = logging.getLogger(__name__)
 
 
+_Probe = tuple[int, NDArray[np.void], NDArray[np.float32]]
+"""A cloud: its stamp as written, its points with all their fields (M,), their places (M, 3)."""
+
+
 class BagRecording(IndexedBag):
     """A bag as a `Recording`. It holds no labels: `annotations` and `occupancy_truth` return None.
 
@@ -67,6 +72,7 @@ class BagRecording(IndexedBag):
     stamp is the middle of the nearest sweep, or the last exposure where no sweep is near.
     location: what all parts of a bag share, in whose coordinates their poses are.
     left_out: camera -> why it cannot be used; the rig has the others.
+    calibrated_sizes: camera -> width and height that its calibration is for; images may be larger or smaller.
     """
 
     def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
@@ -84,19 +90,21 @@ class BagRecording(IndexedBag):
         self._bad: Counter[str] = Counter()
         self._add_transforms(self.topics.tf_static)
         self.left_out: dict[str, str] = {}
+        given = self.options.rig.cameras if self.options.rig else ()
+        self.calibrated_sizes = {camera.name: (camera.width, camera.height) for camera in given}
         self.rig = self.options.rig or self._rig(kept)
         self._frame2lidar, self.lidar2ego = _SAME, np.eye(4)
         self._origins: Array | None = None
         self._place_lidar()
+        self._others = {topic: self._other_lidar(topic) for topic in self.topics.other_lidars}
         self.trajectory = self._read_trajectory(kept)
         self.skipped = self.skipped | dict(self._bad)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
         stamps = [self._bag.stamp_ns(message) for message in poses]
         self._odometry_times = topic_times(stamps, [message.log_ns for message in poses])
         sweeps = self._index[self.topics.lidar] if self.topics.lidar else Index()
-        order = np.argsort(sweeps.stamp_ns, kind="stable")
-        self.sweep_stamp_ns = np.array(sweeps.stamp_ns, np.int64)[order]
-        self._sweep_order = order
+        self.sweep_stamp_ns = np.sort(np.array(sweeps.stamp_ns, np.int64))
+        self._beside = {topic: self._clouds_beside(topic) for topic in self._others}
         self._keys = self._find_keys()
         self.key_stamp_ns = np.array([stamp for stamp, _ in self._keys], np.int64)
 
@@ -106,21 +114,78 @@ class BagRecording(IndexedBag):
         return self.point_times.kind if self.point_times else "compensated"
 
     def sweep(self, index: int) -> Sweep:
-        """Read one LiDAR rotation, points without a finite place included, with times from its stamp."""
+        """Read one LiDAR rotation, points without a finite place included, with times from its stamp.
+
+        Where there are several LiDARs it is that of the first, with the nearest cloud of each other one.
+        """
         topic = self.topics.lidar
         assert topic is not None, "a bag without LiDAR has no sweep to read"
-        number = int(self._sweep_order[index])
-        raw_ns = self._index[topic].raw_ns[number]
-        message = self._message(topic, self._index[topic].log_ns[number], raw_ns)
-        cloud, points = self._cloud(message, topic)
-        offsets = None
-        if self.point_times is not None:
-            offsets = self.point_times.offsets(cloud, points, raw_ns)
+        first = self.cloud(topic, index)
+        if not self._others:
+            return first
+        others = [other for topic in self._others if (other := self._cloud_beside(topic, index)) is not None]
+        return join_clouds(first, others)
+
+    def cloud_stamps(self, topic: str) -> NDArray[np.int64]:
+        """Return the stamps (C,) of one LiDAR's clouds, increasing."""
+        return np.sort(np.array(self._index[topic].stamp_ns, np.int64))
+
+    def cloud(self, topic: str, index: int) -> Sweep:
+        """Read one cloud of one LiDAR by its place in `cloud_stamps`."""
+        own = self._index[topic]
+        number = int(np.argsort(own.stamp_ns, kind="stable")[index])
+        raw_ns = own.raw_ns[number]
+        cloud, points = self._cloud(self._message(topic, own.log_ns[number], raw_ns), topic)
+        first = topic == self.topics.lidar
+        lidar2ego, times = (self.lidar2ego, self.point_times) if first else self._others[topic]
+        offsets = None if times is None else times.offsets(cloud, points, raw_ns)
         names = cloud.dtype.names or ()
         intensity = cloud["intensity"].astype(np.float32) if "intensity" in names else None
-        sensor = None if self._origins is None else self._sensors_of(cloud, topic)
-        stamp_ns = int(self.sweep_stamp_ns[index])
-        return Sweep(points, stamp_ns, self.lidar2ego, intensity, offsets, origins=self._origins, sensor=sensor)
+        origins = self._origins if first else None
+        sensor = None if origins is None else self._sensors_of(cloud, topic)
+        return Sweep(points, own.stamp_ns[number], lidar2ego, intensity, offsets, origins=origins, sensor=sensor)
+
+    def _cloud_beside(self, topic: str, index: int) -> Sweep | None:
+        """Read the cloud of another LiDAR that belongs to a sweep; None where there is none, or none that can be read."""
+        number = self._beside[topic].get(index)
+        try:
+            return None if number is None else self.cloud(topic, number)
+        except RecordingError as error:
+            LOG.warning("%s: sweep %d is read without a cloud of %s: %s", self._bag.path, index, topic, error)
+            return None
+
+    def _clouds_beside(self, topic: str) -> dict[int, int]:
+        """Return sweep -> the cloud of another LiDAR that belongs to it; each cloud belongs to one sweep at most."""
+        sweeps, clouds = self.sweep_stamp_ns, self.cloud_stamps(topic)
+        reach = max(KEY_TOLERANCE, 0.5 * JITTER * _period(sweeps))
+        found: dict[int, int] = {}
+        for number, stamp in enumerate(clouds.tolist()):
+            sweep = _nearest(sweeps, stamp, reach)
+            if sweep is None:
+                continue
+            known = found.setdefault(sweep, number)
+            if abs(stamp - sweeps[sweep]) < abs(clouds[known] - sweeps[sweep]):
+                found[sweep] = number
+        return found
+
+    def _other_lidar(self, topic: str) -> tuple[Array, PointTimes | None]:
+        """Return where another LiDAR stands and how its points know their time; raises RecordingError."""
+        probe = self._probe_of(topic)
+        if probe is None:
+            return np.eye(4), None
+        try:
+            frame = self._frame_of_clouds(topic)
+            if frame == self._base_frame:
+                raise RecordingError(
+                    f"{topic}: its clouds are in {frame!r} itself, so that it is not known where their beams begin; "
+                    "of several LiDARs each cloud must be in the frame of its own sensor"
+                )
+            return self._sensor2base(frame, topic), self._find_point_times(topic, probe)
+        except RecordingError as error:
+            text = str(error)
+            raise RecordingError(
+                text if text.startswith(str(self._bag.path)) else f"{self._bag.path}: {text}"
+            ) from error
 
     def frame_set(self, key: int) -> FrameSet:
         """Read the images of one key frame, encoded ones as their bytes; a broken image is a missing camera."""
@@ -172,11 +237,11 @@ class BagRecording(IndexedBag):
 
         Raises RecordingError where it cannot be told, or where no sweep can be read.
         """
-        if self._probe is None:
-            return None
-        (raw_ns, cloud, points), topic = self._probe, self.topics.lidar
-        stamps = np.sort(self._index[str(topic)].stamp_ns)
-        period = float(np.median(np.diff(stamps)) / 1e9) if len(stamps) > 1 else 0.1
+        topic = self.topics.lidar
+        return None if topic is None or self._probe is None else self._find_point_times(topic, self._probe)
+
+    def _find_point_times(self, topic: str, probe: _Probe) -> PointTimes:
+        (raw_ns, cloud, points), period = probe, _period(self.cloud_stamps(topic)) or 0.1
         try:
             return find_point_times(
                 cloud, points, raw_ns, period, self.options.point_times, is_compensated(self.topics.profile)
@@ -193,13 +258,16 @@ class BagRecording(IndexedBag):
         return np.zeros(0, np.float32) if offsets is None else offsets
 
     @cached_property
-    def _probe(self) -> tuple[int, NDArray[np.void], NDArray[np.float32]] | None:
-        """The stamp as written of a cloud from the middle of the recording, it, its places; None without LiDAR.
+    def _probe(self) -> _Probe | None:
+        """A cloud from the middle of the recording; None without LiDAR."""
+        return None if self.topics.lidar is None else self._probe_of(self.topics.lidar)
+
+    def _probe_of(self, topic: str) -> _Probe | None:
+        """Return a cloud from the middle of the recording; None of a topic without any.
 
         Raises RecordingError where none of a few clouds can be read.
         """
-        topic = self.topics.lidar
-        if topic is None or not self._index[topic].stamp_ns:
+        if not self._index[topic].stamp_ns:
             return None
         index, problem = self._index[topic], RecordingError(f"{topic}: every cloud is empty")
         middle = len(index.stamp_ns) // 2
@@ -221,7 +289,7 @@ class BagRecording(IndexedBag):
             points = points_of_cloud(cloud)
         except MessageError as error:
             raise RecordingError(f"{topic}: {error}") from error
-        if self._frame2lidar is not _SAME:
+        if self._frame2lidar is not _SAME and topic == self.topics.lidar:
             points = transform_points(self._frame2lidar, points).astype(np.float32)
         return cloud, points
 
@@ -299,6 +367,7 @@ class BagRecording(IndexedBag):
                 f"name it as cameras.{name}.frame in a file for --topics"
             )
         camera = camera_from_info(name, info, self._sensor2base(frame, topic), is_rectified(images))
+        self.calibrated_sizes[name] = camera.width, camera.height
         return camera if size is None else camera.fit_to(*size)
 
     def _look_at_images(self, topic: str) -> tuple[str, tuple[int, int] | None]:
@@ -328,8 +397,7 @@ class BagRecording(IndexedBag):
         topic = self.topics.lidar
         if topic is None or not self._index[topic].stamp_ns:
             return  # without a sweep nothing can be moved by it
-        index = self._index[topic]
-        frame = clean_frame(str(self._message(topic, index.log_ns[0], index.raw_ns[0]).header.frame_id))
+        frame = self._frame_of_clouds(topic)
         given = self.options.lidar_origin or self.topics.lidar_origin
         try:
             if self.topics.sensors:
@@ -346,6 +414,10 @@ class BagRecording(IndexedBag):
         self.lidar2ego = frame2base if given is None else make_transform(np.eye(3), given)
         if given is not None:
             self._frame2lidar = invert_transform(self.lidar2ego) @ frame2base
+
+    def _frame_of_clouds(self, topic: str) -> str:
+        index = self._index[topic]
+        return clean_frame(str(self._message(topic, index.log_ns[0], index.raw_ns[0]).header.frame_id))
 
     def _sensor_place(self, sensor: LidarSensor, topic: str) -> Array:
         """Return where a sensor of a merged cloud stands in the vehicle's frame."""

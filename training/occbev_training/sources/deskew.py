@@ -94,8 +94,10 @@ class Rays:
 
 
 def middle_ns(sweep: Sweep) -> int:
-    """Return the time half-way between the first and the last point of a sweep."""
+    """Return the time half-way between the first and the last point of a sweep; of several sensors, of the first."""
     offset = sweep.time_offset
+    if offset is not None and sweep.sensor is not None and (sweep.sensor == 0).any():
+        offset = offset[sweep.sensor == 0]
     if offset is None or not np.isfinite(offset).any():
         return sweep.stamp_ns
     return sweep.stamp_ns + round((float(np.nanmin(offset)) + float(np.nanmax(offset))) / 2 * 1e9)
@@ -151,6 +153,34 @@ def by_sensor(sweep: Sweep) -> list[Sweep]:
     if sweep.origins is None or sweep.sensor is None:
         return [sweep]
     return [_one_sensor(sweep, number, origin) for number, origin in enumerate(sweep.origins)]
+
+
+def join_clouds(first: Sweep, others: Sequence[Sweep]) -> Sweep:
+    """Return the clouds of several LiDARs as one sweep in the frame and at the stamp of the first.
+
+    Each point keeps its own time, and each LiDAR the place where its beams begin.
+    """
+    clouds = [first, *others]
+    to_first = [invert_transform(first.lidar2ego) @ cloud.lidar2ego for cloud in clouds]
+    points = [transform_points(move, cloud.points) for move, cloud in zip(to_first, clouds, strict=True)]
+    numbers = [np.full(len(cloud.points), number) for number, cloud in enumerate(clouds)]
+    intensity = None
+    if all(cloud.intensity is not None for cloud in clouds):
+        intensity = np.concatenate([cloud.intensity for cloud in clouds if cloud.intensity is not None])
+    return replace(
+        first,
+        points=np.concatenate([first.points, *points[1:]]).astype(np.float32),
+        intensity=intensity,
+        time_offset=np.concatenate([_times_from(first.stamp_ns, cloud) for cloud in clouds]).astype(np.float32),
+        origins=np.stack([move[:3, 3] for move in to_first]),
+        sensor=np.concatenate(numbers),
+    )
+
+
+def _times_from(stamp_ns: int, cloud: Sweep) -> NDArray[np.float64]:
+    """Return the seconds (M,) from a stamp of a cloud's points; compensated ones have the time of their own stamp."""
+    offsets = np.zeros(len(cloud.points)) if cloud.time_offset is None else cloud.time_offset.astype(np.float64)
+    return offsets + (cloud.stamp_ns - stamp_ns) / 1e9
 
 
 def _one_sensor(sweep: Sweep, number: int, origin: NDArray[np.float64]) -> Sweep:
