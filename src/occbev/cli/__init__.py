@@ -62,5 +62,6 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     """
     if parser.get_default("more") is None:
         return parser.parse_intermixed_args(arguments)
-    args, args.more = parser.parse_known_args(arguments)
+    args, more = parser.parse_known_args(arguments)
+    args.more = more
     return args
