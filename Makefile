@@ -20,6 +20,9 @@ INTERFACES := src/occbev/ros/build_interfaces.py $(wildcard src/occbev/messages/
 COMMA := ,
 ROS_EXTRA := $(if $(AMENT_PREFIX_PATH),,$(COMMA)ros)
 VENV_OPTIONS := $(if $(AMENT_PREFIX_PATH),--system-site-packages)
+# The distribution's messages are compiled against its NumPy: no later major version comes over it.
+NEXT_NUMPY = $(shell $(PYTHON) -c 'import numpy; print(int(numpy.__version__.split(".")[0]) + 1)')
+NUMPY = $(if $(AMENT_PREFIX_PATH),'numpy<$(NEXT_NUMPY)')
 # An environment is up to date when the contents of these files are those it was made from.
 stamp = $(shell { cat setup.py training/pyproject.toml Makefile $(INTERFACES); echo "$(AMENT_PREFIX_PATH)"; } | cksum | cut -d' ' -f1)
 STAMP := $(stamp)
@@ -69,7 +72,7 @@ define make_environment
 echo "Setting up .venv/$(1) with pip ..."; mkdir -p .venv; date +%s > .venv/.began-$(1); \
 .venv/$(1)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV_OPTIONS) .venv/$(1); \
 .venv/$(1)/bin/python -m pip uninstall --quiet --yes occbev-training 2>/dev/null; \
-.venv/$(1)/bin/python -m pip install --quiet $(2)
+.venv/$(1)/bin/python -m pip install --quiet $(2) $(NUMPY)
 endef
 
 define made

@@ -25,15 +25,17 @@ EXTRAS = {
     "ros": ["ros-rclpy>=9.1", "ros-common-interfaces>=5.5", "ros-rmw-fastrtps-cpp>=9.3"],
     # What the simulator needs: `occbev demo` calls it.
     "demo": ["embreex>=4.4", "trimesh>=4", "scipy>=1.8"],
+    "test": ["pytest>=6.2", "hypothesis>=6.36"],  # what `colcon test` runs; those of the two LTS before Kilted
     "tensorrt": ["tensorrt>=10"],  # GPU only: the graphs use no plug-in
 }
 
 
 def data_files() -> list[tuple[str, list[str]]]:
-    """List launch files and every sub-folder of config; colcon installs them to share/occbev."""
+    """List launch files, every sub-folder of config, and in lib/occbev what `ros2 run` and launch files start."""
     share = "share/occbev"
     files = [("share/ament_index/resource_index/packages", ["resource/occbev"])]
     files.append((share, ["package.xml"]))
+    files.append(("lib/occbev", ["scripts/occbev", "scripts/perception"]))
     for folder in ("launch", "config"):
         inside = [path for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
         parents = sorted({path.parent.relative_to(ROOT) for path in inside})
@@ -63,8 +65,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
-            "occbev = occbev.cli:main",
-            "perception = occbev.ros.perception_node:main",  # ros2 run occbev perception
+            "occbev = occbev.cli:main",  # in bin, which a sourced workspace has on its path
         ]
     },
     zip_safe=False,

@@ -7,6 +7,8 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
+import sysconfig
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-TOOLS = {"gcc", "g++", "make", "python3-dev", "python3-venv", "python3-pip"}
-"""What the README says a machine needs, and pip for an image."""
+TOOLS = {"gcc", "g++", "make", "python3-dev", "python3-venv", "python3-pip", "python3-colcon-common-extensions"}
+"""What the README says a machine needs, and pip and colcon for an image."""
 
 
 @pytest.fixture
@@ -94,6 +96,44 @@ def test_compose_names_arguments_that_run_knows(repository: Path) -> None:
         assert program == "occbev"
         assert command in COMMANDS
         assert {a.split(":=")[0] for a in assignments} <= {a.name for a in ARGUMENTS}
+
+
+def test_robot_images_hold_the_package_as_a_workspace_does(
+    repository: Path, instructions: list[tuple[str, str]]
+) -> None:
+    runs = [text for name, text in instructions if name == "RUN"]
+    (build,) = [text for text in runs if "colcon" in text and " build " in text]
+    assert '--install-base "$OCCBEV_INSTALL"' in build
+    assert "OCCBEV_INSTALL=/opt/ws/install" in dict.fromkeys(text for name, text in instructions if name == "ENV")
+    robot = [text for text in runs if "[robot" in text and "training" not in text]
+    assert len(robot) == 2
+    assert all(text.endswith("pip uninstall --yes occbev") for text in robot), "the workspace holds it, once"
+
+
+def test_numpy_of_the_distribution_is_not_upgraded(instructions: list[tuple[str, str]]) -> None:
+    texts = [text for _, text in instructions]
+    constraint = texts.index("PIP_CONSTRAINT=/opt/numpy.txt")
+    assert constraint < min(i for i, text in enumerate(texts) if "pip install" in text)
+    assert any(text.startswith("python3 -c 'import numpy") and '> "$PIP_CONSTRAINT"' in text for text in texts)
+    assert not any("numpy<2" in text for text in texts), "Lyrical has NumPy 2"
+
+
+def test_the_entry_point_sources_every_workspace_before_it_becomes_the_command(
+    repository: Path, tmp_path: Path
+) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    for name in ("own", "mounted/install"):
+        (tmp_path / name).mkdir(parents=True)
+        text = f"export SOURCED=$SOURCED:{name}; export PYTHONPATH={name}${{PYTHONPATH:+:$PYTHONPATH}}\n"
+        (tmp_path / name / "setup.bash").write_text(text)
+    own = {"OCCBEV_INSTALL": str(tmp_path / "own"), "OCCBEV_WORKSPACE": str(tmp_path / "mounted"), "ROS_DISTRO": "none"}
+    environment = {**os.environ, **own, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SOURCED": ""}
+    environment.pop("PYTHONPATH", None)
+    command = [bash, str(repository / "docker/entrypoint.sh"), "bash", "-c", "echo $SOURCED; echo $PYTHONPATH"]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert lines == [":own:mounted/install", f"mounted/install:own:{sysconfig.get_path('purelib')}"]
 
 
 def test_the_entry_point_is_a_script_that_becomes_its_command(repository: Path, tmp_path: Path) -> None:
