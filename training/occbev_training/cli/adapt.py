@@ -49,7 +49,7 @@ from occbev_training.evaluation.adapt_report import Look, write_report
 from occbev_training.evaluation.frames import evaluate
 from occbev_training.evaluation.label_scores import box_scores
 from occbev_training.export.package import export_package
-from occbev_training.sources.box_file import BoxFile, read_box_file
+from occbev_training.sources.box_labels import TimedBoxes, read_timed_boxes
 
 PICTURES = 3
 """Held-out frames in the report."""
@@ -241,8 +241,8 @@ def _looks(package: ModelPackage, data: AdaptData, found: Adapted) -> list[Look]
     return looks
 
 
-def _box_file(args: argparse.Namespace) -> BoxFile | None:
+def _box_file(args: argparse.Namespace) -> TimedBoxes | None:
     """Return the boxes that are given, or those of a `boxes.json` in the folder of the only input."""
     beside = args.inputs[0] / "boxes.json"
     path = args.boxes or (beside if beside.is_file() else None)
-    return None if path is None else read_box_file(path)
+    return None if path is None else read_timed_boxes(path)

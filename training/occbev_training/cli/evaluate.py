@@ -177,7 +177,7 @@ def _of_pairs(args: argparse.Namespace, console: Console) -> int:
     from occbev_training.engine.adapt import load_network, score_pairs
     from occbev_training.engine.stages import predictor
     from occbev_training.evaluation.label_scores import box_scores
-    from occbev_training.sources.box_file import read_box_file
+    from occbev_training.sources.box_labels import read_timed_boxes
 
     package, drives = ModelPackage.load(args.package), _drives(args)
     model, network = package.model, load_network(package)
@@ -185,7 +185,7 @@ def _of_pairs(args: argparse.Namespace, console: Console) -> int:
     with console.status(f"scoring {min(len(samples), args.limit or len(samples))} pairs"):
         scores = score_pairs(network, package, samples, args.limit, args.min_free)
         if args.boxes is not None:
-            scores |= box_scores(predictor(network, model, samples), samples, model, read_box_file(args.boxes))
+            scores |= box_scores(predictor(network, model, samples), samples, model, read_timed_boxes(args.boxes))
     record: Record = {
         "package": {"name": model.name, "hash": package.hash, "predicts": package.predicts},
         "data": str(args.pairs),

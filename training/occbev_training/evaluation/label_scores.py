@@ -30,7 +30,7 @@ from occbev_training.metrics.occupancy import (
     range_rings,
     ring_names,
 )
-from occbev_training.sources.box_file import BoxFile
+from occbev_training.sources.box_labels import TimedBoxes
 
 HEIGHT_EDGES = (0.2, 1.0, 2.5)
 """Metres above base_link between which heights are scored apart: ground, kerbs and low things, bodies, all above."""
@@ -189,7 +189,7 @@ def _by_group(names: tuple[str, ...], counts: NDArray[np.int64]) -> Mapping[str,
 
 
 def box_scores(
-    predict: Callable[[int], Prediction], samples: PairSamples, model: ModelConfig, truth: BoxFile
+    predict: Callable[[int], Prediction], samples: PairSamples, model: ModelConfig, truth: TimedBoxes
 ) -> dict[str, float]:
     """Return the APs of cars against labelled boxes, over the pairs that have some; empty without boxes on either side."""
     found, meant = [], []

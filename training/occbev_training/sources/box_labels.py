@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from occbev.classes import DETECTION_CLASSES
 from occbev.files import replace_file
 from occbev.geometry import Array, make_transform, rotation_from_yaw, yaw_from_rotation
-from occbev_training.sources.recording import RecordingError
+from occbev.results import Boxes3D
+from occbev_training.sources.categories import class_of
+from occbev_training.sources.recording import Annotations, RecordingError
 
 BASE_FRAME = "base_link"
+
+MANY_POINTS = 1000
+"""LiDAR returns that a box counts as having where its file does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class LabelBox:
     """One labelled box. box2frame: (4, 4), from its own axes (x ahead, z up, origin in its middle) to the frame's.
 
     lwh: metres along its own x, y, z. velocity: (3,) over ground in the frame's axes, None where it is not known.
-    track: name that it has in other frames, too; "" without.
+    track: name that it has in other frames, too; "" without. points: LiDAR returns in it, None where not counted.
     """
 
     category: str
@@ -36,6 +43,7 @@ class LabelBox:
     velocity: Array | None = None
     track: str = ""
     score: float = 1.0
+    points: int | None = None
 
     def carried(self, seconds: float) -> LabelBox:
         """Return the box some time later; one whose velocity is not known stands."""
@@ -49,6 +57,11 @@ class LabelBox:
         """Return the box in another frame; a2b: (4, 4)."""
         velocity = None if self.velocity is None else a2b[:3, :3] @ self.velocity
         return replace(self, box2frame=a2b @ self.box2frame, velocity=velocity)
+
+    def as_row(self) -> list[float]:
+        """Return x, y, z, l, w, h, yaw, vx, vy, as `Boxes3D` wants them."""
+        vx, vy = (np.nan, np.nan) if self.velocity is None else self.velocity[:2]
+        return [*self.box2frame[:3, 3], *self.lwh, yaw_from_rotation(self.box2frame[:3, :3]), vx, vy]
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,44 @@ def read_labels(path: Path, frame: str | None = None, times: Path | None = None)
     if not any(one.boxes for one in frames):
         raise RecordingError(f"{path}: {len(frames)} frames and no box in them")
     return frames
+
+
+@dataclass(frozen=True)
+class TimedBoxes:
+    """Labelled boxes in base_link by stamp, in time order; only scores use them."""
+
+    stamp_ns: NDArray[np.int64]
+    frames: tuple[Annotations, ...]
+
+    def at(self, stamp_ns: int, tolerance: float = 0.06) -> Annotations | None:
+        """Return the boxes nearest to a stamp, None where none lie within `tolerance` seconds."""
+        away = np.abs(self.stamp_ns - stamp_ns)
+        nearest = int(away.argmin())
+        return self.frames[nearest] if away[nearest] <= tolerance * 1e9 else None
+
+
+def read_timed_boxes(path: Path) -> TimedBoxes:
+    """Read a plain JSON file of boxes in base_link; boxes of categories that are not detected are left out.
+
+    Raises:
+        RecordingError: the file is no such file, or its boxes are in another frame.
+    """
+    frames = read_labels(path, BASE_FRAME)
+    strange = next((one.frame for one in frames if one.frame != BASE_FRAME), None)
+    if strange is not None:
+        raise RecordingError(f"{path}: its boxes are in {strange!r}; want {BASE_FRAME!r}")
+    stamps = np.array([one.stamp_ns for one in frames], np.int64)
+    return TimedBoxes(stamps, tuple(_annotations(one.boxes) for one in frames))
+
+
+def _annotations(boxes: Sequence[LabelBox]) -> Annotations:
+    classes = [class_of(box.category) for box in boxes]
+    known = [(box, name) for box, name in zip(boxes, classes, strict=True) if name is not None]
+    rows = np.array([box.as_row() for box, _ in known], np.float32).reshape(-1, 9)
+    label = np.array([DETECTION_CLASSES.index(name) for _, name in known], np.int64)
+    points = np.array([MANY_POINTS if box.points is None else box.points for box, _ in known], np.int64)
+    scores = np.array([box.score for box, _ in known], np.float32)
+    return Annotations(Boxes3D(rows, label, scores), tuple(box.track for box, _ in known), points)
 
 
 def write_plain(path: Path, frames: Sequence[LabelFrame], points: Mapping[int, Sequence[int]]) -> None:
@@ -150,7 +201,8 @@ def _box_of_plain(box: Mapping[str, Any]) -> LabelBox:
     lwh = _sizes(box["lwh"])
     (score,) = _numbers([box.get("score", 1.0)], "score", 1)
     pose = make_transform(rotation, _numbers(box["xyz"], "xyz", 3))
-    return LabelBox(str(box["class"]), pose, lwh, planar, str(box.get("track") or ""), score)
+    points = None if box.get("lidar_points") is None else int(_numbers([box["lidar_points"]], "lidar_points", 1)[0])
+    return LabelBox(str(box["class"]), pose, lwh, planar, str(box.get("track") or ""), score, points)
 
 
 def _numbers(values: Any, name: str, count: int) -> list[float]:

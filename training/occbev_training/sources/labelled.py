@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES
 from occbev.files import file_hash
-from occbev.geometry import Array, points_in_box, yaw_from_rotation
+from occbev.geometry import Array, points_in_box
 from occbev.messages.tf import TransformException
 from occbev.results import Boxes3D, FrameSet, Sweep
 from occbev.trajectory import PoseError
@@ -91,7 +91,7 @@ class LabelledRecording:
     def annotations(self, key: int) -> Annotations:
         """Return the boxes of one key frame, with the LiDAR returns of its sweep in each."""
         boxes = self.boxes_at(key)
-        rows = [_row(box) for box in boxes]
+        rows = [box.as_row() for box in boxes]
         box = np.array(rows, np.float32).reshape(-1, 9)
         label = np.array([DETECTION_CLASSES.index(str(class_of(b.category, self._classes))) for b in boxes], np.int64)
         score = np.array([b.score for b in boxes], np.float32)
@@ -174,12 +174,6 @@ class LabelledRecording:
         rays = deskew_rays(self.sweep(nearest), self.trajectory, key_ns, limits=FAR)
         points = rays.end[rays.hit]
         return np.array([np.count_nonzero(points_in_box(points, box)) for box in boxes], np.int64)
-
-
-def _row(box: LabelBox) -> list[float]:
-    """Return x, y, z, l, w, h, yaw, vx, vy."""
-    vx, vy = (np.nan, np.nan) if box.velocity is None else box.velocity[:2]
-    return [*box.box2frame[:3, 3], *box.lwh, yaw_from_rotation(box.box2frame[:3, :3]), vx, vy]
 
 
 @dataclass(frozen=True)
