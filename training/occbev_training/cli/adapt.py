@@ -23,10 +23,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from occbev.config import ConfigError, ModelConfig, load_config
 from occbev.grid import GRIDS
+from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.share import share_path
 from occbev_training.cli import pairs
-from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments
+from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs
 from occbev_training.cli.pretrain import Display, signals
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.data.pair_samples import PairSamples, open_pairs
@@ -48,14 +49,23 @@ from occbev_training.engine.stages import network_outputs, predictor
 from occbev_training.evaluation.adapt_report import Look, write_report
 from occbev_training.evaluation.frames import evaluate
 from occbev_training.evaluation.label_scores import box_scores
+from occbev_training.evaluation.space import MAX_FRAMES, SpaceError, fit_space, pair_frames
+from occbev_training.export.calibrate import write_calibration
 from occbev_training.export.package import export_package
 from occbev_training.sources.box_labels import TimedBoxes, read_timed_boxes
 
 PICTURES = 3
 """Held-out frames in the report."""
 
-KEY_INTERVAL = 0.2
-"""Seconds between key frames of bags: a few seconds of driving should give enough to learn from."""
+KEY_INTERVALS = (0.1, 0.2, 0.5, 1.0)
+"""Seconds between key frames of bags that are chosen from: a few seconds of driving should give enough to learn from."""
+
+ENOUGH_KEYS = 1000
+"""The shortest interval is chosen that gives no more key frames than this."""
+
+INTERVAL_HELP = (
+    f"seconds between key frames of bags (default: {KEY_INTERVALS[0]} to {KEY_INTERVALS[-1]:g}, by their length)"
+)
 
 WINDOW = 0.5
 """Seconds of sweeps on either side of a label: short, so that little of a drive lies between what is learned and held out."""
@@ -72,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=float, help="share of the drives that is held out, instead of the config's")
     parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
     parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes: only scores use them")
-    parser.add_argument("--key-interval", type=float, default=KEY_INTERVAL, help="seconds between key frames of bags")
+    parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
     parser.add_argument("--threads", type=int, help="compute threads of the training")
@@ -121,12 +131,20 @@ def _pairs_of(args: argparse.Namespace, model: ModelConfig) -> Path:
             raise ConfigError(f"{args.inputs[0]}: one folder of pairs, or bags; given are {len(args.inputs)} inputs")
         return Path(args.inputs[0])
     out: Path = args.out / "pairs"
-    wanted = ["--key-interval", str(args.key_interval), "--window", str(args.window), "--grid", grid_name(model)]
+    interval = args.key_interval or choose_interval(args)
+    wanted = ["--key-interval", f"{interval:g}", "--window", str(args.window), "--grid", grid_name(model)]
     workers = ["--lidar", "--workers", str(args.workers)]
     status = make_pairs([*wanted, *workers, *given_arguments(args, add_input_arguments)], args.inputs, out)
     if not (out / INDEX_NAME).exists():
         raise ConfigError(f"{out}: no pairs could be made (status {status}): 'occbev-train bag-check' says what lacks")
     return out
+
+
+def choose_interval(args: argparse.Namespace) -> float:
+    """Return the seconds between key frames that suit the length of the drives of `args.inputs`."""
+    found = find_inputs(args, args.inputs, args.out / "infos", KEY_INTERVALS[0])
+    keys = sum(opener.keys() for opener in found.openers)
+    return next((i for i in KEY_INTERVALS if keys * KEY_INTERVALS[0] / i <= ENOUGH_KEYS), KEY_INTERVALS[-1])
 
 
 def grid_name(model: ModelConfig) -> str:
@@ -207,12 +225,15 @@ def _finish(
     with console.status("exporting and checking the graphs"):
         written = export_package(found.network, found.model, args.out / "package", provenance, metrics, extra)
     (args.out / "scores.json").write_text(json.dumps(record, indent=1))
+    with console.status("calibrating its probabilities"):
+        calibrated = calibrate_space(args.out / "package", data.held_out)
     looks = _looks(package, data, found)
     facts = {
         "learned from": f"{len(data.train)} pairs of {', '.join(data.train.drives)}; no box and no class of them",
         "held out": f"{len(data.held_out)} pairs, no sweep of which is in a label that was learned from",
         "rehearsed": f"{len(data.rehearsal or ())} simulated frames, half of them through these cameras",
         "training": f"{found.steps} steps, {found.seconds:.0f} s",
+        "probabilities": calibrated,
         "package": f"{args.out / 'package'}, from {package.model.name} ({package.hash})",
     }
     page = {**record, "grid": package.model.grid}
@@ -222,10 +243,24 @@ def _finish(
             console.print(f"{key}: {record['before'][key]:.3f} -> {record['after'][key]:.3f}", highlight=False)
     if "mean_grid_iou" in record["before"]:
         console.print(f"mean grid: iou {record['before']['mean_grid_iou']:.3f}", highlight=False)
+    console.print(f"probabilities: {calibrated}", highlight=False, markup=False)
     console.print(f"{args.out / 'package'}: predicts {written.predicts}", highlight=False)
     console.print(
         f"look at {args.out / 'report.html'}; next: occbev replay BAG --model {args.out / 'package'}", highlight=False
     )
+
+
+def calibrate_space(folder: Path, held_out: PairSamples) -> str:
+    """Calibrate a package's probabilities of occupancy on held-out pairs, as `calibrate` does; returns what came of it."""
+    package, frames = ModelPackage.load(folder), evenly(len(held_out), MAX_FRAMES)
+    fitted_on = f"{len(frames)} held-out pairs of {', '.join(held_out.drives[:4])}"
+    try:
+        fit = fit_space(package, pair_frames(held_out, frames, GroundGridConfig()), fitted_on)
+    except SpaceError as error:
+        return f"not calibrated: {error}"
+    record = write_calibration(package, fit)
+    before, after = record["voxels_ece"], record["voxels_ece_calibrated"]
+    return f"calibrated on {fitted_on}: expected calibration error of voxels {before:.3f} -> {after:.3f} (space.npz)"
 
 
 def _looks(package: ModelPackage, data: AdaptData, found: Adapted) -> list[Look]:

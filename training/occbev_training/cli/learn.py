@@ -21,7 +21,7 @@ from rich.console import Console
 
 from occbev.config import load_config
 from occbev.inference.model_package import ModelPackage, find_package
-from occbev_training.cli.adapt import KEY_INTERVAL, WINDOW, adapt_config, given_arguments, grid_name
+from occbev_training.cli.adapt import INTERVAL_HELP, WINDOW, adapt_config, choose_interval, given_arguments, grid_name
 from occbev_training.cli.bag_arguments import add_bag_arguments
 from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs
 from occbev_training.engine.config import TrainingConfig
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
     parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
     parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
-    parser.add_argument("--key-interval", type=float, default=KEY_INTERVAL, help="seconds between key frames of bags")
+    parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
     parser.add_argument("--plan", action="store_true", help="print the plan and do nothing")
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Look at the inputs and decide on the steps."""
+    args.key_interval = args.key_interval or choose_interval(args)
     found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval)
     frames = {opener.name: opener.keys() for opener in found.openers}
     how = ("--no-turns", *given_arguments(args, add_bag_arguments))

@@ -32,7 +32,7 @@ from occbev_training.evaluation.frames import Priors
 from occbev_training.evaluation.label_scores import LabelScores, believed_depth
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
-from occbev_training.losses.adaptation import AdaptObjective, SourcedBatch
+from occbev_training.losses.adaptation import AdaptObjective, SourcedBatch, Teacher
 from occbev_training.models.build import build_for_weights
 from occbev_training.models.checkpoints import load_strictly, read_weights, save_weights
 from occbev_training.models.network import NetworkOutput
@@ -63,6 +63,8 @@ class AdaptConfig:
     """Steps, losses, rates and augmentation; `accumulate` passes make a step, the last of them of rehearsed frames."""
     rehearsal: float = 0.5
     """Weight of the rehearsed frames' losses; 0 rehearses nothing, and boxes and classes are forgotten."""
+    taught: float = 1.0
+    """Weight of the boxes that the package's network finds in the user's frames when it is shown the LiDAR's depth."""
     rehearsal_drives: int = 12
     """Simulated drives to rehearse: half of them through the user's rig, half through the simulator's own."""
     rehearsal_keys: int = 4
@@ -75,10 +77,10 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out {self.held_out}: must be between 0 and 1")
-        if self.rehearsal < 0 or self.rehearsal_drives < 0 or self.rehearsal_keys < 1 or self.patience < 1:
-            raise ConfigError(
-                "rehearsal and rehearsal_drives must be at least 0, rehearsal_keys and patience at least 1"
-            )
+        if min(self.rehearsal, self.taught, self.rehearsal_drives) < 0:
+            raise ConfigError("rehearsal, taught and rehearsal_drives must be at least 0")
+        if min(self.rehearsal_keys, self.patience) < 1:
+            raise ConfigError("rehearsal_keys and patience must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _trainer(
 ) -> Trainer:
     """Put the trainer together; begun: the IoU that it has to beat."""
     training, model = config.training, package.model
+    training = replace(training, optim=replace(training.optim, scales=_known_scales(network, training.optim.scales)))
     tune_process(training.threads)
     torch.manual_seed(training.seed)
     if training.channels_last:
@@ -172,10 +175,15 @@ def _trainer(
         objectives.keep_large_depthwise_in_float32(network)
     stop = EarlyStop(folder / BEST, config.patience, begun)
     validate = stop.watch(lambda bare: score_pairs(bare, package, data.held_out, training.validate_samples))
-    stop.trainer = Trainer(
-        training, network, _objective(model, config, data), _loader(data, config, model), folder, validate
-    )
+    objective = _objective(model, config, data, Teacher.of(load_network(package)) if config.taught else None)
+    stop.trainer = Trainer(training, network, objective, _loader(data, config, model), folder, validate)
     return stop.trainer
+
+
+def _known_scales(network: nn.Module, scales: Mapping[str, float]) -> dict[str, float]:
+    """Return the factors of those parts that the network has: one config adapts every family."""
+    names = [name for name, _ in network.named_parameters()]
+    return {part: scale for part, scale in scales.items() if any(name.startswith(f"{part}.") for name in names)}
 
 
 def load_network(package: ModelPackage, weights: Path | None = None) -> nn.Module:
@@ -274,14 +282,14 @@ def evenly(count: int, most: int | None) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most or count, count)).round().astype(int)).tolist()
 
 
-def _objective(model: ModelConfig, config: AdaptConfig, data: AdaptData) -> AdaptObjective:
+def _objective(model: ModelConfig, config: AdaptConfig, data: AdaptData, teacher: Teacher | None) -> AdaptObjective:
     counts = np.ones(len(model.occupancy_classes), np.int64)
     if data.rehearsal is not None:
         counts = semantic_counts(data.rehearsal, len(counts), most=30)
     weights = config.training.loss
     class_weight = losses.balanced_weights(torch.from_numpy(counts), weights.max_class_weight)
     finetune = objectives.FinetuneObjective(model, weights, class_weight)
-    return AdaptObjective(model, weights, finetune, config.rehearsal)
+    return AdaptObjective(model, weights, finetune, config.rehearsal, teacher, config.taught)
 
 
 def _loader(data: AdaptData, config: AdaptConfig, model: ModelConfig) -> Loader:

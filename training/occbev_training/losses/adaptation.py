@@ -1,11 +1,13 @@
 """What adaptation minimises: occupancy and depth of unlabelled frames, and what fine-tuning learned of rehearsed ones.
 
 The prediction of occupancy is what the network already says: the occupied mass 1 - P(free) of the semantic head, or the
-geometric decoder's where there is no semantic head. So no head begins anew and none is thrown away.
+geometric decoder's where there is no semantic head. So no head begins anew and none is thrown away. Boxes of unlabelled
+frames come from the network as it was, which is shown the LiDAR's depth.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,8 +21,9 @@ from occbev_training.data.datasets import TrainingBatch
 from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
-from occbev_training.losses.objectives import FinetuneObjective, depth_term, run_network
-from occbev_training.models.network import NetworkOutput
+from occbev_training.losses.objectives import FinetuneObjective, depth_term, run_network, shown
+from occbev_training.models.lift_splat.lift_splat import LiftSplat
+from occbev_training.models.network import NetworkOutput, OccBevNetwork
 
 REHEARSED = "rehearsed_"
 """Loss terms of rehearsed frames begin with this."""
@@ -43,23 +46,101 @@ class SourcedBatch:
         return SourcedBatch(self.batch.to(device), self.rehearsed)
 
 
+CERTAIN = 12.0
+"""Logit of the depth bin that a LiDAR return gives, against those that the network says of the others."""
+
+CENTRE_WEIGHT = 4.0
+"""Weight of taught centres against those of labels: probabilities far from 0 and 1 give small losses."""
+
+LEAST_CENTRE = 0.1
+"""Centre probabilities of the teacher below this teach no box."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The network as it was before, which sees the LiDAR's depth: what it finds then is to be found from images alone.
+
+    Its detection head works where depth is right, and depth is what fails first on cameras that it does not know.
+    """
+
+    network: OccBevNetwork
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Teacher | None:
+        """Copy a network; None where it has no boxes, a memory, or no plain Lift-Splat."""
+        known = isinstance(network, OccBevNetwork) and isinstance(network.view_transform, LiftSplat)
+        if not known or network.detection_head is None or network.temporal is not None:
+            return None
+        return cls(copy.deepcopy(network).eval().requires_grad_(False))
+
+    def terms(self, output: NetworkOutput, batch: TrainingBatch, model: ModelConfig) -> dict[str, Tensor]:
+        """Return how far the boxes of an output are from what the teacher says: `taught_heatmap` and `taught_box`."""
+        assert output.heatmap is not None
+        assert output.box is not None
+        assert output.depth_logits is not None
+        heatmap, box = self.boxes(output.depth_logits, batch, model)
+        logits, peaks = output.heatmap.float(), functional.max_pool2d(heatmap, 3, 1, 1) == heatmap
+        count = mean_over_processes(heatmap[peaks & (heatmap > LEAST_CENTRE)].sum()).clamp(min=1)
+        each = functional.binary_cross_entropy_with_logits(logits, heatmap, reduction="none")
+        found = CENTRE_WEIGHT * ((torch.sigmoid(logits) - heatmap).square() * each).sum() / count
+        sure = heatmap.amax(1, keepdim=True)
+        sure = sure * (sure > LEAST_CENTRE)
+        error = (output.box.float() - box).abs()[:, :-2] * sure  # a single frame says nothing of velocities
+        return {"taught_heatmap": found, "taught_box": error.sum() / mean_over_processes(sure.sum()).clamp(min=1)}
+
+    @torch.no_grad()
+    def boxes(self, depth_logits: Tensor, batch: TrainingBatch, model: ModelConfig) -> tuple[Tensor, Tensor]:
+        """Return centres (B, K, Y, X) as probabilities and boxes (B, 10, Y, X), by the LiDAR's depth where it is known.
+
+        depth_logits: (B, N, D, h, w), of the student, for all other cells.
+        """
+        network = self.network.to(batch.images.device)
+        view = network.view_transform
+        images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
+        _, context = view.predict_depth(network.image_encoder(images.flatten(0, 1)), batch.geometry.ray.flatten(0, 1))
+        logits = measured_depth(depth_logits, batch.depth_bin)
+        answers = network.centres(network.bev_encoder(view.pool(logits, context, batch.camera_valid, batch.geometry)))
+        heatmap, box = answers["heatmap"], answers["box"]
+        assert heatmap is not None
+        assert box is not None
+        return torch.sigmoid(heatmap.float()), box.float()
+
+
+def measured_depth(logits: Tensor, bins: Tensor) -> Tensor:
+    """Return depth logits (B * N, D, h, w) that are sure of the bin (B, N, h, w) of each return; it is negative without."""
+    known = (bins >= 0).flatten(0, 1)[:, None]
+    sure = functional.one_hot(bins.clamp(min=0), logits.shape[2]).movedim(-1, 2).flatten(0, 1) * CERTAIN
+    return torch.where(known, sure, logits.detach().flatten(0, 1).float())
+
+
 @dataclass(frozen=True)
 class AdaptObjective:
-    """Occupancy and depth of the user's frames; boxes, classes and depth of rehearsed ones, at `rehearsal` of the weight."""
+    """Occupancy and depth of the user's frames; boxes, classes and depth of rehearsed ones, at `rehearsal` of the weight.
+
+    teacher: says where boxes are in the user's frames, at `taught` of the weight; None for none.
+    """
 
     model: ModelConfig
     weights: LossConfig
     finetune: FinetuneObjective
     rehearsal: float = 1.0
+    teacher: Teacher | None = None
+    taught: float = 1.0
 
     def __call__(self, network: nn.Module, batch: SourcedBatch) -> Mapping[str, Tensor]:
-        """Return the weighted terms: `occupancy`, `occupied` and `depth`, or rehearsed ones under their own names."""
+        """Return the weighted terms: `occupancy`, `occupied`, `depth` and taught ones, or rehearsed ones by their names."""
         if batch.rehearsed:
             terms = self.finetune(network, batch.batch)
             return {f"{REHEARSED}{name}": self.rehearsal * term for name, term in terms.items()}
         output = run_network(network, batch.batch, self.model)
-        occupancy = occupancy_terms(output, batch.batch, self.weights)
-        return occupancy | depth_term(output, batch.batch, self.weights)
+        terms = occupancy_terms(output, batch.batch, self.weights) | depth_term(output, batch.batch, self.weights)
+        return terms | self._taught(output, batch.batch)
+
+    def _taught(self, output: NetworkOutput, batch: TrainingBatch) -> dict[str, Tensor]:
+        if self.teacher is None or not self.taught:
+            return {}
+        factors = {"taught_heatmap": self.taught * self.weights.heatmap, "taught_box": self.taught * self.weights.box}
+        return {name: factors[name] * term for name, term in self.teacher.terms(output, batch, self.model).items()}
 
 
 def occupancy_terms(output: NetworkOutput, batch: TrainingBatch, weights: LossConfig) -> dict[str, Tensor]:
