@@ -11,14 +11,20 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from occbev.classes import FREE_STATE, OCCUPIED_STATE  # noqa: E402
-from occbev.config import ImageConfig  # noqa: E402
+from occbev.config import ImageConfig, ModelConfig  # noqa: E402
 from occbev.geometry import make_transform  # noqa: E402
 from occbev.grid import GRIDS  # noqa: E402
+from occbev.inference.families import load_model  # noqa: E402
+from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation  # noqa: E402
 from occbev_training.data.cache import CachedSample, CacheError, CacheInfo  # noqa: E402
+from occbev_training.data.datasets import Collate, TrainingBatch, augmented  # noqa: E402
 from occbev_training.data.pair_samples import PairSamples  # noqa: E402
 from occbev_training.engine.adapt import divide  # noqa: E402
 from occbev_training.evaluation.label_scores import LabelScores, depth_errors  # noqa: E402
-from occbev_training.losses.adaptation import occupied_score  # noqa: E402
+from occbev_training.losses.adaptation import Teacher, measured_depth, occupied_score  # noqa: E402
+from occbev_training.losses.objectives import run_network  # noqa: E402
+from occbev_training.models.build import build_model  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 from occbev_training.models.network import NetworkOutput  # noqa: E402
 
 GRID = GRIDS["tiny"]
@@ -114,3 +120,62 @@ def test_depth_errors_are_of_the_nearest_return_and_apart_for_obstacles() -> Non
     assert obstacle.tolist() == [0.5], "the road is no obstacle"
     behind = replace(sample, lidar_pixel=sample.lidar_pixel[[0, 0]], lidar_depth=np.array([30.0, 10.0], np.float32))
     assert depth_errors(behind, np.full((1, 4, 6), 10.0), stride=16)[0].tolist() == [0.0]
+
+
+def test_a_return_decides_the_depth_of_its_cell_and_no_other() -> None:
+    logits = torch.zeros(1, 1, 4, 1, 2, requires_grad=True)
+    depth = measured_depth(logits, torch.tensor([[[[2, -1]]]]))
+    assert depth.shape == (1, 4, 1, 2)
+    share = depth.softmax(1)[0, :, 0]
+    assert share[2, 0] > 0.99
+    torch.testing.assert_close(share[:, 1], torch.full((4,), 0.25))
+    assert not depth.requires_grad, "the teacher teaches boxes, not depth"
+
+
+def test_the_teacher_teaches_boxes_where_the_depth_was_wrong(repository: Path) -> None:
+    model = reduced(load_model(repository / "config/models/occbev-tiny.yaml"))
+    torch.manual_seed(0)
+    network = build_model(model, "finetune").eval()
+    with torch.no_grad():
+        network.detection_head.heatmap[-1].bias += 3.0  # else a fresh head finds nothing to teach
+    teacher = Teacher.of(network)
+    assert teacher is not None
+    assert not any(weight.requires_grad for weight in teacher.network.parameters())
+    batch = a_batch(model)
+    output = run_network(network, batch, model)
+    assert teacher.terms(output, batch, model)["taught_box"].item() > 1e-4
+    blind = replace(batch, depth_bin=torch.full_like(batch.depth_bin, -1))
+    same = teacher.terms(output, blind, model)
+    assert same["taught_box"].item() < 1e-5, "without a return it says what the network says"
+    assert same["taught_heatmap"].item() < 1e-5
+    teacher.terms(output, batch, model)["taught_box"].backward()
+    assert network.bev_encoder.down[0] is not teacher.network.bev_encoder.down[0]
+    assert any(weight.grad is not None for weight in network.bev_encoder.parameters())
+
+
+def test_only_boxes_from_depth_are_taught(repository: Path) -> None:
+    for name, stage in (("occbev-tiny", "pretrain"), ("bevformer_tiny", "finetune"), ("bevdet4d_r50", "finetune")):
+        model = reduced(load_model(repository / "config/models" / f"{name}.yaml"))
+        assert Teacher.of(build_model(model, stage)) is None, name
+
+
+def a_batch(model: ModelConfig) -> TrainingBatch:
+    """One camera of the network's size, with returns in every fourth pixel of its middle, all 9 m away."""
+    size = model.image.height, model.image.width
+    rows, columns = np.meshgrid(np.arange(size[0] // 3, size[0], 4), np.arange(0, size[1], 4), indexing="ij")
+    pixel = np.stack([columns.ravel(), rows.ravel()], 1).astype(np.float32)
+    volume = np.zeros(model.grid.shape, np.uint8)
+    sample = replace(
+        a_sample(volume),
+        images=np.random.default_rng(0).integers(0, 255, (1, *size, 3)).astype(np.uint8),
+        lidar_camera=np.zeros(len(pixel), np.uint8),
+        lidar_pixel=pixel,
+        lidar_depth=np.full(len(pixel), 9.0, np.float32),
+        camera_visible=volume,
+        hit_sweeps=volume,
+        pass_sweeps=volume,
+        semantics=volume,
+        mask_camera=volume.astype(bool),
+    )
+    still = draw_augmentation(0, 1, (size[1], size[0]), NO_AUGMENTATION)
+    return Collate(model)([augmented("one", sample, still, model)])

@@ -35,7 +35,7 @@ def perceive(package: ModelPackage, backend: str):
     return Pipeline(package, rig, backend).run(FrameSet(0, frames))
 
 
-@pytest.mark.parametrize("name", ["occbev-tiny", "detr3d_r101"])
+@pytest.mark.parametrize("name", ["occbev-tiny", "bevdet_r50", "bevformer_base", "detr3d_r101", "occ_bev_sweep2"])
 def test_a_pretrained_network_of_every_family_runs_as_a_package(repository: Path, tmp_path: Path, name: str) -> None:
     model = model_of(repository, name)
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", type=Path, help="folder of the model package, which is changed")
     parser.add_argument("data", type=Path, help="held-out drives with their truth, or a folder of pairs")
     parser.add_argument("--limit", type=int, default=MAX_FRAMES, help=f"most frames (default {MAX_FRAMES})")
+    parser.add_argument("--split", choices=["train", "validation"], help="of a folder of pairs (default: all of them)")
     parser.add_argument("--name", help="what the frames are, in words, for the card (default: the folder's name)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -36,10 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if args.limit < 1:
         raise ValueError(f"--limit {args.limit}: want at least one frame")
     package, console = ModelPackage.load(args.package), Console(stderr=args.json)
-    total = min(args.limit, count_frames(args.data, package.model))
+    total = min(args.limit, count_frames(args.data, package.model, args.split))
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("frames", total=total)
-        frames = open_frames(args.data, package.model, args.limit)
+        frames = open_frames(args.data, package.model, args.limit, split=args.split)
         fitted_on = f"{total} frames of {args.name or args.data.resolve().name}"
         fit = fit_space(package, frames, fitted_on, progress=lambda done: progress.update(task, completed=done))
     record = write_calibration(package, fit)

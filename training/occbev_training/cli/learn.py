@@ -5,7 +5,7 @@
     occbev-train learn BAGS --out out/mine --pretrain config/training/pretrain_tiny.yaml
 
 It prints its plan first, and then runs the single commands in order, each as you would: bag-check, pairs, adapt (or
-pretrain, export and evaluate). What was made stays when it is given again. OUT/package is the package.
+pretrain, export, evaluate and calibrate). What was made stays when it is given again. OUT/package is the package.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def _pretrain_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
         Step(("pretrain", str(args.pretrain), "--data", root, "--out", str(folder), *given)),
         Step(("export", str(folder / "weights.safetensors"), package, "--model", str(folder / "model.yaml"))),
         Step(("evaluate", package, "--pairs", root, "--split", "validation"), must=False),
+        Step(("calibrate", package, root, "--split", "validation"), must=False),
     )
     return steps, SECONDS_PER_STEP * (args.steps or config.steps)
 

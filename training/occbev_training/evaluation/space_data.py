@@ -14,25 +14,27 @@ from occbev_training.evaluation.data import EvaluationData, open_evaluation_data
 from occbev_training.evaluation.space import Frames, dense_frames, pair_frames
 
 
-def count_frames(folder: Path, model: ModelConfig) -> int:
-    """Return how many frames a folder holds."""
-    return len(_open(folder, model))
+def count_frames(folder: Path, model: ModelConfig, split: str | None = None) -> int:
+    """Return how many frames a folder holds; split: of pairs, "train" or "validation", None for all."""
+    return len(_open(folder, model, split))
 
 
-def open_frames(folder: Path, model: ModelConfig, limit: int, config: GroundGridConfig | None = None) -> Frames:
-    """Open the frames of a folder, at most `limit`, evenly spread.
+def open_frames(
+    folder: Path, model: ModelConfig, limit: int, config: GroundGridConfig | None = None, split: str | None = None
+) -> Frames:
+    """Open the frames of a folder, at most `limit`, evenly spread; split: as of `count_frames`.
 
     Raises:
         EvaluationDataError, CacheError: the folder holds no such frames.
     """
-    data, config = _open(folder, model), config or GroundGridConfig()
+    data, config = _open(folder, model, split), config or GroundGridConfig()
     indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(int)).tolist()
     if isinstance(data, PairSamples):
         return pair_frames(data, indices, config)
     return dense_frames(data, indices, config)
 
 
-def _open(folder: Path, model: ModelConfig) -> EvaluationData | PairSamples:
+def _open(folder: Path, model: ModelConfig, split: str | None = None) -> EvaluationData | PairSamples:
     if (folder / INDEX_NAME).exists():
-        return open_pairs(folder, model.image, model.grid)
+        return open_pairs(folder, model.image, model.grid, split)
     return open_evaluation_data(folder)
