@@ -65,9 +65,9 @@ def test_a_drive_too_short_to_hold_out_is_refused_with_its_length() -> None:
 def test_the_score_of_a_semantic_head_is_the_log_odds_of_its_occupied_mass() -> None:
     logits = torch.randn(1, 18, 2, 2, 2)
     occupied = 1 - logits.softmax(1)[0, -1].flatten()
-    score = occupied_score(NetworkOutput(occupancy_logits=logits), 0, torch.arange(8))
+    score = occupied_score(NetworkOutput({"occupancy_logits": logits}), 0, torch.arange(8))
     torch.testing.assert_close(torch.sigmoid(score), occupied)
-    geometric = occupied_score(NetworkOutput(reconstruction_logits=logits[:, :2]), 0, torch.tensor([3]))
+    geometric = occupied_score(NetworkOutput({"reconstruction_logits": logits[:, :2]}), 0, torch.tensor([3]))
     torch.testing.assert_close(geometric, (logits[0, 1] - logits[0, 0]).flatten()[3:4])
 
 

@@ -85,12 +85,12 @@ def test_every_network_of_the_family_runs(repository: Path, name: str) -> None:
         output = network(random_images(), VALID, points, past, matching)
     assert output.depth_logits.shape == (1, CAMERAS, BINS, SIZE[0] // 16, SIZE[1] // 16)
     if config.bevdet.tasks:
-        assert output.heatmap.shape == (1, 10, 16, 16)
-        assert output.box.shape == (1, 10 * len(config.bevdet.tasks), 16, 16)
+        assert output.answers["heatmap"].shape == (1, 10, 16, 16)
+        assert output.answers["box"].shape == (1, 10 * len(config.bevdet.tasks), 16, 16)
     if config.bevdet.occupancy != "none":
-        assert output.occupancy_logits.shape == (1, 18, 8, 16, 16)
-    for value in (output.heatmap, output.box, output.occupancy_logits):
-        assert value is None or torch.isfinite(value).all()
+        assert output.answers["occupancy_logits"].shape == (1, 18, 8, 16, 16)
+    assert output.answers
+    assert all(torch.isfinite(value).all() for value in output.answers.values())
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_the_past_is_seen_but_takes_no_gradient(bevdet4d) -> None:
         each = [network.frame_bev(frame)[0] for frame in frames]
     torch.testing.assert_close(joined[0], torch.cat(each, 1))
     assert not torch.equal(*each)
-    output.heatmap.sum().backward()
+    output.answers["heatmap"].sum().backward()
     assert past.grad is None
     assert network.image_encoder.neck.smooth.weight.grad.abs().sum() > 0
     assert network.view_transform.depth_net.predict.weight.grad.abs().sum() > 0
@@ -182,7 +182,7 @@ def test_pretraining_hands_its_parts_on(repository: Path) -> None:
     pretrained, target = build_bevdet(config, "pretrain"), build_bevdet(config, "finetune")
     with torch.no_grad():
         output = pretrained.eval()(random_images(), VALID, geometry(config))
-    assert output.reconstruction_logits.shape == (1, 2, 8, 16, 16)
+    assert output.answers["reconstruction_logits"].shape == (1, 2, 8, 16, 16)
     report = transfer(pretrained.state_dict(), target)
     assert not report.mismatched
     assert {n.split(".")[0] for n in report.new} == {"occupancy_head"}

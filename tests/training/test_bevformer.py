@@ -229,11 +229,11 @@ def test_every_output_has_its_shape_and_takes_gradients() -> None:
     model = network().train()
     output = model(torch.randn(1, 2, 3, 64, 64), torch.ones(1, 2), views(*rig()))
     assert output.bev.shape == (1, 32, 12, 16)
-    assert output.occupancy_logits.shape == (1, 18, 4, 12, 16)
-    assert output.class_logits.shape == (2, 1, 7, 10)
-    assert output.box_codes.shape == (2, 1, 7, 10)
-    loss = output.occupancy_logits.square().mean() + output.class_logits.square().mean()
-    (loss + output.box_codes.square().mean()).backward()
+    assert output.answers["occupancy_logits"].shape == (1, 18, 4, 12, 16)
+    assert output.answers["class_logits"].shape == (2, 1, 7, 10)
+    assert output.answers["box_codes"].shape == (2, 1, 7, 10)
+    loss = output.answers["occupancy_logits"].square().mean() + output.answers["class_logits"].square().mean()
+    (loss + output.answers["box_codes"].square().mean()).backward()
     silent = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert silent == set()
 

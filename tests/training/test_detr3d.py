@@ -61,7 +61,7 @@ def head() -> QueryHead:
 
 def test_each_layer_starts_where_the_one_before_said() -> None:
     decoder = head()
-    logits, codes = decoder(None, 2)
+    logits, codes = decoder([None] * 2)
     assert logits.shape == (3, 2, 5, 4)
     assert codes.shape == (3, 2, 5, 10)
     lo, hi = torch.tensor(EXTENT)
@@ -75,7 +75,7 @@ def test_each_layer_starts_where_the_one_before_said() -> None:
 
 def test_only_the_first_reference_is_learned() -> None:
     decoder = head()
-    _, codes = decoder(None, 1)
+    _, codes = decoder([None])
     codes[2].sum().backward()
     first, *rest = (layer.cross.references[0] for layer in decoder.layers)
     assert first.requires_grad

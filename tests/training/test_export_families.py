@@ -36,6 +36,7 @@ from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.families import make_geometry, make_graph, reduced  # noqa: E402
 from occbev_training.models.graphs import GraphError  # noqa: E402
+from occbev_training.models.heads.record import heads_of, take_last_layers  # noqa: E402
 from occbev_training.models.lift_splat.stereo import Matching  # noqa: E402
 from occbev_training.models.lift_splat.temporal import warp_bev  # noqa: E402
 from occbev_training.models.network import Frame, NetworkOutput  # noqa: E402
@@ -126,10 +127,8 @@ def trained(
         geometry = replace(geometry, can_bus=tensor(inputs, "can_bus"))
     with torch.no_grad():
         output: NetworkOutput = network(torch.from_numpy(inputs["images"]), valid, geometry)
-    fields = {"occupancy_logits": output.occupancy_logits, "heatmap": output.heatmap, "box": output.box}
-    if output.class_logits is not None:
-        fields |= {"class_logits": output.class_logits[-1], "box_codes": output.box_codes[-1]}
-    return {name: value.numpy() for name, value in fields.items() if value is not None}
+    answers = take_last_layers(heads_of(network), output.answers)
+    return {name: value.numpy() for name, value in answers.items()}
 
 
 # --- state -----------------------------------------------------------------------------------
@@ -160,8 +159,8 @@ def test_two_steps_of_a_stereo_graph_are_two_frames_of_the_network(repository: P
         bev, _ = network.frame_bev(key, network.matching_map(past))
         warp = torch.from_numpy(warp_table(np.linalg.inv(before) @ now, model.bev, model.lift.reference_quirks))
         moved = warp_bev(network.frame_bev(past)[0], warp[None])
-        want = network.heads(network.temporal(bev, [moved]))["occupancy_logits"]
-        alone = network.heads(network.temporal(network.frame_bev(key)[0], [moved]))["occupancy_logits"]
+        want = network.run_heads(network.temporal(bev, [moved]))["occupancy_logits"]
+        alone = network.run_heads(network.temporal(network.frame_bev(key)[0], [moved]))["occupancy_logits"]
     error = (torch.from_numpy(got) - want).abs().max()
     assert error < 0.02 * (alone - want).abs().max()  # it matches with the frame before
 
@@ -189,14 +188,14 @@ def test_two_steps_of_a_graph_are_two_frames_of_the_network(repository: Path, na
             motion = Motion(bev, *(tensor(second, n) for n in ("state_known", "table_align", "table_shift")))
             views = replace(geometry, can_bus=tensor(second, "can_bus"), motion=motion)
             want = network(images[1], valid, views)
-            pairs = {"class_logits": want.class_logits[-1], "box_codes": want.box_codes[-1]}
+            pairs = {"class_logits": want.answers["class_logits"][-1], "box_codes": want.answers["box_codes"][-1]}
         else:
             key2past = np.linalg.inv(before) @ now
             warp = torch.from_numpy(warp_table(key2past, model.bev, model.lift.reference_quirks))
             past, key = (network.frame_bev(Frame(i, valid, geometry))[0] for i in images)
-            want = network.heads(network.temporal(key, [warp_bev(past, warp[None])]))
+            want = network.run_heads(network.temporal(key, [warp_bev(past, warp[None])]))
             pairs = {name: want[name] for name in ("heatmap", "box")}
-            alone = network(images[1], valid, geometry).heatmap
+            alone = network(images[1], valid, geometry).answers["heatmap"]
             error = (torch.from_numpy(got["heatmap"]) - want["heatmap"]).abs().max()
             assert error < 0.05 * (alone - want["heatmap"]).abs().max()  # it is the past it shows
     for key, value in pairs.items():

@@ -84,7 +84,7 @@ def images(batch: int, cameras: int, seed: int = 0) -> torch.Tensor:
 
 
 def outputs(output: NetworkOutput) -> list[torch.Tensor]:
-    return [output.occupancy_logits, output.heatmap, output.box]
+    return [output.answers["occupancy_logits"], output.answers["heatmap"], output.answers["box"]]
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +100,15 @@ def test_shapes_of_both_stages() -> None:
     points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
     before = build_model(MODEL, "pretrain")(images(2, 3), torch.ones(2, 3), points)
     assert before.depth_logits.shape == (2, 3, 8, 4, 6)
-    assert before.reconstruction_logits.shape == (2, 2, 8, 40, 40)
-    assert before.occupancy_logits is None
-    assert before.heatmap is None
-    assert before.box is None
+    assert before.answers["reconstruction_logits"].shape == (2, 2, 8, 40, 40)
+    assert "occupancy_logits" not in before.answers
+    assert "heatmap" not in before.answers
+    assert "box" not in before.answers
     after = build_model(MODEL, "finetune")(images(2, 3), torch.ones(2, 3), points)
-    assert after.reconstruction_logits is None
-    assert after.occupancy_logits.shape == (2, 18, 8, 40, 40)
-    assert after.heatmap.shape == (2, 10, 24, 32)
-    assert after.box.shape == (2, 10, 24, 32)
+    assert "reconstruction_logits" not in after.answers
+    assert after.answers["occupancy_logits"].shape == (2, 18, 8, 40, 40)
+    assert after.answers["heatmap"].shape == (2, 10, 24, 32)
+    assert after.answers["box"].shape == (2, 10, 24, 32)
 
 
 def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repository: Path) -> None:
@@ -193,8 +193,8 @@ def test_rig_that_sees_nothing_of_the_bev_gives_an_answer_and_gradients() -> Non
     assert len(points.pixel) == 1
     assert float(points.weight.sum()) == 0
     output = network(images(1, 2), torch.ones(1, 2), points)
-    output.reconstruction_logits.sum().backward()
-    assert torch.isfinite(output.reconstruction_logits).all()
+    output.answers["reconstruction_logits"].sum().backward()
+    assert torch.isfinite(output.answers["reconstruction_logits"]).all()
 
 
 def test_gradients_reach_every_trained_weight_and_no_frozen_one() -> None:
@@ -215,7 +215,7 @@ def test_frozen_stages_do_not_change_in_training() -> None:
     before = {n: v.clone() for n, v in network.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
     points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
-    network(images(2, 3), torch.ones(2, 3), points).reconstruction_logits.square().mean().backward()
+    network(images(2, 3), torch.ones(2, 3), points).answers["reconstruction_logits"].square().mean().backward()
     optimiser.step()
     changed = {n for n, v in network.state_dict().items() if not torch.equal(v, before[n])}
     frozen = [f"image_encoder.trunk.{p}" for p in ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")]

@@ -58,7 +58,7 @@ def test_every_family_reconstructs_and_hands_its_parts_on(repository: Path, name
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # one value per channel at this size cannot be normalised by a batch
     output = network(*inputs(model, 2))
-    logits = output.reconstruction_logits
+    logits = output.answers["reconstruction_logits"]
     assert logits.shape == (2, 2, *model.grid.shape[::-1])
     logits.square().mean().backward()
     silent = {
@@ -100,5 +100,5 @@ def test_what_a_missing_camera_shows_changes_no_reconstruction(repository: Path)
         other = images.clone()
         other[0, 1] = 5
         with torch.no_grad():
-            first, second = (network(i, valid, geometry).reconstruction_logits for i in (images, other))
+            first, second = (network(i, valid, geometry).answers["reconstruction_logits"] for i in (images, other))
         torch.testing.assert_close(first, second)

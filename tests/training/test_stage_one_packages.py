@@ -18,8 +18,9 @@ from occbev.inference.pipeline import Pipeline  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev_training.engine.stages import keep_trainable_heads  # noqa: E402
 from occbev_training.export.package import export_package, ring_rig  # noqa: E402
-from occbev_training.models.build import HEADS, build_for_weights, build_model, with_geometry  # noqa: E402
+from occbev_training.models.build import build_for_weights, build_model, with_geometry  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
+from occbev_training.models.heads.record import heads_of  # noqa: E402
 
 CAMERAS = 3
 
@@ -88,6 +89,6 @@ class Labelled:
 def test_a_semantic_head_without_truth_is_not_trained(repository: Path, state: int, head: str | None) -> None:
     model = model_of(repository, "occbev-tiny")
     network = keep_trainable_heads(build_model(model, "finetune"), model, Labelled(state))
-    heads = {name.split(".")[0] for name in network.state_dict()} & set(HEADS)
+    heads = {head.part for head in heads_of(network)}
     assert heads == {"detection_head"} | ({head} if head else set())
     assert set(build_for_weights(model, network.state_dict()).state_dict()) == set(network.state_dict())

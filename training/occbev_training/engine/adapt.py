@@ -267,12 +267,11 @@ def mean_grid(package: ModelPackage) -> NDArray[np.bool_] | None:
 
 def occupied_voxels(output: NetworkOutput, min_free: float) -> NDArray[np.bool_]:
     """Return (X, Y, Z) what the first sample's voxels are decided to be, as the runtime decides with this `min_free`."""
-    if output.occupancy_logits is None:
-        assert output.reconstruction_logits is not None
-        free = output.reconstruction_logits[0].float().softmax(0)[0]
+    if "occupancy_logits" not in output.answers:
+        free = output.answers["reconstruction_logits"][0].float().softmax(0)[0]
         is_free = free >= (min_free or 0.5)
     else:
-        share = output.occupancy_logits[0].float().softmax(0)
+        share = output.answers["occupancy_logits"][0].float().softmax(0)
         is_free = (share[-1] > share[:-1].amax(0)) & (share[-1] >= min_free)
     return xyz_from_volume(~is_free.cpu().numpy())
 

@@ -39,6 +39,7 @@ from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.models.build import build_model, with_geometry
 from occbev_training.models.checkpoints import read_weights, transfer
 from occbev_training.models.families import training_family
+from occbev_training.models.heads.record import learns_from, take_last_layers
 from occbev_training.models.network import NetworkOutput
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def train_stage(
     samples = _training_samples(config, model, inputs, folder)
     network = keep_trainable_heads(build_model(model, config.stage), model, samples)
     _require_labels(model, network)
-    if getattr(network, "detection_head", None) is not None:
+    if learns_from(network, "boxes"):
         require_boxes(samples)
     start = inputs.start or default_start(model)
     begun = begin_from(network, start)
@@ -143,8 +144,7 @@ def keep_trainable_heads(network: nn.Module, model: ModelConfig, samples: Sample
 
 def _require_labels(model: ModelConfig, network: nn.Module) -> None:
     """Refuse to train voxels in axes that no label is in; raises ConfigError."""
-    voxels = any(getattr(network, n, None) is not None for n in ("occupancy_decoder", "occupancy_head"))
-    if voxels and model.grid.frame != "base_link":
+    if learns_from(network, "voxels") and model.grid.frame != "base_link":
         raise ConfigError(
             f"{model.name}: its voxels are in {model.grid.frame!r} axes, labels in base_link; "
             "train with frame: base_link"
@@ -251,14 +251,11 @@ def network_outputs(
 
 def _prediction(output: NetworkOutput, model: ModelConfig) -> Prediction:
     """Take the first sample out of a batch, its boxes decoded as the robot does."""
-    answers = {"heatmap": output.heatmap, "box": output.box}
-    answers |= {"class_logits": _last(output.class_logits), "box_codes": _last(output.box_codes)}
-    arrays = {name: _array(tensor)[None] for name, tensor in answers.items() if tensor is not None}
-    return Prediction(
-        boxes=boxes_of(arrays, model, SCORING),
-        occupancy=_array(output.occupancy_logits),
-        reconstruction=_array(output.reconstruction_logits),
-    )
+    answers = take_last_layers(training_family(model).heads, output.answers)
+    voxels = ("occupancy_logits", "reconstruction_logits")
+    arrays = {name: _array(tensor)[None] for name, tensor in answers.items() if name not in voxels}
+    occupancy, reconstruction = (_array(answers.get(name)) for name in voxels)
+    return Prediction(boxes=boxes_of(arrays, model, SCORING), occupancy=occupancy, reconstruction=reconstruction)
 
 
 def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageInputs, folder: Path) -> Samples:
@@ -375,11 +372,6 @@ def _write_record(
         },
     }
     path.write_text(json.dumps(record, indent=1))
-
-
-def _last(layers: Tensor | None) -> Tensor | None:
-    """Of decoder layers only the last one answers."""
-    return None if layers is None else layers[-1]
 
 
 def _array(tensor: Tensor | None) -> Any:

@@ -42,7 +42,8 @@ from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.encoders.deformable_conv import plain_operators
 from occbev_training.models.families import make_graph, training_family
 from occbev_training.models.graphs import Graph, GraphError
-from occbev_training.models.heads.occupancy_head import SUBPIXEL, interleave
+from occbev_training.models.heads.occupancy_head import SEMANTICS, SUBPIXEL, interleave
+from occbev_training.models.heads.record import heads_of, learns_from
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def export_package(
     QuantisationError if it cannot be quantised.
     """
     if calibration is not None:
-        if not has_ir(model) or getattr(network, "occupancy_head", None) is None:
+        if not has_ir(model) or SEMANTICS not in heads_of(network):
             raise ExportError(f"{model.name}: only our own Lift-Splat networks with a semantic head are quantised")
         check_frames(model, calibration)
     network.eval().float().cpu()
@@ -476,9 +477,8 @@ def model_card(
     """Return the package's README: what the network is, where it comes from, how good it is."""
     parameters = sum(p.numel() for p in network.parameters())
     image, grid = model.image, model.grid
-    has_boxes = getattr(network, "detection_head", None) is not None
-    has_classes = getattr(network, "occupancy_head", None) is not None
-    has_voxels = has_classes or getattr(network, "occupancy_decoder", None) is not None
+    has_boxes, has_voxels = (learns_from(network, truth) for truth in ("boxes", "voxels"))
+    has_classes = SEMANTICS in heads_of(network)
     outputs = [f"3D boxes of {len(model.detection_classes)} classes"] * has_boxes
     outputs += [f"semantic occupancy of {len(model.occupancy_classes)} classes"] * has_classes
     outputs += ["geometric occupancy (free, occupied, unknown) without classes"] * (has_voxels and not has_classes)

@@ -164,9 +164,8 @@ def occupancy_terms(output: NetworkOutput, batch: TrainingBatch, weights: LossCo
 
 def occupied_score(output: NetworkOutput, sample: int, voxels: Tensor) -> Tensor:
     """Return the log odds (M,) of occupied at flat voxels (M,) of the sample."""
-    if output.occupancy_logits is not None:
-        logits = output.occupancy_logits[sample].flatten(1).index_select(1, voxels).float()  # (K, M)
+    if "occupancy_logits" in output.answers:
+        logits = output.answers["occupancy_logits"][sample].flatten(1).index_select(1, voxels).float()  # (K, M)
         return torch.logsumexp(logits[:-1], 0) - logits[-1]
-    assert output.reconstruction_logits is not None
-    free, occupied = output.reconstruction_logits[sample].flatten(1).index_select(1, voxels).float()
+    free, occupied = output.answers["reconstruction_logits"][sample].flatten(1).index_select(1, voxels).float()
     return occupied - free

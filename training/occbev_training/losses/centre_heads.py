@@ -17,7 +17,6 @@ from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
 from occbev_training.losses.voxels_and_centres import draw_gaussians, gaussian_radius
 from occbev_training.models.heads.centre_head import split_tasks
-from occbev_training.models.network import NetworkOutput
 
 MAX_BOXES = 500
 BOX_PARTS: Mapping[str, slice] = {
@@ -90,19 +89,16 @@ def centre_losses(
 
 
 def task_terms(
-    output: NetworkOutput,
+    answers: Mapping[str, Tensor],
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
     model: BevDetModel,
     weights: LossConfig,
 ) -> dict[str, Tensor]:
     """Return the weighted terms `heatmap` and `box`, summed over tasks; boxes, labels: of each sample."""
-    if output.heatmap is None or output.box is None:
-        return {}
     targets = task_targets(boxes, labels, model.bevdet.tasks, model.bev)
-    terms = centre_losses(
-        output.heatmap, output.box, targets, LossWeights(weights.heatmap, weights.box, weights.velocity)
-    )
+    factors = LossWeights(weights.heatmap, weights.box, weights.velocity)
+    terms = centre_losses(answers["heatmap"], answers["box"], targets, factors)
     heatmap = [value for name, value in terms.items() if name.endswith("heatmap")]
     box = [value for name, value in terms.items() if not name.endswith("heatmap")]
     return {"heatmap": torch.stack(heatmap).sum(), "box": torch.stack(box).sum()}

@@ -19,11 +19,8 @@ from occbev_training.losses.queries import query_terms
 from occbev_training.models.families import training_family
 from occbev_training.models.network import NetworkOutput
 
-BoxLoss = Callable[[NetworkOutput, Sequence[Tensor], Sequence[Tensor], Any, LossConfig], dict[str, Tensor]]
-"""Weighted terms of an output, boxes (M, 9) and labels (M,) of each sample, a model, and the weights."""
-
-BOX_LOSSES: Mapping[str, BoxLoss] = {"centres": losses.centre_terms, "tasks": task_terms, "queries": query_terms}
-"""`TrainingFamily.box_loss` -> what a detection head of that kind minimises; nothing where the network has none."""
+Answers = Mapping[str, Tensor]
+"""Output of a head -> tensor, see `NetworkOutput.answers`."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class PretrainObjective:
     def __call__(self, network: nn.Module, batch: TrainingBatch) -> Mapping[str, Tensor]:
         """Return the weighted terms `reconstruction` and `depth`."""
         output = run_network(network, batch, self.model)
-        logits = output.reconstruction_logits
-        assert logits is not None, "stage 1 needs the occupancy decoder"
+        logits = output.answers["reconstruction_logits"]
         if self.weights.occupancy == "occbev_paper":
             loss = losses.paper_loss(logits, batch.state)
         else:
@@ -63,34 +59,63 @@ class FinetuneObjective:
         further losses of occupancy.
         """
         output = run_network(network, batch, self.model)
-        detect = BOX_LOSSES[training_family(self.model).box_loss]
-        terms = detect(output, batch.boxes, batch.labels, self.model, self.weights)
-        if output.occupancy_logits is not None:
-            terms |= self._occupancy(output.occupancy_logits, batch)
-        if output.reconstruction_logits is not None:
-            loss = losses.three_state_loss(output.reconstruction_logits, batch.state, batch.visible, batch.evidence)
-            terms["reconstruction"] = self.weights.reconstruction * loss
+        terms: dict[str, Tensor] = {}
+        for head in training_family(self.model).heads:
+            if set(head.outputs) <= set(output.answers):
+                terms |= HEAD_LOSSES[head.loss](output.answers, batch, self)
         return terms | depth_term(output, batch, self.weights)
 
-    def _occupancy(self, logits: Tensor, batch: TrainingBatch) -> dict[str, Tensor]:
-        weights, counts = self.weights, batch.semantics_mask.flatten(1).sum(1).tolist()
-        logits, semantics = at_voxels(logits, batch.semantics, batch.semantics_mask)
-        mask = torch.ones_like(semantics, dtype=torch.bool)
-        loss = losses.semantic_loss(logits, semantics, mask, self.class_weight)
-        terms = {"semantics": weights.semantics * loss}
-        # Losses of whole regions: of each sample, so that it does not matter which samples share a batch.
-        probability = logits.float().softmax(1)[0, :, 0, 0].split(counts, 1)  # (K, M) of each sample
-        labels = semantics.flatten().long().split(counts)
-        for name, weight, region in (
-            ("occupied", weights.occupied, score_occupied_iou),
-            ("lovasz", weights.lovasz, losses.lovasz_softmax),
-            ("geometric_scale", weights.geometric_scale, losses.geometric_scale_loss),
-            ("semantic_scale", weights.semantic_scale, losses.semantic_scale_loss),
-        ):
-            if weight:
-                each = [region(p, label) for p, label in zip(probability, labels, strict=True)]
-                terms[name] = weight * torch.stack(each).mean()
-        return terms
+
+def semantic_terms(answers: Answers, batch: TrainingBatch, objective: FinetuneObjective) -> dict[str, Tensor]:
+    """Return the weighted terms of the semantic head: `semantics` and those of whole regions that have a weight."""
+    weights, counts = objective.weights, batch.semantics_mask.flatten(1).sum(1).tolist()
+    logits, semantics = at_voxels(answers["occupancy_logits"], batch.semantics, batch.semantics_mask)
+    mask = torch.ones_like(semantics, dtype=torch.bool)
+    loss = losses.semantic_loss(logits, semantics, mask, objective.class_weight)
+    terms = {"semantics": weights.semantics * loss}
+    # Losses of whole regions: of each sample, so that it does not matter which samples share a batch.
+    probability = logits.float().softmax(1)[0, :, 0, 0].split(counts, 1)  # (K, M) of each sample
+    labels = semantics.flatten().long().split(counts)
+    for name, weight, region in (
+        ("occupied", weights.occupied, score_occupied_iou),
+        ("lovasz", weights.lovasz, losses.lovasz_softmax),
+        ("geometric_scale", weights.geometric_scale, losses.geometric_scale_loss),
+        ("semantic_scale", weights.semantic_scale, losses.semantic_scale_loss),
+    ):
+        if weight:
+            each = [region(p, label) for p, label in zip(probability, labels, strict=True)]
+            terms[name] = weight * torch.stack(each).mean()
+    return terms
+
+
+def geometry_terms(answers: Answers, batch: TrainingBatch, objective: FinetuneObjective) -> dict[str, Tensor]:
+    """Return the weighted term `reconstruction` of a decoder that goes on learning beside the boxes."""
+    logits = answers["reconstruction_logits"]
+    loss = losses.three_state_loss(logits, batch.state, batch.visible, batch.evidence)
+    return {"reconstruction": objective.weights.reconstruction * loss}
+
+
+HeadLoss = Callable[[Answers, TrainingBatch, FinetuneObjective], dict[str, Tensor]]
+"""Weighted terms of a head that answered."""
+
+BoxLoss = Callable[[Answers, Sequence[Tensor], Sequence[Tensor], Any, LossConfig], dict[str, Tensor]]
+"""The same of boxes (M, 9) and labels (M,) of each sample, a model, and the weights."""
+
+
+def _of_boxes(terms: BoxLoss) -> HeadLoss:
+    return lambda answers, batch, objective: terms(
+        answers, batch.boxes, batch.labels, objective.model, objective.weights
+    )
+
+
+HEAD_LOSSES: Mapping[str, HeadLoss] = {
+    "geometry": geometry_terms,
+    "semantics": semantic_terms,
+    "centres": _of_boxes(losses.centre_terms),
+    "tasks": _of_boxes(task_terms),
+    "queries": _of_boxes(query_terms),
+}
+"""`Head.loss` -> what a head of that kind minimises in stage 2."""
 
 
 def score_occupied_iou(probability: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Every term is 0 where nothing is labelled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
 from occbev_training.losses.voxels_and_centres import sigmoid_focal
 from occbev_training.models.heads.query_head import CODE_VALUES, VELOCITY_WEIGHT, encode_boxes
-from occbev_training.models.network import NetworkOutput
 
 CLASS_WEIGHT = 2.0
 BOX_WEIGHT = 0.25
@@ -37,21 +36,19 @@ class Matches:
 
 
 def query_terms(
-    output: NetworkOutput,
+    answers: Mapping[str, Tensor],
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
     model: ModelConfig,
     weights: LossConfig,
 ) -> dict[str, Tensor]:
     """Return the weighted terms `query_class` and `query_box`, summed over layers; boxes, labels: of each sample."""
-    if output.class_logits is None or output.box_codes is None:
-        return {}
     near = [_within(box, model.bev) for box in boxes]
     boxes = [box[keep] for box, keep in zip(boxes, near, strict=True)]
     labels = [label[keep] for label, keep in zip(labels, near, strict=True)]
-    codes = output.box_codes.float()
+    codes = answers["box_codes"].float()
     code_weights = codes.new_tensor([1.0] * (CODE_VALUES - 2) + [VELOCITY_WEIGHT] * 2)
-    each = query_loss(output.class_logits.float(), codes, boxes, labels, code_weights)
+    each = query_loss(answers["class_logits"].float(), codes, boxes, labels, code_weights)
     return {
         f"query_{name}": weights.queries * torch.stack([v for k, v in each.items() if k.endswith(suffix)]).sum()
         for name, suffix in (("class", "loss_cls"), ("box", "loss_bbox"))

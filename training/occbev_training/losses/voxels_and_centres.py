@@ -6,7 +6,7 @@ it is counts in all processes, so that many of them learn what one would from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from occbev.config import ModelConfig
 from occbev.grid import BevGrid
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
-from occbev_training.models.network import NetworkOutput
 
 LIDAR_ONLY_WEIGHT = 0.25
 """Weight of voxels that no camera sees: without them surfaces grow thick behind their first hit."""
@@ -281,19 +280,17 @@ def draw_gaussians(maps: Tensor, plane: Tensor, x: Tensor, y: Tensor, radius: Te
 
 
 def centre_terms(
-    output: NetworkOutput,
+    answers: Mapping[str, Tensor],
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
     model: ModelConfig,
     weights: LossConfig,
 ) -> dict[str, Tensor]:
     """Return the weighted terms `heatmap` and `box` of our own centre head; boxes, labels: of each sample."""
-    if output.heatmap is None or output.box is None:
-        return {}
     centres = centre_targets(boxes, labels, model.bev, len(model.detection_classes))
     return {
-        "heatmap": weights.heatmap * heatmap_loss(output.heatmap, centres.heatmap),
-        "box": weights.box * box_loss(output.box, centres, weights.velocity),
+        "heatmap": weights.heatmap * heatmap_loss(answers["heatmap"], centres.heatmap),
+        "box": weights.box * box_loss(answers["box"], centres, weights.velocity),
     }
 
 

@@ -16,11 +16,10 @@ from torch import nn
 
 from occbev.config import ConfigError, ModelConfig
 from occbev_training.models.families import training_family
+from occbev_training.models.heads.occupancy_head import GEOMETRY, SEMANTICS
+from occbev_training.models.heads.record import heads_of
 
 TRAINING_STAGES = ("pretrain", "finetune")
-
-HEADS = ("occupancy_decoder", "occupancy_head", "detection_head")
-"""Parts of a network that answer: geometric occupancy, semantic occupancy, boxes."""
 
 
 def build_model(config: ModelConfig, stage: str) -> nn.Module:
@@ -39,23 +38,23 @@ def build_for_weights(config: ModelConfig, names: Iterable[str]) -> nn.Module:
     names: of weights, such as the keys of a state. Pre-training has one head, fine-tuning those that it could train.
     """
     parts = {name.partition(".")[0] for name in names}
-    if "occupancy_decoder" not in parts:
-        network = build_model(config, "finetune")
-    elif "detection_head" not in parts:
+    stages = {head.stage for head in training_family(config).heads if head.part in parts}
+    if stages == {"pretrain"}:
         return build_model(config, "pretrain")
-    else:
-        network = with_geometry(build_model(config, "finetune"), config)
-    for head in HEADS:
-        if head not in parts and getattr(network, head, None) is not None:
-            setattr(network, head, None)
+    network = build_model(config, "finetune")
+    if "pretrain" in stages:
+        network = with_geometry(network, config)
+    for head in heads_of(network):
+        if head.part not in parts:
+            setattr(network, head.part, None)
     return network
 
 
 def with_geometry(network: nn.Module, config: ModelConfig) -> nn.Module:
     """Give a network of fine-tuning the decoder of pre-training in place of the semantic head; returns it."""
     pretrained = build_model(config, "pretrain")
-    for name, part in (("occupancy_head", None), ("occupancy_decoder", pretrained.occupancy_decoder)):
-        setattr(network, name, part)
+    for head, part in ((SEMANTICS, None), (GEOMETRY, getattr(pretrained, GEOMETRY.part))):
+        setattr(network, head.part, part)
     if getattr(network, "view_transform", None) is None:  # DETR3D reads the images without one
         network.view_transform = pretrained.view_transform
     return network

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from occbev.inference.backend import FACTORS
 from occbev.inference.tables import GATHER_STAGES
+from occbev_training.models.heads.record import heads_of, take_last_layers
 from occbev_training.models.lift_splat.bevdet import BevDetNetwork
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints
 from occbev_training.models.lift_splat.temporal import warp_bev
@@ -19,22 +20,6 @@ from occbev_training.models.network import NetworkOutput, OccBevNetwork
 from occbev_training.models.queries.bevformer import BevFormerViews, CameraSlots, Motion
 from occbev_training.models.queries.detr3d import CameraViews
 from occbev_training.models.queries.query_networks import BevFormerNetwork, Detr3dNetwork
-
-HEADS: Mapping[str, str] = {
-    "reconstruction_logits": "occupancy_decoder",
-    "occupancy_logits": "occupancy_head",
-    "heatmap": "detection_head",
-    "box": "detection_head",
-}
-"""Output of a Lift-Splat graph -> the part of the network that makes it, in the graph's order."""
-
-QUERY_HEADS: Mapping[str, str] = {
-    "reconstruction_logits": "occupancy_decoder",
-    "occupancy_logits": "occupancy_head",
-    "class_logits": "detection_head",
-    "box_codes": "detection_head",
-}
-"""The same of the families bevformer and detr3d."""
 
 SOURCES = ("images", "camera_valid")
 BAG_TABLES = ("table_pixel", "table_depth", "table_weight", "table_offset", "table_ray")
@@ -82,7 +67,7 @@ class LiftGraph(Graph):
         self.temporal = network.temporal is not None
         self.stereo = isinstance(network, BevDetNetwork) and network.matching_grid is not None
         self.inputs = (*SOURCES, *self.tables, *LIFT_STATE * self.temporal, *STEREO_STATE * self.stereo)
-        self.outputs = tuple(n for n, part in HEADS.items() if getattr(network, part) is not None)
+        self.outputs = _name_outputs(network)
         self.outputs += ("state_out_bev",) * self.temporal + ("state_out_match",) * self.stereo
 
     def predict_depth(
@@ -138,8 +123,8 @@ class LiftGraph(Graph):
         heads = self._heads(network.temporal(bev, history))
         return self._select({**heads, "state_out_bev": state, "state_out_match": match})
 
-    def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        return self.network.heads(bev)
+    def _heads(self, bev: Tensor) -> dict[str, Tensor]:
+        return self.network.run_heads(bev)
 
     def _select(self, results: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
         chosen = {name: results[name] for name in self.outputs}
@@ -188,8 +173,8 @@ class FactoredGraph(BagGraph):
         if "occupancy_logits" in self.outputs:
             self.outputs += FACTORS
 
-    def _heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        return self.network.factored_heads(bev)
+    def _heads(self, bev: Tensor) -> dict[str, Tensor]:
+        return self.network.run_factored_heads(bev)
 
 
 class GatherGraph(LiftGraph):
@@ -233,7 +218,7 @@ class BevFormerGraph(Graph):
 
     def __init__(self, network: BevFormerNetwork) -> None:
         super().__init__(network)
-        self.outputs = (*_query_outputs(network), "state_out_bev")
+        self.outputs = (*_name_outputs(network), "state_out_bev")
 
     def forward(
         self,
@@ -253,7 +238,7 @@ class BevFormerGraph(Graph):
         hits = CameraSlots(table_query, table_points, camera_valid[0], table_slot)
         motion = Motion(state_in_bev, state_known, table_align, table_shift)
         output = self.network(images, camera_valid, BevFormerViews(hits, can_bus, table_camera[None], motion))
-        return (*_answers(output, self.outputs[:-1]), output.bev)
+        return (*_take_answers(self.network, output), output.bev)
 
 
 class Detr3dGraph(Graph):
@@ -265,21 +250,19 @@ class Detr3dGraph(Graph):
 
     def __init__(self, network: Detr3dNetwork) -> None:
         super().__init__(network)
-        self.outputs = _query_outputs(network)
+        self.outputs = _name_outputs(network)
 
     def forward(
         self, images: Tensor, camera_valid: Tensor, table_projection: Tensor, table_camera: Tensor
     ) -> tuple[Tensor, ...]:
         """Return `outputs`."""
         output = self.network(images, camera_valid, CameraViews(table_projection, table_camera[None]))
-        return _answers(output, self.outputs)
+        return _take_answers(self.network, output)
 
 
-def _query_outputs(network: BevFormerNetwork | Detr3dNetwork) -> tuple[str, ...]:
-    return tuple(n for n, part in QUERY_HEADS.items() if getattr(network, part, None) is not None)
+def _name_outputs(network: nn.Module) -> tuple[str, ...]:
+    return tuple(name for head in heads_of(network) for name in head.outputs)
 
 
-def _answers(output: NetworkOutput, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """Return outputs by name; of decoder layers only the last answers, the others are there for training."""
-    last = ("class_logits", "box_codes")
-    return tuple(getattr(output, n)[-1] if n in last else getattr(output, n) for n in names)
+def _take_answers(network: nn.Module, output: NetworkOutput) -> tuple[Tensor, ...]:
+    return tuple(take_last_layers(heads_of(network), output.answers).values())

@@ -7,14 +7,15 @@ has to say to each is made by `occbev_training.models.geometry`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from occbev.inference.backend import FACTORS
-from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.heads.occupancy_head import SEMANTICS, OccupancyDecoder
+from occbev_training.models.heads.record import HeadedNetwork, Heads, heads_of
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, Splatter
 from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.lift_splat.temporal import TemporalFusion
@@ -22,21 +23,14 @@ from occbev_training.models.lift_splat.temporal import TemporalFusion
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """What a network of any family says; a head that is not there leaves None.
+    """What a network of any family says.
 
-    depth_logits: (B, N, D, h, w), of Lift-Splat. reconstruction_logits: (B, 2, Z, Y, X), free and occupied.
-    occupancy_logits: (B, K, Z, Y, X). heatmap: (B, K, Y, X) logits. box: (B, 10, Y, X).
-    class_logits: (L, B, Q, K) and box_codes: (L, B, Q, 10) of every layer of a decoder of object queries, see
-    `occbev_training.models.heads.query_head`. bev: (B, C, Y, X), what the next frame may remember.
+    answers: output of a head -> tensor; the records in `occbev_training.models.heads` say which there are, of which shape.
+    depth_logits: (B, N, D, h, w), of Lift-Splat. bev: (B, C, Y, X), what the next frame may remember.
     """
 
+    answers: Mapping[str, Tensor]
     depth_logits: Tensor | None = None
-    reconstruction_logits: Tensor | None = None
-    occupancy_logits: Tensor | None = None
-    heatmap: Tensor | None = None
-    box: Tensor | None = None
-    class_logits: Tensor | None = None
-    box_codes: Tensor | None = None
     bev: Tensor | None = None
 
 
@@ -56,7 +50,7 @@ class Frame:
     matching: Matching | None = None
 
 
-class OccBevNetwork(nn.Module):
+class OccBevNetwork(HeadedNetwork):
     """Images and geometry to occupancy and boxes."""
 
     def __init__(
@@ -64,9 +58,7 @@ class OccBevNetwork(nn.Module):
         image_encoder: nn.Module,
         view_transform: Splatter,
         bev_encoder: nn.Module,
-        occupancy_decoder: nn.Module | None = None,
-        occupancy_head: nn.Module | None = None,
-        detection_head: nn.Module | None = None,
+        heads: Heads,
         temporal: TemporalFusion | None = None,
     ) -> None:
         """temporal: joins the BEV of past frames to that of the key frame; None without a memory."""
@@ -74,9 +66,7 @@ class OccBevNetwork(nn.Module):
         self.image_encoder = image_encoder
         self.view_transform = view_transform
         self.bev_encoder = bev_encoder
-        self.occupancy_decoder = occupancy_decoder
-        self.occupancy_head = occupancy_head
-        self.detection_head = detection_head
+        self.add_heads(heads)
         self.temporal = temporal
 
     def forward(
@@ -98,7 +88,7 @@ class OccBevNetwork(nn.Module):
         bev, logits = self.frame_bev(key, older[0])
         if self.temporal is not None:
             bev = self.temporal(bev, self._history(past, older[1:]))
-        return NetworkOutput(logits.unflatten(0, images.shape[:2]), **self.heads(bev))
+        return NetworkOutput(self.run_heads(bev), logits.unflatten(0, images.shape[:2]))
 
     @torch.no_grad()
     def _history(self, past: Sequence[Frame], older: Sequence[Tensor | None]) -> list[Tensor]:
@@ -119,31 +109,20 @@ class OccBevNetwork(nn.Module):
         """Return what a stereo network matches the next newer frame with; None here."""
         return None
 
-    def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        """Encode the splatted BEV (B, C, Y, X) and run the heads; the fields of `NetworkOutput`."""
-        bev = self.bev_encoder(bev)
-        return {
-            "reconstruction_logits": self.occupancy_decoder(bev) if self.occupancy_decoder else None,
-            "occupancy_logits": self.occupancy_head(bev) if self.occupancy_head else None,
-            **self.centres(bev),
-        }
+    def run_heads(self, bev: Tensor) -> dict[str, Tensor]:
+        """Encode the splatted BEV (B, C, Y, X) and run the heads; returns their outputs by name."""
+        return self.answer({"bev": self.bev_encoder(bev)})
 
-    def factored_heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        """Run the heads of fine-tuning as `heads` does, and say of voxels what `OccupancyDecoder.factors` says.
-
-        Returns: `reconstruction_logits`, `occupancy_logits`, `occupied`, `kind`, `class_probability`, `heatmap`, `box`.
-        """
+    def run_factored_heads(self, bev: Tensor) -> dict[str, Tensor]:
+        """Run the heads as `run_heads` does, and say of voxels what `OccupancyDecoder.factors` says as well."""
         bev = self.bev_encoder(bev)
-        answers: dict[str, Tensor | None] = self.centres(bev)
-        answers["reconstruction_logits"] = self.occupancy_decoder(bev) if self.occupancy_decoder else None
-        if self.occupancy_head is not None:
-            assert isinstance(self.occupancy_head, OccupancyDecoder), "only our own heads answer in factors"
-            cells = self.occupancy_head.cells(bev)
-            answers |= dict(zip(FACTORS, self.occupancy_head.factors(cells), strict=True))
-            answers["occupancy_logits"] = self.occupancy_head.logits(cells)
+        answers: dict[str, Tensor] = {}
+        for head in heads_of(self):
+            part = getattr(self, head.part)
+            if head != SEMANTICS:
+                answers |= head.name_outputs(part(bev))
+                continue
+            assert isinstance(part, OccupancyDecoder), "only our own heads answer in factors"
+            cells = part.cells(bev)
+            answers |= dict(zip(FACTORS, part.factors(cells), strict=True)) | head.name_outputs(part.logits(cells))
         return answers
-
-    def centres(self, bev: Tensor) -> dict[str, Tensor | None]:
-        """Run the detection head on the encoded BEV; `heatmap` and `box`."""
-        heatmap, box = self.detection_head(bev) if self.detection_head else (None, None)
-        return {"heatmap": heatmap, "box": box}

@@ -18,7 +18,7 @@ from occbev_training.models.families.lift_splat import SplatTraining
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import BagGraph, GatherGraph
 from occbev_training.models.history import History, View
-from occbev_training.models.lift_splat.bevdet import BevDetNetwork, build_bevdet
+from occbev_training.models.lift_splat.bevdet import HEADS, BevDetNetwork, build_bevdet
 from occbev_training.models.lift_splat.stereo import Matching, join_matchings
 
 
@@ -27,7 +27,7 @@ class BevDetTraining(SplatTraining[BevDetModel]):
 
     network = BevDetNetwork
     graphs: ClassVar = {"onnx": GatherGraph, "native": BagGraph}
-    box_loss = "tasks"
+    heads = HEADS
 
     def build(self, model: BevDetModel, stage: str) -> nn.Module:
         """Build a network with random weights."""

@@ -31,6 +31,10 @@ from occbev_training.models.families.queries import (
 from occbev_training.models.families.record import REDUCED_CELLS
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import BevFormerGraph
+from occbev_training.models.heads.occupancy_head import GEOMETRY, SEMANTICS
+from occbev_training.models.heads.query_head import QUERIES, QueryHead
+from occbev_training.models.heads.record import build_heads
+from occbev_training.models.heads.voxel_decoder import VoxelDecoder
 from occbev_training.models.history import History, MotionTables, PastFrames, View, stack_images
 from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.network import NetworkOutput
@@ -44,30 +48,43 @@ from occbev_training.models.queries.query_networks import (
 )
 
 
+def _decoder(model: BevFormerModel) -> VoxelDecoder:
+    return make_voxel_decoder(model, model.bevformer.channels, 2)
+
+
+def _semantic_head(model: BevFormerModel) -> VoxelDecoder | None:
+    former = model.bevformer
+    return make_voxel_decoder(model, former.channels, len(model.occupancy_classes)) if former.occupancy else None
+
+
+def _query_head(model: BevFormerModel) -> QueryHead | None:
+    former, head = model.bevformer, model.query_head
+    if head is None:
+        return None
+    attend = (former.channels, head.heads, 1, head.points, head.dropout)
+    return make_query_head(model, head, former.channels, lambda: BevAttention(*attend))
+
+
+HEADS = (GEOMETRY.built_by(_decoder), SEMANTICS.built_by(_semantic_head), QUERIES.built_by(_query_head))
+"""Heads of the family."""
+
+
 class BevFormerTraining(QueryTraining[BevFormerModel]):
     """BEVFormer; a sample leaves one past frame out, so that unequal steps are learned."""
 
     network = BevFormerNetwork
     graphs: ClassVar = {"onnx": BevFormerGraph, "native": BevFormerGraph}
+    heads = HEADS
     skips_frames = True
 
     def build(self, model: BevFormerModel, stage: str) -> nn.Module:
         """Build a network with random weights."""
-        former, head = model.bevformer, model.query_head
         encoder = PyramidEncoder(model.resnet)
-        view = BevFormer(former, model.bev, len(encoder.neck.output))
-        if stage == "pretrain":
-            decoder = make_voxel_decoder(model, former.channels, 2)
-            return BevFormerNetwork(encoder, view, occupancy_decoder=decoder)
-        occupancy, detection = None, None
-        if former.occupancy:
-            occupancy = make_voxel_decoder(model, former.channels, len(model.occupancy_classes))
-        if head is not None:
-            attend = (former.channels, head.heads, 1, head.points, head.dropout)
-            detection = make_query_head(model, head, former.channels, lambda: BevAttention(*attend))
-        if occupancy is None and detection is None:
+        view = BevFormer(model.bevformer, model.bev, len(encoder.neck.output))
+        heads = build_heads(self.heads, model, stage)
+        if not any(heads.values()):
             raise ConfigError(f"{model.name}: set query_head or bevformer.occupancy, else it has no head")
-        return BevFormerNetwork(encoder, view, occupancy_head=occupancy, detection_head=detection)
+        return BevFormerNetwork(encoder, view, heads)
 
     def geometry(
         self,

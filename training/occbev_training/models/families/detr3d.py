@@ -22,8 +22,26 @@ from occbev_training.models.families.queries import (
 )
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import Detr3dGraph
+from occbev_training.models.heads.occupancy_head import GEOMETRY
+from occbev_training.models.heads.query_head import QUERIES, QueryHead
+from occbev_training.models.heads.record import build_heads
+from occbev_training.models.heads.voxel_decoder import VoxelDecoder
 from occbev_training.models.queries.detr3d import CameraSampling, CameraViews, PillarSampling
 from occbev_training.models.queries.query_networks import Detr3dNetwork, PyramidEncoder
+
+
+def _decoder(model: Detr3dModel) -> VoxelDecoder:
+    return make_voxel_decoder(model, model.resnet.channels, 2)
+
+
+def _query_head(model: Detr3dModel) -> QueryHead:
+    head, resnet = model.query_head, model.resnet
+    attend = (resnet.channels, model.max_cameras, resnet.levels, extent_of(model, head), head.dropout)
+    return make_query_head(model, head, resnet.channels, lambda: CameraSampling(*attend))
+
+
+HEADS = (GEOMETRY.built_by(_decoder), QUERIES.built_by(_query_head))
+"""Heads of the family."""
 
 
 class Detr3dTraining(QueryTraining[Detr3dModel]):
@@ -31,17 +49,13 @@ class Detr3dTraining(QueryTraining[Detr3dModel]):
 
     network = Detr3dNetwork
     graphs: ClassVar = {"onnx": Detr3dGraph, "native": Detr3dGraph}
+    heads = HEADS
 
     def build(self, model: Detr3dModel, stage: str) -> nn.Module:
         """Build a network with random weights."""
-        head, resnet, encoder = model.query_head, model.resnet, PyramidEncoder(model.resnet)
-        if stage == "pretrain":
-            view = PillarSampling(resnet.channels, model.bev, head.z_range)
-            decoder = make_voxel_decoder(model, resnet.channels, 2)
-            return Detr3dNetwork(encoder, view_transform=view, occupancy_decoder=decoder)
-        attend = (resnet.channels, model.max_cameras, resnet.levels, extent_of(model, head), head.dropout)
-        detection = make_query_head(model, head, resnet.channels, lambda: CameraSampling(*attend))
-        return Detr3dNetwork(encoder, detection)
+        channels, encoder = model.resnet.channels, PyramidEncoder(model.resnet)
+        view = PillarSampling(channels, model.bev, model.query_head.z_range) if stage == "pretrain" else None
+        return Detr3dNetwork(encoder, build_heads(self.heads, model, stage), view)
 
     def geometry(
         self,

@@ -16,8 +16,9 @@ from occbev_training.models.encoders.image_encoder import ImageEncoder
 from occbev_training.models.families.record import TrainingFamily
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import BagGraph, FactoredGraph, GatherGraph
-from occbev_training.models.heads.detection_head import DetectionHead
-from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.heads.detection_head import CENTRES, DetectionHead
+from occbev_training.models.heads.occupancy_head import GEOMETRY, SEMANTICS, OccupancyDecoder
+from occbev_training.models.heads.record import build_heads
 from occbev_training.models.history import History, MotionTables, PastFrames, View, into_key, stack_images
 from occbev_training.models.lift_splat.bev_encoder import BevEncoder
 from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat, batch_geometry
@@ -102,12 +103,29 @@ class SplatTraining(TrainingFamily[Splat]):
         }
 
 
+def _decoder(model: LiftSplatModel) -> OccupancyDecoder:
+    return OccupancyDecoder(model.bev_encoder.out_channels, model.occupancy, model.bev, model.grid)
+
+
+def _semantic_head(model: LiftSplatModel) -> OccupancyDecoder:
+    kinds = len(model.occupancy_classes) - 1
+    return OccupancyDecoder(model.bev_encoder.out_channels, model.occupancy, model.bev, model.grid, kinds)
+
+
+def _detection_head(model: LiftSplatModel) -> DetectionHead:
+    return DetectionHead(model.bev_encoder.out_channels, model.detection, len(model.detection_classes))
+
+
+HEADS = (GEOMETRY.built_by(_decoder), SEMANTICS.built_by(_semantic_head), CENTRES.built_by(_detection_head))
+"""Heads of our own networks."""
+
+
 class LiftSplatTraining(SplatTraining[LiftSplatModel]):
     """Our own networks."""
 
     network = OccBevNetwork
     graphs: ClassVar = {"onnx": GatherGraph, "native": BagGraph, "factored": FactoredGraph}
-    box_loss = "centres"
+    heads = HEADS
 
     def build(self, model: LiftSplatModel, stage: str) -> OccBevNetwork:
         """Build a network with random weights."""
@@ -120,11 +138,7 @@ class LiftSplatTraining(SplatTraining[LiftSplatModel]):
             LiftSplat(model.encoder.channels, model.lift, model.bev.shape),
             BevEncoder(model.lift.channels * frames, model.bev_encoder),
         )
-        if stage == "pretrain":
-            return OccBevNetwork(*parts, occupancy_decoder=_occupancy(model, 0), temporal=temporal)
-        detection = DetectionHead(model.bev_encoder.out_channels, model.detection, len(model.detection_classes))
-        occupancy = _occupancy(model, len(model.occupancy_classes) - 1)
-        return OccBevNetwork(*parts, occupancy_head=occupancy, detection_head=detection, temporal=temporal)
+        return OccBevNetwork(*parts, build_heads(self.heads, model, stage), temporal)
 
     def reduce(self, model: LiftSplatModel) -> LiftSplatModel:
         """Return the same architecture at a small size."""
@@ -144,11 +158,6 @@ def _as_frame(past: PastFrames) -> Frame:
     assert past.geometry is None or isinstance(past.geometry, BatchedPoints)
     assert past.motion is None or isinstance(past.motion, Matching)
     return Frame(past.images, past.camera_valid, past.geometry, past.motion)
-
-
-def _occupancy(model: LiftSplatModel, classes: int) -> OccupancyDecoder:
-    width = model.bev_encoder.out_channels
-    return OccupancyDecoder(width, model.occupancy, model.bev, model.grid, classes)
 
 
 FAMILY = LiftSplatTraining()

@@ -23,8 +23,6 @@ Query = TypeVar("Query", bound=QueryModel)
 class QueryTraining(TrainingFamily[Query]):
     """What both families share."""
 
-    box_loss = "queries"
-
     def in_base_link(self, model: Query) -> Query:
         """Return the configuration in base_link; reference points are as high above the road as before."""
         head = model.query_head

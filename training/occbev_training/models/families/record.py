@@ -14,6 +14,7 @@ from occbev.grid import VoxelGrid
 from occbev.inference.tables import Augmentation
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.graphs import Graph
+from occbev_training.models.heads.record import Head
 from occbev_training.models.history import History, MotionTables, PastFrames, View
 from occbev_training.models.lift_splat.stereo import Matching
 from occbev_training.models.network import NetworkOutput
@@ -32,13 +33,12 @@ class TrainingFamily(Generic[Model]):
 
     network: the class of its networks. graphs: form -> the class of the graph that takes it; "onnx" is the form that
     is written as ONNX, "native" that which torch runs, "factored" that which is written for OpenVINO, if there is one.
-    box_loss: a key of `occbev_training.losses.objectives.BOX_LOSSES`. skips_frames: whether a sample in training
-    leaves one past frame out.
+    heads: in the order of the graphs' outputs. skips_frames: whether a sample in training leaves one past frame out.
     """
 
     network: ClassVar[type[nn.Module]]
     graphs: ClassVar[Mapping[str, type[Graph]]]
-    box_loss: ClassVar[str]
+    heads: ClassVar[tuple[Head, ...]]
     skips_frames: ClassVar[bool] = False
 
     def build(self, model: Model, stage: str) -> nn.Module:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from occbev_training.models.heads.detection_head import BOX_CHANNELS
+from occbev_training.models.heads.record import Head
 from occbev_training.models.layers import conv_bn_relu
+
+TASKS = Head("detection_head", ("heatmap", "box"), "tasks", "boxes")
+"""Logits of centres (B, K, Y, X) and a box of every task and cell (B, tasks * 10, Y, X)."""
 
 BOX_BRANCHES = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2}
 """Branches whose outputs, one after the other, are the box channels of the detection head."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from occbev.config import DetectionHeadConfig
+from occbev_training.models.heads.record import Head
 from occbev_training.models.layers import conv_bn_relu
+
+CENTRES = Head("detection_head", ("heatmap", "box"), "centres", "boxes")
+"""Logits of centres (B, K, Y, X) and a box of every cell (B, 10, Y, X)."""
 
 BOX_CHANNELS = 10
 """x, y offset in cells from the cell's lower corner, z, log l, w, h, sin yaw, cos yaw, vx, vy."""

@@ -12,7 +12,14 @@ from torch.nn import functional
 
 from occbev.config import OccupancyHeadConfig
 from occbev.grid import BevGrid, VoxelGrid
+from occbev_training.models.heads.record import Head
 from occbev_training.models.layers import ResidualBlock, conv_bn_relu
+
+GEOMETRY = Head("occupancy_decoder", ("reconstruction_logits",), "geometry", "voxels", stage="pretrain")
+"""Free and occupied: (B, 2, Z, Y, X). The Occ-BEV decoder of pre-training."""
+
+SEMANTICS = Head("occupancy_head", ("occupancy_logits",), "semantics", "voxels")
+"""Classes of voxels, free the last: (B, K, Z, Y, X)."""
 
 SUBPIXEL = 2
 """The plane is decoded at this many voxels per cell along x and y."""

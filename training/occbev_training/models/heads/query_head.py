@@ -5,14 +5,18 @@ What queries attend to differs between BEVFormer and DETR3D and is given to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from occbev.inference.families.queries import QueryHeadConfig
+from occbev_training.models.heads.record import Head
 from occbev_training.models.layers import FeedForward
+
+QUERIES = Head("detection_head", ("class_logits", "box_codes"), "queries", "boxes", reads="scene", layered=True)
+"""Class logits (L, B, Q, K) and box codes (L, B, Q, 10) of every decoder layer."""
 
 CODE_VALUES = 10
 """x, y, log w, log l, z, log h, sin r, cos r, vx, vy with r = -yaw - pi / 2."""
@@ -59,12 +63,12 @@ class QueryHead(nn.Module):
         weights = torch.tensor([1.0] * 8 + [VELOCITY_WEIGHT] * 2)
         self.code_weights = nn.Parameter(weights, requires_grad=False)
 
-    def forward(self, scene: object, batch: int) -> tuple[Tensor, Tensor]:
+    def forward(self, scene: Sized) -> tuple[Tensor, Tensor]:
         """Return class logits (L, B, Q, K) and box codes (L, B, Q, 10) of every decoder layer.
 
-        scene: what the cross-attention reads. Centres are in metres of the frame of the extent.
+        scene: what the cross-attention reads; its length is that of the batch. Centres are in metres of the frame of the extent.
         """
-        position, query = self.query_embedding.weight.expand(batch, -1, -1).chunk(2, 2)
+        position, query = self.query_embedding.weight.expand(len(scene), -1, -1).chunk(2, 2)
         reference = self.reference_points(position).sigmoid()
         logits, codes = [], []
         for layer, classify, regress in zip(self.layers, self.classifiers, self.regressors, strict=True):

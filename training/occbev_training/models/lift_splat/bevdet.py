@@ -16,9 +16,10 @@ from occbev.inference.families.bevdet import BevDetConfig, BevDetModel
 from occbev.inference.tables import bin_depths, feature_pixels
 from occbev_training.models.encoders.image_necks import DeconvolutionNeck, PyramidNeck, ResNetImageEncoder
 from occbev_training.models.encoders.resnet import ResNet
-from occbev_training.models.heads.centre_head import CentreHead
+from occbev_training.models.heads.centre_head import TASKS, CentreHead
 from occbev_training.models.heads.detection_head import BOX_CHANNELS
-from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.heads.occupancy_head import GEOMETRY, SEMANTICS, OccupancyDecoder
+from occbev_training.models.heads.record import build_heads
 from occbev_training.models.heads.reference_occupancy import PlaneOccupancy, VolumeOccupancy
 from occbev_training.models.layers import at_least_float32
 from occbev_training.models.lift_splat.bev_residual_encoder import (
@@ -110,10 +111,10 @@ class BevDetNetwork(OccBevNetwork):
     matching_grid: MatchingGrid | None
     """Where depth hypotheses fall in the image before, of networks with stereo."""
 
-    def heads(self, bev: Tensor) -> dict[str, Tensor | None]:
-        """Run the heads, see `OccBevNetwork.heads`; boxes are l, w, h and yaw whatever the head was trained for."""
-        outputs = super().heads(bev)
-        if self.first_boxes and outputs["box"] is not None:
+    def run_heads(self, bev: Tensor) -> dict[str, Tensor]:
+        """Run the heads, see `OccBevNetwork.run_heads`; boxes are l, w, h and yaw whatever the head was trained for."""
+        outputs = super().run_heads(bev)
+        if self.first_boxes and "box" in outputs:
             outputs["box"] = from_first_boxes(outputs["box"])
         return outputs
 
@@ -159,29 +160,14 @@ def from_first_boxes(box: Tensor) -> Tensor:
 def build_bevdet(config: BevDetModel, stage: str) -> BevDetNetwork:
     """Build a network of the family with random weights; stage: "pretrain" or "finetune"."""
     parts = config.bevdet
-    network = BevDetNetwork(
-        _image_encoder(parts),
-        _view_transform(config, parts),
-        _bev_encoder(config, parts),
-        temporal=_temporal(config, parts),
-        **_heads(config, parts, stage),
-    )
+    encoders = _image_encoder(parts), _view_transform(config, parts), _bev_encoder(config, parts)
+    temporal = _temporal(config, parts)
+    network = BevDetNetwork(*encoders, build_heads(HEADS, config, stage), temporal)
     network.reference_names = rules_for(config)
     network.first_boxes = parts.first_boxes
     size = (config.image.width, config.image.height)
     network.matching_grid = MatchingGrid(size, config.lift) if parts.stereo else None
     return network
-
-
-def _heads(config: BevDetModel, parts: BevDetConfig, stage: str) -> dict[str, nn.Module]:
-    if stage == "pretrain":
-        return {"occupancy_decoder": _decoder(config, parts)}
-    heads: dict[str, nn.Module] = {}
-    if parts.tasks:
-        heads["detection_head"] = CentreHead(config.bev_encoder.out_channels, parts.tasks)
-    if parts.occupancy != "none":
-        heads["occupancy_head"] = _semantic_head(config, parts, len(config.occupancy_classes))
-    return heads
 
 
 def _image_encoder(parts: BevDetConfig) -> ResNetImageEncoder:
@@ -229,19 +215,30 @@ def _bev_encoder(config: BevDetModel, parts: BevDetConfig) -> nn.Module:
     return PlaneEncoder(inputs, width, parts.bev_hidden, outputs)
 
 
-def _semantic_head(config: BevDetModel, parts: BevDetConfig, classes: int) -> nn.Module:
-    width, hidden = config.bev_encoder.out_channels, parts.occupancy_hidden
+def _centre_head(config: BevDetModel) -> CentreHead | None:
+    tasks = config.bevdet.tasks
+    return CentreHead(config.bev_encoder.out_channels, tasks) if tasks else None
+
+
+def _semantic_head(config: BevDetModel) -> nn.Module | None:
+    width, parts, classes = config.bev_encoder.out_channels, config.bevdet, len(config.occupancy_classes)
+    if parts.occupancy == "none":
+        return None
     if parts.occupancy == "volume":
-        return VolumeOccupancy(width, hidden, classes)
-    return PlaneOccupancy(width, hidden, config.grid.shape[2], classes)
+        return VolumeOccupancy(width, parts.occupancy_hidden, classes)
+    return PlaneOccupancy(width, parts.occupancy_hidden, config.grid.shape[2], classes)
 
 
-def _decoder(config: BevDetModel, parts: BevDetConfig) -> nn.Module:
+def _decoder(config: BevDetModel) -> nn.Module:
     """Return the Occ-BEV decoder: free and occupied; for a 3D encoder its own head with two classes."""
+    width, parts = config.bev_encoder.out_channels, config.bevdet
     if parts.bev_encoder == "volume":
-        return VolumeOccupancy(config.bev_encoder.out_channels, parts.occupancy_hidden, 2)
-    width = config.bev_encoder.out_channels
+        return VolumeOccupancy(width, parts.occupancy_hidden, 2)
     return OccupancyDecoder(width, config.occupancy, config.bev, config.grid)
+
+
+HEADS = (GEOMETRY.built_by(_decoder), SEMANTICS.built_by(_semantic_head), TASKS.built_by(_centre_head))
+"""Heads of the family."""
 
 
 def reference_buffers(config: BevDetModel) -> dict[str, Tensor]:

@@ -46,6 +46,9 @@ class CameraScene:
     camera_valid: Tensor
     cameras: Tensor
 
+    def __len__(self) -> int:
+        return len(self.camera_valid)
+
 
 class CameraSampling(nn.Module):
     """Reads every level of every camera at the reference point of each query."""

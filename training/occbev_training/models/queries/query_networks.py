@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from occbev.inference.families.queries import ResNetConfig
 from occbev_training.models.encoders.fpn import FeaturePyramid
 from occbev_training.models.encoders.resnet import ResNet
-from occbev_training.models.heads.query_head import QueryHead
-from occbev_training.models.heads.voxel_decoder import VoxelDecoder
+from occbev_training.models.heads.record import HeadedNetwork, Heads
 from occbev_training.models.network import NetworkOutput
 from occbev_training.models.queries.bevformer import BevFormer, BevFormerViews, Motion
 from occbev_training.models.queries.deformable_attention import DeformableAttention, Levels
@@ -84,6 +83,9 @@ class BevScene:
     value: Tensor
     levels: Levels
 
+    def __len__(self) -> int:
+        return len(self.value)
+
 
 class BevAttention(DeformableAttention):
     """Object queries read the BEV around the ground position of their reference."""
@@ -95,7 +97,7 @@ class BevAttention(DeformableAttention):
         return super().forward(query, position, scene.value, reference[..., :2], scene.levels)
 
 
-class BevFormerNetwork(nn.Module):
+class BevFormerNetwork(HeadedNetwork):
     """Images, calibration and the BEV of the frame before to boxes and occupancy."""
 
     reference_names = REFERENCE_NAMES
@@ -104,16 +106,12 @@ class BevFormerNetwork(nn.Module):
         self,
         image_encoder: PyramidEncoder,
         view_transform: BevFormer,
-        occupancy_decoder: VoxelDecoder | None = None,
-        occupancy_head: VoxelDecoder | None = None,
-        detection_head: QueryHead | None = None,
+        heads: Heads,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.view_transform = view_transform
-        self.occupancy_decoder = occupancy_decoder
-        self.occupancy_head = occupancy_head
-        self.detection_head = detection_head
+        self.add_heads(heads)
 
     def forward(
         self,
@@ -127,18 +125,8 @@ class BevFormerNetwork(nn.Module):
         """
         maps = self.image_encoder(images.flatten(0, 1))
         bev = self.view_transform(maps, geometry.hits, geometry.can_bus, geometry.cameras, geometry.motion)
-        logits, codes = None, None
-        if self.detection_head:
-            shape = (int(bev.shape[2]), int(bev.shape[3]))
-            scene = BevScene(bev.flatten(2).transpose(1, 2), Levels((shape,)))
-            logits, codes = self.detection_head(scene, len(bev))
-        return NetworkOutput(
-            reconstruction_logits=self.occupancy_decoder(bev) if self.occupancy_decoder else None,
-            occupancy_logits=self.occupancy_head(bev) if self.occupancy_head else None,
-            class_logits=logits,
-            box_codes=codes,
-            bev=bev,
-        )
+        scene = BevScene(bev.flatten(2).transpose(1, 2), Levels(((int(bev.shape[2]), int(bev.shape[3])),)))
+        return NetworkOutput(self.answer({"bev": bev, "scene": scene}), bev=bev)
 
 
 @dataclass(frozen=True)
@@ -171,7 +159,7 @@ def remember(network: BevFormerNetwork, frames: Sequence[PastFrame]) -> Tensor |
     return bev
 
 
-class Detr3dNetwork(nn.Module):
+class Detr3dNetwork(HeadedNetwork):
     """Images and projection matrices to boxes; in pre-training to occupancy."""
 
     reference_names = REFERENCE_NAMES
@@ -179,22 +167,17 @@ class Detr3dNetwork(nn.Module):
     def __init__(
         self,
         image_encoder: PyramidEncoder,
-        detection_head: QueryHead | None = None,
+        heads: Heads,
         view_transform: PillarSampling | None = None,
-        occupancy_decoder: VoxelDecoder | None = None,
     ) -> None:
-        """view_transform, occupancy_decoder: of pre-training, whose image encoder detection begins from."""
+        """view_transform: gives the BEV to the decoder of pre-training, whose image encoder detection begins from."""
         super().__init__()
-        self.image_encoder, self.detection_head = image_encoder, detection_head
-        self.view_transform, self.occupancy_decoder = view_transform, occupancy_decoder
+        self.image_encoder, self.view_transform = image_encoder, view_transform
+        self.add_heads(heads)
 
     def forward(self, images: Tensor, camera_valid: Tensor, geometry: CameraViews) -> NetworkOutput:
         """images: (B, N, 3, H, W) normalised. camera_valid: (B, N)."""
         maps = self.image_encoder(images.flatten(0, 1))
         scene = CameraScene(maps, geometry.frame2img, camera_valid, geometry.cameras)
-        logits, codes, reconstruction = None, None, None
-        if self.detection_head is not None:
-            logits, codes = self.detection_head(scene, len(images))
-        if self.view_transform is not None and self.occupancy_decoder is not None:
-            reconstruction = self.occupancy_decoder(self.view_transform(scene))
-        return NetworkOutput(reconstruction_logits=reconstruction, class_logits=logits, box_codes=codes)
+        bev = None if self.view_transform is None else self.view_transform(scene)
+        return NetworkOutput(self.answer({"bev": bev, "scene": scene}))
