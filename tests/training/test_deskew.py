@@ -78,7 +78,7 @@ def test_rays_at_the_sweep_then_moved_equal_rays_at_the_reference(scene, traject
     _, sweep = scene
     reference = START_NS + 400_000_000
     direct = deskew_rays(sweep, trajectory, reference)
-    moved = deskew_rays(sweep, trajectory, sweep.stamp_ns).moved(trajectory.relative(sweep.stamp_ns, reference))
+    moved = deskew_rays(sweep, trajectory, sweep.stamp_ns).move(trajectory.relative(sweep.stamp_ns, reference))
     assert np.abs(direct.end - moved.end).max() < 1e-9
     assert np.abs(direct.origin - moved.origin).max() < 1e-9
 

@@ -14,7 +14,7 @@ from occbev.inference.families.lift_splat import SplatModel  # noqa: E402
 from occbev_training.cli import families, main  # noqa: E402
 from occbev_training.cli.families import known  # noqa: E402
 from occbev_training.export.package import ExportError  # noqa: E402
-from occbev_training.export.zoo import PUBLISHED, FamilyRow  # noqa: E402
+from occbev_training.export.zoo import REFERENCE_NETWORKS, FamilyRow  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
 
 
@@ -28,13 +28,13 @@ def rows(repository: Path) -> dict[str, list[str]]:
 
 def test_every_configuration_has_its_row(repository: Path) -> None:
     configured = {path.stem for path in (repository / "config/models").glob("*.yaml")}
-    assert set(PUBLISHED) == configured == set(known())
+    assert set(REFERENCE_NETWORKS) == configured == set(known())
     assert set(rows(repository)) == configured
 
 
 def test_the_readme_says_what_the_code_knows(repository: Path) -> None:
     for name, row in rows(repository).items():
-        published = PUBLISHED[name]
+        published = REFERENCE_NETWORKS[name]
         config = load_model(repository / "config/models" / f"{name}.yaml")
         assert row[1] == config.family
         assert row[4] == (" ".join(published.fixtures) or "-")
@@ -47,15 +47,15 @@ def test_the_readme_says_what_the_code_knows(repository: Path) -> None:
 
 def test_every_fixture_is_read_by_a_test(repository: Path, golden_folder: Path) -> None:
     sources = "\n".join(path.read_text() for path in (repository / "tests").rglob("test_*.py"))
-    for name, published in PUBLISHED.items():
+    for name, published in REFERENCE_NETWORKS.items():
         for fixture in published.fixtures:
             assert (golden_folder / f"{fixture}.npz").is_file(), name
             assert fixture in sources, f"{fixture} of {name} is held by no test"
     tables = {path.name for path in golden_folder.glob("*_state_dict.json")}
-    assert {f"{p.table}_state_dict.json" for p in PUBLISHED.values() if p.table} == tables
+    assert {f"{p.table}_state_dict.json" for p in REFERENCE_NETWORKS.values() if p.table} == tables
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", REFERENCE_NETWORKS)
 def test_reduced_forms_keep_every_part(repository: Path, name: str) -> None:
     model = load_model(repository / "config/models" / f"{name}.yaml")
     small = reduced(model)

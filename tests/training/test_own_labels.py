@@ -271,7 +271,7 @@ def test_kitti_boxes_are_the_same_boxes(tmp_path: Path, tiny_recording: Any) -> 
         )
     frames = read_labels(tmp_path, "CAM_FRONT")
     assert [len(frame.boxes) for frame in frames] == [0, 1, 1, 1]
-    moved = frames[1].boxes[0].moved(camera.cam2ego)
+    moved = frames[1].boxes[0].move(camera.cam2ego)
     np.testing.assert_allclose(moved.box2frame, box2base, atol=1e-6)
     assert moved.lwh == (4.5, 1.9, 1.6)
 

@@ -39,7 +39,7 @@ from occbev.inference.postprocess import (
     decode_factors,
     decode_geometry,
     decode_occupancy,
-    unobserved,
+    make_unobserved,
     voxels_in_view,
 )
 from occbev.inference.preprocess import Preprocessor, seen_rows
@@ -259,7 +259,7 @@ class Pipeline:
             if boxes is None:
                 absent = [name for name in GRAPH_OUTPUTS if name not in outputs]
                 raise OutputError(f"the graph of {model.name} lacks the outputs {absent}; it has {sorted(outputs)}")
-            return boxes, unobserved(model.grid, cameras), None
+            return boxes, make_unobserved(model.grid, cameras), None
         seen, min_free = self._find_seen(job), model.occupancy.min_free
         occupancy = voxels_of(outputs, model, min_free, cameras, seen.observed, self._pool, self._max_occupied)
         assert occupancy.evidence is not None

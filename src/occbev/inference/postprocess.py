@@ -276,7 +276,7 @@ def decode_geometry(
     return replace(_occupancy(*decided, FREE, grid, cameras, observed, evidence), has_classes=False)
 
 
-def unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
+def make_unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
     """Return occupancy that says nothing of any voxel, for networks without an occupancy head."""
     label, confidence = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.float32)
     state = np.full(grid.shape, UNOBSERVED_STATE, np.uint8)

@@ -310,7 +310,10 @@ class Leaf:
 
 @cache
 def leaves(schema: type, prefix: str = "") -> tuple[Leaf, ...]:
-    """List the parameters of a dataclass, nested ones with dotted names; mappings are left out."""
+    """List the parameters of a dataclass, nested ones with dotted names; mappings are left out.
+
+    It walks the schema alone, `occbev.config.from_record` the values: neither can do the other's work.
+    """
     return tuple(_leaves(schema, prefix))
 
 

@@ -180,7 +180,10 @@ def _states(bundles: Sequence[RayBundle], grid: VoxelGrid) -> NDArray[np.uint8]:
 
 @njit(cache=True)
 def _plain(end, origin, motion, lo, pitch, shape, state):  # type: ignore[no-untyped-def]
-    """Mark passed (1) and hit (2) cells, beam by beam; returns the number of steps."""
+    """Mark passed (1) and hit (2) cells, beam by beam; returns the number of steps.
+
+    The baseline of this benchmark, and so a walk of its own: it shares nothing with `occupancy.rays`.
+    """
     nx, ny, nz = shape[0], shape[1], shape[2]
     steps = 0
     o, e = np.empty(3), np.empty(3)
@@ -268,7 +271,10 @@ def _python(
     shape: NDArray[np.int64],
     state: NDArray[np.uint8],
 ) -> None:
-    """Cast rays as label scripts write it: one small array for each of cell, step and crossing."""
+    """Cast rays as label scripts write it: one small array for each of cell, step and crossing.
+
+    The baseline of this benchmark in plain Python, see `_plain`.
+    """
     cells = state.reshape(shape)
     for point, start in zip(end, origin, strict=True):
         o = (motion[:3, :3] @ start + motion[:3, 3] - lo) / pitch

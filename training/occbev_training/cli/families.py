@@ -1,6 +1,7 @@
 """Report every network in config/models: parameters, published keys that convert, parity of its ONNX graph.
 
-    occbev-train families --golden GOLDEN                 # the README's table, at reduced sizes
+    occbev-train families --golden GOLDEN                 # the table of docs/model-zoo.md, at reduced sizes
+    occbev-train families --golden GOLDEN --markdown docs/model-zoo.md    # and writes it there
     occbev-train families bevformer_tiny --full-size      # exported as published: minutes, and gigabytes
 
 GOLDEN holds the key tables `<name>_state_dict.json`. Weights are random: this compares code, not scores.
@@ -10,14 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from occbev.files import one_line
 from occbev.share import share_path
 from occbev_training.cli.convert import load_family
 from occbev_training.export.package import ExportError
-from occbev_training.export.zoo import HEADER, PUBLISHED, measure
+from occbev_training.export.zoo import HEADER, REFERENCE_NETWORKS, measure
+
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+"""Marks of the table in a page."""
+
+
+class FamiliesError(ValueError):
+    """A page without a table to replace."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-size", action="store_true", help="export at the published size, not reduced")
     parser.add_argument("--no-export", dest="export", action="store_false", help="count and map weights alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object per network")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PAGE", help="write the table into this page, between its marks"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per network; 1 if one of its keys has no place, or its graph does not do what it does."""
     console, complete = Console(stderr=True), True
+    table = format_row(HEADER) + "|" + "---|" * len(HEADER) + "\n"
+    if args.markdown is not None:
+        replace_table(args.markdown, table, dry_run=True)
     if not args.json:
-        print("| " + " | ".join(HEADER) + " |")
-        print("|" + "---|" * len(HEADER))
+        print(table, end="")
     for name in args.names or known():
         try:
             with console.status(name):
@@ -44,14 +59,40 @@ def run(args: argparse.Namespace) -> int:
             complete = False
             continue
         complete &= row.keys is None or row.keys[0] == row.keys[1]
-        if args.json:
-            print(json.dumps(vars(row)), flush=True)
-        else:
-            print("| " + " | ".join(row.cells()) + " |", flush=True)
+        line = format_row(row.cells())
+        table += line
+        print(json.dumps(vars(row)) if args.json else line.rstrip(), flush=True)
+    if args.markdown is not None:
+        if not complete:
+            console.print(f"{args.markdown}: left as it was, since not every network converts and exports")
+            return 1
+        replace_table(args.markdown, table)
     return 0 if complete else 1
 
 
+def format_row(cells: Sequence[str]) -> str:
+    """Return one line of a table in Markdown."""
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def replace_table(page: Path, table: str, dry_run: bool = False) -> None:
+    """Put the table in place of what stands between the page's marks; raises FamiliesError if it lacks them.
+
+    dry_run: look for the marks alone.
+    """
+    try:
+        text = page.read_text()
+    except OSError as error:
+        raise FamiliesError(f"{page}: {one_line(error)}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise FamiliesError(f"{page}: no table to replace; it needs the lines {BEGIN} and {END}")
+    if not dry_run:
+        page.write_text(f"{before}{BEGIN}\n{table}{END}{after}")
+
+
 def known() -> list[str]:
-    """Return every configuration, in the order of `PUBLISHED`, then those that stand in no table."""
+    """Return every configuration, in the order of `REFERENCE_NETWORKS`, then those that stand in no table."""
     names = {path.stem for path in share_path("config/models").glob("*.yaml")}
-    return [n for n in PUBLISHED if n in names] + sorted(names - set(PUBLISHED))
+    return [n for n in REFERENCE_NETWORKS if n in names] + sorted(names - set(REFERENCE_NETWORKS))

@@ -45,7 +45,7 @@ _EGO = (*_FORMER, "bevformer_b2_projection_ego", "bevformer_f_occ_decoder")
 
 
 @dataclass(frozen=True)
-class Published:
+class ReferenceNetwork:
     """What is known of a published network.
 
     table: name of its key table. fixtures: arrays that its parts are held to by the tests.
@@ -58,27 +58,27 @@ class Published:
     stage: str = "finetune"
 
 
-PUBLISHED: Mapping[str, Published] = {
-    "occbev-tiny": Published(),
-    "occbev-small": Published(),
-    "occbev-base": Published(),
-    "occ_bev_sweep2": Published("occ_bev_sweep2", _EGO, "", "pretrain"),
-    "bevformer_tiny": Published("bevformer_tiny", _FORMER, "NDS 35.4, mAP 25.2"),
-    "bevformer_small": Published("bevformer_small", _FORMER, "NDS 47.9, mAP 37.0"),
-    "bevformer_base": Published("bevformer_base", _FORMER, "NDS 51.7, mAP 41.6; with Occ-BEV 53.4, 43.8"),
-    "bevformer_base_occ": Published("bevformer_base_occ", (*_EGO, "occ3d_miou"), "mIoU 23.67"),
-    "bevformer_small_occ": Published("", (*_EGO, "occ3d_miou")),
-    "detr3d_r101": Published("detr3d_r101", ("detr3d_h_cross_attn", "bevformer_g_focal"), "NDS 42.2, mAP 34.7"),
-    "bevdet_r50": Published("bevdet-r50", _LIFT, "NDS 35.0, mAP 28.3"),
-    "bevdet4d_r50": Published("bevdet4d-r50", _LIFT, "NDS 44.7, mAP 31.4 (CBGS)"),
-    "bevdepth4d_r50": Published("bevdepth4d-r50-bevdet-dev3", _DEPTH, "NDS 48.3, mAP 36.1 (CBGS)"),
-    "bevdepth_r50_first": Published("bevdepth-r50-bevdet-master", _DEPTH, "NDS 40.6, mAP 33.3"),
-    "bevdepth_r50_megvii": Published("bevdepth-r50-megvii", _DEPTH),
-    "bevdepth4d_r50_megvii": Published("bevdepth-r50-megvii-2key-da", _DEPTH, "NDS 48.05, mAP 34.84 (CBGS)"),
-    "bevdet_occ_r50": Published("bevdet-occ-r50", _VOXELS, "mIoU 31.60"),
-    "bevdet_occ_r50_4d_stereo": Published("bevdet-occ-r50-4d-stereo", _VOXELS, "mIoU 36.1"),
-    "flashocc_r50_m0": Published("flashocc-r50-m0", _VOXELS, "mIoU 31.95"),
-    "flashocc_r50_m1": Published("flashocc-r50", _VOXELS, "mIoU 32.08"),
+REFERENCE_NETWORKS: Mapping[str, ReferenceNetwork] = {
+    "occbev-tiny": ReferenceNetwork(),
+    "occbev-small": ReferenceNetwork(),
+    "occbev-base": ReferenceNetwork(),
+    "occ_bev_sweep2": ReferenceNetwork("occ_bev_sweep2", _EGO, "", "pretrain"),
+    "bevformer_tiny": ReferenceNetwork("bevformer_tiny", _FORMER, "NDS 35.4, mAP 25.2"),
+    "bevformer_small": ReferenceNetwork("bevformer_small", _FORMER, "NDS 47.9, mAP 37.0"),
+    "bevformer_base": ReferenceNetwork("bevformer_base", _FORMER, "NDS 51.7, mAP 41.6; with Occ-BEV 53.4, 43.8"),
+    "bevformer_base_occ": ReferenceNetwork("bevformer_base_occ", (*_EGO, "occ3d_miou"), "mIoU 23.67"),
+    "bevformer_small_occ": ReferenceNetwork("", (*_EGO, "occ3d_miou")),
+    "detr3d_r101": ReferenceNetwork("detr3d_r101", ("detr3d_h_cross_attn", "bevformer_g_focal"), "NDS 42.2, mAP 34.7"),
+    "bevdet_r50": ReferenceNetwork("bevdet-r50", _LIFT, "NDS 35.0, mAP 28.3"),
+    "bevdet4d_r50": ReferenceNetwork("bevdet4d-r50", _LIFT, "NDS 44.7, mAP 31.4 (CBGS)"),
+    "bevdepth4d_r50": ReferenceNetwork("bevdepth4d-r50-bevdet-dev3", _DEPTH, "NDS 48.3, mAP 36.1 (CBGS)"),
+    "bevdepth_r50_first": ReferenceNetwork("bevdepth-r50-bevdet-master", _DEPTH, "NDS 40.6, mAP 33.3"),
+    "bevdepth_r50_megvii": ReferenceNetwork("bevdepth-r50-megvii", _DEPTH),
+    "bevdepth4d_r50_megvii": ReferenceNetwork("bevdepth-r50-megvii-2key-da", _DEPTH, "NDS 48.05, mAP 34.84 (CBGS)"),
+    "bevdet_occ_r50": ReferenceNetwork("bevdet-occ-r50", _VOXELS, "mIoU 31.60"),
+    "bevdet_occ_r50_4d_stereo": ReferenceNetwork("bevdet-occ-r50-4d-stereo", _VOXELS, "mIoU 36.1"),
+    "flashocc_r50_m0": ReferenceNetwork("flashocc-r50-m0", _VOXELS, "mIoU 31.95"),
+    "flashocc_r50_m1": ReferenceNetwork("flashocc-r50", _VOXELS, "mIoU 32.08"),
 }
 """Configuration in config/models -> what is published of it."""
 
@@ -101,7 +101,7 @@ class FamilyRow:
 
     def cells(self) -> list[str]:
         """The row of the README's table; scores of our own weights stand in another table there."""
-        published = PUBLISHED.get(self.name, Published())
+        published = REFERENCE_NETWORKS.get(self.name, ReferenceNetwork())
         return [
             f"`{self.name}`",
             self.family,
@@ -137,7 +137,7 @@ def measure(
     golden: folder of the key tables. full_size: export as configured, not `reduced`, which takes minutes and memory.
     Raises: ExportError if the graph differs from torch or holds an operator that it must not.
     """
-    published = PUBLISHED.get(name, Published())
+    published = REFERENCE_NETWORKS.get(name, ReferenceNetwork())
     with torch.device("meta"):
         network = build_model(model, published.stage)
     parameters = sum(p.numel() for p in network.parameters()) / 1e6

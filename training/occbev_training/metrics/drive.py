@@ -68,14 +68,14 @@ def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
     source, inside = grid.indices(transform_points(invert_transform(a2b), centres))
     at = tuple(source.T)
 
-    def moved(values: NDArray[Any], outside: int) -> NDArray[Any]:
+    def move(values: NDArray[Any], outside: int) -> NDArray[Any]:
         return np.where(inside, values[at], values.dtype.type(outside)).reshape(grid.shape)
 
     return replace(
         occupancy,
-        label=moved(occupancy.label, FREE),
-        confidence=moved(occupancy.confidence, 0),
-        state=moved(occupancy.state, UNOBSERVED_STATE),
+        label=move(occupancy.label, FREE),
+        confidence=move(occupancy.confidence, 0),
+        state=move(occupancy.state, UNOBSERVED_STATE),
     )
 
 

@@ -416,7 +416,7 @@ def _cast(  # type: ignore[no-untyped-def]
 ):  # type: ignore[no-untyped-def]
     """Add one sweep's rays to the evidence; `seen` keeps of each cell whether they pass it.
 
-    The walk is that of `_walk` over flat cells.
+    The walk is that of `_walk` over flat cells, whose crossings are not written down: this loop is most of a label's time.
     """
     nx, ny, nz = shape[0], shape[1], shape[2]
     for g in range(len(end)):
@@ -571,7 +571,7 @@ def _see(direction, cam2grid, stop, start, unknown, marked, lo, pitch, shape, un
 def _see_ray(ox, oy, oz, dx, dy, dz, t0, nx, ny, nz, most, marked):  # type: ignore[no-untyped-def]
     """Walk one camera ray from t0 to its end; returns whether it ends before that, and its unknown path.
 
-    The walk is that of `_cast`.
+    The walk is that of `_cast`, by the same `_pace` and `_step`, with another end: a dark path that is too long.
     """
     ix, iy, iz = _start_cell(ox, dx, nx, t0), _start_cell(oy, dy, ny, t0), _start_cell(oz, dz, nz, t0)
     tx, wx, out_x, sx = _pace(ox, dx, ix, nx)

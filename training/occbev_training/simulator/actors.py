@@ -68,7 +68,7 @@ def _make_box(mesh: Mesh, label: int) -> Shape:
     low, high = mesh.triangles.min((0, 1)), mesh.triangles.max((0, 1))
     shift = np.array([-(low[0] + high[0]) / 2, -(low[1] + high[1]) / 2, -low[2]])
     length, width, height = (float(v) for v in high - low)
-    return Shape(mesh.moved(shift, 0.0), (length, width, height), label)
+    return Shape(mesh.move(shift, 0.0), (length, width, height), label)
 
 
 def _wheels(builder: MeshBuilder, parts: Parts, axles: list[float], width: float, radius: float) -> None:

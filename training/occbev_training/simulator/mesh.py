@@ -50,7 +50,7 @@ class Mesh:
     def __len__(self) -> int:
         return len(self.triangles)
 
-    def moved(self, position: ArrayLike, yaw: float) -> Mesh:
+    def move(self, position: ArrayLike, yaw: float) -> Mesh:
         """Return the mesh turned by `yaw` about +z and then shifted to `position` (3,)."""
         rotation = rotation_from_yaw(yaw).astype(np.float32).T
         shift = np.asarray(position, np.float32)

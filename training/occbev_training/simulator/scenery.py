@@ -47,7 +47,7 @@ def _blocks(plan: Plan) -> list[tuple[float, float]]:
 
 
 def _place(mesh: Mesh, bend: Bend, s: float, d: float, z: float = _LOT_HEIGHT, yaw: float = 0.0) -> Mesh:
-    return mesh.moved(bend.at(s, d, z), float(bend.yaw(s)) + yaw)
+    return mesh.move(bend.at(s, d, z), float(bend.yaw(s)) + yaw)
 
 
 def _front_row(
@@ -338,5 +338,5 @@ def _end_walls(plan: Plan, bend: Bend, table: MaterialTable) -> list[Mesh]:
             building = _building(table, 26.0, 12.0, int(table.rng.integers(2, 7)))
             near = plan.start if s < plan.start else plan.end
             shift = rotation_from_yaw(float(bend.yaw(near)))[:, 0] * (s - near)
-            meshes.append(building.moved(bend.at(near, d) + shift, float(bend.yaw(near)) - np.pi / 2 + turn))
+            meshes.append(building.move(bend.at(near, d) + shift, float(bend.yaw(near)) - np.pi / 2 + turn))
     return meshes

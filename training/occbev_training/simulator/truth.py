@@ -135,7 +135,10 @@ def find_seen_voxels(
     step: float = 0.25,
     start: float = 0.0,
 ) -> None:
-    """Mark in `seen` (X * Y * Z,) what rays (R, 3) cross between `start` and their `length` (R,), end included."""
+    """Mark in `seen` (X * Y * Z,) what rays (R, 3) cross between `start` and their `length` (R,), end included.
+
+    Points every `step` metres, not the exact walk of `occupancy.rays`: truth shares no code with the labels that it judges.
+    """
     lo, pitch = np.array(grid.lo, np.float32), np.array(grid.pitch, np.float32)
     near, far = _clip(origins, directions, np.array(grid.lo, np.float32), np.array(grid.hi, np.float32))
     first, last = np.maximum(near, start), np.minimum(far, length)

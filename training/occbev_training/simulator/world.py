@@ -106,7 +106,7 @@ def build_world(seed: int, duration: float) -> World:
     cast = Cast(plan, bend, table, parts, times, ego)
     cast.fill(route)
     parked = tuple(a for a in cast.actors if not a.track.moving)
-    static += [a.shape.mesh.moved(a.track.pose[0, :3], a.track.pose[0, 3]) for a in parked]
+    static += [a.shape.mesh.move(a.track.pose[0, :3], a.track.pose[0, 3]) for a in parked]
     moving = tuple(a for a in cast.actors if a.track.moving)
     return World(
         join(static),

@@ -53,7 +53,7 @@ class LabelBox:
         pose[:3, 3] += self.velocity * seconds
         return replace(self, box2frame=pose)
 
-    def moved(self, a2b: Array) -> LabelBox:
+    def move(self, a2b: Array) -> LabelBox:
         """Return the box in another frame; a2b: (4, 4)."""
         velocity = None if self.velocity is None else a2b[:3, :3] @ self.velocity
         return replace(self, box2frame=a2b @ self.box2frame, velocity=velocity)

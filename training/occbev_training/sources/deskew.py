@@ -88,7 +88,7 @@ class Rays:
     def __len__(self) -> int:
         return len(self.end)
 
-    def moved(self, a2b: NDArray[np.float64]) -> Rays:
+    def move(self, a2b: NDArray[np.float64]) -> Rays:
         """Carry the rays from frame a into frame b."""
         return replace(self, end=_transform_each(a2b, self.end), origin=_transform_each(a2b, self.origin))
 

@@ -48,7 +48,7 @@ def bring_to_base(frames: Sequence[LabelFrame], frame2base: Frame2Base) -> tuple
         except (TransformException, PoseError) as error:
             left_out[f"no transform from {frame.frame!r}: {error}"] += 1
             continue
-        brought.append(LabelFrame(frame.stamp_ns, BASE_FRAME, tuple(box.moved(a2b) for box in frame.boxes)))
+        brought.append(LabelFrame(frame.stamp_ns, BASE_FRAME, tuple(box.move(a2b) for box in frame.boxes)))
     return brought, dict(left_out)
 
 
@@ -104,7 +104,7 @@ class LabelledRecording:
         base2key = self.trajectory.relative(frame.stamp_ns, key_ns)
         seconds = (key_ns - frame.stamp_ns) / 1e9
         known = [box for box in frame.boxes if class_of(box.category, self._classes) is not None]
-        return tuple(self._with_velocity(box, number).carried(seconds).moved(base2key) for box in known)
+        return tuple(self._with_velocity(box, number).carried(seconds).move(base2key) for box in known)
 
     def _with_velocity(self, box: LabelBox, number: int) -> LabelBox:
         """Fill in a velocity from the neighbours of a box on its track."""
