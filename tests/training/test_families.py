@@ -94,3 +94,17 @@ def test_a_graph_that_fails_is_told(capsys, monkeypatch: pytest.MonkeyPatch) -> 
     assert main(["families", name]) == 1
     captured = capsys.readouterr()
     assert "box differs" in captured.err
+
+
+def test_the_table_of_a_page_is_replaced_between_its_marks(tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{families.BEGIN}\nold\n{families.END}\nafter\n")
+    assert main(["families", "bevdet_r50", "--no-export", "--markdown", str(page)]) == 0
+    before, *table, after = page.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert table[1:-1] == capsys.readouterr().out.splitlines()
+    assert table[3].startswith("| `bevdet_r50` | bevdet | 44.25 |")
+    page.write_text("no marks\n")
+    assert main(["families", "bevdet_r50", "--no-export", "--markdown", str(page)]) != 0
+    assert "needs the lines" in capsys.readouterr().err
+    assert page.read_text() == "no marks\n"
