@@ -244,8 +244,11 @@ def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
         LOG.warning(warning)
     if record.get("topics"):
         record = _lay_topics_under(record, read_topic_values(str(record["topics"])))
-    cameras = dict(record.pop("cameras", {}) or {})
-    names = list(cameras.pop("names", DEFAULT_CAMERAS))
+    cameras = record.pop("cameras", {}) or {}
+    if not isinstance(cameras, Mapping):
+        raise ConfigError(f"cameras is {cameras!r}: want keys and values, names among them")
+    cameras = dict(cameras)
+    names = _list_of_texts("cameras.names", cameras.pop("names", DEFAULT_CAMERAS))
     strangers = sorted(set(cameras) - set(names))
     if strangers:
         near = difflib.get_close_matches(strangers[0], names, 1)
@@ -374,6 +377,12 @@ UNCONFIGURED = frozenset(leaf.name for leaf in leaves(PerceptionParameters) if l
 """Parameters that may change while the node is unconfigured."""
 
 
+def _list_of_texts(name: str, value: Any) -> list[str]:
+    if not (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)):
+        raise ConfigError(f"{name} is {value!r}: want a list of texts")
+    return list(value)
+
+
 def fit_value(leaf: Leaf, value: Any) -> Any:
     """Return a value in the type of its parameter: 5 is a double where one is wanted.
 
@@ -381,8 +390,8 @@ def fit_value(leaf: Leaf, value: Any) -> Any:
         ConfigError: another type, or out of range.
     """
     wanted = type(leaf.default)
-    if wanted is list and not (isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)):
-        raise ConfigError(f"{leaf.name} is {value!r}: want a list of texts")
+    if wanted is list:
+        _list_of_texts(leaf.name, value)
     if wanted in (tuple, list):
         return value
     if wanted is float and type(value) is int:
