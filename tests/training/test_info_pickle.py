@@ -288,6 +288,13 @@ def test_each_line_of_defence_holds_alone() -> None:
         scan_pickle(pickle.dumps(old_infos(), 2), PickleLimits(opcodes=10))
 
 
+def test_a_small_file_may_cost_two_gigabytes_and_a_minute() -> None:
+    small, large = PickleLimits.of_file(10_000), PickleLimits.of_file(200 * 2**20)
+    assert (small.memory_bytes // 2**30, small.cpu_seconds) == (2, 60)
+    assert (large.memory_bytes // 2**30, large.cpu_seconds) == (13, 660)
+    assert PickleLimits.of_file(2**40).memory_bytes == 16 * 2**30
+
+
 def test_a_file_is_read_in_a_child_with_limits(tmp_path: Path) -> None:
     path = tmp_path / "infos.pkl"
     path.write_bytes(pickle.dumps(old_infos(), 2))

@@ -34,10 +34,16 @@ class PickleLimits:
     """Largest file."""
     opcodes: int = 500_000_000
     """Most opcodes."""
-    memory_bytes: int = 16 * 1024**3
+    memory_bytes: int = 2 * 1024**3
     """Address space of the child process."""
-    cpu_seconds: int = 3600
+    cpu_seconds: int = 60
     """Processor time of the child process."""
+
+    @classmethod
+    def of_file(cls, size: int) -> PickleLimits:
+        """Return 2 GB and 60 s, and of each in proportion to the bytes: an honest file of 200 MB needs more."""
+        memory_bytes = min(16 * 1024**3, cls.memory_bytes + 60 * size)
+        return cls(memory_bytes=memory_bytes, cpu_seconds=min(3600, cls.cpu_seconds + 3 * size // 2**20))
 
 
 class UnsafePickleError(ValueError):
@@ -83,11 +89,11 @@ def read_infos(path: Path, limits: PickleLimits | None = None) -> dict[str, Any]
     Raises:
         RecordingError: naming the file and what was refused.
     """
-    limits = limits or PickleLimits()
     try:
         size = path.stat().st_size
     except OSError as error:
         raise RecordingError(f"{path}: {error.strerror}") from error
+    limits = limits or PickleLimits.of_file(size)
     if size > limits.file_bytes:
         raise RecordingError(f"{path}: {size} bytes, at most {limits.file_bytes} are read")
     text, fault = _in_child(path, limits)
