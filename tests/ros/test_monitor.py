@@ -19,6 +19,7 @@ from rich.console import Console
 from occbev.cli import main
 from occbev.cli.monitor import dashboard
 from occbev.graph import DIAGNOSTICS
+from occbev.ros import monitor_node
 from occbev.ros.monitor_node import Part
 from occbev.ros.outputs import diagnostics_message
 from occbev.ros.perception_node import qos_profile
@@ -80,6 +81,15 @@ def test_two_nodes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert {node: parts["perception"]["text"] for node, parts in record.items()} == said
     text = shown({n: {"perception": Part("perception", 0, t, {}, 1e12)} for n, t in said.items()})
     assert all(f"{node}: {state}" in text for node, state in said.items())
+
+
+def test_a_node_that_is_gone_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monitor_node.Listener() as listener:
+        for node in ("/red/perception", "/blue/perception"):
+            listener._node._take(diagnostics_message([Status("occbev: perception", 0, "good", {})], 1, node))
+        assert set(listener.listen(0.0)) == {"/red/perception", "/blue/perception"}
+        monkeypatch.setattr(monitor_node, "GONE_S", -1.0)
+        assert listener.listen(0.0) == {}
 
 
 def test_without_a_node_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
