@@ -12,7 +12,7 @@ from tests.hostile_images import progressive
 
 from occbev.config import ImageConfig
 from occbev.inference.preprocess import ImageError, Preprocessor, decode_image
-from occbev.messages.image_headers import MAX_SCANS, count_scans, decoding_fault, encoded_size
+from occbev.messages.image_headers import MAX_SCANS, count_scans, decoding_fault, encoded_size, image_fault
 from occbev.results import CameraFrame
 from occbev.rig import Camera
 
@@ -54,6 +54,7 @@ def test_a_progressive_bomb_is_refused_at_once() -> None:
     began = time.process_time()
     with pytest.raises(ImageError, match="a JPEG of 6000 scans; at most 64"):
         decode_image(data, "A")
+    assert image_fault(data, (2000, 2000)) == "a JPEG of 6000 scans; at most 64 are decoded", "in training, too"
     assert time.process_time() - began < 0.1
 
 

@@ -90,4 +90,4 @@ def image_fault(data: bytes, size: tuple[int, int]) -> str | None:
         return "neither a JPEG nor a PNG with a whole header"
     if found != size:
         return f"{found[0]}x{found[1]} pixels, the calibration is for {size[0]}x{size[1]}"
-    return None if is_whole(data) else f"cut off after {len(data)} bytes"
+    return decoding_fault(data) or (None if is_whole(data) else f"cut off after {len(data)} bytes")

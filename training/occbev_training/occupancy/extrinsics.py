@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from occbev.geometry import invert_transform, project_points, transform_points
+from occbev.messages.image_headers import decoding_fault
 from occbev.results import FrameSet
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import PoseError
@@ -136,9 +137,12 @@ def small_grey(image: NDArray[np.uint8] | bytes, camera: Camera) -> tuple[Image,
     Raises RecordingError where encoded bytes hold no image.
     """
     if isinstance(image, bytes):
-        grey = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_GRAYSCALE)
+        fault = decoding_fault(image)
+        grey = None if fault else cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_GRAYSCALE)
         if grey is None:
-            raise RecordingError(f"camera {camera.name}: an encoded image cannot be decoded")
+            raise RecordingError(
+                f"camera {camera.name}: an encoded image cannot be decoded: {fault or 'it is damaged'}"
+            )
     else:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if not camera.lens.is_pinhole:
