@@ -18,8 +18,8 @@ from occbev.cli import main
 from occbev.cli.rig import viewing_direction
 from occbev.config import ConfigError
 from occbev.geometry import make_transform, rotation_from_rpy
-from occbev.messages.bags import BagWriter
-from occbev.messages.topics import load_topics
+from occbev.messages.bags import BagReader, BagWriter, type_store
+from occbev.messages.topics import POSE_TYPES, load_topics
 from occbev.rig import Camera as RigCamera
 from occbev.rig import CameraRig
 from occbev.streams.parameters import parameters_from_record, read_parameters
@@ -72,6 +72,30 @@ def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Pa
     rig = CameraRig.load(tmp_path / "out" / "rig.yaml")
     np.testing.assert_allclose(rig["left"].intrinsic, recording.rig["left"].intrinsic)
     assert (tmp_path / "out" / "rig.yaml").read_text().startswith("# A camera rig.")
+
+
+@pytest.mark.parametrize("kind", POSE_TYPES[1:])
+def test_stamped_poses_place_node_and_training_alike(bag: Path, tmp_path: Path, kind: str) -> None:
+    with BagReader(bag) as given, BagWriter(tmp_path / "poses") as writer:
+        for message in given.messages():
+            if message.topic == "/odom":
+                odometry = given.decode(message)
+                pose = odometry.pose.pose if kind == POSE_TYPES[1] else odometry.pose
+                data = type_store().serialize_cdr(type_store().types[kind](odometry.header, pose), kind)
+                message = replace(message, type=kind, data=bytes(data))
+            writer.write(message)
+    names = write_topics(tmp_path / "mine.yaml")
+    assert main(["rig", str(tmp_path / "poses"), "--out", str(tmp_path / "out"), "--topics", str(names)]) == 0
+    parameters = read_parameters(tmp_path / "out" / "perception.yaml")
+    assert parameters.ego_motion.odometry_type == kind
+    recording, plain = (BagRecording(path, BagOptions(load_topics(names))) for path in (tmp_path / "poses", bag))
+    np.testing.assert_allclose(recording.trajectory.ego2global, plain.trajectory.ego2global)
+    jobs, wanted = (gather_jobs(path, parameters) for path in (tmp_path / "poses", bag))
+    assert len(jobs) == len(wanted) == 4
+    for job, other in zip(jobs, wanted, strict=True):
+        np.testing.assert_allclose(job.motion["left"], other.motion["left"])
+    with pytest.raises(ConfigError, match="odometry_type 'Pose': must be nav_msgs/msg/Odometry, "):
+        parameters_from_record({"ego_motion": {"odometry_type": "Pose"}})
 
 
 def test_parameters_that_are_set_hold_over_the_file(tmp_path: Path) -> None:

@@ -106,6 +106,28 @@ def test_ego_motion_comes_from_odometry(make_bench: Callable[..., Any]) -> None:
     assert forward == pytest.approx({"CAM_FRONT": 0.0, "CAM_LEFT": 0.1, "CAM_RIGHT": 0.2}, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["PoseStamped", "PoseWithCovarianceStamped"])
+def test_ego_motion_comes_from_stamped_poses(make_bench: Callable[..., Any], kind: str) -> None:
+    from geometry_msgs import msg as geometry
+
+    bench = make_bench(ego_motion__odometry_type=f"geometry_msgs/msg/{kind}").ready()
+    publisher = bench.vehicle.node.create_publisher(getattr(geometry, kind), "/perception/input/odometry", 50)
+    bench.wait(lambda: publisher.get_subscription_count() == 1)
+    for i in range(40):
+        message = getattr(geometry, kind)()
+        stamp_ns = 900_000_000 + i * 20_000_000
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 10**9)
+        message.header.frame_id = "odom"
+        pose = message.pose if kind == "PoseStamped" else message.pose.pose
+        pose.position.x, pose.orientation.w = 0.2 * i, 1.0
+        publisher.publish(message)
+    bench.wait(lambda: bench.node._intake.ego.source == "odometry")
+    bench.vehicle.drive(4, spread_ns=10_000_000)
+    bench.finished(4)
+    forward = {name: m[0, 3] for name, m in bench.pipeline.motions[0].items()}
+    assert forward == pytest.approx({"CAM_FRONT": 0.0, "CAM_LEFT": 0.1, "CAM_RIGHT": 0.2}, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [

@@ -22,14 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from occbev.graph import NODE_NAME
-from occbev.messages.topics import BagTopics, load_topics, topics_record
+from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
 from occbev.rig import Camera, CameraRig
 
 TOPICS_HEADER = """\
 # Every topic of this vehicle, for: occbev-train bag-check | pairs | prepare --topics, occbev overlay --topics, and the
 # node's parameter `topics`. cameras: NAME: {image, info, frame}; info may go where a rig file is given, frame is only
-# for messages that name another frame than the camera's optical one. lidar: PointCloud2. odometry: Odometry or
-# PoseStamped; without it poses come from tf.
+# for messages that name another frame than the camera's optical one. lidar: PointCloud2, or a list of them.
+# odometry: Odometry, PoseStamped or PoseWithCovarianceStamped; without it poses come from tf. The node needs
+# `ego_motion.odometry_type` for the last two.
 """
 
 PARAMETERS_HEADER = "# Parameters of the perception node; docs/topics-and-parameters.md lists all.\n"
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     recording = BagRecording(args.bag, BagOptions(topics, base_frame=args.base_frame))
     recording.close()
     found, rig = recording.topics, recording.rig
-    parameters = node_parameters(found, rig, args.base_frame, args.model)
+    parameters = node_parameters(found, rig, args.base_frame, args.model, recording.pose_type)
     texts = {
         "topics.yaml": TOPICS_HEADER + _dump(topics_record(found)),
         "rig.yaml": rig.as_text(),
@@ -69,8 +70,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def node_parameters(topics: BagTopics, rig: CameraRig, base_frame: str, model: str) -> dict[str, Any]:
-    """Return the parameters of a node that reads the topics of a bag; its calibration comes from them, too."""
+def node_parameters(
+    topics: BagTopics, rig: CameraRig, base_frame: str, model: str, pose_type: str = ODOMETRY
+) -> dict[str, Any]:
+    """Return the parameters of a node that reads the topics of a bag; its calibration comes from them, too.
+
+    pose_type: type of the messages on `topics.odometry`.
+    """
     cameras: dict[str, Any] = {"names": list(rig.names)}
     for name in rig.names:
         own = {
@@ -80,6 +86,8 @@ def node_parameters(topics: BagTopics, rig: CameraRig, base_frame: str, model: s
         }
         cameras[name] = {key: value for key, value in own.items() if value}
     motion = {"odometry_topic": topics.odometry} if topics.odometry else {"source": "tf"}
+    if topics.odometry and pose_type != ODOMETRY:
+        motion["odometry_type"] = pose_type
     return {
         "model": model,
         "base_frame": base_frame,

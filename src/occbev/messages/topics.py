@@ -22,6 +22,8 @@ IMAGE_TYPES = (COMPRESSED, RAW)
 INFO, CLOUD = "sensor_msgs/msg/CameraInfo", "sensor_msgs/msg/PointCloud2"
 TF_TOPIC, TF_STATIC_TOPIC = "/tf", "/tf_static"
 ODOMETRY, POSE = "nav_msgs/msg/Odometry", "geometry_msgs/msg/PoseStamped"
+POSE_TYPES = (ODOMETRY, POSE, "geometry_msgs/msg/PoseWithCovarianceStamped")
+"""Types of messages that tell where the vehicle is."""
 
 
 Place = tuple[float, float, float]
@@ -45,7 +47,7 @@ class BagTopics:
 
     images, infos: camera -> topic; infos may lack cameras whose calibration comes from a rig file.
     lidar: PointCloud2. other_lidars: those of further LiDARs, whose clouds are joined to its.
-    odometry: Odometry or PoseStamped; None takes poses from `tf`.
+    odometry: Odometry, PoseStamped or PoseWithCovarianceStamped; None takes poses from `tf`.
     tf, tf_static: topics of TFMessage. frames: camera -> optical frame, where its messages name another.
     lidar_origin: where the sensor of clouds in the vehicle's own frame stands in it, in metres. lidar_field, sensors: the
     field that tells the sensors of a merged cloud apart, and each of them.
@@ -371,7 +373,7 @@ def load_topics(path: Path) -> BagTopics:
     cameras:                                   # as many as there are; the names are the rig's
       front: {image: /front/color/image_raw, info: /front/color/camera_info, frame: front_optical}
     lidar: /points                             # PointCloud2, or a list of them; leave it out for a vehicle without
-    odometry: /odom                            # Odometry or PoseStamped; left out: poses come from tf
+    odometry: /odom                            # Odometry or a stamped pose; left out: poses come from tf
     tf: /tf
     tf_static: /tf_static
     lidar_origin: [1.2, 0.0, 1.9]              # only for clouds in base_link itself: where the sensor stands, metres

@@ -230,7 +230,8 @@ class PerceptionNode(LifecycleNode):
                 self._listen(Topic(name, kind, images, ""), take)
             info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
             self._listen(info, partial(intake.add_info, camera))
-        odometry = replace(ODOMETRY, name=self.parameters.ego_motion.odometry_topic)
+        motion = self.parameters.ego_motion
+        odometry = replace(ODOMETRY, name=motion.odometry_topic, type=motion.odometry_type)
         self._listen(odometry, self._on_odometry)
         names = self.parameters.tf_topic, self.parameters.tf_static_topic
         for topic, name in zip(FRAME_INPUTS, names, strict=True):

@@ -28,7 +28,7 @@ from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_to
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev.messages.image_headers import MAX_IMAGE_PIXELS
 from occbev.messages.readers import is_rectified
-from occbev.messages.topics import TF_STATIC_TOPIC, TF_TOPIC, front_camera, load_topics
+from occbev.messages.topics import POSE_TYPES, TF_STATIC_TOPIC, TF_TOPIC, front_camera, load_topics
 from occbev.results import RecordingError
 from occbev.streams.sync import SyncConfig
 
@@ -78,7 +78,9 @@ class EgoMotionParameters:
     source: str = "auto"
     """odometry, tf, none, or auto: odometry if it comes, else TF."""
     odometry_topic: str = ODOMETRY.name
-    """Topic of nav_msgs/Odometry of the base frame."""
+    """Topic of odometry or poses of the base frame."""
+    odometry_type: str = ODOMETRY.type
+    """nav_msgs/msg/Odometry, geometry_msgs/msg/PoseStamped or geometry_msgs/msg/PoseWithCovarianceStamped."""
     fixed_frame: str = "odom"
     """Frame of TF that does not move."""
     wait_s: float = bounded(0.1, 0.0, 1.0)
@@ -87,6 +89,8 @@ class EgoMotionParameters:
     def __post_init__(self) -> None:
         if self.source not in ("auto", "odometry", "tf", "none"):
             raise ConfigError(f"source {self.source!r}: must be auto, odometry, tf or none")
+        if self.odometry_type not in POSE_TYPES:
+            raise ConfigError(f"odometry_type {self.odometry_type!r}: must be {', '.join(POSE_TYPES)}")
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,12 @@ class IndexedBag:
         """Close the bag."""
         self._bag.close()
 
+    @property
+    def pose_type(self) -> str:
+        """Type of the messages that tell the vehicle's poses."""
+        topic = self.topics.odometry
+        return self._bag.topics[topic] if topic else ""
+
     def _find_topics(self) -> BagTopics:
         """Return the topics that were given, after a look whether they are there, or find them."""
         given = self.options.topics
