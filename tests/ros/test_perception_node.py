@@ -110,9 +110,11 @@ def test_ego_motion_comes_from_odometry(make_bench: Callable[..., Any]) -> None:
 def test_ego_motion_comes_from_stamped_poses(make_bench: Callable[..., Any], kind: str) -> None:
     from geometry_msgs import msg as geometry
 
-    bench = make_bench(ego_motion__odometry_type=f"geometry_msgs/msg/{kind}").ready()
-    publisher = bench.vehicle.node.create_publisher(getattr(geometry, kind), "/perception/input/odometry", 50)
-    bench.wait(lambda: publisher.get_subscription_count() == 1)
+    motion = {"ego_motion.odometry_topic": "/pose", "ego_motion.odometry_type": f"geometry_msgs/msg/{kind}"}
+    bench = make_bench(**motion).ready()
+    publisher = bench.vehicle.node.create_publisher(getattr(geometry, kind), "/pose", 50)
+    (heard,) = (s for s in bench.node._inputs if s.topic_name == "/pose")
+    bench.wait(lambda: publisher.get_subscription_count() and heard.get_publisher_count())
     for i in range(40):
         message = getattr(geometry, kind)()
         stamp_ns = 900_000_000 + i * 20_000_000

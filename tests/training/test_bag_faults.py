@@ -20,6 +20,7 @@ from tests.training.test_bags import rewrite
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.bags import BagMessage, BagReader
 from occbev_training.sources import bag_index
+from occbev_training.sources.bag_check import check_bag, refuse_bad_clocks
 from occbev_training.sources.bag_index import BagOptions, usable_stamps
 from occbev_training.sources.bag_writer import TYPESTORE, write_bag
 from occbev_training.sources.bags import BagRecording
@@ -403,6 +404,17 @@ def test_a_cut_bag_is_refused_or_read_as_promised(tmp_path: Path, tiny_recording
         return
     with pytest.raises(RecordingError, match="drive"):
         BagRecording(tmp_path / "drive")
+
+
+def test_a_bag_that_is_cut_before_its_first_message_says_so(tmp_path: Path, tiny_recording) -> None:
+    write_bag(tiny_recording, tmp_path / "drive")
+    (file,) = (tmp_path / "drive").glob("*.mcap")
+    file.write_bytes(file.read_bytes()[:3000])
+    for read in (BagRecording, lambda path: refuse_bad_clocks(path, BagOptions())):
+        with pytest.raises(RecordingError, match=r"drive: no image topic .*topics are none; .*the file is cut at byte"):
+            read(tmp_path / "drive")
+    (verdict,) = check_bag(tmp_path / "drive")
+    assert "the file is cut at byte" in verdict.text
 
 
 def test_what_was_left_out_is_counted_in_the_report(good: Path, tmp_path: Path, capsys) -> None:

@@ -250,6 +250,7 @@ def test_a_bag_is_named_by_its_whole_folder_and_its_parts_share_a_place(bags) ->
     assert OpenBag(Path("drives/2024.05.01")).name == "2024.05.01"
     assert OpenBag(Path("drives/one.mcap")).name == "one"
     assert OpenBag(Path("drives/two/bag.db3")).name == "two"
+    assert OpenBag(Path("drives/one.mcap.zstd")).name == "one"
     part = OpenBag(Path("drives/one.mcap"), BagOptions(part=2))
     assert part.name == "one-part2"
     assert OpenBag(bags / "first")().location == "first"

@@ -21,10 +21,10 @@ from occbev.messages.bags import BagReader
 from occbev.messages.image_headers import encoded_size
 from occbev.messages.readers import stamp_to_ns
 from occbev.messages.tf import Buffer, clean_frame
-from occbev.messages.topics import ODOMETRY, POSE, BagTopics, detect_topics
+from occbev.messages.topics import ODOMETRY, POSE, BagTopics
 from occbev.rig import Camera
 from occbev.trajectory import PoseError, Trajectory
-from occbev_training.sources.bag_index import BagOptions, raw_times, split_at_jumps, usable_stamps
+from occbev_training.sources.bag_index import BagOptions, find_topics, raw_times, split_at_jumps, usable_stamps
 from occbev_training.sources.bags import SMALL_ERROR, BagRecording
 from occbev_training.sources.clocks import (
     AGREE,
@@ -94,7 +94,7 @@ def check_bag(path: Path, options: BagOptions | None = None, measure_turns: bool
     try:
         verdicts: list[Verdict] = []
         try:
-            topics = options.topics or detect_topics(bag.topics, options.profile)
+            topics = find_topics(bag, options)
             verdicts.append(Verdict("topics", True, f"{len(topics.images)} cameras, profile {topics.profile}"))
         except RecordingError as error:
             return [Verdict("topics", False, str(error))]
@@ -497,7 +497,7 @@ def refuse_bad_clocks(path: Path, options: BagOptions) -> None:
     """Raise RecordingError naming the topic whose clock is surely not the recorder's."""
     bag = BagReader(path)
     try:
-        topics = options.topics or detect_topics(bag.topics, options.profile)
+        topics = find_topics(bag, options)
         times = raw_times(bag, topics)
     finally:
         bag.close()

@@ -147,6 +147,14 @@ def topic_times(stamp_ns: Sequence[int], log_ns: Sequence[int]) -> TopicTimes:
     return TopicTimes(np.array(stamp_ns, np.int64), np.array(log_ns, np.int64))
 
 
+def find_topics(bag: BagReader, options: BagOptions) -> BagTopics:
+    """Return the topics that were given, or those found; raises RecordingError naming the bag and what is wrong with it."""
+    try:
+        return options.topics or detect_topics(bag.topics, options.profile)
+    except RecordingError as error:
+        raise RecordingError(f"{bag.path}: {'; '.join([str(error), *bag.notes])}") from error
+
+
 class IndexedBag:
     """An open bag whose messages are indexed, divided where a clock jumps back or a calibration changes.
 
@@ -176,11 +184,7 @@ class IndexedBag:
 
     def _find_topics(self) -> BagTopics:
         """Return the topics that were given, after a look whether they are there, or find them."""
-        given = self.options.topics
-        try:
-            topics = given or detect_topics(self._bag.topics, self.options.profile)
-        except RecordingError as error:
-            raise RecordingError(f"{self._bag.path}: {error}") from error
+        topics = find_topics(self._bag, self.options)
         absent = [topic for topic in topics.all if topic not in self._bag.topics]
         if absent:
             raise RecordingError(f"{self._bag.path}: no topic {absent}; topics are {listed(self._bag.topics)}")

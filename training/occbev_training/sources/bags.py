@@ -344,7 +344,8 @@ class BagRecording(IndexedBag):
             try:
                 cameras.append(self._camera(name, kept[topic]))
             except (RecordingError, MessageError, RigError) as error:
-                self.left_out[name] = _at_topic(topic, error)
+                unread = isinstance(error, EncodingError)
+                self.left_out[name] = _at_topic(self.topics.images[name] if unread else topic, error)
                 self._bad[f"{self.topics.images[name]}: camera left out: {error}"] = self._count(name)
                 LOG.warning("%s: camera %s is left out: %s", self._bag.path, name, self.left_out[name])
         if not cameras:

@@ -95,7 +95,8 @@ class OpenBag:
     @property
     def _whole(self) -> str:
         """The name of all parts together."""
-        path = self.path.with_suffix("") if self.path.suffix in BAG_SUFFIXES else self.path
+        path = _unpacked_name(self.path)
+        path = path.with_suffix("") if path.suffix in BAG_SUFFIXES else path
         return path.absolute().parent.name if path.name == "bag" else path.name
 
     @property
@@ -335,8 +336,11 @@ def _find_places(path: Path, problems: dict[str, str], seen: set[Path] | None = 
 
 def _is_bag_file(path: Path) -> bool:
     """Whether a file has the name of a bag's storage, packed or not; bags of ROS 1 are refused with the remedy."""
-    name = path.with_suffix("") if path.suffix in (".zstd", ".zst") else path
-    return name.suffix in (*BAG_SUFFIXES, ".bag")
+    return _unpacked_name(path).suffix in (*BAG_SUFFIXES, ".bag")
+
+
+def _unpacked_name(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".zstd", ".zst") else path
 
 
 def _holds_splits(path: Path) -> bool:
