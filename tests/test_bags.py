@@ -32,7 +32,8 @@ def make_bag(path: Path, storage: StoragePlugin = StoragePlugin.MCAP, count: int
 
 @pytest.mark.parametrize("storage", list(StoragePlugin))
 def test_all_messages_come_in_order(tmp_path: Path, storage: StoragePlugin) -> None:
-    with BagReader(make_bag(tmp_path / "bag", storage)) as bag:
+    folder = make_bag(tmp_path / "bag", storage).rename(tmp_path / "odd #%20[1]? \u00fc bag")
+    with BagReader(folder) as bag:
         messages = list(bag.messages())
         assert [m.log_ns for m in messages] == list(range(1000, 1006))
         assert messages[3] == BagMessage("/b", STRING, 1003, text("number 3"))
