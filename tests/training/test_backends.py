@@ -170,7 +170,7 @@ def test_two_sets_in_flight_give_what_one_after_the_other_gives(package: ModelPa
     one = Pipeline(package, cameras, "openvino", RunSettings(2, "f32"))
     two = Pipeline(package, cameras, "openvino", RunSettings(2, "f32", at_once=2))
     assert "2 frame sets at once" in two.backend.device
-    expected = [one.run(frame_set).occupancy.confidence for frame_set in sets]
+    expected = [one.run(frame_set).occupancy.evidence.obstacle for frame_set in sets]
     jobs = [FrameJob(frame_set.stamp_ns, frame_set=frame_set) for frame_set in sets]
     found = []
     for job, before in zip(jobs, [None, *jobs], strict=False):
@@ -180,9 +180,9 @@ def test_two_sets_in_flight_give_what_one_after_the_other_gives(package: ModelPa
             found.append(two.decode(before))
     found.append(two.decode(jobs[-1]))
     assert all(result.timings.stage_ns["inference"] > 0 for result in found)
-    confidence = np.stack([result.occupancy.confidence for result in found])
-    np.testing.assert_allclose(confidence, expected, atol=1e-6)
-    assert np.ptp(confidence, axis=0).max() > 1e-5, "the sets differ"
+    occupied = np.stack([result.occupancy.evidence.obstacle for result in found])
+    np.testing.assert_allclose(occupied, expected, atol=1e-6)
+    assert np.ptp(occupied, axis=0).max() > 1e-5, "the sets differ"
 
 
 def test_logits_are_left_out_where_a_graph_has_factors(package: ModelPackage) -> None:
