@@ -46,8 +46,24 @@ HANG_S = 10
 """An input that takes longer is a hang."""
 
 VALUES: tuple[Any, ...] = (
-    float("nan"), float("inf"), -1, 0, 1e300, 10**20, 2**31, "", "text", "../up", None, True, [], {}, [[]], "\x00", "9" * 5000,
-)  # fmt: skip
+    float("nan"),
+    float("inf"),
+    -1,
+    0,
+    1e300,
+    10**20,
+    2**31,
+    "",
+    "text",
+    "../up",
+    None,
+    True,
+    [],
+    {},
+    [[]],
+    "\x00",
+    "9" * 5000,
+)
 """What takes the place of values in YAML and JSON."""
 
 
