@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 
@@ -30,6 +31,11 @@ def test_every_configuration_has_its_row(repository: Path) -> None:
     configured = {path.stem for path in (repository / "config/models").glob("*.yaml")}
     assert set(REFERENCE_NETWORKS) == configured == set(known())
     assert set(rows(repository)) == configured
+
+
+def test_every_network_is_exported_at_full_size_once_a_week(repository: Path) -> None:
+    workflow = yaml.safe_load((repository / ".github/workflows/weekly.yaml").read_text())
+    assert workflow["jobs"]["families"]["strategy"]["matrix"]["name"] == known()
 
 
 def test_the_readme_says_what_the_code_knows(repository: Path) -> None:
