@@ -15,6 +15,7 @@ from tests.training.test_export import MODEL  # noqa: E402
 
 from occbev.inference import openvino_backend  # noqa: E402
 from occbev.inference.backend import RunSettings, load_backend  # noqa: E402
+from occbev.inference.families.bevdet import BevDetModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
 from occbev_training.export.package import ExportError, export_package, ring_rig, write_ir  # noqa: E402
@@ -125,7 +126,7 @@ def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) ->
     with pytest.raises(QuantisationError, match="was prepared for"):
         check_frames(other, frames())
     with pytest.raises(ExportError, match="only our own"):
-        export_package(network, replace(MODEL, family="bevformer"), tmp_path / "other", {}, {}, (), (3,), frames())
+        export_package(network, BevDetModel(), tmp_path / "other", {}, {}, (), (3,), frames())
     assert not list(tmp_path.iterdir())
 
 

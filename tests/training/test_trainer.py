@@ -45,6 +45,7 @@ from occbev_training.cli import main
 from occbev_training.cli.pretrain import overridden, parse_assignments
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, open_cache
+from occbev_training.engine.adapt import AdaptConfig
 from occbev_training.engine.config import OptimConfig, TrainingConfig
 from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
 from occbev_training.engine.stages import StageInputs, default_start, predictor, train_stage
@@ -386,13 +387,20 @@ def test_shipped_configs_are_valid(stage: str) -> None:
 CONFIGS = sorted((Path(__file__).parents[2] / "config" / "training").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "model" not in p.stem], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if "model" not in p.stem and p.stem != "adapt"], ids=lambda p: p.stem
+)
 def test_every_shipped_config_names_a_model_and_parts_that_it_has(path: Path) -> None:
     config = load_config(path, TrainingConfig)
     model = load_model(Path(__file__).parents[2] / config.model)
     with torch.device("meta"):
         network = build_model(reduced(model), config.stage)
     build_optimizer(network, config.optim)
+
+
+def test_the_shipped_config_of_adapt_is_read() -> None:
+    (path,) = [path for path in CONFIGS if path.stem == "adapt"]
+    assert load_config(path, AdaptConfig).rehearsal
 
 
 def test_schedules_count_steps_or_epochs() -> None:

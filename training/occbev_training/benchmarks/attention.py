@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from occbev.benchmarks import Options, Report, run_interleaved
-from occbev.config import ImageConfig, ModelConfig
+from occbev.config import ImageConfig
 from occbev.grid import BevGrid
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.reference_points import frame_to_images, pillar_points, project
 from occbev_training.benchmarks.measure import bench_device, peak_bytes, speedup, waiting
 from occbev_training.export.package import ring_rig
@@ -73,7 +74,7 @@ def make_case(cells: int, device: str = "cpu") -> Case:
     for layer in (inner.sampling_offsets, inner.attention_weights):
         torch.nn.init.normal_(layer.weight, std=0.05)
     bev = BevGrid((-EXTENT, -EXTENT), (2 * EXTENT / cells,) * 2, (cells, cells))
-    model = ModelConfig(image=ImageConfig(width=1600, height=928))
+    model = LiftSplatModel(image=ImageConfig(width=1600, height=928))
     rig = ring_rig(model, CAMERA_COUNT).cameras
     matrices = frame_to_images(np.stack([c.intrinsic for c in rig]), np.stack([c.cam2ego for c in rig]))
     seen = project(pillar_points(bev, (-5.0, 3.0), HEIGHTS), matrices, (1600, 928))
