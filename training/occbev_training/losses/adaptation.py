@@ -75,17 +75,15 @@ class Teacher:
 
     def terms(self, output: NetworkOutput, batch: TrainingBatch, model: ModelConfig) -> dict[str, Tensor]:
         """Return how far the boxes of an output are from what the teacher says: `taught_heatmap` and `taught_box`."""
-        assert output.heatmap is not None
-        assert output.box is not None
         assert output.depth_logits is not None
         heatmap, box = self.boxes(output.depth_logits, batch, model)
-        logits, peaks = output.heatmap.float(), functional.max_pool2d(heatmap, 3, 1, 1) == heatmap
+        logits, peaks = output.answers["heatmap"].float(), functional.max_pool2d(heatmap, 3, 1, 1) == heatmap
         count = mean_over_processes(heatmap[peaks & (heatmap > LEAST_CENTRE)].sum()).clamp(min=1)
         each = functional.binary_cross_entropy_with_logits(logits, heatmap, reduction="none")
         found = CENTRE_WEIGHT * ((torch.sigmoid(logits) - heatmap).square() * each).sum() / count
         sure = heatmap.amax(1, keepdim=True)
         sure = sure * (sure > LEAST_CENTRE)
-        error = (output.box.float() - box).abs()[:, :-2] * sure  # a single frame says nothing of velocities
+        error = (output.answers["box"].float() - box).abs()[:, :-2] * sure  # a single frame says nothing of velocities
         return {"taught_heatmap": found, "taught_box": error.sum() / mean_over_processes(sure.sum()).clamp(min=1)}
 
     @torch.no_grad()
@@ -99,10 +97,9 @@ class Teacher:
         images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
         _, context = view.predict_depth(network.image_encoder(images.flatten(0, 1)), batch.geometry.ray.flatten(0, 1))
         logits = measured_depth(depth_logits, batch.depth_bin)
-        answers = network.centres(network.bev_encoder(view.pool(logits, context, batch.camera_valid, batch.geometry)))
-        heatmap, box = answers["heatmap"], answers["box"]
-        assert heatmap is not None
-        assert box is not None
+        assert network.detection_head is not None
+        bev = network.bev_encoder(view.pool(logits, context, batch.camera_valid, batch.geometry))
+        heatmap, box = network.detection_head(bev)
         return torch.sigmoid(heatmap.float()), box.float()
 
 
