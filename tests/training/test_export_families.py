@@ -141,28 +141,34 @@ def poses() -> tuple[np.ndarray, np.ndarray]:
 
 def test_two_steps_of_a_stereo_graph_are_two_frames_of_the_network(repository: Path) -> None:
     model = model_of(repository, "bevdet_occ_r50_4d_stereo")
-    network = network_of(model)
+    network = network_of(model).double()  # random weights let the match say little: rounding must not hide it
     graph, rig, valid = make_graph(network), ring_rig(model, 2), torch.tensor([[1.0, 0.0]])
     (before, now), family = poses(), family_of(model)
     earlier, later = Moment(0, before, rig), Moment(500_000_000, now, rig)
     first, second = (example_inputs(model, graph, 2, seed) | {"camera_valid": valid.numpy()} for seed in (0, 1))
     first |= family.motion(model, earlier, None)
     second |= family.motion(model, later, earlier)
+    first, second = (
+        {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in inputs.items()}
+        for inputs in (first, second)
+    )
     state = run_torch(graph, first)
     carried = {name.replace("out", "in"): state[name] for name in ("state_out_bev", "state_out_match")}
     got = run_torch(graph, {**second, **carried})["occupancy_logits"]
     geometry = make_geometry(model, rig.intrinsics[None], rig.cam2egos[None], valid)
-    matching = Matching(torch.ones(1), tensor(second, "table_matching")[None])
+    geometry = replace(geometry, weight=geometry.weight.double(), ray=geometry.ray.double())
+    valid = valid.double()
+    matching = Matching(torch.ones(1).double(), tensor(second, "table_matching")[None])
     with torch.no_grad():
         past = Frame(tensor(first, "images"), valid, geometry)
         key = Frame(tensor(second, "images"), valid, geometry, matching)
         bev, _ = network.frame_bev(key, network.matching_map(past))
         warp = torch.from_numpy(warp_table(np.linalg.inv(before) @ now, model.bev, model.lift.reference_quirks))
-        moved = warp_bev(network.frame_bev(past)[0], warp[None])
+        moved = warp_bev(network.frame_bev(past)[0], warp[None].double())
         want = network.run_heads(network.temporal(bev, [moved]))["occupancy_logits"]
         alone = network.run_heads(network.temporal(network.frame_bev(key)[0], [moved]))["occupancy_logits"]
     error = (torch.from_numpy(got) - want).abs().max()
-    assert error < 0.02 * (alone - want).abs().max()  # it matches with the frame before
+    assert error < 1e-3 * (alone - want).abs().max()  # it matches with the frame before
 
 
 @pytest.mark.parametrize("name", ["occbev-small", "bevdet4d_r50", "bevformer_tiny"])
