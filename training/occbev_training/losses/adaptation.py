@@ -22,7 +22,7 @@ from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
 from occbev_training.losses.objectives import FinetuneObjective, depth_term, run_network, shown
-from occbev_training.models.lift_splat.lift_splat import LiftSplat
+from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat
 from occbev_training.models.network import NetworkOutput, OccBevNetwork
 
 REHEARSED = "rehearsed_"
@@ -93,13 +93,14 @@ class Teacher:
         depth_logits: (B, N, D, h, w), of the student, for all other cells.
         """
         network = self.network.to(batch.images.device)
-        view = network.view_transform
+        view, geometry, head = network.view_transform, batch.geometry, network.detection_head
+        assert isinstance(geometry, BatchedPoints)
+        assert isinstance(head, nn.Module)
         images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
-        _, context = view.predict_depth(network.image_encoder(images.flatten(0, 1)), batch.geometry.ray.flatten(0, 1))
+        _, context = view.predict_depth(network.image_encoder(images.flatten(0, 1)), geometry.ray.flatten(0, 1))
         logits = measured_depth(depth_logits, batch.depth_bin)
-        assert network.detection_head is not None
-        bev = network.bev_encoder(view.pool(logits, context, batch.camera_valid, batch.geometry))
-        heatmap, box = network.detection_head(bev)
+        bev = network.bev_encoder(view.pool(logits, context, batch.camera_valid, geometry))
+        heatmap, box = head(bev)
         return torch.sigmoid(heatmap.float()), box.float()
 
 
