@@ -358,9 +358,12 @@ def lidar_turns(lidar2ego: Array) -> dict[str, Array]:
 def weigh_placements(moments: Sequence[Moment], camera: Camera, rig: CameraRig) -> list[tuple[Placement, Evidence]]:
     """Weigh a camera's calibration, which comes first, and what it is tried against.
 
-    Where the calibration fits better than any wrong place ever does, only small turns are tried.
+    Where the calibration fits better than any wrong place ever does, only small turns are tried. Images so small that
+    such a turn moves them by few pixels do not tell it from noise.
     """
     tried = placements(camera, rig)
+    if camera.intrinsic[0, 0] * np.tan(np.deg2rad(SMALL_TURN)) < LEAST_SHIFT:
+        tried = [placement for placement in tried if not placement.small]
     here = weigh(moments, camera.name, tried[0])
     beyond_doubt = here.score - 0.3 * here.sky > BEYOND_DOUBT
     others = [p for p in tried[1:] if p.small or not beyond_doubt]
@@ -399,6 +402,9 @@ class CameraVerdict:
 
 LEAST, SURE = 0.12, 0.35
 """Difference of scores from which on a placement is taken, and from which on without doubt."""
+
+SMALL_TURN, LEAST_SHIFT = 5.0, 8.0
+"""Degrees of a small turn, and the pixels by which it must move an image to be tried."""
 
 LEAST_EVIDENCE = 0.4
 """Score without the sky below which a placement is noise: the right place of every real camera had 0.5."""
@@ -452,10 +458,13 @@ def choose_placement(name: str, found: Sequence[tuple[Placement, Evidence]]) -> 
     """Return the verdict on a camera whose calibration, which comes first, and other placements were weighed."""
     (_, here), *others = found
     gross = max(((p, e) for p, e in others if not p.small), key=lambda pair: pair[1].score, default=None)
-    small = max(((p, e) for p, e in others if p.small), key=lambda pair: pair[1].score)
+    small = max(((p, e) for p, e in others if p.small), key=lambda pair: pair[1].score, default=None)
     margin = here.score if gross is None else here.score - gross[1].score
-    if gross is not None and margin < -LEAST and _counts(gross[1]) and gross[1].score > small[1].score:
+    before_small = gross is not None and (small is None or gross[1].score > small[1].score)
+    if gross is not None and before_small and margin < -LEAST and _counts(gross[1]):
         return CameraVerdict(name, gross[0].fault, margin, here)
+    if small is None:
+        return CameraVerdict(name, "", margin, here)
     slight = here.score - small[1].score
     # What neighbours share is found within 5 degrees, too: a turn that loses it imitates, it does not correct.
     keeps = here.overlap_count < 40 or small[1].overlap >= here.overlap - 0.02
