@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -67,3 +69,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data in {SHARED}; set OCCBEV_SHARED to its folder")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def reset_log_levels() -> Iterator[None]:
+    """Undo the log levels that a command sets for its process, so that no test depends on the ones before it."""
+    yield
+    for name in ("occbev", "occbev_training"):
+        logging.getLogger(name).setLevel(logging.NOTSET)

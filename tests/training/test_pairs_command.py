@@ -181,9 +181,10 @@ def test_content_of_equal_size_makes_other_shards(bags, tmp_path, capsys) -> Non
 
 
 def test_the_output_is_named_or_the_first_position_that_holds_no_recording(bags, tmp_path, capsys) -> None:
-    assert split_output([Path("out"), bags], None, "the pairs") == ([bags], Path("out"))
-    assert split_output([bags], Path("out"), "the pairs") == ([bags], Path("out"))
-    assert split_output([Path("out")], None, "the pairs", alone=True) == ([], Path("out"))
+    out = tmp_path / "out"
+    assert split_output([out, bags], None, "the pairs") == ([bags], out)
+    assert split_output([bags], out, "the pairs") == ([bags], out)
+    assert split_output([out], None, "the pairs", alone=True) == ([], out)
     for paths in ([bags, bags], [bags], []):
         with pytest.raises(ValueError, match="name the pairs with --out FOLDER"):
             split_output(paths, None, "the pairs", alone=True)
