@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from occbev.classes import FREE, FREE_STATE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.cli import demo
-from occbev.reports.report import FrameLatency, Scene, write_report
+from occbev.grid import VoxelGrid
+from occbev.reports.report import About, FrameLatency, Scene, write_report
+from occbev.reports.space import Panel, space_element, unpack_voxels
+from occbev.results import Boxes3D, Occupancy
 
 AP = {"car": {"0.5": 0.11, "1.0": 0.22, "2.0": 0.33, "4.0": 0.44}}
 NONE = {"bus": dict.fromkeys(AP["car"], 0.0)}
@@ -63,6 +68,92 @@ def page(tmp_path: Path, summary: dict[str, Any], scenes: list[Scene]) -> tuple[
 def scene(time: float) -> Scene:
     picture = np.full((20, 40, 3), 128, np.uint8)
     return Scene(time, ((("six cameras", picture),), (("truth", picture), ("predicted", picture))))
+
+
+def noise(grid: VoxelGrid, share: float = 0.05) -> Occupancy:
+    generator = np.random.default_rng(3)
+    occupied = generator.random(grid.shape) < share
+    label = np.where(occupied, generator.integers(0, FREE, grid.shape), FREE).astype(np.uint8)
+    state = np.where(occupied, OCCUPIED_STATE, FREE_STATE).astype(np.uint8)
+    return Occupancy(label, occupied.astype(np.float32), state, grid)
+
+
+def embedded(text: str) -> dict[str, Any]:
+    """What the page's script reads, by the rules of HTML: up to the first end of a script element."""
+    return json.loads(re.search(r'<script type="application/json">(.*?)</script', text, re.DOTALL)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("shape", [(40, 50, 8), (300, 20, 4)])
+def test_the_page_holds_the_very_voxels_and_boxes_that_it_was_given(shape: tuple[int, int, int]) -> None:
+    grid = VoxelGrid((-10.0, -20.0, -1.0), (0.5, 0.8, 0.4), shape)
+    given, known = noise(grid), np.random.default_rng(4).random(shape) < 0.5
+    boxes = Boxes3D(
+        np.array([[10, -3, 0.8, 4.5, 1.9, 1.6, 2.9, 5, np.nan]], np.float32), np.array([8]), np.ones(1, np.float32)
+    )
+    data = embedded(space_element([[Panel("Prediction", given, boxes, known), Panel("Truth", given)]]))
+    first, second = data["moments"][0]
+    index, label, is_known = unpack_voxels(first["voxels"], shape)
+    at = tuple(index.T)
+    found = np.full(shape, FREE, np.uint8)
+    found[at] = label
+    np.testing.assert_array_equal(found, given.label)
+    np.testing.assert_array_equal(is_known, known[at])
+    assert len(index) == (given.state == OCCUPIED_STATE).sum()
+    assert first["grid"] == {"lo": [-10.0, -20.0, -1.0], "pitch": [0.5, 0.8, 0.4], "shape": list(shape)}
+    np.testing.assert_allclose(first["boxes"], [[10, -3, 0.8, 4.5, 1.9, 1.6, 2.9, 8, 1]], atol=1e-3)
+    assert data["classes"][data["boxLabels"][8]] == "pedestrian"
+    assert not unpack_voxels(second["voxels"], shape)[2].any()
+    assert (first["hasKnown"], second["hasKnown"], second["boxes"]) == (True, False, [])
+
+
+def test_voxels_without_classes_have_the_colour_of_their_height() -> None:
+    grid = VoxelGrid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 3))
+    bare = Occupancy(**{**vars(noise(grid, 0.5)), "has_classes": False})
+    panel = embedded(space_element([[Panel("Voxels", bare)]]))["moments"][0][0]
+    assert len(panel["heights"]) == 3
+    assert len({tuple(colour) for colour in panel["heights"]}) == 3
+
+
+def test_a_page_keeps_its_size_by_leaving_out_moments_evenly(tmp_path: Path, summary: dict[str, Any]) -> None:
+    volume = noise(VoxelGrid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (60, 60, 8)), 0.5)
+    scenes = [Scene(float(i), (), (Panel("Prediction", volume), Panel("Truth", volume))) for i in range(11)]
+    path = tmp_path / "report.html"
+    write_report(path, summary, scenes, [])
+    whole = path.stat().st_size
+    assert path.read_text().count("class=scene ") == 11
+    write_report(path, summary, scenes, [], max_bytes=whole // 2)
+    text = path.read_text()
+    assert path.stat().st_size <= whole // 2
+    times = [float(time) for time in re.findall(r'data-time="([\d.]+)"', text)]
+    assert (times[0], times[-1]) == (0.0, 10.0)
+    assert 3 <= len(times) == len(embedded(text)["moments"]) < 11
+    assert max(np.diff(times)) <= 2 * min(np.diff(times))
+
+
+def test_no_title_or_text_ends_the_script_or_becomes_markup(tmp_path: Path, summary: dict[str, Any]) -> None:
+    hostile = "</script><script>alert(1)</script>&"
+    volume = noise(VoxelGrid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (4, 4, 2)))
+    scenes = [Scene(0.0, ((("<img onerror=x>", np.zeros((4, 4, 3), np.uint8)),),), (Panel(hostile, volume),))]
+    write_report(tmp_path / "report.html", summary, scenes, [], About(hostile, hostile))
+    text = (tmp_path / "report.html").read_text()
+    assert "alert(1)</script>" not in text
+    assert "<img onerror" not in text
+    assert embedded(text)["moments"][0][0]["title"] == hostile
+    assert text.count("<script") == 2
+
+
+def test_a_drive_without_truth_is_shown_without_scores(tmp_path: Path, summary: dict[str, Any]) -> None:
+    del summary["detection"], summary["occupancy"]
+    text, structure = page(tmp_path, summary, [scene(0.0)])
+    assert "truth of this drive is not known" in text
+    assert "IoU" not in text
+    assert "table" in structure.tags
+
+
+def test_every_class_name_is_shown_by_its_label(tmp_path: Path) -> None:
+    data = embedded(space_element([]))
+    assert data["classes"] == [name.replace("_", " ") for name in OCCUPANCY_CLASSES[:FREE]]
+    assert len(data["colours"]) == FREE
 
 
 def test_everything_is_inside_the_page(tmp_path: Path, summary: dict[str, Any]) -> None:

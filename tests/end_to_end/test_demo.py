@@ -68,8 +68,8 @@ def test_scores_stand_beside_what_they_must_beat(out: Path) -> None:
 @pytest.mark.slow
 def test_the_page_shows_pictures_and_the_drive_is_kept(out: Path) -> None:
     page = (out / "report.html").read_text()
-    assert page.count("<img") == 6 * page.count("class=scene ")
-    assert page.count("<img") >= 6
+    assert page.count("<img") == page.count("class=scene ")
+    assert page.count("<img") >= 1
     assert len(list(out.glob("drive-*"))) == 1
 
 

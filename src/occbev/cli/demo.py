@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -28,10 +27,10 @@ from rich.table import Table
 from occbev.geometry import invert_transform
 from occbev.graph import LATENCY_STAGES
 from occbev.inference.model_package import ModelPackage, find_package
+from occbev.reports.moments import Moment
 from occbev.reports.rendering import write_picture
 from occbev.reports.report import FrameLatency, Scene, write_report
-from occbev.reports.scenes import Moment, compose_scene, cover_picture, occupancy_of_truth
-from occbev.results import CameraFrame
+from occbev.reports.scenes import compose_scene, cover_picture, occupancy_of_truth
 from occbev.versions import machine, versions
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ CONSOLE = Console(highlight=False)
 SEED = 20_009
 """Of the simulator's test range, so that no model has seen the drive."""
 
-SCENES = 16
-"""Moments that the report shows."""
+SCENES = 40
+"""Most moments that the report shows."""
 
 SCORED = (
     "detection.score_threshold:=0.05",
@@ -83,10 +82,9 @@ def run(args: argparse.Namespace) -> int:
         results, scores = _score(played, drive, package)
     summary = _summary(args, package, played, scores)
     with clock("report"):
-        scenes = _scenes(results, drive)
+        scenes, cover = _scenes(results, drive)
         write_report(args.out / "report.html", _time(summary, clock), scenes, played.latencies)
-        if scenes:
-            cover = cover_picture(scenes[len(scenes) // 2])
+        if cover is not None:
             write_picture(str(args.out / "picture.jpg"), cover)
     summary = _time(summary, clock)
     (args.out / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
@@ -268,8 +266,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _scenes(results: Sequence[KeyResult], drive: KeptDrive) -> list[Scene]:
-    """Draw moments evenly spread over the drive."""
+def _scenes(results: Sequence[KeyResult], drive: KeptDrive) -> tuple[list[Scene], NDArray[np.uint8] | None]:
+    """Draw moments evenly spread over the drive, and a picture of the middle one; None without any."""
     from occbev_training.sources.bags import BagRecording
     from occbev_training.sources.truth import read_truth
 
@@ -277,13 +275,16 @@ def _scenes(results: Sequence[KeyResult], drive: KeptDrive) -> list[Scene]:
     chosen: list[int] = []
     if results:
         chosen = np.unique(np.linspace(0, len(results) - 1, SCENES).round().astype(int)).tolist()
-    scenes = []
+    scenes, cover = [], None
     with _bars() as report:
         for done, index in enumerate(chosen, 1):
-            scenes.append(compose_scene(_moment(results[index], truth, recording)))
+            moment = _moment(results[index], truth, recording)
+            scenes.append(compose_scene(moment, (moment.stamp_ns - int(truth.key_stamp_ns[0])) / 1e9))
+            if done == len(chosen) // 2 + 1:
+                cover = cover_picture(moment)
             report("draw", done, len(chosen))
     recording.close()
-    return scenes
+    return scenes, cover
 
 
 def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:
@@ -298,23 +299,14 @@ def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:
     annotations, labels = truth.annotations(result.key), occupancy_truth(truth, result.key)
     assert annotations is not None
     return Moment(
-        (stamp - int(truth.key_stamp_ns[0])) / 1e9,
-        {name: _decode_frames(frame) for name, frame in seen.items()},
-        truth.rig.reorder(tuple(seen)).move_cameras(motions),
-        result.boxes,
-        annotations.boxes[annotations.lidar_points > 0],
-        result.occupancy,
-        occupancy_of_truth(labels.semantics, labels.mask_camera, labels.grid),
+        stamp,
+        images={name: frame.image for name, frame in seen.items()},
+        rig=truth.rig.reorder(tuple(seen)).move_cameras(motions),
+        boxes=result.boxes,
+        true_boxes=annotations.boxes[annotations.lidar_points > 0],
+        occupancy=result.occupancy,
+        true_occupancy=occupancy_of_truth(labels.semantics, labels.mask_camera, labels.grid),
     )
-
-
-def _decode_frames(frame: CameraFrame) -> NDArray[np.uint8]:
-    if not isinstance(frame.image, bytes):
-        return frame.image
-    image = cv2.imdecode(np.frombuffer(frame.image, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{frame.camera}: the image at {frame.stamp_ns} ns does not decode")
-    return np.asarray(image[..., ::-1], np.uint8)
 
 
 def _print(summary: Mapping[str, Any], out: Path) -> None:

@@ -1,6 +1,6 @@
 """A self-contained page of one run: what the node saw and published, how well, how fast, and with what.
 
-Takes finished pictures and numbers; draws only the small charts, as SVG in the page.
+Takes finished pictures, voxels, boxes and numbers. Charts are SVG in the page, and `space` draws voxels and boxes in 3D.
 """
 
 from __future__ import annotations
@@ -16,25 +16,40 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.classes import (
-    DETECTION_CLASSES,
-    DETECTION_COLOURS,
-    OCCUPANCY_CLASSES,
-    OCCUPANCY_COLOURS,
-)
+from occbev.reports.space import Panel, panel_record, script_json, space_of_records, space_script
 
 Image = NDArray[np.uint8]
 
 JPEG_QUALITY = 85
 CHART_WIDTH = 1080
 
+MAX_BYTES = 12_000_000
+"""Largest page; moments are left out, evenly, until it is kept."""
+
 
 @dataclass(frozen=True)
 class Scene:
-    """One moment: its time in the drive and, row by row, captioned (H, W, 3) uint8 RGB pictures."""
+    """One moment: its time in the drive, row by row captioned (H, W, 3) uint8 RGB pictures, and what is shown in 3D."""
 
     time: float
     rows: tuple[tuple[tuple[str, Image], ...], ...]
+    panels: tuple[Panel, ...] = ()
+
+
+@dataclass(frozen=True)
+class About:
+    """What a page says of the run at its top."""
+
+    title: str
+    text: str
+
+
+DEMO = About(
+    "occbev demo",
+    "A simulated drive that the network never saw, played as a ROS 2 bag over real DDS through the perception node. "
+    "Everything below was published by the node, recorded, and scored against the simulator's truth. "
+    "The weights have only seen simulated streets.",
+)
 
 
 @dataclass(frozen=True)
@@ -50,23 +65,50 @@ def write_report(
     summary: Mapping[str, Any],
     scenes: Sequence[Scene],
     frames: Sequence[FrameLatency],
+    about: About = DEMO,
+    max_bytes: int = MAX_BYTES,
 ) -> None:
-    """Write the page; `summary` is what `summary.json` holds."""
-    sections = [
-        _tiles(summary),
-        _viewer(scenes),
-        _latency(summary, frames),
-        _accuracy(summary),
-        _facts(summary),
-    ]
-    body = "\n".join(sections)
-    path.write_text(_PAGE.format(style=_STYLE, body=body, script=_SCRIPT), encoding="utf-8")
+    """Write the page; `summary` is what `summary.json` holds, without "detection" and "occupancy" where nothing was scored.
+
+    max_bytes: how large the page may become; scenes are left out evenly until it is kept.
+    """
+    before, after = _tiles(summary), [_latency(summary, frames), _accuracy(summary), _facts(summary)]
+    scripts = space_script() + _SCRIPT
+    title, intro = _text(about.title), _text(about.text)
+    rest = sum(len(text.encode()) for text in (before, *after, scripts, _STYLE, _PAGE, title, intro)) + 20_000
+    viewer = _viewer(_fitting([_packed(scene) for scene in scenes], max_bytes - rest))
+    body = "\n".join([before, viewer, *after])
+    page = _PAGE.format(title=title, intro=intro, style=_STYLE, body=body, script=scripts)
+    path.write_text(page, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A scene as HTML and as records of its panels. size: bytes of both."""
+
+    time: float
+    html: str
+    panels: list[dict[str, Any]]
+    size: int
+
+
+def _packed(scene: Scene) -> _Packed:
+    text = _scene(scene)
+    panels = [panel_record(panel) for panel in scene.panels]
+    return _Packed(scene.time, text, panels, len(text.encode()) + len(script_json(panels)))
+
+
+def _fitting(scenes: Sequence[_Packed], max_bytes: int) -> list[_Packed]:
+    """Leave out scenes evenly until the others fit."""
+    for count in range(len(scenes), 0, -1):
+        chosen = [scenes[i] for i in np.unique(np.linspace(0, len(scenes) - 1, count).round().astype(int))]
+        if sum(scene.size for scene in chosen) <= max_bytes:
+            return chosen
+    return []
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
     total = summary["latency_ms"].get("total", {})
-    occupancy = summary["occupancy"]
-    car, prior = _car_ap(summary, "AP_30m"), _car_ap(summary, "AP_30m_prior")
     tiles = [
         ("Frames processed", f"{summary['frames_processed']} of {summary['frames_in']}", _drops(summary)),
         ("Rate", f"{_number(summary['rate_hz'], 1)} Hz", "results per second of drive"),
@@ -75,18 +117,25 @@ def _tiles(summary: Mapping[str, Any]) -> str:
             f"{_number(total.get('p50'), 0)} ms",
             f"median; {_number(total.get('p95'), 0)} ms at the 95th percentile",
         ),
-        ("Car AP, 2 m", _number(car, 2), f"within 30 m; the training set's mean scores {_number(prior, 2)}"),
-        (
-            "Occupancy IoU",
-            _number(occupancy["iou"], 2),
-            f"the training set's mean grid scores {_number(occupancy.get('iou_mean_of_training_set'), 2)}",
-        ),
+        *_score_tiles(summary),
     ]
     cells = "".join(
         f"<div class=tile><span>{_text(name)}</span><strong>{_text(value)}</strong><small>{_text(note)}</small></div>"
         for name, value, note in tiles
     )
     return f"<section class=tiles>{cells}</section>"
+
+
+def _score_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    if "detection" not in summary or "occupancy" not in summary:
+        return []
+    occupancy = summary["occupancy"]
+    car, prior = _car_ap(summary, "AP_30m"), _car_ap(summary, "AP_30m_prior")
+    mean = _number(occupancy.get("iou_mean_of_training_set"), 2)
+    return [
+        ("Car AP, 2 m", _number(car, 2), f"within 30 m; the training set's mean scores {_number(prior, 2)}"),
+        ("Occupancy IoU", _number(occupancy["iou"], 2), f"the training set's mean grid scores {mean}"),
+    ]
 
 
 def _drops(summary: Mapping[str, Any]) -> str:
@@ -99,24 +148,29 @@ def _car_ap(summary: Mapping[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _viewer(scenes: Sequence[Scene]) -> str:
+def _viewer(scenes: Sequence[_Packed]) -> str:
     """All scenes, one visible at a time, with a slider and a play button."""
     if not scenes:
         return "<section><p>No frame was processed, so there is nothing to show.</p></section>"
-    pages = "".join(_scene(scene, index == 0) for index, scene in enumerate(scenes))
+    pages = "".join(_shown(scene, index == 0) for index, scene in enumerate(scenes))
+    space = space_of_records([scene.panels for scene in scenes]) if any(scene.panels for scene in scenes) else ""
+    hint = "<p>Drag to turn, Shift and drag to move, wheel or two fingers to zoom.</p>" if space else ""
     last = len(scenes) - 1
     return (
-        "<section><h2>What it saw and what it said</h2>"
-        f"{_legend()}<div class=controls><button id=play type=button>Play</button>"
-        f'<input id=slider type=range min=0 max={last} value=0 aria-label="Frame">'
-        f"<output id=clock></output></div><div id=scenes>{pages}</div></section>"
+        "<section><h2>What it saw and what it made of it</h2>"
+        "<div class=controls><button id=play type=button>Play</button>"
+        f'<input id=slider type=range min=0 max={last} value=0 aria-label="Time">'
+        f"<output id=clock></output></div>{space}{hint}<div id=scenes>{pages}</div></section>"
     )
 
 
-def _scene(scene: Scene, visible: bool) -> str:
-    rows = "".join(f"<div class=row>{''.join(_figure(*cell) for cell in row)}</div>" for row in scene.rows)
+def _scene(scene: Scene) -> str:
+    return "".join(f"<div class=row>{''.join(_figure(*cell) for cell in row)}</div>" for row in scene.rows)
+
+
+def _shown(scene: _Packed, visible: bool) -> str:
     hidden = "" if visible else " hidden"
-    return f'<div class=scene data-time="{scene.time:.1f}"{hidden}>{rows}</div>'
+    return f'<div class=scene data-time="{scene.time:.1f}"{hidden}>{scene.html}</div>'
 
 
 def _figure(caption: str, image: Image) -> str:
@@ -132,17 +186,6 @@ def _data_uri(image: Image) -> str:
     if not done:
         raise ValueError(f"a picture of shape {image.shape} cannot be encoded as JPEG")
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
-
-
-def _legend() -> str:
-    boxes = zip(DETECTION_CLASSES, DETECTION_COLOURS, strict=True)
-    ground = ("driveable_surface", "other_flat", "sidewalk", "terrain", "manmade", "vegetation")
-    voxels = ((name, OCCUPANCY_COLOURS[OCCUPANCY_CLASSES.index(name)]) for name in ground)
-    chips = "".join(
-        f'<span><i style="background:rgb({r},{g},{b})"></i>{name.replace("_", " ")}</span>'
-        for name, (r, g, b) in [*boxes, *voxels]
-    )
-    return f"<p class=legend>{chips}</p>"
 
 
 def _latency(summary: Mapping[str, Any], frames: Sequence[FrameLatency]) -> str:
@@ -207,6 +250,8 @@ def _svg(height: float, inner: str, title: str) -> str:
 
 
 def _accuracy(summary: Mapping[str, Any]) -> str:
+    if "detection" not in summary or "occupancy" not in summary:
+        return "<section><h2>How well</h2><p>The truth of this drive is not known.</p></section>"
     detection, occupancy = summary["detection"], summary["occupancy"]
     return (
         "<section><h2>How well</h2>"
@@ -271,11 +316,9 @@ def _text(value: str) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>occbev demo</title>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>
-<body><header><h1>occbev</h1><p>A simulated drive that the network never saw, played as a ROS 2 bag
-over real DDS through the perception node. Everything below was published by the node, recorded,
-and scored against the simulator's truth. The weights have only seen simulated streets.</p></header>
+<body><header><h1>{title}</h1><p>{intro}</p></header>
 {body}
 <script>{script}</script></body></html>
 """
@@ -298,8 +341,14 @@ img{width:100%;display:block;border-radius:4px}figcaption{font-size:13px;color:v
 .controls{display:flex;gap:14px;align-items:center;margin:14px 0}
 .controls input{flex:1;accent-color:var(--accent)}.controls output{min-width:4em;text-align:right;color:var(--soft)}
 button{font:inherit;color:var(--paper);background:var(--accent);border:0;border-radius:6px;padding:5px 18px;cursor:pointer}
-.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;max-width:none}
-.legend i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px;outline:1px solid var(--line)}
+.stage{position:relative;height:min(62vh,560px);border-radius:8px;overflow:hidden;background:var(--wash)}
+.stage canvas{width:100%;height:100%;display:block;touch-action:none;cursor:grab}
+.names{position:absolute;inset:10px 0 auto 0;display:flex;pointer-events:none}
+.names span{flex:1;padding-left:12px;font-size:14px;font-weight:600}.names span+span{border-left:1px solid var(--line)}
+.chips{display:flex;flex-wrap:wrap;gap:6px;margin:8px 0}
+.chip{font-size:13px;padding:2px 10px;color:var(--ink);background:var(--wash);border:1px solid var(--line);border-radius:12px}
+.chip[aria-pressed=false]{opacity:.4}
+.chip i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px;outline:1px solid var(--line)}
 svg{width:100%;height:auto;font-size:13px}svg text{fill:var(--ink)}svg .stage{fill:var(--soft);opacity:.55}
 svg .total,svg circle{fill:var(--accent)}svg .whisker{stroke:var(--ink);stroke-width:1.2;fill:none}
 svg .grid{stroke:var(--line)}svg .dropped{stroke:var(--warn);stroke-width:2;fill:none}
@@ -312,8 +361,10 @@ tbody tr+tr td,tbody tr+tr th{border-top:1px solid var(--line)}
 
 _SCRIPT = """
 const scenes=[...document.querySelectorAll('.scene')],slider=document.getElementById('slider'),
-clock=document.getElementById('clock'),play=document.getElementById('play');let timer=null;
-function show(i){scenes.forEach((s,k)=>s.hidden=k!==i);slider.value=i;clock.textContent=scenes[i].dataset.time+' s'}
+clock=document.getElementById('clock'),play=document.getElementById('play'),space=document.querySelector('div.space');
+let timer=null;
+function show(i){scenes.forEach((s,k)=>s.hidden=k!==i);slider.value=i;clock.textContent=scenes[i].dataset.time+' s';
+if(space)space.showMoment(i)}
 function stop(){clearInterval(timer);timer=null;play.textContent='Play'}
 if(slider){show(0);slider.oninput=()=>{stop();show(+slider.value)};
 play.onclick=()=>{if(timer)return stop();play.textContent='Pause';

@@ -1,83 +1,48 @@
-"""One moment of a scored run as pictures: what the cameras saw, what was published, and the truth beside it."""
+"""One moment of a run for the report: the cameras as a picture, prediction and truth side by side in 3D."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import FREE, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.grid import VoxelGrid
-from occbev.reports.rendering import (
-    GROUND_TRUTH,
-    bev_picture,
-    camera_mosaic,
-    draw_boxes,
-    occupancy_from_above,
-    occupancy_in_3d,
-)
+from occbev.reports.moments import Moment
+from occbev.reports.rendering import GROUND_TRUTH, camera_mosaic, draw_boxes, occupancy_in_3d
 from occbev.reports.report import Scene
+from occbev.reports.space import Panel
 from occbev.results import Boxes3D, Occupancy
-from occbev.rig import CameraRig
 
 Image = NDArray[np.uint8]
 
 SHOWN_SCORE = 0.3
 """Boxes below this score are scored but not drawn."""
 
-MOSAIC_WIDTH, PLANE_SIZE, VIEW_SIZE = 1440, 480, (720, 420)
+MOSAIC_WIDTH, VIEW_SIZE = 1440, (720, 420)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """Everything that is drawn of one key time; boxes and voxels in base_link at that time.
-
-    images: camera -> (H, W, 3) RGB. rig: cameras at that size, moved into the key ego frame.
-    true_occupancy: labels of what the cameras could see; the rest is unobserved.
-    """
-
-    time: float
-    images: Mapping[str, Image]
-    rig: CameraRig
-    boxes: Boxes3D
-    true_boxes: Boxes3D
-    occupancy: Occupancy
-    true_occupancy: Occupancy
+def compose_scene(moment: Moment, time: float) -> Scene:
+    """Draw the cameras of one moment and lay prediction and truth side by side; time: seconds since the drive began."""
+    caption = "Cameras: published boxes" + (", truth dashed" if moment.true_boxes is not None else "")
+    rows = (((caption, _cameras(moment)),),) if moment.images else ()
+    known = None if moment.true_occupancy is None else moment.true_occupancy.state != UNOBSERVED_STATE
+    panels = [Panel("Prediction", moment.occupancy, _sure(moment.boxes), known)]
+    if moment.true_occupancy is not None or moment.true_boxes is not None:
+        panels.append(Panel("Truth", moment.true_occupancy, moment.true_boxes, known))
+    return Scene(time, rows, tuple(panels))
 
 
-def compose_scene(moment: Moment) -> Scene:
-    """Draw one moment: cameras; boxes and voxels from above; voxels in perspective, prediction then truth."""
-    shown = moment.boxes[moment.boxes.score >= SHOWN_SCORE]
-    predicted = _mask_alike(moment.occupancy, moment.true_occupancy)
+def cover_picture(moment: Moment) -> Image:
+    """Draw what the cameras saw above what was made of it and, where it is known, the truth."""
+    volumes = [(moment.occupancy, _sure(moment.boxes)), (moment.true_occupancy, moment.true_boxes)]
+    known = [(occupancy, boxes) for occupancy, boxes in volumes if occupancy is not None]
+    if len(known) == 2:
+        known[0] = (_mask_alike(*(occupancy for occupancy, _ in known)), known[0][1])
     width, height = VIEW_SIZE
-    return Scene(
-        moment.time,
-        (
-            (("Six cameras: published boxes, truth dashed", _cameras(moment, shown)),),
-            (
-                (
-                    "Boxes from above: published, truth dashed",
-                    bev_picture(shown, moment.true_boxes, moment.occupancy, PLANE_SIZE),
-                ),
-                ("Published voxels from above", occupancy_from_above(predicted, PLANE_SIZE)),
-                ("True voxels from above", occupancy_from_above(moment.true_occupancy, PLANE_SIZE)),
-            ),
-            (
-                ("Published voxels and boxes", occupancy_in_3d(predicted, width, height, boxes=shown)),
-                (
-                    "True voxels and boxes",
-                    occupancy_in_3d(moment.true_occupancy, width, height, boxes=moment.true_boxes),
-                ),
-            ),
-        ),
-    )
-
-
-def cover_picture(scene: Scene) -> Image:
-    """Join the first and the last row of a scene: what the cameras saw above what was made of it."""
-    rows = [np.hstack([picture for _, picture in row]) for row in (scene.rows[0], scene.rows[-1])]
+    views = [occupancy_in_3d(occupancy, width, height, boxes=boxes) for occupancy, boxes in known]
+    rows = [_cameras(moment), np.hstack(views)] if views else [_cameras(moment)]
     width = min(row.shape[1] for row in rows)
     return np.vstack([row[:, :width] for row in rows])
 
@@ -90,12 +55,19 @@ def occupancy_of_truth(semantics: NDArray[np.uint8], visible: NDArray[np.bool_],
     return Occupancy(label, visible.astype(np.float32), state, grid)
 
 
-def _cameras(moment: Moment, shown: Boxes3D) -> Image:
-    drawn = {}
-    for name, image in moment.images.items():
-        camera = moment.rig[name]
-        picture = draw_boxes(image, camera, moment.true_boxes, GROUND_TRUTH)
-        drawn[name] = draw_boxes(picture, camera, shown)
+def _sure(boxes: Boxes3D | None) -> Boxes3D | None:
+    return None if boxes is None else boxes[boxes.score >= SHOWN_SCORE]
+
+
+def _cameras(moment: Moment) -> Image:
+    drawn, sure = {}, _sure(moment.boxes)
+    for name, image in moment.pictures.items():
+        camera = None if moment.rig is None else moment.rig[name]
+        if camera is not None and moment.true_boxes is not None:
+            image = draw_boxes(image, camera, moment.true_boxes, GROUND_TRUTH)
+        if camera is not None and sure is not None:
+            image = draw_boxes(image, camera, sure)
+        drawn[name] = image
     return camera_mosaic(drawn, MOSAIC_WIDTH)
 
 
