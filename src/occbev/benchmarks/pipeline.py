@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.allocator import keep_large_blocks
 from occbev.benchmarks import Options, Report, Timing, run_interleaved
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.inference.backend import RUNTIMES, BackendError, RunSettings
@@ -41,6 +42,7 @@ CHOICES = {
 
 def run(options: Options) -> Report:
     """Time whole frames on every runtime that is installed, then single stages against plain ones."""
+    keep_large_blocks()  # as the node does
     package, rig = ModelPackage.load(find_package(options.model)), six_cameras()
     frame_set = encode_frames(rig)
     lines, skipped = _pipelines(package, rig, options.threads)

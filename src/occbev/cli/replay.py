@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from occbev import graph
+from occbev.allocator import keep_large_blocks
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         )
     _refuse_what_does_nothing(args)
     path = args.params_file or Path(graph.params_file({}))
+    keep_large_blocks()
     if args.offline:
         from occbev.streams.offline import replay_offline
 
@@ -121,7 +123,6 @@ def changes(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionParameters) -> dict[str, Any]:
-    from occbev.allocator import keep_large_blocks
     from occbev.ros import player_node
     from occbev.ros.transport import use_large_image_profile
 
@@ -130,7 +131,6 @@ def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionPar
         for topic, reason in planned.skipped.items():
             print(f"not played: {topic}: {reason}", file=sys.stderr)
         use_large_image_profile()
-        keep_large_blocks()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="occbev_replay_")))
         frame_log = folder / "node.jsonl"
         node = stack.enter_context(perception_process(args, path, frame_log)) if args.node else None

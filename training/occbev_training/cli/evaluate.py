@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from occbev.allocator import keep_large_blocks
 from occbev.inference.model_package import ModelPackage
 from occbev_training.cli.inputs import add_version_arguments, root_options
 from occbev_training.data.cache import open_cache
@@ -119,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score and print; exits with 0 whatever the scores are."""
     _check(args)
+    keep_large_blocks()
     console = Console()
     if args.pairs is not None:
         return _of_pairs(args, console)
