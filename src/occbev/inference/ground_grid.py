@@ -124,16 +124,16 @@ def find_columns(evidence: VoxelEvidence, grid: VoxelGrid, config: GroundGridCon
     hiding: (Y, X), probability of an obstacle from which a voxel counts for the top.
     """
     obstacle, under = evidence.obstacle, ground_layer(evidence, grid)
-    split, first_and_last = len(obstacle), band_layers(grid, config)
+    split, (first, last) = len(obstacle), band_layers(grid, config)
     score = np.zeros((*obstacle.shape[:2], *obstacle.shape[3:]), np.float32)
-    highest = np.zeros(score.shape, np.int16)
-    for below in np.flatnonzero(np.bincount(under.ravel())):
-        first, last = (below + above for above in first_and_last)
-        if first < obstacle.shape[2]:
-            np.maximum(score, obstacle[:, :, first : last + 1].max(axis=2) * (under == below), out=score)
-    sure = hiding[::split, ::split]
+    highest = np.zeros(score.shape, np.uint8)
+    sure = np.ascontiguousarray(hiding[::split, ::split])
     for layer in range(under.min() + 1, obstacle.shape[2]):
-        np.maximum(highest, (obstacle[:, :, layer] >= sure) * np.int16(layer), out=highest)
+        probability, above = np.ascontiguousarray(obstacle[:, :, layer]), layer - under
+        in_band = (above >= first) & (above <= last)
+        if in_band.any():
+            np.maximum(score, probability * in_band.astype(np.float32), out=score)
+        np.maximum(highest, (probability >= sure).view(np.uint8) * np.uint8(layer), out=highest)
     top = np.maximum(highest, under - 0.5, dtype=np.float32)  # the ground's centre; of voxels their upper end
     ground = under.repeat(split, 0).repeat(split, 1)
     lo, pitch = np.float32(grid.lo[2]), np.float32(grid.pitch[2])
