@@ -80,6 +80,21 @@ def test_durability_of_an_output_can_be_overridden_and_the_grid_is_latched(make_
     assert durability["points"] == DurabilityPolicy.VOLATILE
 
 
+def test_reliability_of_every_output_can_be_overridden(make_bench: Callable[..., Any]) -> None:
+    from rclpy.qos import ReliabilityPolicy
+
+    outputs = ("objects", "occupancy/points", "occupancy/obstacles", "occupancy/grid", "markers")
+    names = [f"qos_overrides./perception/output/{output}.publisher.reliability" for output in outputs]
+    bench = make_bench(**dict.fromkeys(names, "best_effort"), wait=False)
+    reliability = {
+        key: bench.node.get_publishers_info_by_topic(publisher.topic_name)[0].qos_profile.reliability
+        for key, publisher in bench.node._out.items()
+        if publisher.topic_name != "/diagnostics"
+    }
+    assert len(reliability) == len(outputs)
+    assert set(reliability.values()) == {ReliabilityPolicy.BEST_EFFORT}
+
+
 def test_dumped_parameters_load_again(make_bench: Callable[..., Any], tmp_path: Path) -> None:
     import rclpy
 

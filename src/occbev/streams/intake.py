@@ -10,8 +10,9 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,7 @@ from occbev.messages.tf import Buffer, clean_frame
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera
 from occbev.streams.calibration import Calibration
+from occbev.streams.decode_pool import DecodePool
 from occbev.streams.ego_motion import EgoPoses
 from occbev.streams.parameters import PerceptionParameters
 from occbev.streams.sync import FrameSynchronizer
@@ -123,8 +125,7 @@ class Intake:
         self.odometry_jump, self.odometry_jump_ns = "", 0
         self._gathered_epoch: int | None = None
         self._decode = decode
-        self._pool = ThreadPoolExecutor(parameters.decode_threads, "decode")
-        self._waiting: Counter[str] = Counter()
+        self._pool: DecodePool[CameraFrame] = DecodePool(parameters.decode_threads)
         self._lock = threading.RLock()
 
     def add_image(
@@ -258,7 +259,7 @@ class Intake:
 
     def close(self) -> None:
         """End the decoding threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     def _start(self, camera: str, message: Any, compressed: bool, stamp_ns: int) -> Future[CameraFrame]:
         """Check a message and give it to a decoding thread; a bad one becomes a future that already failed."""
@@ -267,29 +268,21 @@ class Intake:
             limit = self.parameters.max_image_pixels
             image = read_image(message, limit)
             self._refuse_frozen(camera, image)
-            if self._waiting[camera] >= WAITING_DECODES:
+            if self._pool.count(camera) >= WAITING_DECODES:
                 raise MessageError(f"{WAITING_DECODES} of its images wait to be decoded: the machine is too slow")
         except MessageError as error:
             self.watch[camera].refused["bad_image"] += 1
             future = Future()
             future.set_exception(MessageError(f"camera {camera}: {error}"))
             return future
-        self._waiting[camera] += 1
-        future = self._pool.submit(
-            self._decode_image, CameraFrame(camera, stamp_ns, image), self.calibration.camera(camera)
-        )
-        future.add_done_callback(lambda _: self._note_finished(camera))
-        return future
+        frame = CameraFrame(camera, stamp_ns, image)
+        return self._pool.submit(camera, partial(self._decode_image, frame, self.calibration.camera(camera)))
 
     def _refuse_frozen(self, camera: str, image: bytes | NDArray[np.uint8]) -> None:
         limit, watch = self.parameters.frozen_after, self.watch[camera]
         watch.note_pixels(fingerprint(image))
         if limit and watch.repeats >= limit:
             raise MessageError(f"it is frozen: the same pixels came {watch.repeats} times in a row")
-
-    def _note_finished(self, camera: str) -> None:
-        with self._lock:
-            self._waiting[camera] -= 1
 
     def _decode_image(self, frame: CameraFrame, camera: Camera | None) -> CameraFrame:
         """Decode in a thread; without calibration the bytes stay, since the useful size is not known yet."""
