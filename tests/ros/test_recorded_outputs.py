@@ -16,7 +16,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.grid import GRIDS
-from occbev.messages.bags import type_store
+from occbev.messages.bags import BagMessage, BagWriter, type_store
 from occbev.messages.readers import MessageError
 from occbev.reports.recorded_outputs import read_recorded
 from occbev.results import Boxes3D, Occupancy
@@ -79,6 +79,16 @@ def test_voxels_come_back_and_the_rest_is_free(recorded: Path) -> None:
     np.testing.assert_array_equal(found.label, occupancy().label)
     np.testing.assert_array_equal(found.state == OCCUPIED_STATE, occupancy().state == OCCUPIED_STATE)
     assert found.confidence[31, 19, 1] == 0.75
+
+
+def test_a_lidar_beside_the_outputs_is_no_output(tmp_path: Path) -> None:
+    header = outputs.header_at(STAMP, "base_link")
+    cloud = serialize_message(outputs.CloudWriter().message(occupancy(), header))
+    with BagWriter(tmp_path / "run") as writer:
+        for topic, stamp in (("/perception/output/occupancy/points", 1), ("/lidar/points", 2)):
+            data = cloud if "output" in topic else cloud[:4] + bytes(4) + cloud[8:]  # another stamp
+            writer.write(BagMessage(topic, "sensor_msgs/msg/PointCloud2", stamp, bytes(data)))
+    assert list(read_recorded(tmp_path / "run", GRID)) == [STAMP]
 
 
 def test_voxels_of_another_grid_are_refused(recorded: Path) -> None:

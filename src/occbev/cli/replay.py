@@ -31,6 +31,7 @@ from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
 from occbev.streams.frame_log import FrameLogReader, read_frame_log
+from occbev.streams.kept_inputs import keep_inputs
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 
 if TYPE_CHECKING:
@@ -45,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
     parser.add_argument("--rate", type=float, default=1.0, help="speed against the bag's own")
     parser.add_argument("--loop", type=int, default=1, metavar="N", help="play the bag N times (default: once)")
-    parser.add_argument("--record", type=Path, help="new bag folder for what the node puts out")
+    parser.add_argument("--record", type=Path, help="new bag folder for what the node reads and puts out")
+    parser.add_argument(
+        "--inputs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="record what the node reads, too: images as JPEG, calibration, transforms, odometry (default: yes)",
+    )
     parser.add_argument("--params-file", "--params", type=Path, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
     parser.add_argument("--backend", default="", help="inference runtime")
@@ -79,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             from occbev.ros.outputs import encoder
 
             encode = encoder(parameters)
-        result = replay_offline(args.bag, parameters, args.record, args.boxes, encode)
+        result = replay_offline(args.bag, parameters, args.record, args.boxes, encode, args.inputs)
     else:
         try:
             result = _replay_live(args, path, read_parameters(path, changes(args)))
@@ -134,7 +141,7 @@ def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionPar
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="occbev_replay_")))
         frame_log = folder / "node.jsonl"
         node = stack.enter_context(perception_process(args, path, frame_log)) if args.node else None
-        writer = player_node.open_writer(args.record)
+        writer = player_node.open_writer(args.record, args.namespace)
         context = player_node.start_context()
         stack.callback(context.try_shutdown)
         player = player_node.PlayerNode(
@@ -153,7 +160,10 @@ def _replay_live(args: argparse.Namespace, path: Path, parameters: PerceptionPar
             _drive(player, args, node, frame_log)
         if node is not None:
             end_group(node)
-        return _account(args, parameters, player, frame_log)
+        result = _account(args, parameters, player, frame_log)
+        if writer is not None and args.inputs:
+            keep_inputs(writer, bag, parameters, result["frames"], args.namespace)
+        return result
 
 
 def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[bytes] | None, frame_log: Path) -> None:

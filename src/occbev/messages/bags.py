@@ -6,6 +6,7 @@ The node's offline replay, the player and the sources of training open bags here
 from __future__ import annotations
 
 import heapq
+import re
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +16,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, TypesysError, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
@@ -36,6 +38,8 @@ STORAGE_NAMES = ("*.mcap", "*.db3", "*.mcap.zst*", "*.db3.zst*")
 """Names of a bag's storage files."""
 
 TF_TYPE = "tf2_msgs/msg/TFMessage"
+
+TF_STATIC = "/tf_static"
 
 _BROKEN = (SerdeError, TypesysError, ValueError, AssertionError, LookupError, TypeError, struct.error, MemoryError)
 """What rosbags raises at bytes that are no message."""
@@ -192,14 +196,19 @@ class BagReader:
 
 
 class BagWriter:
-    """Writes serialised messages to a new MCAP bag folder; topics are registered as they come."""
+    """Writes serialised messages to a new MCAP bag folder, its chunks packed by zstd; topics are registered as they come.
 
-    def __init__(self, path: Path) -> None:
+    latched: topics that a player offers to late comers, too (durability "transient local"); all are reliable.
+    """
+
+    def __init__(self, path: Path, latched: Collection[str] = (TF_STATIC,)) -> None:
         """Raises BagError where something is at `path` already."""
         if path.exists():
             raise BagError(f"{path} exists already; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.latched = set(latched)
         self._writer = Writer(path, version=BAG_VERSION, storage_plugin=StoragePlugin.MCAP)
+        self._writer.set_compression(CompressionMode.STORAGE, CompressionFormat.ZSTD)
         self._writer.open()
         self._connections: dict[str, Any] = {}
         self.counts: Counter[str] = Counter()
@@ -214,10 +223,42 @@ class BagWriter:
         """Append one message."""
         connection = self._connections.get(message.topic)
         if connection is None:
-            connection = self._writer.add_connection(message.topic, message.type, typestore=type_store())
+            connection = self._writer.add_connection(
+                message.topic,
+                message.type,
+                typestore=type_store(),
+                offered_qos_profiles=[_offered(message.topic in self.latched)],
+            )
             self._connections[message.topic] = connection
         self._writer.write(connection, message.log_ns, message.data)
         self.counts[message.topic] += 1
+
+
+def serialise(kind: str, *fields: Any) -> bytes:
+    """Return the CDR bytes of a message of a standard type from its fields in their order."""
+    store = type_store()
+    return bytes(store.serialize_cdr(store.types[kind](*fields), kind))
+
+
+def latched_topics(path: Path) -> set[str]:
+    """Return the topics that metadata.yaml of a bag folder says were offered to late comers; /tf_static without one."""
+    try:
+        entries = read_yaml(path / "metadata.yaml")["rosbag2_bagfile_information"]["topics_with_message_count"]
+        qualities = {e["topic_metadata"]["name"]: str(e["topic_metadata"]["offered_qos_profiles"]) for e in entries}
+    except (OSError, KeyError, TypeError, ValueError):
+        return {TF_STATIC}
+    return {TF_STATIC} | {topic for topic, quality in qualities.items() if _LATCHED.search(quality)}
+
+
+_LATCHED = re.compile(r"durability['\"]?: *['\"]?(1\b|transient_local)")
+"""How the texts of quality of service of all versions say "transient local"."""
+
+
+def _offered(latched: bool) -> Qos:
+    forever = QosTime(2_147_483_647, 4_294_967_295)
+    durability = QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE
+    depth, live = 100 if latched else 10, QosLiveliness.AUTOMATIC
+    return Qos(QosHistory.KEEP_LAST, depth, QosReliability.RELIABLE, durability, forever, forever, live, forever, False)
 
 
 def type_store() -> Typestore:

@@ -20,6 +20,9 @@ from occbev.results import Boxes3D, Occupancy
 OBSTACLES = OUTPUT_TOPICS["obstacles"].name.removeprefix("~")
 """How the topic of the obstacle cloud ends, whose voxels are among those of the other cloud."""
 
+OUTPUTS = "/output/"
+"""Part of the names of output topics that no remapping has changed."""
+
 VELOCITY_MARKERS = "velocity"
 """Namespace of the arrows that carry a box's velocity, which vision_msgs has no field for."""
 
@@ -64,6 +67,7 @@ def read_recorded(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
     }
     with BagReader(bag) as reader:
         chosen = [t for t, kind in reader.topics.items() if kind in readers and not t.endswith(OBSTACLES)]
+        chosen = [t for t in chosen if OUTPUTS in t] or chosen  # a LiDAR may lie beside them
         for entry in reader.messages(chosen):
             readers[entry.type](reader.decode(entry))
     return {stamp: _with_velocities(r, velocities.get(stamp, {})) for stamp, r in sorted(results.items())}

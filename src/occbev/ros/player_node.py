@@ -18,13 +18,14 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 
-from occbev.graph import CLOCK, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
+from occbev.graph import ACCOUNT, CLOCK, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
 from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter
 from occbev.messages.readers import header_stamp
 from occbev.ros.executor import SparingExecutor
 from occbev.ros.outputs import time_from_ns
 from occbev.ros.perception_node import message_class, qos_profile
 from occbev.ros.transport import SETTLE_S
+from occbev.streams.kept_inputs import latched_outputs
 from occbev.streams.parameters import PerceptionParameters
 
 CLOCK_STEP_NS = 25_000_000
@@ -97,7 +98,7 @@ def _publishable(bag: BagReader, namespace: str) -> tuple[dict[str, str], dict[s
     outputs = {resolve(topic.name, namespace) for topic in OUTPUT_TOPICS.values()}
     topics, skipped = {}, {}
     for topic, kind in bag.topics.items():
-        if topic == CLOCK.name or topic in outputs:
+        if topic == CLOCK.name or topic in outputs or topic.startswith(resolve(ACCOUNT, namespace)):
             skipped[topic] = "it would speak for the nodes that run now"
             continue
         if bag.encodings[topic] != "cdr":
@@ -290,6 +291,6 @@ def start_context() -> rclpy.Context:
     return context
 
 
-def open_writer(path: Path | None) -> BagWriter | None:
+def open_writer(path: Path | None, namespace: str = "") -> BagWriter | None:
     """Open the recording, if one is wanted."""
-    return BagWriter(path) if path else None
+    return BagWriter(path, latched_outputs(namespace)) if path else None

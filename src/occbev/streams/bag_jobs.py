@@ -35,6 +35,7 @@ class BagJobs:
     """Feeds the messages of a bag to an intake and yields a job for every frame set, dropping none.
 
     anchors: stamps of the anchor's images. sent: camera -> stamp -> when (steady ns) each image was handed over.
+    log_ns: stamp of an anchor's image -> its log time.
     """
 
     def __init__(self, parameters: PerceptionParameters, decode: Decode, warn: Warn) -> None:
@@ -44,9 +45,10 @@ class BagJobs:
         self.intake = Intake(self.parameters, decode)
         self.anchors: list[int] = []
         self.sent: dict[str, dict[int, list[int]]] = {name: {} for name in parameters.names}
+        self.log_ns: dict[int, int] = {}
         self._warn = warn
         self._waiting: list[FrameJob] = []
-        self._roles = self._topics()
+        self._roles = topic_roles(self.parameters)
 
     def topics(self, bag: BagReader) -> list[str]:
         """Return the topics of a bag that are used; raises BagError if no image topic is among them."""
@@ -90,7 +92,7 @@ class BagJobs:
         role, camera = self._roles[message.topic]
         record = bag.decode(message)
         if role == "image":
-            self._book(camera, stamp_to_ns(record.header.stamp))
+            self._book(camera, stamp_to_ns(record.header.stamp), message.log_ns)
             self._waiting += self.intake.add_image(camera, record, message.type == COMPRESSED, message.log_ns)
         elif role == "info":
             self.intake.add_info(camera, record)
@@ -103,10 +105,11 @@ class BagJobs:
             for problem in self.intake.add_transforms(record, role == "tf_static", message.log_ns):
                 self._warn("transforms", problem)
 
-    def _book(self, camera: str, stamp_ns: int) -> None:
+    def _book(self, camera: str, stamp_ns: int, log_ns: int) -> None:
         self.sent[camera].setdefault(stamp_ns, []).append(time.monotonic_ns())
         if camera == self.parameters.anchor_camera:
             self.anchors.append(stamp_ns)
+            self.log_ns[stamp_ns] = log_ns
 
     def _due(self, now_ns: int | None) -> Iterator[FrameJob]:
         """Yield the waiting sets whose poses have come by bag time `now_ns` (None: all)."""
@@ -116,16 +119,17 @@ class BagJobs:
                 return
             yield self._waiting.pop(0)
 
-    def _topics(self) -> dict[str, tuple[str, str]]:
-        """Return topic -> (role, camera)."""
-        names = {"tf": self.parameters.tf_topic, "tf_static": self.parameters.tf_static_topic}
-        roles: dict[str, tuple[str, str]] = {resolve(topic): (role, "") for role, topic in names.items()}
-        roles[resolve(self.parameters.ego_motion.odometry_topic)] = ("odometry", "")
-        for camera in self.parameters.names:
-            roles[resolve(self.parameters.info_topic(camera))] = ("info", camera)
-            for topic in self.parameters.image_topics(camera):
-                roles[resolve(topic)] = ("image", camera)
-        return roles
+
+def topic_roles(parameters: PerceptionParameters, namespace: str = "") -> dict[str, tuple[str, str]]:
+    """Return topic -> (role, camera) of all that the node reads; roles are image, info, odometry, tf and tf_static."""
+    names = {"tf": parameters.tf_topic, "tf_static": parameters.tf_static_topic}
+    roles: dict[str, tuple[str, str]] = {resolve(topic): (role, "") for role, topic in names.items()}
+    roles[resolve(parameters.ego_motion.odometry_topic, namespace)] = ("odometry", "")
+    for camera in parameters.names:
+        roles[resolve(parameters.info_topic(camera), namespace)] = ("info", camera)
+        for topic in parameters.image_topics(camera):
+            roles[resolve(topic, namespace)] = ("image", camera)
+    return roles
 
 
 class BagFrames:

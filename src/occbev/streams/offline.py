@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ from occbev.reports.summaries import frames_of, summarise
 from occbev.results import Perception
 from occbev.streams.bag_jobs import BagJobs
 from occbev.streams.frame_log import PROCESSED, describe_job
+from occbev.streams.kept_inputs import keep_inputs, latched_outputs
 from occbev.streams.parameters import PerceptionParameters
 from occbev.streams.runner import PerceptionLine, load_pipeline
 
@@ -78,24 +80,29 @@ def replay_offline(
     record: Path | None = None,
     boxes: Path | None = None,
     encode: Encode | None = None,
+    inputs: bool = False,
 ) -> dict[str, Any]:
     """Run a whole bag; return the summary and the fate of every frame.
 
     record: new bag folder for output messages, which `encode` makes. boxes: file for one JSON line per result.
+    inputs: record what the network was given as well, and the fate of every key time.
     """
     with BagReader(path) as bag, ExitStack() as stack:
         replay = OfflineReplay(parameters, load_pipeline(parameters))
         replay.feed.topics(bag)
-        writer = stack.enter_context(BagWriter(record)) if record else None
+        writer = stack.enter_context(BagWriter(record, latched_outputs())) if record else None
         lines = stack.enter_context(boxes.open("w")) if boxes else None
         for perception in replay.results(bag):
             if writer is not None and encode is not None:
+                log_ns = replay.feed.log_ns.get(perception.stamp_ns, perception.stamp_ns)
                 for message in encode(perception):
-                    writer.write(message)
+                    writer.write(replace(message, log_ns=log_ns))
             if lines is not None:
                 _write_boxes(lines, perception)
         frames = frames_of(replay.feed.anchors, replay.feed.sent, replay.lines, parameters.anchor_camera)
         published = dict(writer.counts) if writer else {}
+        if writer is not None and inputs:
+            keep_inputs(writer, bag, parameters, frames)
         fallback_sets = len({line["stamp_ns"] for line in replay.lines} - set(replay.feed.anchors))
         summary = summarise(frames, published, fallback_sets)
     return {"bag": str(path), "offline": True, "summary": summary, "frames": frames}
