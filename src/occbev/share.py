@@ -19,6 +19,17 @@ def share_path(relative: str) -> Path:
     raise FileNotFoundError(f"{relative} is in none of {[str(path) for path in searched]}")
 
 
+def here_or_shipped(text: str | Path) -> Path:
+    """Return a path as given where it exists, else the file or folder of that name that the package ships.
+
+    So "config/training/pretrain_tiny.yaml" is found from any folder. A path that is in neither place comes back as given.
+    """
+    path = Path(text)
+    if path.exists() or path.is_absolute():
+        return path
+    return next((root / path for root in _roots() if (root / path).exists()), path)
+
+
 def _roots() -> list[Path]:
     """A clone's root, then share/occbev beside the library the package was installed into."""
     here = Path(__file__).resolve()

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from occbev.geometry import make_transform, rotation_from_wxyz
-from occbev_training.cli.inputs import add_input_arguments, find_inputs
+from occbev_training.cli.arguments.shared import add_input_arguments
+from occbev_training.cli.inputs import find_inputs
 from occbev_training.sources.discovery import find_recordings
 from occbev_training.sources.info_pickle import (
     PickleLimits,

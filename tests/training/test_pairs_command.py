@@ -264,9 +264,10 @@ def test_a_folder_without_masks_is_refused(bags, tmp_path, capsys) -> None:
 
 def test_pictures_where_the_command_is_given_are_no_masks(tmp_path, monkeypatch) -> None:
     from occbev_training.cli import pairs
+    from occbev_training.cli.arguments.pairs import add_arguments
 
     parser = argparse.ArgumentParser()
-    pairs.add_arguments(parser)
+    add_arguments(parser)
     monkeypatch.chdir(tmp_path)
     assert pairs._config(parser.parse_args(["--out", "out"])).label.ego_masks == ""
 

@@ -23,6 +23,7 @@ from occbev_training.data.datasets import TrainingSample, with_past
 from occbev_training.data.label_frame import boxes_in_frame, in_base_link
 from occbev_training.engine.config import OptimConfig, TrainingConfig
 from occbev_training.engine.stages import StageInputs, train_stage
+from occbev_training.export.run_folder import read_run
 from occbev_training.losses.config import LossConfig
 from occbev_training.models.families import reduced
 from occbev_training.models.families.record import LIDAR_HEIGHT
@@ -100,6 +101,13 @@ def test_both_stages(repository: Path, caches: tuple[Path, Path], tmp_path: Path
     carried = {n.split(".")[0] for n in record["begun_from"]["transfer"]["carried"]}
     assert "image_encoder" in carried
     assert "view_transform" in carried or name == "detr3d_r101"
+    run = read_run(tmp_path / "finetune")
+    told = run.provenance["stage_2"]
+    assert (told["steps"], told["samples"], told["seed"]) == (2, 3, config.seed)
+    assert told["begun_from"]["start"] == "weights.safetensors"
+    assert run.provenance["data"] == "1 drives of train"
+    assert run.metrics["validation"]["step"] == 2
+    assert run.model == load_model(tmp_path / "model.yaml")
 
 
 def test_the_past_is_as_long_as_the_config_says(

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from occbev.benchmarks import Options, Report
 from occbev.benchmarks.markdown import flatten, write_section
+from occbev.cli.progress import status
 
 BENCHES: Mapping[str, str] = {
     "pipeline": "images to boxes and voxels without ROS, by stage and runtime",
@@ -75,7 +76,7 @@ def run_benches(
     console = Console(stderr=args.json)
     for name in benches if args.bench == "all" else (args.bench,):
         module = importlib.import_module(module_of(name))
-        with console.status(f"{name}, {args.rounds} rounds"):
+        with status(console, f"{name}, {args.rounds} rounds"):
             report: Report = module.run(options)
         record = report.as_record()
         if args.json:

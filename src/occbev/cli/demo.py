@@ -1,6 +1,9 @@
-"""Simulate a drive, play it as a bag through the real node over real DDS, score what the node published.
+"""Simulate a drive, play it as a bag through the real node over real DDS, and score what the node published.
 
-Writes OUT/summary.json, OUT/report.html and OUT/picture.jpg. The simulated drive is kept for the next run.
+    occbev demo
+    occbev demo --key-rate 3 --seconds 10        # fewer images, for a slower machine
+
+Writes OUT/report.html, OUT/summary.json and OUT/picture.jpg. The simulated drive stays for the next run.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from occbev.cli.progress import Progress
 from occbev.geometry import invert_transform
 from occbev.graph import LATENCY_STAGES
 from occbev.inference.model_package import ModelPackage, find_package

@@ -1,4 +1,8 @@
-"""Versions, devices, runtimes and ROS capabilities: what a bug report should hold."""
+"""Print versions, devices, runtimes and ROS packages: put this into every bug report.
+
+occbev info
+occbev info --json
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A terminal dashboard of the running nodes: cameras, offsets, drops by reason, latency; from /diagnostics."""
+"""Show the running nodes in a terminal, from /diagnostics: cameras, time offsets, drops by reason, latency.
+
+occbev monitor
+occbev monitor --json
+"""
 
 from __future__ import annotations
 

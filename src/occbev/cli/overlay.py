@@ -1,10 +1,11 @@
-"""Prove a calibration: draw LiDAR, boxes and voxels over the images of a recording.
+"""Check a calibration: draw LiDAR, boxes and voxels over the images of a recording.
 
-Points that lie on the edges of what they hit show that intrinsics, extrinsics, clocks and ego motion
-agree. Each point is moved by the ego motion between its sweep and the camera's own exposure.
-
-    occbev overlay drive.mcap --out overlay
+    occbev overlay my_bag --out overlay
+    occbev overlay my_bag --topics vehicle/topics.yaml --out overlay
     occbev overlay nuscenes-root --scene scene-0061 --out overlay --model occbev-tiny
+
+Points that lie on the edges of what they hit show that intrinsics, extrinsics, clocks and ego motion agree. Each point
+is moved by the ego motion between its sweep and the camera's own exposure. Status 1: images contradict the calibration.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Play a recorded bag (sqlite3 or MCAP) through the perception node over real DDS, or without ROS by --offline.
 
-The node runs as a process of its own; --no-node plays to one that runs already. Every image of the anchor camera
-is accounted for: processed, or dropped with its reason.
+    occbev replay my_bag --params-file vehicle/perception.yaml --record out/results
+    occbev replay my_bag --no-node                            # only play: the node runs elsewhere
+    occbev replay my_bag --offline --boxes out/boxes.jsonl    # no ROS, as fast as the machine allows
+
+The node runs as a process of its own. Every image of the anchor camera is accounted for: processed, or dropped with
+its reason.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from occbev import graph
 from occbev.allocator import keep_large_blocks
+from occbev.cli.progress import Progress
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
@@ -179,11 +184,11 @@ def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("waiting for the node", total=1.0)
+        task = progress.add_task("waiting for the node", total=100)
         player.wait_for_perception(args.wait, alive)
         progress.update(task, description=f"playing {args.bag.name}")
-        player.play(lambda share: progress.update(task, completed=share), alive, args.loop)
-        progress.update(task, description="waiting for the last results", completed=1.0)
+        player.play(lambda share: progress.update(task, completed=round(100 * share)), alive, args.loop)
+        progress.update(task, description="waiting for the last results", completed=99)
         drain(player, frame_log if node is not None else None)
 
 

@@ -1,12 +1,12 @@
-"""Write what a vehicle needs from one of its bags: a file of topics, a rig and a parameter file for the node.
+"""Write what a robot needs from one of its bags: a file of topics, a rig file and a parameter file for the node.
 
-    occbev rig drive.mcap --out vehicle
-    occbev-train pairs drive.mcap --topics vehicle/topics.yaml --out pairs
+    occbev rig my_bag --out vehicle
+    occbev overlay my_bag --topics vehicle/topics.yaml --out overlay
     occbev run params_file:=vehicle/perception.yaml
 
-topics.yaml names every topic; bag-check, pairs, prepare, overlay and the node's parameter `topics` take it. Rename
-cameras, add or drop topics there. rig.yaml holds intrinsics and places of the cameras as they were read, where a bag
-has neither CameraInfo nor transforms, or wrong ones. perception.yaml names the same topics for the node.
+topics.yaml names every topic; rename cameras, add or drop topics there. bag-check, pairs, prepare, overlay and the
+node's parameter `topics` take it. rig.yaml holds lens and place of every camera as the bag says; edit it where the bag
+has no calibration or a wrong one. perception.yaml names the same topics for the node.
 """
 
 from __future__ import annotations

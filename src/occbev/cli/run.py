@@ -1,8 +1,9 @@
 """Start the perception node, as the launch file does but without `launch`.
 
-Arguments are those of perception.launch.py, given as name:=value; any other name is a parameter of the node:
-
+    occbev run params_file:=vehicle/perception.yaml
     occbev run model:=occbev-tiny backend:=openvino detection.score_threshold:=0.3
+
+Arguments are those of perception.launch.py, given as name:=value; any other name is a parameter of the node.
 """
 
 from __future__ import annotations

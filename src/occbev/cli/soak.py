@@ -1,10 +1,10 @@
-"""Run the perception node for long on a looped bag, faster than real time, and hold that nothing grows.
+"""Run the perception node for long on a looped bag, faster than real time, and check that nothing grows.
 
     occbev soak out/demo/drive-*/bag --minutes 30 --rate 2
 
-Compared are the first minute after the start and the last one: resident memory (less than 2 % more), threads and
-open files (none more), the 99th percentile of latency (at most 1.2 times). Published stamps must increase in every
-pass of the bag, and transport may lose 0.5 % of the anchor camera's images at most; every other one has its outcome.
+It compares the last minute with the first one after the start: resident memory (less than 2 % more), threads and open
+files (none more), the 99th percentile of latency (at most 1.2 times). Published stamps must increase in every pass of
+the bag. Transport may lose at most 0.5 % of the anchor camera's images; every other one has its outcome.
 """
 
 from __future__ import annotations

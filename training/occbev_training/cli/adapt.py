@@ -1,12 +1,4 @@
-"""Adapt a model package to your own drives, without one label.
-
-    occbev-train adapt occbev-tiny BAG_OR_FOLDER --out out/adapted
-    occbev-train adapt PACKAGE out/pairs --out out/adapted --boxes boxes.json
-
-Occupancy and depth learn from the LiDAR of the drives; boxes and classes are rehearsed on simulated streets, half of them
-seen through your cameras. A part of the drives is held out: it stops the training and scores it. OUT gets the package,
-report.html with scores and pictures, and all that lets the command go on where it was stopped.
-"""
+"""What `occbev-train adapt` does; its arguments and its help are in arguments/adapt.py."""
 
 from __future__ import annotations
 
@@ -19,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
+from occbev.cli.progress import Progress, status
 from occbev.config import ConfigError, ModelConfig, load_config
 from occbev.grid import GRIDS
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.share import share_path
 from occbev_training.cli import pairs
-from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs
+from occbev_training.cli.arguments.adapt import KEY_INTERVALS
+from occbev_training.cli.arguments.shared import add_input_arguments
+from occbev_training.cli.inputs import find_inputs
 from occbev_training.cli.pretrain import Display, signals
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.data.pair_samples import PairSamples, open_pairs
@@ -57,36 +52,9 @@ from occbev_training.sources.box_labels import TimedBoxes, read_timed_boxes
 PICTURES = 3
 """Held-out frames in the report."""
 
-KEY_INTERVALS = (0.1, 0.2, 0.5, 1.0)
-"""Seconds between key frames of bags that are chosen from: a few seconds of driving should give enough to learn from."""
 
 ENOUGH_KEYS = 1000
 """The shortest interval is chosen that gives no more key frames than this."""
-
-INTERVAL_HELP = (
-    f"seconds between key frames of bags (default: {KEY_INTERVALS[0]} to {KEY_INTERVALS[-1]:g}, by their length)"
-)
-
-WINDOW = 0.5
-"""Seconds of sweeps on either side of a label: short, so that little of a drive lies between what is learned and held out."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("package", help="model package: a folder, or the name of a shipped one")
-    parser.add_argument("inputs", type=Path, nargs="+", help=f"{INPUTS_HELP}, or one folder of pairs")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; gone on with if it holds one")
-    parser.add_argument("--config", type=Path, help="in place of config/training/adapt.yaml")
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
-    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
-    parser.add_argument("--held-out", type=float, help="share of the drives that is held out, instead of the config's")
-    parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
-    parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes: only scores use them")
-    parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
-    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
-    parser.add_argument("--threads", type=int, help="compute threads of the training")
-    add_input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,9 +154,9 @@ def _rehearsal(
 ) -> tuple[Samples | None, Samples | None]:
     if not config.rehearsal or not config.rehearsal_drives:
         return None, None
-    columns = (TextColumn("simulated drives to rehearse"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=config.rehearsal_drives + 2)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("simulated drives to rehearse", total=config.rehearsal_drives + 2)
         return make_rehearsal(
             args.out / "rehearsal",
             package.model,
@@ -222,10 +190,10 @@ def _finish(
     metrics = {"held_out_part_of_the_drives": record}
     provenance = provenance_of(package, data, config, found)
     extra = [package.path("priors.npz")] if package.has("priors.npz") else []
-    with console.status("exporting and checking the graphs"):
+    with status(console, "exporting and checking the graphs"):
         written = export_package(found.network, found.model, args.out / "package", provenance, metrics, extra)
     (args.out / "scores.json").write_text(json.dumps(record, indent=1))
-    with console.status("calibrating its probabilities"):
+    with status(console, "calibrating its probabilities"):
         calibrated = calibrate_space(args.out / "package", data.held_out)
     looks = _looks(package, data, found)
     facts = {

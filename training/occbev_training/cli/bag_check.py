@@ -1,8 +1,4 @@
-"""Tell whether a bag can become training pairs: one verdict per requirement, exit status 1 if a must fails.
-
-occbev-train bag-check BAG
-occbev-train bag-check BAG --ego-box      # also propose the vehicle's own body
-"""
+"""What `occbev-train bag-check` does; its arguments and its help are in arguments/bag_check.py."""
 
 from __future__ import annotations
 
@@ -16,25 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
+from occbev_training.cli.bag_arguments import bag_options
 from occbev_training.occupancy.trial import CameraRow, Trial, try_drive
 from occbev_training.sources.bag_check import Verdict, check_bag, fix_clocks, propose_ego_box
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.recording import RecordingError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
-    parser.add_argument("--ego-box", action="store_true", help="propose the box of the vehicle's own returns")
-    parser.add_argument(
-        "--no-turns", action="store_true", help="skip the comparison of clocks by turns, which takes longest"
-    )
-    parser.add_argument("--no-pair", action="store_true", help="skip the trial of one pair and of the calibration")
-    add_bag_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

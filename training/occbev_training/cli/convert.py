@@ -1,9 +1,4 @@
-"""Turn a published checkpoint into a model package, every weight accounted for.
-
-    occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/bevformer_tiny
-
-The family is a configuration in config/models. A checkpoint that does not fit completely is refused.
-"""
+"""What `occbev-train convert` does; its arguments and its help are in arguments/convert.py."""
 
 from __future__ import annotations
 
@@ -29,14 +24,6 @@ from occbev_training.models.renaming import (
     load_reference,
     reference_names,
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("checkpoint", type=Path, help="published weights (.pth); no code in it is run")
-    parser.add_argument("--family", required=True, help="name of a configuration in config/models")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the package, new or empty")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,34 +1,20 @@
-"""Score a model package on drives that it never saw, or result files by the official rules.
-
-    occbev-train evaluate config/models/occbev-tiny --data CACHE
-    occbev-train evaluate PACKAGE --data CACHE --fit-priors TRAINING_CACHE --priors priors.npz
-    occbev-train evaluate PACKAGE --data VALIDATION_CACHE --calibrate --json report.json
-    occbev-train evaluate PACKAGE --data NUSCENES_ROOT --scenes val.txt --out out/evaluation --workers 2
-    occbev-train evaluate PACKAGE --pairs out/pairs --boxes boxes.json
-    occbev-train evaluate --results results.json --nuscenes NUSCENES_ROOT
-    occbev-train evaluate --voxels FOLDER_OF_NPZ --nuscenes NUSCENES_ROOT
-
-The headline is the AP of cars within 30 m that have at least 5 LiDAR returns, at 2 m. Packages of every family
-are accepted; what a network does not predict is not scored. Drives are scored in order, and a network that
-remembers begins each drive anew.
-"""
+"""What `occbev-train evaluate` does; its arguments and its help are in arguments/evaluate.py."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from occbev.allocator import keep_large_blocks
+from occbev.cli.progress import Progress, status
 from occbev.inference.model_package import ModelPackage
-from occbev_training.cli.inputs import add_version_arguments, root_options
+from occbev_training.cli.inputs import root_options
 from occbev_training.data.cache import open_cache
 from occbev_training.evaluation.data import CacheFrames, EvaluationData, RootFrames, open_evaluation_data
 from occbev_training.evaluation.frames import Priors, fit_priors, score_priors
@@ -36,7 +22,6 @@ from occbev_training.evaluation.report import draw_plots, draw_worst, write_json
 from occbev_training.evaluation.result_files import official_scores, results_of, scenes_of, score_files
 from occbev_training.evaluation.run_package import WORST, PackageRun, RunOptions, run_in_processes
 from occbev_training.evaluation.scores import Scores
-from occbev_training.metrics.bootstrap import DRAWS
 from occbev_training.metrics.detection import THRESHOLDS, TP_ERRORS
 from occbev_training.metrics.nuscenes_results import read_results, write_results
 from occbev_training.metrics.occ3d_results import result_tokens
@@ -44,77 +29,6 @@ from occbev_training.sources.discovery import read_names
 from occbev_training.sources.nuscenes import open_nuscenes
 
 Record = dict[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("package", type=Path, nargs="?", help="model package")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="held-out drives: a sample cache, a nuScenes root, or a folder of simulated bags and their truth",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=Path,
-        metavar="FOLDER",
-        help="score occupancy and depth against the LiDAR labels of 'occbev-train pairs': of drives without any other truth",
-    )
-    parser.add_argument("--split", choices=("train", "validation"), help="with --pairs: only this split")
-    parser.add_argument(
-        "--boxes", type=Path, metavar="JSON", help="with --pairs: labelled boxes, to score boxes as well"
-    )
-    parser.add_argument(
-        "--results", type=Path, metavar="JSON", help="score this nuScenes result file instead of a package"
-    )
-    parser.add_argument(
-        "--voxels", type=Path, metavar="FOLDER", help="score these Occ3D results, one <sample token>.npz a sample"
-    )
-    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")
-    add_version_arguments(parser)
-    parser.add_argument(
-        "--scenes",
-        type=Path,
-        metavar="FILE",
-        help="only these drives, one name a line; of result files by default those that they name",
-    )
-    parser.add_argument(
-        "--limit", type=int, help="score this many samples: evenly spaced, or the first of a network that remembers"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on it (default 1)")
-    parser.add_argument("--backend", default="auto", help="runtime, as for the node")
-    parser.add_argument("--precision", default="auto", help="auto, or f32 to forbid the hardware's fast type")
-    parser.add_argument("--threads", type=int, help="CPU threads of the runtime, in each process")
-    parser.add_argument(
-        "--fit-priors",
-        type=Path,
-        metavar="CACHE",
-        help="take the priors from these training drives",
-    )
-    parser.add_argument("--priors", type=Path, help="where the fitted priors are written; by default nowhere")
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="find the occupancy.min_free with the best occupied IoU on these drives, which should be validation"
-        " drives; 'occbev-train export --calibration' takes the file of --json",
-    )
-    parser.add_argument("--min-free", type=float, help="score with this occupancy.min_free instead of the package's")
-    parser.add_argument(
-        "--draws",
-        type=int,
-        default=DRAWS,
-        help=f"drives are drawn anew so often for the 95 %% intervals; 0 leaves them out (default {DRAWS})",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="write metrics.json, plots, the worst frames as pictures and, of a nuScenes root, results.json",
-    )
-    parser.add_argument(
-        "--save-voxels", action="store_true", help="also write FOLDER/voxels/<sample token>.npz in the form of Occ3D"
-    )
-    parser.add_argument("--json", type=Path, help="write all scores to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -166,7 +80,7 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
         named = result_tokens(args.voxels) & set(tables.tables["sample"]) if results is None else results
         scenes = scenes_of(tables, named)
     root = RootFrames(tables, scenes, with_images=False)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=console) as progress:
         task = progress.add_task("scoring", total=len(root))
         scores, _ = score_files(root, results, args.voxels, lambda done: progress.update(task, completed=done))
     scored = [str(path) for path in (args.results, args.voxels) if path is not None]
@@ -184,7 +98,7 @@ def _of_pairs(args: argparse.Namespace, console: Console) -> int:
     package, drives = ModelPackage.load(args.package), _drives(args)
     model, network = package.model, load_network(package)
     samples = open_pairs(args.pairs, model.image, model.grid, args.split, drives)
-    with console.status(f"scoring {min(len(samples), args.limit or len(samples))} pairs"):
+    with status(console, f"scoring {min(len(samples), args.limit or len(samples))} pairs"):
         scores = score_pairs(network, package, samples, args.limit, args.min_free)
         if args.boxes is not None:
             scores |= box_scores(predictor(network, model, samples), samples, model, read_timed_boxes(args.boxes))
@@ -237,7 +151,7 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
         drives,
         root_options(args),
     )
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with Progress(console=console) as progress:
         task = progress.add_task("scoring", total=len(indices))
         done = run_in_processes(
             args.package, args.data, indices, options, args.workers, lambda done: progress.update(task, completed=done)
@@ -310,7 +224,7 @@ def _chosen(count: int, limit: int | None, in_order: bool) -> list[int]:
 def _priors(args: argparse.Namespace, package: ModelPackage, console: Console) -> Priors | None:
     if args.fit_priors is None:
         return Priors.load(package.path("priors.npz")) if package.has("priors.npz") else None
-    with console.status("taking the means of the training set"):
+    with status(console, "taking the means of the training set"):
         priors = fit_priors(open_cache(args.fit_priors), package.model)
     if args.priors:
         priors.save(args.priors)

@@ -1,11 +1,4 @@
-"""Report every network in config/models: parameters, published keys that convert, parity of its ONNX graph.
-
-    occbev-train families --golden GOLDEN                 # the table of docs/model-zoo.md, at reduced sizes
-    occbev-train families --golden GOLDEN --markdown docs/model-zoo.md    # and writes it there
-    occbev-train families bevformer_tiny --full-size      # exported as published: minutes, and gigabytes
-
-GOLDEN holds the key tables `<name>_state_dict.json`. Weights are random: this compares code, not scores.
-"""
+"""What `occbev-train families` does; its arguments and its help are in arguments/families.py."""
 
 from __future__ import annotations
 
@@ -16,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from occbev.cli.progress import status
 from occbev.files import one_line
 from occbev.share import share_path
 from occbev_training.cli.convert import load_family
@@ -30,18 +24,6 @@ class FamiliesError(ValueError):
     """A page without a table to replace."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("names", nargs="*", help="configurations in config/models; all by default")
-    parser.add_argument("--golden", type=Path, help="folder of the published key tables")
-    parser.add_argument("--full-size", action="store_true", help="export at the published size, not reduced")
-    parser.add_argument("--no-export", dest="export", action="store_false", help="count and map weights alone")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per network")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="PAGE", help="write the table into this page, between its marks"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Print one line per network; 1 if one of its keys has no place, or its graph does not do what it does."""
     console, complete = Console(stderr=True), True
@@ -52,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         print(table, end="")
     for name in args.names or known():
         try:
-            with console.status(name):
+            with status(console, name):
                 row = measure(name, load_family(name), args.golden, args.full_size, args.export)
         except ExportError as error:
             console.print(f"{name}: {error}", highlight=False)

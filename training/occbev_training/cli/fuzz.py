@@ -1,8 +1,4 @@
-"""Damaged images, rigs, result files, packages and bags by the thousand: each must be read, or refused in one line.
-
-occbev-train fuzz                         # 10,000 images, rigs and results, 1,000 packages and bags: some minutes
-occbev-train fuzz bags --count 200 --seed 3
-"""
+"""What `occbev-train fuzz` does; its arguments and its help are in arguments/fuzz.py."""
 
 from __future__ import annotations
 
@@ -13,14 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from occbev.cli.progress import status
 from occbev_training.benchmarks.fuzz import COUNTS, Outcome, fuzz
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(COUNTS)} (default: all)")
-    parser.add_argument("--count", type=int, help="inputs of each kind (default: 10,000, of packages and bags 1,000)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other inputs (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{unknown or args.count}: want kinds of {list(COUNTS)} and a --count of at least 1")
     console, holds = Console(), True
     for kind in args.kinds or COUNTS:
-        with tempfile.TemporaryDirectory() as folder, console.status(kind):
+        with tempfile.TemporaryDirectory() as folder, status(console, kind):
             outcome = fuzz(kind, args.count or COUNTS[kind], Path(folder), args.seed)
         _print(console, kind, outcome)
         holds &= outcome.holds

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from occbev.files import file_hash
-from occbev_training.cli.bag_arguments import add_bag_arguments, bag_options
+from occbev_training.cli.bag_arguments import bag_options
 from occbev_training.sources.categories import ClassMap, read_class_map
 from occbev_training.sources.discovery import (
     OpenBag,
@@ -22,33 +22,6 @@ from occbev_training.sources.infos import convert_infos
 from occbev_training.sources.lidar_files import COLUMNS
 from occbev_training.sources.nuscenes import RootOptions
 from occbev_training.sources.recording import RecordingError, leave_out
-
-INPUTS_HELP = "bags, folders of bags, nuScenes or T4 roots, info .pkl files"
-
-
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how recordings are read: bags, nuScenes-like roots and info files."""
-    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")
-    parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")
-    add_root_arguments(parser)
-    add_bag_arguments(parser)
-
-
-def add_root_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how nuScenes-like roots are read."""
-    roots = parser.add_argument_group("nuScenes-like roots")
-    add_version_arguments(roots)
-    roots.add_argument(
-        "--lidar-columns", type=int, default=COLUMNS, metavar="N", help=f"float32 values of a point (default {COLUMNS})"
-    )
-
-
-def add_version_arguments(parser: argparse._ActionsContainer) -> None:
-    """Declare which tables of a root are read, and what their categories are."""
-    parser.add_argument("--version", help="folder of the tables, where a root holds several")
-    parser.add_argument(
-        "--classes", type=Path, metavar="FILE", help='YAML lines such as "forklift: construction_vehicle"; null drops'
-    )
 
 
 def class_map(args: argparse.Namespace) -> ClassMap:

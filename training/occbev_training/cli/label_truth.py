@@ -1,7 +1,4 @@
-"""Compare labels with the simulator's truth, and with the labels of the published recipe.
-
-occbev-train label-truth --drives 4 --first-seed 10000 --keys 5
-"""
+"""What `occbev-train label-truth` does; its arguments and its help are in arguments/label_truth.py."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from occbev.cli.progress import Progress
 from occbev_training.occupancy.comparison import Comparison, compare_key
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
@@ -26,16 +23,6 @@ BOUNDS = {
     "trails_removed": (0.95, 1.0),
 }
 """What the labels are held to: lower and upper bound."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("--drives", type=int, default=4, help="simulated drives")
-    parser.add_argument("--first-seed", type=int, default=10_000, help="seed of the first; 10000 on are validation")
-    parser.add_argument("--keys", type=int, default=5, help="key frames of a drive")
-    parser.add_argument("--every", type=int, default=2, help="compare every n-th key frame")
-    parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps on either side")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,13 +38,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing to compare: --drives and --keys must be positive")
     builder: LabelBuilder | None = None
     drive: SimulatedDrive | None = None
-    for seed, key in track(jobs, "key frames", console=console):
-        if drive is None or drive.seed != seed:
-            drive = SimulatedDrive(seed, DriveConfig(keys=args.keys))
-            builder = LabelBuilder(drive, LabelConfig(window=args.window))
-        assert builder is not None
-        found = compare_key(builder, drive, key)
-        total = found if total is None else total + found
+    with Progress(console=console) as progress:
+        for seed, key in progress.track(jobs, description="key frames"):
+            if drive is None or drive.seed != seed:
+                drive = SimulatedDrive(seed, DriveConfig(keys=args.keys))
+                builder = LabelBuilder(drive, LabelConfig(window=args.window))
+            assert builder is not None
+            found = compare_key(builder, drive, key)
+            total = found if total is None else total + found
     assert total is not None
     record = total.as_record()
     broken = [name for name, (low, high) in BOUNDS.items() if not low <= record[name] <= high]

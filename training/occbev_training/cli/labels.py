@@ -1,14 +1,4 @@
-"""Take boxes of one's own for recordings, from a topic of the bag or from files, ready for 'prepare'.
-
-    occbev-train labels BAG --out LABELS                            # the only topic of boxes in the bag
-    occbev-train labels BAG --topic /perception/objects --out LABELS
-    occbev-train labels BAG --boxes boxes.json --out LABELS         # plain JSON, see docs/prepare-dataset.md
-    occbev-train labels BAG --boxes label_2 --frame CAM_FRONT --times times.txt --out LABELS      # KITTI
-    occbev-train prepare BAG --labels LABELS --out CACHE
-
-Topics may be vision_msgs/Detection3DArray, or Autoware's DetectedObjects and TrackedObjects. Every box is brought
-to base_link at the nearest key frame; LABELS/DRIVE.json holds them and LABELS/DRIVE.jpg shows them. Look at it.
-"""
+"""What `occbev-train labels` does; its arguments and its help are in arguments/labels.py."""
 
 from __future__ import annotations
 
@@ -37,36 +27,14 @@ from occbev.reports.rendering import (
     stack_pictures,
     write_picture,
 )
-from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, class_map, describe_problems, find_inputs
+from occbev_training.cli.inputs import class_map, describe_problems, find_inputs
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.box_labels import BASE_FRAME, LabelFrame, read_labels, write_plain
 from occbev_training.sources.box_topics import BOX_TYPES, BagFrames, box_topics, read_box_topic
 from occbev_training.sources.categories import class_of, describe_classless
 from occbev_training.sources.discovery import OpenBag, Opener
-from occbev_training.sources.labelled import MAX_GAP, Frame2Base, LabelledRecording, bring_to_base
+from occbev_training.sources.labelled import Frame2Base, LabelledRecording, bring_to_base
 from occbev_training.sources.recording import Recording, RecordingError, leave_out
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("inputs", type=Path, nargs="+", help=INPUTS_HELP)
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets DRIVE.json and DRIVE.jpg")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--topic", help="topic of boxes in the bag; by default the only one there is")
-    source.add_argument(
-        "--boxes", type=Path, help="plain JSON, KITTI .txt or folder of these; of several drives FOLDER/DRIVE.json"
-    )
-    parser.add_argument(
-        "--frame", help="frame of the boxes where a file does not say it: base_link, a camera, a TF frame"
-    )
-    parser.add_argument("--times", type=Path, metavar="FILE", help="stamps of KITTI frames, one a line, in ns or s")
-    parser.add_argument("--min-score", type=float, default=0.0, help="leave out boxes that score less (default 0)")
-    parser.add_argument(
-        "--max-gap", type=float, default=MAX_GAP, help=f"seconds from a key frame to its labels (default {MAX_GAP})"
-    )
-    parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_input_arguments(parser)
 
 
 @dataclass

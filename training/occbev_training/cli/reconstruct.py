@@ -1,15 +1,9 @@
-"""Show what a pre-training run reconstructs of samples, and score it on voxels that a camera sees.
-
-    occbev-train reconstruct runs/stage1 --data PAIRS_OR_CACHE --out reconstruction.png
-
-Scores on the run's own training samples tell whether it can learn them, nothing more.
-"""
+"""What `occbev-train reconstruct` does; its arguments and its help are in arguments/reconstruct.py."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,16 +19,6 @@ from occbev_training.engine.stages import predictor
 from occbev_training.evaluation.reconstruction import reconstruct, reconstruction_picture
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, help="folder of a finished pre-training run")
-    parser.add_argument("--data", type=Path, required=True, help="pair shards or sample cache")
-    parser.add_argument("--split", default="train", choices=("train", "validation"), help="of pair shards")
-    parser.add_argument("--samples", type=int, default=4, help="this many, evenly spaced")
-    parser.add_argument("--out", type=Path, help="picture (PNG); by default none is drawn")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,4 @@
-"""Write simulated drives as a nuScenes data root, as ROS 2 bags with their truth beside them, or as both.
-
-Each seed is one drive. Seeds 0 to 9999 are for training, 10000 to 19999 for validation, higher ones for tests
-and demonstrations. A run that was stopped goes on where it was: finished drives are kept.
-"""
+"""What `occbev-train simulate` does; its arguments and its help are in arguments/simulate.py."""
 
 from __future__ import annotations
 
@@ -15,62 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from occbev.cli.progress import Progress
 from occbev.rig import CameraRig
 from occbev_training.cli.inputs import choose_output
-from occbev_training.simulator.drive import WORLDS, DriveConfig, SimulatedDrive, split_of
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive, split_of
 from occbev_training.simulator.lidar import LidarConfig, read_lidar
 from occbev_training.workers import start_workers
 
 SINGLE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """Set for the workers: threads of the linear algebra library only wait for each other on 3 x 3 products."""
-
-FORMATS = ("nuscenes", "bag", "both")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("position", type=Path, nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="folder to write to; a nuScenes root, bags/ and truth/")
-    parser.add_argument("--drives", type=int, default=1, help="number of drives (default 1)")
-    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first drive (default 0)")
-    parser.add_argument("--keys", type=int, default=20, help="key frames per drive (default 20)")
-    parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second (default 2)")
-    parser.add_argument("--sweep-rate", type=float, default=10.0, help="LiDAR rotations per second (default 10)")
-    parser.add_argument(
-        "--image",
-        type=image_size,
-        default=(352, 128),
-        metavar="WxH",
-        help="picture size; 640x360 is a full frame, 352x128 (default) is what the network sees",
-    )
-    parser.add_argument(
-        "--rig",
-        type=Path,
-        metavar="YAML",
-        help="rig file: any number of cameras of any size, lens and place, and with the key lidar a LiDAR;"
-        " takes the place of --image",
-    )
-    parser.add_argument(
-        "--random-rigs",
-        action="store_true",
-        help="every drive through cameras and a LiDAR of its own, drawn by its seed",
-    )
-    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="version of the streets (default v1)")
-    parser.add_argument("--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT; raises argparse.ArgumentTypeError saying what is wanted."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: want WIDTHxHEIGHT such as 640x360") from None
-    if min(width, height) < 16:
-        raise argparse.ArgumentTypeError(f"{text!r}: both sides must be at least 16 pixels")
-    return width, height
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,14 +34,13 @@ def run(args: argparse.Namespace) -> int:
     _record(args.out, config, seeds)
     os.environ.update(SINGLE_THREAD)
     columns = (
-        TextColumn("simulate"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("drives"),
         TimeRemainingColumn(),
     )
     with Progress(*columns) as progress:
-        task = progress.add_task("simulate", total=len(seeds))
+        task = progress.add_task("simulated drives", total=len(seeds))
         # Fresh interpreters: a forked child would inherit Embree's threads in an unknown state.
         with start_workers(args.workers) as pool:
             jobs = [pool.submit(write_seed, seed, config, args.out, args.format) for seed in seeds]

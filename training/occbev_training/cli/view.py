@@ -1,27 +1,14 @@
-"""Draw one stored pair: images with returns, label from above and in slices, visibility, evidence.
-
-occbev-train view SHARDS                      # list the keys
-occbev-train view SHARDS KEY --out pair.png   # also writes pair.html, to be turned with the mouse
-"""
+"""What `occbev-train view` does; its arguments and its help are in arguments/view.py."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
 from occbev.reports.rendering import write_picture
 from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.pictures import interactive_page, pair_picture
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("shards", type=Path, help="folder of shards, or one of them")
-    parser.add_argument("key", nargs="?", help="DRIVE/STAMP of a pair, or its number; none lists them")
-    parser.add_argument("--out", type=Path, default=Path("pair.png"), help="picture to write")
-    parser.add_argument("--width", type=int, default=1500, help="its width in pixels")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from occbev.config import (
 from occbev.files import file_hash
 from occbev.inference.families import load_model
 from occbev.inference.pipeline import boxes_of
+from occbev.share import here_or_shipped
 from occbev_training.data.cache import CacheError
 from occbev_training.data.datasets import SampleDataset, batches
 from occbev_training.data.label_frame import in_base_link
@@ -153,7 +154,7 @@ def _require_labels(model: ModelConfig, network: nn.Module) -> None:
 
 def model_to_train(config: TrainingConfig) -> ModelConfig:
     """Return the model config that a run trains, in the frame that it asks for."""
-    model = load_model(Path(config.model))
+    model = load_model(here_or_shipped(config.model))
     return in_base_link(model) if config.frame == "base_link" else model
 
 

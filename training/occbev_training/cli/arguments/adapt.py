@@ -1,0 +1,47 @@
+"""Adapt a model package to your own drives, without labels.
+
+    occbev-train adapt occbev-tiny BAG_OR_FOLDER --out out/adapted
+    occbev-train adapt PACKAGE out/pairs --out out/adapted --boxes boxes.json
+
+Occupancy and depth learn from the LiDAR of the drives. Boxes and classes are rehearsed on simulated streets, half of them
+seen through your cameras. A part of the drives is held out: it stops the training and scores it. OUT gets the package
+and report.html with scores and pictures. A command that was stopped goes on when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from occbev.share import here_or_shipped
+from occbev_training.cli.arguments.shared import INPUTS_HELP, add_input_arguments
+
+KEY_INTERVALS = (0.1, 0.2, 0.5, 1.0)
+"""Seconds between key frames of bags that are chosen from: a few seconds of driving should give enough to learn from."""
+
+
+INTERVAL_HELP = (
+    f"seconds between key frames of bags (default: {KEY_INTERVALS[0]} to {KEY_INTERVALS[-1]:g}, by their length)"
+)
+
+
+WINDOW = 0.5
+"""Seconds of sweeps on either side of a label: short, so that little of a drive lies between what is learned and held out."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("package", help="model package: a folder, or the name of a shipped one")
+    parser.add_argument("inputs", type=Path, nargs="+", help=f"{INPUTS_HELP}, or one folder of pairs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; gone on with if it holds one")
+    parser.add_argument("--config", type=here_or_shipped, help="in place of config/training/adapt.yaml")
+    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
+    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
+    parser.add_argument("--held-out", type=float, help="share of the drives that is held out, instead of the config's")
+    parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
+    parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes: only scores use them")
+    parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
+    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
+    parser.add_argument("--threads", type=int, help="compute threads of the training")
+    add_input_arguments(parser)

@@ -1,0 +1,25 @@
+"""Stage 2: learn boxes and semantic occupancy, beginning from the weights of stage 1.
+
+    occbev-train finetune config/training/finetune_tiny.yaml --data CACHE --out out/stage2 \\
+        --from out/stage1
+
+What was carried over from stage 1 is written to run.json. Resuming, repeating a run, options for every key of
+the config, and several processes as for pretrain.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from occbev_training.cli.arguments.pretrain import add_stage_arguments, weights_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_stage_arguments(parser)
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=weights_path,
+        help="the folder of stage 1 or its weights.safetensors, or ImageNet weights (.pth) to train without it",
+    )

@@ -1,0 +1,65 @@
+"""Turn unlabelled drives into pre-training pairs: three-state labels, measured, gated, in shards.
+
+    occbev-train pairs BAG_OR_FOLDER_OR_NUSCENES_ROOT_OR_INFOS.pkl ... --out OUT --workers 2
+    occbev-train pairs --out OUT --simulate 4 --first-seed 0
+    occbev-train pairs ROOT --out OUT --task-index 3 --num-tasks 16    # one task of an array job
+    occbev-train pairs --out OUT --join                                # index what the tasks made
+    occbev-train pairs BAGS --out OUT --executor ray --ray-address auto
+
+Finished stretches stay when the command is given again; the same input gives the same bytes. An input whose
+content changed is made anew. An input that cannot be read is named and left out, and costs no other; the
+status is then 1, also where no pair was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from occbev_training.cli.arguments.shared import EXECUTORS, GRIDS, INPUTS_HELP, LABEL_VARIANTS, add_input_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("inputs", type=Path, nargs="*", help=INPUTS_HELP)
+    parser.add_argument("--out", type=Path, help="folder of the shards")
+    parser.add_argument(
+        "--labels",
+        choices=LABEL_VARIANTS,
+        default="occbev",
+        help="how labels are made (default: occbev, free of boxes)",
+    )
+    parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
+    parser.add_argument("--keys", type=int, default=20, help="key frames of a simulated drive")
+    add_input_arguments(parser)
+    parser.add_argument("--grid", default="occ3d", choices=GRIDS, help="voxel grid")
+    parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps on either side")
+    parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
+    parser.add_argument(
+        "--ego-box",
+        type=float,
+        nargs=6,
+        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+        help="the vehicle's body in base_link; bag-check --ego-box proposes one",
+    )
+    parser.add_argument("--ego-masks", type=Path, help="folder of CAMERA.png, white where the vehicle itself is seen")
+    parser.add_argument("--max-range", type=float, default=60.0, help="metres up to which beams count")
+    parser.add_argument("--min-cameras", type=int, help="fewest cameras; default all but one")
+    parser.add_argument(
+        "--min-support",
+        type=float,
+        default=0.5,
+        help="share of the expected sweeps that must be there",
+    )
+    parser.add_argument("--no-gate", action="store_true", help="mark samples that break a limit, keep them")
+    parser.add_argument("--lidar", action="store_true", help="store the key sweep, too")
+    parser.add_argument("--segment", type=int, default=200, help="key frames of one unit of work")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="who does the work (default: local)")
+    parser.add_argument("--ray-address", help="running Ray cluster, such as auto; else one is started here")
+    parser.add_argument("--task-index", type=int, default=0, help="this task of an array job")
+    parser.add_argument("--num-tasks", type=int, default=1, help="tasks of the array job")
+    parser.add_argument("--join", action="store_true", help="only index what is finished")
+    parser.add_argument("--validation", type=float, default=0.1, help="share of the validation split")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
