@@ -86,6 +86,7 @@ def test_right_results_score_one(truth: Truth) -> None:
     assert detection["AP"]["car"] == pytest.approx(dict.fromkeys(("0.5", "1.0", "2.0", "4.0"), 1.0))
     assert detection["AP_30m"]["car"]["0.5"] == pytest.approx(1.0)
     assert detection["mAP"] == pytest.approx(0.1)  # nine classes have no truth and count as 0
+    assert detection["mAP_present"] == pytest.approx(1.0)
     scores = drive.score_occupancy(results, truth, NOTHING)
     assert scores == {"iou": 1.0, "iou_mean_of_training_set": 0.0, "mIoU": 1.0}
 

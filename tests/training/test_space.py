@@ -99,8 +99,8 @@ def test_obstacles_whose_ground_no_camera_sees_are_not_missed() -> None:
 
 @pytest.fixture(scope="module")
 def frames() -> list[Any]:
-    """Two key frames of the demo's street with their truth."""
-    drive = SimulatedDrive(20_009, DriveConfig(keys=12, key_rate=1.0))
+    """Two key frames of a street by night with their truth."""
+    drive = SimulatedDrive(20_009, DriveConfig(keys=12, key_rate=1.0, world="v1"))
     recorded = RecordingFrames([(drive, key) for key in (1, 9)])
     return list(dense_frames(recorded, range(2), CONFIG))
 

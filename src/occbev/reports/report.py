@@ -255,7 +255,8 @@ def _accuracy(summary: Mapping[str, Any]) -> str:
     detection, occupancy = summary["detection"], summary["occupancy"]
     return (
         "<section><h2>How well</h2>"
-        f"<p>Detection over the full range: mAP {_number(detection['mAP'], 3)}, "
+        f"<p>Detection over the full range: mAP {_number(detection['mAP'], 3)} "
+        f"({_number(detection.get('mAP_present'), 3)} over the classes that are present), "
         f"NDS {_number(detection['NDS'], 3)}. Occupancy over camera-visible voxels: "
         f"IoU {_number(occupancy['iou'], 3)} (mean grid of the training set "
         f"{_number(occupancy.get('iou_mean_of_training_set'), 3)}), mIoU {_number(occupancy['mIoU'], 3)}.</p>"

@@ -1,6 +1,6 @@
 """Where space is free: shares of cells within 20 m that the ground grid calls blocked, free or unknown, and its price.
 
-Measured on key frames of the demo's drive, simulated anew, and of the shared PandaSet drive where it is there, whose
+Measured on key frames of a simulated drive by night of world v1, and of the shared PandaSet drive where it is there, whose
 truth is its LiDAR's label.
 """
 
@@ -20,7 +20,7 @@ from occbev_training.metrics.space import SpaceCounts
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 
 SEED, KEYS = 20_009, 100
-"""The demo's drive: 100 key frames at 5 Hz."""
+"""The simulated drive: 100 key frames at 5 Hz."""
 
 EVERY = 5
 """Every so many key frames are scored."""
@@ -32,7 +32,7 @@ def run(options: Options) -> Report:
     values: dict[str, Any] = {
         "model": package.model.name,
         "calibrated_on": read_calibration(package).fitted_on or "nothing",
-        **_named("demo", score_space(package, simulated_frames(config), config)),
+        **_named("simulated", score_space(package, simulated_frames(config), config)),
     }
     shared = Path(os.environ.get("OCCBEV_SHARED", "../shared")) / "data" / "pandaset-002a"
     if shared.is_dir():
@@ -45,8 +45,8 @@ def _named(drive: str, counts: SpaceCounts) -> dict[str, Any]:
 
 
 def simulated_frames(config: GroundGridConfig) -> Frames:
-    """Open the demo's drive, rendering only the key frames that are scored."""
-    drive = SimulatedDrive(SEED, DriveConfig(keys=KEYS, key_rate=5.0, image=(640, 360)))
+    """Open the simulated drive, rendering only the key frames that are scored."""
+    drive = SimulatedDrive(SEED, DriveConfig(keys=KEYS, key_rate=5.0, image=(640, 360), world="v1"))
     frames = RecordingFrames([(drive, key) for key in range(0, KEYS, EVERY)])
     return dense_frames(frames, range(len(frames)), config)
 

@@ -80,7 +80,9 @@ def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
 
 
 def score_detection(results: Sequence[KeyResult], truth: Truth, prior: Boxes3D | None = None) -> dict[str, Any]:
-    """Score boxes by the nuScenes rules: {mAP, NDS, AP, ..., AP_30m, AP_30m_prior}.
+    """Score boxes by the nuScenes rules: {mAP, mAP_present, NDS, AP, ..., AP_30m, AP_30m_prior}.
+
+    mAP counts a class without ground truth as 0, mAP_present leaves it out.
 
     prior: boxes that the training set alone would answer for every frame; None leaves its score out.
     AP_30m: truths within 30 m that have at least 5 LiDAR returns; a prediction that matches a truth
@@ -88,9 +90,11 @@ def score_detection(results: Sequence[KeyResult], truth: Truth, prior: Boxes3D |
     """
     truths = [_annotations(truth, result.key) for result in results]
     boxes = [result.boxes for result in results]
-    full = evaluate_detection(boxes, truths).as_record()
+    outcome = evaluate_detection(boxes, truths)
+    full = outcome.as_record()
     kept = ("mAP", "NDS", "AP", "tp_errors", "truths", "predictions", "classes_without_truth")
-    scores = {**{name: full[name] for name in kept}, "AP_30m": near_ap(boxes, truths)}
+    scores = {**{name: full[name] for name in kept}, "mAP_present": outcome.mean_ap_of_present}
+    scores["AP_30m"] = near_ap(boxes, truths)
     if prior is not None:
         scores["AP_30m_prior"] = near_ap([prior] * len(truths), truths)
     return scores
