@@ -21,6 +21,7 @@ from occbev.inference.model_package import ModelPackage, find_package
 from occbev.share import share_path
 from occbev_training.cli import pairs
 from occbev_training.cli.arguments.adapt import KEY_INTERVALS
+from occbev_training.cli.arguments.pairs import add_arguments as add_pair_arguments
 from occbev_training.cli.arguments.shared import add_input_arguments
 from occbev_training.cli.inputs import find_inputs
 from occbev_training.cli.pretrain import Display, signals
@@ -127,7 +128,7 @@ def grid_name(model: ModelConfig) -> str:
 def make_pairs(options: Sequence[str], inputs: Sequence[Path], out: Path) -> int:
     """Run the command `pairs`; returns its status."""
     parser = argparse.ArgumentParser()
-    pairs.add_arguments(parser)
+    add_pair_arguments(parser)
     return pairs.run(parser.parse_args([*map(str, inputs), "--out", str(out), *options]))
 
 
