@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import yaml
 
-from occbev.config import ConfigError
+from occbev.config import ConfigError, LiftConfig
 from occbev.geometry import make_transform, rotation_from_rpy, transform_points
 from occbev.grid import GRIDS
+from occbev.inference.tables import depth_scale
+from occbev.lens import Lens
 from occbev.rig import Camera, CameraRig
 from occbev_training.cli import main
+from occbev_training.data.cache import CachedSample, open_cache
+from occbev_training.evaluation.label_scores import believed_depth, depth_errors
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.simulator.lidar import LidarConfig, mount_lidar, read_lidar
-from occbev_training.simulator.rigs import draw_lidar, draw_rig
+from occbev_training.simulator.rigs import draw_fisheye_rig, draw_lidar, draw_rig, draw_vehicle
 
 OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 
@@ -134,3 +138,66 @@ def test_random_rigs_differ_and_keep_their_bounds() -> None:
     assert draw_rig(np.random.default_rng(3)).hash == rigs[3].hash
     with pytest.raises(ValueError, match="exclude each other"):
         DriveConfig(rig=rigs[0], random_rigs=True)
+
+
+def test_random_fisheyes_look_far_aside_and_are_as_many_as_asked_for() -> None:
+    cameras = [camera for seed in range(30) for camera in draw_fisheye_rig(np.random.default_rng(seed)).cameras]
+    edges = [camera.lens.unproject([[0, camera.height / 2], [camera.width, camera.height / 2]]) for camera in cameras]
+    across = [np.degrees(np.arccos(rays[:, 2])).sum() for rays in edges if np.isfinite(rays).all()]
+    assert len(across) > 0.8 * len(cameras), "of some the picture is wider than the circle that the lens shows"
+    assert min(across) == pytest.approx(120, abs=10)
+    assert max(across) == pytest.approx(190, abs=10)
+    rigs = [draw_vehicle(seed, 10.0, fisheyes=0.3)[0] for seed in range(60)]
+    assert 8 <= sum(rig.cameras[0].lens.is_fisheye for rig in rigs) <= 30
+    assert not any(draw_vehicle(seed, 10.0)[0].cameras[0].lens.is_fisheye for seed in range(20))
+    with pytest.raises(ValueError, match="fisheyes"):
+        DriveConfig(fisheyes=0.5)
+
+
+def test_every_prepared_drive_has_a_rig_of_its_own_at_network_size(tmp_path: Path) -> None:
+    pytest.importorskip("numba", reason="the command imports the label kernels: training environment")
+    model = tmp_path / "model.yaml"
+    model.write_text(f"base: {Path(__file__).parents[2] / 'config/models/occbev-tiny.yaml'}\nimage: {{lens: keep}}\n")
+    seen = CameraRig(surround_rig().cameras[2:3])
+    seen.save(tmp_path / "rig.yaml")
+    (tmp_path / "rig.yaml").write_text((tmp_path / "rig.yaml").read_text() + "lidar: {rings: 16, columns: 90}\n")
+    common = ["prepare", "--no-labels", "--keys", "1", "--model", str(model), "--first-seed", "20052"]
+    ways = {
+        "random": ["--simulate", "2", "--random-rigs"],
+        "mine": ["--simulate", "1", "--rig", f"{tmp_path}/rig.yaml"],
+    }
+    caches = {}
+    for name, way in ways.items():
+        assert main([*common, *way, "--out", str(tmp_path / name)]) == 0
+        caches[name] = open_cache(tmp_path / name)
+    one, other = caches["random"]
+    assert one.images.shape[1:] == other.images.shape[1:] == (128, 352, 3)
+    assert one.intrinsic.shape != other.intrinsic.shape or not np.allclose(one.intrinsic, other.intrinsic)
+    assert caches["random"].cameras_of(0) == tuple(f"camera_{i}" for i in range(len(one.images)))
+    (mine,) = caches["mine"]
+    assert caches["mine"].cameras_of(0) == ("tail",)
+    lens = Lens.from_matrix(mine.intrinsic[0])
+    assert (lens.model, lens.coefficients) == ("equidistant", (0.02, -0.005, 0.001, 0.0))
+    assert lens.intrinsic[0, 0] == pytest.approx(38 * 352 / 140)
+
+
+@pytest.mark.parametrize("fisheye", [False, True])
+def test_depth_is_scored_in_metres_through_any_lens(fisheye: bool) -> None:
+    rig = CameraRig(tuple(camera for camera in surround_rig().cameras if camera.lens.is_fisheye == fisheye)[:1])
+    camera, count = rig.cameras[0], GRIDS["tiny"].size
+    post = transform_points(camera.cam2ego, np.array([[1.0, -3.0, 9.0]]))
+    pixel, away = camera.lens.see(transform_points(camera.ego2cam, post))
+    volume, nothing = np.zeros(GRIDS["tiny"].shape, np.uint8), np.zeros(0, np.int64)
+    images = np.zeros((1, camera.height, camera.width, 3), np.uint8)
+    lidar = (np.zeros(1, np.uint8), pixel.astype(np.float32), away.astype(np.float32))
+    boxes, unseen = (np.zeros((0, 9), np.float32), nothing, nothing), np.zeros(count, bool).reshape(volume.shape)
+    cameras = (rig.lens_matrices, np.stack([camera.cam2ego]))
+    sample = CachedSample(images, np.ones(1, bool), *cameras, *lidar, *[volume] * 4, *boxes, volume, unseen)
+    lift = LiftConfig(canonical_focal=40.0)
+    scale = depth_scale(rig.lens_matrices, lift)[0]
+    shape = (lift.depth.bins, camera.height // 16, camera.width // 16)
+    logits = np.full((1, *shape), -9.0, np.float32)
+    logits[0, int(away[0] / scale - lift.depth.lo)] = 9.0
+    _, obstacle = depth_errors(sample, believed_depth(logits, lift, rig.lens_matrices), 16)
+    assert len(obstacle) == 1, "the post's return is an obstacle"
+    assert obstacle[0] < 0.5 * scale / away[0] + 1e-6, "half a bin"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from occbev.cli.progress import Progress
-from occbev.config import ModelConfig
+from occbev.config import ImageConfig, ModelConfig, to_record
 from occbev.files import file_name
 from occbev.inference.families import load_model
+from occbev.inference.preprocess import network_camera
+from occbev.rig import CameraRig
 from occbev_training.cli.inputs import (
     FoundInputs,
     class_map,
@@ -25,6 +29,8 @@ from occbev_training.cli.inputs import (
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.occupancy.prepare import DriveReport, PrepareConfig, prepare_drives
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
+from occbev_training.simulator.lidar import LidarConfig, read_lidar
+from occbev_training.simulator.rigs import draw_vehicle
 from occbev_training.sources.categories import describe_classless
 from occbev_training.sources.discovery import Opener
 from occbev_training.sources.labelled import OpenLabelled
@@ -49,10 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Simulate:
-    """Makes one simulated drive; picklable."""
+    """Makes one simulated drive; picklable. image: the network's, at whose size pictures are rendered at once."""
 
     seed: int
     config: DriveConfig
+    image: ImageConfig
 
     @property
     def name(self) -> str:
@@ -61,8 +68,11 @@ class Simulate:
 
     @property
     def fingerprint(self) -> str:
-        """Nothing: the seed is the name, and the model's size and grid are held against the cache."""
-        return ""
+        """Twelve hex digits over a rig that is not the simulator's own; else the seed, which is the name, says all."""
+        if self.config.rig is None and not self.config.random_rigs:
+            return ""
+        asked = json.dumps([self.config.as_record(), to_record(self.image)], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()[:12]
 
     def keys(self) -> int:
         """Number of key frames."""
@@ -70,16 +80,35 @@ class Simulate:
 
     def __call__(self) -> Recording:
         """Build the world."""
-        return SimulatedDrive(self.seed, self.config)
+        config = self.config
+        if config.random_rigs:
+            rig, lidar = draw_vehicle(self.seed, config.lidar.rate, config.fisheyes)
+            config = replace(config, rig=rig, lidar=lidar, random_rigs=False, fisheyes=0.0)
+        if config.rig is not None:
+            fitted = tuple(network_camera(camera, self.image) for camera in config.rig.cameras)
+            config = replace(config, rig=CameraRig(fitted))
+        return SimulatedDrive(self.seed, config)
 
 
 def _find(args: argparse.Namespace, model: ModelConfig) -> FoundInputs:
     """Find the drives of all inputs, with their labels where there are some."""
     size = (model.image.width, model.image.height)
-    config = DriveConfig(keys=args.keys, key_rate=args.key_rate, image=size, grid=model.grid)
+    rig, lidar = (None, LidarConfig()) if args.rig is None else (CameraRig.load(args.rig), read_lidar(args.rig))
+    config = DriveConfig(
+        keys=args.keys,
+        key_rate=args.key_rate,
+        image=size,
+        lidar=lidar,
+        rig=rig,
+        random_rigs=args.random_rigs,
+        fisheyes=args.fisheyes,
+        grid=model.grid,
+    )
     seeds = range(args.first_seed, args.first_seed + args.simulate)
     inputs = [*args.inputs, *([] if args.nuscenes is None else [args.nuscenes])]
-    found = find_inputs(args, inputs, args.out / "infos", args.key_interval, [Simulate(seed, config) for seed in seeds])
+    found = find_inputs(
+        args, inputs, args.out / "infos", args.key_interval, [Simulate(seed, config, model.image) for seed in seeds]
+    )
     if args.labels is not None:
         found.openers = [OpenLabelled(o, _labels_of(args, o), class_map(args), args.max_gap) for o in found.openers]
     return found

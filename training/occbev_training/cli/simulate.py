@@ -92,7 +92,14 @@ def _config(args: argparse.Namespace) -> DriveConfig:
     lidar = LidarConfig() if args.rig is None else read_lidar(args.rig)
     lidar = replace(lidar, rate=args.sweep_rate)
     return DriveConfig(
-        args.keys, args.key_rate, args.image, lidar=lidar, rig=rig, random_rigs=args.random_rigs, world=args.world
+        args.keys,
+        args.key_rate,
+        args.image,
+        lidar=lidar,
+        rig=rig,
+        random_rigs=args.random_rigs,
+        fisheyes=args.fisheyes,
+        world=args.world,
     )
 
 

@@ -237,11 +237,11 @@ def score_pairs(
     scores = LabelScores(model.grid, mean_grid(package))
     look = network_outputs(network, model, samples)
     for index in evenly(len(samples), most):
-        output = look(index)
+        output, sample = look(index), samples[index]
         depth, lift = None, getattr(model, "lift", None)
         if output.depth_logits is not None and lift is not None:
-            depth = believed_depth(output.depth_logits[0].float().cpu().numpy(), lift)
-        scores.add(samples[index], occupied_voxels(output, least), depth, lift.stride if lift else 1)
+            depth = believed_depth(output.depth_logits[0].float().cpu().numpy(), lift, sample.intrinsic)
+        scores.add(sample, occupied_voxels(output, least), depth, lift.stride if lift else 1)
     return scores.as_record()
 
 

@@ -16,7 +16,8 @@ from occbev.classes import FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.config import LiftConfig, ModelConfig
 from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
-from occbev.inference.tables import bin_depths
+from occbev.inference.tables import bin_depths, depth_scale
+from occbev.lens import Lens
 from occbev_training.data.cache import CachedSample
 from occbev_training.data.pair_samples import PairSamples
 from occbev_training.evaluation.frames import Prediction, boxes_of, detection_scores
@@ -166,7 +167,7 @@ def nearest_returns(
     for index in range(shape[0]):
         chosen = sample.lidar_camera == index
         pixel, depth = sample.lidar_pixel[chosen], sample.lidar_depth[chosen].astype(np.float64)
-        rays = np.concatenate([pixel, np.ones((len(pixel), 1))], 1) @ np.linalg.inv(sample.intrinsic[index]).T
+        rays = Lens.from_matrix(sample.intrinsic[index]).rays(pixel)
         z = transform_points(sample.cam2ego[index], rays * depth[:, None])[:, 2]
         order = np.argsort(-depth)  # the nearest is written last
         column, row = (pixel[order] // stride).astype(int).T
@@ -176,12 +177,14 @@ def nearest_returns(
     return nearest, height
 
 
-def believed_depth(logits: NDArray[np.float32], lift: LiftConfig) -> NDArray[np.float64]:
-    """Return the median (N, h, w) of depth distributions (N, D, h, w), metres."""
+def believed_depth(
+    logits: NDArray[np.float32], lift: LiftConfig, intrinsic: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the median (N, h, w) of depth distributions (N, D, h, w), metres; intrinsic: as of `lift_points`."""
     share = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
     below = (np.cumsum(share, 1) < 0.5).sum(1).clip(0, logits.shape[1] - 1)
-    return np.asarray(bin_depths(lift))[below]
+    return np.asarray(bin_depths(lift))[below] * depth_scale(intrinsic, lift)[:, None, None]
 
 
 def _by_group(names: tuple[str, ...], counts: NDArray[np.int64]) -> Mapping[str, float]:

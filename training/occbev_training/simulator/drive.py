@@ -26,7 +26,7 @@ from occbev.trajectory import Trajectory
 from occbev_training.simulator.camera import Exposure, Painter, build_rig, firing_times, pixel_rays
 from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mount_lidar
 from occbev_training.simulator.raycast import StreetScene
-from occbev_training.simulator.rigs import draw_lidar, draw_rig
+from occbev_training.simulator.rigs import draw_vehicle
 from occbev_training.simulator.truth import Solids, annotate, find_seen_voxels, mark_centres, mark_ends
 from occbev_training.simulator.world import build_world
 from occbev_training.sources.recording import Annotations, OccupancyTruth
@@ -64,7 +64,7 @@ class DriveConfig:
     image: tuple[int, int] = (352, 128)
     """Width and height of the pictures; see `build_rig` for what heights below 16:9 mean."""
     supersample: float | None = None
-    """Rays per pixel and axis; by default 1.25 for pictures below 400 pixels width, else 1."""
+    """Rays per pixel and axis; by default 1.25 for cameras of less than 400 pixels width, else 1."""
     jpeg_quality: int = 92
     """Quality of the encoded pictures."""
     lidar: LidarConfig = field(default_factory=LidarConfig)
@@ -72,7 +72,9 @@ class DriveConfig:
     rig: CameraRig | None = None
     """The cameras, exactly; None draws a vehicle with six of size `image`."""
     random_rigs: bool = False
-    """Every drive has cameras and a LiDAR of its own, see `draw_rig`; in place of `rig`, `image` and `lidar`."""
+    """Every drive has cameras and a LiDAR of its own, see `draw_vehicle`; in place of `rig`, `image` and `lidar`."""
+    fisheyes: float = 0.0
+    """Share of the random rigs whose cameras are fisheyes."""
     world: str = WORLDS[0]
     """Which streets are drawn: "v1"."""
     grid: VoxelGrid = GRIDS["occ3d"]
@@ -86,6 +88,8 @@ class DriveConfig:
     def __post_init__(self) -> None:
         if self.random_rigs and self.rig is not None:
             raise ValueError("random_rigs and rig exclude each other: drives have rigs of their own, or this one")
+        if not 0 <= self.fisheyes <= 1 or (self.fisheyes and not self.random_rigs):
+            raise ValueError(f"fisheyes {self.fisheyes}: want a share from 0 to 1 of random_rigs")
         if self.world not in WORLDS:
             raise ValueError(f"world {self.world!r}: known are {', '.join(WORLDS)}")
         if self.keys < 1 or self.key_rate <= 0:
@@ -115,8 +119,8 @@ class SimulatedDrive:
         self._start_ns = 1_600_000_000_000_000_000 + seed * 1_000_000_000_000
         rng = np.random.default_rng((seed, 1))
         if config.random_rigs:
-            own = np.random.default_rng((seed, 4))
-            self.rig, config = draw_rig(own), replace(config, lidar=draw_lidar(own, config.lidar.rate))
+            self.rig, lidar = draw_vehicle(seed, config.lidar.rate, config.fisheyes)
+            config = replace(config, lidar=lidar)
         else:
             self.rig = config.rig or build_rig(rng, config.image)
         self._firing = firing_times(self.rig.names)
@@ -164,7 +168,9 @@ class SimulatedDrive:
             ego2world = self._ego2world(time)
             self._painter.place_actors(camera, ego2world, time)
             rng = np.random.default_rng((self.seed, 2, key, number))
-            picture = self._painter.picture(camera, ego2world, self._exposure[camera.name], rng, self._supersample)
+            picture = self._painter.picture(
+                camera, ego2world, self._exposure[camera.name], rng, self._supersample(camera)
+            )
             stamp_ns = int(self._stamps(np.array([time]))[0])
             frames[camera.name] = CameraFrame(
                 camera.name, stamp_ns, self._encode(picture), self._world2global @ ego2world
@@ -262,9 +268,8 @@ class SimulatedDrive:
     def _ego2world(self, time: float) -> NDArray[np.float64]:
         return self._motion.at(np.array([time]))[0]
 
-    @property
-    def _supersample(self) -> float:
-        return self.config.supersample or (1.25 if self.config.image[0] < 400 else 1.0)
+    def _supersample(self, camera: Camera) -> float:
+        return self.config.supersample or (1.25 if camera.width < 400 else 1.0)
 
     def _encode(self, picture: NDArray[np.uint8]) -> bytes:
         done, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, self.config.jpeg_quality])

@@ -3,6 +3,7 @@
     occbev-train prepare NUSCENES_ROOT --scenes train.txt --out CACHE
     occbev-train prepare BAGS --labels LABELS --out CACHE          # your own boxes, from 'occbev-train labels'
     occbev-train prepare --simulate 120 --first-seed 0 --keys 16 --out CACHE
+    occbev-train prepare --simulate 200 --random-rigs --no-labels --out CACHE      # every drive through a rig of its own
 
 Finished drives stay when the command is given again; a drive that was cut off, or whose content changed, is made
 anew. What cannot be read is named and left out, and costs nothing else; the status is then 1.
@@ -32,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
     parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive")
+    parser.add_argument("--random-rigs", action="store_true", help="simulate every drive through a rig of its own")
+    parser.add_argument(
+        "--fisheyes",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the random rigs with fisheyes (default 0)",
+    )
     parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
     parser.add_argument(
         "--model",

@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="every drive through cameras and a LiDAR of its own, drawn by its seed",
     )
+    parser.add_argument(
+        "--fisheyes",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the random rigs with fisheyes (default 0)",
+    )
     parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="version of the streets (default v1)")
     parser.add_argument("--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
