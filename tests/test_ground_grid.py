@@ -93,7 +93,7 @@ def test_heights_above_the_ground_say_what_an_obstacle_is() -> None:
 
 def test_between_free_and_blocked_lies_unknown() -> None:
     evidence = street()
-    for probability, wanted in ((0.05, 0), (0.2, -1), (0.5, 100)):
+    for probability, wanted in ((0.05, 0), (0.15, -1), (0.5, 100)):
         clear = np.full_like(evidence.obstacle, 0.01)
         clear[0, 0, 4, 40, 60] = probability
         assert cell(make(VoxelEvidence(clear, evidence.ground)), 8.2, 0.2) == wanted
@@ -109,6 +109,25 @@ def test_a_low_obstacle_hides_only_its_own_shadow() -> None:
     tall = low.copy()
     tall[0, 0, 3:8, 36:44, 50] = 0.95
     assert cell(make(VoxelEvidence(tall, evidence.ground)), 12.0, 0.2) == -1
+
+
+def test_nothing_is_known_behind_what_hides_whole_columns() -> None:
+    """Probabilities of walls one behind the other multiply; what is no taller than a car, or hangs, hides no column."""
+    evidence = street()
+
+    def behind(*probabilities: float, layers: slice = slice(3, 10)) -> int:
+        walls = np.full_like(evidence.obstacle, 0.001)
+        for number, probability in enumerate(probabilities):
+            walls[0, 0, layers, 30:50, 50 + 2 * number] = probability  # at x = 4.2, 5.0, ...
+        walls[0, 0, 3:5, 38:42, 60] = 0.9  # a thing of 0.8 m at x = 8.2
+        return cell(make(VoxelEvidence(walls, evidence.ground)), 8.2, 0.2)
+
+    assert behind() == 100
+    assert behind(0.9) == -1
+    assert behind(0.4) == 100
+    assert behind(0.4, 0.4) == -1
+    assert behind(0.9, layers=slice(3, 6)) == 100, "over a car's roof"
+    assert behind(0.9, layers=slice(9, 10)) == 100, "under a bridge"
 
 
 def test_what_lies_in_no_image_is_unknown_and_so_is_what_a_silent_camera_saw() -> None:

@@ -32,10 +32,16 @@ AZIMUTH_STEP = math.radians(0.8)
 """Angle between two lines of sight of a camera."""
 
 MARGIN = 3
-"""Cells from the front of an obstacle on that are not hidden by it: networks place surfaces no better."""
+"""Cells from the front of an obstacle on whose ground is not hidden by it: networks place surfaces no better."""
 
-HIDING_MARGIN = 0.25
-"""What hides others is by so much likelier an obstacle than what is published as blocked."""
+HIDING_MARGIN = 0.3
+"""What hides the ground behind it is by so much likelier an obstacle than what is published as blocked."""
+
+TALL_LAYERS = 4
+"""Layers above those of obstacles in which a thing must stand, too, to hide a whole column."""
+
+LEAST_SIGHT = 0.45
+"""Least probability that nothing tall hides a cell which is not unknown."""
 
 MAX_GROUND_HEIGHT = 2.0
 """Metres above base_link's plane up to which ground is looked for by a network that knows no classes."""
@@ -49,9 +55,9 @@ class GroundGridConfig:
     """Metres above the local ground from which things are obstacles."""
     max_height: float = bounded(2.5, 0.1, 10.0, live=True)
     """Metres above the local ground up to which things are obstacles."""
-    max_missed_obstacles: float = bounded(0.07, 0.001, 0.999, live=True)
+    max_missed_obstacles: float = bounded(0.06, 0.001, 0.999, live=True)
     """Largest share of visible obstacle cells that may be published free, by the package's calibration."""
-    min_obstacle_probability: float = bounded(0.25, 0.001, 0.999, live=True)
+    min_obstacle_probability: float = bounded(0.2, 0.001, 0.999, live=True)
     """Least probability of an obstacle in a cell that is published blocked."""
 
     def __post_init__(self) -> None:
@@ -63,12 +69,13 @@ class GroundGridConfig:
 class Columns:
     """What the columns of a volume hold, all (Y, X).
 
-    score: the largest probability of an obstacle among the voxels between the two heights.
-    ground: layer of the local ground, whose centre is at `ground_z`. top: height of the highest voxel that surely
+    score: the largest probability of an obstacle among the voxels between the two heights. tall: the smaller one of
+    this and of the same from the upper height on: what hides whole columns behind it. ground: layer of the local ground, whose centre is at `ground_z`. top: height of the highest voxel that surely
     holds something, its upper end, or of the ground.
     """
 
     score: Floats
+    tall: Floats
     ground: NDArray[np.intp]
     ground_z: Floats
     top: Floats
@@ -87,10 +94,10 @@ class GroundGridMaker:
         """Decide on every cell by what the network says of its voxels and by what the cameras can see."""
         limits = self.limits(config)
         columns = find_columns(evidence, self.grid, config, limits.hiding)
-        sees_ground, sees_top = in_sight(columns, sight, self.grid)
+        sees_ground, sees_column = in_sight(columns, sight, self.grid, self.calibration, self._rings)
         cells = np.full(columns.score.shape, UNKNOWN_CELL, np.int8)
         cells[(columns.score <= limits.free) & sees_ground] = FREE_CELL
-        cells[(columns.score >= limits.blocked) & sees_top] = BLOCKED_CELL
+        cells[(columns.score >= limits.blocked) & sees_column] = BLOCKED_CELL
         probability = self.calibration.obstacle_probability(columns.score, self._rings)
         return GroundGrid(cells, probability, columns.ground, self.grid)
 
@@ -125,28 +132,34 @@ def find_columns(evidence: VoxelEvidence, grid: VoxelGrid, config: GroundGridCon
     """
     obstacle, under = evidence.obstacle, ground_layer(evidence, grid)
     split, (first, last) = len(obstacle), band_layers(grid, config)
-    score = np.zeros((*obstacle.shape[:2], *obstacle.shape[3:]), np.float32)
+    score, tall = np.zeros((2, *obstacle.shape[:2], *obstacle.shape[3:]), np.float32)
     highest = np.zeros(score.shape, np.uint8)
     sure = np.ascontiguousarray(hiding[::split, ::split])
     for layer in range(under.min() + 1, obstacle.shape[2]):
         probability, above = np.ascontiguousarray(obstacle[:, :, layer]), layer - under
-        in_band = (above >= first) & (above <= last)
-        if in_band.any():
-            np.maximum(score, probability * in_band.astype(np.float32), out=score)
+        for best, lowest, uppermost in ((score, first, last), (tall, last, last + TALL_LAYERS)):
+            in_band = (above >= lowest) & (above <= uppermost)
+            if in_band.any():
+                np.maximum(best, probability * in_band.astype(np.float32), out=best)
         np.maximum(highest, (probability >= sure).view(np.uint8) * np.uint8(layer), out=highest)
+    np.minimum(tall, score, out=tall)  # a bridge or a crown is no wall
     top = np.maximum(highest, under - 0.5, dtype=np.float32)  # the ground's centre; of voxels their upper end
     ground = under.repeat(split, 0).repeat(split, 1)
     lo, pitch = np.float32(grid.lo[2]), np.float32(grid.pitch[2])
     ground_z = lo + pitch * (ground.astype(np.float32) + np.float32(0.5))
-    return Columns(interleave(score), ground, ground_z, lo + pitch * (interleave(top) + 1))
+    return Columns(interleave(score), interleave(tall), ground, ground_z, lo + pitch * (interleave(top) + 1))
 
 
-def in_sight(columns: Columns, sight: SightLines, grid: VoxelGrid) -> tuple[Bools, Bools]:
-    """Return of which cells (Y, X) some camera sees the ground, and of which it sees what stands there."""
-    pitch = np.float32(grid.pitch[2])
-    return sight.see(
-        columns.top, columns.ground, columns.ground_z + pitch / 2, np.maximum(columns.top, columns.ground_z + pitch)
-    )
+def in_sight(
+    columns: Columns,
+    sight: SightLines,
+    grid: VoxelGrid,
+    calibration: SpaceCalibration,
+    rings: NDArray[np.intp],
+) -> tuple[Bools, Bools]:
+    """Return of which cells (Y, X) some camera sees the ground, and of which it sees anything at all."""
+    tall = calibration.obstacle_probability(columns.tall, rings)
+    return sight.see(columns.top, columns.ground, columns.ground_z + np.float32(grid.pitch[2] / 2), tall)
 
 
 def band_layers(grid: VoxelGrid, config: GroundGridConfig) -> tuple[int, int]:
@@ -229,22 +242,36 @@ class SightLines:
         self.in_image = np.any(self._views[chosen], axis=(0, 1)) if chosen else np.zeros(grid.bev.shape[::-1], bool)
         """Cells (Y, X) of which some voxel lies in an image."""
         self._cells = _joined([fan.cells for fan in fans])
-        before = [np.maximum(fan.along - MARGIN, 0) * first[-1] for fan in fans]
-        self._before = _joined([b + f.ray + start for b, f, start in zip(before, fans, first[:-1], strict=True)])
+        # Where the lines are flat: each cell's own step, and the one before which things hide its ground.
+        lines_of = [(fan.along, fan.ray + start) for fan, start in zip(fans, first[:-1], strict=True)]
+        self._own = _joined([along * first[-1] + line for along, line in lines_of])
+        self._before = _joined([np.maximum(along - MARGIN, 0) * first[-1] + line for along, line in lines_of])
         self._height = _spread(places, [len(fan.cells) for fan in fans])
         self._nearness = 1 / np.maximum(_joined([fan.distance for fan in fans]).astype(np.float32), np.float32(0.1))
         self._volume = np.repeat(np.array(chosen, np.intp), [len(fan.cells) for fan in fans]) * grid.size + self._cells
 
-    def see(self, top: Floats, ground: NDArray[np.intp], ground_z: Floats, thing_z: Floats) -> tuple[Bools, Bools]:
-        """Return of which cells some camera sees the ground, and of which it sees the thing on it; all (Y, X).
+    def see(self, top: Floats, ground: NDArray[np.intp], ground_z: Floats, tall: Floats) -> tuple[Bools, Bools]:
+        """Return of which cells some camera sees the ground, and of which it sees anything; all (Y, X).
 
         top: height of what stands in the way. ground: layer of the ground, whose voxel must lie in that camera's
-        image. ground_z, thing_z: heights that are looked at.
+        image. ground_z: height of the ground. tall: probability that something stands there which hides all behind it.
         """
+        clear = self._clear(tall).ravel().take(self._own) >= np.float32(math.log(LEAST_SIGHT))
         horizon = self._horizon(top).ravel().take(self._before)
         in_image = self._views.ravel().take(self._volume + (ground * ground.size).ravel().take(self._cells))
-        sees_ground = self._rises(ground_z, horizon) & in_image
-        return self._somewhere(sees_ground), self._somewhere(self._rises(thing_z, horizon))
+        sees_ground = self._rises(ground_z, horizon) & in_image & clear
+        return self._somewhere(sees_ground), self._somewhere(clear)
+
+    def _clear(self, tall: Floats) -> Floats:
+        """Return the logarithm of the probability that nothing tall stands before each step of each line (R, A).
+
+        The probability is that of an obstacle where one can be seen, so that those of the cells before multiply.
+        """
+        nothing = np.log1p(-np.minimum(tall, np.float32(0.999)))
+        along = np.append(nothing.ravel(), np.float32(0)).take(self._rays[:-1])
+        clear = np.zeros(self._rays.shape, np.float32)
+        np.cumsum(along, axis=0, out=clear[1:])
+        return clear
 
     def _horizon(self, top: Floats) -> Floats:
         """Return the steepest slope up to each step of each line (R, A)."""

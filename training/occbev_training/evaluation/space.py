@@ -206,7 +206,7 @@ def _with_missed(
     hiding = GroundGridMaker(grid, calibration).limits(config).hiding
     for evidence, sight, obstacle in kept:
         columns = find_columns(evidence, grid, config, hiding)
-        sees_ground, _ = in_sight(columns, sight, grid)
+        sees_ground, _ = in_sight(columns, sight, grid, calibration, rings)
         scores.append(columns.score[obstacle])
         places.append(rings[obstacle])
         may.append(sees_ground[obstacle])
