@@ -153,12 +153,19 @@ class Pipeline:
             job.perception = Perception(job.stamp_ns, boxes, occupancy, timings, dict(job.missing), ground)
         return job.perception
 
-    def run(self, frame_set: FrameSet, motion: MotionToKey | None = None) -> Perception:
+    def run(self, frame_set: FrameSet, motion: MotionToKey | None = None, wants_ground: bool = True) -> Perception:
         """Prepare, infer and decode one frame set; raises what they raise.
 
         motion: how far ego moved from each exposure to the key time; None treats all as taken at the key time.
+        wants_ground: whether the ground grid is made; without it the result's `ground` is None.
         """
-        job = FrameJob(frame_set.stamp_ns, missing=frame_set.missing, frame_set=frame_set, motion=motion)
+        job = FrameJob(
+            frame_set.stamp_ns,
+            missing=frame_set.missing,
+            frame_set=frame_set,
+            motion=motion,
+            wants_ground=wants_ground,
+        )
         self.prepare(job)
         self.infer(job)
         return self.decode(job)

@@ -29,13 +29,17 @@ Encode = Callable[[Perception], Iterable[BagMessage]]
 
 
 class OfflineReplay:
-    """Runs the pipeline on every frame set of a bag and writes down what became of each."""
+    """Runs the pipeline on every frame set of a bag and writes down what became of each.
 
-    def __init__(self, parameters: PerceptionParameters, pipeline: Pipeline) -> None:
+    wants_ground: whether results have a ground grid, which costs milliseconds.
+    """
+
+    def __init__(self, parameters: PerceptionParameters, pipeline: Pipeline, wants_ground: bool = True) -> None:
         self.lines: list[dict[str, Any]] = []
         self.feed = BagJobs(parameters, pipeline.decode_frame, self._warn)
         self._line = PerceptionLine(self.feed.intake, pipeline, self._warn)
         self._warned: set[str] = set()
+        self._wants_ground = wants_ground
 
     def results(self, bag: BagReader) -> Iterator[Perception]:
         """Yield a result for every set; raises BagError where the bag is damaged."""
@@ -47,7 +51,7 @@ class OfflineReplay:
         self._note_drops()
 
     def _run(self, job: FrameJob) -> Perception | None:
-        job.begun_ns = time.monotonic_ns()
+        job.begun_ns, job.wants_ground = time.monotonic_ns(), self._wants_ground
         if not self._line.prepare(job):
             self._enter(job.stamp_ns, "too_few_cameras")
             return None
@@ -88,7 +92,7 @@ def replay_offline(
     inputs: record what the network was given as well, and the fate of every key time.
     """
     with BagReader(path) as bag, ExitStack() as stack:
-        replay = OfflineReplay(parameters, load_pipeline(parameters))
+        replay = OfflineReplay(parameters, load_pipeline(parameters), wants_ground=record is not None)
         replay.feed.topics(bag)
         writer = stack.enter_context(BagWriter(record, latched_outputs())) if record else None
         lines = stack.enter_context(boxes.open("w")) if boxes else None
