@@ -284,7 +284,8 @@ def test_the_security_policy_allows_what_the_node_does_and_no_more(repository: P
     inputs |= {parameters.ego_motion.odometry_topic, graph.CLOCK.name}
     inputs |= {topic.name for topic in graph.FRAME_INPUTS}
     assert allowed["subscribe"] == inputs
-    outputs = {graph.resolve(topic.name) for topic in graph.OUTPUT_TOPICS.values()} | {graph.DIAGNOSTICS.name}
+    outputs = {graph.resolve(topic.name) for topic in (graph.OUTPUT_TOPICS | graph.OPTIONAL_OUTPUTS).values()}
+    outputs |= {graph.DIAGNOSTICS.name}
     of_every_node = {"/rosout", "/parameter_events", "/perception/transition_event"}
     assert allowed["publish"] == outputs | of_every_node
 

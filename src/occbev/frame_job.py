@@ -25,7 +25,7 @@ class FrameJob:
     Synchroniser: stamp_ns, the key time; images, camera -> what the caller pushed, with their stamps_ns; missing,
     camera -> reason; epoch, which counts clock jumps: stamps increase strictly within one; arrival_ns and emitted_ns,
     when the anchor came and when the set left (caller's clock).
-    Gather: frame_set and rig; motion, None if unknown, and why in motion_problem ("" where it is switched off); motion_note,
+    Gather: frame_set and rig; ego2global (4, 4) at the key time, None if unknown; motion, None if unknown, and why in motion_problem ("" where it is switched off); motion_note,
     what is worth knowing of it, such as that it is extrapolated;
     fresh, for the first set since a start or a clock jump, which builds on none before it; decode_ns of the slowest image.
     Prepare: inputs of the graph, and network_rig, the cameras that took these very images.
@@ -44,6 +44,7 @@ class FrameJob:
 
     frame_set: FrameSet | None = None
     rig: CameraRig | None = None
+    ego2global: NDArray[Any] | None = None
     motion: MotionToKey | None = None
     motion_problem: str = ""
     motion_note: str = ""

@@ -87,6 +87,16 @@ OUTPUT_TOPICS: dict[str, Topic] = {
 }
 """What the perception node publishes where someone listens."""
 
+OPTIONAL_OUTPUTS: dict[str, Topic] = {
+    "autoware": Topic(
+        "~/output/autoware/objects",
+        "autoware_perception_msgs/msg/DetectedObjects",
+        RESULT,
+        "the same boxes for Autoware, where autoware_perception_msgs is installed",
+    ),
+}
+"""What the perception node publishes as well where the package of the type is installed."""
+
 GROUND_OUTPUTS = ("obstacles", "grid")
 """Outputs that need the ground grid."""
 

@@ -84,18 +84,21 @@ class Boxes3D:
     box: (M, 9) float32: x, y, z (centre), l, w, h, yaw in (-pi, pi], vx, vy.
     label: (M,) int64 index into DETECTION_CLASSES. score: (M,) float32 in [0, 1].
     cameras: the cameras they were made from.
+    track: (M,) int64, the same for one object in all sets; None where boxes are not tracked.
     """
 
     box: NDArray[np.float32]
     label: NDArray[np.int64]
     score: NDArray[np.float32]
     cameras: tuple[str, ...] = ()
+    track: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.box)
 
     def __getitem__(self, index: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Boxes3D:
-        return Boxes3D(self.box[index], self.label[index], self.score[index], self.cameras)
+        track = None if self.track is None else self.track[index]
+        return Boxes3D(self.box[index], self.label[index], self.score[index], self.cameras, track)
 
     @classmethod
     def empty(cls, cameras: tuple[str, ...] = ()) -> Boxes3D:

@@ -262,7 +262,7 @@ def _offered(latched: bool) -> Qos:
 
 
 def type_store() -> Typestore:
-    """Return the message definitions of the standard packages and vision_msgs."""
+    """Return the message definitions of the standard packages, vision_msgs and autoware_perception_msgs."""
     if not _STORES:
         _STORES.append(new_type_store())
     return _STORES[0]
@@ -271,8 +271,11 @@ def type_store() -> Typestore:
 def new_type_store() -> Typestore:
     """Return a store of its own with those definitions, to add others to."""
     store = get_typestore(Stores.ROS2_JAZZY)
-    for file in sorted((INTERFACES / "vision_msgs/msg").glob("*.msg")):
-        store.register(get_types_from_msg(file.read_text(), f"vision_msgs/msg/{file.stem}"))
+    for package in ("vision_msgs", "autoware_perception_msgs"):
+        types: dict[str, Any] = {}
+        for file in sorted((INTERFACES / package / "msg").glob("*.msg")):
+            types |= get_types_from_msg(file.read_text(), f"{package}/msg/{file.stem}")
+        store.register(types)
     return store
 
 

@@ -83,8 +83,9 @@ def boxes_from_message(message: Any) -> Boxes3D:
         rows.append(_box(detection.bbox))
         labels.append(DETECTION_CLASSES.index(best.class_id))
         scores.append(best.score)
-    box = np.array(rows, np.float32).reshape(-1, 9)
-    return Boxes3D(box, np.array(labels, np.int64), np.array(scores, np.float32))
+    box, ids = np.array(rows, np.float32).reshape(-1, 9), [detection.id for detection in message.detections]
+    track = np.array(ids, np.int64) if ids and all(text.isdigit() for text in ids) else None
+    return Boxes3D(box, np.array(labels, np.int64), np.array(scores, np.float32), track=track)
 
 
 def velocities_from_message(message: Any) -> dict[int, tuple[float, float]]:

@@ -29,12 +29,13 @@ from occbev.classes import (
     UNOBSERVED_STATE,
     height_colours,
 )
-from occbev.graph import OUTPUT_TOPICS, resolve
+from occbev.graph import OPTIONAL_OUTPUTS, OUTPUT_TOPICS, resolve
 from occbev.grid import VoxelGrid
 from occbev.inference.ground_grid import GroundGridConfig, obstacle_voxels
 from occbev.messages.bags import BagMessage
 from occbev.results import Boxes3D, GroundGrid, Occupancy, Perception
-from occbev.ros.compat import MissingCapability, require
+from occbev.ros.autoware import detected_objects
+from occbev.ros.compat import MissingCapability, is_installed, require
 from occbev.streams.health import Status
 from occbev.streams.parameters import PerceptionParameters
 
@@ -96,10 +97,11 @@ class DetectionWriter:
         msg = require("vision_msgs.msg")
         self.prepare(len(boxes))
         detections = self._spare[: len(boxes)]
-        for detection, box, label, score in zip(
-            detections, boxes.box.tolist(), boxes.label.tolist(), boxes.score.tolist(), strict=True
+        ids = [""] * len(boxes) if boxes.track is None else boxes.track.astype(str).tolist()
+        for detection, box, label, score, identity in zip(
+            detections, boxes.box.tolist(), boxes.label.tolist(), boxes.score.tolist(), ids, strict=True
         ):
-            detection.header = header
+            detection.header, detection.id = header, identity
             _place(detection.bbox.center, box)
             size = detection.bbox.size
             size.x, size.y, size.z = box[3:6]
@@ -275,7 +277,7 @@ class ResultWriter:
             self._detections.prepare(boxes)
 
     def makers(self, perception: Perception, parameters: PerceptionParameters) -> dict[str, Callable[[], Any]]:
-        """Return output (a key of graph.OUTPUT_TOPICS) -> what makes its message."""
+        """Return output (a key of graph.OUTPUT_TOPICS or OPTIONAL_OUTPUTS) -> what makes its message."""
         header = header_at(perception.stamp_ns, parameters.base_frame)
         boxes, occupancy = perception.boxes, perception.occupancy
         strong = boxes[boxes.score >= parameters.detection.marker_threshold]
@@ -287,16 +289,19 @@ class ResultWriter:
             "obstacles": lambda: self._cloud.obstacles(occupancy, ground, parameters.ground_grid, header),
             "grid": lambda: grid_message(ground, header),
             "markers": lambda: self._markers.message(strong, header, parameters.marker_lifetime_s),
+            "autoware": lambda: detected_objects(boxes, header),
         }
 
 
 def encoder(parameters: PerceptionParameters) -> Callable[[Perception], Iterator[BagMessage]]:
     """Return a function that serialises a result as the node would publish it."""
     writer = ResultWriter()
+    topics = OUTPUT_TOPICS | {key: topic for key, topic in OPTIONAL_OUTPUTS.items() if is_installed(topic.type)}
 
     def encode(perception: Perception) -> Iterator[BagMessage]:
-        for key, make in writer.makers(perception, parameters).items():
-            topic = OUTPUT_TOPICS[key]
+        makers = writer.makers(perception, parameters)
+        for key, topic in topics.items():
+            make = makers[key]
             yield BagMessage(resolve(topic.name), topic.type, perception.stamp_ns, bytes(serialize_message(make())))
 
     return encode

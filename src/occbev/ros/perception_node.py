@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ from occbev.graph import (
     LATENCIES,
     NODE_NAME,
     ODOMETRY,
+    OPTIONAL_OUTPUTS,
     OUTPUT_TOPICS,
     SENSOR,
     Quality,
@@ -207,6 +209,9 @@ class PerceptionNode(LifecycleNode):
                 self._out[key] = self._publisher(topic)
             except ImportError as error:
                 self._warn(key, f"{topic.name} is not published: {error}")
+        for key, topic in OPTIONAL_OUTPUTS.items():
+            with suppress(ImportError):
+                self._out[key] = self._publisher(topic)
         self._diagnostics = self._publisher(DIAGNOSTICS)
         if self.parameters.debug_topics:
             for name, what in LATENCIES.items():
@@ -510,7 +515,7 @@ def latencies_of(job: FrameJob) -> dict[str, float]:
 def message_class(name: str) -> Any:
     """Import a message class by its full name, such as "sensor_msgs/msg/Image"."""
     package, _, kind = name.split("/")
-    if package in ("vision_msgs", "tf2_msgs"):
+    if package in ("vision_msgs", "tf2_msgs", "autoware_perception_msgs"):
         require(package)
     return getattr(importlib.import_module(f"{package}.msg"), kind)
 

@@ -18,7 +18,7 @@ from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 
-from occbev.graph import ACCOUNT, CLOCK, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
+from occbev.graph import ACCOUNT, CLOCK, OPTIONAL_OUTPUTS, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
 from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter
 from occbev.messages.readers import header_stamp
 from occbev.ros.executor import SparingExecutor
@@ -95,7 +95,7 @@ def plan(bag: BagReader, parameters: PerceptionParameters, namespace: str = "") 
 
 def _publishable(bag: BagReader, namespace: str) -> tuple[dict[str, str], dict[str, str]]:
     """Split a bag's topics into those that can be played, and topic -> why not."""
-    outputs = {resolve(topic.name, namespace) for topic in OUTPUT_TOPICS.values()}
+    outputs = {resolve(topic.name, namespace) for topic in (OUTPUT_TOPICS | OPTIONAL_OUTPUTS).values()}
     topics, skipped = {}, {}
     for topic, kind in bag.topics.items():
         if topic == CLOCK.name or topic in outputs or topic.startswith(resolve(ACCOUNT, namespace)):
@@ -137,7 +137,9 @@ class PlayerNode(Node):
         self._publishers_of = {topic: self._publisher(topic, kind) for topic, kind in planned.topics.items()}
         self._clock_publisher = self.create_publisher(Clock, CLOCK.name, 10)
         self._outputs = {
-            resolve(topic.name, namespace): topic.type for topic in OUTPUT_TOPICS.values() if _importable(topic.type)
+            resolve(topic.name, namespace): topic.type
+            for topic in (OUTPUT_TOPICS | OPTIONAL_OUTPUTS).values()
+            if _importable(topic.type)
         }
         for topic, kind in self._outputs.items():
             self._record(topic, kind)

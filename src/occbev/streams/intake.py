@@ -319,6 +319,7 @@ class Intake:
             return
         placed = {f.camera: replace(f, ego2global=p) for f, p in zip(present, poses[1:], strict=True)}
         job.frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
+        job.ego2global = poses[0]
         job.motion = motion_to_key(job.frame_set, poses[0])
         if self.ego.extrapolated_s:
             job.motion_note = f"extrapolated by {self.ego.extrapolated_s * 1e3:.0f} ms"

@@ -120,6 +120,7 @@ def _write_boxes(file: TextIO, perception: Perception) -> None:
         "box": boxes.box.round(4).tolist(),
         "label": boxes.label.tolist(),
         "score": boxes.score.round(4).tolist(),
+        "track": None if boxes.track is None else boxes.track.tolist(),
         "occupied": int((perception.occupancy.state == 2).sum()),
     }
     file.write(json.dumps(record) + "\n")

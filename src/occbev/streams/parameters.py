@@ -26,6 +26,7 @@ from occbev.config import ConfigError, bounded, from_record
 from occbev.files import read_yaml
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
 from occbev.inference.ground_grid import GroundGridConfig
+from occbev.inference.tracking import TrackingConfig
 from occbev.messages.image_headers import MAX_IMAGE_PIXELS
 from occbev.messages.readers import is_rectified
 from occbev.messages.topics import POSE_TYPES, TF_STATIC_TOPIC, TF_TOPIC, front_camera, load_topics
@@ -147,6 +148,8 @@ class PerceptionParameters:
     """Compensation of the vehicle's motion between exposures."""
     detection: DetectionParameters = field(default_factory=DetectionParameters)
     """Boxes that are put out."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Identities of boxes over time."""
     occupancy: OccupancyParameters = field(default_factory=OccupancyParameters)
     """Voxels that are put out."""
     ground_grid: GroundGridConfig = field(default_factory=GroundGridConfig)

@@ -16,7 +16,7 @@ from pathlib import Path
 from occbev import graph
 from occbev.streams.parameters import CameraParameters, Leaf, PerceptionParameters, leaves
 
-OUTPUTS = (*graph.OUTPUT_TOPICS.values(), graph.DIAGNOSTICS)
+OUTPUTS = (*graph.OUTPUT_TOPICS.values(), *graph.OPTIONAL_OUTPUTS.values(), graph.DIAGNOSTICS)
 INPUTS = (*graph.FRAME_INPUTS, graph.ODOMETRY)
 
 

@@ -18,6 +18,7 @@ from occbev.inference.backend import RunSettings
 from occbev.inference.pipeline import Pipeline
 from occbev.inference.postprocess import BoxDecoding
 from occbev.inference.preprocess import ImageError
+from occbev.inference.tracking import Tracker
 from occbev.results import Perception
 from occbev.rig import CameraRig
 from occbev.streams.calibration import fallback_camera
@@ -42,6 +43,7 @@ class PerceptionLine:
     def __init__(self, intake: Intake, pipeline: Pipeline, warn: Warn, inform: Inform = LOG.info) -> None:
         self._intake, self._pipeline, self._warn, self._inform = intake, pipeline, warn, inform
         self._described = ""
+        self._tracker = Tracker()
 
     def prepare(self, job: FrameJob) -> bool:
         """Gather images, calibration and motion, and make the network's input.
@@ -82,8 +84,14 @@ class PerceptionLine:
         self._pipeline.infer(job)
 
     def decode(self, job: FrameJob) -> Perception:
-        """Return the boxes and voxels."""
-        return self._pipeline.decode(job)
+        """Return the boxes, with their ids where `tracking` asks for them, and voxels."""
+        perception, tracking = self._pipeline.decode(job), self._intake.parameters.tracking
+        if not tracking.enabled:
+            return perception
+        if job.fresh:
+            self._tracker.restart()
+        boxes = self._tracker.update(perception.boxes, job.stamp_ns, job.ego2global, tracking.max_missed_s)
+        return replace(perception, boxes=boxes)
 
     def _has_enough(self, job: FrameJob) -> bool:
         return job.frame_set is not None and len(job.frame_set.cameras) >= self._intake.parameters.sync.min_cameras
