@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import runpy
@@ -16,6 +18,11 @@ from typing import Any
 
 import pytest
 import yaml
+
+from occbev.cli import COMMANDS as ROBOT_COMMANDS
+from occbev.cli import monitor
+from occbev.graph import ARGUMENTS, RESPAWN
+from occbev_training.cli import COMMANDS as TRAINING_COMMANDS
 
 TOOLS = {"gcc", "g++", "make", "python3-dev", "python3-venv", "python3-pip", "python3-colcon-common-extensions"}
 """What the README says a machine needs, and pip and colcon for an image."""
@@ -49,14 +56,83 @@ def test_every_copied_path_is_there_and_sent(repository: Path, instructions: lis
 
 def test_the_targets_are_those_that_compose_builds(repository: Path, instructions: list[tuple[str, str]]) -> None:
     targets = {text.split()[-1] for name, text in instructions if name == "FROM"}
-    assert targets == {"runtime-cpu", "runtime-cuda", "training"}
+    assert targets == {"runtime-cpu", "runtime-cuda", "demo", "training"}
     compose = yaml.safe_load((repository / "docker/compose.yaml").read_text())
     assert {s["build"]["target"] for s in compose["services"].values()} == targets
     for service in compose["services"].values():
         assert (repository / "docker" / service["build"]["context"]).resolve() == repository
         assert service["ipc"] == "host"
-    for name in ("perception", "perception-cuda"):
+    for name in ("perception", "perception-cuda", "demo"):
         assert compose["services"][name]["network_mode"] == "host"
+
+
+def test_every_service_has_a_profile_and_nodes_start_again_and_are_checked(repository: Path) -> None:
+    services = yaml.safe_load((repository / "docker/compose.yaml").read_text())["services"]
+    assert {profile for s in services.values() for profile in s["profiles"]} == {"cpu", "cuda", "demo", "training"}
+    for name in ("perception", "perception-cuda"):
+        assert services[name]["restart"] == "unless-stopped"
+        check = services[name]["healthcheck"]
+        assert check["test"] == ["CMD", "/entrypoint.sh", "occbev", "monitor", "--check"]
+        assert {"interval", "timeout", "start_period", "retries"} <= set(check)
+    allowed = {
+        "profiles",
+        "image",
+        "build",
+        "command",
+        "restart",
+        "healthcheck",
+        "environment",
+        "volumes",
+        "user",
+        "network_mode",
+        "ipc",
+        "init",
+        "deploy",
+        "stop_signal",
+        "stop_grace_period",
+    }
+    for name, service in services.items():
+        assert set(service) <= allowed, f"{name}: a key that Compose would refuse"
+
+
+def test_the_check_of_the_image_is_a_command_that_knows_its_options(instructions: list[tuple[str, str]]) -> None:
+    checks = [text for name, text in instructions if name == "HEALTHCHECK" and text != "NONE"]
+    assert len(checks) == 1
+    words = json.loads(checks[0].split("CMD", 1)[1])
+    assert words[:3] == ["/entrypoint.sh", "occbev", "monitor"]
+    parser = argparse.ArgumentParser()
+    monitor.add_arguments(parser)
+    assert parser.parse_args(words[3:]).check
+
+
+def test_tags_are_pinned(repository: Path, instructions: list[tuple[str, str]]) -> None:
+    bases = [text.split("=", 1)[1] for name, text in instructions if name == "ARG"]
+    assert len(bases) == 2
+    container = json.loads((repository / ".devcontainer/devcontainer.json").read_text())["image"]
+    for base in (*bases, container):
+        assert re.fullmatch(r"[\w./-]+:[\w.]+(-[\w.]+)+", base), base
+        assert "latest" not in base
+    for workflow in (repository / ".github/workflows").glob("*.yaml"):
+        for action in re.findall(r"uses: (\S+)", workflow.read_text()):
+            assert re.search(r"@v\d", action), action
+
+
+def test_the_workflow_builds_every_target(repository: Path, instructions: list[tuple[str, str]]) -> None:
+    jobs = yaml.safe_load((repository / ".github/workflows/images.yaml").read_text())["jobs"]
+    built = jobs["build"]["strategy"]["matrix"]["include"]
+    targets = {text.split()[-1] for name, text in instructions if name == "FROM"}
+    assert {entry["target"] for entry in built} == targets
+    for entry in built:
+        words = entry["check"].split()
+        known = ROBOT_COMMANDS if words[0] == "occbev" else TRAINING_COMMANDS
+        assert (words[1] if words[0] == "occbev" else words[0]) in known
+
+
+def test_the_devcontainer_builds_environments_that_make_knows(repository: Path) -> None:
+    command = json.loads((repository / ".devcontainer/devcontainer.json").read_text())["postCreateCommand"].split()
+    assert command[0] == "make"
+    rules = (repository / "Makefile").read_text()
+    assert all(re.search(rf"^{re.escape(target)}:", rules, re.M) for target in command[1:])
 
 
 def test_every_apt_package_is_declared(repository: Path, instructions: list[tuple[str, str]]) -> None:
@@ -86,16 +162,21 @@ def test_every_pip_requirement_is_declared(
             assert requirement == "training" or re.split(r"[<>=]", requirement)[0] in names
 
 
-def test_compose_names_arguments_that_run_knows(repository: Path) -> None:
-    from occbev.cli import COMMANDS
-    from occbev.graph import ARGUMENTS
-
+def test_compose_names_arguments_that_the_launch_file_knows(repository: Path) -> None:
     compose = yaml.safe_load((repository / "docker/compose.yaml").read_text())
-    for service in compose["services"].values():
-        program, command, *assignments = service.get("command", ["occbev", "run"])
-        assert program == "occbev"
-        assert command in COMMANDS
-        assert {a.split(":=")[0] for a in assignments} <= {a.name for a in ARGUMENTS}
+    commands = [service["command"] for service in compose["services"].values() if "command" in service]
+    assert len(commands) == 2
+    for command in commands:
+        assert command[:4] == ["ros2", "launch", "occbev", "perception.launch.py"]
+        assert {a.split(":=")[0] for a in command[4:]} <= {a.name for a in (*ARGUMENTS, RESPAWN)}
+
+
+def test_robot_images_start_by_ros2_launch(instructions: list[tuple[str, str]], repository: Path) -> None:
+    starts = [json.loads(text) for name, text in instructions if name == "CMD"]
+    nodes = [words for words in starts if words[:2] == ["ros2", "launch"]]
+    assert [words[2:4] for words in nodes] == [["occbev", "perception.launch.py"]] * 2
+    assert (repository / "launch/perception.launch.py").is_file()
+    assert ["occbev", "demo", "--out", "/out/demo"] in starts
 
 
 def test_robot_images_hold_the_package_as_a_workspace_does(
@@ -105,9 +186,9 @@ def test_robot_images_hold_the_package_as_a_workspace_does(
     (build,) = [text for text in runs if "colcon" in text and " build " in text]
     assert '--install-base "$OCCBEV_INSTALL"' in build
     assert "OCCBEV_INSTALL=/opt/ws/install" in dict.fromkeys(text for name, text in instructions if name == "ENV")
-    robot = [text for text in runs if "[robot" in text and "training" not in text]
-    assert len(robot) == 2
-    assert all(text.endswith("pip uninstall --yes occbev") for text in robot), "the workspace holds it, once"
+    robot = [text for text in runs if "[robot" in text and "-e training" not in text]
+    assert len(robot) == 3
+    assert all("pip uninstall --yes occbev" in text for text in robot), "the workspace holds it, once"
 
 
 def test_numpy_of_the_distribution_is_not_upgraded(instructions: list[tuple[str, str]]) -> None:

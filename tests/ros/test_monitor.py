@@ -17,7 +17,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rich.console import Console
 
 from occbev.cli import main
-from occbev.cli.monitor import dashboard
+from occbev.cli.monitor import _check, dashboard
 from occbev.graph import DIAGNOSTICS
 from occbev.ros import monitor_node
 from occbev.ros.monitor_node import Part
@@ -45,6 +45,8 @@ def test_the_dashboard_shows_cameras_drops_and_latency(
     capsys.readouterr()
     assert main(["monitor", "--json", "--wait", "20"]) == 0
     record = json.loads(capsys.readouterr().out)["/perception"]
+    assert main(["monitor", "--check", "--wait", "20"]) == 0, "one silent camera of three is a warning"
+    assert capsys.readouterr().out.startswith("/perception: warning: ")
     assert record["perception"]["values"]["processed"] == "4"
     assert record["CAM_RIGHT"]["level"] == 2
     assert "total.p50_ms" in record["latency"]["values"]
@@ -83,6 +85,14 @@ def test_two_nodes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"{node}: {state}" in text for node, state in said.items())
 
 
+def test_a_check_fails_where_a_node_has_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    states = {0: "6 of 6 cameras are good", 2: "0 of 6 cameras are good"}
+    nodes = {f"/{level}": {"perception": Part("perception", level, text, {}, 1e12)} for level, text in states.items()}
+    assert _check({"/0": nodes["/0"]}) == 0
+    assert _check(nodes) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "/2: error: 0 of 6 cameras are good"
+
+
 def test_a_node_that_is_gone_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     with monitor_node.Listener() as listener:
         for node in ("/red/perception", "/blue/perception"):
@@ -96,4 +106,7 @@ def test_without_a_node_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setenv("ROS_DOMAIN_ID", "97")
     assert main(["monitor", "--json", "--wait", "0.3"]) == 1
     assert json.loads(capsys.readouterr().out) == {}
+    assert main(["monitor", "--check", "--wait", "0.3"]) == 1
+    assert "no perception node" in capsys.readouterr().out
+    assert main(["monitor", "--check", "--json"]) == 2
     assert "waiting for a perception node" in shown({})

@@ -2,6 +2,7 @@
 
 occbev monitor
 occbev monitor --json
+occbev monitor --check      # status 0 while a node reports and has no error: for health checks
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ Nodes = Mapping[str, Mapping[str, "Part"]]
 """Full name of a perception node -> name of a part -> its newest state."""
 
 COLOURS = {0: "green", 1: "yellow", 2: "red"}
+LEVELS = {0: "ok", 1: "warning", 2: "error"}
+ERROR = 2
 STALE_S = 3.0
 """A node that was not heard for this long is shown as stale."""
 
@@ -38,23 +41,45 @@ CAMERA_COLUMNS = ("rate_hz", "age_s", "offset_ms", "received", "used")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--json", action="store_true", help="print the first report of each node as JSON and end")
-    parser.add_argument("--wait", type=float, default=10.0, help="with --json: seconds to wait for a node")
+    parser.add_argument(
+        "--check", action="store_true", help="print one line for each node and end; 1 if one has an error"
+    )
+    parser.add_argument("--wait", type=float, default=10.0, help="with --json or --check: seconds to wait for a node")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the dashboard until interrupted; with --json 1 if no node was heard."""
+    """Show the dashboard until interrupted; with --json or --check 1 if no node was heard."""
+    if args.json and args.check:
+        raise ValueError("--json and --check: give one of them")
     from occbev.ros.monitor_node import Listener
 
     with Listener() as listener:
-        return _snapshot(listener, args.wait) if args.json else _watch(listener)
+        if args.json:
+            return _print_json(_listen(listener, args.wait))
+        return _check(_listen(listener, args.wait)) if args.check else _watch(listener)
 
 
-def _snapshot(listener: Listener, seconds: float) -> int:
+def _listen(listener: Listener, seconds: float) -> Nodes:
+    """Return the first report of each node that is heard, none after `seconds`."""
     deadline, nodes = time.monotonic() + seconds, listener.listen(0.0)
     while time.monotonic() < deadline:
         found, nodes = bool(nodes), listener.listen(0.1)
         if nodes and not found:
             deadline = time.monotonic() + ROUND_S
+    return nodes
+
+
+def _check(nodes: Nodes) -> int:
+    """Print the state of each node as a whole; 0 if there is one and none has an error, as a health check wants it."""
+    wholes = {node: parts[WHOLE] for node, parts in nodes.items() if WHOLE in parts}
+    for node, whole in wholes.items():
+        print(f"{node}: {LEVELS.get(whole.level, 'stale')}: {whole.text}")
+    if not wholes:
+        print("no perception node reports on /diagnostics")
+    return 0 if wholes and all(whole.level < ERROR for whole in wholes.values()) else 1
+
+
+def _print_json(nodes: Nodes) -> int:
     record = {
         node: {p.name: {"level": p.level, "text": p.text, "values": p.values} for p in parts.values()}
         for node, parts in nodes.items()
