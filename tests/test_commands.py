@@ -144,6 +144,25 @@ def test_a_package_that_is_missing_is_one_line_with_the_remedy(monkeypatch, caps
     assert said.count("\n") == 1
 
 
+def test_the_demo_ends_with_commands_that_exist_and_can_be_typed_here(tmp_path, monkeypatch, capsys):
+    demo = import_module("occbev.cli.demo")
+    monkeypatch.setattr(demo, "CONSOLE", Console())
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / ".venv/robot/bin/occbev"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", "")
+    demo.print_next(Path("out/demo/drive-1/bag"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert {line.split()[1] for line in lines[2:]} <= set(cli.COMMANDS)
+    assert all(line.startswith("  .venv/robot/bin/occbev ") for line in lines[2:])
+    monkeypatch.setenv("PATH", str(program.parent))
+    program.chmod(0o755)
+    assert demo.find_program() == "occbev"
+
+
 def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert here_or_shipped("config/models/occbev-tiny.yaml").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -28,6 +29,7 @@ from occbev.reports.rendering import (
     occupancy_from_above,
     occupancy_in_3d,
     stack_pictures,
+    write_moving_picture,
     write_picture,
 )
 from occbev.results import Boxes3D, Occupancy
@@ -173,6 +175,23 @@ def test_compositions_keep_their_parts() -> None:
     assert pair.shape == (124, 160 + 12 + 160, 3)
     column = stack_pictures([pair, red, legend([4, 11, 16], 160)])
     assert column.shape[1] == pair.shape[1]
+
+
+def test_animations_repeat_at_their_rate_in_rgb(tmp_path: Path) -> None:
+    if not hasattr(cv2, "imwriteanimation"):
+        pytest.skip("OpenCV before 4.12")
+    pictures = [np.full((40, 80, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200))]
+    path = str(tmp_path / "two.webp")
+    write_moving_picture(path, pictures, rate=5, width=64)
+    read, animation = cv2.imreadanimation(path)
+    assert read
+    assert (animation.loop_count, list(animation.durations)) == (0, [200, 200])
+    assert [frame.shape[:2] for frame in animation.frames] == [(32, 64)] * 2
+    first, second = (frame[16, 32, :3].astype(int) for frame in animation.frames)
+    assert first[2] > 150 > first[0]
+    assert second[0] > 150 > second[2]
+    with pytest.raises(ValueError, match="want at least one, and a .webp"):
+        write_moving_picture(str(tmp_path / "two.mp4"), pictures, 5, 64)
 
 
 def test_written_pictures_are_rgb(tmp_path: Path) -> None:

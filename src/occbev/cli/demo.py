@@ -2,6 +2,7 @@
 
     occbev demo
     occbev demo --key-rate 3 --seconds 10        # fewer images, for a slower machine
+    occbev demo --moving-picture demo.webp       # also an animation of some seconds
 
 Writes OUT/report.html, OUT/summary.json and OUT/picture.jpg. The simulated drive stays for the next run.
 """
@@ -32,7 +33,7 @@ from occbev.geometry import invert_transform
 from occbev.graph import LATENCY_STAGES
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.reports.moments import Moment
-from occbev.reports.rendering import write_picture
+from occbev.reports.rendering import write_moving_picture, write_picture
 from occbev.reports.report import FrameLatency, Scene, write_report
 from occbev.reports.scenes import compose_scene, cover_picture, occupancy_of_truth
 from occbev.versions import machine, versions
@@ -48,6 +49,9 @@ CONSOLE = Console(highlight=False)
 SEED, WORLD = 20_054, "v1"
 """A drive by day past eight classes. It is of the simulator's test range: no model has seen it. Its world is the one
 that `occbev-tiny` was trained in."""
+
+MOVING_FRAMES, MOVING_WIDTH = 40, 800
+"""Successive results of the animation, and its width in pixels."""
 
 SCENES = 40
 """Most moments that the report shows."""
@@ -70,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key-rate", type=float, default=5.0, help="sets of images per second")
     parser.add_argument("--image", default="640x360", help="camera resolution, 800x450 or below")
     parser.add_argument("--workers", type=int, default=2, help="processes that simulate")
+    parser.add_argument(
+        "--moving-picture", type=Path, metavar="FILE", help="also draw successive results as a .webp or .gif"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,9 +98,12 @@ def run(args: argparse.Namespace) -> int:
         write_report(args.out / "report.html", _time(summary, clock), scenes, played.latencies)
         if cover is not None:
             write_picture(str(args.out / "picture.jpg"), cover)
+        if args.moving_picture is not None:
+            _write_moving(args.moving_picture, results, drive, args.key_rate)
     summary = _time(summary, clock)
     (args.out / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
     _print(summary, args.out)
+    print_next(drive.bag)
     return 0 if results and played.accounted else 1
 
 
@@ -291,6 +301,45 @@ def _scenes(results: Sequence[KeyResult], drive: KeptDrive) -> tuple[list[Scene]
             report("draw", done, len(chosen))
     recording.close()
     return scenes, cover
+
+
+def _write_moving(path: Path, results: Sequence[KeyResult], drive: KeptDrive, rate: float) -> None:
+    """Draw successive results of the middle of the drive as an animation."""
+    from occbev_training.sources.bags import BagRecording
+    from occbev_training.sources.truth import read_truth
+
+    truth, recording = read_truth(drive.truth), BagRecording(drive.bag)
+    first = max(0, (len(results) - MOVING_FRAMES) // 2)
+    chosen, pictures = results[first : first + MOVING_FRAMES], []
+    with _bars() as report:
+        for done, result in enumerate(chosen, 1):
+            pictures.append(cover_picture(_moment(result, truth, recording)))
+            report("animate", done, len(chosen))
+    recording.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_moving_picture(str(path), pictures, rate, MOVING_WIDTH)
+    CONSOLE.print(f"  {path}: {len(pictures)} pictures, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def print_next(bag: Path) -> None:
+    """Print the commands that a newcomer wants next, as they can be typed here."""
+    program = find_program()
+    CONSOLE.print("\nNext:")
+    for text, words in {
+        "the same pipeline without ROS": f"replay {bag} --offline --boxes out/boxes.jsonl",
+        "LiDAR over the images": f"overlay {bag} --out out/overlay",
+        "your own bag": "rig YOUR_BAG --out vehicle",
+    }.items():
+        CONSOLE.print(f"  {program} {words}   # {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def find_program() -> str:
+    """Return how `occbev` is called here: by its name where it is on the path, else by the path of this environment."""
+    beside = Path(sys.executable).parent / "occbev"
+    if shutil.which("occbev") or not beside.is_file():
+        return "occbev"
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:

@@ -284,6 +284,27 @@ SHIFT = 3
 """Fractional bits of drawing coordinates."""
 
 
+def write_moving_picture(path: str, pictures: Sequence[Picture], rate: float, width: int, quality: int = 45) -> None:
+    """Write pictures of one size as an animation that repeats: .webp, .gif or .avif.
+
+    rate: pictures per second. width: in pixels, to which they are scaled. quality: of WebP, 1 to 100.
+    Raises:
+        ValueError: no picture, or another ending. OSError: it cannot be written.
+    """
+    if not pictures or not path.endswith((".webp", ".gif", ".avif")):
+        raise ValueError(f"{path}: {len(pictures)} pictures; want at least one, and a .webp, .gif or .avif")
+    if not hasattr(cv2, "imwriteanimation"):
+        raise ValueError(f"{path}: OpenCV {cv2.__version__} writes no animations; 4.12 and later do")
+    animation = cv2.Animation()
+    size = width, round(pictures[0].shape[0] * width / pictures[0].shape[1])
+    animation.frames = [cv2.resize(p[..., ::-1], size, interpolation=cv2.INTER_AREA) for p in pictures]
+    animation.durations = [round(1000 / rate)] * len(pictures)
+    animation.loop_count = 0
+    options = [cv2.IMWRITE_WEBP_QUALITY, quality] if path.endswith(".webp") else []
+    if not cv2.imwriteanimation(path, animation, options):
+        raise OSError(f"{path}: cannot be written")
+
+
 def _fix_view(pixel: ArrayLike) -> tuple[int, int]:
     """Pixel coordinates for cv2: centres at integers, SHIFT fractional bits, clipped far outside any picture."""
     u, v = np.round((np.clip(pixel, -4000, 12000) - 0.5) * (1 << SHIFT)).astype(int).tolist()

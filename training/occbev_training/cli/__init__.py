@@ -42,7 +42,7 @@ From your own bags to a package that the node runs, without a label:
 The steps one by one:
   occbev-train pairs BAGS --out out/pairs                             labels from LiDAR rays
   occbev-train pretrain config/training/pretrain_tiny.yaml --data out/pairs --out out/stage1
-  occbev-train finetune config/training/finetune_tiny.yaml --data CACHE --out out/stage2 --from out/stage1/weights.safetensors
+  occbev-train finetune config/training/finetune_tiny.yaml --data CACHE --out out/stage2 --from out/stage1
   occbev-train export out/stage2 --out out/package
   occbev-train evaluate out/package --data CACHE
 
