@@ -24,17 +24,17 @@ COMMANDS: Mapping[str, str] = {
 
 FIRST_STEPS = """\
 Try it; it needs no data, no ROS installation and no GPU:
-  occbev demo                                            simulate a drive, run the node on it, write a report
+  occbev demo                                            # simulate a drive, run the node on it, write a report
 
 Your robot:
-  occbev rig BAG --out vehicle                           write topics, rig and parameters from a bag
-  occbev overlay BAG --topics vehicle/topics.yaml --out overlay     check the calibration
-  occbev replay BAG --params-file vehicle/perception.yaml           run the node on the bag
-  occbev run params_file:=vehicle/perception.yaml        run the node on the robot
+  occbev rig BAG --out vehicle                           # write topics, rig and parameters from a bag
+  occbev overlay BAG --topics vehicle/topics.yaml --out overlay     # check the calibration
+  occbev replay BAG --params-file vehicle/perception.yaml           # run the node on the bag
+  occbev run params_file:=vehicle/perception.yaml        # run the node on the robot
 
 When something is wrong:
-  occbev monitor                                         cameras, drops and latency of the running node
-  occbev info                                            what is installed here
+  occbev monitor                                         # cameras, drops and latency of the running node
+  occbev info                                            # what is installed here
 
 All commands: occbev --help. One command with its options: occbev COMMAND --help."""
 """What `occbev` alone prints."""

@@ -34,13 +34,13 @@ COMMANDS: Mapping[str, str] = {
 
 FIRST_STEPS = """\
 From your own bags to a package that the node runs, without a label:
-  occbev rig BAG --out vehicle                                        write topics, rig and parameters from a bag
-  occbev-train bag-check BAG --topics vehicle/topics.yaml             check what the bag holds
-  occbev-train learn BAGS --topics vehicle/topics.yaml --out out/mine make pairs, adapt, score, export
+  occbev rig BAG --out vehicle                                        # write topics, rig and parameters from a bag
+  occbev-train bag-check BAG --topics vehicle/topics.yaml             # check what the bag holds
+  occbev-train learn BAGS --topics vehicle/topics.yaml --out out/mine # make pairs, adapt, score, export
   occbev replay BAG --params-file vehicle/perception.yaml --model out/mine/package
 
 The steps one by one:
-  occbev-train pairs BAGS --out out/pairs                             labels from LiDAR rays
+  occbev-train pairs BAGS --out out/pairs                             # labels from LiDAR rays
   occbev-train pretrain config/training/pretrain_tiny.yaml --data out/pairs --out out/stage1
   occbev-train finetune config/training/finetune_tiny.yaml --data CACHE --out out/stage2 --from out/stage1
   occbev-train export out/stage2 --out out/package
