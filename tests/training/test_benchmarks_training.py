@@ -62,6 +62,7 @@ def test_the_trainer_bench_reports_what_it_promises(tmp_path: Path, monkeypatch:
     found = trainer.run(Options(rounds=1, threads=1))
     assert {"overhead_share", "data_wait_share", "pretrain_samples_per_s"} <= set(found.values)
     assert 0 <= found.values["data_wait_share"] < 1
+    assert 0 < found.values["loader_cpu_s_per_sample"] < 1
 
 
 def test_every_runtime_of_the_encoder_bench_agrees(tmp_path: Path) -> None:

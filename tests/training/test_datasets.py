@@ -16,11 +16,20 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("numba")
 
+from occbev.classes import FREE, UNOBSERVED_STATE
 from occbev.config import ImageConfig, LiftConfig
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
 from occbev.inference.families.lift_splat import LiftSplatModel
-from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig, draw_augmentation
+from occbev_training.data.augment import (
+    NO_AUGMENTATION,
+    AugmentConfig,
+    Draw,
+    augment_pixels,
+    augment_voxels,
+    draw_augmentation,
+    live_bits,
+)
 from occbev_training.data.cache import CachedSample, CacheError, SampleCache, open_cache, read_sample, write_sample
 from occbev_training.data.datasets import (
     NO_DEPTH,
@@ -29,8 +38,9 @@ from occbev_training.data.datasets import (
     augmented,
     batches,
     sample_of,
-    thinned,
 )
+from occbev_training.data.reference_inputs import depth_to_bin
+from occbev_training.data.targets import voxel_targets
 from occbev_training.occupancy.prepare import PrepareConfig, prepare, resample_truth
 from occbev_training.sources.recording import OccupancyTruth
 
@@ -119,11 +129,11 @@ def test_lidar_pixels_come_back_to_the_returns(cache: SampleCache) -> None:
 
 
 def test_writing_is_exact_and_repeatable(cache: SampleCache, tmp_path: Path) -> None:
-    first = write_sample(tmp_path / "x.npz", cache[2])
-    again = read_sample(tmp_path / "x.npz")
+    first = write_sample(tmp_path / "x.sample", cache[2])
+    again = read_sample(tmp_path / "x.sample")
     for field in fields(CachedSample):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(cache[2], field.name))
-    assert write_sample(tmp_path / "y.npz", again) == first
+    assert write_sample(tmp_path / "y.sample", again) == first
 
 
 def test_finished_drives_are_kept_and_a_drive_without_its_record_is_not_there(
@@ -138,7 +148,7 @@ def test_finished_drives_are_kept_and_a_drive_without_its_record_is_not_there(
         with pytest.raises(CacheError, match="asked for is"):
             prepare(jobs, cache.root, other)  # type: ignore[arg-type]
     (tmp_path / "half").mkdir()
-    write_sample(tmp_path / "half" / "0000.npz", cache[0])
+    write_sample(tmp_path / "half" / "0000.sample", cache[0])
     with pytest.raises(CacheError, match="no finished drive"):
         open_cache(tmp_path)
 
@@ -302,12 +312,97 @@ def test_dense_truth_comes_onto_another_grid() -> None:
     assert not seen[:, [0, 3]].any()
 
 
-def test_thinning_keeps_about_as_many_as_asked_and_only_what_was_set() -> None:
-    mask = np.random.default_rng(0).random((50, 50, 20)) < 0.5
-    kept = thinned(mask, 5000, seed=1)
-    assert 4600 < np.count_nonzero(kept) < 5400
-    assert not (kept & ~mask).any()
-    np.testing.assert_array_equal(thinned(mask, 10**6, seed=1), mask)
+def labelled(shape: tuple[int, int, int], cameras: int, seed: int) -> CachedSample:
+    """A sample of random voxels and returns, all combinations of them; everything else is empty."""
+    rng = np.random.default_rng(seed)
+    returns = 500
+    return CachedSample(
+        images=np.zeros((cameras, 32, 64, 3), np.uint8),
+        camera_valid=np.ones(cameras, bool),
+        intrinsic=np.tile(np.array([[40.0, 0, 32], [0, 44, 16], [0, 0, 1]]), (cameras, 1, 1)),
+        cam2ego=np.tile(np.eye(4), (cameras, 1, 1)),
+        lidar_camera=rng.integers(0, cameras, returns).astype(np.uint8),
+        lidar_pixel=rng.uniform((-5, -5), (69, 37), (returns, 2)).astype(np.float32),
+        lidar_depth=rng.uniform(0.5, 60, returns).astype(np.float32),
+        state=rng.integers(0, 3, shape).astype(np.uint8),
+        camera_visible=(rng.integers(0, 1 << cameras, shape) * (rng.random(shape) < 0.7)).astype(np.uint8),
+        hit_sweeps=rng.integers(0, 256, shape).astype(np.uint8),
+        pass_sweeps=rng.integers(0, 256, shape).astype(np.uint8),
+        boxes=np.zeros((0, 9), np.float32),
+        labels=np.zeros(0, np.int64),
+        lidar_points=np.zeros(0, np.int64),
+        semantics=rng.integers(0, 18, shape).astype(np.uint8),
+        mask_camera=rng.random(shape) < 0.6,
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_compiled_targets_are_those_of_plain_numpy_to_the_bit(seed: int) -> None:
+    """The same targets written down array by array: flips, turns and scales, with a camera that is missing."""
+    grid, cameras = MODEL.grid, 5
+    augment = AugmentConfig(camera_drop=1.0, bev_rotate=40.0 * (seed % 2), bev_scale=(0.9, 1.1) if seed > 3 else (1, 1))
+    raw, draw = labelled(grid.shape, cameras, seed), draw_augmentation(seed, cameras, (64, 32), augment)
+    got = augmented("x", raw, draw, MODEL)
+
+    bits = augment_voxels(raw.camera_visible, draw, grid)
+    visible = (bits & live_bits(draw.alive)) != 0
+    mask = augment_voxels(raw.mask_camera, draw, grid) & ~((bits != 0) & ~visible)
+    evidence = np.minimum(raw.hit_sweeps.astype(int) + raw.pass_sweeps, 255).astype(np.uint8)
+    np.testing.assert_array_equal(got.visible, visible)
+    np.testing.assert_array_equal(got.semantics_mask, mask)
+    np.testing.assert_array_equal(got.state, augment_voxels(raw.state, draw, grid, UNOBSERVED_STATE))
+    np.testing.assert_array_equal(got.evidence, augment_voxels(evidence, draw, grid))
+    np.testing.assert_array_equal(got.semantics, augment_voxels(raw.semantics, draw, grid, FREE))
+    assert 0 < np.count_nonzero(visible) < np.count_nonzero(bits)
+
+    pixel = augment_pixels(raw.lidar_camera, raw.lidar_pixel, draw)
+    inside = np.all((pixel >= 0) & (pixel < (64, 32)), axis=-1) & draw.alive[raw.lidar_camera]
+    column, row = (pixel[inside] // 16).astype(int).T
+    nearest = np.full((cameras, 2, 4), np.inf, np.float32)
+    np.minimum.at(nearest, (raw.lidar_camera[inside], row, column), raw.lidar_depth[inside])
+    np.testing.assert_array_equal(got.depth_bin, depth_to_bin(nearest, MODEL.lift.depth))
+    assert (got.depth_bin != NO_DEPTH).any()
+
+
+def test_supervised_voxels_are_about_as_many_as_asked_and_others_each_time() -> None:
+    shape = (100, 100, 16)
+    grid = VoxelGrid((-20.0, -20.0, -1.0), (0.4, 0.4, 0.4), shape)
+    raw, alive = labelled(shape, 3, 0), np.ones(3, bool)
+    whole = voxel_targets(raw, still(0), alive, grid, 10**6).semantics_mask
+    first, second = (voxel_targets(raw, still(seed), alive, grid, 5000).semantics_mask for seed in (1, 2))
+    for kept in (first, second):
+        assert 4700 < np.count_nonzero(kept) < 5300
+        assert not (kept & ~whole).any()
+        columns = np.count_nonzero(kept.reshape(10, -1), axis=1)  # everywhere alike
+        assert columns.min() > 350
+    both, count = np.count_nonzero(first & second), np.count_nonzero(whole)
+    assert both == pytest.approx(5000**2 / count, rel=0.25)  # as of two draws that know nothing of each other
+    np.testing.assert_array_equal(voxel_targets(raw, still(1), alive, grid, 5000).semantics_mask, first)
+
+
+def still(seed: int) -> Draw:
+    return draw_augmentation(seed, 3, (64, 32), NO_AUGMENTATION)
+
+
+def test_a_cache_of_an_earlier_version_is_read(cache: SampleCache, tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "0000.npz", **vars(cache[1]))
+    again = read_sample(tmp_path / "0000.npz")
+    for field in fields(CachedSample):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(cache[1], field.name))
+
+
+def test_a_damaged_sample_is_named(cache: SampleCache, tmp_path: Path) -> None:
+    path = tmp_path / "0001.sample"
+    write_sample(path, cache[0])
+    whole = path.read_bytes()
+    for damaged in (whole[:40], whole[:-9], b"", whole[:8] + b"[" + whole[9:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CacheError, match=r"0001\.sample: not a whole sample"):
+            read_sample(path)
+    packed = whole.index(b"\x04\x22\x4d\x18")  # where a frame of LZ4 begins
+    path.write_bytes(whole[:packed] + bytes(12) + whole[packed + 12 :])
+    with pytest.raises(CacheError, match=r"0001\.sample"):
+        read_sample(path)
 
 
 def test_voxels_that_no_camera_sees_are_learned_only_where_the_truth_is_dense(

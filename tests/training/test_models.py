@@ -21,10 +21,12 @@ from occbev.config import (  # noqa: E402
     ModelConfig,
     OccupancyHeadConfig,
 )
+from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import GRIDS, BevGrid, VoxelGrid  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.table_cache import TableCache  # noqa: E402
+from occbev.inference.tables import lift_points  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
 from occbev_training.export.package import ring_rig  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
@@ -77,6 +79,33 @@ def shifted(metres: float) -> np.ndarray:
 def geometry(*rigs: CameraRig) -> BatchedPoints:
     pairs = [calibration(rig) for rig in rigs]
     return batch_geometry([p[0] for p in pairs], [p[1] for p in pairs], MODEL)
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize("heights", [1, 4])
+def test_compiled_tables_are_those_of_the_robot_to_the_bit(quirks: bool, heights: int) -> None:
+    """Rigs of a batch, mirrored and turned as augmentation does, in cells of a plane and of a volume."""
+    lift = replace(MODEL.lift, reference_quirks=quirks, height_bins=heights, canonical_focal=60.0)
+    model = replace(MODEL, lift=lift)
+    turned = np.diag([1.1, -1.1, 1.1, 1.0]) @ make_transform(rotation_from_yaw(0.3), [0.4, 0.1, 0])
+    rigs = [calibration(ring_rig(MODEL, 5)), calibration(ring_rig(MODEL, 5))]
+    rigs[1] = rigs[1][0] * [[1.0, 1.05, 1.0]], turned @ rigs[1][1]
+    got = batch_geometry([k for k, _ in rigs], [pose for _, pose in rigs], model)
+    points = [lift_points(k, pose, (96, 64), lift, MODEL.bev) for k, pose in rigs]
+    pixels, cells = 5 * 4 * 6, 32 * 24 * heights
+    pixel, depth, cell = (
+        np.concatenate([getattr(p, name) + i * step for i, p in enumerate(points)])
+        for name, step in (("pixel", pixels), ("depth", pixels * lift.depth.bins), ("cell", cells))
+    )
+    assert len(points[0]) > 100
+    assert not np.array_equal(points[0].cell, points[1].cell)
+    np.testing.assert_array_equal(got.pixel[:-1], pixel)
+    np.testing.assert_array_equal(got.depth[:-1], depth)
+    np.testing.assert_array_equal(got.offset, np.searchsorted(cell, np.arange(2 * cells)))
+    order = np.argsort(pixel, kind="stable")
+    np.testing.assert_array_equal(got.by_pixel.order, order)
+    np.testing.assert_array_equal(got.by_pixel.cell, cell[order])
+    np.testing.assert_array_equal(got.by_pixel.offset, np.searchsorted(pixel[order], np.arange(2 * pixels)))
 
 
 def images(batch: int, cameras: int, seed: int = 0) -> torch.Tensor:

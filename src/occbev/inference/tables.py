@@ -75,16 +75,20 @@ def frustum_points(
 ) -> NDArray[np.float64]:
     """Return where every depth bin of every feature cell is, (N, D, h, w, 3) in ego; see `lift_points`."""
     intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
-    if intrinsic.shape[2] > 3:
-        rays = lens_rays(intrinsic, image_size, lift) @ np.swapaxes(cam2ego[:, :3, :3], 1, 2)
-    else:
-        rays = feature_pixels(image_size, lift) @ np.swapaxes(
-            cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2
-        )  # (N, h * w, 3) per metre of depth
+    rays = feature_rays(intrinsic, cam2ego, image_size, lift)
     depths = depth_scale(intrinsic, lift)[:, None] * bin_depths(lift)  # (N, D)
     points = rays[:, None] * depths[:, :, None, None] + cam2ego[:, None, None, :3, 3]
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
     return points.reshape(*points.shape[:2], rows, columns, 3)
+
+
+def feature_rays(
+    intrinsic: NDArray[np.float64], cam2ego: NDArray[np.float64], image_size: tuple[int, int], lift: LiftConfig
+) -> NDArray[np.float64]:
+    """Return how far each feature cell's point moves in ego per metre of depth, (N, h * w, 3); see `lift_points`."""
+    if intrinsic.shape[2] > 3:
+        return lens_rays(intrinsic, image_size, lift) @ np.swapaxes(cam2ego[:, :3, :3], 1, 2)
+    return feature_pixels(image_size, lift) @ np.swapaxes(cam2ego[:, :3, :3] @ np.linalg.inv(intrinsic), 1, 2)
 
 
 def depth_scale(intrinsic: ArrayLike, lift: LiftConfig) -> NDArray[np.float64]:

@@ -10,20 +10,30 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
+from occbev.allocator import keep_large_blocks
 from occbev.benchmarks import Options, Report
 from occbev.config import ModelConfig, to_record
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.data.augment import AugmentConfig
-from occbev_training.data.cache import CachedSample, CacheInfo, SampleCache, open_cache, write_sample
-from occbev_training.data.datasets import SampleDataset, batches
+from occbev_training.data.cache import (
+    SAMPLE_SUFFIX,
+    CachedSample,
+    CacheInfo,
+    SampleCache,
+    open_cache,
+    write_sample,
+)
+from occbev_training.data.datasets import Collate, SampleDataset, batches
 from occbev_training.engine.config import OptimConfig, TrainingConfig
 from occbev_training.engine.trainer import Trainer, tune_process
 from occbev_training.losses import objectives
@@ -33,6 +43,7 @@ CAMERA_COUNT = 6
 SAMPLES = 8
 WARM_STEPS = 2
 STEPS_PER_ROUND = 2
+LOADED_PER_ROUND = 6
 WORK = ("forward", "backward", "optimiser")
 
 
@@ -41,12 +52,42 @@ def run(options: Options) -> Report:
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(Path(folder) / "cache", LiftSplatModel())
+        values["loader_cpu_s_per_sample"] = measure_loader(cache, LiftSplatModel(), options.rounds)
         shares = {stage: measure(stage, cache, Path(folder) / stage, options) for stage in ("pretrain", "finetune")}
     for stage, share in shares.items():
         values |= {f"{stage}_{name}": value for name, value in share.items()}
     for name in ("overhead_share", "data_wait_share"):  # the worse of the two stages
         values[name] = max(share[name] for share in shares.values())
     return Report("trainer", values)
+
+
+def measure_loader(cache: SampleCache, model: ModelConfig, rounds: int, batch: int = 2) -> float:
+    """Return the processor seconds in which a loader's worker makes one sample of a batch: read, augmented, joined.
+
+    The median over batches; what hands a batch to the trainer's process is not in it.
+    """
+    dataset, join = SampleDataset(cache, model, AugmentConfig(), seed=0), Collate(model)
+    spent = []
+    keep_large_blocks()
+    with one_thread():
+        for number in range(rounds * LOADED_PER_ROUND + 1):
+            begun = time.process_time()
+            join([dataset[number * batch + place] for place in range(batch)])
+            spent.append((time.process_time() - begun) / batch)
+    return float(np.median(spent[1:]))  # the first one loads compiled code
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, as a loader's worker does."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
 
 def measure(stage: str, cache: SampleCache, folder: Path, options: Options) -> dict[str, float]:
@@ -97,7 +138,10 @@ def random_cache(root: Path, model: ModelConfig) -> SampleCache:
     drive = root / "random"
     drive.mkdir(parents=True)
     names = tuple(f"cam{i}" for i in range(CAMERA_COUNT))
-    files = {f"{i:04d}.npz": write_sample(drive / f"{i:04d}.npz", random_sample(model, i)) for i in range(SAMPLES)}
+    files = {
+        f"{i:04d}{SAMPLE_SUFFIX}": write_sample(drive / f"{i:04d}{SAMPLE_SUFFIX}", random_sample(model, i))
+        for i in range(SAMPLES)
+    }
     info = CacheInfo(model.image, names, model.grid)
     record = {"info": to_record(info), "labels": {"made": "at random"}, "files": files}
     (drive / "drive.json").write_text(json.dumps(record))

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from occbev.allocator import keep_large_blocks
-from occbev.classes import FREE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
 from occbev.geometry import (
     box_corners,
@@ -33,17 +32,15 @@ from occbev_training.data.augment import (
     augment_ego2global,
     augment_images,
     augment_intrinsic,
-    augment_pixels,
-    augment_voxels,
     augmentation_of,
     draw_augmentation,
     grid_mask_image,
-    live_bits,
 )
 from occbev_training.data.cache import CachedSample, CacheError, Moment
 from occbev_training.data.label_frame import boxes_in_frame, in_base_link
 from occbev_training.data.reference_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
+from occbev_training.data.targets import nearest_depth, voxel_targets
 from occbev_training.data.windows import history_length, past_indices
 from occbev_training.models.families import make_geometry, training_family
 from occbev_training.models.geometry import Geometry
@@ -121,10 +118,13 @@ class TrainingBatch:
     motion: MotionTables | Matching | None = None
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """Move every tensor."""
-        if device.type == "cpu":
-            return self
-        return TrainingBatch(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        """Move every tensor, and lay volumes out as networks do, which a device does faster than a loader."""
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return TrainingBatch(**moved | {name: moved[name].contiguous() for name in VOLUMES})
+
+
+VOLUMES = ("state", "visible", "evidence", "semantics", "semantics_mask")
+"""Fields of a batch that are (B, Z, Y, X)."""
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -263,16 +263,9 @@ def augmented(
     alive = draw.alive & sample.camera_valid
     intrinsic = augment_intrinsic(sample.intrinsic, draw)
     cam2ego = augment_cam2ego(sample.cam2ego, draw)
-    bits = augment_voxels(sample.camera_visible, draw, model.grid)
-    visible = (bits & live_bits(alive)) != 0
-    hidden = (bits != 0) & ~visible  # only a camera that is missing now could see it
     boxes = augment_boxes(sample.boxes, draw).astype(np.float32)
     wanted = (sample.lidar_points > 0) & in_any_image(boxes, intrinsic, cam2ego, alive, model)
-    mask = augment_voxels(sample.mask_camera, draw, model.grid) & ~hidden
-    supervised = thinned(mask, SEMANTIC_VOXELS, draw.seed)
-    if unseen_voxels and mask.any():  # without any, there is no dense truth
-        supervised |= thinned(~mask, unseen_voxels, draw.seed + 3)
-    evidence = np.minimum(sample.hit_sweeps.astype(np.uint16) + sample.pass_sweeps, 255)
+    voxels = voxel_targets(sample, draw, alive, model.grid, SEMANTIC_VOXELS, unseen_voxels)
     size = (model.image.width, model.image.height)
     return TrainingSample(
         name,
@@ -281,13 +274,13 @@ def augmented(
         intrinsic,
         cam2ego,
         depth_labels(sample, draw, alive, model),
-        augment_voxels(sample.state, draw, model.grid, UNOBSERVED_STATE),
-        visible,
-        augment_voxels(evidence.astype(np.uint8), draw, model.grid),
+        voxels.state,
+        voxels.visible,
+        voxels.evidence,
         boxes_in_frame(boxes[wanted], model.bev.frame),
         sample.labels[wanted],
-        augment_voxels(sample.semantics, draw, model.grid, FREE),
-        supervised,
+        voxels.semantics,
+        voxels.semantics_mask,
         None if draw.grid_mask is None else grid_mask_image(draw.grid_mask, size),
         augmentation=augmentation_of(draw),
     )
@@ -318,14 +311,6 @@ def _past_view(sample: CachedSample, draw: Draw, moment: Moment) -> View:
     )
 
 
-def thinned(mask: NDArray[np.bool_], most: int, seed: int) -> NDArray[np.bool_]:
-    """Keep about `most` True entries of a mask, at random."""
-    count = np.count_nonzero(mask)
-    if count <= most:
-        return mask
-    return mask & (np.random.default_rng(seed).random(mask.shape, np.float32) < most / count)
-
-
 def depth_labels(sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], model: ModelConfig) -> NDArray[np.int64]:
     """Return the depth bin of the nearest return in each stride x stride patch, (N, h, w), or NO_DEPTH.
 
@@ -336,14 +321,10 @@ def depth_labels(sample: CachedSample, draw: Draw, alive: NDArray[np.bool_], mod
         return np.zeros((len(alive), 0, 0), np.int64)
     stride = lift.stride
     shape = (len(alive), model.image.height // stride, model.image.width // stride)
-    pixel = augment_pixels(sample.lidar_camera, sample.lidar_pixel, draw)
-    inside = (
-        np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1) & alive[sample.lidar_camera]
-    )
-    column, row = (pixel[inside] // stride).astype(np.int64).T
-    nearest = np.full(shape, np.inf, np.float32)
-    units = sample.lidar_depth / depth_scale(augment_intrinsic(sample.intrinsic, draw), lift)[sample.lidar_camera]
-    np.minimum.at(nearest, (sample.lidar_camera[inside], row, column), units[inside].astype(np.float32))
+    scale = depth_scale(augment_intrinsic(sample.intrinsic, draw), lift)
+    matrices = np.stack([image.matrix for image in draw.images])
+    returns = (sample.lidar_camera, sample.lidar_pixel, sample.lidar_depth)
+    nearest = nearest_depth(*returns, matrices, scale, alive, shape, stride)
     return depth_to_bin(nearest, lift.depth)
 
 
@@ -355,17 +336,13 @@ def in_any_image(
     model: ModelConfig,
 ) -> NDArray[np.bool_]:
     """Return which of (M, 9) boxes have their centre or a corner in the image of a living camera."""
-    points = (
-        np.concatenate([box_corners(boxes[:, :7]), boxes[:, None, :3]], axis=1) if len(boxes) else np.zeros((0, 9, 3))
-    )
+    points = np.concatenate([box_corners(boxes[:, :7]), boxes[:, None, :3]], 1)  # (M, 9, 3)
     seen = np.zeros(len(boxes), bool)
+    ego2cam = np.linalg.inv(cam2ego)  # a mirrored pose is no rotation, so it is inverted in full
     for index in np.flatnonzero(alive):
-        # A mirrored pose is no rotation, so it is inverted in full.
-        ego2cam = np.linalg.inv(cam2ego[index])
-        pixel, depth = Lens.from_matrix(intrinsic[index]).see(transform_points(ego2cam, points.reshape(-1, 3)))
-        pixel, depth = pixel.reshape(*points.shape[:2], 2), depth.reshape(points.shape[:2])
+        pixel, depth = Lens.from_matrix(intrinsic[index]).see(transform_points(ego2cam[index], points.reshape(-1, 3)))
         inside = np.all((pixel >= 0) & (pixel < (model.image.width, model.image.height)), axis=-1)
-        seen |= np.any(inside & (depth > 0.1), axis=1)
+        seen |= np.any((inside & (depth > 0.1)).reshape(len(boxes), 9), axis=1)
     return seen
 
 
@@ -417,8 +394,8 @@ def _choose_order(samples: Sequence[TrainingSample]) -> Tensor | None:
 
 
 def _volumes(arrays: Sequence[NDArray[np.generic]]) -> Tensor:
-    """Stack [x, y, z] arrays as (B, Z, Y, X)."""
-    return torch.from_numpy(np.stack([np.ascontiguousarray(np.swapaxes(a, 0, 2)) for a in arrays]))
+    """Stack [x, y, z] arrays as (B, Z, Y, X); they lie in memory as they were, see `TrainingBatch.to`."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 2, 1)
 
 
 def _begin_worker(_: int) -> None:

@@ -25,6 +25,7 @@ from occbev.results import CameraFrame
 from occbev.rig import Camera, CameraRig
 from occbev_training.data.cache import (
     MIN_LIDAR_DEPTH,
+    SAMPLE_SUFFIX,
     CachedSample,
     CacheError,
     CacheInfo,
@@ -56,7 +57,7 @@ class PairSamples:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> CachedSample:
-        path = None if self.kept is None else self.kept / f"{self.pairs[index][1]}.npz"
+        path = None if self.kept is None else self.kept / f"{self.pairs[index][1]}{SAMPLE_SUFFIX}"
         if path is not None and path.exists():
             return read_sample(path)
         sample = pair_to_sample(self._reader.sample(self.pairs[index][1]), self.info)

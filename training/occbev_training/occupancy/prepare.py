@@ -25,7 +25,15 @@ from occbev.grid import GRIDS, VoxelGrid
 from occbev.inference.preprocess import Preprocessor, network_camera
 from occbev.results import FrameSet
 from occbev.rig import CameraRig
-from occbev_training.data.cache import FORMAT, MIN_LIDAR_DEPTH, CachedSample, CacheError, CacheInfo, write_sample
+from occbev_training.data.cache import (
+    FORMAT,
+    MIN_LIDAR_DEPTH,
+    SAMPLE_SUFFIX,
+    CachedSample,
+    CacheError,
+    CacheInfo,
+    write_sample,
+)
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.sources.deskew import deskew_rays
@@ -153,7 +161,7 @@ class _DriveWriter:
         for key in range(len(self.recording.key_stamp_ns)):
             sample = self._make(key)
             if sample is not None:
-                file = f"{key:04d}.npz"
+                file = f"{key:04d}{SAMPLE_SUFFIX}"
                 files[file] = write_sample(self.folder / file, sample)
                 keys.append(key)
         left_out = {f"{what}, the first: {self.first[what]}": count for what, count in self.left_out.items()}

@@ -50,6 +50,8 @@ def _same_lenses(intrinsics: Sequence[ArrayLike]) -> list[NDArray[np.float64]]:
     """Bring rigs of pinholes (N, 3, 3) and of other lenses (N, 3, 18) into one shape."""
     arrays = [np.asarray(intrinsic, np.float64) for intrinsic in intrinsics]
     columns = max(array.shape[2] for array in arrays)
+    if all(array.shape[2] == columns for array in arrays):
+        return arrays
     return [np.pad(array, ((0, 0), (0, 0), (0, columns - array.shape[2]))) for array in arrays]
 
 

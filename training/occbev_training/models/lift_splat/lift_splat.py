@@ -23,10 +23,10 @@ from occbev.inference.tables import (
     RAY_CHANNELS,
     Augmentation,
     LiftPoints,
-    lift_points,
     to_bev_frame,
 )
 from occbev_training.models.layers import at_least_float32, conv_bn_relu
+from occbev_training.models.lift_splat.placing import find_begins, place_frusta, sort_stably
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def batch_geometry(
     size = (config.image.width, config.image.height)
     cam2frame = to_bev_frame(cam2ego, config.bev)
     samples = list(zip(np.asarray(intrinsic), cam2frame, strict=True))
-    points = [lift_points(k, pose, size, config.lift, config.bev) for k, pose in samples]
+    points = [place_frusta(k, pose, size, config.lift, config.bev) for k, pose in samples]
     family = family_of(config)
     assert isinstance(family, SplatFamily)
     changes = augmentations or [None] * len(samples)
@@ -99,7 +99,7 @@ def batch_points(points: Sequence[LiftPoints], rays: np.ndarray, config: SplatMo
     pixel = np.concatenate([p.pixel + i * pixels for i, p in enumerate(points)])
     depth = [p.depth + i * pixels * config.lift.depth.bins for i, p in enumerate(points)]
     cell = np.concatenate([p.cell + i * cells for i, p in enumerate(points)])
-    offset = np.searchsorted(cell, np.arange(len(points) * cells)).astype(np.int32)
+    offset = find_begins(cell, len(points) * cells)
     weight = np.ones(len(cell) + 1, np.float32)
     weight[-1] = 0
     dummy = np.zeros(1, np.int32)
@@ -114,9 +114,8 @@ def batch_points(points: Sequence[LiftPoints], rays: np.ndarray, config: SplatMo
 
 
 def _by_pixel(pixel: np.ndarray, cell: np.ndarray, pixels: int) -> PointsByPixel:
-    order = np.argsort(pixel, kind="stable")
-    offset = np.searchsorted(pixel[order], np.arange(pixels))
-    parts = (order, cell[order], offset)
+    _, order = sort_stably(pixel, pixels)
+    parts = (order, cell[order], find_begins(pixel, pixels))
     return PointsByPixel(*(torch.from_numpy(part.astype(np.int32)) for part in parts))
 
 
