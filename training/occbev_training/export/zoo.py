@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from occbev_training.models.build import build_model
 from occbev_training.models.families import make_graph, reduced
 from occbev_training.models.renaming import load_reference
 
+REACH = 2.0
+"""Cells that random sampling offsets reach, and the spread of random attention logits, whatever the width."""
+
 
 def randomise_zero_init(network: nn.Module) -> nn.Module:
     """Give weights that begin at zero random values, as after training, so that every part has its say.
@@ -25,7 +29,7 @@ def randomise_zero_init(network: nn.Module) -> nn.Module:
     """
     for name, weight in network.named_parameters():
         if any(part in name for part in ("sampling_offsets.weight", "attention_weights.weight")):
-            nn.init.normal_(weight, std=0.3)
+            nn.init.normal_(weight, std=REACH / math.sqrt(weight.shape[1]))
         elif "conv_offset.weight" in name:
             nn.init.normal_(weight, std=0.02)
     for module in network.modules():
