@@ -65,8 +65,8 @@ def _sample(boxes: list[list[float]], labels: list[int], occupied: np.ndarray, p
 def _cache(folder: Path, samples: list[CachedSample]) -> SampleCache:
     (folder / "d").mkdir(parents=True)
     for index, sample in enumerate(samples):
-        write_sample(folder / "d" / f"{index:04d}.npz", sample)
-    files = tuple(("d", f"{index:04d}.npz") for index in range(len(samples)))
+        write_sample(folder / "d" / f"{index:04d}.sample", sample)
+    files = tuple(("d", f"{index:04d}.sample") for index in range(len(samples)))
     return SampleCache(folder, CacheInfo(MODEL.image, ("CAM_FRONT",), MODEL.grid), files)
 
 
