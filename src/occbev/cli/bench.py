@@ -40,8 +40,8 @@ ROS_BENCHES: Mapping[str, str] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_bench_arguments(parser, BENCHES, rounds=20)
-    parser.add_argument("--model", default="occbev-tiny", help="model package, by name or folder")
-    parser.add_argument("--threads", type=int, help="CPU threads of the runtimes (default: their own choice)")
+    parser.add_argument("--model", default="occbev-tiny", help="model package: a folder, or the name of a shipped one")
+    parser.add_argument("--threads", type=int, help="CPU threads of the runtimes (default: the runtime decides)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,10 +60,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser, benches: Mapping[str, s
     """Declare the options of every bench command."""
     listing = "; ".join(f"{name}: {text}" for name, text in benches.items())
     parser.add_argument("bench", choices=(*benches, "all"), help=f"{listing}; all: one after the other")
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"measured rounds of each method (default: {rounds})"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a benchmark instead of tables")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds per method (default: {rounds})")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per benchmark instead of tables")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write each result into its section of FILE: docs/benchmarks.md"
     )

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the drive")
     parser.add_argument("--key-rate", type=float, default=5.0, help="sets of images per second")
     parser.add_argument("--image", default="640x360", help="camera resolution, 800x450 or below")
-    parser.add_argument("--workers", type=int, default=2, help="processes that simulate")
+    parser.add_argument("--workers", type=int, default=2, help="simulator processes")
     parser.add_argument(
         "--moving-picture", type=Path, metavar="FILE", help="also draw successive results as a .webp or .gif"
     )

@@ -94,14 +94,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topics", type=Path, help="YAML file that names a bag's topics; `occbev rig` writes one")
     parser.add_argument("--rig", type=Path, help="rig file, in place of a bag's camera_info")
     parser.add_argument("--base-frame", default="base_link", help="frame of the vehicle in a bag (default: base_link)")
-    parser.add_argument("--scene", help="only this recording of a nuScenes root")
-    parser.add_argument("--version", help="table folder of a nuScenes root, where it has several")
-    parser.add_argument("--frames", type=int, default=10, help="most key frames of a recording (default: 10)")
+    parser.add_argument("--scene", help="only this scene of a nuScenes root")
+    parser.add_argument("--version", help="folder of the tables, if a nuScenes root has several")
+    parser.add_argument(
+        "--frames", type=int, default=10, help="largest number of key frames of a recording (default: 10)"
+    )
     parser.add_argument(
         "--max-gap",
         type=float,
         default=0.1,
-        help="most seconds between key frame and sweep (default: 0.1)",
+        help="largest time in seconds between key frame and sweep (default: 0.1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 

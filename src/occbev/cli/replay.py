@@ -49,9 +49,9 @@ IDLE_S = 10.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
-    parser.add_argument("--rate", type=float, default=1.0, help="speed against the bag's own")
+    parser.add_argument("--rate", type=float, default=1.0, help="playback speed; 1 is the bag's own")
     parser.add_argument("--loop", type=int, default=1, metavar="N", help="play the bag N times (default: once)")
-    parser.add_argument("--record", type=Path, help="new bag folder for what the node reads and puts out")
+    parser.add_argument("--record", type=Path, help="new bag folder for what the node reads and publishes")
     parser.add_argument(
         "--inputs",
         action=argparse.BooleanOptionalAction,
@@ -66,9 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", default="", help="namespace of the node")
     parser.add_argument("--wait", type=float, default=90.0, help="seconds to wait until the node is ready")
     parser.add_argument("--node-log", type=Path, help="file for the node's messages; default: standard error")
-    parser.add_argument("--offline", action="store_true", help="without ROS, as fast as it goes, dropping nothing")
+    parser.add_argument(
+        "--offline", action="store_true", help="run without ROS, as fast as possible, without dropping a frame"
+    )
     parser.add_argument("--boxes", type=Path, help="with --offline: file for one JSON line of boxes per result")
-    parser.add_argument("--json", type=Path, help="file for the summary and the fate of every frame")
+    parser.add_argument("--json", type=Path, help="JSON file for the summary and the outcome of every frame")
 
 
 def run(args: argparse.Namespace) -> int:

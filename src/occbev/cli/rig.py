@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
     parser.add_argument("--out", type=Path, required=True, help="folder for topics.yaml, rig.yaml and perception.yaml")
-    parser.add_argument("--topics", type=Path, help="file of topics, where they are not found by themselves")
+    parser.add_argument("--topics", type=Path, help="YAML file of topics, if they are not found automatically")
     parser.add_argument("--base-frame", default="base_link", help="frame of the vehicle (default: base_link)")
     parser.add_argument("--model", default="occbev-tiny", help="model package of the node (default: occbev-tiny)")
-    parser.add_argument("--force", action="store_true", help="write over files that are there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def run(args: argparse.Namespace) -> int:

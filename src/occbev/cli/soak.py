@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the run")
-    parser.add_argument("--rate", type=float, default=2.0, help="speed against the bag's own")
+    parser.add_argument("--rate", type=float, default=2.0, help="playback speed; 1 is the bag's own")
     parser.add_argument("--params-file", type=Path, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
     parser.add_argument("--backend", default="", help="inference runtime")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")
     parser.add_argument("--wait", type=float, default=90.0, help="seconds to wait until the node is ready")
     parser.add_argument("--node-log", type=Path, help="file for the node's messages; default: standard error")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -149,7 +149,7 @@ class PerceptionNode(LifecycleNode):
     def _activate(self) -> None:
         assert self._pipeline is not None
         if self.is_overrun:
-            raise RuntimeError("the network still runs on the last set")
+            raise RuntimeError("the network is still running on the last set")
         self._intake = Intake(self.parameters, self._pipeline.decode_frame)
         self._last_end_ns = None
         self._worker = self._make_worker(
@@ -302,7 +302,7 @@ class PerceptionNode(LifecycleNode):
 
     def _unload(self) -> None:
         if self.is_overrun:
-            self.get_logger().warning("the network still runs: it is left to the process's end")
+            self.get_logger().warning("the network is still running; it ends with the process")
         elif self._pipeline is not None:
             self._pipeline.close()
         self._pipeline = None

@@ -145,7 +145,7 @@ def given_arguments(args: argparse.Namespace, declare: Callable[[argparse.Argume
 
 
 def _window(root: Path) -> float:
-    """Return how many seconds of sweeps on either side the labels of a folder were made from."""
+    """Return how many seconds of sweeps before and after a label the labels of a folder were made from."""
     reader = ShardReader(root)
     return float(reader.sample(reader.rows[0]["key"]).meta["window"])
 

@@ -17,11 +17,13 @@ from occbev_training.cli.arguments.shared import CALIBRATION_FRAMES, package_pat
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("package", type=package_path, help="folder of the model package, which is changed")
-    parser.add_argument("data", type=Path, help="held-out drives with their truth, or a folder of pairs")
     parser.add_argument(
-        "--limit", type=int, default=CALIBRATION_FRAMES, help=f"most frames (default {CALIBRATION_FRAMES})"
+        "package", type=package_path, help="model package: a folder, or the name of a shipped one; it is changed"
     )
-    parser.add_argument("--split", choices=["train", "validation"], help="of a folder of pairs (default: all of them)")
-    parser.add_argument("--name", help="what the frames are, in words, for the card (default: the folder's name)")
+    parser.add_argument("data", type=Path, help="evaluation drives with their truth, or a folder of pairs")
+    parser.add_argument(
+        "--limit", type=int, default=CALIBRATION_FRAMES, help=f"largest number of frames (default {CALIBRATION_FRAMES})"
+    )
+    parser.add_argument("--split", choices=["train", "validation"], help="split of a folder of pairs (default: all)")
+    parser.add_argument("--name", help="description of the frames for the card (default: the folder's name)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -9,8 +9,8 @@
     occbev-train evaluate --voxels FOLDER_OF_NPZ --nuscenes NUSCENES_ROOT
 
 The headline is the AP of cars within 30 m that have at least 5 LiDAR returns, at 2 m. Packages of every family
-are accepted; what a network does not predict is not scored. Drives are scored in order, and a network that
-remembers begins each drive anew.
+are accepted; what a network does not predict is not scored. Drives are scored in order; the memory of a network
+starts empty in each drive.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        help="held-out drives: a sample cache, a nuScenes root, or a folder of simulated bags and their truth",
+        help="evaluation drives: a sample cache, a nuScenes root, or a folder of simulated bags and their truth",
     )
     parser.add_argument(
         "--pairs",
         type=Path,
         metavar="FOLDER",
-        help="score occupancy and depth against the LiDAR labels of 'occbev-train pairs': of drives without any other truth",
+        help="score occupancy and depth against the LiDAR labels of 'occbev-train pairs', for drives without other truth",
     )
     parser.add_argument("--split", choices=("train", "validation"), help="with --pairs: only this split")
     parser.add_argument(
@@ -47,28 +47,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--voxels", type=Path, metavar="FOLDER", help="score these Occ3D results, one <sample token>.npz a sample"
     )
-    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files are of")
+    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="nuScenes root that the result files belong to")
     add_version_arguments(parser)
     parser.add_argument(
         "--scenes",
         type=Path,
         metavar="FILE",
-        help="only these drives, one name a line; of result files by default those that they name",
+        help="only these drives, one name per line (default for result files: the drives that they name)",
     )
     parser.add_argument(
-        "--limit", type=int, help="score this many samples: evenly spaced, or the first of a network that remembers"
+        "--limit", type=int, help="number of samples: evenly spaced, or the first ones for a network with a memory"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes; the scores do not depend on it (default 1)")
     parser.add_argument("--backend", default="auto", help="runtime, as for the node")
-    parser.add_argument("--precision", default="auto", help="auto, or f32 to forbid the hardware's fast type")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="auto, or f32 to compute in 32 bits even where the hardware has a faster type",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of the runtime, in each process")
     parser.add_argument(
         "--fit-priors",
         type=Path,
         metavar="CACHE",
-        help="take the priors from these training drives",
+        help="compute the priors from these training drives",
     )
-    parser.add_argument("--priors", type=Path, help="where the fitted priors are written; by default nowhere")
+    parser.add_argument("--priors", type=Path, help="file for the fitted priors")
     parser.add_argument(
         "--calibrate",
         action="store_true",
@@ -80,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draws",
         type=int,
         default=BOOTSTRAP_DRAWS,
-        help=f"drives are drawn anew so often for the 95 %% intervals; 0 leaves them out (default {BOOTSTRAP_DRAWS})",
+        help=f"bootstrap samples of drives for the 95 %% intervals; 0 for no intervals (default {BOOTSTRAP_DRAWS})",
     )
     parser.add_argument(
         "--out",
@@ -89,6 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write metrics.json, plots, the worst frames as pictures and, of a nuScenes root, results.json",
     )
     parser.add_argument(
-        "--save-voxels", action="store_true", help="also write FOLDER/voxels/<sample token>.npz in the form of Occ3D"
+        "--save-voxels", action="store_true", help="also write FOLDER/voxels/<sample token>.npz in Occ3D's format"
     )
     parser.add_argument("--json", type=Path, help="write all scores to this file")

@@ -33,15 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=here_or_shipped, help="model configuration (YAML); a run and a package have their own"
     )
-    parser.add_argument("--provenance", type=Path, help="JSON: data, steps, seeds of the training")
-    parser.add_argument("--metrics", type=Path, help="JSON: held-out scores")
+    parser.add_argument("--provenance", type=Path, help="JSON: data, steps, seeds of the training, for the card")
+    parser.add_argument("--metrics", type=Path, help="JSON: scores on evaluation drives, for the card")
     parser.add_argument(
         "--calibration",
         type=Path,
         help="JSON of 'occbev-train evaluate --calibrate': its occupancy.min_free goes into the package",
     )
-    parser.add_argument("--add", type=Path, nargs="*", default=[], help="files to ship along, such as priors.npz")
-    parser.add_argument("--cameras", type=int, nargs="*", help="sizes of the rigs that graphs are checked on")
+    parser.add_argument(
+        "--add", type=Path, nargs="*", default=[], help="files to add to the package, such as priors.npz"
+    )
+    parser.add_argument("--cameras", type=int, nargs="*", help="numbers of cameras that graphs are checked with")
     parser.add_argument(
         "--int8",
         type=Path,

@@ -18,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="configurations in config/models; all by default")
     parser.add_argument("--golden", type=Path, help="folder of the published key tables")
     parser.add_argument("--full-size", action="store_true", help="export at the published size, not reduced")
-    parser.add_argument("--no-export", dest="export", action="store_false", help="count and map weights alone")
+    parser.add_argument(
+        "--no-export", dest="export", action="store_false", help="count and convert weights, export nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per network")
     parser.add_argument(
-        "--markdown", type=Path, metavar="PAGE", help="write the table into this page, between its marks"
+        "--markdown", type=Path, metavar="PAGE", help="write the table into this page, between its marker lines"
     )

@@ -1,10 +1,10 @@
-"""Stage 2: learn boxes and semantic occupancy, beginning from the weights of stage 1.
+"""Stage 2: learn boxes and semantic occupancy, starting from the weights of stage 1.
 
     occbev-train finetune config/training/finetune_tiny.yaml --data CACHE --out out/stage2 \\
         --from out/stage1
 
-What was carried over from stage 1 is written to run.json. Resuming, repeating a run, options for every key of
-the config, and several processes as for pretrain.
+run.json lists the weights that were taken from stage 1. Resuming, repeating a run, options for every key of the
+config, and several processes work as for pretrain.
 """
 
 from __future__ import annotations

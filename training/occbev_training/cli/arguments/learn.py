@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("inputs", type=Path, nargs="+", help=INPUTS_HELP)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for all that is made; gone on with if it is there"
+        "--out", type=Path, required=True, help="folder for all results; what is finished there is not made again"
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--package", default="occbev-tiny", help="package to adapt (default occbev-tiny)")
@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="stage 1 by this training config, instead of adapting",
     )
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: of the configuration)")
     parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
     parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
     parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
-    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps on either side of a label")
+    parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps before and after a label")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
     parser.add_argument("--plan", action="store_true", help="print the plan and do nothing")
     add_input_arguments(parser)

@@ -1,4 +1,4 @@
-"""Turn unlabelled drives into pre-training pairs: three-state labels, measured, gated, in shards.
+"""Turn unlabelled drives into pre-training pairs: images and three-state labels, each measured, in shards.
 
     occbev-train pairs BAG_OR_FOLDER_OR_NUSCENES_ROOT_OR_INFOS.pkl ... --out OUT --workers 2
     occbev-train pairs --out OUT --simulate 4 --first-seed 0
@@ -6,9 +6,9 @@
     occbev-train pairs --out OUT --join                                # index what the tasks made
     occbev-train pairs BAGS --out OUT --executor ray --ray-address auto
 
-Finished stretches stay when the command is given again; the same input gives the same bytes. An input whose
-content changed is made anew. An input that cannot be read is named and left out, and costs no other; the
-status is then 1, also where no pair was made.
+The command goes on where it was stopped, and the same input gives the same bytes. An input whose content changed is
+made again. An input that cannot be read is named and left out; the others are made, and the status is 1. The status
+is also 1 if no pair was made.
 """
 
 from __future__ import annotations
@@ -27,39 +27,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         choices=LABEL_VARIANTS,
         default="occbev",
-        help="how labels are made (default: occbev, free of boxes)",
+        help="how labels are made (default: occbev, without boxes)",
     )
     parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate drives")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=20, help="key frames of a simulated drive")
     add_input_arguments(parser)
     parser.add_argument("--grid", default="occ3d", choices=GRIDS, help="voxel grid")
-    parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps on either side")
+    parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps before and after a label")
     parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
     parser.add_argument(
         "--ego-box",
         type=float,
         nargs=6,
         metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
-        help="the vehicle's body in base_link; bag-check --ego-box proposes one",
+        help="box around the vehicle's own body in base_link; bag-check --ego-box proposes one",
     )
-    parser.add_argument("--ego-masks", type=Path, help="folder of CAMERA.png, white where the vehicle itself is seen")
-    parser.add_argument("--max-range", type=float, default=60.0, help="metres up to which beams count")
-    parser.add_argument("--min-cameras", type=int, help="fewest cameras; default all but one")
+    parser.add_argument(
+        "--ego-masks", type=Path, help="folder with CAMERA.png, white where the camera sees the vehicle itself"
+    )
+    parser.add_argument("--max-range", type=float, default=60.0, help="range in metres up to which beams are used")
+    parser.add_argument("--min-cameras", type=int, help="smallest number of cameras of a pair (default: all but one)")
     parser.add_argument(
         "--min-support",
         type=float,
         default=0.5,
-        help="share of the expected sweeps that must be there",
+        help="smallest share of the expected sweeps",
     )
-    parser.add_argument("--no-gate", action="store_true", help="mark samples that break a limit, keep them")
-    parser.add_argument("--lidar", action="store_true", help="store the key sweep, too")
-    parser.add_argument("--segment", type=int, default=200, help="key frames of one unit of work")
+    parser.add_argument(
+        "--no-gate", action="store_true", help="mark pairs that break a limit instead of leaving them out"
+    )
+    parser.add_argument("--lidar", action="store_true", help="also store the sweep at the key time")
+    parser.add_argument("--segment", type=int, default=200, help="key frames per unit of work")
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="who does the work (default: local)")
-    parser.add_argument("--ray-address", help="running Ray cluster, such as auto; else one is started here")
-    parser.add_argument("--task-index", type=int, default=0, help="this task of an array job")
-    parser.add_argument("--num-tasks", type=int, default=1, help="tasks of the array job")
-    parser.add_argument("--join", action="store_true", help="only index what is finished")
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="where the work runs (default: local)")
+    parser.add_argument(
+        "--ray-address", help="address of a running Ray cluster, or auto; without it one is started here"
+    )
+    parser.add_argument("--task-index", type=int, default=0, help="number of this task in an array job")
+    parser.add_argument("--num-tasks", type=int, default=1, help="number of tasks in the array job")
+    parser.add_argument("--join", action="store_true", help="only write the index of finished pairs")
     parser.add_argument("--validation", type=float, default=0.1, help="share of the validation split")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

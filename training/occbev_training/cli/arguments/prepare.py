@@ -5,8 +5,8 @@
     occbev-train prepare --simulate 120 --first-seed 0 --keys 16 --out CACHE
     occbev-train prepare --simulate 200 --random-rigs --no-labels --out CACHE      # every drive through a rig of its own
 
-Finished drives stay when the command is given again; a drive that was cut off, or whose content changed, is made
-anew. What cannot be read is named and left out, and costs nothing else; the status is then 1.
+The command goes on where it was stopped. A drive that is incomplete, or whose content changed, is made again. What
+cannot be read is named and left out; the rest is made, and the status is 1.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("inputs", type=Path, nargs="*", help=INPUTS_HELP)
     parser.add_argument("--out", type=Path, help="folder of the cache")
-    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="one more input: a nuScenes-like root")
+    parser.add_argument("--nuscenes", type=Path, metavar="ROOT", help="another input: a nuScenes-like root")
     parser.add_argument(
         "--labels", type=Path, metavar="FOLDER", help="boxes of the drives: FOLDER/DRIVE.json, or one plain JSON file"
     )
     parser.add_argument(
-        "--max-gap", type=float, default=MAX_GAP, help=f"seconds from a key frame to its labels (default {MAX_GAP})"
+        "--max-gap",
+        type=float,
+        default=MAX_GAP,
+        help=f"largest time in seconds from a key frame to its labels (default {MAX_GAP})",
     )
     parser.add_argument("--simulate", type=int, default=0, metavar="DRIVES", help="simulate this many drives")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
@@ -52,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--label-window",
         type=float,
         default=1.0,
-        help="seconds of sweeps on either side of a label",
+        help="seconds of sweeps before and after a label",
     )
     parser.add_argument(
-        "--near-hits", type=int, default=2, help="sweeps that must hit a near voxel; 1 where there is hardly one"
+        "--near-hits", type=int, default=2, help="sweeps that must hit a near voxel; 1 where there are few sweeps"
     )
-    parser.add_argument("--no-labels", action="store_true", help="no three-state labels: fine-tuning needs none")
+    parser.add_argument("--no-labels", action="store_true", help="make no three-state labels; fine-tuning needs none")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     add_input_arguments(parser)

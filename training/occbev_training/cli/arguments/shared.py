@@ -48,7 +48,7 @@ INPUTS_HELP = "bags, folders of bags, nuScenes or T4 roots, info .pkl files"
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare how recordings are read: bags, nuScenes-like roots and info files."""
-    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives of the inputs, one name a line")
+    parser.add_argument("--scenes", type=Path, metavar="FILE", help="only these drives, one name per line")
     parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")
     add_root_arguments(parser)
     add_bag_arguments(parser)
@@ -63,13 +63,13 @@ def add_root_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=LIDAR_COLUMNS,
         metavar="N",
-        help=f"float32 values of a point (default {LIDAR_COLUMNS})",
+        help=f"float32 values per point (default {LIDAR_COLUMNS})",
     )
 
 
 def add_version_arguments(parser: argparse._ActionsContainer) -> None:
     """Declare which tables of a root are read, and what their categories are."""
-    parser.add_argument("--version", help="folder of the tables, where a root holds several")
+    parser.add_argument("--version", help="folder of the tables, if a root has several")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help='YAML lines such as "forklift: construction_vehicle"; null drops'
     )
@@ -87,7 +87,7 @@ def add_bag_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=3,
         metavar=("X", "Y", "Z"),
-        help="where the LiDAR stands in base_link, for clouds that come in base_link",
+        help="position of the LiDAR in base_link, for clouds that are in base_link",
     )
     bags.add_argument(
         "--point-times", default="auto", metavar="HOW", help=f"{', '.join(POINT_TIMES)} or FIELD:UNIT:absolute"

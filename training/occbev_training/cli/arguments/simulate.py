@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-rigs",
         action="store_true",
-        help="every drive through cameras and a LiDAR of its own, drawn by its seed",
+        help="every drive through cameras and a LiDAR of its own, chosen by its seed",
     )
     parser.add_argument(
         "--fisheyes",
