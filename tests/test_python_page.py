@@ -17,6 +17,26 @@ def test_the_page_has_three_examples() -> None:
     assert [block.count("\n") <= 10 for block in BLOCKS] == [True] * 3
 
 
+def test_a_bag_runs_through_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the files that `occbev rig` writes from the bag, as the page assumes."""
+    pytest.importorskip("openvino", reason="needs a runtime")
+    from tests.small_bags import Drive
+
+    from occbev.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Drive(sets=2).write(Path("my_bag"))
+    assert main(["rig", "my_bag", "--out", "vehicle"]) == 0
+    capsys.readouterr()
+    exec(BLOCKS[0], {})  # noqa: S102 - a page of this repository
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2
+    stamps = [int(line[0]) for line in lines]
+    assert stamps[1] - stamps[0] == 100_000_000
+
+
 def test_own_images_become_boxes_and_voxels() -> None:
     pytest.importorskip("openvino", reason="needs a runtime")
     cam2ego = np.array([[0.0, 0, 1, 1.5], [-1, 0, 0, 0], [0, -1, 0, 1.6], [0, 0, 0, 1]])
