@@ -98,12 +98,19 @@ class SpaceCalibration:
 
     def obstacle_probability(self, score: ArrayLike, rings: NDArray[np.intp]) -> NDArray[np.float32]:
         """Return how often columns of these scores hold an obstacle; all (Y, X)."""
-        step = (np.asarray(score, np.float32) * np.float32(len(SCORES) - 1) + np.float32(0.5)).astype(np.intp)
-        return self._obstacle_table.take(rings * len(SCORES) + step)
+        return self._obstacle_table.take(_table_place(score, rings))
+
+    def absence(self, score: ArrayLike, rings: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Return the logarithm of how often columns of these scores hold no obstacle; all (Y, X)."""
+        return self._absence_table.take(_table_place(score, rings))
 
     @cached_property
     def _obstacle_table(self) -> NDArray[np.float32]:
         return self.obstacle.astype(np.float32).ravel()
+
+    @cached_property
+    def _absence_table(self) -> NDArray[np.float32]:
+        return np.log1p(-np.minimum(self._obstacle_table, np.float32(0.999)))
 
     @staticmethod
     def _crossing(curves: NDArray[np.float64], value: float) -> NDArray[np.float32]:
@@ -111,6 +118,12 @@ class SpaceCalibration:
         # Equal values: interpolation wants a curve that rises everywhere.
         rising = curves + np.arange(len(SCORES)) * 1e-9
         return np.array([np.interp(value, curve, SCORES) for curve in rising], np.float32)
+
+
+def _table_place(score: ArrayLike, rings: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return where scores (Y, X) stand in a flat table of all rings."""
+    step = (np.asarray(score, np.float32) * np.float32(len(SCORES) - 1) + np.float32(0.5)).astype(np.intp)
+    return rings * len(SCORES) + step
 
 
 def read_calibration(package: ModelPackage) -> SpaceCalibration:
