@@ -98,6 +98,17 @@ def test_stamped_poses_place_node_and_training_alike(bag: Path, tmp_path: Path, 
         parameters_from_record({"ego_motion": {"odometry_type": "Pose"}})
 
 
+def test_a_file_of_topics_names_the_cameras_beside_the_shipped_parameters(repository: Path, tmp_path: Path) -> None:
+    """`occbev replay BAG --set topics:=mine.yaml` takes the parameter file that is shipped, of six other cameras."""
+    shipped, given = repository / "config" / "perception.yaml", write_topics(tmp_path / "mine.yaml")
+    parameters = read_parameters(shipped, {"topics": str(given)})
+    assert parameters.names == NAMES
+    assert parameters.anchor_camera == "front"
+    assert parameters.cameras["rear"].topic == "/rear/color/image_raw/compressed"
+    with pytest.raises(ConfigError, match=r"anchor 'side' is not one of cameras.names"):
+        read_parameters(shipped, {"topics": str(given), "anchor": "side"})
+
+
 def test_parameters_that_are_set_hold_over_the_file(tmp_path: Path) -> None:
     given = str(write_topics(tmp_path / "mine.yaml"))
     cameras = {"names": ["rear", "front"], "rear": {"topic": "/other"}}

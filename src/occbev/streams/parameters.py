@@ -287,11 +287,20 @@ def read_topic_values(path: str) -> dict[str, Any]:
 
 
 def _lay_topics_under(record: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put values in where a record has none, or what a parameter is where nobody sets it."""
+    """Put values in where a record has none, or what a parameter is where nobody sets it.
+
+    Where the record has the cameras that parameters have by default, those of the values take their place.
+    """
     defaults = {leaf.name: leaf.default for leaf in leaves(PerceptionParameters)}
     merged = copy.deepcopy(dict(record))
     names = (record.get("cameras") or {}).get("names", values["cameras.names"])
-    chosen = values["cameras.names"] if list(names) == list(DEFAULT_CAMERAS) else names
+    chosen = names
+    if list(names) == list(DEFAULT_CAMERAS):
+        chosen = values["cameras.names"]
+        strangers = set(DEFAULT_CAMERAS) - set(chosen)
+        merged["cameras"] = {key: v for key, v in (merged.get("cameras") or {}).items() if key not in strangers}
+        if merged.get("anchor") in strangers:
+            merged["anchor"] = ""
     for name, value in values.items():
         *parents, last = name.split(".")
         if parents[:1] == ["cameras"] and len(parents) == 2 and parents[1] not in chosen:
