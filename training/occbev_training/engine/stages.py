@@ -91,7 +91,10 @@ def train_stage(
     torch.manual_seed(config.seed)
     model = model_to_train(config)
     samples = _training_samples(config, model, inputs, folder)
-    network = keep_trainable_heads(build_model(model, config.stage), model, samples)
+    network = build_model(model, config.stage)
+    whole = _weight_names(network)
+    network = keep_trainable_heads(network, model, samples)
+    config = _without_scales(config, whole - _weight_names(network))
     _require_labels(model, network)
     if learns_from(network, "boxes"):
         require_boxes(samples)
@@ -141,6 +144,20 @@ def keep_trainable_heads(network: nn.Module, model: ModelConfig, samples: Sample
     logger.warning("%s: no sample has labels of voxels; the network will have boxes alone", samples.root)
     network.occupancy_head = None  # type: ignore[assignment]
     return network
+
+
+def _weight_names(network: nn.Module) -> set[str]:
+    return {name for name, _ in network.named_parameters()}
+
+
+def _without_scales(config: TrainingConfig, gone: set[str]) -> TrainingConfig:
+    """Leave out the learning rates of heads that are gone, so that one recipe serves data with and without classes."""
+    scales = {
+        part: factor
+        for part, factor in config.optim.scales.items()
+        if not any(name.startswith(f"{part}.") for name in gone)
+    }
+    return replace(config, optim=replace(config.optim, scales=scales))
 
 
 def _require_labels(model: ModelConfig, network: nn.Module) -> None:
