@@ -192,9 +192,9 @@ class OccupancyHeadConfig:
     height_channels: int = 16
     """Features of each height in the 3D part of the decoder, at half resolution along x and y."""
     cell_channels: int = 32
-    """Features of each cell of 2 x 2 voxels, from which is told which of them are occupied, and by what."""
+    """Features of each cell of 2 x 2 voxels, from which the head predicts which of them are occupied, and by what."""
     min_free: float = 0.0
-    """Least probability of free for a voxel to be decoded as free; 0 takes the likeliest class, 0.5 calls
+    """Smallest probability of free for a voxel to be decoded as free; 0 takes the likeliest class, 0.5 calls
     a voxel occupied as soon as all other classes together are likelier than free."""
 
 

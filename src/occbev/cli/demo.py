@@ -50,7 +50,7 @@ SEED, WORLD = 20_054, "v1"
 """A drive by day past eight classes. It is of the simulator's test range: no model has seen it. Its world is the one
 that `occbev-tiny` was trained in."""
 
-MOVING_FRAMES, MOVING_WIDTH = 40, 800
+MOVING_FRAMES, MOVING_WIDTH = 40, 720
 """Successive results of the animation, and its width in pixels."""
 
 SCENES = 40

@@ -91,7 +91,7 @@ class GroundGridMaker:
         self._limits: tuple[GroundGridConfig, Limits] | None = None
 
     def make(self, evidence: VoxelEvidence, sight: SightLines, config: GroundGridConfig) -> GroundGrid:
-        """Decide on every cell by what the network says of its voxels and by what the cameras can see."""
+        """Decide on every cell from what the network predicts for its voxels and from what the cameras can see."""
         limits = self.limits(config)
         columns = find_columns(evidence, self.grid, config, limits.hiding)
         sees_ground, sees_column = in_sight(columns, sight, self.grid, self.calibration, self._rings)

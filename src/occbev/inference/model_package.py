@@ -75,18 +75,18 @@ class ModelPackage:
 
     @property
     def trained_on(self) -> str:
-        """What the weights have seen, in words (`provenance.data`); to be said wherever results are shown."""
+        """What the weights were trained on (`provenance.data`); shown wherever results are shown."""
         return str(self.provenance.get("data", "data that its provenance does not name"))
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Outputs of the graph, as they were checked when it was exported; empty where that is not known."""
+        """Outputs of the graph as checked at its export; empty if unknown."""
         checked = self.metrics.get("export_difference") or {}
         return tuple((checked.get("onnxruntime") or {}).keys())
 
     @property
     def predicts(self) -> str:
-        """What the network says of a scene, in words, and what it does not; "" where that is not known."""
+        """What the network predicts and what it does not, as text; "" if unknown."""
         return describe_outputs(self.outputs)
 
     def has(self, name: str) -> bool:

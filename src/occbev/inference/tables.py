@@ -241,7 +241,7 @@ def gather_tables(
 def ray_table(
     intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], lift: LiftConfig
 ) -> NDArray[np.float32]:
-    """Return what calibration says of each feature cell: (N, 4, h, w), camera-aware depth's input.
+    """Return what calibration gives for each feature cell: (N, 4, h, w), camera-aware depth's input.
 
     Channels: slope of the ray across the camera's axis, which grows with the column; metres that it climbs
     in ego per metre of depth; height of the camera above ground in metres / 2; ten times the angle that a

@@ -33,7 +33,7 @@ def keep_inputs(
     frames: Iterable[Mapping[str, Any]],
     namespace: str = "",
 ) -> None:
-    """Append what the node reads of a bag, and the fate of each key time at the log time of its anchor image.
+    """Append what the node reads of a bag, and the outcome of each key time at the log time of its anchor image.
 
     frames: as `occbev.reports.summaries.frames_of` gives them. Raw images are written as JPEG under TOPIC/compressed;
     one that cannot be read stays as it is. Messages that are not in ROS 2's encoding are left out.

@@ -89,7 +89,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def next_command(args: argparse.Namespace) -> str:
-    """Return the command that shows the package at work; names of one's own are the node's, by a parameter file."""
+    """Return the command that shows the package at work; own camera names need a parameter file."""
     bag, package = shlex.quote(str(args.inputs[0])), args.out / "package"
     if args.topics is None:
         return f"occbev replay {bag} --model {shlex.quote(str(package))}"

@@ -274,7 +274,7 @@ def augment_intrinsic(intrinsic: Float, draw: Draw) -> Float:
 def augment_cam2ego(cam2ego: Float, draw: Draw) -> Float:
     """Fold the change of the scene into (N, 4, 4) camera poses.
 
-    A mirrored or scaled pose is no rigid motion any more, which every view transform allows.
+    A mirrored or scaled pose is not a rigid motion; every view transform accepts it.
     """
     return draw.ego2ego @ cam2ego
 

@@ -165,7 +165,7 @@ def require_boxes(samples: Samples) -> None:
     what = f"{boxes} boxes, none of them with a LiDAR return" if boxes else "no box"
     raise CacheError(
         f"{samples.root}: {len(samples)} samples and {what}, so that no detection head can be trained on it; "
-        "'occbev-train prepare' lists the categories that have no class, 'occbev-train labels' takes boxes of one's own"
+        "'occbev-train prepare' lists the categories that have no class, 'occbev-train labels' takes your own boxes"
     )
 
 

@@ -46,7 +46,7 @@ DONE = "adapted.json"
 """Steps and seconds of a run that ended."""
 
 MANY_DRIVES = 5
-"""From so many drives on whole ones are held out; of fewer, the end of each."""
+"""With at least this many drives, whole drives are held out; with fewer, the end of each."""
 
 FITTED = 8
 """Held-out pairs that the threshold is fitted on, at most."""

@@ -1,6 +1,6 @@
-"""Score occupancy and depth against LiDAR-made labels, where nobody has labelled anything.
+"""Score occupancy and depth against LiDAR-made labels, for drives without manual labels.
 
-Scored are voxels that the label observed and a camera sees; what nobody saw is neither right nor wrong.
+Scored are voxels that the label observed and a camera sees; all others do not count.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def count_rays(
 ) -> NDArray[np.int64]:
     """Count rays of RayIoU that the label follows through free space to a surface: (true, predicted, right by threshold).
 
-    A ray that first meets a voxel nobody observed says nothing and does not count.
+    A ray whose first voxel was not observed does not count.
     """
     truth = np.where(state == OCCUPIED_STATE, _HIT, np.where(state == FREE_STATE, _FREE, _UNKNOWN)).astype(np.uint8)
     guess = np.where(occupied, _HIT, _FREE).astype(np.uint8)

@@ -34,7 +34,7 @@ class Reconstruction:
 
 
 def reconstruct(sample: CachedSample, prediction: Prediction) -> Reconstruction:
-    """Compare what a pre-trained network says of a sample with the sample's label."""
+    """Compare what a pre-trained network predicts for a sample with the sample's label."""
     logits = prediction.reconstruction
     assert logits is not None, "only stage 1 reconstructs"
     answer = xyz_from_volume(logits[1] > logits[0])

@@ -1,6 +1,6 @@
 """The published Occ-BEV label recipe, defects included, so that it can be compared with ours fairly.
 
-Nothing here is meant for training one's own models: space that no beam reached counts as free,
+Do not train your own models with it: space that no beam reached counts as free,
 movers smear, outliers are clamped onto the border and the grid stands on the LiDAR.
 """
 

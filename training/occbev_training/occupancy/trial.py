@@ -77,7 +77,7 @@ def describe_camera(camera: Camera, topic: str, moments: Sequence[Moment], rig: 
 
 
 def viewing_direction(camera: Camera) -> str:
-    """Say where a camera looks, in words: "left, level"; a view that no vehicle camera has ends in a question."""
+    """Return where a camera looks as text: "left, level". The text of an unusual view, such as "up", ends with a question."""
     right, _, ahead = camera.cam2ego[:3, :3].T
     height = float(np.rad2deg(np.arcsin(np.clip(ahead[2], -1, 1))))
     if height > 60:

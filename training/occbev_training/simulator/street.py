@@ -55,7 +55,7 @@ class Bend:
     def draw(cls, rng: np.random.Generator, start: float, end: float) -> Bend:
         """Draw a centre line between two values of s, of radius 180 m or more and slope below 4 %.
 
-        Without hills a network could know the ground by heart: the mean of all drives would be right.
+        Without hills the mean ground of all drives would be right, and a network would learn nothing from images.
         """
         s = np.arange(start, end + 1.0, 1.0)
         limit = rng.choice((0.0, 1 / 400, 1 / 180), p=(0.3, 0.35, 0.35))

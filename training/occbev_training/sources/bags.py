@@ -233,9 +233,9 @@ class BagRecording(IndexedBag):
 
     @cached_property
     def point_times(self) -> PointTimes | None:
-        """How points know their time, told by a sweep in the middle; None without LiDAR.
+        """How the times of points are stored, found from a sweep in the middle of the drive; None without LiDAR.
 
-        Raises RecordingError where it cannot be told, or where no sweep can be read.
+        Raises RecordingError where that cannot be found, or where no sweep can be read.
         """
         topic = self.topics.lidar
         return None if topic is None or self._probe is None else self._find_point_times(topic, self._probe)

@@ -34,7 +34,7 @@ CLASS_OF_CATEGORY: dict[str, str] = {
 _PEOPLE = dict.fromkeys(("adult", "child", "construction_worker", "police_officer"), "pedestrian")
 
 ClassMap = tuple[tuple[str, str], ...]
-"""(category, class) pairs of one's own, in the order of the file; class "" leaves a category out."""
+"""The user's (category, class) pairs in the order of the file; class "" leaves a category out."""
 
 
 def class_of(category: str, own: ClassMap = ()) -> str | None:

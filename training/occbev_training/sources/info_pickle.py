@@ -41,7 +41,7 @@ class PickleLimits:
 
     @classmethod
     def of_file(cls, size: int) -> PickleLimits:
-        """Return 2 GB and 60 s, and of each in proportion to the bytes: an honest file of 200 MB needs more."""
+        """Return 2 GB and 60 s, and of each in proportion to the bytes: a valid file of 200 MB needs more."""
         memory_bytes = min(16 * 1024**3, cls.memory_bytes + 60 * size)
         return cls(memory_bytes=memory_bytes, cpu_seconds=min(3600, cls.cpu_seconds + 3 * size // 2**20))
 

@@ -1,1 +1,1 @@
-"""What each command takes and says of itself: nothing here imports what is slow, so that --help is quick."""
+"""Arguments and help of each command. Nothing here imports a slow module, so that --help is quick."""
