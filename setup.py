@@ -25,7 +25,7 @@ EXTRAS = {
     "ros": ["ros-rclpy>=9.1", "ros-common-interfaces>=5.5", "ros-rmw-fastrtps-cpp>=9.3"],
     # What the simulator needs: `occbev demo` calls it.
     "demo": ["embreex>=4.4", "trimesh>=4", "scipy>=1.8"],
-    "view": ["rerun-sdk>=0.23"],  # `occbev view`; the wheel holds the viewer for desktop and browser
+    "view": ["rerun-sdk>=0.41"],  # its interface changes with every version; older ones were not tried
     "test": ["pytest>=6.2", "hypothesis>=6.36"],  # what `colcon test` runs; those of the two LTS before Kilted
     "tensorrt": ["tensorrt>=10"],  # GPU only: the graphs use no plug-in
 }

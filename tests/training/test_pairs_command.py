@@ -18,6 +18,8 @@ pytest.importorskip("pyarrow", reason="shards need pyarrow: training environment
 pytest.importorskip("rosbags", reason="bags are read with rosbags")
 
 from occbev.classes import OCCUPIED_STATE
+from occbev.cli import main as occbev_main
+from occbev.cli.view import pair_moments
 from occbev.config import ImageConfig
 from occbev.files import file_hash
 from occbev.grid import GRIDS
@@ -70,6 +72,28 @@ def test_a_folder_of_bags_becomes_pairs_and_a_picture(bags, tmp_path, capsys) ->
     assert cv2.imread(str(tmp_path / "pair.png")).shape[1] > 500
     assert "occupied cells" in (tmp_path / "pair.html").read_text()
     assert main(["view", str(out), "nothing/1", "--out", str(tmp_path / "x.png")]) == 2
+    moments = list(pair_moments(out))
+    assert len(moments) == record["samples"]
+    first, sample = moments[0], ShardReader(out).sample(ShardReader(out).rows[0]["key"])
+    assert first.stamp_ns == int(sample.key.split("/")[1])
+    assert (first.true_occupancy.state == sample.label.state).all()
+    assert not first.true_occupancy.has_classes
+    assert set(first.rig.names) == set(first.images) == set(sample.images)
+    assert len(list(pair_moments(out, sample.key))) == 1
+
+
+def test_pairs_are_shown_by_both_commands(bags, tmp_path, capsys) -> None:
+    pytest.importorskip("rerun", reason="needs the extra view")
+    out = tmp_path / "pairs"
+    main(["pairs", str(out), str(bags), "--grid", "tiny", "--window", "0.3", "--min-support", "0.2", "--no-gate"])
+    capsys.readouterr()
+    assert main(["view", str(out), "0", "--save", str(tmp_path / "one.rrd")]) == 0
+    assert "1 key times" in capsys.readouterr().err
+    assert occbev_main(["view", str(out), "--save", str(tmp_path / "all.rrd")]) == 0
+    data = (tmp_path / "all.rrd").read_bytes()
+    assert b"world/truth/voxels" in data
+    assert b"world/prediction/voxels" not in data
+    assert len(data) > (tmp_path / "one.rrd").stat().st_size
 
 
 def test_only_the_drives_asked_for_become_pairs_and_samples(tmp_path, make_recording, capsys) -> None:

@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "bench": "measure latency by stage, beside named baselines",
     "rig": "write a file of topics, a rig and parameters for the node from a bag",
     "overlay": "draw LiDAR, boxes and voxels over the images to check a calibration",
+    "view": "show a bag, a running node, pairs or a nuScenes root in 3D (Rerun)",
     "monitor": "show the running nodes in a terminal: cameras, drops, latency",
     "info": "print versions, devices, runtimes and ROS packages",
 }
@@ -30,6 +31,7 @@ Your robot:
   occbev rig BAG --out vehicle                           # write topics, rig and parameters from a bag
   occbev overlay BAG --topics vehicle/topics.yaml --out overlay     # check the calibration
   occbev replay BAG --params-file vehicle/perception.yaml           # run the node on the bag
+  occbev view BAG --params-file vehicle/perception.yaml             # look at it in 3D
   occbev run params_file:=vehicle/perception.yaml        # run the node on the robot
 
 When something is wrong:

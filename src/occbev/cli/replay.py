@@ -38,6 +38,7 @@ from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
 from occbev.streams.frame_log import FrameLogReader, read_frame_log
 from occbev.streams.kept_inputs import keep_inputs
 from occbev.streams.parameters import PerceptionParameters, read_parameters
+from occbev.streams.run_report import write_run_report
 
 if TYPE_CHECKING:
     from occbev.ros.player_node import PlayerNode
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="record what the node reads, too: images as JPEG, calibration, transforms, odometry (default: yes)",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="with --record: a page with cameras and 3D scene"
     )
     parser.add_argument("--params-file", "--params", type=Path, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
@@ -105,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1))
+    if args.report:
+        write_run_report(args.report, args.bag, args.record, read_parameters(path, changes(args)), result)
     _print(summary)
     accounted = summary["frames_in"] == summary["frames_processed"] + sum(summary["drops"].values())
     return 0 if summary["frames_processed"] and accounted else 1
@@ -121,6 +127,8 @@ def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
     useless = [name for name, given in of_live.items() if given and args.offline]
     if useless:
         raise ValueError(f"{', '.join(useless)}: of no use with --offline, which runs no node")
+    if args.report and not args.record:
+        raise ValueError("--report: only with --record, whose bag it shows")
     if args.boxes and not args.offline:
         raise ValueError("--boxes: only with --offline; a node's boxes go into the bag of --record")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import numpy as np
 from occbev.classes import DETECTION_CLASSES, FREE, FREE_STATE, OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.geometry import rotation_from_xyzw
 from occbev.graph import OUTPUT_TOPICS
-from occbev.grid import VoxelGrid
+from occbev.grid import BevGrid, VoxelGrid
 from occbev.messages.bags import BagReader
 from occbev.messages.readers import MessageError, cloud_from_message, stamp_to_ns
+from occbev.reports.moments import GroundMap
 from occbev.results import Boxes3D, Occupancy
 
 OBSTACLES = OUTPUT_TOPICS["obstacles"].name.removeprefix("~")
@@ -23,8 +24,17 @@ OBSTACLES = OUTPUT_TOPICS["obstacles"].name.removeprefix("~")
 OUTPUTS = "/output/"
 """Part of the names of output topics that no remapping has changed."""
 
+DETECTIONS, CLOUD = "vision_msgs/msg/Detection3DArray", "sensor_msgs/msg/PointCloud2"
+MARKERS, GROUND = "visualization_msgs/msg/MarkerArray", "nav_msgs/msg/OccupancyGrid"
+KINDS = (DETECTIONS, CLOUD, MARKERS, GROUND)
+"""Types of the outputs that are read."""
+
 VELOCITY_MARKERS = "velocity"
 """Namespace of the arrows that carry a box's velocity, which vision_msgs has no field for."""
+
+
+OPEN_STAMPS = 8
+"""Key times whose messages may still come while later ones have begun."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Published:
     stamp_ns: int
     boxes: Boxes3D | None = None
     occupancy: Occupancy | None = None
+    ground: GroundMap | None = None
 
 
 def read_recorded(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
@@ -44,33 +55,68 @@ def read_recorded(bag: Path, grid: VoxelGrid) -> dict[int, Published]:
     Raises:
         MessageError: a voxel lies outside the grid, or a class name is unknown.
     """
-    results: dict[int, Published] = {}
-    velocities: dict[int, dict[int, tuple[float, float]]] = {}
+    return {result.stamp_ns: result for result in sorted(iterate_recorded(bag, grid), key=lambda r: r.stamp_ns)}
 
-    def keep(stamp_ns: int, **values: Any) -> None:
-        results[stamp_ns] = replace(results.get(stamp_ns, Published(stamp_ns)), **values)
 
-    def detections(message: Any) -> None:
-        keep(stamp_to_ns(message.header.stamp), boxes=boxes_from_message(message))
-
-    def cloud(message: Any) -> None:
-        keep(stamp_to_ns(message.header.stamp), occupancy=occupancy_from_message(message, grid))
-
-    def markers(message: Any) -> None:
-        if message.markers:
-            velocities[stamp_to_ns(message.markers[0].header.stamp)] = velocities_from_message(message)
-
-    readers: dict[str, Callable[[Any], None]] = {
-        "vision_msgs/msg/Detection3DArray": detections,
-        "sensor_msgs/msg/PointCloud2": cloud,
-        "visualization_msgs/msg/MarkerArray": markers,
-    }
+def iterate_recorded(bag: Path, grid: VoxelGrid) -> Iterator[Published]:
+    """Yield the results of a recorded run as they were published, holding few at a time; raises as `read_recorded`."""
+    collector = ResultCollector(grid)
     with BagReader(bag) as reader:
-        chosen = [t for t, kind in reader.topics.items() if kind in readers and not t.endswith(OBSTACLES)]
-        chosen = [t for t in chosen if OUTPUTS in t] or chosen  # a LiDAR may lie beside them
+        kinds = {t: kind for t, kind in reader.topics.items() if kind in KINDS and not t.endswith(OBSTACLES)}
+        chosen = [t for t in kinds if OUTPUTS in t] or list(kinds)  # a LiDAR may lie beside them
         for entry in reader.messages(chosen):
-            readers[entry.type](reader.decode(entry))
-    return {stamp: _with_velocities(r, velocities.get(stamp, {})) for stamp, r in sorted(results.items())}
+            collector.add(entry.type, reader.decode(entry))
+            while len(collector) > OPEN_STAMPS:
+                yield collector.take()
+        while len(collector):
+            yield collector.take()
+
+
+LATE_NS = 1_000_000_000
+"""A message this much older than results that were taken is of a clock that went back, and no late one."""
+
+
+class ResultCollector:
+    """Joins output messages of one stamp; `take` gives the oldest stamp with all that has come of it."""
+
+    def __init__(self, grid: VoxelGrid) -> None:
+        self._grid = grid
+        self._results: dict[int, Published] = {}
+        self._velocities: dict[int, dict[int, tuple[float, float]]] = {}
+        self._taken_ns = -LATE_NS
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def add(self, kind: str, message: Any) -> None:
+        """Take a message of one of the `KINDS`; one of a result that was taken already is left out.
+
+        Raises:
+            MessageError: it does not fit the grid, or names an unknown class.
+        """
+        if kind == MARKERS:
+            if message.markers:
+                stamp_ns = stamp_to_ns(message.markers[0].header.stamp)
+                self._velocities[stamp_ns] = velocities_from_message(message)
+            return
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        if self._taken_ns - LATE_NS < stamp_ns <= self._taken_ns:
+            return
+        values: dict[str, Any]
+        if kind == DETECTIONS:
+            values = {"boxes": boxes_from_message(message)}
+        elif kind == CLOUD:
+            values = {"occupancy": occupancy_from_message(message, self._grid)}
+        else:
+            values = {"ground": ground_from_message(message)}
+        self._results[stamp_ns] = replace(self._results.get(stamp_ns, Published(stamp_ns)), **values)
+
+    def take(self) -> Published:
+        """Return the oldest stamp's results and forget them."""
+        stamp_ns = self._taken_ns = min(self._results)
+        for old in [stamp for stamp in self._velocities if stamp < stamp_ns]:
+            del self._velocities[old]
+        return _with_velocities(self._results.pop(stamp_ns), self._velocities.pop(stamp_ns, {}))
 
 
 def boxes_from_message(message: Any) -> Boxes3D:
@@ -112,6 +158,14 @@ def occupancy_from_message(message: Any, grid: VoxelGrid) -> Occupancy:
     label[at], confidence[at] = points["label"], points["confidence"]
     state[at] = np.where(points["label"] == FREE, FREE_STATE, OCCUPIED_STATE)
     return Occupancy(label, confidence, state, grid)
+
+
+def ground_from_message(message: Any) -> GroundMap:
+    """Read a nav_msgs/OccupancyGrid of base_link."""
+    info = message.info
+    cells = np.asarray(message.data, np.int8).reshape(info.height, info.width)
+    corner = (info.origin.position.x, info.origin.position.y)
+    return GroundMap(cells, BevGrid(corner, (info.resolution,) * 2, (info.width, info.height)))
 
 
 def _box(bbox: Any) -> tuple[float, ...]:

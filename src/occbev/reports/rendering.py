@@ -116,6 +116,16 @@ def draw_boxes(image: Picture, camera: Camera, boxes: Boxes3D, style: BoxStyle =
     return image
 
 
+def box_lines(camera: Camera, box: ArrayLike) -> list[NDArray[np.float64]]:
+    """Return the straight pieces, pixels (2, 2), by which the edges of a box (7,) of base_link show inside the image."""
+    corners = transform_points(camera.ego2cam, box_corners(np.asarray(box, np.float64)[None, :7])[0])
+    if not camera.lens.is_fisheye and corners[:, 2].max() <= NEAR:
+        return []
+    pieces = [piece for a, b in BOX_EDGES for piece in _image_segments(camera, corners[a], corners[b])]
+    clipped = [_clip(piece, camera.width, camera.height) for piece in pieces]
+    return [piece for piece in clipped if piece is not None]
+
+
 def draw_points(
     image: Picture, camera: Camera, points: ArrayLike, limits: tuple[float, float] = (2.0, 50.0), radius: int = 2
 ) -> Picture:
@@ -163,6 +173,16 @@ def voxel_colours(occupancy: Occupancy, index: NDArray[np.int64]) -> NDArray[np.
     if not occupancy.has_classes:
         return height_colours(occupancy.grid.shape[2])[index[:, 2]]
     return OCCUPANCY_COLOURS[occupancy.label[tuple(index.T)]]
+
+
+def outer_voxels(shown: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the voxels (M, 3) of a volume (X, Y, Z) that have a side where the neighbour is not `shown`."""
+    padded = np.pad(shown, 1)
+    inner = padded[1:-1, 1:-1, 1:-1].copy()
+    for axis in range(3):
+        for step in (-1, 1):
+            inner &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
+    return np.argwhere(shown & ~inner)
 
 
 def camera_mosaic(images: Mapping[str, Picture], width: int = 1600, columns: int = 3) -> Picture:
@@ -355,6 +375,20 @@ def _image_segments(camera: Camera, a: NDArray[np.float64], b: NDArray[np.float6
     pixels, seen = camera.lens.project(a + np.linspace(0, 1, CURVE_PIECES + 1)[:, None] * (b - a))
     for i in np.flatnonzero(seen[:-1] & seen[1:]):
         yield pixels[i : i + 2]
+
+
+def _clip(piece: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64] | None:
+    """Cut a piece at the borders of the image; None where it lies outside (Liang and Barsky, 1984)."""
+    start, along, first, last = piece[0], piece[1] - piece[0], 0.0, 1.0
+    for axis, size in enumerate((width, height)):
+        for step, room in ((-along[axis], start[axis]), (along[axis], size - start[axis])):
+            if step == 0 and room < 0:
+                return None
+            if step < 0:
+                first = max(first, room / step)
+            elif step > 0:
+                last = min(last, room / step)
+    return np.stack([start + first * along, start + last * along]) if first <= last else None
 
 
 def _cut_near(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64] | None:

@@ -11,14 +11,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.classes import OCCUPIED_STATE
+from occbev.classes import FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
 from occbev.inference.preprocess import decode_image
+from occbev.reports.moments import Moment, fit_rig
 from occbev.reports.rendering import Picture, beside, camera_mosaic, draw_points, stack_pictures
-from occbev.rig import Camera
+from occbev.results import Occupancy
+from occbev.rig import Camera, CameraRig
 from occbev_training.data.shards import PairSample
 from occbev_training.occupancy.paper import FORWARD2LIDAR, PAPER_GRID
+
+OTHERS = OCCUPANCY_CLASSES.index("others")
 
 _UNOBSERVED, _FREE, _HIDDEN, _SEEN = (28, 28, 32), (232, 236, 240), (196, 140, 70), (30, 100, 200)
 
@@ -29,6 +33,32 @@ def grid_of(sample: PairSample) -> VoxelGrid:
     if grid.hash != sample.label.grid_hash:
         raise ValueError(f"{sample.key}: label of grid {sample.label.grid_hash}, record of {grid.hash}")
     return grid
+
+
+def pair_moment(sample: PairSample) -> Moment:
+    """Return a pair as a moment: its label as the truth, without classes, and the stored returns as a cloud.
+
+    A label of the published recipe, whose grid stands on the LiDAR, is shown by the centres of its cells.
+    """
+    grid, images = grid_of(sample), dict(sample.images)
+    names = [name for name in sample.calibration["order"] if name in images]
+    cameras = tuple(_camera_at_key(sample.calibration["cameras"][name]) for name in names)
+    clouds = {} if sample.lidar is None else {"returns": sample.lidar}
+    occupancy = None
+    if grid.frame == PAPER_GRID.frame:
+        clouds["occupied_cells"] = _hit_centres(sample, grid).astype(np.float32)
+    else:
+        state = sample.label.state
+        label = np.where(state == OCCUPIED_STATE, OTHERS, FREE).astype(np.uint8)
+        occupancy = Occupancy(label, (state > 0).astype(np.float32), state, grid, has_classes=False)
+    return Moment(
+        int(sample.key.rsplit("/", 1)[-1]),
+        images=images,
+        rig=fit_rig(CameraRig(cameras), images) if cameras else None,
+        true_occupancy=occupancy,
+        clouds=clouds,
+        missing={name: "not in the pair" for name in sample.calibration["order"] if name not in images},
+    )
 
 
 def pair_picture(sample: PairSample, width: int = 1500) -> Picture:

@@ -1,0 +1,153 @@
+"""What is logged for a moment: entities where they belong, boxes and voxels projected through each camera's own lens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rerun", reason="needs the extra view")
+
+from occbev.classes import FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE
+from occbev.geometry import make_transform
+from occbev.grid import BevGrid, VoxelGrid
+from occbev.reports.moments import GroundMap, Moment, fit_rig
+from occbev.reports.rendering import box_lines, outer_voxels
+from occbev.reports.rerun_log import MomentLog
+from occbev.results import Boxes3D, Occupancy
+from occbev.rig import Camera, CameraRig
+
+FORWARD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+AHEAD = make_transform(FORWARD, [1.0, 0, 1.5])
+PINHOLE = Camera("front", 320, 180, np.array([[160.0, 0, 160], [0, 160, 90], [0, 0, 1]]), AHEAD)
+FISHEYE = Camera(
+    "wide/angle", 200, 200, np.array([[60.0, 0, 100], [0, 60, 100], [0, 0, 1]]), AHEAD, "equidistant", (0.0,) * 4
+)
+GRID = VoxelGrid((-8.0, -8.0, -1.0), (0.5, 0.5, 0.5), (60, 32, 6))
+CAR = OCCUPANCY_CLASSES.index("car")
+
+
+def moment(camera: Camera = PINHOLE) -> Moment:
+    label, state = np.full(GRID.shape, FREE, np.uint8), np.ones(GRID.shape, np.uint8)
+    label[36:40, 14:18, 1:4], state[36:40, 14:18, 1:4] = CAR, OCCUPIED_STATE
+    box = np.array([[11, 0, 0.25, 2, 2, 1.5, 0.3, 2, 0], [12, 9, 0.25, 4, 2, 1.5, 0, 0, 0]], np.float32)
+    boxes = Boxes3D(box, np.zeros(2, np.int64), np.array([0.9, 0.1], np.float32))
+    image = np.full((camera.height, camera.width, 3), 128, np.uint8)
+    return Moment(
+        1_700_000_000_000_000_000,
+        images={camera.name: image},
+        rig=CameraRig((camera,)),
+        boxes=boxes,
+        occupancy=Occupancy(label, np.ones(GRID.shape, np.float32), state, GRID),
+        ground=GroundMap(np.zeros((32, 60), np.int8), BevGrid((-8, -8), (0.5, 0.5), (60, 32))),
+        clouds={"top": np.ones((4, 3), np.float32)},
+        latency_ms={"total": 90.0},
+        missing={"rear": "too late"},
+    )
+
+
+class Log(MomentLog):
+    """Keeps what is logged: path -> newest entity."""
+
+    def __init__(self, title: str, cameras: list[str], has_truth: bool = False) -> None:
+        super().__init__(title, cameras, has_truth)
+        self.entities: dict[str, Any] = {}
+        stream, entities = self.stream, self.entities
+
+        class Stream:
+            def log(self, path: str, *parts: Any, **options: Any) -> None:
+                entities[path] = parts[0]
+                stream.log(path, *parts, **options)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(stream, name)
+
+        self.stream = Stream()  # type: ignore[assignment]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    made = Log("test", ["front"])
+    yield made
+    made.close()
+
+
+def numbers(batch: Any) -> np.ndarray:
+    values = batch.as_arrow_array()
+    return np.array(values.to_pylist(), np.float64)
+
+
+def test_boxes_and_voxels_stand_in_base_link(log: Log) -> None:
+    log.log(moment())
+    boxes = log.entities["world/prediction/boxes"]
+    np.testing.assert_allclose(numbers(boxes.centers), [[11, 0, 0.25]])  # the doubtful one is not drawn
+    np.testing.assert_allclose(numbers(boxes.half_sizes), [[1, 1, 0.75]])
+    voxels = numbers(log.entities["world/prediction/voxels"].centers)
+    assert len(voxels) == 4 * 4 * 3 - 2 * 2 * 1, "what is hidden by others is left out"
+    np.testing.assert_allclose([voxels.min(0), voxels.max(0)], [[10.25, -0.75, -0.25], [11.75, 0.75, 0.75]])
+
+
+@pytest.mark.parametrize("camera", [PINHOLE, FISHEYE])
+def test_boxes_and_voxels_lie_on_the_object_in_the_image(camera: Camera) -> None:
+    log = Log("test", [camera.name])
+    log.log(moment(camera))
+    path = "world/cameras/" + camera.name.replace("/", "\\/")
+    centre = camera.project([[11, 0, 0.25]])[0][0]
+    for name, batch in (("boxes", "strips"), ("voxels", "positions")):
+        pixels = numbers(getattr(log.entities[f"{path}/{name}"], batch)).reshape(-1, 2)
+        assert np.abs(pixels.mean(0) - centre).max() < 5
+        assert (pixels >= 0).all()
+        assert (pixels <= (camera.width, camera.height)).all()
+    log.close()
+
+
+def test_what_a_later_moment_lacks_is_cleared(log: Log) -> None:
+    log.log(moment())
+    assert type(log.entities["world/cameras/front/image"]).__name__ == "EncodedImage"
+    log.log(Moment(1_700_000_000_100_000_000))
+    kinds = {path: type(entity).__name__ for path, entity in log.entities.items()}
+    for path in ("world/cameras/front/image", "world/prediction/voxels", "world/lidar/top", "world/ground"):
+        assert kinds[path] == "Clear", path
+
+
+def test_truth_has_its_own_entities(log: Log) -> None:
+    whole = moment()
+    log.log(replace(whole, true_boxes=whole.boxes, true_occupancy=whole.occupancy, boxes=None, occupancy=None))
+    assert "world/prediction/voxels" not in log.entities
+    assert len(numbers(log.entities["world/truth/boxes"].centers)) == 2, "truth has no scores to be shown by"
+    assert "world/cameras/front/truth" in log.entities
+
+
+def test_latency_and_missing_cameras_become_plots(log: Log) -> None:
+    log.log(moment())
+    assert numbers(log.entities["plots/latency/total"].scalars) == [90.0]
+    assert numbers(log.entities["plots/lost/missing_cameras"].scalars) == [1.0]
+
+
+def test_images_larger_than_their_calibration_get_a_rig_of_their_size() -> None:
+    jpeg = cv2.imencode(".jpg", np.zeros((360, 640, 3), np.uint8))[1].tobytes()
+    (camera,) = fit_rig(CameraRig((PINHOLE,)), {"front": jpeg}).cameras
+    assert (camera.width, camera.height) == (640, 360)
+    np.testing.assert_allclose(camera.intrinsic[:2], 2 * PINHOLE.intrinsic[:2])
+
+
+def test_box_lines_are_cut_at_the_borders_and_gone_behind() -> None:
+    whole = box_lines(PINHOLE, [11, 0, 0.25, 2, 2, 1.5, 0])
+    assert len(whole) == 12
+    half = np.concatenate(box_lines(PINHOLE, [6, 5, 1, 4, 2, 1.5, 0]))
+    assert 0 < len(half) < 24
+    assert half[:, 0].min() == pytest.approx(0, abs=1e-9)
+    assert box_lines(PINHOLE, [-11, 0, 0.25, 2, 2, 1.5, 0]) == []
+
+
+def test_outer_voxels_are_those_with_an_open_side() -> None:
+    solid = np.zeros((5, 5, 5), bool)
+    solid[1:4, 1:4, 1:4] = True
+    outer = {tuple(v) for v in outer_voxels(solid).tolist()}
+    assert len(outer) == 26
+    assert (2, 2, 2) not in outer
+    assert len(outer_voxels(np.ones((3, 3, 3), bool))) == 26, "the border of the grid is open"
