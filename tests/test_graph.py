@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import yaml
 from occbev import graph
 from occbev.cli.run import split_assignments, write_values
 from occbev.config import ConfigError
+from occbev.streams.kept_inputs import DROPPED, MISSING, STAGE
 from occbev.streams.parameters import (
     CameraParameters,
     PerceptionParameters,
@@ -77,6 +79,7 @@ def test_the_view_uses_classes_that_exist(view: dict[str, Any]) -> None:
 def test_the_view_listens_to_what_the_node_publishes(view: dict[str, Any]) -> None:
     outputs = {graph.resolve(t.name): t for t in graph.OUTPUT_TOPICS.values()}
     displays = [d for d in view["Visualization Manager"]["Displays"] if "Topic" in d]
+    displays = [d for d in displays if not d["Class"].endswith("/Camera")]
     assert {d["Topic"]["Value"] for d in displays} == set(outputs)
     for display in displays:
         topic = display["Topic"]
@@ -89,6 +92,43 @@ def test_the_view_listens_to_what_the_node_publishes(view: dict[str, Any]) -> No
         shown = {"Map": "OccupancyGrid"}.get(display["Class"].split("/")[1], display["Class"].split("/")[1])
         assert shown == kind
     assert view["Visualization Manager"]["Global Options"]["Fixed Frame"] == PerceptionParameters().base_frame
+
+
+def test_the_view_shows_a_camera_of_the_shipped_parameters(view: dict[str, Any], repository: Path) -> None:
+    parameters = read_parameters(repository / "config/perception.yaml")
+    (camera,) = [d for d in view["Visualization Manager"]["Displays"] if d["Class"].endswith("/Camera")]
+    topic = camera["Topic"]["Value"]
+    assert topic in parameters.image_topics("CAM_FRONT")
+    # RViz looks for the calibration beside the image topic without its transport.
+    beside = topic.removesuffix("/compressed").rsplit("/", 1)[0] + "/camera_info"
+    assert beside == parameters.info_topic("CAM_FRONT")
+    assert camera["Topic"]["Reliability Policy"] == "Best Effort"
+    names = {d["Name"] for d in view["Visualization Manager"]["Displays"]}
+    assert set(camera["Visibility"]) - {"Value"} <= names
+
+
+def test_the_foxglove_layout_shows_what_a_recorded_replay_holds(repository: Path) -> None:
+    layout = json.loads((repository / "config/foxglove/occbev.json").read_text())
+    panels, parameters = layout["configById"], read_parameters(repository / "config/perception.yaml")
+
+    def placed(tree: Any) -> list[str]:
+        return [tree] if isinstance(tree, str) else [*placed(tree["first"]), *placed(tree["second"])]
+
+    assert sorted(placed(layout["layout"])) == sorted(panels)
+    outputs = {graph.resolve(t.name) for t in graph.OUTPUT_TOPICS.values()}
+    for panel in panels.values():
+        assert set(panel.get("topics", {})) <= outputs
+    assert panels["3D!space"]["followTf"] == parameters.base_frame
+    shown = {
+        p["imageMode"]["imageTopic"]: p["imageMode"]["calibrationTopic"] for p in panels.values() if p.get("imageMode")
+    }
+    assert shown == {next(iter(parameters.image_topics(n))): parameters.info_topic(n) for n in parameters.names}
+    paths = {path["value"] for name, p in panels.items() if name.startswith("Plot") for path in p["paths"]}
+    stages = {f"{graph.resolve(STAGE)}{stage}_ms.data" for stage in graph.LATENCY_STAGES}
+    assert {path for path in paths if "processing_time" in path} <= stages
+    others = {path for path in paths if "processing_time" not in path}
+    assert f"{graph.resolve(MISSING)}.data" in others
+    assert all(p.startswith((graph.resolve(DROPPED), graph.resolve(MISSING))) for p in others)
 
 
 def test_a_reliable_reader_needs_a_reliable_writer() -> None:
