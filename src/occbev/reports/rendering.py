@@ -304,7 +304,7 @@ SHIFT = 3
 """Fractional bits of drawing coordinates."""
 
 
-def write_moving_picture(path: str, pictures: Sequence[Picture], rate: float, width: int, quality: int = 35) -> None:
+def write_moving_picture(path: str, pictures: Sequence[Picture], rate: float, width: int, quality: int = 28) -> None:
     """Write pictures of one size as an animation that repeats: .webp, .gif or .avif.
 
     rate: pictures per second. width: in pixels, to which they are scaled. quality: of WebP, 1 to 100.
