@@ -310,6 +310,28 @@ def test_the_transport_profile_is_well_formed_and_large_enough(repository: Path)
     assert set(graph.environment().values()) <= {str(repository / graph.PROFILE)}
 
 
+def test_the_node_keeps_less_shared_memory_than_cameras_and_a_users_profile_holds(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = "{http://www.eprosima.com}"
+    sender, receiver = (ElementTree.parse(repository / p).getroot() for p in (graph.PROFILE, graph.RECEIVER_PROFILE))
+    segments = [int(root.find(f".//{space}segment_size").text) for root in (sender, receiver)]  # type: ignore[union-attr,arg-type]
+    assert segments[1] < segments[0]
+    rest = [[(e.tag, e.text) for e in root.iter() if not e.tag.endswith("segment_size")] for root in (sender, receiver)]
+    assert rest[0] == rest[1]
+    largest = int(receiver.find(f".//{space}maxMessageSize").text)  # type: ignore[union-attr,arg-type]
+    assert segments[1] >= 2 * largest
+    for variable in graph.PROFILE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.delenv("ROS_DISTRO", raising=False)
+    variable = graph.PROFILE_VARIABLES[0]
+    assert graph.environment(receives=True) == {variable: str(repository / graph.RECEIVER_PROFILE)}
+    monkeypatch.setenv(variable, str(repository / graph.PROFILE))
+    assert graph.environment(receives=True) == {variable: str(repository / graph.RECEIVER_PROFILE)}
+    monkeypatch.setenv(variable, "/own/profile.xml")
+    assert graph.environment(receives=True) == graph.environment() == {}
+
+
 def test_the_security_policy_allows_what_the_node_does_and_no_more(repository: Path) -> None:
     root = ElementTree.parse(repository / "config/sros2/perception.policy.xml").getroot()
     allowed = {

@@ -149,6 +149,9 @@ CLOCK = Topic("/clock", "rosgraph_msgs/msg/Clock", Quality("best_effort", depth=
 PROFILE = "config/fastdds_large_images.xml"
 """Fast DDS profile of everything that sends or receives images."""
 
+RECEIVER_PROFILE = "config/fastdds_receiver.xml"
+"""The same for the perception node, which receives images and sends less: its own shared memory is smaller."""
+
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 """Name from Kilted on, name on Humble and Jazzy."""
 
@@ -272,12 +275,23 @@ def player_command(values: Mapping[str, str], extra: Mapping[str, str] | None = 
     return [*command, "--namespace", values["namespace"]] if values.get("namespace") else command
 
 
-def environment() -> dict[str, str]:
-    """Return the environment that large images need, unless the user has chosen a profile."""
-    if any(os.environ.get(variable) for variable in PROFILE_VARIABLES):
+def environment(receives: bool = False) -> dict[str, str]:
+    """Return the environment that large images need, unless the user has chosen a profile.
+
+    receives: of a process that receives images and sends none.
+    """
+    profile = share_path(RECEIVER_PROFILE if receives else PROFILE)
+    chosen = {os.environ[variable] for variable in PROFILE_VARIABLES if os.environ.get(variable)}
+    if chosen - {str(share_path(PROFILE)), str(share_path(RECEIVER_PROFILE))}:
         return {}
     old = os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy")
-    return {PROFILE_VARIABLES[1 if old else 0]: str(share_path(PROFILE))}
+    return {PROFILE_VARIABLES[1 if old else 0]: str(profile)}
+
+
+def own_domain() -> dict[str, str]:
+    """Return the environment that keeps other nodes of this network out of a run, unless the user has chosen a domain."""
+    own = {"ROS_DOMAIN_ID": str(1 + os.getpid() % 100), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    return {name: value for name, value in own.items() if name not in os.environ}
 
 
 def node_arguments(values: Mapping[str, str], extra: Mapping[str, str] | None = None) -> list[str]:

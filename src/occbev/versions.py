@@ -46,6 +46,18 @@ def machine() -> dict[str, str]:
     }
 
 
+VECTOR_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp")
+"""Flags of a CPU that decide how fast a network runs on it."""
+
+
+def vector_instructions() -> str:
+    """Return the CPU's instructions that decide how fast a network runs on it, and whether AMX is among them."""
+    lines = [line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith(("flags", "Features"))]
+    flags = set(lines[0].split(":", 1)[1].split()) if lines else set()
+    found = [name for name in VECTOR_INSTRUCTIONS if name in flags]
+    return " ".join(found) + ("" if any(name.startswith("amx") for name in found) else ", no amx")
+
+
 def _processor() -> str:
     text = _read(Path("/proc/cpuinfo"))
     names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]

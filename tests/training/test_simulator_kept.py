@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("embreex", reason="the simulator casts rays with embreex")
 
 from occbev.grid import GRIDS
-from occbev_training.simulator.drive import DriveConfig
-from occbev_training.simulator.drive_cache import content_hash, keep_drive
+from occbev.messages.bags import BagReader
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
+from occbev_training.simulator.drive_cache import content_hash, keep_drive, keep_pictures
 from occbev_training.simulator.lidar import LidarConfig
 from occbev_training.sources.bags import BagRecording
 from occbev_training.sources.truth import read_truth
@@ -39,6 +40,19 @@ def test_a_drive_is_made_once_and_its_bag_and_truth_agree(tmp_path: Path) -> Non
 
     shutil.rmtree(first.truth)
     assert keep_drive(tmp_path, SEED, CONFIG, 1).made, "a bag without truth is not a drive"
+
+
+def test_pictures_alone_are_those_of_the_drive_and_made_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    bag = keep_pictures(tmp_path, SEED, CONFIG, 1, lambda _, done, total: seen.append(done))
+    assert keep_pictures(tmp_path, SEED, CONFIG, 1, lambda _, done, total: seen.append(done)) == bag
+    assert seen == [1, 2]
+    with BagReader(bag) as reader:
+        assert not [topic for topic in reader.topics if "lidar" in topic]
+        front = list(reader.messages(["/cam_front/image/compressed"]))
+        images = [bytes(reader.decode(message).data) for message in front]
+    drive = SimulatedDrive(SEED, CONFIG)
+    assert images == [drive.frame_set(key).frames["CAM_FRONT"].image for key in range(2)]
 
 
 def test_the_name_follows_the_content() -> None:

@@ -28,6 +28,26 @@ class Options:
 
 
 @dataclass(frozen=True)
+class LiveOptions(Options):
+    """What the live benchmark may be told besides.
+
+    size: (width, height) of the cameras. cameras: how many. rate: image sets a second. seconds: how long they come.
+    """
+
+    size: tuple[int, int] = (1600, 900)
+    cameras: int = 6
+    rate: float = 10.0
+    seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.cameras < 1 or self.rate <= 0 or self.seconds * self.rate < 2:
+            raise ValueError(
+                f"--cameras {self.cameras}, --rate {self.rate:g} and --seconds {self.seconds:g}: "
+                "want a camera and at least two image sets"
+            )
+
+
+@dataclass(frozen=True)
 class Timing:
     """Milliseconds of one method: median of wall clock and of this process's CPU time, and the 95th percentile."""
 
@@ -38,11 +58,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark found. values: in the unit that the key names. ratios: baseline over ours, above 1 is faster."""
+    """What a benchmark found. values: in the unit that the key names. ratios: baseline over ours, above 1 is faster.
+
+    heading, command: of its section in a Markdown file, where the benchmark's name and `--rounds` do not say what ran.
+    """
 
     bench: str
     values: Mapping[str, Any]
     ratios: Mapping[str, float] = field(default_factory=dict)
+    heading: str = ""
+    command: str = ""
 
     def as_record(self) -> dict[str, Any]:
         """The report as plain values, with the machine that it holds for."""

@@ -12,14 +12,17 @@ from occbev.files import replace_file
 from occbev.versions import versions
 
 
-def write_section(path: Path, record: Mapping[str, Any], command: str, day: datetime.date | None = None) -> None:
+def write_section(
+    path: Path, record: Mapping[str, Any], command: str, day: datetime.date | None = None, heading: str = ""
+) -> None:
     """Write a report between its markers in a file; a file or section that is not there is made.
 
-    record: `Report.as_record()`. command: the line that measures it again. day: today if None.
+    record: `Report.as_record()`. command: the line that measures it again. day: today if None. heading: of the
+    section, "" for the benchmark's name.
     """
-    text = path.read_text() if path.exists() else ""
-    section = _section(record, command, day or datetime.date.today())
-    old = re.compile(f"{re.escape(_begin(record['bench']))}.*?{re.escape(_end(record['bench']))}\n", re.S)
+    text, heading = path.read_text() if path.exists() else "", heading or record["bench"]
+    section = _section(record, heading, command, day or datetime.date.today())
+    old = re.compile(f"{re.escape(_begin(heading))}.*?{re.escape(_end(heading))}\n", re.S)
     text = old.sub(lambda _: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}".lstrip()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary:
@@ -35,18 +38,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return rows
 
 
-def _section(record: Mapping[str, Any], command: str, day: datetime.date) -> str:
+def _section(record: Mapping[str, Any], heading: str, command: str, day: datetime.date) -> str:
     machine = record["machine"]
     hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory']}, {machine['system'].split()[0]}"
     lines = [
-        _begin(record["bench"]),
-        f"## {record['bench']}",
+        _begin(heading),
+        f"## {heading}",
         "",
         f"`{command}`, {day.isoformat()}, occbev {versions(())['occbev']}. {hardware}.",
         "",
         *_table("measured", record["values"]),
         *_table("baseline over ours: above 1, ours is better", record["ratios"]),
-        _end(record["bench"]),
+        _end(heading),
     ]
     return "\n".join(lines) + "\n"
 

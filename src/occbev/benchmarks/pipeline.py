@@ -72,10 +72,19 @@ def run(options: Options) -> Report:
 
 def six_cameras() -> CameraRig:
     """Six cameras around a car, of the size and field of view that nuScenes has."""
-    width, height = SIZE
+    return cameras_around(len(HEADINGS))
+
+
+def cameras_around(count: int, size: tuple[int, int] = SIZE) -> CameraRig:
+    """Cameras that look all around a car: six as nuScenes has them, or any other number, evenly turned.
+
+    size: (width, height) of their images.
+    """
+    width, height = size
+    headings = HEADINGS if count == len(HEADINGS) else {f"CAM_{i}": 360 * i / count for i in range(count)}
     cameras = []
-    for name, degrees in HEADINGS.items():
-        focal = 810.0 if name == "CAM_BACK" else 1260.0
+    for name, degrees in headings.items():
+        focal = (810.0 if name == "CAM_BACK" else 1260.0) * width / SIZE[0]
         turn = rotation_from_rpy(0, 0, np.radians(degrees))
         place = turn @ np.array([0.8, 0, 0]) + np.array([0.8, 0, 1.55])
         intrinsic = np.array([[focal, 0, width / 2], [0, focal, height * 0.54], [0, 0, 1]])

@@ -1,6 +1,7 @@
 """Measure the stack on this machine, beside named baselines in the same process.
 
 occbev bench pipeline --rounds 20 --json
+occbev bench live --rate 20 --json
 occbev bench all --markdown docs/benchmarks.md
 """
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from occbev.benchmarks import Options, Report
+from occbev.benchmarks import LiveOptions, Options, Report
 from occbev.benchmarks.markdown import flatten, write_section
 from occbev.cli.progress import status
 
@@ -26,15 +27,17 @@ BENCHES: Mapping[str, str] = {
     "sync": "the synchroniser beside the classic approximate-time search",
     "transport": "images between two processes, with the shipped settings and with the defaults",
     "clouds": "30,000 labelled voxels to a PointCloud2, beside the usual way",
+    "live": "the node under simulated cameras in real time, over DDS: sets, latency, processor time, memory",
 }
 """Name -> one line of help. Each is `occbev.benchmarks.<name>` with `run(options) -> Report`."""
 
-ROS_BENCHES: Mapping[str, str] = {
-    "sync": "bench_sync",
-    "transport": "bench_transport",
-    "clouds": "bench_clouds",
+OTHER_MODULES: Mapping[str, str] = {
+    "sync": "occbev.ros.bench_sync",
+    "transport": "occbev.ros.bench_transport",
+    "clouds": "occbev.ros.bench_clouds",
+    "live": "occbev.cli.bench_live",
 }
-"""Those that know ROS and so live in `occbev.ros`, by module."""
+"""Modules of those that know ROS or, inside a command, the simulator."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,18 +45,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bench_arguments(parser, BENCHES, rounds=20)
     parser.add_argument("--model", default="occbev-tiny", help="model package: a folder, or the name of a shipped one")
     parser.add_argument("--threads", type=int, help="CPU threads of the runtimes (default: the runtime decides)")
+    live = parser.add_argument_group("live")
+    live.add_argument(
+        "--size", type=image_size, default=(1600, 900), metavar="WxH", help="of images (default 1600x900)"
+    )
+    live.add_argument("--cameras", type=int, default=6, help="number of cameras (default 6)")
+    live.add_argument("--rate", type=float, default=10.0, help="image sets a second (default 10)")
+    live.add_argument("--seconds", type=float, default=15.0, help="how long images come (default 15)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run benchmarks and print what they found."""
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: at least 1")
-    return run_benches(args, BENCHES, module_of, Options(args.rounds, args.model, args.threads), "occbev bench")
+    live = (args.size, args.cameras, args.rate, args.seconds)
+    options = LiveOptions(args.rounds, args.model, args.threads, *live)
+    return run_benches(args, BENCHES, module_of, options, "occbev bench")
 
 
 def module_of(bench: str) -> str:
     """Return the full name of a benchmark's module."""
-    return f"occbev.ros.{ROS_BENCHES[bench]}" if bench in ROS_BENCHES else f"occbev.benchmarks.{bench}"
+    return OTHER_MODULES.get(bench, f"occbev.benchmarks.{bench}")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT; raises argparse.ArgumentTypeError saying what is wanted."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: want WIDTHxHEIGHT of at least 16 pixels each, such as 640x360")
+    return width, height
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser, benches: Mapping[str, str], rounds: int) -> None:
@@ -82,7 +105,8 @@ def run_benches(
         else:
             print_record(record, console)
         if args.markdown is not None:
-            write_section(args.markdown, record, f"{command} {name} --rounds {args.rounds}")
+            line = report.command or f"{command} {name} --rounds {args.rounds}"
+            write_section(args.markdown, record, line, heading=report.heading)
     return 0
 
 

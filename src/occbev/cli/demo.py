@@ -30,7 +30,7 @@ from rich.table import Table
 
 from occbev.cli.progress import Progress
 from occbev.geometry import invert_transform
-from occbev.graph import LATENCY_STAGES
+from occbev.graph import LATENCY_STAGES, own_domain
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.reports.moments import Moment
 from occbev.reports.rendering import write_moving_picture, write_picture
@@ -211,20 +211,11 @@ def _play(folder: Path, drive: KeptDrive, package: ModelPackage) -> Played:
     command = [sys.executable, "-m", "occbev", "replay", str(drive.bag), "--record", str(bag)]
     command += ["--model", str(package.folder), "--json", str(account), "--node-log", str(log)]
     command += [argument for value in SCORED for argument in ("--set", value)]
-    done = subprocess.run(command, check=False, env=_own_graph())
+    done = subprocess.run(command, check=False, env={**os.environ, **own_domain()})
     if not account.is_file():
         raise OSError(f"the replay ended with status {done.returncode}; the node's messages are in {log}")
     record = json.loads(account.read_text())
     return Played(bag, record["summary"], record["frames"])
-
-
-def _own_graph() -> dict[str, str]:
-    """Keep other nodes of this network out of the scored run, unless the user has chosen a domain."""
-    own = {
-        "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-    }
-    return {**own, **os.environ}
 
 
 def _score(played: Played, drive: KeptDrive, package: ModelPackage) -> tuple[list[KeyResult], dict[str, Any]]:

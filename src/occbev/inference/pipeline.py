@@ -47,6 +47,7 @@ from occbev.inference.space_calibration import read_calibration
 from occbev.inference.table_cache import TableCache
 from occbev.results import Boxes3D, CameraFrame, FrameSet, GroundGrid, Occupancy, Perception, Timings
 from occbev.rig import Camera, CameraRig
+from occbev.threads import name_thread
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class Pipeline:
         self._wanted, self._settings = backend, settings or RunSettings()
         if self.package.model.past_frames:
             self._settings = replace(self._settings, at_once=1)
-        self._pool = ThreadPoolExecutor(min(4, self._settings.threads or os.cpu_count() or 1), "decode")
+        workers = min(4, self._settings.threads or os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(workers, "prepare", name_thread, ("prepare",))
         self._memory = Memory(self.package.model)
         self._loaded_for = 0
         self.set_rig(rig)

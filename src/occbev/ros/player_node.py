@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import rclpy
 from rclpy.executors import ExternalShutdownException
@@ -19,7 +19,7 @@ from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 
 from occbev.graph import ACCOUNT, CLOCK, OPTIONAL_OUTPUTS, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
-from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter
+from occbev.messages.bags import BagError, BagMessage, BagWriter
 from occbev.messages.readers import header_stamp
 from occbev.ros.executor import SparingExecutor
 from occbev.ros.outputs import time_from_ns
@@ -51,6 +51,23 @@ class PlayerLog:
     published: dict[str, int] = field(default_factory=dict)
 
 
+class Playable(Protocol):
+    """What is played: a `BagReader`, or what looks like one."""
+
+    path: Path
+
+    @property
+    def topics(self) -> Mapping[str, str]: ...
+
+    @property
+    def encodings(self) -> Mapping[str, str]: ...
+
+    @property
+    def span_ns(self) -> tuple[int, int]: ...
+
+    def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What of a bag is played.
@@ -65,7 +82,7 @@ class Plan:
     skipped: dict[str, str]
 
 
-def plan(bag: BagReader, parameters: PerceptionParameters, namespace: str = "") -> Plan:
+def plan(bag: Playable, parameters: PerceptionParameters, namespace: str = "") -> Plan:
     """Hold the configured topics against those of a bag.
 
     Raises:
@@ -93,7 +110,7 @@ def plan(bag: BagReader, parameters: PerceptionParameters, namespace: str = "") 
     return Plan(topics, cameras, tuple(sorted(needed)), skipped)
 
 
-def _publishable(bag: BagReader, namespace: str) -> tuple[dict[str, str], dict[str, str]]:
+def _publishable(bag: Playable, namespace: str) -> tuple[dict[str, str], dict[str, str]]:
     """Split a bag's topics into those that can be played, and topic -> why not."""
     outputs = {resolve(topic.name, namespace) for topic in (OUTPUT_TOPICS | OPTIONAL_OUTPUTS).values()}
     topics, skipped = {}, {}
@@ -118,7 +135,7 @@ class PlayerNode(Node):
 
     def __init__(
         self,
-        bag: BagReader,
+        bag: Playable,
         planned: Plan,
         parameters: PerceptionParameters,
         *,

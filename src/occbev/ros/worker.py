@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from occbev.threads import name_thread
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,7 @@ class Worker(Generic[T]):
         self._stopping = self._all_begun = False
         self._begun: list[T] = []
         self._threads = [
-            threading.Thread(target=target, name=name, daemon=True)
+            threading.Thread(target=self._run_as, args=(name, target), name=name, daemon=True)
             for target, name in ((self._begin_jobs, "perception"), (self._end_jobs, "results"))
         ]
         for thread in self._threads:
@@ -78,6 +80,11 @@ class Worker(Generic[T]):
             for thread in self._threads:
                 thread.join()
         return self._given_up + waiting
+
+    @staticmethod
+    def _run_as(name: str, target: Callable[[], None]) -> None:
+        name_thread(name)
+        target()
 
     def _begin_jobs(self) -> None:
         while True:

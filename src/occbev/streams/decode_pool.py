@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Generic, TypeVar
 
+from occbev.threads import name_thread
+
 Image = TypeVar("Image")
 
 
@@ -16,7 +18,7 @@ class DecodePool(Generic[Image]):
     """Threads that decode at most one image of each camera at a time: large images of one do not hold up the others."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = ThreadPoolExecutor(threads, "decode")
+        self._threads = ThreadPoolExecutor(threads, "decode", name_thread, ("decode",))
         self._unfinished: defaultdict[str, deque[tuple[Future[Image], Callable[[], Image]]]] = defaultdict(deque)
         self._lock = threading.Lock()
 

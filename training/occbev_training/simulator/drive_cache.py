@@ -11,7 +11,7 @@ from pathlib import Path
 
 import occbev
 from occbev_training.simulator.drive import DriveConfig
-from occbev_training.simulator.rendered import RenderedDrive
+from occbev_training.simulator.rendered import PicturedDrive, RenderedDrive
 from occbev_training.sources.bag_writer import write_bag
 from occbev_training.sources.truth import write_truth
 
@@ -61,6 +61,21 @@ def keep_drive(
     write_bag(drive, kept.bag, progress=report("write the bag"))
     write_truth(drive, kept.truth)  # last: a drive without its truth is not there
     return KeptDrive(kept.bag, kept.truth, made=True)
+
+
+def keep_pictures(
+    folder: Path, seed: int, config: DriveConfig, workers: int = 2, progress: Progress | None = None
+) -> Path:
+    """Return a bag below `folder` with the cameras and the odometry of a drive, made if this content is not there yet."""
+    bag = folder / f"pictures-{content_hash(seed, config)}"
+    if not bag.is_dir():
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress("simulate", done, total)
+
+        write_bag(PicturedDrive(seed, config, workers, report), bag)
+    return bag
 
 
 def content_hash(seed: int, config: DriveConfig) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+import numpy as np
+
 from occbev.results import FrameSet, Sweep
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.sources.recording import Annotations, OccupancyTruth
@@ -54,6 +56,34 @@ class RenderedDrive:
         return truth
 
 
+class PicturedDrive:
+    """The cameras of a drive alone, as a `Recording` without sweeps and truth: for runs that only need images."""
+
+    def __init__(self, seed: int, config: DriveConfig, workers: int = 2, progress: Progress | None = None) -> None:
+        """Render all pictures; returns when the last process is done."""
+        drive = SimulatedDrive(seed, config)
+        self.name, self.rig, self.lidar2ego = drive.name, drive.rig, drive.lidar2ego
+        self.trajectory, self.key_stamp_ns = drive.trajectory, drive.key_stamp_ns
+        self.sweep_stamp_ns = np.zeros(0, np.int64)
+        steps = [("pictures", index) for index in range(len(self.key_stamp_ns))]
+        self._rendered = _render(seed, config, steps, workers, progress)
+
+    def sweep(self, index: int) -> Sweep:
+        """There is none: raises IndexError."""
+        raise IndexError(f"{self.name}: sweep {index} of a drive of pictures alone")
+
+    def frame_set(self, key: int) -> FrameSet:
+        """Return the pictures of one key frame."""
+        frame_set: FrameSet = self._rendered["pictures", key]
+        return frame_set
+
+    def annotations(self, key: int) -> None:
+        """There are none."""
+
+    def occupancy_truth(self, key: int) -> None:
+        """There is none."""
+
+
 def _render(
     seed: int, config: DriveConfig, steps: list[tuple[str, int]], workers: int, progress: Progress | None
 ) -> dict[tuple[str, int], Any]:
@@ -78,4 +108,6 @@ def _render_step(kind: str, index: int) -> Any:
     assert _drive is not None, "the worker was started without a drive"
     if kind == "sweep":
         return _drive.sweep(index)
+    if kind == "pictures":
+        return _drive.frame_set(index)
     return _drive.frame_set(index), _drive.annotations(index), _drive.occupancy_truth(index)
