@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
@@ -20,3 +21,9 @@ def keep_large_blocks(kept: int = 512 << 20) -> bool:
     options = ((_MMAP_THRESHOLD, 256 << 20), (_TRIM_THRESHOLD, kept), (_TOP_PAD, 64 << 20))
     accepted = [mallopt(option, value) for option, value in options]
     return all(result == 1 for result in accepted)
+
+
+def return_free_memory() -> None:
+    """Give the system back what is free, such as what loading a network has left; it is wanted once, not in a loop."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

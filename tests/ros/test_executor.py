@@ -21,6 +21,7 @@ from std_msgs.msg import Int32
 
 from occbev.ros.executor import (
     BURST,
+    LONGEST_WAIT_S,
     RARELY_S,
     SparingExecutor,
     call_if_due,
@@ -150,3 +151,47 @@ def test_errors_of_callbacks_come_out_and_what_is_destroyed_is_passed_over() -> 
     rclpy.shutdown(context=context)
     with pytest.raises(ExternalShutdownException):
         executor.spin_once()
+
+
+def test_a_node_without_subscriptions_is_waited_for_without_a_busy_loop() -> None:
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    node = rclpy.create_node("spared", context=context, enable_rosout=False, start_parameter_services=False)
+    executor = SparingExecutor(context=context)
+    executor.add_node(node)
+    began = time.monotonic()
+    for _ in range(4):
+        executor.spin_once(timeout_sec=0.02)
+    assert time.monotonic() - began >= 4 * 0.02
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_a_message_is_taken_at_once_and_a_wait_ends_at_its_limit() -> None:
+    context, taken = rclpy.Context(), []
+    rclpy.init(context=context)
+    node, other = (rclpy.create_node(name, context=context) for name in ("spared", "other"))
+    node.create_subscription(Int32, "numbers", lambda message: taken.append(time.monotonic()), 10)
+    publisher = other.create_publisher(Int32, "numbers", 10)
+    executor = SparingExecutor(context=context)
+    executor.add_node(node)
+    while not publisher.get_subscription_count():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    executor.spin_once()
+    sent: list[float] = []
+
+    def send() -> None:
+        time.sleep(0.01)
+        sent.append(time.monotonic())
+        publisher.publish(Int32(data=1))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while not taken:
+        executor.spin_once(timeout_sec=10.0)
+    thread.join()
+    assert taken[0] - sent[0] < LONGEST_WAIT_S, "by the message, not by the end of the wait"
+    for end in (node, other):
+        end.destroy_node()
+    rclpy.shutdown(context=context)

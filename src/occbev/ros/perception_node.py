@@ -29,7 +29,7 @@ from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, ReliabilityPo
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Float32
 
-from occbev.allocator import keep_large_blocks
+from occbev.allocator import keep_large_blocks, return_free_memory
 from occbev.config import ConfigError
 from occbev.frame_job import FrameJob
 from occbev.graph import (
@@ -141,6 +141,7 @@ class PerceptionNode(LifecycleNode):
         begin = time.monotonic()
         self.parameters = read_node_parameters(self)
         self._pipeline = self._make_pipeline(self.parameters)
+        return_free_memory()
         self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
         self.frame_log.open(self.parameters.frame_log_path)
         self._advertise()
@@ -229,10 +230,9 @@ class PerceptionNode(LifecycleNode):
 
     def _subscribe(self, intake: Intake) -> None:
         images = Quality(SENSOR.reliability, depth=self.parameters.queue_depth)
-        for camera in self.parameters.names:
-            for name, kind in self.parameters.image_topics(camera).items():
-                take = partial(self._on_image, camera, kind == COMPRESSED)
-                self._listen(Topic(name, kind, images, ""), take)
+        for (
+            camera
+        ) in self.parameters.names:  # before the images, which are decoded at the size that calibration asks for
             info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
             self._listen(info, partial(intake.add_info, camera))
         motion = self.parameters.ego_motion
@@ -245,6 +245,10 @@ class PerceptionNode(LifecycleNode):
                 self._listen(replace(topic, name=name), partial(self._on_transforms, static))
             except ImportError as error:
                 self._warn("tf", f"{name} is not read: {error}")
+        for camera in self.parameters.names:
+            for name, kind in self.parameters.image_topics(camera).items():
+                take = partial(self._on_image, camera, kind == COMPRESSED)
+                self._listen(Topic(name, kind, images, ""), take)
         # A step back by less than a second is left to the synchroniser, which drops what is late.
         step_back = Duration(seconds=-self.parameters.sync.reset_s)
         threshold = JumpThreshold(min_forward=None, min_backward=step_back, on_clock_change=False)
@@ -542,7 +546,7 @@ def _qualities(ask: Callable[[str], Any], node: Any, topic: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; returns the exit status."""
-    profile = use_large_image_profile()
+    profile = use_large_image_profile(receives=True)
     kept = keep_large_blocks()
     try:
         rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))

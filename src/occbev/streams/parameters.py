@@ -173,7 +173,7 @@ class PerceptionParameters:
     frame_log_path: str = ""
     """File that gets one JSON line for every key time: processed, or dropped and why; empty for none."""
     executor: str = "sparing"
-    """sparing: ours, looks for messages every 5 ms at half the CPU time; rclpy: its SingleThreadedExecutor, 2 ms sooner."""
+    """sparing: ours, at a part of the processor time; rclpy: its SingleThreadedExecutor."""
     autostart: bool = True
     """Configure and activate at start, without a lifecycle manager."""
     build_only: bool = False
