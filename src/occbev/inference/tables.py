@@ -7,7 +7,9 @@ staged padded gathers (plain ONNX).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,20 +68,32 @@ def lift_points(
     image_size: (width, height). A feature cell stands for the centre of its stride x stride pixels,
     a depth bin for its centre. Points outside the BEV or `lift.z_range` are left out.
     """
-    points = frustum_points(intrinsic, cam2ego, image_size, lift)
-    return place_points(points, lift, bev)
+    rays, depths, origins = _frustum(intrinsic, cam2ego, image_size, lift)
+    # Axis by axis, along memory: half of the time that points with three coordinates side by side take.
+    axes = [
+        np.ascontiguousarray(rays[:, :, axis])[:, None] * depths[:, :, None] + origins[:, axis, None, None]
+        for axis in range(3)
+    ]
+    return _sort_into_cells(axes, lift, bev)
 
 
 def frustum_points(
     intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], lift: LiftConfig
 ) -> NDArray[np.float64]:
     """Return where every depth bin of every feature cell is, (N, D, h, w, 3) in ego; see `lift_points`."""
-    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
-    rays = feature_rays(intrinsic, cam2ego, image_size, lift)
-    depths = depth_scale(intrinsic, lift)[:, None] * bin_depths(lift)  # (N, D)
-    points = rays[:, None] * depths[:, :, None, None] + cam2ego[:, None, None, :3, 3]
+    rays, depths, origins = _frustum(intrinsic, cam2ego, image_size, lift)
+    points = rays[:, None] * depths[:, :, None, None] + origins[:, None, None]
     rows, columns = image_size[1] // lift.stride, image_size[0] // lift.stride
     return points.reshape(*points.shape[:2], rows, columns, 3)
+
+
+def _frustum(
+    intrinsic: ArrayLike, cam2ego: ArrayLike, image_size: tuple[int, int], lift: LiftConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the rays of feature cells (N, h * w, 3) per metre of depth, the depths (N, D), the cameras' places (N, 3)."""
+    intrinsic, cam2ego = np.asarray(intrinsic, np.float64), np.asarray(cam2ego, np.float64)
+    rays = feature_rays(intrinsic, cam2ego, image_size, lift)
+    return rays, depth_scale(intrinsic, lift)[:, None] * bin_depths(lift), cam2ego[:, :3, 3]
 
 
 def feature_rays(
@@ -112,26 +126,34 @@ def place_points(points: ArrayLike, lift: LiftConfig, bev: BevGrid) -> LiftPoint
     points up to one cell below the lower border count as inside.
     """
     points = np.asarray(points)
-    assert np.prod(points.shape[:4]) < 2**31, "frustum indices must fit int32"
+    flat = points.reshape(*points.shape[:2], -1, 3)
+    return _sort_into_cells([flat[..., axis] for axis in range(3)], lift, bev)
+
+
+def _sort_into_cells(axes: Sequence[NDArray[Any]], lift: LiftConfig, bev: BevGrid) -> LiftPoints:
+    """Sort points whose x, y and z are given (N, D, h * w) into cells; see `place_points`."""
+    shape = axes[0].shape
+    assert np.prod(shape) < 2**31, "frustum indices must fit int32"
     lo, hi = lift.z_range
-    places = (
-        (points[..., 0] - bev.lo[0]) / bev.pitch[0],
-        (points[..., 1] - bev.lo[1]) / bev.pitch[1],
-        (points[..., 2] - lo) / (hi - lo) * lift.height_bins,
-    )
-    inside, cells = np.ones(points.shape[:4], bool), []
-    for place, count in zip(places, (*bev.shape, lift.height_bins), strict=True):
-        cells.append((np.trunc if lift.reference_quirks else np.floor)(place))
-        inside &= (cells[-1] >= 0) & (cells[-1] < count)
+    inside, cells = np.ones(shape, bool), []
+    scales = ((bev.lo[0], bev.pitch[0], 1), (bev.lo[1], bev.pitch[1], 1), (lo, hi - lo, lift.height_bins))
+    for axis, (begin, extent, parts), count in zip(axes, scales, (*bev.shape, lift.height_bins), strict=True):
+        place = axis - begin
+        place /= extent
+        place *= parts
+        (np.trunc if lift.reference_quirks else np.floor)(place, out=place)
+        inside &= place >= 0
+        inside &= place < count
+        cells.append(place)
     depth = np.flatnonzero(inside)
-    x, y, z = (axis.reshape(-1)[depth].astype(np.int32) for axis in cells)
+    x, y, z = (axis.reshape(-1).take(depth).astype(np.int32) for axis in cells)
     cell = (z * bev.shape[1] + y) * bev.shape[0] + x
-    bins, rows, columns = points.shape[1:4]
-    pixel = depth // (bins * rows * columns) * (rows * columns) + depth % (rows * columns)
+    size = shape[2]
+    pixel = depth // (shape[1] * size) * size + depth % size
     # Sixteen bits are sorted by radix, ten times faster.
     few = bev.size * lift.height_bins <= 2**16
     order = np.argsort(cell.astype(np.uint16) if few else cell, kind="stable")
-    return LiftPoints(pixel[order].astype(np.int32), depth[order].astype(np.int32), cell[order])
+    return LiftPoints(*(part.take(order).astype(np.int32, copy=False) for part in (pixel, depth, cell)))
 
 
 def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
@@ -188,7 +210,8 @@ def bag_tables(points: LiftPoints, bev: BevGrid, max_points: int, height_bins: i
     table_offset (cells,) int32: where each cell's entries begin, always below max_points.
     """
     check_capacity("frustum points", len(points) + 1, max_points, CAPACITY)
-    offset = np.searchsorted(points.cell, np.arange(bev.size * height_bins)).astype(np.int32)
+    offset = np.zeros(bev.size * height_bins, np.int32)
+    np.cumsum(np.bincount(points.cell, minlength=len(offset))[:-1], out=offset[1:])
     return {
         "table_pixel": _pad(points.pixel, max_points),
         "table_depth": _pad(points.depth, max_points),
