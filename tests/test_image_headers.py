@@ -58,6 +58,21 @@ def test_a_progressive_bomb_is_refused_at_once() -> None:
     assert time.process_time() - began < 0.1
 
 
+def test_an_image_of_one_scan_is_told_without_a_search_and_hidden_scans_are_not_decoded() -> None:
+    assert count_scans(JPEG) == 1
+    assert count_scans(PROGRESSIVE) > 1
+    scan = JPEG[JPEG.index(b"\xff\xda") : -2]
+    more = JPEG[:-2] + 100 * scan + JPEG[-2:]
+    assert count_scans(more) == 1, "libjpeg goes through the first one and no other"
+    decoded = cv2.imdecode(np.frombuffer(more, np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is None or np.array_equal(decoded, cv2.imdecode(np.frombuffer(JPEG, np.uint8), cv2.IMREAD_COLOR))
+    parts = JPEG.index(b"\xff\xda") + 4
+    several = JPEG[:parts] + b"\x01" + JPEG[parts + 1 :] + 100 * scan
+    assert count_scans(several) > MAX_SCANS, "a first scan of one component of three"
+    grey = cv2.imencode(".jpg", PIXELS[..., 0])[1].tobytes()
+    assert count_scans(grey) == 1
+
+
 def test_scans_over_many_pixels_are_refused_and_an_encoders_own_are_not() -> None:
     assert decoding_fault(progressive(6000, 6000, 10)) is None
     with pytest.raises(ImageError, match="a JPEG of 12 scans over 6000x6000 pixels; at most 400000000"):

@@ -215,6 +215,35 @@ def test_reduced_decode_is_close_and_keeps_the_intrinsics() -> None:
     assert decode_image(jpeg(smooth_image(641, 361)), "front", (64, 36)).shape == (361, 641, 3)
 
 
+def test_oversampling_chooses_the_size_that_is_decoded_and_little_else_changes() -> None:
+    data, source = jpeg(smooth_image(640, 360)), camera()
+    images, fitted = {}, []
+    for oversampling in (1.0, 2.0):
+        preprocessor = Preprocessor(replace(SMALL, oversampling=oversampling))
+        decoded = preprocessor.decode(CameraFrame("front", 0, data), source)
+        shape = {1.0: (45, 80, 3), 2.0: (90, 160, 3)}[oversampling]
+        assert isinstance(decoded.image, np.ndarray)
+        assert decoded.image.shape == shape, "at least 64 columns, and at least 128"
+        images[oversampling], network = preprocessor.network_image(decoded.image, source)
+        fitted.append(network.intrinsic)
+    assert np.abs(images[1.0].astype(int) - images[2.0]).mean() < 2.0
+    np.testing.assert_allclose(*fitted, atol=1e-12)
+    with pytest.raises(ConfigError, match=r"image.oversampling 0.5: must be at least 1"):
+        replace(SMALL, oversampling=0.5)
+
+
+def test_a_new_calibration_of_a_camera_holds_at_once() -> None:
+    preprocessor, image = Preprocessor(SMALL), smooth_image(640, 360)
+    first, other = camera(), replace(camera(), intrinsic=camera().intrinsic + np.diag([50.0, 50.0, 0.0]))
+    for source in (first, other, first):
+        _, network = preprocessor.network_image(image, source)
+        np.testing.assert_array_equal(network.intrinsic, network_camera(source, SMALL).intrinsic)
+    frames = FrameSet(0, {"front": CameraFrame("front", 0, image)})
+    rigs = [preprocessor.prepare(frames, CameraRig((source,)))[2] for source in (first, first, other)]
+    assert rigs[0] is rigs[1], "the rig of the same cameras is the same, its hash is not made again"
+    assert rigs[2].hash != rigs[0].hash
+
+
 def test_a_frame_of_another_size_and_equal_aspect_is_scale() -> None:
     source = camera(width=1280, height=720)
     _, fitted = Preprocessor(SMALL).network_image(smooth_image(640, 360), source)

@@ -86,7 +86,13 @@ class ImageConfig:
     lens: str = "rectify"
     """rectify (images become those of a pinhole) or keep (geometry follows the lens, so that a fisheye keeps its field)."""
 
+    oversampling: float = field(default=2.0, compare=False)  # prepared images of either serve the same network
+    """A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves so many pixels for each of the network's, along
+    each axis. 2 is nearer to a full decode, 1 is faster."""
+
     def __post_init__(self) -> None:
+        if not self.oversampling >= 1:
+            raise ConfigError(f"image.oversampling {self.oversampling}: must be at least 1")
         if self.fit not in ("cover", "pad"):
             raise ConfigError(f"image.fit {self.fit!r}: must be cover or pad")
         if self.lens not in ("rectify", "keep"):

@@ -31,6 +31,9 @@ SKY = 0.28
 LEAST_SKY = 0.1
 """With a smaller share above the horizon in the lower rows, the crop is placed by the horizon."""
 
+MAX_FITTED = 256
+"""Cameras and sizes of images whose fit is remembered; a rig has one or two of each camera."""
+
 REDUCED_READ = {
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
@@ -81,25 +84,54 @@ class Fit:
         return cls((scaled_width, config.height), ((scaled_width - config.width) // 2, 0))
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A camera at the size of the images that it delivers, how these are fitted, and the network-size camera."""
+
+    source: Camera
+    camera: Camera
+    fit: Fit
+    network: Camera
+
+    @classmethod
+    def of(cls, source: Camera, size: tuple[int, int], config: ImageConfig) -> _Fitted:
+        """Fit images of a size (width, height); raises ImageError as `fit_camera` does."""
+        camera = fit_camera(source, *size)
+        return cls(source, camera, Fit.of(camera, config), network_camera(camera, config))
+
+
 class Preprocessor:
-    """Turns frame sets into network input; remembers the rectification map of each camera."""
+    """Turns frame sets into network input; remembers how each camera is fitted, and its rectification map."""
 
     def __init__(self, config: ImageConfig) -> None:
         self.config = config
         self._tables = _normalisation(config)
         self._maps: dict[str, tuple[Camera, NDArray[np.int16], NDArray[np.uint16]]] = {}
+        self._fitted: dict[tuple[str, tuple[int, int]], _Fitted] = {}
+        self._rig: CameraRig | None = None
 
     def decode(self, frame: CameraFrame, camera: Camera) -> CameraFrame:
-        """Return the frame with its image as an array, at reduced size where JPEG gives that for free."""
+        """Return the frame with its image as an array, at reduced size where JPEG gives that for free.
+
+        How far it is reduced says `config.oversampling`.
+        """
         if not isinstance(frame.image, bytes):
             return frame
         size = encoded_size(frame.image)
         if size is not None:
-            fit_camera(camera, *size)  # before the work, so that a camera that sends bombs costs only itself
-        return replace(
-            frame,
-            image=decode_image(frame.image, camera.name, Fit.cover(camera.width, camera.height, self.config).scaled),
-        )
+            self._fit(camera, size)  # before the work, so that a camera that sends bombs costs only itself
+        wanted = Fit.cover(camera.width, camera.height, self.config).scaled
+        return replace(frame, image=decode_image(frame.image, camera.name, wanted, self.config.oversampling))
+
+    def _fit(self, camera: Camera, size: tuple[int, int]) -> _Fitted:
+        """Return how images of a size are fitted, made anew where a camera's calibration has changed."""
+        key = camera.name, size
+        known = self._fitted.get(key)
+        if known is None or known.source is not camera:
+            if len(self._fitted) >= MAX_FITTED:
+                self._fitted.clear()
+            known = self._fitted[key] = _Fitted.of(camera, size, self.config)
+        return known
 
     def decode_all(self, frame_set: FrameSet, rig: CameraRig, pool: Executor | None = None) -> FrameSet:
         """Decode every frame of a set that still is bytes, side by side in `pool` if there is one."""
@@ -115,9 +147,9 @@ class Preprocessor:
         Raises:
             ImageError: the image is no uint8 RGB, or its aspect is not the calibration's.
         """
-        camera = match_size(camera, image)
-        fit = Fit.of(camera, self.config)
-        fitted = network_camera(camera, self.config)
+        require_rgb(image, camera.name)
+        known = self._fit(camera, (image.shape[1], image.shape[0]))
+        camera, fit, fitted = known.camera, known.fit, known.network
         if not camera.lens.is_pinhole and self.config.lens == "rectify":
             image = self._rectify(_scale(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
             return self._fill(image), fitted
@@ -151,13 +183,14 @@ class Preprocessor:
             ImageError: naming the camera whose image cannot be used.
         """
         shape = (len(rig), 3, self.config.height, self.config.width)
-        images, valid = np.zeros(shape, np.float32), np.zeros(len(rig), np.float32)
+        images, valid = np.empty(shape, np.float32), np.zeros(len(rig), np.float32)
 
         def place(index: int) -> Camera:
             camera = rig.cameras[index]
             frame = frame_set.frames.get(camera.name)
             if frame is None:
-                return network_camera(camera, self.config)
+                images[index] = 0
+                return self._fit(camera, (camera.width, camera.height)).network
             array = self.decode(frame, camera).image
             assert isinstance(array, np.ndarray)
             pixels, fitted = self.network_image(array, camera)
@@ -166,19 +199,27 @@ class Preprocessor:
             return fitted
 
         cameras = tuple((pool.map if pool else map)(place, range(len(rig))))
-        return images, valid, CameraRig(cameras)
+        return images, valid, self._rig_of(cameras)
+
+    def _rig_of(self, cameras: tuple[Camera, ...]) -> CameraRig:
+        """Return the rig of these cameras, the last one where it is of the very same: its hash takes time."""
+        last = self._rig
+        if (
+            last is None
+            or len(last) != len(cameras)
+            or any(a is not b for a, b in zip(last.cameras, cameras, strict=True))
+        ):
+            last = self._rig = CameraRig(cameras)
+        return last
 
     def normalise(self, pixels: NDArray[np.uint8], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Turn (h, w, 3) RGB into normalised (3, h, w), in the channel order of the model."""
         out = np.empty((3, *pixels.shape[:2]), np.float32) if out is None else out
-        swapped = self.config.channel_order == "bgr_swapped"
-        for channel, table in enumerate(self._tables):
-            np.take(
-                table,
-                pixels[..., 2 - channel if swapped else channel],
-                out=out[channel],
-                mode="clip",
-            )
+        planes = cv2.split(pixels)
+        if self.config.channel_order == "bgr_swapped":
+            planes = planes[::-1]
+        for plane, table, values in zip(planes, self._tables, out, strict=True):
+            cv2.LUT(plane, table, values)
         return out
 
     def _rectify(self, scaled: NDArray[np.uint8], camera: Camera, fitted: Camera) -> NDArray[np.uint8]:
@@ -200,17 +241,19 @@ class Preprocessor:
         )
 
 
-def decode_image(data: bytes, camera: str, wanted: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, camera: str, wanted: tuple[int, int] | None = None, oversampling: float = 2.0
+) -> NDArray[np.uint8]:
     """Decode JPEG or PNG bytes to (H, W, 3) RGB; EXIF rotation is ignored, as calibration ignores it.
 
     wanted: (width, height) that the caller will scale to. A JPEG whose size divides by 2, 4 or 8 is then
-        decoded at the smallest such size that leaves the area filter twice the pixels it needs.
+        decoded at the smallest such size that has `oversampling` times as many pixels along each axis.
     Raises:
         ImageError: neither JPEG nor PNG, cut short, too large, of too many scans, or undecodable.
     """
     if data.startswith(JPEG_START):
         _require_end(data, "JPEG", camera)
-        flags = REDUCED_READ.get(_reduction(data, wanted), cv2.IMREAD_COLOR)
+        flags = REDUCED_READ.get(_reduction(data, wanted, oversampling), cv2.IMREAD_COLOR)
     elif data.startswith(PNG_START):
         _require_end(data, "PNG", camera)
         flags = cv2.IMREAD_COLOR
@@ -234,10 +277,15 @@ def match_size(camera: Camera, image: NDArray[np.uint8]) -> Camera:
     Raises:
         ImageError: the image is no (H, W, 3) uint8 array, or was cropped: its aspect differs by over a pixel.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ImageError(camera.name, f"want an (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}")
+    require_rgb(image, camera.name)
     height, width = image.shape[:2]
     return fit_camera(camera, width, height)
+
+
+def require_rgb(image: NDArray[np.uint8], camera: str) -> None:
+    """Raise ImageError for what is no (H, W, 3) uint8 array."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ImageError(camera, f"want an (H, W, 3) uint8 RGB image, got {image.shape} {image.dtype}")
 
 
 def fit_camera(camera: Camera, width: int, height: int) -> Camera:
@@ -369,14 +417,16 @@ def _require_end(data: bytes, kind: str, camera: str) -> None:
         raise ImageError(camera, f"{kind} of {len(data)} bytes is cut short: its end marker is missing")
 
 
-def _reduction(data: bytes, wanted: tuple[int, int] | None) -> int:
+def _reduction(data: bytes, wanted: tuple[int, int] | None, oversampling: float) -> int:
     size = jpeg_size(data) if wanted else None
     if size is None or wanted is None:
         return 1
     # Only whole divisors: otherwise the last reduced pixel is part padding and the intrinsics would be off.
-    # Twice the wanted pixels: at 1600 -> 352 that differs by 0.35 grey levels from a full decode, four times less
-    # than the next smaller size does, and still saves more than half of the time.
-    fits = [n for n in REDUCED_READ if all(s % n == 0 and s // n >= 2 * w for s, w in zip(size, wanted, strict=True))]
+    fits = (
+        n
+        for n in REDUCED_READ
+        if all(s % n == 0 and s >= n * oversampling * w for s, w in zip(size, wanted, strict=True))
+    )
     return max(fits, default=1)
 
 

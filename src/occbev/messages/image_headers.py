@@ -16,6 +16,9 @@ FRAME_MARKERS = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA})
 OTHER_FRAMES = frozenset(range(0xC5, 0xD0)) - {0xC8, 0xC9, 0xCA, 0xCC}
 """JPEG markers that begin a frame of a kind that libjpeg does not decode."""
 
+SEQUENTIAL = frozenset({0xC0, 0xC1, 0xC9})
+"""Those of `FRAME_MARKERS` that are not progressive."""
+
 MAX_IMAGE_PIXELS = 40_000_000
 """Most pixels of an image where no parameter says otherwise."""
 
@@ -39,26 +42,57 @@ def encoded_size(data: bytes) -> tuple[int, int] | None:
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Return (width, height) from the frame header of a JPEG, found as libjpeg finds it; None where there is none."""
+    at = _find_frame(data)
+    if at is None:
+        return None
+    height, width = struct.unpack_from(">HH", data, at + 5)
+    return width, height
+
+
+def _find_frame(data: bytes) -> int | None:
+    """Return where the frame header of a JPEG begins; None where libjpeg finds none."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0 and at + 9 <= len(data):  # libjpeg skips what is no marker
         marker = data[at + 1]
         if marker in FRAME_MARKERS:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
+            return at
         if marker in OTHER_FRAMES or marker in (0xD8, 0xD9, 0xDA):  # begins again, ends, or has pixels without a frame
             return None
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif 0xD0 <= marker <= 0xD7 or marker in (0x00, 0x01):  # without a length
-            at += 2
-        else:
-            at += 2 + max(2, struct.unpack_from(">H", data, at + 2)[0])
+        at = _next_marker(data, at)
     return None
 
 
+def _next_marker(data: bytes, at: int) -> int:
+    """Return where to look for the marker after the one at `at`."""
+    marker = data[at + 1]
+    if marker == 0xFF:  # a fill byte
+        return at + 1
+    if 0xD0 <= marker <= 0xD7 or marker in (0x00, 0x01):  # without a length
+        return at + 2
+    return int(at + 2 + max(2, struct.unpack_from(">H", data, at + 2)[0]))
+
+
 def count_scans(data: bytes) -> int:
-    """Return how many scans a JPEG may have; a thumbnail in its header counts as well."""
-    return data.count(b"\xff\xda")
+    """Return how many scans a JPEG may have; a thumbnail in its header counts as well.
+
+    A sequential one whose first scan holds all components has one: libjpeg goes through no second, and nothing need be
+    searched.
+    """
+    return 1 if _has_one_scan(data) else data.count(b"\xff\xda")
+
+
+def _has_one_scan(data: bytes) -> bool:
+    at = _find_frame(data)
+    if at is None or data[at + 1] not in SEQUENTIAL or len(data) <= at + 9:
+        return False
+    components, at = data[at + 9], _next_marker(data, at)
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 < len(data):
+        if data[at + 1] == 0xDA:
+            return data[at + 4] == components
+        if data[at + 1] in FRAME_MARKERS | OTHER_FRAMES or data[at + 1] in (0xD8, 0xD9):
+            return False
+        at = _next_marker(data, at)
+    return False
 
 
 def decoding_fault(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> str | None:
