@@ -1,7 +1,7 @@
 """Where space is free: shares of cells within 20 m that the ground grid calls blocked, free or unknown, and its price.
 
-Measured on key frames of a simulated drive by night of world v1, and of the shared PandaSet drive where it is there, whose
-truth is its LiDAR's label.
+Measured on key frames of the demo's drive and of one by night, both of world v1, and of the shared PandaSet drive where it
+is there, whose truth is its LiDAR's label.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from occbev_training.evaluation.space import Frames, SpaceNetwork, dense_frames,
 from occbev_training.metrics.space import SpaceCounts
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 
-SEED, KEYS = 20_009, 100
-"""The simulated drive: 100 key frames at 5 Hz."""
+DRIVES, KEYS = {"demo": 20_054, "night": 20_009}, 100
+"""Seeds of the simulated drives: 100 key frames at 5 Hz each."""
 
 EVERY = 5
 """Every so many key frames are scored."""
 
 
 def run(options: Options) -> Report:
-    """Score both drives; `--rounds` is of the timing."""
+    """Score all drives; `--rounds` is of the timing."""
     package, config = ModelPackage.load(find_package(options.model)), GroundGridConfig()
     values: dict[str, Any] = {
         "model": package.model.name,
         "calibrated_on": read_calibration(package).fitted_on or "nothing",
-        **_named("simulated", score_space(package, simulated_frames(config), config)),
     }
+    for name, seed in DRIVES.items():
+        values |= _named(name, score_space(package, simulated_frames(seed, config), config))
     shared = Path(os.environ.get("OCCBEV_SHARED", "../shared")) / "data" / "pandaset-002a"
     if shared.is_dir():
         values |= _named("pandaset", score_space(package, recorded_frames(shared, package, config), config))
@@ -44,9 +45,9 @@ def _named(drive: str, counts: SpaceCounts) -> dict[str, Any]:
     return {f"{drive}_{name}": value for name, value in counts.as_record().items()}
 
 
-def simulated_frames(config: GroundGridConfig) -> Frames:
-    """Open the simulated drive, rendering only the key frames that are scored."""
-    drive = SimulatedDrive(SEED, DriveConfig(keys=KEYS, key_rate=5.0, image=(640, 360), world="v1"))
+def simulated_frames(seed: int, config: GroundGridConfig) -> Frames:
+    """Open a simulated drive, rendering only the key frames that are scored."""
+    drive = SimulatedDrive(seed, DriveConfig(keys=KEYS, key_rate=5.0, image=(640, 360), world="v1"))
     frames = RecordingFrames([(drive, key) for key in range(0, KEYS, EVERY)])
     return dense_frames(frames, range(len(frames)), config)
 
@@ -62,7 +63,7 @@ def recorded_frames(folder: Path, package: ModelPackage, config: GroundGridConfi
 
 def time_grid(package: ModelPackage, config: GroundGridConfig, rounds: int) -> dict[str, float]:
     """Return what a ground grid costs, in milliseconds."""
-    frame = next(SpaceNetwork(package).frames(simulated_frames(config), config))
+    frame = next(SpaceNetwork(package).frames(simulated_frames(DRIVES["demo"], config), config))
     maker = GroundGridMaker(package.model.grid, read_calibration(package))
     timing = run_interleaved({"grid": lambda: maker.make(frame.evidence, frame.sight, config)}, max(rounds, 20))["grid"]
     return {"grid_ms": round(timing.wall_ms, 2), "grid_cpu_ms": round(timing.cpu_ms, 2)}
