@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = {
     "export": "turn a run's folder or weights into a model package",
     "convert": "turn a published checkpoint into a model package",
     "families": "list every network: parameters, converted keys, parity of its exported graph",
+    "experiment": "test whether occupancy pre-training pays, by a registered plan",
     "bench": "measure parts of training, beside plain baselines",
     "fuzz": "read damaged images, rigs, results, packages and bags: none may crash or hang",
 }

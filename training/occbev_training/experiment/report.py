@@ -1,0 +1,554 @@
+"""Result rows as tables, plots with intervals, one page, and `docs/results.md`; nothing is typed in by hand.
+
+A run that is missing is said to be missing; a tested difference has a verdict only when every paired seed is there.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from occbev_training.experiment.network import CLASSES, MODEL
+from occbev_training.experiment.plan import ARMS, Plan
+from occbev_training.experiment.pool import Pool
+from occbev_training.experiment.runs import Row, tasks_of
+from occbev_training.experiment.statistics import (
+    LEAST_SEEDS,
+    Difference,
+    MatchRecord,
+    compare,
+    holm,
+    interval_of,
+)
+
+NOT_RUN = "not run"
+
+EASY, HARD, FEW_LABELS_SHARE, DEPTHLESS_SHARE = 0.85, 0.25, 0.6, 0.3
+"""Bounds of the trained checks on the mAP of R: at all labels, of few labels to all, and without depth to with it."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report. table: header and rows of text. plot: name and SVG."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
+    plot: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of one plan, taken apart."""
+
+    plan: Plan
+    rows: Sequence[Row]
+    draws: int = 0
+    _records: dict[str, MatchRecord] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def runs(self) -> dict[tuple[str, float, int], Row]:
+        """(arm, percent, seed) -> row of a run on test drives."""
+        return {(row["arm"], row["percent"], row["seed"]): row for row in self.rows if row["kind"] == "run"}
+
+    @cached_property
+    def trials(self) -> list[Row]:
+        """Rows of runs on development drives."""
+        return [row for row in self.rows if row["kind"] == "trial"]
+
+    @property
+    def missing(self) -> list[str]:
+        """Keys of the tasks that have no row."""
+        done = {row["key"] for row in self.rows}
+        return [task.key for task in tasks_of(self.plan) if task.key not in done]
+
+    def record(self, row: Row) -> MatchRecord:
+        """Return the matches of a row."""
+        if row["key"] not in self._records:
+            self._records[row["key"]] = MatchRecord.from_record(row["matches"])
+        return self._records[row["key"]]
+
+    def seeds_of(self, percent: float, *arms: str) -> list[int]:
+        """Return the seeds that every one of the arms was run with."""
+        have = [{seed for arm, share, seed in self.runs if (arm, share) == (one, percent)} for one in arms]
+        return sorted(set.intersection(*have))
+
+    def compare(self, first: str, second: str, percent: float) -> Difference | None:
+        """Compare two arms over the seeds that both have; None without any."""
+        seeds = self.seeds_of(percent, first, second)
+        if not seeds:
+            return None
+        runs = {arm: [self.record(self.runs[arm, percent, seed]) for seed in seeds] for arm in (first, second)}
+        return compare(first, second, runs, self.draws or self.plan.draws)
+
+    @cached_property
+    def tested(self) -> list[Difference | None]:
+        """The registered differences, in their order."""
+        return [self.compare(a, b, self.plan.family_percent) for a, b in self.plan.family]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every paired seed of the registered family was run."""
+        wanted = self.plan.family_seeds
+        return all(difference is not None and len(difference.each) == wanted for difference in self.tested)
+
+    def adjusted(self) -> dict[str, float]:
+        """Return the adjusted p of every registered difference; empty while one cannot be tested."""
+        if not self.complete:
+            return {}
+        p = {name_of(d): d.p for d in self.tested if d is not None and d.p is not None}
+        return holm(p) if len(p) == len(self.plan.family) else {}
+
+
+def name_of(difference: Difference) -> str:
+    """Name of a difference."""
+    return f"{difference.first} - {difference.second}"
+
+
+def sections_of(results: Results, command: str) -> list[Section]:
+    """Return the report, the answer first. command: that which runs the plan."""
+    sections = [
+        _answer(results),
+        _checks(results),
+        _tested(results),
+        *_every_seed(results),
+        _exploratory(results),
+        _curve(results),
+        _by_class(results),
+        _phase1(results),
+        _trials(results),
+        _what_was_run(results, command),
+    ]
+    return [section for section in sections if section.text or section.table or section.plot]
+
+
+def to_markdown(sections: Sequence[Section], pictures: str) -> str:
+    """Return the report as Markdown. pictures: where its plots are, relative to the page."""
+    parts = []
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += section.text
+        if section.table[1:]:
+            header, *rows = section.table
+            lines = [header, tuple("---" for _ in header), *rows]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        if section.plot:
+            parts.append(f"![{section.title}]({pictures}/{section.plot[0]}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def to_page(title: str, sections: Sequence[Section], pictures: Mapping[str, bytes] = {}) -> str:
+    """Return the report as one HTML page with its plots in it. pictures: caption -> PNG, shown at the end."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        parts += [f"<p>{html.escape(text).replace(chr(10), '<br>')}</p>" for text in section.text]
+        if section.table[1:]:
+            header, *rows = section.table
+            cells = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
+            cells += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+            parts.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
+        if section.plot:
+            parts.append(section.plot[1])
+    for caption, data in pictures.items():
+        source = base64.b64encode(data).decode()
+        parts.append(f'<h2>{html.escape(caption)}</h2><img alt="" src="data:image/png;base64,{source}">')
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>body{{font:15px system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}}
+table{{border-collapse:collapse}}td,th{{border:1px solid #ccc;padding:.2em .6em;text-align:left}}
+img{{image-rendering:pixelated;max-width:100%}}svg{{max-width:100%;height:auto}}</style>
+{body}</html>
+"""
+
+
+def _answer(results: Results) -> Section:
+    plan, missing = results.plan, results.missing
+    lines = []
+    adjusted = results.adjusted()
+    for difference, (first, second) in zip(results.tested, plan.family, strict=True):
+        name = f"{first} - {second}"
+        if difference is None or name not in adjusted:
+            have = 0 if difference is None else len(difference.each)
+            least = max(plan.family_seeds, LEAST_SEEDS)
+            lines.append(
+                f"- {name} at {plan.family_percent:g} % of labels: **not tested**, {have} of {least} paired seeds."
+            )
+        else:
+            lines.append(
+                f"- {name} at {plan.family_percent:g} % of labels: **{_verdict(difference, adjusted[name])}** "
+                f"({_points(difference.mean)} mAP, 95 % interval {_range(difference.interval)}, "
+                f"adjusted p = {adjusted[name]:.3f}, {len(difference.each)} paired seeds)."
+            )
+    state = (
+        "Every run of the plan is here."
+        if not missing
+        else f"{len(missing)} of {len(tasks_of(plan))} tasks are not run."
+    )
+    scope = (
+        "A mechanism check: simulated streets, pictures of 96x48, a network of "
+        "a quarter of a million weights. It claims nothing about nuScenes or real roads."
+    )
+    return Section("Answer", (scope, "\n".join(lines), state))
+
+
+def _verdict(difference: Difference, p: float) -> str:
+    if p >= 0.05:
+        return "no difference shown"
+    return "a gain" if difference.mean > 0 else "a loss"
+
+
+def _checks(results: Results) -> Section:
+    found = [check for row in results.rows if row["kind"] == "check" for check in row["checks"]]
+    found += _trained_checks(results)
+    found.sort(key=lambda check: bool(check["passed"]))
+    rows = [
+        (
+            check["name"],
+            _figure(check["value"]),
+            check["bound"],
+            "holds" if check["passed"] else "**fails**",
+            check["meaning"],
+        )
+        for check in found
+    ]
+    text = "On development drives, failed ones first. Those that need no training are run before everything else."
+    return Section("Sanity checks", (text,), (("check", "found", "bound", "", "what it says"), *rows))
+
+
+def _trained_checks(results: Results) -> list[dict[str, Any]]:
+    """Judge the trials of R and of the network without depth, and the wrong-drive control."""
+    seed = results.plan.check_seed
+    scores = {
+        (row["arm"], row["percent"]): row["mAP"]
+        for row in results.trials
+        if row["seed"] == seed and row["key"] == f"trial-{row['arm']}-{row['percent']:g}-seed{seed}"
+    }
+    whole, few, depthless = (scores.get(key) for key in (("R", 100.0), ("R", 5.0), ("K", 100.0)))
+    found = []
+
+    def add(name: str, value: float, bound: str, passed: bool, meaning: str) -> None:
+        found.append({"name": name, "value": value, "bound": bound, "passed": passed, "meaning": meaning})
+
+    if whole is not None:
+        add("mAP of R with all labels", whole, f"<= {EASY}", whole <= EASY, "above it the task is too easy")
+        add(
+            "mAP of R with all labels",
+            whole,
+            f">= {HARD}",
+            whole >= HARD,
+            "below it the task is too hard for these steps",
+        )
+    if whole and few is not None:
+        share = few / whole
+        bound = f"<= {FEW_LABELS_SHARE}"
+        add(
+            "R with 5 % of labels, as a share of all",
+            share,
+            bound,
+            share <= FEW_LABELS_SHARE,
+            "above it labels hardly matter",
+        )
+    if whole and depthless is not None:
+        share = depthless / whole
+        bound = f"< {DEPTHLESS_SHARE}"
+        add("R without depth, as a share of R", share, bound, share < DEPTHLESS_SHARE, "above it depth hardly matters")
+    control = results.compare("X", "R", results.plan.family_percent)
+    if control is not None:
+        null = control.interval[0] <= 0
+        meaning = f"interval {_range(control.interval)} points; labels of another drive must not help"
+        add(f"X - R, {len(control.each)} seeds", control.mean, "not above 0", null, meaning)
+    return found
+
+
+def _tested(results: Results) -> Section:
+    adjusted = results.adjusted()
+    rows = []
+    for difference in results.tested:
+        if difference is not None:
+            name = name_of(difference)
+            p = "-" if difference.p is None or not results.complete else f"{difference.p:.3f}"
+            holm_p = f"{adjusted[name]:.3f}" if name in adjusted else "not tested"
+            each = ", ".join(f"{100 * value:+.2f}" for value in difference.each)
+            rows.append((name, _points(difference.mean), _range(difference.interval), p, holm_p, each))
+    header = ("difference", "mean, points of mAP", "95 % interval", "p, sign flips", "p, Holm", "each seed")
+    text = (
+        "Registered before any test drive was scored. Paired by seed, which sets weights, order, augmentation and the "
+        "labelled drives. Intervals draw seeds, then test drives."
+    )
+    found = [difference for difference in results.tested if difference is not None]
+    plot = ("differences", _plot_differences(results, found)) if found else None
+    title = f"The tested differences, at {results.plan.family_percent:g} % of labels"
+    return Section(title, (text,), (header, *rows), plot)
+
+
+def _every_seed(results: Results) -> list[Section]:
+    sections = []
+    groups: dict[float, dict[str, int]] = defaultdict(dict)
+    for group in results.plan.runs:
+        for arm in group.arms:
+            groups[group.percent][arm] = max(groups[group.percent].get(arm, 0), group.seeds)
+    for percent, arms in sorted(groups.items()):
+        rows = [
+            (str(seed), *(_cell(results, arm, percent, seed, arms[arm]) for arm in arms))
+            for seed in range(max(arms.values()))
+        ]
+        rows.append(("mean", *(_mean_cell(results, arm, percent) for arm in arms)))
+        rows.append(("unseen rig, mean", *(_mean_cell(results, arm, percent, "mAP_unseen_rig") for arm in arms)))
+        drives = results.plan.labelled(percent)
+        text = (f"mAP in percent; {drives} labelled drives, {drives * results.plan.world.keys} frames.",)
+        sections.append(Section(f"Every seed at {percent:g} % of labels", text, (("seed", *arms), *rows)))
+    return sections
+
+
+def _cell(results: Results, arm: str, percent: float, seed: int, seeds: int) -> str:
+    if seed >= seeds:
+        return ""
+    row = results.runs.get((arm, percent, seed))
+    return NOT_RUN if row is None else f"{100 * row['mAP']:.2f}"
+
+
+def _mean_cell(results: Results, arm: str, percent: float, name: str = "mAP") -> str:
+    values = [results.runs[arm, percent, seed][name] for seed in results.seeds_of(percent, arm)]
+    return f"{100 * np.mean(values):.2f}" if values else NOT_RUN
+
+
+def _exploratory(results: Results) -> Section:
+    """Compare every other pair that says something; no test, intervals alone."""
+    pairs = [(arm, "R") for arm in ARMS if arm != "R"] + [
+        ("O", arm) for arm in ("Op", "X", "I-image", "I-view", "I-bev", "V")
+    ]
+    registered = {(a, b, results.plan.family_percent) for a, b in results.plan.family}
+    rows, found = [], []
+    for percent in sorted({group.percent for group in results.plan.runs}):
+        for first, second in pairs:
+            difference = results.compare(first, second, percent)
+            if difference is None or (first, second, percent) in registered:
+                continue
+            found.append(difference)
+            each = ", ".join(f"{100 * value:+.2f}" for value in difference.each)
+            rows.append(
+                (name_of(difference), f"{percent:g} %", _points(difference.mean), _range(difference.interval), each)
+            )
+    if not rows:
+        return Section("Exploratory differences")
+    header = ("difference", "labels", "mean, points of mAP", "95 % interval", "each seed")
+    return Section("Exploratory differences", ("Not tested: intervals alone, of few seeds.",), (header, *rows))
+
+
+def _curve(results: Results) -> Section:
+    percents = sorted({percent for _, percent, _ in results.runs})
+    arms = [arm for arm in ARMS if len({p for a, p, _ in results.runs if a == arm}) > 1]
+    if not arms:
+        return Section("mAP by the share of labels")
+    text = []
+    match = labels_to_match(results)
+    if match is not None:
+        text.append(match)
+    return Section("mAP by the share of labels", tuple(text), (), ("labels", _plot_curve(results, arms, percents)))
+
+
+def labels_to_match(results: Results) -> str | None:
+    """Say at which share of labels R reaches what O has at the tested share, between shares on a log scale."""
+    percent = results.plan.family_percent
+    seeds = results.seeds_of(percent, "O")
+    curve = [
+        (share, float(np.mean([results.runs["R", share, seed]["mAP"] for seed in results.seeds_of(share, "R")])))
+        for share in sorted({p for arm, p, _ in results.runs if arm == "R"})
+    ]
+    if not seeds or len(curve) < 2:
+        return None
+    wanted = float(np.mean([results.runs["O", percent, seed]["mAP"] for seed in seeds]))
+    for (low, below), (high, above) in zip(curve, curve[1:], strict=False):
+        if below <= wanted <= above and above > below:
+            share = low * (high / low) ** ((wanted - below) / (above - below))
+            return f"R needs about {share:.1f} % of the labels to reach what O has with {percent:g} % ({100 * wanted:.2f} mAP)."
+    return f"R reaches what O has with {percent:g} % ({100 * wanted:.2f} mAP) at no share between those that were run."
+
+
+def _by_class(results: Results) -> Section:
+    percent = results.plan.family_percent
+    arms = [arm for arm in ARMS if results.seeds_of(percent, arm)]
+    if not arms:
+        return Section("By class")
+    rows = []
+    for name in CLASSES:
+        means = [
+            [results.runs[arm, percent, seed]["AP"][name] for seed in results.seeds_of(percent, arm)] for arm in arms
+        ]
+        rows.append((name, *(f"{100 * np.mean(values):.2f}" for values in means)))
+    text = (f"AP in percent at {percent:g} % of labels, mean over the seeds of each arm.",)
+    return Section("By class", text, (("class", *arms), *rows))
+
+
+def _phase1(results: Results) -> Section:
+    rows = [
+        (row["arm"], str(row["seed"]), f"{row['occupancy_iou']:.3f}")
+        for row in results.rows
+        if row["kind"] == "phase1" and row["occupancy_iou"] is not None
+    ]
+    if not rows:
+        return Section("Occupancy after phase 1")
+    text = (
+        "IoU of occupied voxels against dense truth where a camera sees them: test drives, and development drives for "
+        f"seed {results.plan.check_seed}. R and D have no occupancy."
+    )
+    return Section("Occupancy after phase 1", (text,), (("arm", "seed", "IoU"), *sorted(rows)))
+
+
+def _trials(results: Results) -> Section:
+    rows = [
+        (row["arm"], f"{row['percent']:g} %", f"{row['lr']:g}", f"{row['encoder_scale']:g}", f"{100 * row['mAP']:.2f}")
+        for row in results.trials
+    ]
+    if not rows:
+        return Section("Runs on development drives")
+    return Section(
+        "Runs on development drives",
+        (f"Seed {results.plan.check_seed}; for checks and for the choice of settings.",),
+        (("arm", "labels", "lr", "encoder scale", "mAP"), *rows),
+    )
+
+
+def _what_was_run(results: Results, command: str) -> Section:
+    plan, world = results.plan, results.plan.world
+    hours: dict[str, float] = defaultdict(float)
+    for row in results.rows:
+        hours[row["kind"]] += row["cpu_hours"]
+    facts = [
+        ("plan", f"`{plan.name}`, hash `{plan.hash}`"),
+        (
+            "drives",
+            f"{world.train.count} train, {world.development.count} development, {world.test.count} test, {world.unseen_rig.count} with an unseen rig; {world.keys} key frames each",
+        ),
+        ("pictures", f"4 of {MODEL.image.width}x{MODEL.image.height}; LiDAR of {world.rings} x {world.columns}"),
+        ("phase 1", f"{plan.pretrain_steps} steps of {plan.batch}"),
+        (
+            "phase 2",
+            f"{plan.finetune_steps} steps of {plan.batch}; R and K {plan.pretrain_steps + plan.finetune_steps}",
+        ),
+        (
+            "CPU hours",
+            ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(hours.items()))
+            + f"; all {sum(hours.values()):.2f}",
+        ),
+    ]
+    arms = {arm for group in plan.runs for arm in group.arms}
+    facts += [(f"arm {arm}", ARMS[arm]) for arm in ARMS if arm in arms]
+    text = [f"```\n{command}\n```"]
+    if plan.departures:
+        text.append("Departures from the design, with reasons:\n\n" + "\n".join(f"- {one}" for one in plan.departures))
+    return Section("What was run", tuple(text), (("", ""), *facts))
+
+
+def _plot_differences(results: Results, differences: Sequence[Difference]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.6 * len(differences)))
+    axes = figure.add_subplot()
+    for place, difference in enumerate(differences):
+        low, high = (100 * value for value in difference.interval)
+        axes.plot([low, high], [place, place], color="#1f4e79", linewidth=3, solid_capstyle="butt")
+        axes.plot(100 * difference.mean, place, "o", color="#1f4e79", markersize=8)
+        axes.plot(
+            100 * np.array(difference.each),
+            np.full(len(difference.each), place + 0.22),
+            "|",
+            color="#555",
+            markersize=9,
+        )
+    axes.axvline(0, color="#999", linewidth=1)
+    axes.set_yticks(range(len(differences)), [name_of(difference) for difference in differences])
+    axes.set_ylim(len(differences) - 0.4, -0.6)
+    axes.set_xlabel(f"points of mAP at {results.plan.family_percent:g} % of labels; bar: 95 % interval, ticks: seeds")
+    return _svg(figure)
+
+
+def _plot_curve(results: Results, arms: Sequence[str], percents: Sequence[float]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.add_subplot()
+    for number, arm in enumerate(arms):
+        shares = [p for p in percents if results.seeds_of(p, arm)]
+        records = [[results.record(results.runs[arm, p, s]) for s in results.seeds_of(p, arm)] for p in shares]
+        means = np.array([100 * np.mean([record.mean_ap()[0] for record in some]) for some in records])
+        bounds = 100 * np.array([interval_of(some, results.draws or results.plan.draws) for some in records])
+        place = np.array(shares) * 1.03**number
+        axes.errorbar(place, means, np.abs(bounds.T - means), marker="o", capsize=3, label=arm)
+    axes.set_xscale("log")
+    axes.set_xticks(percents, [f"{p:g} %" for p in percents])
+    axes.minorticks_off()
+    axes.set_xlabel("labelled drives")
+    axes.set_ylabel("mAP, percent")
+    axes.legend()
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    """Return a figure as SVG that is the same on every run."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "occbev", "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = text.getvalue()
+    return "\n".join(line.rstrip() for line in svg[svg.index("<svg") :].splitlines()) + "\n"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.2f}"
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def draw_frames(pool: Pool, count: int = 4) -> bytes:
+    """Draw the pictures of some frames, one below the other, as PNG: what the network sees."""
+    chosen = np.unique(np.linspace(0, len(pool) - 1, count).round().astype(int))
+    rows = [np.concatenate(list(pool[int(index)].images), axis=1) for index in chosen]
+    large = np.concatenate(rows).repeat(3, axis=0).repeat(3, axis=1)
+    done, data = cv2.imencode(".png", large[..., ::-1])
+    assert done, "OpenCV encodes PNG"
+    return data.tobytes()
+
+
+HEADER = """\
+# Results
+
+What occupancy pre-training gives, by registered experiments. This page is generated from the rows in `docs/results/`;
+every score here can be computed again from them.
+
+"""
+
+
+def write_docs(page: Path, results: Results, command: str) -> None:
+    """Write the page of the documentation and its plots beside it, under `results/`."""
+    sections = sections_of(results, command)
+    folder = page.parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    renamed = []
+    for section in sections:
+        if section.plot is not None:
+            name, svg = f"{results.plan.name}-{section.plot[0]}", section.plot[1]
+            (folder / f"{name}.svg").write_text(svg)
+            section = Section(section.title, section.text, section.table, (name, svg))
+        renamed.append(section)
+    page.write_text(HEADER + to_markdown(renamed, "results"))
