@@ -235,6 +235,8 @@ def perception_process(args: argparse.Namespace, path: Path, frame_log: Path) ->
     assignments += ["use_sim_time:=true", f"frame_log_path:={frame_log}", *args.set]
     command = [sys.executable, "-m", "occbev", "run", *assignments]
     with contextlib.ExitStack() as stack:
+        if args.node_log:
+            args.node_log.parent.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(args.node_log.open("wb")) if args.node_log else None
         process = subprocess.Popen(
             command,

@@ -36,6 +36,10 @@ TOPICS_HEADER = """\
 PARAMETERS_HEADER = "# Parameters of the perception node; docs/topics-and-parameters.md lists all.\n"
 
 
+LOG_WIDTH = 140
+"""Columns of the table where there is no terminal to ask."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
@@ -67,7 +71,15 @@ def run(args: argparse.Namespace) -> int:
     }
     _write(args.out, texts, args.force)
     _print(rig, found, recording.left_out, recording.notes, args.out)
+    print_next(args.bag, args.out)
     return 0
+
+
+def print_next(bag: Path, folder: Path) -> None:
+    """Print what to do with the files, as commands."""
+    topics, parameters = folder / "topics.yaml", folder / "perception.yaml"
+    print(f"Next: occbev overlay {bag} --topics {topics} --out overlay    # check the calibration")
+    print(f"      occbev replay {bag} --params-file {parameters}    # run the node on the bag")
 
 
 def node_parameters(
@@ -134,6 +146,8 @@ def _print(rig: CameraRig, topics: BagTopics, left_out: dict[str, str], notes: l
     for name, reason in left_out.items():
         table.add_row(escape(name), escape(topics.images[name]), "-", "-", f"[yellow]left out: {escape(reason)}")
     console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)

@@ -33,7 +33,9 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability("rclpy", "the nodes", "pip install ros-rclpy ros-common-interfaces ros-rmw-fastrtps-cpp"),
     Capability("vision_msgs", "publishing boxes as Detection3DArray", BUILD.format("vision-msgs")),
     Capability("tf2_msgs", "/tf and /tf_static", BUILD.format("tf2-msgs")),
-    Capability("autoware_perception_msgs", "publishing boxes for Autoware", APT.format("autoware-perception-msgs")),
+    Capability(
+        "autoware_perception_msgs", "publishing boxes for Autoware, optional", APT.format("autoware-perception-msgs")
+    ),
     Capability("tf2_ros", "comparing our transform buffer with tf2's", APT.format("tf2-ros-py")),
     Capability("sensor_msgs_py", "comparing our point clouds with upstream's reader", APT.format("sensor-msgs-py")),
     Capability("tf_transformations", "nothing of ours", APT.format("tf-transformations")),

@@ -95,6 +95,8 @@ def replay_offline(
         replay = OfflineReplay(parameters, load_pipeline(parameters), wants_ground=record is not None)
         replay.feed.topics(bag)
         writer = stack.enter_context(BagWriter(record, latched_outputs())) if record else None
+        if boxes:
+            boxes.parent.mkdir(parents=True, exist_ok=True)
         lines = stack.enter_context(boxes.open("w")) if boxes else None
         for perception in replay.results(bag):
             if writer is not None and encode is not None:
