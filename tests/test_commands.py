@@ -153,7 +153,7 @@ def test_the_demo_ends_with_commands_that_exist_and_can_be_typed_here(tmp_path, 
     program.touch()
     monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
     monkeypatch.setenv("PATH", "")
-    demo.print_next(Path("out/demo/drive-1/bag"))
+    demo.print_next(Path("out/demo/drive-1/bag"), Path("out/demo/run/published"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert {line.split()[1] for line in lines[2:]} <= set(cli.COMMANDS)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     summary = _time(summary, clock)
     (args.out / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
     _print(summary, args.out)
-    print_next(drive.bag)
+    print_next(drive.bag, played.bag)
     return 0 if results and played.accounted else 1
 
 
@@ -312,14 +313,15 @@ def _write_moving(path: Path, results: Sequence[KeyResult], drive: KeptDrive, ra
     CONSOLE.print(f"  {path}: {len(pictures)} pictures, {path.stat().st_size / 1e6:.1f} MB")
 
 
-def print_next(bag: Path) -> None:
+def print_next(bag: Path, results: Path) -> None:
     """Print the commands that a newcomer wants next, as they can be typed here."""
     program = find_program()
     CONSOLE.print("\nNext:")
+    viewer = "" if find_spec("rerun") else " (first: pip install 'rerun-sdk>=0.41')"
     for text, words in {
+        f"the drive and the results in 3D, over time{viewer}": f"view {bag} {results}",
         "the same pipeline without ROS": f"replay {bag} --offline --boxes out/boxes.jsonl",
-        "LiDAR over the images": f"overlay {bag} --out out/overlay",
-        "your own bag": "rig YOUR_BAG --out vehicle",
+        "your own bag: topics, rig, parameters": "rig YOUR_BAG --out vehicle",
     }.items():
         CONSOLE.print(f"  {program} {words}   # {text}", highlight=False, markup=False, soft_wrap=True)
 
