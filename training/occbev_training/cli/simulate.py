@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if args.format != "bag":
         from occbev_training.sources.nuscenes_writer import merge_nuscenes
 
-        print(f"{args.out}: {merge_nuscenes(args.out)} drives")
+        print(f"{args.out}: a nuScenes root of {merge_nuscenes(args.out)} drives")
+    if args.format != "nuscenes":
+        print(f"{args.out / 'bags'}: ROS 2 bags; their truth is in {args.out / 'truth'}")
     return 0
 
 
