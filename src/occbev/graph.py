@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from occbev.share import share_path
+from occbev.share import here_or_shipped, share_path
 
 DEFAULT_CAMERAS = (
     "CAM_FRONT_LEFT",
@@ -212,8 +212,8 @@ def resolve(topic: str, namespace: str = "") -> str:
 
 
 def params_file(values: Mapping[str, str]) -> str:
-    """Return the parameter file that the arguments ask for."""
-    return values.get("params_file") or str(share_path("config/perception.yaml"))
+    """Return the parameter file that the arguments ask for; a shipped one may be named from any folder."""
+    return str(here_or_shipped(values.get("params_file") or "config/perception.yaml"))
 
 
 def parameters(values: Mapping[str, str]) -> dict[str, str | bool]:

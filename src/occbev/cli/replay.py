@@ -35,6 +35,7 @@ from occbev.cli.progress import Progress
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
+from occbev.share import here_or_shipped
 from occbev.streams.frame_log import FrameLogReader, read_frame_log
 from occbev.streams.kept_inputs import keep_inputs
 from occbev.streams.parameters import PerceptionParameters, read_parameters
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FILE.html", help="with --record: a page with cameras and 3D scene"
     )
-    parser.add_argument("--params-file", "--params", type=Path, help="ROS parameter file of the node")
+    parser.add_argument("--params-file", "--params", type=here_or_shipped, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
     parser.add_argument("--backend", default="", help="inference runtime")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")

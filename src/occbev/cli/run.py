@@ -16,9 +16,9 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from occbev import graph
+from occbev.share import here_or_shipped
 from occbev.streams.parameters import find_leaf, fit_value, parse_value
 
 GRACE_S = 8.0
@@ -34,7 +34,7 @@ PARENT_DEATH_SIGNAL = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("assignments", nargs="*", metavar="NAME:=VALUE", help=argument_help())
-    parser.add_argument("--params-file", type=Path, help="ROS parameter file, as params_file:=")
+    parser.add_argument("--params-file", type=here_or_shipped, help="ROS parameter file, as params_file:=")
 
 
 def run(args: argparse.Namespace) -> int:

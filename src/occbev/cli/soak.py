@@ -29,6 +29,7 @@ from occbev.cli.replay import changes, drain, perception_process
 from occbev.messages.bags import BagReader
 from occbev.reports.soak import Watch, account
 from occbev.reports.summaries import LOST, frames_of
+from occbev.share import here_or_shipped
 from occbev.streams.frame_log import read_frame_log
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, help="bag folder, or one .mcap or .db3 file")
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the run")
     parser.add_argument("--rate", type=float, default=2.0, help="playback speed; 1 is the bag's own")
-    parser.add_argument("--params-file", type=Path, help="ROS parameter file of the node")
+    parser.add_argument("--params-file", type=here_or_shipped, help="ROS parameter file of the node")
     parser.add_argument("--model", default="", help="model package: a folder or a shipped name")
     parser.add_argument("--backend", default="", help="inference runtime")
     parser.add_argument("--set", action="append", default=[], metavar="NAME:=VALUE", help="a parameter of the node")

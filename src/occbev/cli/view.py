@@ -29,6 +29,7 @@ from occbev.messages.bags import BagReader
 from occbev.reports.moments import Moment
 from occbev.reports.recorded_outputs import OUTPUTS
 from occbev.reports.rerun_log import MomentLog, import_rerun
+from occbev.share import here_or_shipped
 from occbev.streams.parameters import PerceptionParameters, read_parameters
 from occbev.streams.recorded_moments import recorded_moments
 
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bag with the images, and bag with the results; a folder of pairs; a nuScenes root; none: live",
     )
     add_viewer_arguments(parser)
-    parser.add_argument("--params-file", "--params", type=Path, help="ROS parameter file of the node: names the topics")
+    parser.add_argument(
+        "--params-file", "--params", type=here_or_shipped, help="ROS parameter file of the node: names the topics"
+    )
     parser.add_argument("--model", default="", help="model package of the results; of a nuScenes root: is run on it")
     parser.add_argument("--namespace", default="", help="namespace of a running node")
     parser.add_argument("--scene", help="only this scene of a nuScenes root")
