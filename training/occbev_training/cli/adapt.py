@@ -20,7 +20,7 @@ from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.share import share_path
 from occbev_training.cli import pairs
-from occbev_training.cli.arguments.adapt import KEY_INTERVALS
+from occbev_training.cli.arguments.adapt import KEY_INTERVALS, MIN_TRAVEL
 from occbev_training.cli.arguments.pairs import add_arguments as add_pair_arguments
 from occbev_training.cli.arguments.shared import add_input_arguments
 from occbev_training.cli.inputs import find_inputs
@@ -101,8 +101,8 @@ def _pairs_of(args: argparse.Namespace, model: ModelConfig) -> Path:
         return Path(args.inputs[0])
     out: Path = args.out / "pairs"
     interval = args.key_interval or choose_interval(args)
-    wanted = ["--key-interval", f"{interval:g}", "--window", str(args.window), "--grid", grid_name(model)]
-    workers = ["--lidar", "--workers", str(args.workers)]
+    wanted = ["--key-interval", f"{interval:g}", "--window", str(args.window), "--min-travel", f"{MIN_TRAVEL:g}"]
+    workers = ["--lidar", "--workers", str(args.workers), "--grid", grid_name(model)]
     status = make_pairs([*wanted, *workers, *given_arguments(args, add_input_arguments)], args.inputs, out)
     if not (out / INDEX_NAME).exists():
         raise ConfigError(f"{out}: no pairs could be made (status {status}): 'occbev-train bag-check' says what lacks")

@@ -14,6 +14,7 @@ from rich.console import Console
 from occbev.config import load_config
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev_training.cli.adapt import adapt_config, choose_interval, given_arguments, grid_name
+from occbev_training.cli.arguments.adapt import MIN_TRAVEL
 from occbev_training.cli.arguments.shared import add_bag_arguments, add_input_arguments
 from occbev_training.cli.inputs import find_inputs
 from occbev_training.engine.config import TrainingConfig
@@ -101,6 +102,7 @@ def next_command(args: argparse.Namespace) -> str:
 
 def _pairs_step(args: argparse.Namespace, grid: str, validation: float) -> Step:
     how = ("--key-interval", f"{args.key_interval:g}", "--window", f"{args.window:g}", "--grid", grid, "--lidar")
+    how += ("--min-travel", f"{MIN_TRAVEL:g}")
     words = ("pairs", *map(str, args.inputs), "--out", str(args.out / "pairs"), *how)
     shared = (
         "--workers",

@@ -83,6 +83,7 @@ def _config(args: argparse.Namespace) -> PairConfig:
         args.segment,
         args.min_cameras,
         args.min_support,
+        min_travel=args.min_travel,
         gate=not args.no_gate,
         lidar=args.lidar,
         variant=args.labels,

@@ -25,8 +25,12 @@ INTERVAL_HELP = (
 )
 
 
-WINDOW = 0.5
+WINDOW = 0.25
 """Seconds of sweeps on either side of a label: short, so that little of a drive lies between what is learned and held out."""
+
+
+MIN_TRAVEL = 0.05
+"""Metres between key frames: a vehicle that creeps does not stand."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="smallest share of the expected sweeps",
     )
     parser.add_argument(
+        "--min-travel", type=float, default=0.5, help="metres between key frames; nearer ones count as standing"
+    )
+    parser.add_argument(
         "--no-gate", action="store_true", help="mark pairs that break a limit instead of leaving them out"
     )
     parser.add_argument("--lidar", action="store_true", help="also store the sweep at the key time")
