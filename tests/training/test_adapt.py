@@ -21,7 +21,7 @@ from occbev_training.data.datasets import Collate, TrainingBatch, augmented  # n
 from occbev_training.data.pair_samples import PairSamples  # noqa: E402
 from occbev_training.engine.adapt import divide  # noqa: E402
 from occbev_training.evaluation.label_scores import LabelScores, depth_errors  # noqa: E402
-from occbev_training.losses.adaptation import Teacher, measured_depth, occupied_score  # noqa: E402
+from occbev_training.losses.adaptation import BEYOND, Teacher, measured_depth, occupied_score  # noqa: E402
 from occbev_training.losses.objectives import run_network  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
@@ -124,10 +124,11 @@ def test_depth_errors_are_of_the_nearest_return_and_apart_for_obstacles() -> Non
 
 def test_a_return_decides_the_depth_of_its_cell_and_no_other() -> None:
     logits = torch.zeros(1, 1, 4, 1, 2, requires_grad=True)
-    depth = measured_depth(logits, torch.tensor([[[[2, -1]]]]))
+    depth = measured_depth(logits, torch.tensor([[[[1, -1]]]]))
     assert depth.shape == (1, 4, 1, 2)
     share = depth.softmax(1)[0, :, 0]
-    assert share[2, 0] > 0.99
+    assert share[1 + BEYOND, 0] > 0.99
+    assert measured_depth(logits, torch.tensor([[[[3, -1]]]])).argmax(1)[0, 0, 0] == 3, "the last bin has none beyond"
     torch.testing.assert_close(share[:, 1], torch.full((4,), 0.25))
     assert not depth.requires_grad, "the teacher teaches boxes, not depth"
 

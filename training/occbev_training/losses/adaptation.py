@@ -49,6 +49,11 @@ class SourcedBatch:
 CERTAIN = 12.0
 """Logit of the depth bin that a LiDAR return gives, against those that the network says of the others."""
 
+BEYOND = 1
+"""Bins beyond a return at which its feature cell is splatted: the nearest return of 16x16 pixels lies on the near side,
+and the heads know the network's own depth, which is spread to the far one.
+"""
+
 CENTRE_WEIGHT = 4.0
 """Weight of taught centres against those of labels: probabilities far from 0 and 1 give small losses."""
 
@@ -105,9 +110,15 @@ class Teacher:
 
 
 def measured_depth(logits: Tensor, bins: Tensor) -> Tensor:
-    """Return depth logits (B * N, D, h, w) that are sure of the bin (B, N, h, w) of each return; it is negative without."""
+    """Return depth logits (B * N, D, h, w) that are sure of the bin `BEYOND` that of each return.
+
+    bins: (B, N, h, w), negative without a return.
+    """
     known = (bins >= 0).flatten(0, 1)[:, None]
-    sure = functional.one_hot(bins.clamp(min=0), logits.shape[2]).movedim(-1, 2).flatten(0, 1) * CERTAIN
+    sure = (
+        functional.one_hot((bins + BEYOND).clamp(0, logits.shape[2] - 1), logits.shape[2]).movedim(-1, 2).flatten(0, 1)
+        * CERTAIN
+    )
     return torch.where(known, sure, logits.detach().flatten(0, 1).float())
 
 
