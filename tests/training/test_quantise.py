@@ -21,6 +21,7 @@ from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
 from occbev_training.export.package import ExportError, export_package, ring_rig, write_ir  # noqa: E402
 from occbev_training.export.quantise import (  # noqa: E402
     QuantisationError,
+    _alike,
     _frames,
     agreement,
     check_frames,
@@ -138,6 +139,11 @@ def test_frames_of_a_network_with_a_memory_are_first_ones(tmp_path: Path) -> Non
     inputs = _frames(graph, model, frames())
     assert len(inputs) == 40
     assert all(set(arrays) == names for arrays in inputs)
+
+
+def test_frames_of_another_rig_are_not_compared_in_one_compiled_graph() -> None:
+    two, three = ({"images": np.zeros((1, count, 3, 8, 8)), "points": np.zeros(5)} for count in (2, 3))
+    assert _alike([two, three, two]) == [two, two]
 
 
 def test_agreement_is_one_of_equals_and_falls_with_what_differs() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from occbev.config import ConfigError, ModelConfig, load_config
 from occbev.grid import GRIDS
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.model_package import ModelPackage, find_package
+from occbev.inference.openvino_backend import INT8_GRAPH
 from occbev.share import share_path
 from occbev_training.cli import pairs
 from occbev_training.cli.arguments.adapt import KEY_INTERVALS, MIN_TRAVEL
@@ -27,7 +28,7 @@ from occbev_training.cli.inputs import find_inputs
 from occbev_training.cli.pretrain import Display, signals
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.data.pair_samples import PairSamples, open_pairs
-from occbev_training.data.samples import Samples
+from occbev_training.data.samples import JoinedSamples, Samples
 from occbev_training.data.shards import INDEX_NAME, ShardReader
 from occbev_training.engine.adapt import (
     AdaptConfig,
@@ -48,6 +49,7 @@ from occbev_training.evaluation.label_scores import box_scores
 from occbev_training.evaluation.space import MAX_FRAMES, SpaceError, fit_space, pair_frames
 from occbev_training.export.calibrate import write_calibration
 from occbev_training.export.package import export_package
+from occbev_training.export.quantise import QuantisationError
 from occbev_training.sources.box_labels import TimedBoxes, read_timed_boxes
 
 PICTURES = 3
@@ -192,7 +194,7 @@ def _finish(
     provenance = provenance_of(package, data, config, found)
     extra = [package.path("priors.npz")] if package.has("priors.npz") else []
     with status(console, "exporting and checking the graphs"):
-        written = export_package(found.network, found.model, args.out / "package", provenance, metrics, extra)
+        written, int8 = export_like(package, found, args.out / "package", provenance, metrics, extra, data)
     (args.out / "scores.json").write_text(json.dumps(record, indent=1))
     with status(console, "calibrating its probabilities"):
         calibrated = calibrate_space(args.out / "package", data.held_out)
@@ -203,6 +205,7 @@ def _finish(
         "rehearsed": f"{len(data.rehearsal or ())} simulated frames, half of them through these cameras",
         "training": f"{found.steps} steps, {found.seconds:.0f} s",
         "probabilities": calibrated,
+        "int8 graph": int8,
         "package": f"{args.out / 'package'}, from {package.model.name} ({package.hash})",
     }
     page = {**record, "grid": package.model.grid}
@@ -213,10 +216,35 @@ def _finish(
     if "mean_grid_iou" in record["before"]:
         console.print(f"mean grid: iou {record['before']['mean_grid_iou']:.3f}", highlight=False)
     console.print(f"probabilities: {calibrated}", highlight=False, markup=False)
+    console.print(f"int8 graph: {int8}", highlight=False, markup=False)
     console.print(f"{args.out / 'package'}: predicts {written.predicts}", highlight=False)
     console.print(
         f"look at {args.out / 'report.html'}; next: occbev replay BAG --model {args.out / 'package'}", highlight=False
     )
+
+
+def export_like(
+    package: ModelPackage,
+    found: Adapted,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    extra: Sequence[Path],
+    data: AdaptData,
+) -> tuple[ModelPackage, str]:
+    """Export with an int8 graph where the package it came from has one; returns what came of that graph, too.
+
+    Ranges are taken from the frames that were learned from and rehearsed.
+    """
+    given = found.network, found.model, folder, provenance, metrics, extra
+    if not package.has(INT8_GRAPH):
+        return export_package(*given), f"none: {package.model.name} has none"
+    frames = data.train if data.rehearsal is None else JoinedSamples((data.train, data.rehearsal))
+    try:
+        written = export_package(*given, calibration=frames)
+    except (ImportError, QuantisationError) as error:
+        return export_package(*given), f"none: {error}"
+    return written, f"agrees with float to {written.metrics['int8_agreement']:.3f} (soft intersection over union)"
 
 
 def calibrate_space(folder: Path, held_out: PairSamples) -> str:

@@ -36,7 +36,7 @@ from occbev.inference.model_package import CONFIG_NAME, ModelPackage, PackageErr
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.inference.table_cache import TableCache
 from occbev.rig import Camera, CameraRig
-from occbev_training.data.cache import SampleCache
+from occbev_training.data.samples import Samples
 from occbev_training.export.quantise import check_frames, described, quantise
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.encoders.deformable_conv import plain_operators
@@ -109,7 +109,7 @@ def export_package(
     metrics: Mapping[str, Any],
     extra_files: Sequence[Path] = (),
     cameras: Sequence[int] | None = None,
-    calibration: SampleCache | None = None,
+    calibration: Samples | None = None,
 ) -> ModelPackage:
     """Write a model package and prove its graphs against the network.
 
@@ -161,7 +161,7 @@ def _write(
     metrics: Mapping[str, Any],
     extra_files: Sequence[Path],
     cameras: Sequence[int] | None,
-    calibration: SampleCache | None,
+    calibration: Samples | None,
 ) -> ModelPackage:
     graph = _graph(network, "onnx")
     save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
@@ -269,7 +269,7 @@ def write_ir(network: nn.Module, model: ModelConfig, path: Path, compress: bool)
     return graph
 
 
-def write_int8(graph: openvino.Model, model: ModelConfig, folder: Path, calibration: SampleCache) -> float:
+def write_int8(graph: openvino.Model, model: ModelConfig, folder: Path, calibration: Samples) -> float:
     """Write the quantised graph in place of the rounded one; return how well it agrees with the given one.
 
     One graph for OpenVINO in a package: where bytes are slow, or exactness is asked for, it reads the ONNX graph.

@@ -22,7 +22,8 @@ from occbev.inference.memory import Memory
 from occbev.inference.openvino_backend import shared_core
 from occbev.inference.preprocess import Preprocessor
 from occbev.inference.table_cache import TableCache
-from occbev_training.data.cache import CachedSample, SampleCache
+from occbev_training.data.cache import CachedSample
+from occbev_training.data.samples import Samples
 from occbev_training.evaluation.data import read_cached_rig
 
 KEPT = (
@@ -49,7 +50,7 @@ class QuantisationError(ValueError):
     """A network that cannot be quantised, or is another one afterwards."""
 
 
-def quantise(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> tuple[openvino.Model, float]:
+def quantise(graph: openvino.Model, model: ModelConfig, cache: Samples) -> tuple[openvino.Model, float]:
     """Return a graph with its convolutions in bytes, and its `agreement` with the given one.
 
     cache: prepared frames of drives that the network was trained on, at its size.
@@ -70,7 +71,7 @@ def quantise(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> t
         subset_size=len(frames) - COMPARED_FRAMES,
         ignored_scope=nncf.IgnoredScope(names=find_float_convolutions(folded), types=_other_types(folded)),
     )
-    compared = frames[:COMPARED_FRAMES]
+    compared = _alike(frames[:COMPARED_FRAMES])
     pairs = zip(_probabilities(graph, compared), _probabilities(quantised, compared), strict=True)
     mean = float(np.mean([agreement(before, after) for before, after in pairs]))
     if mean < LEAST_AGREEMENT:
@@ -80,7 +81,7 @@ def quantise(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> t
     return quantised, mean
 
 
-def check_frames(model: ModelConfig, cache: SampleCache) -> None:
+def check_frames(model: ModelConfig, cache: Samples) -> None:
     """Raise QuantisationError if a network cannot be quantised on these frames."""
     wanted = CALIBRATION_FRAMES + COMPARED_FRAMES
     if len(cache) < wanted:
@@ -89,9 +90,9 @@ def check_frames(model: ModelConfig, cache: SampleCache) -> None:
         raise QuantisationError(f"{cache.root}: was prepared for {cache.info.image}, the network takes {model.image}")
 
 
-def described(cache: SampleCache) -> str:
+def described(cache: Samples) -> str:
     """What was quantised and on what, for the card."""
-    drives = len({drive for drive, _ in cache.samples})
+    drives = len(cache.drives)
     return (
         f"convolutions but those of the image stem and of the first two BEV stages, ranges from {CALIBRATION_FRAMES}"
         f" frames, spread evenly over the {len(cache)} of {drives} training drives"
@@ -130,7 +131,7 @@ def agreement(before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]]) -> 
     return min(float(np.minimum(a, b).sum() / np.maximum(a, b).sum()) for a, b in pairs)
 
 
-def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> list[Arrays]:
+def _frames(graph: openvino.Model, model: ModelConfig, cache: Samples) -> list[Arrays]:
     """Inputs of the graph for frames at even steps, in random order; a network with a memory remembers nothing."""
     wanted = CALIBRATION_FRAMES + COMPARED_FRAMES
     steps = np.linspace(0, len(cache) - 1, wanted).astype(int)
@@ -150,6 +151,12 @@ def _frames(graph: openvino.Model, model: ModelConfig, cache: SampleCache) -> li
         return {name: array for name, array in arrays.items() if name in names}
 
     return [inputs(cache[int(index)]) for index in order]
+
+
+def _alike(frames: Sequence[Arrays]) -> list[Arrays]:
+    """Return those frames whose arrays have the shapes of the first: rigs may differ, a compiled graph takes one."""
+    shapes = {name: array.shape for name, array in frames[0].items()}
+    return [frame for frame in frames if {name: array.shape for name, array in frame.items()} == shapes]
 
 
 def _other_types(graph: openvino.Model) -> list[str]:
