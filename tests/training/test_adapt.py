@@ -19,7 +19,8 @@ from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation  # n
 from occbev_training.data.cache import CachedSample, CacheError, CacheInfo  # noqa: E402
 from occbev_training.data.datasets import Collate, TrainingBatch, augmented  # noqa: E402
 from occbev_training.data.pair_samples import PairSamples  # noqa: E402
-from occbev_training.engine.adapt import divide  # noqa: E402
+from occbev_training.engine import adapt  # noqa: E402
+from occbev_training.engine.adapt import average_weights, divide, keep_source  # noqa: E402
 from occbev_training.evaluation.label_scores import LabelScores, depth_errors  # noqa: E402
 from occbev_training.losses.adaptation import BEYOND, Teacher, measured_depth, occupied_score  # noqa: E402
 from occbev_training.losses.objectives import run_network  # noqa: E402
@@ -152,6 +153,37 @@ def test_the_teacher_teaches_boxes_where_the_depth_was_wrong(repository: Path) -
     teacher.terms(output, batch, model)["taught_box"].backward()
     assert network.bev_encoder.down[0] is not teacher.network.bev_encoder.down[0]
     assert any(weight.grad is not None for weight in network.bev_encoder.parameters())
+
+
+def test_weights_are_averaged_and_counters_taken_as_they_are() -> None:
+    old, new = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    with torch.no_grad():
+        new.weight.fill_(3.0)
+    new.num_batches_tracked.fill_(7)
+    mixed = average_weights(old, new, 0.25)
+    assert mixed.weight.tolist() == [1.5, 1.5]
+    assert mixed.num_batches_tracked.item() == 7
+    assert new.weight.tolist() == [3.0, 3.0], "the adapted network stays as it is"
+
+
+@pytest.mark.parametrize(("max_forgotten", "share"), [(1.0, 1.0), (0.1, 0.55), (0.02, 0.4)])
+def test_the_largest_share_of_new_weights_is_taken_that_keeps_the_scores_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, repository: Path, max_forgotten: float, share: float
+) -> None:
+    def score(network: torch.nn.Module, *_: object) -> dict[str, float]:
+        away = network.bias.item()  # of 1 for the adapted weights, 0 for the source's
+        return {"occupancy_iou": 0.5 - 0.08 * away, "car_AP_2m_30m": 0.6 - 0.09 * away}
+
+    monkeypatch.setattr(adapt, "simulated_scores", score)
+    model = load_model(repository / "config/models/occbev-tiny.yaml")
+    source, adapted = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        source.bias.fill_(0.0)
+        adapted.bias.fill_(1.0)
+    network, taken = keep_source(source, adapted, model, drives("a", 2), max_forgotten)
+    assert taken == share
+    assert network.bias.item() == pytest.approx(share)
+    assert keep_source(source, adapted, model, None, max_forgotten)[1] == 1.0, "nothing is rehearsed"
 
 
 def test_only_boxes_from_depth_are_taught(repository: Path) -> None:

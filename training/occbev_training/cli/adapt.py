@@ -41,7 +41,7 @@ from occbev_training.engine.adapt import (
     occupied_voxels,
     provenance_of,
 )
-from occbev_training.engine.rehearsal import make_rehearsal
+from occbev_training.engine.rehearsal import SCORED_DRIVES, make_rehearsal
 from occbev_training.engine.stages import network_outputs, predictor
 from occbev_training.evaluation.adapt_report import Look, write_report
 from occbev_training.evaluation.frames import evaluate
@@ -159,7 +159,7 @@ def _rehearsal(
         return None, None
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("simulated drives to rehearse", total=config.rehearsal_drives + 2)
+        task = progress.add_task("simulated drives to rehearse", total=config.rehearsal_drives + SCORED_DRIVES)
         return make_rehearsal(
             args.out / "rehearsal",
             package.model,
@@ -204,6 +204,7 @@ def _finish(
         "held out": f"{len(data.held_out)} pairs, no sweep of which is in a label that was learned from",
         "rehearsed": f"{len(data.rehearsal or ())} simulated frames, half of them through these cameras",
         "training": f"{found.steps} steps, {found.seconds:.0f} s",
+        "weights": f"{found.share:.0%} of the adapted ones, the rest of {package.model.name}'s",
         "probabilities": calibrated,
         "int8 graph": int8,
         "package": f"{args.out / 'package'}, from {package.model.name} ({package.hash})",

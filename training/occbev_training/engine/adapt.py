@@ -5,6 +5,7 @@ The network keeps all heads. It is stopped by a part of the drives that it does 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +27,9 @@ from occbev_training.data.datasets import SampleDataset
 from occbev_training.data.pair_samples import PairSamples
 from occbev_training.data.samples import Samples
 from occbev_training.engine.config import TrainingConfig
-from occbev_training.engine.stages import make_loader, network_outputs, semantic_counts
+from occbev_training.engine.stages import make_loader, network_outputs, predictor, semantic_counts
 from occbev_training.engine.trainer import Loader, Trainer, tune_process
-from occbev_training.evaluation.frames import Priors
+from occbev_training.evaluation.frames import Priors, evaluate
 from occbev_training.evaluation.label_scores import LabelScores, believed_depth
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
@@ -50,6 +51,12 @@ MANY_DRIVES = 5
 
 FITTED = 8
 """Held-out pairs that the threshold is fitted on, at most."""
+
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
+"""Shares of the adapted weights that are tried, beside those that they began from."""
+
+FORGOTTEN = ("occupancy_iou", "car_AP_2m_30m")
+"""Scores on simulated streets by which forgetting is judged."""
 
 THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7)
 """Least probabilities of free that are tried for the package's `occupancy.min_free`."""
@@ -73,10 +80,14 @@ class AdaptConfig:
     """Share of the drives that stops the training and is scored: whole drives, or the end of each of a few."""
     patience: int = 3
     """Validations in a row without a better one after which it stops."""
+    max_forgotten: float = 0.1
+    """Largest share of a score on simulated streets to lose: the weights are averaged with the package's until it holds."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out {self.held_out}: must be between 0 and 1")
+        if not 0 <= self.max_forgotten <= 1:
+            raise ConfigError(f"max_forgotten {self.max_forgotten}: must be between 0 and 1")
         if min(self.rehearsal, self.taught, self.rehearsal_drives) < 0:
             raise ConfigError("rehearsal, taught and rehearsal_drives must be at least 0")
         if min(self.rehearsal_keys, self.patience) < 1:
@@ -95,12 +106,16 @@ class AdaptData:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What came of it. before, after: records of `LabelScores` on the held-out pairs. min_free: best there."""
+    """What came of it.
+
+    before, after: records of `LabelScores` on the held-out pairs. share: of the adapted weights, see `average_weights`.
+    """
 
     network: nn.Module
     model: ModelConfig
     before: Mapping[str, Any]
     after: Mapping[str, Any]
+    share: float
     steps: int
     seconds: float
 
@@ -156,9 +171,49 @@ def adapt(
         progress = trainer.progress
         with replace_file(done) as path:
             path.write_text(json.dumps({"steps": progress.step, "seconds": progress.seconds}))
-    best = load_network(package, folder / BEST if (folder / BEST).exists() else None)
+    adapted = load_network(package, folder / BEST if (folder / BEST).exists() else None)
+    best, share = keep_source(load_network(package), adapted, package.model, data.forgotten, config.max_forgotten)
     model, after = fit_threshold(best, package, data.held_out)
-    return Adapted(best, model, before, after, **json.loads(done.read_text()))
+    return Adapted(best, model, before, after, share, **json.loads(done.read_text()))
+
+
+def keep_source(
+    source: nn.Module, adapted: nn.Module, model: ModelConfig, samples: Samples | None, max_forgotten: float
+) -> tuple[nn.Module, float]:
+    """Return the network with the largest share of the adapted weights that keeps the source's scores, and that share.
+
+    samples: simulated streets; without them nothing is averaged. Where no share of SHARES keeps enough, it is the one
+    that keeps most.
+    """
+    before = {} if samples is None else simulated_scores(source, model, samples)
+    kept: dict[float, float] = {}
+    for share in SHARES:
+        network = average_weights(source, adapted, share)
+        if samples is None or not any(before.values()):
+            return network, share
+        after = simulated_scores(network, model, samples)
+        kept[share] = min(after[name] / score for name, score in before.items() if score)
+        if kept[share] >= 1 - max_forgotten:
+            return network, share
+    most = max(kept, key=lambda share: kept[share])
+    return average_weights(source, adapted, most), most
+
+
+def simulated_scores(network: nn.Module, model: ModelConfig, samples: Samples) -> dict[str, float]:
+    """Return those of the scores `FORGOTTEN` that the network has on simulated streets."""
+    scores = evaluate(samples, predictor(network, model, samples), model).summary()
+    return {name: scores[name] for name in FORGOTTEN if name in scores}
+
+
+def average_weights(source: nn.Module, adapted: nn.Module, share: float) -> nn.Module:
+    """Return a network of `share` of the adapted weights and the rest of the source's (Wortsman et al. 2022)."""
+    network, old = copy.deepcopy(adapted), source.state_dict()
+    state = {
+        name: torch.lerp(old[name], new, share) if new.is_floating_point() else new
+        for name, new in adapted.state_dict().items()
+    }
+    network.load_state_dict(state)
+    return network.eval()
 
 
 def _trainer(
@@ -337,6 +392,7 @@ def provenance_of(package: ModelPackage, data: AdaptData, config: AdaptConfig, f
         "data_hash": data.train.hash,
         "held_out_pairs": len(data.held_out),
         "rehearsed": 0 if data.rehearsal is None else len(data.rehearsal),
+        "share_of_adapted_weights": found.share,
         "steps": found.steps,
         "seconds": round(found.seconds, 1),
         "seed": config.training.seed,

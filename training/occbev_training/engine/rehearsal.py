@@ -20,6 +20,9 @@ from occbev_training.sources.recording import Recording
 FIRST_SEED = 500
 """Seed of the first rehearsed drive, among those for training."""
 
+SCORED_DRIVES = 2
+"""Further drives through the simulator's own rig that show what is forgotten."""
+
 KEY_RATE = 0.5
 """Key frames a second: far apart, so that few frames show much."""
 
@@ -52,7 +55,8 @@ def make_rehearsal(
 ) -> tuple[JoinedSamples, JoinedSamples]:
     """Render the drives that are not there yet; returns samples to rehearse, and others to see what is forgotten.
 
-    rig: the user's cameras at network size. Half of the drives, rounded up, are seen through it.
+    rig: the user's cameras at network size. Half of the drives, rounded up, are seen through it; those that show what
+    is forgotten are seen through the simulator's own.
     """
     image, grid = model.image, in_base_link(model).grid
     config = PrepareConfig(image, grid, None)
@@ -60,17 +64,18 @@ def make_rehearsal(
     parts = {"this_rig": (drives + 1) // 2, "own_rig": drives // 2}
     learned, held_out = [], []
     for part, count in parts.items():
-        if not count:
-            continue
+        scored = SCORED_DRIVES if part == "own_rig" else 0
         through = rig if part == "this_rig" else None
         first = FIRST_SEED if part == "this_rig" else FIRST_SEED + parts["this_rig"]
         drive = DriveConfig(keys=keys, key_rate=KEY_RATE, image=size, rig=through, grid=grid)
-        jobs = {f"sim-{s:06d}": Rehearse(s, drive) for s in range(first, first + count + 1)}
+        jobs = {f"sim-{s:06d}": Rehearse(s, drive) for s in range(first, first + count + scored)}
         for report in prepare_drives(jobs, folder / part, config, workers):
             if report.problem:
                 raise CacheError(f"drive {report.name}: {report.problem}")
             finished(f"{part}/{report.name}", report.samples)
         names = sorted(jobs)
-        learned.append(open_cache(folder / part, names[:-1]))
-        held_out.append(open_cache(folder / part, names[-1:]))
+        if count:
+            learned.append(open_cache(folder / part, names[:count]))
+        if scored:
+            held_out.append(open_cache(folder / part, names[count:]))
     return JoinedSamples(tuple(learned)), JoinedSamples(tuple(held_out))
