@@ -6,7 +6,7 @@ A shape stands in its own frame: x forward, z up, origin below the middle of its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,13 +25,29 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Trim:
+    """Material rows of the small parts that cars of world v2 have: rims and handles, plates, gaps and grilles."""
+
+    metal: int
+    plate: int
+    gap: int
+
+
+@dataclass(frozen=True)
 class Parts:
-    """Material rows that vehicles share: dark rubber and metal, glass, lamps."""
+    """Material rows that vehicles share: dark rubber and metal, glass, lamps; trim where cars have small parts."""
 
     rubber: int
     glass: int
     front_lamp: int
     rear_lamp: int
+    trim: Trim | None = None
+
+    def add_trim(self, table: MaterialTable) -> Parts:
+        """Return the same parts and those of the trim."""
+        greys = (linear(np.full(3, grey)) for grey in (0.62, 0.85, 0.1))
+        metal, plate, gap = (table.add(grey, gloss=gloss) for grey, gloss in zip(greys, (0.2, 0, 0), strict=True))
+        return replace(self, trim=Trim(metal, plate, gap))
 
     @classmethod
     def create(cls, table: MaterialTable) -> Parts:
@@ -110,6 +126,37 @@ def _car(builder: MeshBuilder, table: MaterialTable, parts: Parts, rng: np.rando
     for y in (-side, side):
         builder.box((half - nose - 0.35, y, belt + 0.06), (0.16, 0.14, 0.13), paint)
     builder.box((-half + 0.02, 0, 0.42), (0.08, width * 0.9, 0.22), parts.rubber)
+    if parts.trim is not None:
+        _trim_car(builder, kind, (length, width, height), belt, radius, parts.trim)
+
+
+def _trim_car(
+    builder: MeshBuilder, kind: str, size: tuple[float, float, float], belt: float, radius: float, trim: Trim
+) -> None:
+    """Add rims, gaps of doors, handles, sills, window posts, number plates and a grille."""
+    length, width, height = size
+    half, side = length / 2, width / 2
+    rear, front, rear_top, front_top = (v * length for v in _CABIN[kind])
+    for y in (-1, 1):
+        for x in (-0.3 * length, 0.31 * length):
+            outer = y * (side + 0.01)
+            builder.cylinder(
+                (x, outer, radius), (x, outer + 0.012 * y, radius), (0.62 * radius,) * 2, trim.metal, sides=10
+            )
+        for x in (0.16 * length, -0.05 * length, -0.24 * length):
+            builder.beam((x, y * side * 1.003, 0.28), (x, y * side * 0.955, belt), 0.022, trim.gap)
+        for x in (0.0, -0.2 * length):
+            builder.box((x, y * side * 0.975, belt - 0.13), (0.17, 0.04, 0.03), trim.metal)
+        builder.beam((-half * 0.9, y * side, 0.27), (0.22 * length, y * side, 0.27), 0.07, trim.gap)
+        builder.beam((rear, y * side * 0.95, belt), (front, y * side * 0.95, belt), 0.03, trim.metal)
+        middle, top = (rear + front) / 2, (rear_top + front_top) / 2
+        builder.beam((middle, y * width * 0.477, belt), (top, y * width * 0.39, height - 0.04), 0.07, trim.gap)
+    for x in (-half - 0.02, half - 0.01):
+        builder.box((x, 0, 0.45), (0.03, 0.5, 0.12), trim.plate)
+    builder.box((half - 0.03, 0, 0.6), (0.06, width * 0.52, 0.14), trim.gap)
+    builder.box((half - 0.03, 0, 0.32), (0.08, width * 0.7, 0.1), trim.gap)
+    for x in (-half * 0.93, -half * 0.7):
+        builder.beam((x, -side * 0.85, belt + 0.004), (x, side * 0.85, belt + 0.004), 0.014, trim.gap)
 
 
 def _hood(builder: MeshBuilder, x0: float, x1: float, side: float, belt: float, paint: int) -> None:

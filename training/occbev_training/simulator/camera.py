@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.rig import Camera, CameraRig
-from occbev_training.simulator.materials import Materials, albedo, noise
+from occbev_training.simulator.materials import FACADE, PANES, Materials, albedo, noise
 from occbev_training.simulator.raycast import F32, Hits, StreetScene
 from occbev_training.simulator.world import Light
 
@@ -115,6 +115,17 @@ def pixel_rays(camera: Camera, step: int = 1) -> F32:
     return (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Mirror:
+    """Glossy points (R, 3) in the world, the rays that see them, normals, cosines between these (R,), gloss (R,)."""
+
+    points: F32
+    rays: F32
+    normal: F32
+    facing: F32
+    gloss: F32
+
+
 class Painter:
     """Renders pictures of one street."""
 
@@ -151,7 +162,7 @@ class Painter:
             radiance = np.asarray(
                 cv2.resize(np.minimum(radiance, 6.0), whole, interpolation=cv2.INTER_AREA), np.float32
             )
-        return _develop(radiance, exposure, rng)
+        return self.develop(radiance, exposure, rng)
 
     def radiance(self, camera: Camera, ego2world: NDArray[np.float64]) -> F32:
         """Linear RGB (H * W, 3) seen by every pixel."""
@@ -164,7 +175,7 @@ class Painter:
         hits = self.scene.first(np.broadcast_to(origin, directions.shape), directions)
         colour = np.empty_like(directions)
         missed, seen = np.flatnonzero(hits.triangle < 0), np.flatnonzero(hits.triangle >= 0)
-        colour[missed] = _sky(self.light, directions[missed])
+        colour[missed] = self.sky(directions[missed])
         distance, rays = hits.distance[seen], directions[seen]
         openness = self._openness(hits, origin, directions, (camera.height, camera.width))[seen]
         surface = self._shade(seen, hits, origin, rays, openness, float(camera.intrinsic[0, 0]), ego2world)
@@ -203,10 +214,26 @@ class Painter:
             lighting += _headlights(points, normal, ego2world) * np.float32(light.night * 0.5)
         colour = base * lighting
         shiny = np.flatnonzero(gloss > 0)
-        mirrored = rays[shiny, 2] + 2 * facing[shiny] * normal[shiny, 2]
         fresnel = (gloss[shiny] * (0.35 + 0.65 * (1 - facing[shiny]) ** 3))[:, None]
-        colour[shiny] += fresnel * (_reflect(light, mirrored) - colour[shiny])
+        mirror = Mirror(points[shiny], rays[shiny], normal[shiny], facing[shiny], gloss[shiny])
+        colour[shiny] += fresnel * (self.reflection(mirror) - colour[shiny])
         return colour + self._glow(material, glass, uv)
+
+    def sky(self, directions: F32) -> F32:
+        """Colour of the sky (R, 3) in directions (R, 3)."""
+        return _sky(self.light, directions)
+
+    def reflection(self, mirror: Mirror) -> F32:
+        """Light (R, 3) that glossy points mirror."""
+        return _reflect(self.light, mirror.rays[:, 2] + 2 * mirror.facing * mirror.normal[:, 2])
+
+    def hidden(self, camera: Camera, rays: F32) -> NDArray[np.bool_]:
+        """Which rays (R, 3) of a camera's frame end at the vehicle itself: none."""
+        return np.zeros(len(rays), bool)
+
+    def develop(self, radiance: F32, exposure: Exposure, rng: np.random.Generator) -> NDArray[np.uint8]:
+        """Turn light (H, W, 3) into a picture."""
+        return _develop(radiance, exposure, rng)
 
     def _sunlight(self, points: F32, normal: F32) -> F32:
         """Cosine of the sun on each point, 0 in shadow."""
@@ -242,8 +269,10 @@ class Painter:
     def _glow(self, material: NDArray[np.int32], glass: F32, uv: F32) -> F32:
         """Lamps and some lit windows, after dusk."""
         glow = self.materials.glow[material] * np.float32(self.light.night * 0.5)
-        windows = self.materials.kind[material] == 3
-        lit = glass * (noise(np.floor(uv / 3.0) * 7.3, 0.9) > 0.62)
+        kind = self.materials.kind[material]
+        windows = (kind == FACADE) | (kind == PANES)
+        room = np.where(kind[:, None] == PANES, uv, uv / 3.0)
+        lit = glass * (noise(np.floor(room) * 7.3, 0.9) > 0.62)
         return glow * np.where(windows, lit * 0.35, 1.0)[:, None].astype(np.float32)
 
 

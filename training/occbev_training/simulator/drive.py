@@ -24,6 +24,7 @@ from occbev.results import CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.simulator.camera import Exposure, Painter, build_rig, firing_times, pixel_rays
+from occbev_training.simulator.detailed_camera import DetailedPainter
 from occbev_training.simulator.lidar import EgoMotion, Lidar, LidarConfig, Scan, mount_lidar
 from occbev_training.simulator.raycast import StreetScene
 from occbev_training.simulator.rigs import draw_vehicle
@@ -38,8 +39,9 @@ SEED_RANGES: Mapping[str, range] = {
 }
 """Which seeds a split may use: a drive seen in training is never scored."""
 
-WORLDS = ("v1",)
-"""Versions of the streets; a seed draws the same street of a version for ever."""
+WORLDS = ("v1", "v2")
+"""Versions of the streets; a seed draws the same street of a version for ever. v2 has facades with relief, leafy trees,
+worn roads, car parks and cameras that expose for themselves."""
 
 _MARGIN = 1.1
 """Seconds of sweeps before the first and after the last key frame."""
@@ -76,7 +78,7 @@ class DriveConfig:
     fisheyes: float = 0.0
     """Share of the random rigs whose cameras are fisheyes."""
     world: str = WORLDS[0]
-    """Which streets are drawn: "v1"."""
+    """Which streets are drawn: "v1" or "v2"."""
     grid: VoxelGrid = GRIDS["occ3d"]
     """Grid of the dense labels."""
 
@@ -114,7 +116,7 @@ class SimulatedDrive:
         first = 0.1 + 0.5 / config.lidar.rate
         self._sweep_times = first + np.arange(sweeps) / config.lidar.rate
         self._key_sweeps = lead + np.arange(config.keys) * stride
-        self._world = build_world(seed, float(self._sweep_times[-1] + first))
+        self._world = build_world(seed, float(self._sweep_times[-1] + first), config.world)
         self._motion = EgoMotion.of(self._world)
         self._start_ns = 1_600_000_000_000_000_000 + seed * 1_000_000_000_000
         rng = np.random.default_rng((seed, 1))
@@ -134,7 +136,8 @@ class SimulatedDrive:
         self.key_stamp_ns = self.sweep_stamp_ns[self._key_sweeps]
         self._scene = StreetScene(self._world)
         self._lidar = Lidar(config.lidar, self._scene, self._world.materials, self._motion, self.lidar2ego)
-        self._painter = Painter(self._scene, self._world.materials, self._world.light)
+        painter = DetailedPainter if self._world.detailed else Painter
+        self._painter = painter(self._scene, self._world.materials, self._world.light)
         self._exposure = {name: Exposure.draw(rng, self._world.light) for name in self.rig.names}
         self._solids: Solids | None = None
         self._scan = lru_cache(maxsize=4)(self._scan_once)
@@ -233,7 +236,7 @@ class SimulatedDrive:
             world = rays.reshape(-1, 3) @ cam2world[:3, :3].T.astype(np.float32)
             origins = np.broadcast_to(cam2world[:3, 3].astype(np.float32), world.shape)
             distance = self._scene.first(origins, world, 80.0).distance.reshape(rays.shape[:2]).copy()
-            distance[dark] = np.nan
+            distance[dark | self._painter.hidden(camera, rays.reshape(-1, 3)).reshape(dark.shape)] = np.nan
             cam2ego = world2ego @ cam2world
             mark_ends(seen, grid, cam2ego, rays, distance)
             along = rays[..., 2] if camera.lens.is_pinhole else np.float32(1)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 PLAIN, SPECKLE, BRICK, FACADE, STRIPES, FOLIAGE, SLABS, NOISE = range(8)
 """Texture kinds."""
+ASPHALT, WORN, PANES, LAP, TURF = range(8, 13)
+"""Texture kinds of world v2: road surface with cracks, paint that is worn off, windows, boards or tiles, grass."""
 
 _TABLE = 512
 _PER_METRE = 8.0
@@ -42,9 +44,9 @@ class Materials:
 class MaterialTable:
     """Collects materials; each `add` returns the row number that meshes refer to."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        """Start an empty table that draws from `rng`."""
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, groups: tuple[float, float, float] = (0.45, 0.25, 0.3)) -> None:
+        """Start an empty table that draws from `rng`; groups: shares of greys, earth tones and saturated paint."""
+        self.rng, self.groups = rng, groups
         self._rows: list[tuple[NDArray[np.float32], NDArray[np.float32], int, float, float, NDArray[np.float32]]] = []
 
     def add(
@@ -68,12 +70,20 @@ class MaterialTable:
         chosen = int(rng.choice(kinds, p=(0.5, 0.16, 0.1, 0.08, 0.06, 0.1))) if kind is None else kind
         scale = float(rng.uniform(0.15, 0.9))
         return self.add(
-            draw_colour(rng),
+            self.draw_colour(),
             chosen,
-            draw_colour(rng) if rng.random() < 0.4 else None,
+            self.draw_colour() if rng.random() < 0.4 else None,
             scale,
             gloss=float(rng.choice((0.0, 0.05, 0.18), p=(0.5, 0.25, 0.25))),
         )
+
+    def colour_of(self, row: int) -> NDArray[np.float32]:
+        """Linear RGB (3,) of a row."""
+        return self._rows[row][0]
+
+    def draw_colour(self) -> NDArray[np.float32]:
+        """Draw linear RGB (3,) from the colours of this street."""
+        return draw_colour(self.rng, self.groups)
 
     def build(self) -> Materials:
         """Return the table as arrays."""
@@ -88,9 +98,11 @@ class MaterialTable:
         )
 
 
-def draw_colour(rng: np.random.Generator) -> NDArray[np.float32]:
-    """Draw linear RGB (3,): greys, earth tones or saturated paint."""
-    group = rng.choice(3, p=(0.45, 0.25, 0.3))
+def draw_colour(
+    rng: np.random.Generator, groups: tuple[float, float, float] = (0.45, 0.25, 0.3)
+) -> NDArray[np.float32]:
+    """Draw linear RGB (3,): greys, earth tones or saturated paint, with these shares."""
+    group = rng.choice(3, p=groups)
     if group == 0:
         grey = rng.uniform(0.12, 0.9)
         return linear(np.clip(grey + rng.normal(0, 0.015, 3), 0.03, 0.95))
@@ -137,6 +149,9 @@ def albedo(
     chosen = np.flatnonzero(kind == FACADE)
     if len(chosen):
         glass[chosen] = mix[chosen]
+    chosen = np.flatnonzero(kind == PANES)
+    if len(chosen):
+        glass[chosen] = 1 - mix[chosen]
     colour = materials.colour[material]
     colour += mix[:, None] * (materials.second[material] - colour)
     # Splashed dirt darkens whatever stands on the street.
@@ -242,6 +257,44 @@ def _noise(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArra
     return 0.5, np.clip(3 * noise(uv, 0.8) - 1, 0, 1), np.ones(len(uv), np.float32)
 
 
+def _asphalt(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
+    """Aggregate, stains, and cracks where slow noise passes its middle."""
+    slow = noise(uv, 0.22)
+    crack = np.clip(1 - np.abs(slow - 0.5) / 0.004, 0, 1) * (noise(uv + 17.0, 0.05) > 0.45)
+    return 0.03, 0.6 * crack.astype(np.float32), (0.72 + 0.56 * noise(uv, 3.0)) * (0.85 + 0.3 * slow)
+
+
+def _worn(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
+    gone = np.clip(5 * (noise(uv, 1.6) + 0.35 * noise(uv, 0.15) - 0.78), 0, 0.9)
+    return 0.25, gone, 0.85 + 0.3 * noise(uv, 4.0)
+
+
+def _panes(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
+    """One window for each whole number of u and v: mullion, transom, and blinds behind some."""
+    column, floor = np.floor(uv[:, 0]), np.floor(uv[:, 1])
+    u, v = uv[:, 0] - column, uv[:, 1] - floor
+    tone = _cell_hash(floor.astype(np.int64), column.astype(np.int64), material.astype(np.int64))
+    split = np.where(material % 3 == 0, np.abs(u - 0.5), np.abs(np.mod(3 * u, 1) - 0.5) + np.float32(0.42))
+    frame = (split < 0.025) | (np.abs(v - 0.66) < 0.018) | (split > 0.88)
+    blinds = (v > 0.35 + 1.1 * np.mod(7 * tone, 1)) & (tone > 0.35)
+    lines = 0.85 + 0.3 * (np.mod(v * 24, 1) < 0.5)
+    return 0.08, frame.astype(np.float32), np.where(blinds, 4.0 * lines, 0.5 + 1.1 * tone)
+
+
+def _lap(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
+    along = np.where(material % 2 == 0, uv[:, 1], uv[:, 0]) / scale
+    row = np.floor(along)
+    tone = _cell_hash(row.astype(np.int64), np.floor(uv[:, 0] / 2.4).astype(np.int64), material.astype(np.int64))
+    part = along - row
+    return 0.1, (part < 0.12).astype(np.float32), (0.75 + 0.4 * part) * (0.9 + 0.2 * tone)
+
+
+def _turf(uv: NDArray[np.float32], scale: NDArray[np.float32], material: NDArray[np.int32]) -> Pattern:
+    """Grass: tufts over bare and dry spots."""
+    dry = np.clip(4 * noise(uv, 0.5) - 1.9, 0, 1)
+    return 0.4, dry, (0.35 + 1.3 * noise(uv, 2.2)) * (0.75 + 0.5 * noise(uv + 9.0, 0.3))
+
+
 _PATTERNS = {
     PLAIN: _plain,
     SPECKLE: _speckle,
@@ -251,5 +304,10 @@ _PATTERNS = {
     FOLIAGE: _foliage,
     SLABS: _slabs,
     NOISE: _noise,
+    ASPHALT: _asphalt,
+    WORN: _worn,
+    PANES: _panes,
+    LAP: _lap,
+    TURF: _turf,
 }
 _TABLES: dict[str, Floats] = {}

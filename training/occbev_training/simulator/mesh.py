@@ -56,6 +56,11 @@ class Mesh:
         shift = np.asarray(position, np.float32)
         return replace(self, triangles=self.triangles @ rotation + shift, solid=self.solid @ rotation + shift)
 
+    def scale(self, factor: float) -> Mesh:
+        """Return the mesh made larger by a factor, patterns as they were."""
+        f = np.float32(factor)
+        return replace(self, triangles=self.triangles * f, solid=self.solid * f)
+
 
 def join(meshes: Sequence[Mesh]) -> Mesh:
     """Concatenate meshes; none at all gives an empty mesh."""

@@ -20,7 +20,7 @@ from occbev_training.simulator.materials import (
 from occbev_training.simulator.mesh import Mesh, MeshBuilder, join
 from occbev_training.simulator.street import MANMADE, VEGETATION, Bend, Plan
 
-_LOT_HEIGHT = 0.12
+LOT_HEIGHT = 0.12
 _FOUNDATION = 1.6
 """Buildings reach this far into the ground, so that a slope uncovers no gap below them."""
 
@@ -30,7 +30,7 @@ def build_scenery(plan: Plan, bend: Bend, table: MaterialTable) -> Mesh:
     meshes: list[Mesh] = []
     style = table.rng.choice(("town", "suburb", "park"), size=2, p=(0.5, 0.3, 0.2))
     for side in (-1, 1):
-        for start, end in _blocks(plan):
+        for start, end in blocks_between_crossings(plan):
             meshes += _front_row(plan, bend, table, side, (start, end), str(style[int(side > 0)]))
             meshes += _back_row(plan, bend, table, side, (start, end))
             meshes += _furniture(plan, bend, table, side, (start, end))
@@ -38,7 +38,7 @@ def build_scenery(plan: Plan, bend: Bend, table: MaterialTable) -> Mesh:
     return join(meshes)
 
 
-def _blocks(plan: Plan) -> list[tuple[float, float]]:
+def blocks_between_crossings(plan: Plan) -> list[tuple[float, float]]:
     edges = [plan.start]
     for c in plan.crossings:
         edges += [c.s - c.half - c.walk - 0.5, c.s + c.half + c.walk + 0.5]
@@ -46,7 +46,7 @@ def _blocks(plan: Plan) -> list[tuple[float, float]]:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a > 6]
 
 
-def _place(mesh: Mesh, bend: Bend, s: float, d: float, z: float = _LOT_HEIGHT, yaw: float = 0.0) -> Mesh:
+def place_mesh(mesh: Mesh, bend: Bend, s: float, d: float, z: float = LOT_HEIGHT, yaw: float = 0.0) -> Mesh:
     return mesh.move(bend.at(s, d, z), float(bend.yaw(s)) + yaw)
 
 
@@ -68,7 +68,9 @@ def _front_row(
             depth, back = rng.uniform(8, 13), setback + rng.uniform(0, 0.6)
             building = _building(table, width, depth, floors)
             meshes.append(
-                _place(building, bend, s + width / 2, side * (front + back + depth / 2), yaw=0.0 if side < 0 else np.pi)
+                place_mesh(
+                    building, bend, s + width / 2, side * (front + back + depth / 2), yaw=0.0 if side < 0 else np.pi
+                )
             )
         else:
             meshes += _garden(bend, table, (s, s + width), side, (front + 1.5, front + 12))
@@ -138,7 +140,7 @@ def _garden(bend: Bend, table: MaterialTable, s: tuple[float, float], side: int,
     rng = table.rng
     number = int(rng.poisson((s[1] - s[0]) * (d[1] - d[0]) / 45))
     return [
-        _place(_tree(table, float(rng.uniform(3, 8))), bend, rng.uniform(*s), side * rng.uniform(*d))
+        place_mesh(_tree(table, float(rng.uniform(3, 8))), bend, rng.uniform(*s), side * rng.uniform(*d))
         for _ in range(number)
     ]
 
@@ -160,7 +162,7 @@ def _boundary(bend: Bend, table: MaterialTable, s: tuple[float, float], d: float
         end = min(start + 2.0, s[1])
         if abs((start + end) / 2 - gate) < 1.6:
             continue
-        a, b = bend.at(start, d, _LOT_HEIGHT), bend.at(end, d, _LOT_HEIGHT)
+        a, b = bend.at(start, d, LOT_HEIGHT), bend.at(end, d, LOT_HEIGHT)
         yaw, length = float(np.arctan2(*(b - a)[1::-1])), float(np.linalg.norm(b - a))
         if kind == "fence":
             _fence(builder, a, b, height, material)
@@ -199,7 +201,7 @@ def _back_row(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tu
         if rng.random() < 0.65:
             building = _building(table, width, depth, int(rng.integers(2, 10)))
             meshes.append(
-                _place(
+                place_mesh(
                     building,
                     bend,
                     s + width / 2,
@@ -209,7 +211,7 @@ def _back_row(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: tu
             )
         else:
             meshes += [
-                _place(_tree(table, float(rng.uniform(6, 11))), bend, s + x, side * (front + rng.uniform(0, 6)))
+                place_mesh(_tree(table, float(rng.uniform(6, 11))), bend, s + x, side * (front + rng.uniform(0, 6)))
                 for x in np.arange(1, width, 6.0)
             ]
         s += width + rng.uniform(0, 6)
@@ -220,20 +222,24 @@ def _furniture(plan: Plan, bend: Bend, table: MaterialTable, side: int, block: t
     """Lamps, street trees, signs, bins and posts in the band beside the kerb."""
     rng, meshes = table.rng, []
     d = side * (plan.kerb + 0.55)
-    lamp, spacing = _lamp(table, rng.uniform(5.5, 9)), rng.uniform(20, 34)
+    lamp, spacing = build_lamp(table, rng.uniform(5.5, 9)), rng.uniform(20, 34)
     lamps = np.arange(block[0] + rng.uniform(1, 15), block[1], spacing)
-    meshes += [_place(lamp, bend, s, d, 0.1, yaw=-side * np.pi / 2) for s in lamps]
+    meshes += [place_mesh(lamp, bend, s, d, 0.1, yaw=-side * np.pi / 2) for s in lamps]
     if rng.random() < 0.55:
         size, step = rng.uniform(4, 8), rng.uniform(6, 14)
         places = np.arange(block[0] + rng.uniform(2, 8), block[1] - 2, step)
         places = places[rng.random(len(places)) < 0.8] + rng.uniform(-1, 1)
         trees = [_tree(table, size * rng.uniform(0.8, 1.2)) for _ in places]
-        meshes += [_place(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)]
+        meshes += [place_mesh(tree, bend, s, d + 0.2 * side) for tree, s in zip(trees, places, strict=True)]
     for s in rng.uniform(*block, int(rng.poisson((block[1] - block[0]) / 12))):
         thing = rng.choice(4)
-        mesh = (_sign, _bin, _post, _kiosk)[thing](table) if thing < 3 or rng.random() < 0.3 else _sign(table)
+        mesh = (
+            (build_sign, build_bin, build_post, build_kiosk)[thing](table)
+            if thing < 3 or rng.random() < 0.3
+            else build_sign(table)
+        )
         meshes.append(
-            _place(
+            place_mesh(
                 mesh,
                 bend,
                 float(s),
@@ -281,7 +287,7 @@ def _tree(table: MaterialTable, height: float) -> Mesh:
     return builder.build()
 
 
-def _lamp(table: MaterialTable, height: float) -> Mesh:
+def build_lamp(table: MaterialTable, height: float) -> Mesh:
     builder, paint = MeshBuilder(MANMADE), table.draw()
     light = table.add(linear(np.full(3, 0.8)), glow=(2.5, 2.1, 1.4))
     builder.cylinder((0, 0, -0.1), (0, 0, height), (0.1, 0.06), paint)
@@ -290,7 +296,7 @@ def _lamp(table: MaterialTable, height: float) -> Mesh:
     return builder.build()
 
 
-def _sign(table: MaterialTable) -> Mesh:
+def build_sign(table: MaterialTable) -> Mesh:
     builder, rng = MeshBuilder(MANMADE), table.rng
     height, size = rng.uniform(2.1, 2.8), rng.uniform(0.5, 0.8)
     builder.cylinder((0, 0, -0.1), (0, 0, height), (0.035, 0.035), table.draw(), sides=6)
@@ -301,7 +307,7 @@ def _sign(table: MaterialTable) -> Mesh:
     return builder.build()
 
 
-def _bin(table: MaterialTable) -> Mesh:
+def build_bin(table: MaterialTable) -> Mesh:
     builder, rng = MeshBuilder(MANMADE), table.rng
     width, height = rng.uniform(0.4, 1.2), rng.uniform(0.7, 1.3)
     builder.frustum(
@@ -312,14 +318,14 @@ def _bin(table: MaterialTable) -> Mesh:
     return builder.build()
 
 
-def _post(table: MaterialTable) -> Mesh:
+def build_post(table: MaterialTable) -> Mesh:
     builder = MeshBuilder(MANMADE)
     for x in np.arange(0, table.rng.integers(1, 5)) * 1.4:
         builder.cylinder((x, 0, -0.1), (x, 0, 0.95), (0.06, 0.06), table.draw(), sides=7)
     return builder.build()
 
 
-def _kiosk(table: MaterialTable) -> Mesh:
+def build_kiosk(table: MaterialTable) -> Mesh:
     """A shelter: roof, back wall and bench."""
     builder, paint = MeshBuilder(MANMADE), table.draw()
     builder.box((0, 0.0, 2.4), (3.6, 1.5, 0.12), paint)

@@ -52,13 +52,13 @@ class Bend:
     banks: NDArray[np.float64]
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, start: float, end: float) -> Bend:
-        """Draw a centre line between two values of s, of radius 180 m or more and slope below 4 %.
+    def draw(cls, rng: np.random.Generator, start: float, end: float, radii: tuple[float, float] = (400, 180)) -> Bend:
+        """Draw a centre line between two values of s, straight or of either least radius, of slope below 4 %.
 
         Without hills the mean ground of all drives would be right, and a network would learn nothing from images.
         """
         s = np.arange(start, end + 1.0, 1.0)
-        limit = rng.choice((0.0, 1 / 400, 1 / 180), p=(0.3, 0.35, 0.35))
+        limit = rng.choice((0.0, 1 / radii[0], 1 / radii[1]), p=(0.3, 0.35, 0.35))
         knots = np.arange(start, end + 60, 45.0)
         curvature = np.interp(s, knots, rng.uniform(-limit, limit, len(knots)))
         heading = np.cumsum(curvature)
@@ -160,10 +160,13 @@ def _draw_strips(rng: np.random.Generator) -> tuple[tuple[float, int], ...]:
     return (walk,)
 
 
-def build_ground(plan: Plan, bend: Bend, table: MaterialTable) -> Mesh:
-    """Mesh the whole ground: carriageways, raised pavements with kerbs, verges, lots and road paint."""
-    rng, builder = table.rng, MeshBuilder(ROAD)
-    surface = _ground_materials(table)
+def build_ground(plan: Plan, bend: Bend, table: MaterialTable, surface: dict[int, int] | None = None) -> Mesh:
+    """Mesh the whole ground: carriageways, raised pavements with kerbs, verges, lots and road paint.
+
+    surface: materials by class, and of kerb stones under -1; road paint is left to the caller then.
+    """
+    rng, builder, painted = table.rng, MeshBuilder(ROAD), surface is None
+    surface = surface or _ground_materials(table)
     s_cuts, d_cuts = _cuts(plan)
     kind = np.array(
         [
@@ -190,7 +193,8 @@ def build_ground(plan: Plan, bend: Bend, table: MaterialTable) -> Mesh:
             kind[i, j],
         )
     _add_kerbs(builder, bend, s_cuts, d_cuts, height, surface[-1])
-    _add_paint(builder, plan, bend, table)
+    if painted:
+        _add_paint(builder, plan, bend, table)
     _add_horizon(builder, bend, surface[TERRAIN])
     return builder.build()
 

@@ -5,19 +5,25 @@ Positions are in the world frame of the drive, z up, whose origin lies on the ma
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from occbev_training.simulator.actors import Parts, Shape, build_shape
+from occbev_training.simulator.detailed_scenery import build_detailed_scenery, join_scenery
 from occbev_training.simulator.materials import Materials, MaterialTable, linear
 from occbev_training.simulator.mesh import Mesh, join
+from occbev_training.simulator.road_details import LOT, CarPark, build_road_details, ground_materials
 from occbev_training.simulator.scenery import build_scenery
-from occbev_training.simulator.street import DEPTH, Bend, Plan, build_ground, draw_plan
+from occbev_training.simulator.street import DEPTH, ROAD, Bend, Plan, build_ground, draw_plan
 
 TRACK_RATE = 50.0
 """Samples of every track per second."""
+
+MUTED = (0.62, 0.26, 0.12)
+"""Shares of greys, earth tones and saturated paint in streets of world v2."""
 
 WHEELBASE, WHEEL_TRACK = 2.8, 1.6
 """Distance between the ego vehicle's axles and between its wheels of one axle."""
@@ -78,7 +84,8 @@ class World:
     """Everything that a drive goes through.
 
     static: ground, scenery and all actors that never move. static_actors, moving_actors: together all
-    labelled objects. ego: track of base_link with its roll and pitch (P, 2).
+    labelled objects. ego: track of base_link with its roll and pitch (P, 2). detailed: whether it is of world v2, whose
+    pictures have mirrors, clouds and a bonnet.
     """
 
     static: Mesh
@@ -88,23 +95,31 @@ class World:
     ego: Track
     ego_tilt: NDArray[np.float64]
     light: Light
+    detailed: bool = False
 
 
-def build_world(seed: int, duration: float) -> World:
-    """Draw the block of one seed with `duration` seconds of traffic."""
+def build_world(seed: int, duration: float, version: str = "v1") -> World:
+    """Draw the block of one seed with `duration` seconds of traffic, of a version of the streets."""
     rng = np.random.default_rng((seed, 20260))
-    route = _draw_route(rng, duration)
+    route, detailed = _draw_route(rng, duration), version == "v2"
     end = max(route.length + 90.0, 150.0)
     plan = draw_plan(rng, -85.0, end, route.turn_at)
-    bend = Bend.draw(rng, plan.start, plan.end)
-    table = MaterialTable(rng)
+    bend = Bend.draw(rng, plan.start, plan.end, (250, 100) if detailed else (400, 180))
+    table = MaterialTable(rng, MUTED) if detailed else MaterialTable(rng)
     parts = Parts.create(table)
-    static = [build_ground(plan, bend, table), build_scenery(plan, bend, table)]
+    if detailed:
+        parts = parts.add_trim(table)
+    car_parks: list[CarPark] = []
+    if detailed:
+        static, car_parks = _build_detailed_street(plan, bend, table)
+    else:
+        static = [build_ground(plan, bend, table), build_scenery(plan, bend, table)]
     times = np.arange(0.0, duration + 1e-9, 1 / TRACK_RATE)
     line = _route_line(route, plan)
     ego = _track_along(line, route.travelled, bend, times)
     cast = Cast(plan, bend, table, parts, times, ego)
     cast.fill(route)
+    cast.fill_car_parks(car_parks)
     parked = tuple(a for a in cast.actors if not a.track.moving)
     static += [a.shape.mesh.move(a.track.pose[0, :3], a.track.pose[0, 3]) for a in parked]
     moving = tuple(a for a in cast.actors if a.track.moving)
@@ -115,8 +130,17 @@ def build_world(seed: int, duration: float) -> World:
         moving,
         ego,
         _ground_tilt(line, route.travelled, bend) + _sway(rng, times),
-        draw_light(rng),
+        draw_light(rng, _DETAILED_WEATHER if detailed else _WEATHER),
+        detailed,
     )
+
+
+def _build_detailed_street(plan: Plan, bend: Bend, table: MaterialTable) -> tuple[list[Mesh], list[CarPark]]:
+    surface = ground_materials(table)
+    ground = build_ground(plan, bend, table, surface)
+    details = build_road_details(plan, bend, table, table.colour_of(surface[ROAD]))
+    scenery = build_detailed_scenery(plan, bend, table)
+    return [ground, details, join_scenery(scenery)], scenery.car_parks
 
 
 @dataclass(frozen=True)
@@ -239,6 +263,16 @@ class Cast:
         self._works()
         self._park()
         self._walk()
+
+    def fill_car_parks(self, lots: Sequence[CarPark]) -> None:
+        """Park cars nose or tail first in some bays."""
+        rng = self.rng
+        for lot in lots:
+            share = rng.uniform(0.3, 0.9)
+            for s, d in lot.bays():
+                if rng.random() < share:
+                    yaw = rng.choice((-1, 1)) * np.pi / 2 + rng.normal(0, 0.03)
+                    self.add("car", self.standing(s, d + rng.normal(0, 0.15), yaw, LOT), 0.0)
 
     def add(self, name: str, track: Track, margin: float = 0.3, shape: Shape | None = None) -> bool:
         """Place one actor unless it comes within `margin` of another; returns whether it was placed."""
@@ -433,7 +467,11 @@ def _discs(pose: NDArray[np.float64], size: tuple[float, ...]) -> tuple[NDArray[
     return pose[:, None, :2] + offsets[:, None] * along[:, None], 0.5 * float(np.hypot(width, length / number))
 
 
-def draw_light(rng: np.random.Generator) -> Light:
+Weather = Mapping[str, tuple[float, float, float, float, float]]
+"""Name -> strength of sun and sky, haze per metre, darkness, cloud."""
+
+
+def draw_light(rng: np.random.Generator, weather: Weather) -> Light:
     """Draw time of day and weather."""
     name = str(
         rng.choice(
@@ -447,7 +485,7 @@ def draw_light(rng: np.random.Generator) -> Light:
         [np.cos(around) * np.cos(height), np.sin(around) * np.cos(height), np.sin(height)],
         np.float32,
     )
-    strength, sky, haze, night, cloud = _WEATHER[name]
+    strength, sky, haze, night, cloud = weather[name]
     warmth = np.array([1.0, 0.93 if name != "dusk" else 0.62, 0.84 if name != "dusk" else 0.35], np.float32)
     blue = linear(np.array([0.62, 0.74, 0.92])) if cloud < 0.5 else linear(np.array([0.8, 0.82, 0.85]))
     blue = blue * (1, 0.9, 1.0) if name == "dusk" else blue
@@ -465,7 +503,7 @@ def draw_light(rng: np.random.Generator) -> Light:
     )
 
 
-_WEATHER = {
+_WEATHER: Weather = {
     "sunny": (2.3, 0.8, 0.0012, 0.0, 0.15),
     "hazy": (1.6, 0.9, 0.006, 0.0, 0.4),
     "overcast": (0.15, 1.25, 0.003, 0.0, 1.0),
@@ -473,4 +511,12 @@ _WEATHER = {
     "dusk": (1.0, 0.35, 0.004, 0.45, 0.3),
     "night": (0.03, 0.035, 0.003, 1.0, 0.5),
 }
-"""Weather -> strength of sun and sky, haze per metre, darkness, cloud."""
+
+_DETAILED_WEATHER: Weather = {
+    "sunny": (3.0, 0.95, 0.001, 0.0, 0.3),
+    "hazy": (2.0, 1.05, 0.002, 0.0, 0.5),
+    "overcast": (0.3, 1.4, 0.001, 0.0, 0.9),
+    "fog": (0.1, 1.3, 0.012, 0.0, 1.0),
+    "dusk": (1.3, 0.4, 0.003, 0.45, 0.4),
+    "night": (0.03, 0.035, 0.003, 1.0, 0.5),
+}
