@@ -141,7 +141,7 @@ def test_pixels_of_the_own_bonnet_see_no_voxel(street: SimulatedDrive) -> None:
     assert not street._painter.hidden(behind, rays).any(), "a camera inside the bodywork looks out of it"
 
 
-def test_both_worlds_have_the_same_traffic_rules_and_other_streets() -> None:
+def test_a_seed_draws_a_more_detailed_street_in_world_v2() -> None:
     triangles = {world: len(SimulatedDrive(200, replace(V1, world=world))._scene.mesh) for world in WORLDS}
     assert triangles["v2"] > 2 * triangles["v1"]
     with pytest.raises(ValueError, match="known are v1, v2"):

@@ -109,11 +109,13 @@ def measure(images: Iterable[Image]) -> Statistics:
         raise ValueError("no image to measure")
     spread = np.array(blocks)
     third = spread.shape[1] // 3
-    parts = [spread[:, :third], spread[:, third : 2 * third], spread[:, 2 * third :]]
+    top, middle, ground = spread[:, :third], spread[:, third : 2 * third], spread[:, 2 * third :]
     return Statistics(
-        100 * (spread < FLAT).mean(),
-        100 * (parts[2] < FLAT).mean(),
-        *(float(np.median(part)) for part in parts),
+        100 * float((spread < FLAT).mean()),
+        100 * float((ground < FLAT).mean()),
+        float(np.median(top)),
+        float(np.median(middle)),
+        float(np.median(ground)),
         float(np.mean(saturation)),
         float(np.mean(bright)),
         float(np.mean(slopes)),

@@ -28,7 +28,7 @@ from occbev_training.cli.inputs import (
 )
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.occupancy.prepare import DriveReport, PrepareConfig, prepare_drives
-from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
+from occbev_training.simulator.drive import WORLDS, DriveConfig, SimulatedDrive
 from occbev_training.simulator.lidar import LidarConfig, read_lidar
 from occbev_training.simulator.rigs import draw_vehicle
 from occbev_training.sources.categories import describe_classless
@@ -68,8 +68,8 @@ class Simulate:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits over a rig that is not the simulator's own; else the seed, which is the name, says all."""
-        if self.config.rig is None and not self.config.random_rigs:
+        """Twelve hex digits over another rig or world than the usual; else the seed, which is the name, says all."""
+        if self.config.rig is None and not self.config.random_rigs and self.config.world == WORLDS[0]:
             return ""
         asked = json.dumps([self.config.as_record(), to_record(self.image)], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()[:12]
@@ -102,6 +102,7 @@ def _find(args: argparse.Namespace, model: ModelConfig) -> FoundInputs:
         rig=rig,
         random_rigs=args.random_rigs,
         fisheyes=args.fisheyes,
+        world=args.world,
         grid=model.grid,
     )
     seeds = range(args.first_seed, args.first_seed + args.simulate)

@@ -268,10 +268,10 @@ def _end_rows(scenery: Scenery) -> None:
             house = build_house(scenery.table, 26.0, 12.0, int(rng.integers(2, 8)))
             yaw = float(bend.yaw(near)) - np.pi / 2 + turn
             scenery.meshes.append(house.move(bend.at(near, d) + ahead * (s - near), yaw))
-        for d in np.arange(-60, 61, 9.0):
+        for place in np.arange(-60, 61, 9.0):
             tree = scenery.trees[rng.integers(len(scenery.trees))].scale(rng.uniform(0.6, 1.3))
-            if abs(d) > plan.kerb + 2:
-                scenery.meshes.append(tree.move(bend.at(near, d), rng.uniform(0, 6)))
+            if abs(place) > plan.kerb + 2:
+                scenery.meshes.append(tree.move(bend.at(near, place), rng.uniform(0, 6)))
 
 
 def join_scenery(scenery: Scenery) -> Mesh:

@@ -53,7 +53,7 @@ class CarPark:
 def ground_materials(table: MaterialTable) -> dict[int, int]:
     """Materials of the ground by class, and of kerb stones under -1."""
     rng = table.rng
-    asphalt = linear(np.clip(rng.uniform(0.3, 0.52) + rng.normal(0, 0.01, 3), 0.1, 0.7))
+    asphalt = linear(np.clip(rng.uniform(0.25, 0.48) + rng.normal(0, 0.01, 3), 0.1, 0.7))
     walk = linear(np.clip(rng.uniform(0.45, 0.72) + np.array([0.03, 0.01, -0.02]) * rng.uniform(-0.5, 1.5), 0.1, 0.9))
     grass = linear_hsv(rng.uniform(0.14, 0.27), rng.uniform(0.25, 0.5), rng.uniform(0.28, 0.5))
     straw = linear_hsv(rng.uniform(0.1, 0.14), rng.uniform(0.2, 0.4), rng.uniform(0.35, 0.6))

@@ -18,6 +18,7 @@ BENCHES: Mapping[str, str] = {
     "evaluation": "detection scores against nuscenes-devkit's own loop, and RayIoU of one sample",
     "encoder": "image encoders: eager, folded, compiled, ONNX Runtime, OpenVINO, fp32 and int8",
     "space": "cells that a ground grid calls blocked, free or unknown, against the truth",
+    "realism": "pictures of the simulated worlds against real ones: texture, exposure, spectrum; rendering cost",
     "trainer": "the training loop: what of a step is not forward, backward or optimiser",
 }
 """Name -> one line of help. Each is `occbev_training.benchmarks.<name>` with `run(options) -> Report`."""

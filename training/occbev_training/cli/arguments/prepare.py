@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from occbev.share import here_or_shipped
-from occbev_training.cli.arguments.shared import INPUTS_HELP, MAX_GAP, add_input_arguments
+from occbev_training.cli.arguments.shared import INPUTS_HELP, MAX_GAP, WORLD_HELP, WORLDS, add_input_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first simulated drive")
     parser.add_argument("--keys", type=int, default=16, help="key frames of a simulated drive")
     parser.add_argument("--key-rate", type=float, default=2.0, help="key frames per second of a simulated drive")
+    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=WORLD_HELP)
     parser.add_argument("--random-rigs", action="store_true", help="simulate every drive through a rig of its own")
     parser.add_argument(
         "--fisheyes",

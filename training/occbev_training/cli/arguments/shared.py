@@ -37,7 +37,10 @@ CALIBRATION_FRAMES = 120
 BOOTSTRAP_DRAWS = 200
 """Of occbev_training.metrics.bootstrap."""
 
-WORLDS = ("v1",)
+WORLD_HELP = "version of the streets (default v1, which occbev-tiny was trained and scored in); v2 has relief, leaves, worn roads"
+"""What `--world` says."""
+
+WORLDS = ("v1", "v2")
 """Of occbev_training.simulator.drive."""
 
 FUZZED = ("images", "rigs", "results", "packages", "bags")

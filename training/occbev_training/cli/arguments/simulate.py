@@ -1,6 +1,7 @@
 """Write simulated drives: as a nuScenes data root, as ROS 2 bags with their truth beside them, or as both.
 
     occbev-train simulate --out out/drives --drives 4 --format bag
+    occbev-train simulate --out out/drives --drives 4 --world v2           # streets that look more like real ones
     occbev-train simulate --out out/drives --rig rig.yaml --format bag     # through your cameras and LiDAR
 
 Each seed is one drive. Seeds 0 to 9999 are for training, 10000 to 19999 for validation, higher ones for tests
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from occbev_training.cli.arguments.shared import WORLDS
+from occbev_training.cli.arguments.shared import WORLD_HELP, WORLDS
 
 FORMATS = ("nuscenes", "bag", "both")
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the random rigs with fisheyes (default 0)",
     )
-    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help="version of the streets (default v1)")
+    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0], help=WORLD_HELP)
     parser.add_argument("--format", choices=FORMATS, default="nuscenes", help="what to write (default nuscenes)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
 
