@@ -111,6 +111,14 @@ def test_every_python_requirement_is_a_rosdep_key_or_is_said(repository: Path, m
         assert f"'{name}>=" in page, "the line for pip"
 
 
+def test_extras_of_the_page_are_those_of_the_package(repository: Path, metadata: dict[str, Any]) -> None:
+    page = (repository / "docs/install.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|", page.split("## With pip")[1].split("## ")[0], re.M))
+    assert told == set(metadata["extras_require"]) - {"test"}
+    for extras in re.findall(r"pip install '\.\[([\w,]+)\]'", page):
+        assert set(extras.split(",")) <= set(metadata["extras_require"])
+
+
 def test_colcon_test_runs_pytest(repository: Path, metadata: dict[str, Any]) -> None:
     wanted = {re.split(r"[<>=]", text)[0] for text in metadata["extras_require"]["test"]}
     assert wanted == {"pytest", "hypothesis"}, "colcon takes pytest where the extra `test` names it"

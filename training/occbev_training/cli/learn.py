@@ -81,8 +81,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name, reason in plan.problems.items():
         console.print(f"left out: {name}: {reason}", highlight=False, markup=False)
     console.print(
-        f"{len(plan.frames)} drives, {sum(plan.frames.values())} key frames, about {plan.seconds / 60:.0f} minutes "
-        "of one processor core; a GPU is used where there is one",
+        f"drives: {len(plan.frames)}; key frames: {sum(plan.frames.values())}; about {max(1.0, plan.seconds / 60):.0f} min "
+        "of one CPU core; a GPU is used if there is one",
         highlight=False,
     )
     for step in plan.steps:
