@@ -1,4 +1,4 @@
-"""Files: reading YAML of strangers, hashes, names that stay in their folder, and writing that a crash cannot leave half done."""
+"""Files: untrusted YAML, hashes, names that stay in their folder, and writes that a crash cannot leave half done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which releases are at work: for `occbev info`, for reports, and for whoever reads a bug report."""
+"""Versions of everything in use, for `occbev info`, reports and bug reports."""
 
 from __future__ import annotations
 

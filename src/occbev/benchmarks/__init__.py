@@ -1,4 +1,4 @@
-"""Speed, honestly: a thing and its baselines in one process, rounds interleaved, medians and ratios.
+"""Speed benchmarks: each method beside its baselines in one process, rounds interleaved, medians and ratios.
 
 Each benchmark is a module here with `run(options) -> Report`; nothing in the stack depends on one.
 """

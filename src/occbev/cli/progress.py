@@ -1,4 +1,4 @@
-"""How long work shows that it goes on: bars on a terminal, one line a minute in a file or pipe."""
+"""Progress of long commands: bars on a terminal, one line a minute in a file or pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which camera of a rig takes the place of which camera that a network was trained with.
+"""Assign the cameras of a rig to the cameras that a network was trained with.
 
 BEVFormer and DETR3D have weights for each camera. The order that they were trained with travels with them; the cameras
 of a rig are found by name, or for other names by where they look.

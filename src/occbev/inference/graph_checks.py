@@ -1,4 +1,4 @@
-"""A graph is held against its package's configuration, and against this machine, before it is compiled."""
+"""Check a graph against its package's configuration and against this machine before it is compiled."""
 
 from __future__ import annotations
 

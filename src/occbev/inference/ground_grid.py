@@ -1,4 +1,4 @@
-"""The ground grid: what blocks a vehicle, where the ground is free, and what no camera tells.
+"""The ground grid: which cells are blocked, free or unknown.
 
 It is made by columns of voxels. An obstacle stands between two heights above the local ground; free is ground that
 a camera sees past the obstacles before it; everything else is unknown.

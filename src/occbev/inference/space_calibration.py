@@ -1,4 +1,4 @@
-"""What a network's probabilities of occupancy are worth, by distance: fitted on frames that training never saw.
+"""Calibration of a network's occupancy probabilities by distance, fitted on frames that training never saw.
 
 `occbev-train calibrate` writes it into a package as `space.npz`; the ground grid and the state of voxels follow it.
 """

@@ -1,4 +1,4 @@
-"""The account of a long run: memory, threads, files and latency at its beginning beside those at its end; no ROS."""
+"""Summary of a long run: memory, threads, files and latency at its beginning beside those at its end; no ROS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The account of a replay: what was sent, what the node made of it, how long it took; plain data, no ROS."""
+"""Summary of a replay: what was sent, what the node made of it, how long it took; plain data, no ROS."""
 
 from __future__ import annotations
 

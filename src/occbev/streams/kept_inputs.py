@@ -1,4 +1,4 @@
-"""A recorded replay as one bag: what the node read, compressed, what it put out, and the fate of every key time.
+"""A recorded replay as one bag: what the node read, compressed, what it put out, and the outcome of every key time.
 
 Such a bag shows everything in Foxglove, RViz and `occbev view` without the bag that was played.
 """

@@ -1,4 +1,4 @@
-"""The report page of a replay of one's own bag: cameras, voxels and boxes in 3D, latency; its truth is not known."""
+"""The report page of a replay of your own bag: cameras, voxels and boxes in 3D, latency; its truth is not known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matching and losses of object queries (Carion et al. 2020): one query per object, the rest say nothing.
+"""Matching and losses of object queries (Carion et al. 2020): one query per object, the others learn "no object".
 
 Every term is 0 where nothing is labelled.
 """

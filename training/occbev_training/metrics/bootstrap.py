@@ -1,4 +1,4 @@
-"""How far a score could be off by chance: confidence intervals by drawing drives anew.
+"""Confidence intervals of scores, by drawing drives with replacement.
 
 Frames of one drive are alike, so the drive is what is drawn; frames are only where there is one drive.
 """

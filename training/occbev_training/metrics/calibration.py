@@ -1,4 +1,4 @@
-"""How likely free must be for a voxel to be called free: the decision of occupancy, chosen on validation drives.
+"""Choose on validation drives the probability of free above which a voxel is decoded as free.
 
 `OccupancyHeadConfig.min_free` is that threshold. All values are scored from one pass over the drives.
 """

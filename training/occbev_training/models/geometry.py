@@ -1,4 +1,4 @@
-"""What calibration says to each view transform, for a batch: the third argument of every network.
+"""Calibration as each view transform takes it, for a batch: the third argument of every network.
 
 Pre-training, fine-tuning and validation of any family run as
 

@@ -1,4 +1,4 @@
-"""Labels against the simulator, which knows everything: agreement, trails, and what the published recipe gets wrong."""
+"""Compare labels with the simulator's truth: agreement, trails, and the errors of the published recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who makes the units of work: this process, local processes, or a Ray cluster; the result is the same bytes."""
+"""Where units of work run: in this process, in local processes, or on a Ray cluster. The results are the same bytes."""
 
 from __future__ import annotations
 

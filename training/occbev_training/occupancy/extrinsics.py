@@ -1,4 +1,4 @@
-"""Whether each camera looks where its calibration says: the images are asked, with LiDAR and ego motion as witnesses.
+"""Check each camera's calibration against its images, with LiDAR and ego motion.
 
 Four measures compare a placement of a camera with what it saw; a higher number fits better:
 depth edges of the LiDAR on edges of the image, patches that move from one key frame to the next as their points do,

@@ -1,4 +1,4 @@
-"""The last word of bag-check: one pair of a drive, made in memory, and what its images say of the rig.
+"""The last checks of bag-check: one pair made in memory, and the calibration compared with the images.
 
 A bag whose messages are all there may still give no label; this makes one and says what is missing from it.
 """

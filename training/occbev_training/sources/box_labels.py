@@ -1,4 +1,4 @@
-"""Boxes of one's own: frames of labelled boxes in any frame of the vehicle, read from plain JSON or KITTI files.
+"""Your own boxes: frames of labelled boxes in any frame of the vehicle, read from plain JSON or KITTI files.
 
 The plain JSON is what `occbev-train labels` writes, too; docs/prepare-dataset.md has its schema.
 """

@@ -1,4 +1,4 @@
-"""Clocks of a bag: how stamps run against the recorder's, and against the odometry's by how the vehicle turns.
+"""Clocks of a bag: offset and drift of stamps against the recorder, and against odometry in turns of the vehicle.
 
 Stamps of a sensor whose clock is off place everything it sees where the vehicle was not. What can be
 measured with confidence can be corrected; anything else is refused, never guessed.

@@ -1,4 +1,4 @@
-"""A recording with boxes of one's own: each brought to base_link at the nearest key frame."""
+"""A recording with your own boxes: each is brought to base_link at the nearest key frame."""
 
 from __future__ import annotations
 

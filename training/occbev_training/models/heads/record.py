@@ -1,4 +1,4 @@
-"""The record of a head: a part of a network that answers, and what training and graphs know of it.
+"""The record of a head: its outputs, and what training and graphs know of it.
 
 A new head is its file with a record such as `SEMANTICS`, its loss in `occbev_training.losses.objectives.HEAD_LOSSES`, and
 a line in `heads` of the families that have it. What the robot decodes of its outputs stands in
