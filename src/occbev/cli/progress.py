@@ -40,9 +40,10 @@ class Progress(Bars):
     def _print_lines(self, seconds: float) -> None:
         for task in self.tasks:
             if not task.finished:
-                total = "" if task.total is None else f" of {task.total:g}"
-                text = f"{task.description}: {task.completed:g}{total} after {describe_time(seconds)}"
-                self.console.print(text, highlight=False, markup=False)
+                count = f"{task.completed:g} of {task.total:g} after " if task.total is not None else ""
+                self.console.print(
+                    f"{task.description}: {count}{describe_time(seconds)}", highlight=False, markup=False
+                )
 
 
 @contextmanager
