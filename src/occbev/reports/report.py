@@ -111,7 +111,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     total = summary["latency_ms"].get("total", {})
     tiles = [
         ("Frames processed", f"{summary['frames_processed']} of {summary['frames_in']}", _drops(summary)),
-        ("Rate", f"{_number(summary['rate_hz'], 1)} Hz", "results per second of drive"),
+        ("Rate", f"{_number(summary['rate_hz'], 1)} Hz", "results per second"),
         (
             "Latency",
             f"{_number(total.get('p50'), 0)} ms",
@@ -191,8 +191,7 @@ def _data_uri(image: Image) -> str:
 def _latency(summary: Mapping[str, Any], frames: Sequence[FrameLatency]) -> str:
     return (
         "<section><h2>Where the time goes</h2>"
-        "<p>Total is from the player's publish of a set's last image to the publish of its result, "
-        "on one steady clock; the bar ends at the median, the line at the 95th percentile.</p>"
+        "<p>Total is from the sending of a set's last image to the publishing of its result, on one steady clock; the bar ends at the median, the line at the 95th percentile.</p>"
         f"{_stage_chart(summary['latency_ms'])}"
         "<p>Every frame of the drive; a cross is a frame that was dropped.</p>"
         f"{_timeline(frames)}</section>"
