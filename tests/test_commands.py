@@ -144,6 +144,17 @@ def test_a_package_that_is_missing_is_one_line_with_the_remedy(monkeypatch, caps
     assert said.count("\n") == 1
 
 
+def test_the_missing_offline_package_is_one_line_with_the_remedy(monkeypatch, capsys):
+    def run(args):
+        raise ModuleNotFoundError("No module named 'occbev_training'", name="occbev_training")
+
+    monkeypatch.setattr(import_module("occbev.cli.demo"), "run", run)
+    assert cli.main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert "pip install --no-deps ./training" in said
+    assert said.count("\n") == 1
+
+
 def test_the_demo_ends_with_commands_that_exist_and_can_be_typed_here(tmp_path, monkeypatch, capsys):
     demo = import_module("occbev.cli.demo")
     monkeypatch.setattr(demo, "CONSOLE", Console())

@@ -80,7 +80,7 @@ def dispatch(
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] in ("occbev", "occbev_training"):
+        if error.name is None or error.name.startswith(("occbev.", "occbev_training.")):
             raise
         print(f"{program} {chosen}: {_describe_missing(error.name, program)}", file=sys.stderr)
         return 2
@@ -102,6 +102,8 @@ def _module_name(package: str, command: str) -> str:
 def _describe_missing(module: str, program: str) -> str:
     """Say which Python package is missing in this environment, and which environment has it."""
     name = module.split(".")[0]
+    if name == "occbev_training":
+        return "the offline package is missing; in a clone: pip install --no-deps ./training (docs/install.md)"
     environment = "training" if program == "occbev-train" else "robot"
     return (
         f"the Python package {name} is missing in {sys.prefix}. `make .venv/{environment}` builds an environment "
