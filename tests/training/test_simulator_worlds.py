@@ -1,4 +1,4 @@
-"""World v1 stays as it is; in world v2 pictures, LiDAR and truth hold the same relief, leaves and bonnet."""
+"""Both worlds stay as they are; in world v2 pictures, LiDAR and truth hold the same relief, leaves and bonnet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from occbev_training.simulator.plants import build_tree
 from occbev_training.simulator.raycast import RayScene
 from occbev_training.sources.deskew import compensated
 
-STORED = Path(__file__).parent / "world_v1.png"
+STORED = {
+    world: (Path(__file__).parent / f"world_{world}.png", seeds)
+    for world, seeds in (("v1", (20_054, 200)), ("v2", (10_203,)))
+}
 CAMERAS = ("CAM_FRONT", "CAM_BACK_LEFT")
 RETURNS, RANGES = 1616, (0.735, 7.662, 34.699)
 """Returns of one sweep of seed 200, and the 10th, 50th and 90th percentile of their ranges in metres."""
@@ -34,19 +37,20 @@ RETURNS, RANGES = 1616, (0.735, 7.662, 34.699)
 V1 = DriveConfig(keys=2, image=(160, 90), lidar=LidarConfig(columns=60), world="v1")
 
 
-def picture(seeds: tuple[int, ...]) -> NDArray[np.uint8]:
+def picture(world: str, seeds: tuple[int, ...]) -> NDArray[np.uint8]:
     """Two cameras (180, 320 * seeds / 2, 3) of a key frame of each drive."""
     columns = []
     for seed in seeds:
-        frames = SimulatedDrive(seed, V1).frame_set(1).frames
+        frames = SimulatedDrive(seed, replace(V1, world=world)).frame_set(1).frames
         encoded = [frame.image for name in CAMERAS if (frame := frames[name]) is not None]
         columns.append(np.vstack([cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) for data in encoded]))
     return np.hstack(columns).astype(np.uint8)
 
 
-def test_world_v1_draws_the_stored_picture() -> None:
-    stored = cv2.imread(str(STORED))
-    drawn = picture((20_054, 200))
+@pytest.mark.parametrize("world", WORLDS)
+def test_each_world_draws_the_stored_picture(world: str) -> None:
+    path, seeds = STORED[world]
+    stored, drawn = cv2.imread(str(path)), picture(world, seeds)
     assert stored is not None
     apart = np.abs(drawn.astype(int) - stored).max(-1)
     assert (apart > 3).mean() < 0.005, "other processors may round a pixel otherwise, not a street"
