@@ -34,7 +34,7 @@ from occbev_training.experiment.plan import (
 from occbev_training.experiment.pool import Pool, labelled_drives, turn_sample, whole_pool
 from occbev_training.experiment.report import Results, sections_of, to_markdown, to_page, write_docs
 from occbev_training.experiment.runs import Task, Workplace, do_task, read_rows, run_tasks, tasks_of
-from occbev_training.experiment.statistics import MatchRecord, compare, holm, sign_flip
+from occbev_training.experiment.statistics import CUT, SCORED, MatchRecord, compare, holm, sign_flip
 from occbev_training.experiment.world import VEHICLES, drive_folder, rig_of, sample_file
 from occbev_training.metrics.detection import match_detection
 from occbev_training.sources.recording import Annotations
@@ -278,8 +278,11 @@ def test_scores_of_resampled_drives_are_those_of_the_metrics() -> None:
     outcome = match_detection(found, meant, CLASSES)
     for times in np.random.default_rng(1).multinomial(5, np.full(5, 0.2), 6):
         ap = outcome.scores_resampled(np.repeat(times, 4)).ap
-        wanted = np.mean([ap[name][t] for name in CLASSES for t in (0.5, 1.0, 2.0)])
-        assert record.mean_ap(times[None])[0] == pytest.approx(wanted, abs=1e-12)
+        wanted = np.mean([ap[name][t] for name in CLASSES for t in SCORED])
+        assert record.mean_ap(times[None], CUT)[0] == pytest.approx(wanted, abs=1e-12)
+    precision = outcome.scores().precision
+    whole = np.mean([precision[name][t].mean() for name in CLASSES for t in SCORED])
+    assert record.mean_ap()[0] == pytest.approx(whole, abs=1e-12)
     assert record.mean_ap()[0] > 0.1
     again = MatchRecord.from_record(json.loads(json.dumps(record.as_record())))
     assert again.mean_ap()[0] == record.mean_ap()[0]
@@ -346,7 +349,12 @@ def _rows(plan: Plan, arms: dict[str, float], seeds: int) -> list[dict[str, obje
     for arm, skill in arms.items():
         for seed in range(seeds):
             record, _, _ = _record(seed, skill)
-            scores = {"mAP": float(record.mean_ap()[0]), "mAP_unseen_rig": 0.1, "AP": record.class_ap()}
+            scores = {
+                "mAP": float(record.mean_ap()[0]),
+                "mAP_unseen_rig": 0.1,
+                "AP": record.class_ap(),
+                "mAP_nuscenes": 0.0,
+            }
             named = {"key": f"run-{arm}-50-seed{seed}", "kind": "run", "arm": arm, "seed": seed, "percent": 50.0}
             rows.append(named | scores | {"plan": plan.hash, "cpu_hours": 0.1, "matches": record.as_record()})
     return rows

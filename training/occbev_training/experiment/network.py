@@ -34,7 +34,7 @@ CLASSES = ("car", "truck", "pedestrian", "traffic_cone")
 GRID = VoxelGrid((-24.0, -24.0, -1.0), (1.5, 1.5, 0.75), (32, 32, 8))
 """Voxels of phase 1; their ground plane is the BEV of both phases."""
 
-WIDTHS = (24, 32, 48)
+WIDTHS = (16, 24, 32)
 """Channels of the image encoder at stride 2, 4 and 8."""
 
 
@@ -56,11 +56,11 @@ MODEL = LiftSplatModel(
     bev=GRID.bev,
     grid=GRID,
     lift=LiftConfig(
-        stride=8, channels=24, depth=DepthConfig(1.5, 34.0, 1.625, "log"), z_range=(-1.0, 5.0), height_bins=2
+        stride=8, channels=16, depth=DepthConfig(1.5, 34.0, 1.625, "log"), z_range=(-1.0, 5.0), height_bins=2
     ),
-    bev_encoder=BevEncoderConfig((48, 64), (1, 1), 48),
-    occupancy=OccupancyHeadConfig(32, 8, 16),
-    detection=DetectionHeadConfig(32),
+    bev_encoder=BevEncoderConfig((32, 48), (1, 1), 32),
+    occupancy=OccupancyHeadConfig(24, 8, 16),
+    detection=DetectionHeadConfig(24),
     detection_classes=CLASSES,
 )
 """Its configuration."""

@@ -18,6 +18,7 @@ from occbev.config import ConfigError, load_config, to_record
 from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.experiment.network import MODEL
+from occbev_training.experiment.statistics import SCORED
 from occbev_training.simulator.drive import SEED_RANGES, WORLDS
 
 SPLITS: Mapping[str, str] = {"train": "train", "development": "validation", "test": "test", "unseen_rig": "test"}
@@ -102,7 +103,7 @@ class WorldPlan:
 class Settings:
     """What may be tuned, for each arm by as many trials."""
 
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak learning rate of both phases."""
     encoder_scale: float = 1.0
     """Factor on the learning rate of the image encoder and the view transform in phase 2."""
@@ -184,7 +185,7 @@ class Plan:
         """
         augment = differences(to_record(self.augment), to_record(AugmentConfig()))
         model = differences(to_record(MODEL), to_record(LiftSplatModel()))
-        record = {"plan": to_record(self) | {"augment": augment}, "model": model}
+        record = {"plan": to_record(self) | {"augment": augment}, "model": model, "scored": [*SCORED]}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

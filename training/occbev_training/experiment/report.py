@@ -24,6 +24,7 @@ from occbev_training.experiment.pool import Pool
 from occbev_training.experiment.runs import Row, tasks_of
 from occbev_training.experiment.statistics import (
     LEAST_SEEDS,
+    SCORED,
     Difference,
     MatchRecord,
     compare,
@@ -306,9 +307,12 @@ def _every_seed(results: Results) -> list[Section]:
             for seed in range(max(arms.values()))
         ]
         rows.append(("mean", *(_mean_cell(results, arm, percent) for arm in arms)))
+        rows.append(("nuScenes' rule, mean", *(_mean_cell(results, arm, percent, "mAP_nuscenes") for arm in arms)))
         rows.append(("unseen rig, mean", *(_mean_cell(results, arm, percent, "mAP_unseen_rig") for arm in arms)))
         drives = results.plan.labelled(percent)
-        text = (f"mAP in percent; {drives} labelled drives, {drives * results.plan.world.keys} frames.",)
+        frames = drives * results.plan.world.keys
+        rule = "nuScenes' rule takes off what has a recall or a precision below 10 %."
+        text = (f"mAP in percent; {drives} labelled drives, {frames} frames. {rule}",)
         sections.append(Section(f"Every seed at {percent:g} % of labels", text, (("seed", *arms), *rows)))
     return sections
 
@@ -434,6 +438,10 @@ def _what_was_run(results: Results, command: str) -> Section:
             f"{world.train.count} train, {world.development.count} development, {world.test.count} test, {world.unseen_rig.count} with an unseen rig; {world.keys} key frames each",
         ),
         ("pictures", f"4 of {MODEL.image.width}x{MODEL.image.height}; LiDAR of {world.rings} x {world.columns}"),
+        (
+            "mAP",
+            f"area under the whole precision-recall curve, mean over {len(CLASSES)} classes and centre distances of {', '.join(f'{d:g}' for d in SCORED)} m",
+        ),
         ("phase 1", f"{plan.pretrain_steps} steps of {plan.batch}"),
         (
             "phase 2",

@@ -25,6 +25,7 @@ from occbev_training.experiment.phases import (
 )
 from occbev_training.experiment.plan import Plan, RunGroup, Settings, load_plan, require_registered
 from occbev_training.experiment.pool import Pool, labelled_drives, labelled_pool, whole_pool
+from occbev_training.experiment.statistics import CUT
 from occbev_training.models.checkpoints import load_strictly, read_weights
 from occbev_training.workers import start_workers
 
@@ -264,6 +265,7 @@ def _run(task: Task, place: Workplace) -> Row:
         "labelled_drives": labelled_drives(plan.world.train.count, task.percent, task.seed),
         "data": {"labelled": labelled.hash, "scored": pool.hash},
         "mAP": float(record.mean_ap()[0]),
+        "mAP_nuscenes": float(record.mean_ap(counted=CUT)[0]),
         "AP": record.class_ap(),
         "cpu_hours": cpu_seconds(folder) / 3600,
         "matches": record.as_record(),

@@ -24,8 +24,11 @@ from occbev_training.metrics.detection import (
     DetectionOutcome,
 )
 
-SCORED = (0.5, 1.0, 2.0)
+SCORED = (1.0, 2.0, 4.0)
 """Centre distances in metres whose APs are averaged."""
+
+WHOLE, CUT = (0, 0.0), (FIRST_RECALL, MIN_PRECISION)
+"""First recall and least precision that count: all of them, or those of nuScenes, which cut weak detectors to 0."""
 
 _AT = tuple(THRESHOLDS.index(threshold) for threshold in SCORED)
 
@@ -64,19 +67,22 @@ class MatchRecord:
     def class_ap(self) -> dict[str, float]:
         """Class -> AP, the mean over the thresholds."""
         once = np.ones((1, self.drives), np.int64)
-        return {name: float(self._class_ap(name, once)[0]) for name in self.drive}
+        return {name: float(self._class_ap(name, once, WHOLE)[0]) for name in self.drive}
 
-    def mean_ap(self, times: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
-        """Return the mAP (B,) of drives taken as often as `times` (B, D) says; (1,) of all drives once by default."""
+    def mean_ap(
+        self, times: NDArray[np.int64] | None = None, counted: tuple[int, float] = WHOLE
+    ) -> NDArray[np.float64]:
+        """Return the mAP (B,) of drives taken as often as `times` (B, D) says; (1,) of all drives once by default.
+
+        counted: `WHOLE` for the area under the whole curve, or `CUT`.
+        """
         times = np.ones((1, self.drives), np.int64) if times is None else times
-        return np.mean([self._class_ap(name, times) for name in self.drive], axis=0)
+        return np.mean([self._class_ap(name, times, counted) for name in self.drive], axis=0)
 
-    def _class_ap(self, name: str, times: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _class_ap(self, name: str, times: NDArray[np.int64], counted: tuple[int, float]) -> NDArray[np.float64]:
         positives = times @ self.positives[name]
         every = [
-            _resampled_ap(
-                self.drive[name], (self.hit[name] >> number) & 1, times, positives, RECALLS, FIRST_RECALL, MIN_PRECISION
-            )
+            _resampled_ap(self.drive[name], (self.hit[name] >> number) & 1, times, positives, RECALLS, *counted)
             for number in range(len(SCORED))
         ]
         return np.mean(every, axis=0)
@@ -107,10 +113,10 @@ def _unpack(text: str) -> NDArray[np.uint16]:
 
 @njit(cache=True, nogil=True)
 def _resampled_ap(drive, hit, times, positives, recalls, first, least):  # type: ignore[no-untyped-def]
-    """Return the nuScenes AP (B,) of boxes, best first, whose drives are taken `times` (B, D).
+    """Return the AP (B,) of boxes, best first, whose drives are taken `times` (B, D).
 
     The precision is interpolated between boxes at the recalls as `metrics.detection` does; a drive that is taken
-    twice has its boxes twice in a row.
+    twice has its boxes twice in a row. first, least: index of the first recall and the precision that is taken off.
     """
     result = np.zeros(len(times))
     for b in range(len(times)):
