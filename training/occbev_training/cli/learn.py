@@ -101,7 +101,15 @@ def next_command(args: argparse.Namespace) -> str:
 
 
 def _pairs_step(args: argparse.Namespace, grid: str, validation: float) -> Step:
-    how = ("--key-interval", f"{args.key_interval:g}", "--window", f"{args.window:g}", "--grid", grid, "--lidar")
+    how: tuple[str, ...] = (
+        "--key-interval",
+        f"{args.key_interval:g}",
+        "--window",
+        f"{args.window:g}",
+        "--grid",
+        grid,
+        "--lidar",
+    )
     how += ("--min-travel", f"{MIN_TRAVEL:g}")
     words = ("pairs", *map(str, args.inputs), "--out", str(args.out / "pairs"), *how)
     shared = (
