@@ -1,4 +1,4 @@
-"""What a sample asks of a network, voxel by voxel and pixel by pixel: one compiled pass each.
+"""Training targets of a sample for voxels and pixels, each in one compiled pass.
 
 Training draws a new augmentation every time a sample is shown, so that this runs for every sample of every epoch.
 """

@@ -1,4 +1,4 @@
-"""What one training run is told: the schema of `config/training/*.yaml` and of the commands' `--optim.lr 1e-4`."""
+"""Configuration of a training run: the schema of `config/training/*.yaml` and of the commands' `--optim.lr 1e-4`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights learn how fast and when, and the running average of the weights."""
+"""Optimiser, learning-rate schedules, and the running average of the weights."""
 
 from __future__ import annotations
 

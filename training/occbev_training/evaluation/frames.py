@@ -1,4 +1,4 @@
-"""Score a network on held-out samples, and score beside it what the training set alone would answer.
+"""Score a network on evaluation samples, and the mean of the training set beside it.
 
 Needs neither torch nor numba: predictions come from a function, priors from a small file.
 """

@@ -1,4 +1,4 @@
-"""What stage 1 says of single samples: its occupied voxels beside the label's, as a score and as a picture."""
+"""Predictions of stage 1 for single samples: its occupied voxels beside the label's, as a score and as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: metrics.json, plots of the curves, and the worst frames as pictures."""
+"""Files that an evaluation writes: metrics.json, plots of the curves, and the worst frames as pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ground grids of a package beside the truth, and the calibration that makes their probabilities honest.
+"""Ground grids of a package beside the truth, and the calibration of their probabilities.
 
 Frames come with their truth from anywhere: dense classes of a simulator or Occ3D, or the label of a LiDAR.
 """

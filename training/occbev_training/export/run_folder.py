@@ -1,4 +1,4 @@
-"""The folder of a training run as the origin of a package: its model, its weights, and what the card says of them."""
+"""The folder of a training run as the origin of a package: its model, its weights, and the text of its card."""
 
 from __future__ import annotations
 
