@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from occbev.geometry import frame2ego, make_transform, rotation_from_yaw
+from occbev.geometry import frame2ego, make_transform, rotation_from_rpy, rotation_from_wxyz, rotation_from_yaw
 from occbev.grid import BevGrid
 from occbev.inference import reference_points as rp
 from occbev.inference.capacity import TableCapacityError
@@ -126,5 +128,33 @@ def test_velocity_and_yaw_rate_follow_from_two_poses() -> None:
     values = rp.can_bus(now, rp.EgoMotion.between(before, now, seconds=0.5))
     np.testing.assert_allclose(values[13:16], [4.0, 0.0, 0.0], atol=1e-5)
     np.testing.assert_allclose(values[10:13], [0.0, 0.0, 0.2], atol=1e-5)
-    assert not values[7:10].any()  # no acceleration is known
-    assert not rp.can_bus(now, rp.EgoMotion.between(before, now))[7:16].any()  # nor anything without times
+    np.testing.assert_allclose(values[7:10], [0, 0, 9.81], atol=1e-5)  # gravity alone is known
+    assert not rp.can_bus(now, rp.EgoMotion.between(before, now))[10:16].any()  # nor anything without times
+
+
+def test_gravity_follows_from_the_pose() -> None:
+    """On a hill that rises by 0.1 ahead an accelerometer at rest feels some of gravity forward."""
+    slope = rotation_from_rpy(0, -0.1, 0)  # nose up
+    values = rp.can_bus(make_transform(slope, (0, 0, 0)), None)
+    np.testing.assert_allclose(values[7:10], [9.81 * math.sin(0.1), 0, 9.81 * math.cos(0.1)], atol=1e-5)
+
+
+def test_derived_signals_are_those_of_a_real_can_file(shared: Path) -> None:
+    """nuScenes scene-0103: what we derive from poses half a second apart, beside what the vehicle's bus said."""
+    root = shared / "data" / "nuscenes-0103"
+    rows = json.loads((root / "can_bus" / "scene-0103_pose.json").read_text())
+    stamp = np.array([row["utime"] for row in rows]) / 1e6
+    signals = {name: np.array([row[name] for row in rows]) for name in ("accel", "rotation_rate", "vel")}
+    poses = [make_transform(rotation_from_wxyz(row["orientation"]), row["pos"]) for row in rows]
+    errors = []
+    for index in range(25, len(rows), 25):
+        motion = rp.EgoMotion.between(poses[index - 25], poses[index], stamp[index] - stamp[index - 25])
+        values = rp.can_bus(poses[index], motion)
+        said = [signals[name][index - 25 : index].mean(0) for name in ("accel", "rotation_rate", "vel")]
+        errors.append(values[7:16] - np.concatenate(said))
+    worst = np.abs(errors).max(0)
+    assert len(errors) >= 20
+    assert worst[6] < 0.5  # forward speed of up to 9 m/s
+    assert worst[5] < 0.02  # yaw rate
+    assert worst[2] < 0.5  # of gravity's 9.8 m/s^2
+    assert worst[0] < 3.5  # braking, which is not known

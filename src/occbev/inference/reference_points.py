@@ -163,6 +163,10 @@ def align_table(turn: float, bev: BevGrid, centre: tuple[float, float] | None = 
     return np.where(inside, row * columns + column, bev.size).astype(np.int32).reshape(-1)
 
 
+GRAVITY = 9.81
+"""Metres per second squared: what an accelerometer says upwards at rest."""
+
+
 @dataclass(frozen=True)
 class EgoSignals:
     """What the vehicle's bus says, in ego axes and SI units; zero where it is not known.
@@ -176,11 +180,16 @@ class EgoSignals:
 
     @classmethod
     def from_motion(cls, pose: ArrayLike, motion: EgoMotion | None) -> EgoSignals:
-        """Derive velocity and yaw rate from two poses, means over the time between; acceleration stays unknown."""
+        """Derive velocity and yaw rate from two poses, means over the time between, and gravity from this one.
+
+        How the speed changes and how the vehicle rolls and pitches stays unknown, and so zero.
+        """
+        ego2global = np.asarray(pose, np.float64)[:3, :3]
+        gravity = GRAVITY * ego2global[2]
         if motion is None or motion.seconds <= 0:
-            return cls()
-        velocity = np.asarray(pose, np.float64)[:3, :3].T @ motion.delta / motion.seconds
-        return cls(rotation_rate=(0.0, 0.0, motion.turn / motion.seconds), velocity=velocity)
+            return cls(gravity)
+        velocity = ego2global.T @ motion.delta / motion.seconds
+        return cls(gravity, (0.0, 0.0, motion.turn / motion.seconds), velocity)
 
 
 def can_bus(pose: ArrayLike, motion: EgoMotion | None, signals: EgoSignals | None = None) -> NDArray[np.float32]:
