@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,7 +13,8 @@ pytest.importorskip("rosbags", reason="reads and writes bags")
 
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter, type_store
+from occbev.messages.bags import BagError, BagMessage, BagReader, BagWriter, decode_message, type_store
+from occbev.messages.readers import MessageError
 
 STRING = "std_msgs/msg/String"
 
@@ -105,3 +107,16 @@ def test_bags_of_rosbag2_itself_are_read_completely(shared: Path, tmp_path: Path
         messages = list(bag.messages())
     assert len(messages) == 20
     assert sum(m.topic == "/topic" for m in messages) == 10
+
+
+def test_bytes_of_a_message_are_read_as_the_bag_reads_them_and_others_are_refused() -> None:
+    store = type_store()
+    header = store.types["std_msgs/msg/Header"](store.types["builtin_interfaces/msg/Time"](3, 4), "front")
+    kind = "sensor_msgs/msg/CompressedImage"
+    data = bytes(store.serialize_cdr(store.types[kind](header, "jpeg", np.arange(5, dtype=np.uint8)), kind))
+    message = decode_message(data, kind)
+    assert (message.header.stamp.sec, message.header.frame_id, message.format) == (3, "front", "jpeg")
+    assert bytes(message.data) == bytes(range(5))
+    for broken in (b"", data[:20]):
+        with pytest.raises(MessageError, match=f"{len(broken)} bytes are no {kind}"):
+            decode_message(broken, kind)

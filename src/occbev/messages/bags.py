@@ -9,7 +9,7 @@ import heapq
 import re
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
@@ -24,7 +24,7 @@ from rosbags.typesys.store import Typestore
 
 from occbev.files import read_yaml
 from occbev.messages import foxglove
-from occbev.messages.readers import header_stamp, stamp_to_ns
+from occbev.messages.readers import MessageError, header_stamp, stamp_to_ns
 from occbev.messages.storage import Channel, Storage, StorageError, open_storage, unpack_message
 from occbev.results import RecordingError
 
@@ -259,6 +259,24 @@ def _offered(latched: bool) -> Qos:
     durability = QosDurability.TRANSIENT_LOCAL if latched else QosDurability.VOLATILE
     depth, live = 100 if latched else 10, QosLiveliness.AUTOMATIC
     return Qos(QosHistory.KEEP_LAST, depth, QosReliability.RELIABLE, durability, forever, forever, live, forever, False)
+
+
+def prepare_decoding(kinds: Iterable[str]) -> None:
+    """Make what `decode_message` needs of each type, so that no first message pays for it."""
+    for kind in kinds:
+        type_store().get_msgdef(kind)
+
+
+def decode_message(data: bytes, kind: str) -> Any:
+    """Return a serialised message of a standard type as an object with its fields, arrays as views of the bytes.
+
+    Raises:
+        MessageError: the bytes are no such message.
+    """
+    try:
+        return type_store().deserialize_cdr(data, kind)
+    except _BROKEN as error:
+        raise MessageError(f"{len(data)} bytes are no {kind}: {_text(error)}") from error
 
 
 def type_store() -> Typestore:

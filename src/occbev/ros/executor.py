@@ -21,7 +21,7 @@ from occbev.ros.rclpy_internals import find_requests, wait_for_messages
 LONGEST_WAIT_S = 0.05
 """After so long without a message it is looked whether the context has ended."""
 
-SERVICES_S = 0.05
+SERVICES_S = 0.1
 """How often requests to services are looked for."""
 
 RARELY_S = 0.5

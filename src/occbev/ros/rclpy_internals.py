@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
@@ -56,47 +56,58 @@ def wait_for_messages(context: Any, nodes: Sequence[Any], timeout_s: float) -> l
     """
     subscriptions = [subscription for node in nodes for subscription in node.subscriptions]
     timers = [timer for node in nodes for timer in node.timers]
-    kinds = {"subscription": subscriptions, "timer": timers}
-    ready = _wait(context, kinds, timeout_s)["subscription"]
-    return [entity for entity in subscriptions if entity.handle.pointer in ready] if ready else []
+    if not subscriptions and not timers:  # rcl refuses to wait for nothing
+        time.sleep(timeout_s)
+        return []
+    with context.handle, _Held() as held:
+        wait_set: Any = rclpy_implementation.WaitSet(len(subscriptions), 0, len(timers), 0, 0, 0, context.handle)
+        wait_set.clear_entities()
+        waiting = [(s, handle) for s in subscriptions if held.take(handle := s.handle, wait_set.add_subscription)]
+        for timer in timers:
+            held.take(timer.handle, wait_set.add_timer)
+        if not held.handles:
+            time.sleep(timeout_s)
+            return []
+        wait_set.wait(round(timeout_s * 1e9))
+        ready = set(wait_set.get_ready_entities("subscription"))
+        return [subscription for subscription, handle in waiting if handle.pointer in ready] if ready else []
 
 
 def find_requests(context: Any, nodes: Sequence[Any]) -> bool:
     """Whether a service or client of nodes has something to do."""
-    kinds = {
-        "service": [service for node in nodes for service in node.services],
-        "client": [client for node in nodes for client in node.clients],
-    }
-    return any(_wait(context, kinds, 0.0).values())
-
-
-def _wait(context: Any, kinds: Mapping[str, Sequence[Any]], timeout_s: float) -> dict[str, set[int]]:
-    """Wait with a new wait set; return kind -> pointers of what is ready. Nothing is destroyed meanwhile."""
-    held: list[Any] = []
-    counts, adds = dict.fromkeys(("subscription", "timer", "client", "service"), 0), []
-    try:
-        context.handle.__enter__()
-        held.append(context.handle)
-        for kind, entities in kinds.items():
-            for entity in entities:
-                handle = entity.handle
-                try:
-                    handle.__enter__()
-                except InvalidHandle:
-                    continue
-                held.append(handle)
-                adds.append((f"add_{kind}", handle))
-                counts[kind] += 1
-        if not adds:  # rcl refuses to wait for nothing
-            time.sleep(timeout_s)
-            return {kind: set() for kind in kinds}
-        subscriptions, timers, clients, services = counts.values()
-        wait_set: Any = rclpy_implementation.WaitSet(subscriptions, 0, timers, clients, services, 0, context.handle)
+    services = [service for node in nodes for service in node.services]
+    clients = [client for node in nodes for client in node.clients]
+    with context.handle, _Held() as held:
+        wait_set: Any = rclpy_implementation.WaitSet(0, 0, 0, len(clients), len(services), 0, context.handle)
         wait_set.clear_entities()
-        for add, handle in adds:
-            getattr(wait_set, add)(handle)
-        wait_set.wait(round(timeout_s * 1e9))
-        return {kind: set(wait_set.get_ready_entities(kind)) for kind in kinds}
-    finally:
-        for handle in held:
+        for add, entities in ((wait_set.add_service, services), (wait_set.add_client, clients)):
+            for entity in entities:
+                held.take(entity.handle, add)
+        if not held.handles:
+            return False
+        wait_set.wait(0)
+        return bool(wait_set.get_ready_entities("service") or wait_set.get_ready_entities("client"))
+
+
+class _Held:
+    """Handles that nobody destroys before the end of a context, where they have not been destroyed already."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.__exit__(None, None, None)
+
+    def take(self, handle: Any, add: Callable[[Any], object]) -> bool:
+        """Hold a handle and add it to a wait set; False where it is destroyed."""
+        try:
+            handle.__enter__()
+        except InvalidHandle:
+            return False
+        self.handles.append(handle)
+        add(handle)
+        return True

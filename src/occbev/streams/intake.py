@@ -267,7 +267,6 @@ class Intake:
         try:
             limit = self.parameters.max_image_pixels
             image = read_image(message, limit)
-            self._refuse_frozen(camera, image)
             if self._pool.count(camera) >= WAITING_DECODES:
                 raise MessageError(f"{WAITING_DECODES} of its images wait to be decoded: the machine is too slow")
         except MessageError as error:
@@ -278,16 +277,17 @@ class Intake:
         frame = CameraFrame(camera, stamp_ns, image)
         return self._pool.submit(camera, partial(self._decode_image, frame, self.calibration.camera(camera)))
 
-    def _refuse_frozen(self, camera: str, image: bytes | NDArray[np.uint8]) -> None:
-        limit, watch = self.parameters.frozen_after, self.watch[camera]
-        watch.note_pixels(fingerprint(image))
+    def _refuse_frozen(self, frame: CameraFrame) -> None:
+        limit, watch = self.parameters.frozen_after, self.watch[frame.camera]
+        watch.note_pixels(fingerprint(frame.image))
         if limit and watch.repeats >= limit:
-            raise MessageError(f"it is frozen: the same pixels came {watch.repeats} times in a row")
+            raise ImageError(frame.camera, f"it is frozen: the same pixels came {watch.repeats} times in a row")
 
     def _decode_image(self, frame: CameraFrame, camera: Camera | None) -> CameraFrame:
         """Decode in a thread; without calibration the bytes stay, since the useful size is not known yet."""
         begin = time.perf_counter_ns()
         try:
+            self._refuse_frozen(frame)
             frame = frame if camera is None else self._decode(frame, camera)
             self._refuse_black(frame)
         except Exception:
