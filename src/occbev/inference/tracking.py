@@ -151,8 +151,11 @@ def _associate(tracks: Tracks, place: Array, noise: Array, group: NDArray[np.int
         return track_of
     spread = tracks.covariance[:, None, :2, :2] + noise[None]  # (T, M, 2, 2)
     off = place[None] - tracks.mean[:, None, :2]
-    distance = np.einsum("tmi,tmij,tmj->tm", off, np.linalg.inv(spread), off)
-    cost = distance + np.log(np.linalg.det(spread))
+    # Inverse and determinant of 2 x 2 matrices, written out: NumPy's take several times as long for so many.
+    (xx, xy), (_, yy), (x, y) = spread[..., 0, :].T, spread[..., 1, :].T, off.T  # (M, T) each
+    area = xx * yy - xy * xy
+    distance = ((yy * x * x - 2 * xy * x * y + xx * y * y) / area).T
+    cost = distance + np.log(area).T
     possible = (distance < GATE) & (tracks.group[:, None] == group[None])
     taken = np.zeros(len(tracks.id), bool)
     pairs = np.argwhere(possible)
