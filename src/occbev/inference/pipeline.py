@@ -136,6 +136,8 @@ class Pipeline:
             self._remember(job)
         elif self.backend.kept_outputs == 1:
             self.decode(job)
+        elif predicts_voxels(self.package.outputs):
+            self._find_seen(job)  # beside the network, so that the first set of a rig does not wait for it afterwards
 
     def decode(self, job: FrameJob) -> Perception:
         """Return the boxes and voxels of a job that was inferred; a second call returns the same.

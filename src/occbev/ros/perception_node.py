@@ -419,6 +419,8 @@ class PerceptionNode(LifecycleNode):
         job.decoded_ns = time.monotonic_ns()
         published = self._publish(perception, job.wants_ground)
         job.published_ns = time.monotonic_ns()
+        if self._last_end_ns is None:
+            return_free_memory()  # what only the first set of a rig needs
         self._log_processed(job, published)
 
     def _publish(self, perception: Perception, has_ground: bool) -> list[str]:
