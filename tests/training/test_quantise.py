@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("nncf")
 
 from tests.training.test_export import MODEL  # noqa: E402
 
+from occbev.config import to_record  # noqa: E402
 from occbev.inference import openvino_backend  # noqa: E402
 from occbev.inference.backend import RunSettings, load_backend  # noqa: E402
 from occbev.inference.families.bevdet import BevDetModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
+from occbev_training.cli import main  # noqa: E402
 from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
 from occbev_training.export.package import ExportError, export_package, ring_rig, write_ir  # noqa: E402
 from occbev_training.export.quantise import (  # noqa: E402
@@ -150,3 +153,22 @@ def test_agreement_is_one_of_equals_and_falls_with_what_differs() -> None:
     said = [np.array([0.5, 0.5]), np.array([1.0])]
     assert agreement(said, said) == 1
     assert agreement(said, [np.array([0.5, 0.0]), np.array([1.0])]) == 0.5
+
+
+def test_an_untrained_network_is_exported_for_its_latency_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "model.yaml"
+    config.write_text(yaml.safe_dump(to_record(replace(MODEL, name="reduced", memory=1))))
+    out = tmp_path / "package"
+    assert main(["export", str(config), "--untrained", "--out", str(out), "--cameras", "3"]) == 0
+    made = ModelPackage.load(out)
+    assert made.has("model_int8.xml")
+    assert not made.has("model.xml")
+    assert "int8_agreement" not in made.metrics
+    assert made.trained_on.startswith("Untrained: random weights")
+    assert "**Untrained: random weights" in (out / "README.md").read_text()
+    backend = load_backend(made, 3, "openvino", RunSettings(1))
+    assert {"heatmap", "occupied", "state_out_bev"} <= set(backend._outputs)  # type: ignore[attr-defined]
+    assert main(["export", str(config), "--untrained", "--model", str(config), "--out", str(out)]) == 2
+    assert "--model: of no use with --untrained" in capsys.readouterr().err

@@ -67,7 +67,14 @@ def run(options: Options) -> Report:
         for name, t in whole.items()
         if name != fastest
     }
-    return Report("pipeline", values, ratios | _stage_ratios(parts))
+    other = package.model.name if options.model != Options().model else ""
+    return Report(
+        "pipeline",
+        values | ({"model": f"{other}: {package.trained_on}"} if other else {}),
+        ratios | _stage_ratios(parts),
+        heading=f"pipeline: {other}" if other else "",
+        command=f"occbev bench pipeline --model {other} --rounds {options.rounds}" if other else "",
+    )
 
 
 def six_cameras() -> CameraRig:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from occbev.cli.progress import status
 from occbev.config import ConfigError, ModelConfig
@@ -19,25 +21,24 @@ from occbev_training.data.cache import open_cache
 from occbev_training.export.package import ExportError, export_package
 from occbev_training.export.quantise import QuantisationError
 from occbev_training.export.run_folder import is_run, read_run
+from occbev_training.export.zoo import randomise_zero_init
 from occbev_training.metrics.calibration import fit_min_free
-from occbev_training.models.build import build_for_weights
+from occbev_training.models.build import build_for_weights, build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
 
 
 def run(args: argparse.Namespace) -> int:
     """Export, check the graphs against torch, and print what was written; 1 if a graph is refused."""
     args.out = choose_output(args.out, args.position, "the package")
-    model, weights, provenance, metrics = _source(args.weights, args.model)
-    model = _calibrate(model, args.calibration)
-    state, _ = read_weights(weights)
-    network = build_for_weights(model, state)
-    load_strictly(network, state, str(weights))
+    model, network, provenance, metrics = _untrained(args) if args.untrained else _trained(args)
     console = Console(stderr=args.json)
     records = {**provenance, **_read(args.provenance)}, {**metrics, **_read(args.metrics)}
     frames = None if args.int8 is None else open_cache(args.int8)
     try:
         with status(console, "exporting and checking the graphs on several rigs"):
-            package = export_package(network, model, args.out, *records, args.add, args.cameras or None, frames)
+            package = export_package(
+                network, model, args.out, *records, args.add, args.cameras or None, frames, untrained=args.untrained
+            )
     except (ExportError, QuantisationError) as error:
         Console(stderr=True).print(f"{model.name}: {error}", highlight=False)
         return 1
@@ -58,6 +59,24 @@ def run(args: argparse.Namespace) -> int:
         share = package.metrics["int8_agreement"]
         console.print(f"int8: agrees with float to {share:.3f} (soft intersection over union)")
     return 0
+
+
+def _trained(args: argparse.Namespace) -> tuple[ModelConfig, nn.Module, dict[str, Any], dict[str, Any]]:
+    model, weights, provenance, metrics = _source(args.weights, args.model)
+    model = _calibrate(model, args.calibration)
+    state, _ = read_weights(weights)
+    network = build_for_weights(model, state)
+    load_strictly(network, state, str(weights))
+    return model, network, provenance, metrics
+
+
+def _untrained(args: argparse.Namespace) -> tuple[ModelConfig, nn.Module, dict[str, Any], dict[str, Any]]:
+    given = {"--model": args.model, "--int8": args.int8, "--calibration": args.calibration, "--metrics": args.metrics}
+    if useless := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{', '.join(useless)}: of no use with --untrained, which takes a configuration alone")
+    model = load_model(args.weights)
+    torch.manual_seed(0)
+    return model, randomise_zero_init(build_model(model, "finetune")), {}, {}
 
 
 def _source(origin: Path, model: Path | None) -> tuple[ModelConfig, Path, dict[str, Any], dict[str, Any]]:

@@ -37,7 +37,7 @@ from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.inference.table_cache import TableCache
 from occbev.rig import Camera, CameraRig
 from occbev_training.data.samples import Samples
-from occbev_training.export.quantise import check_frames, described, quantise
+from occbev_training.export.quantise import check_frames, described, quantise, quantise_on
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.encoders.deformable_conv import plain_operators
 from occbev_training.models.families import make_graph, training_family
@@ -72,6 +72,13 @@ IN_FP32, ROUNDED = "OpenVINO in fp32", "OpenVINO with fp16 weights"
 
 Arrays = dict[str, NDArray[Any]]
 Differences = dict[str, float]
+
+
+UNTRAINED = "Untrained: random weights, to measure latency. What it says of a scene means nothing."
+"""Data of the card of an untrained network."""
+
+NOISE_FRAMES = 2
+"""Random frames on which the graph of an untrained network is quantised."""
 
 
 class ExportError(RuntimeError):
@@ -110,12 +117,14 @@ def export_package(
     extra_files: Sequence[Path] = (),
     cameras: Sequence[int] | None = None,
     calibration: Samples | None = None,
+    untrained: bool = False,
 ) -> ModelPackage:
     """Write a model package and prove its graphs against the network.
 
     network: of any stage, with the heads that were trained; it is put in eval mode. extra_files: copied in (priors.npz).
     cameras: sizes of the rigs that the graphs are checked on.
     calibration: prepared frames on which the OpenVINO graph is quantised; it takes the place of the rounded one.
+    untrained: of random weights; the graph is quantised on noise, so that its latency can be measured.
     The package is written beside the folder and moved into it when it is complete: a refused export leaves what was
     there. Raises: ExportError if a weight is not finite, or a graph is further from double precision than it may be;
     QuantisationError if it cannot be quantised.
@@ -126,9 +135,11 @@ def export_package(
         check_frames(model, calibration)
     network.eval().float().cpu()
     require_finite(network, model.name)
+    if untrained:
+        provenance = {**provenance, "data": UNTRAINED}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        _write(network, model, Path(partial), provenance, metrics, extra_files, cameras, calibration)
+        _write(network, model, Path(partial), provenance, metrics, extra_files, cameras, calibration, untrained)
         sealed = _sealed(folder)
         for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES or path.name in sealed]:
             stale.unlink()  # of an earlier export
@@ -162,6 +173,7 @@ def _write(
     extra_files: Sequence[Path],
     cameras: Sequence[int] | None,
     calibration: Samples | None,
+    untrained: bool,
 ) -> ModelPackage:
     graph = _graph(network, "onnx")
     save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
@@ -176,6 +188,11 @@ def _write(
     if unrounded is not None and calibration is not None:
         metrics["int8_agreement"] = write_int8(unrounded, model, folder, calibration)
         provenance = {**provenance, "int8": described(calibration)}
+    if unrounded is not None and untrained:
+        factored = _graph(network, "factored")
+        noise = [example_inputs(model, factored, min(6, model.max_cameras), seed) for seed in range(NOISE_FRAMES)]
+        save_int8(quantise_on(unrounded, noise), folder)
+        provenance = {**provenance, "int8": "ranges from noise: for latency alone"}
     provenance = {
         **provenance,
         "exported_with": _versions(),
@@ -275,10 +292,15 @@ def write_int8(graph: openvino.Model, model: ModelConfig, folder: Path, calibrat
     One graph for OpenVINO in a package: where bytes are slow, or exactness is asked for, it reads the ONNX graph.
     """
     quantised, agreement = quantise(graph, model, calibration)
+    save_int8(quantised, folder)
+    return round(agreement, 3)
+
+
+def save_int8(quantised: openvino.Model, folder: Path) -> None:
+    """Write a quantised graph in place of the rounded one."""
     openvino.save_model(quantised, folder / INT8_GRAPH, compress_to_fp16=True)
     for suffix in (".xml", ".bin"):
         (folder / "model").with_suffix(suffix).unlink()
-    return round(agreement, 3)
 
 
 def check_graphs(
@@ -506,6 +528,7 @@ def model_card(
             f"# {model.name}",
             "",
             f"Camera-BEV perception: {' and '.join(outputs)} from surround cameras.",
+            *(["", f"**{UNTRAINED}**"] * (provenance.get("data") == UNTRAINED)),
             *(["", "It predicts no boxes: that head was never trained."] * (not has_boxes)),
             "",
             "| | |",

@@ -56,21 +56,9 @@ def quantise(graph: openvino.Model, model: ModelConfig, cache: Samples) -> tuple
     cache: prepared frames of drives that the network was trained on, at its size.
     Raises: QuantisationError if the frames do not do, see `check_frames`, or the graphs agree too little.
     """
-    import nncf
-
     check_frames(model, cache)
     frames = _frames(graph, model, cache)
-    nncf.set_log_level(logging.WARNING)
-    folded = graph.clone()
-    # Pads become part of the convolutions that read them, which is not done once they are quantised.
-    apply_moc_transformations(folded, cf=True)
-    quantised = nncf.quantize(
-        folded,
-        nncf.Dataset(frames[COMPARED_FRAMES:]),
-        preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations
-        subset_size=len(frames) - COMPARED_FRAMES,
-        ignored_scope=nncf.IgnoredScope(names=find_float_convolutions(folded), types=_other_types(folded)),
-    )
+    quantised = quantise_on(graph, frames[COMPARED_FRAMES:])
     compared = _alike(frames[:COMPARED_FRAMES])
     pairs = zip(_probabilities(graph, compared), _probabilities(quantised, compared), strict=True)
     mean = float(np.mean([agreement(before, after) for before, after in pairs]))
@@ -79,6 +67,23 @@ def quantise(graph: openvino.Model, model: ModelConfig, cache: Samples) -> tuple
             f"{model.name}: the quantised graph agrees with its origin to {mean:.2f}, want {LEAST_AGREEMENT}"
         )
     return quantised, mean
+
+
+def quantise_on(graph: openvino.Model, frames: Sequence[Arrays]) -> openvino.Model:
+    """Return a graph with its convolutions in bytes, their ranges from the inputs of some frames; nothing is compared."""
+    import nncf
+
+    nncf.set_log_level(logging.WARNING)
+    folded = graph.clone()
+    # Pads become part of the convolutions that read them, which is not done once they are quantised.
+    apply_moc_transformations(folded, cf=True)
+    return nncf.quantize(
+        folded,
+        nncf.Dataset(frames),
+        preset=nncf.QuantizationPreset.MIXED,  # symmetric weights, asymmetric activations
+        subset_size=len(frames),
+        ignored_scope=nncf.IgnoredScope(names=find_float_convolutions(folded), types=_other_types(folded)),
+    )
 
 
 def check_frames(model: ModelConfig, cache: Samples) -> None:

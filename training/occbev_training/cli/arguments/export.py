@@ -6,6 +6,7 @@
     occbev-train convert bevformer_tiny.pth --family bevformer_tiny --out out/converted
     occbev-train export out/converted --out out/bevformer_tiny
     occbev-train export out/package --out out/package-int8 --int8 out/cache
+    occbev-train export config/models/occbev-small.yaml --untrained --out out/occbev-small
 
 The folder of a run has its own model configuration, and its run.json fills the card: data, steps, seed, first weights.
 A package of stage 1 predicts voxels that are free, occupied or unknown, without classes and without boxes; a head that
@@ -26,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights",
         type=here_or_shipped,
-        help="folder of a run of either stage, its weights.safetensors, or a package of weights",
+        help="folder of a run of either stage, its weights.safetensors, a package of weights; with --untrained a"
+        " configuration",
+    )
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="random weights, quantised where that can be, to measure latency; the card says so",
     )
     parser.add_argument("position", type=Path, nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="folder where the package is written")
