@@ -73,7 +73,7 @@ def run(options: Options) -> Report:
         values | ({"model": f"{other}: {package.trained_on}"} if other else {}),
         ratios | _stage_ratios(parts),
         heading=f"pipeline: {other}" if other else "",
-        command=f"occbev bench pipeline --model {other} --rounds {options.rounds}" if other else "",
+        command=f"occbev bench pipeline --model out/{other} --rounds {options.rounds}" if other else "",
     )
 
 
