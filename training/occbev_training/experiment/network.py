@@ -1,4 +1,4 @@
-"""The network of the experiment: a slim Lift-Splat of the product's parts, about 200,000 weights, seconds to train.
+"""The network of the experiment: a slim Lift-Splat of the product's parts, minutes to train.
 
 Only the image encoder is its own: stride 8 of pictures of 96x48, where the product's has stride 16 of large ones.
 """

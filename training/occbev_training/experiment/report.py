@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from occbev_training.experiment.network import CLASSES, MODEL
+from occbev_training.experiment.network import CLASSES, MODEL, build_slim
 from occbev_training.experiment.plan import ARMS, Plan
 from occbev_training.experiment.pool import Pool
 from occbev_training.experiment.runs import Row, tasks_of
@@ -198,9 +198,10 @@ def _answer(results: Results) -> Section:
         if not missing
         else f"{len(missing)} of {len(tasks_of(plan))} tasks are not run."
     )
+    weights = sum(weight.numel() for weight in build_slim("finetune", 0).parameters())
     scope = (
-        "A mechanism check: simulated streets, pictures of 96x48, a network of "
-        "a quarter of a million weights. It claims nothing about nuScenes or real roads."
+        f"A mechanism check: simulated streets, pictures of {MODEL.image.width}x{MODEL.image.height}, a network of "
+        f"{weights:,} weights. It claims nothing about nuScenes or real roads."
     )
     return Section("Answer", (scope, "\n".join(lines), state))
 
