@@ -27,7 +27,9 @@ EXTRAS = {
     "demo": ["embreex>=4.4", "trimesh>=4", "scipy>=1.8"],
     "view": ["rerun-sdk>=0.41"],  # its interface changes with every version; older ones were not tried
     "test": ["pytest>=6.2", "hypothesis>=6.36"],  # what `colcon test` runs; those of the two LTS before Kilted
-    "tensorrt": ["tensorrt>=10"],  # GPU only: the graphs use no plug-in
+    # GPU only: the graphs use no plug-in. 10 is the first with strongly typed networks that hold all our operators;
+    # cuda-python 12.8 is the first whose cuda-bindings are split off; its major version must be that of the driver's CUDA.
+    "tensorrt": ["tensorrt>=10", "cuda-python>=12.8"],
 }
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("onnxruntime")
 
 from occbev.config import ModelConfig, save_config  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
+from occbev.inference.example_inputs import ring_rig  # noqa: E402
 from occbev.inference.families import family_of, load_model  # noqa: E402
 from occbev.inference.families.record import Moment  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
@@ -26,7 +27,6 @@ from occbev_training.export.package import (  # noqa: E402
     check_graphs,
     example_inputs,
     relative_differences,
-    ring_rig,
     run_onnx,
     run_torch,
     write_onnx,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from occbev.geometry import make_transform, rotation_from_rpy  # noqa: E402
+from occbev.inference.example_inputs import ring_rig  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.table_cache import TableCache  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
-from occbev_training.export.package import ring_rig  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

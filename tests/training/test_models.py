@@ -23,12 +23,12 @@ from occbev.config import (  # noqa: E402
 )
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import GRIDS, BevGrid, VoxelGrid  # noqa: E402
+from occbev.inference.example_inputs import ring_rig  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.table_cache import TableCache  # noqa: E402
 from occbev.inference.tables import lift_points  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
-from occbev_training.export.package import ring_rig  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import (  # noqa: E402
     CheckpointError,

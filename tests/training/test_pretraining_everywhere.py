@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from occbev.config import ModelConfig  # noqa: E402
+from occbev.inference.example_inputs import ring_rig  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
-from occbev_training.export.package import ring_rig  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
 from occbev_training.models.families import make_geometry, reduced  # noqa: E402

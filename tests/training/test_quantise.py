@@ -17,11 +17,12 @@ from tests.training.test_export import MODEL  # noqa: E402
 from occbev.config import to_record  # noqa: E402
 from occbev.inference import openvino_backend  # noqa: E402
 from occbev.inference.backend import RunSettings, load_backend  # noqa: E402
+from occbev.inference.example_inputs import ring_rig  # noqa: E402
 from occbev.inference.families.bevdet import BevDetModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
 from occbev_training.data.cache import CacheInfo, SampleCache  # noqa: E402
-from occbev_training.export.package import ExportError, export_package, ring_rig, write_ir  # noqa: E402
+from occbev_training.export.package import ExportError, export_package, write_ir  # noqa: E402
 from occbev_training.export.quantise import (  # noqa: E402
     QuantisationError,
     _alike,
@@ -60,7 +61,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
     network = build_model(MODEL, "finetune").eval()
     folder = tmp_path_factory.mktemp("int8")
-    return export_package(network, MODEL, folder, {"data": "noise"}, {}, (), (3,), frames())
+    return export_package(network, MODEL, folder, {"data": "noise"}, {}, (), (3,), frames(), gpu=True)
 
 
 def test_the_int8_graph_takes_the_place_of_the_rounded_one(package: ModelPackage) -> None:
@@ -70,6 +71,11 @@ def test_the_int8_graph_takes_the_place_of_the_rounded_one(package: ModelPackage
     assert not (package.folder / "model.bin").exists()
     assert 0.7 <= package.metrics["int8_agreement"] <= 1
     assert "model_int8.xml" in (package.folder / "README.md").read_text()
+
+
+def test_the_fp16_graph_for_gpus_is_in_the_package_and_agrees(package: ModelPackage) -> None:
+    assert package.has("model_fp16.onnx")
+    assert 0 < max(package.metrics["export_difference"]["onnxruntime_fp16"].values()) <= 0.1
 
 
 def test_convolutions_are_bytes_except_the_kept_ones(package: ModelPackage) -> None:

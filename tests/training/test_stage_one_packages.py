@@ -12,12 +12,13 @@ pytest.importorskip("onnx")
 
 from occbev.classes import FREE, OCCUPIED_STATE, UNOBSERVED_STATE  # noqa: E402
 from occbev.config import ModelConfig  # noqa: E402
+from occbev.inference.example_inputs import ring_rig  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.pipeline import Pipeline  # noqa: E402
 from occbev.results import CameraFrame, FrameSet  # noqa: E402
 from occbev_training.engine.stages import keep_trainable_heads  # noqa: E402
-from occbev_training.export.package import export_package, ring_rig  # noqa: E402
+from occbev_training.export.package import export_package  # noqa: E402
 from occbev_training.models.build import build_for_weights, build_model, with_geometry  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
 from occbev_training.models.heads.record import heads_of  # noqa: E402

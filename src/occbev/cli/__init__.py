@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = {
     "replay": "play a bag through the node, or through the pipeline without ROS",
     "soak": "run the node for long on a looped bag and check that nothing grows",
     "bench": "measure latency by stage, beside named baselines",
+    "verify-engine": "parity and latency of a package on this machine's GPU, or on another runtime",
     "rig": "write a file of topics, a rig and parameters for the node from a bag",
     "overlay": "draw LiDAR, boxes and voxels over the images to check a calibration",
     "view": "show a bag, a running node, pairs or a nuScenes root in 3D (Rerun)",

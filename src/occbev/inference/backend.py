@@ -35,6 +35,8 @@ PER_CAMERA = {
 FACTORS = ("occupied", "class_id", "class_probability")
 """Outputs that take the place of `occupancy_logits`, see `occbev.inference.postprocess.decode_factors`."""
 
+LOGITS = "occupancy_logits"
+"""Output that nobody needs where a graph gives the factors."""
 
 FORMER_OUTPUTS = {"kind": "class_id", "kind_share": "class_probability"}
 """Outputs of graphs of earlier versions -> their names now; read for one version more."""
@@ -77,6 +79,10 @@ class ParallelBackend(Backend, Protocol):
         ...
 
 
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+"""Execution providers of ONNX Runtime that can be asked for; auto is CUDA where its GPU build is installed, else the CPU."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """How a network is run, see `load_backend`."""
@@ -84,8 +90,14 @@ class RunSettings:
     threads: int | None = None
     precision: str = "auto"
     at_once: int = 1
+    device: int = 0
+    provider: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            raise BackendError(f"provider {self.provider!r}: must be one of {', '.join(PROVIDERS)}")
+        if self.device < 0:
+            raise BackendError(f"device {self.device}: GPUs are counted from 0")
         if self.precision not in ("auto", "f32"):
             raise BackendError(f"precision {self.precision!r}: must be auto or f32")
         if self.at_once not in (1, 2):
@@ -122,8 +134,8 @@ RUNTIMES: dict[str, Runtime] = {
     "tensorrt": Runtime(
         "tensorrt_backend",
         ("tensorrt", "cuda"),
-        ("model.onnx",),
-        "pip install tensorrt cuda-python",
+        ("model_fp16.onnx", "model.onnx"),
+        "pip install 'occbev[tensorrt]'",
     ),
     "torch": Runtime(
         "torch_backend",
@@ -164,7 +176,7 @@ def load_backend(
     name: a key of RUNTIMES, or "auto". settings: CPU threads, None for the runtime's own choice;
         precision "auto" to let the runtime use the hardware's fast types (int8, bf16, fp16), "f32" to forbid them;
         frame sets at once, which only OpenVINO heeds: 2 share the threads, so that each takes longer, but both
-        together less than one after the other.
+        together less than one after the other; the CUDA index of the GPU; the provider of ONNX Runtime.
     Raises:
         BackendError: the network cannot take so many cameras, or the runtime is unknown, absent, or cannot load
             this graph.

@@ -16,6 +16,7 @@ from occbev.files import one_line
 from occbev.inference.backend import (
     FACTORS,
     FORMER_OUTPUTS,
+    LOGITS,
     PER_CAMERA,
     Arrays,
     BackendError,
@@ -138,8 +139,8 @@ def multiplies_bytes() -> bool:
 def _leave_out_logits(graph: openvino.Model) -> None:
     """Do not compute the logits of voxels where the graph gives their probabilities as factors: only those are decoded."""
     results = {port.get_any_name(): port.get_node() for port in graph.outputs}
-    if set(FACTORS) <= set(results) and "occupancy_logits" in results:
-        graph.remove_result(results["occupancy_logits"])
+    if set(FACTORS) <= set(results) and LOGITS in results:
+        graph.remove_result(results[LOGITS])
 
 
 def _shapes(graph: openvino.Model, cameras: int) -> dict[str, openvino.PartialShape]:

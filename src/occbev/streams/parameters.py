@@ -25,6 +25,7 @@ import yaml
 from occbev.config import ConfigError, bounded, from_record
 from occbev.files import read_yaml
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
+from occbev.inference.backend import PROVIDERS
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.tracking import TrackingConfig
 from occbev.messages.image_headers import MAX_IMAGE_PIXELS
@@ -126,6 +127,10 @@ class PerceptionParameters:
     """Model package: a folder, or the name of a shipped one."""
     backend: str = field(default="auto", metadata={"unconfigured": True})
     """Inference runtime: openvino, onnxruntime, tensorrt, torch or auto."""
+    device: int = bounded(0, 0, 15)
+    """CUDA index of the GPU, of TensorRT and of ONNX Runtime's GPU providers."""
+    provider: str = "auto"
+    """Execution provider of ONNX Runtime: cpu, cuda, tensorrt, or auto: CUDA where its GPU build is installed."""
     threads: int = bounded(0, 0, 256)
     """CPU threads of the runtime; 0 leaves it to the runtime."""
     max_in_flight: int = bounded(0, 0, 2)
@@ -186,6 +191,8 @@ class PerceptionParameters:
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
             raise ConfigError(f"executor {self.executor!r}: must be {' or '.join(EXECUTORS)}")
+        if self.provider not in PROVIDERS:
+            raise ConfigError(f"provider {self.provider!r}: must be one of {', '.join(PROVIDERS)}")
         if not self.cameras:
             raise ConfigError("cameras.names is empty: name at least one camera")
         if self.anchor and self.anchor not in self.cameras:

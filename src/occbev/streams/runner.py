@@ -122,4 +122,6 @@ def box_decoding(parameters: PerceptionParameters) -> BoxDecoding:
 
 def _settings(parameters: PerceptionParameters) -> RunSettings:
     at_once = parameters.max_in_flight or (2 if (os.cpu_count() or 1) <= FEW_CORES else 1)
-    return RunSettings(parameters.threads or None, at_once=at_once)
+    return RunSettings(
+        parameters.threads or None, at_once=at_once, device=parameters.device, provider=parameters.provider
+    )

@@ -16,10 +16,10 @@ from torch import Tensor
 from occbev.benchmarks import Options, Report, run_interleaved
 from occbev.config import ImageConfig
 from occbev.grid import BevGrid
+from occbev.inference.example_inputs import ring_rig
 from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev.inference.reference_points import frame_to_images, pillar_points, project
 from occbev_training.benchmarks.measure import bench_device, peak_bytes, speedup, waiting
-from occbev_training.export.package import ring_rig
 from occbev_training.models.queries.bevformer import CameraPairs, SpatialCrossAttention, pair_cameras
 from occbev_training.models.queries.deformable_attention import Levels, sample_by_grid
 

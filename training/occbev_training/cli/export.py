@@ -37,7 +37,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         with status(console, "exporting and checking the graphs on several rigs"):
             package = export_package(
-                network, model, args.out, *records, args.add, args.cameras or None, frames, untrained=args.untrained
+                network,
+                model,
+                args.out,
+                *records,
+                args.add,
+                args.cameras or None,
+                frames,
+                untrained=args.untrained,
+                gpu=args.gpu,
             )
     except (ExportError, QuantisationError) as error:
         Console(stderr=True).print(f"{model.name}: {error}", highlight=False)

@@ -28,15 +28,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from occbev.config import MAX_CAMERAS, ImageConfig, ModelConfig, to_record
-from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.inference.backend import FACTORS, PER_CAMERA
-from occbev.inference.families import family_of
-from occbev.inference.families.record import Moment
+from occbev.inference.example_inputs import example_inputs as all_example_inputs
 from occbev.inference.model_package import CONFIG_NAME, ModelPackage, PackageError, write_package
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
-from occbev.inference.table_cache import TableCache
-from occbev.rig import Camera, CameraRig
+from occbev.rig import CameraRig
 from occbev_training.data.samples import Samples
+from occbev_training.export.half import FP16_GRAPH, write_fp16
 from occbev_training.export.quantise import check_frames, described, quantise, quantise_on
 from occbev_training.models.checkpoints import save_weights
 from occbev_training.models.encoders.deformable_conv import plain_operators
@@ -68,6 +66,9 @@ FORBIDDEN_OPERATORS = frozenset({"Loop", "Scan", "If", "NonZero", "Unique", "Sca
 GRAPH_SUFFIXES = (".onnx", ".xml", ".bin")
 """Files of a package that hold its graphs."""
 
+IN_FP16, FP16_TOLERANCE = "the fp16 graph in ONNX Runtime", 1e-1
+"""How far the graph for GPUs may be off, for noise as images and weights of any kind."""
+
 IN_FP32, ROUNDED = "OpenVINO in fp32", "OpenVINO with fp16 weights"
 
 Arrays = dict[str, NDArray[Any]]
@@ -98,6 +99,7 @@ class Parity:
     openvino: Mapping[str, float]
     torch: Mapping[str, float]
     openvino_before_rounding: Mapping[str, float] | None = None
+    onnxruntime_fp16: Mapping[str, float] | None = None
 
     def as_record(self) -> dict[str, dict[str, float]]:
         """The measured differences with two digits."""
@@ -118,6 +120,7 @@ def export_package(
     cameras: Sequence[int] | None = None,
     calibration: Samples | None = None,
     untrained: bool = False,
+    gpu: bool = False,
 ) -> ModelPackage:
     """Write a model package and prove its graphs against the network.
 
@@ -125,6 +128,7 @@ def export_package(
     cameras: sizes of the rigs that the graphs are checked on.
     calibration: prepared frames on which the OpenVINO graph is quantised; it takes the place of the rounded one.
     untrained: of random weights; the graph is quantised on noise, so that its latency can be measured.
+    gpu: also write the graph in fp16 that TensorRT reads, see `occbev_training.export.half`.
     The package is written beside the folder and moved into it when it is complete: a refused export leaves what was
     there. Raises: ExportError if a weight is not finite, or a graph is further from double precision than it may be;
     QuantisationError if it cannot be quantised.
@@ -139,7 +143,7 @@ def export_package(
         provenance = {**provenance, "data": UNTRAINED}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        _write(network, model, Path(partial), provenance, metrics, extra_files, cameras, calibration, untrained)
+        _write(network, model, Path(partial), provenance, metrics, extra_files, cameras, calibration, untrained, gpu)
         sealed = _sealed(folder)
         for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES or path.name in sealed]:
             stale.unlink()  # of an earlier export
@@ -174,12 +178,15 @@ def _write(
     cameras: Sequence[int] | None,
     calibration: Samples | None,
     untrained: bool,
+    gpu: bool,
 ) -> ModelPackage:
     graph = _graph(network, "onnx")
     save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
     for path in extra_files:
         shutil.copyfile(path, folder / path.name)
     operators = write_onnx(graph, model, folder / "model.onnx")
+    if gpu:
+        write_fp16(folder / "model.onnx", folder / FP16_GRAPH)
     unrounded = None
     if has_ir(model):
         unrounded = write_ir(network, model, folder / "model.xml", compress=True)
@@ -321,7 +328,11 @@ def check_graphs(
     for count, seed in itertools.product(sizes, (0, 1) if model.past_frames else (0,)):
         inputs, bags = (example_inputs(model, g, count, seed) for g in (plain, native))
         judge.take(bags)
-        judge.hold("ONNX Runtime", run_onnx(folder / "model.onnx", inputs))
+        answers = run_onnx(folder / "model.onnx", inputs)
+        check_factors(answers)
+        judge.hold("ONNX Runtime", answers)
+        if (folder / FP16_GRAPH).exists():
+            judge.hold(IN_FP16, run_onnx(folder / FP16_GRAPH, inputs), FP16_TOLERANCE)
         if unrounded is None:  # OpenVINO reads the ONNX graph then
             judge.hold(IN_FP32, run_openvino(shared_core().read_model(folder / "model.onnx"), inputs))
             continue
@@ -330,10 +341,10 @@ def check_graphs(
         judge.hold(ROUNDED, got, IR_TOLERANCE)
         if count == sizes[0]:
             judge.hold(IN_FP32, run_openvino(unrounded.clone(), bags))
-    worst = judge.worst
+    worst, half = judge.worst, judge.worst.get(IN_FP16)
     if unrounded is None:
-        return Parity(worst["ONNX Runtime"], worst[IN_FP32], worst["torch"])
-    return Parity(worst["ONNX Runtime"], worst[ROUNDED], worst["torch"], worst[IN_FP32])
+        return Parity(worst["ONNX Runtime"], worst[IN_FP32], worst["torch"], None, half)
+    return Parity(worst["ONNX Runtime"], worst[ROUNDED], worst["torch"], worst[IN_FP32], half)
 
 
 class _Judge:
@@ -408,41 +419,9 @@ def check_factors(outputs: Mapping[str, NDArray[Any]]) -> None:
 def example_inputs(
     model: ModelConfig, graph: Graph, cameras: int, seed: int = 0, rig: CameraRig | None = None
 ) -> Arrays:
-    """Return a graph's inputs for a rig (by default a ring of cameras) with random images, all valid.
-
-    seed: 0 is a first frame; in any other a network with a memory finds a random state and a motion.
-    """
-    generator, image = np.random.default_rng(seed), model.image
-    rig = rig or ring_rig(model, cameras)
-    pixels = generator.standard_normal((1, len(rig), 3, image.height, image.width))
-    arrays: Arrays = {
-        "images": pixels.astype(np.float32),
-        "camera_valid": np.ones((1, len(rig)), np.float32),
-        **TableCache(model, graph.form).tables(rig),
-    }
-    family = family_of(model)
-    before = Moment(0, make_transform(rotation_from_yaw(0.3), (100.0, 50.0, 0.0)), rig)
-    now = Moment(500_000_000, make_transform(rotation_from_yaw(0.4), (101.5, 50.4, 0.0)), rig)
-    for name, state in family.first_state(model, len(rig)).items():
-        arrays[name] = generator.standard_normal(state.shape).astype(np.float32)
-    arrays |= family.motion(model, now, before if seed else None)
+    """Return the inputs that a graph takes of `occbev.inference.example_inputs`."""
+    arrays = all_example_inputs(model, graph.form, cameras, seed, rig)
     return {name: arrays[name] for name in graph.inputs}
-
-
-def ring_rig(model: ModelConfig, cameras: int) -> CameraRig:
-    """Return network-size cameras that look outwards in equal steps from 1.6 m above ground."""
-    width, height = model.image.width, model.image.height
-    intrinsic = np.array([[0.8 * width, 0, width / 2], [0, 0.8 * width, height / 2], [0, 0, 1]])
-    ring = []
-    for index in range(cameras):
-        yaw = 2 * np.pi * index / cameras
-        pose = np.eye(4)
-        pose[:3, 0] = np.sin(yaw), -np.cos(yaw), 0  # right
-        pose[:3, 1] = 0, 0, -1  # down
-        pose[:3, 2] = np.cos(yaw), np.sin(yaw), 0  # forward
-        pose[:3, 3] = np.cos(yaw), np.sin(yaw), 1.6
-        ring.append(Camera(f"CAM_{index}", width, height, intrinsic, pose))
-    return CameraRig(tuple(ring))
 
 
 def run_torch(graph: Graph, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -536,7 +515,8 @@ def model_card(
             *(f"| {name} | {text} |" for name, text in rows.items()),
             "",
             "`config.yaml` fixes the model and holds the SHA-256 of every file. `model.onnx` is the graph for ONNX",
-            "Runtime and TensorRT, `weights.safetensors` is for torch. OpenVINO reads `model_int8.xml` (convolutions in",
+            "Runtime and TensorRT; on a GPU they read `model_fp16.onnx` first, where it is there.",
+            "`weights.safetensors` is for torch. OpenVINO reads `model_int8.xml` (convolutions in",
             "bytes) on CPUs that multiply bytes at once, or else `model.xml` (weights stored as fp16) or the ONNX graph,",
             "whichever is there. Calibration and state are inputs of the graphs.",
             "",

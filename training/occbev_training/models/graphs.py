@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from occbev.inference.backend import FACTORS
+from occbev.inference.backend import FACTORS, LOGITS
 from occbev.inference.tables import GATHER_STAGES
 from occbev_training.models.heads.record import heads_of, take_last_layers
 from occbev_training.models.lift_splat.bevdet import BevDetNetwork
@@ -170,7 +170,7 @@ class FactoredGraph(BagGraph):
 
     def __init__(self, network: OccBevNetwork) -> None:
         super().__init__(network)
-        if "occupancy_logits" in self.outputs:
+        if LOGITS in self.outputs:
             self.outputs += FACTORS
 
     def _heads(self, bev: Tensor) -> dict[str, Tensor]:
@@ -207,6 +207,18 @@ class GatherGraph(LiftGraph):
         tables = (table_pixel, table_depth, table_weight, *stages, table_cell)
         bev = self.network.view_transform.gather(logits, context, camera_valid, tables)
         return self.answer(bev, match, state_in_bev, state_known, table_warp)
+
+
+class FactoredGatherGraph(GatherGraph):
+    """The same, which also gives the probabilities of voxels as factors; for one of our own networks."""
+
+    def __init__(self, network: OccBevNetwork) -> None:
+        super().__init__(network)
+        if LOGITS in self.outputs:
+            self.outputs += FACTORS
+
+    def _heads(self, bev: Tensor) -> dict[str, Tensor]:
+        return self.network.run_factored_heads(bev)
 
 
 class BevFormerGraph(Graph):

@@ -7,6 +7,7 @@
     occbev-train export out/converted --out out/bevformer_tiny
     occbev-train export out/package --out out/package-int8 --int8 out/cache
     occbev-train export config/models/occbev-small.yaml --untrained --out out/occbev-small
+    occbev-train export out/package --out out/package-gpu --gpu
 
 The folder of a run has its own model configuration, and its run.json fills the card: data, steps, seed, first weights.
 A package of stage 1 predicts voxels that are free, occupied or unknown, without classes and without boxes; a head that
@@ -56,5 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="CACHE",
         help="quantise the OpenVINO graph on frames of 'occbev-train prepare' that the network was trained on",
+    )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="also write the graph in fp16 that TensorRT reads; --int8 is for OpenVINO alone",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")

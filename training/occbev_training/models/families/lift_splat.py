@@ -15,7 +15,7 @@ from occbev.inference.tables import Augmentation
 from occbev_training.models.encoders.image_encoder import ImageEncoder
 from occbev_training.models.families.record import TrainingFamily
 from occbev_training.models.geometry import Geometry
-from occbev_training.models.graphs import BagGraph, FactoredGraph, GatherGraph
+from occbev_training.models.graphs import BagGraph, FactoredGatherGraph, FactoredGraph
 from occbev_training.models.heads.detection_head import CENTRES, DetectionHead
 from occbev_training.models.heads.occupancy_head import GEOMETRY, SEMANTICS, OccupancyDecoder
 from occbev_training.models.heads.record import build_heads
@@ -124,7 +124,7 @@ class LiftSplatTraining(SplatTraining[LiftSplatModel]):
     """Our own networks."""
 
     network = OccBevNetwork
-    graphs: ClassVar = {"onnx": GatherGraph, "native": BagGraph, "factored": FactoredGraph}
+    graphs: ClassVar = {"onnx": FactoredGatherGraph, "native": BagGraph, "factored": FactoredGraph}
     heads = HEADS
 
     def build(self, model: LiftSplatModel, stage: str) -> OccBevNetwork:

@@ -85,7 +85,7 @@ class OccupancyDecoder(nn.Module):
         for part in answers.split(CELLS_AT_ONCE, 2):
             occupied.append(torch.sigmoid(part[:, : SUBPIXEL**2]))
             share, label = torch.softmax(part[:, SUBPIXEL**2 :], 1).topk(1, 1)
-            labels.append(label.to(torch.uint8))
+            labels.append(label.float().to(torch.uint8))  # TensorRT makes bytes of floats alone
             shares.append(share)
         shape = (len(cells), *cells.shape[2:])
         return (
