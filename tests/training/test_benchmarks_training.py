@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 from torch import nn  # noqa: E402
 
-from occbev.benchmarks import Options, Timing  # noqa: E402
+from occbev.benchmarks import Options, Report, Timing  # noqa: E402
 from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
-from occbev_training.benchmarks import encoder, pooling, trainer  # noqa: E402
+from occbev_training.benchmarks import encoder, gpu, pooling, trainer  # noqa: E402
 from occbev_training.benchmarks.measure import peak_bytes, speedup, waiting  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
 
@@ -65,6 +65,23 @@ def test_the_trainer_bench_reports_what_it_promises(tmp_path: Path, monkeypatch:
     assert 0 < found.values["loader_cpu_s_per_sample"] < 1
 
 
+def test_the_gpu_bench_runs_on_a_cpu_at_reduced_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = reduced(LiftSplatModel())
+    for module in (gpu, trainer):
+        monkeypatch.setattr(module, "LiftSplatModel", lambda: small)
+    for name in ("attention", "encoder"):  # which have tests of their own
+        monkeypatch.setattr(
+            getattr(gpu, name), "run", lambda options, n=name: Report(n, {"time_ms": 1.0}, {"ours": 2.0})
+        )
+    found = gpu.run(Options(rounds=1, threads=1))
+    assert found.values["training"]["pretrain_samples_per_s"] > 0
+    assert found.values["training"]["workers"] >= 1
+    differences = found.values["bf16_difference"]
+    assert set(differences) == {"occupancy_logits", "heatmap", "box"}
+    assert all(1e-5 < difference < 0.5 for difference in differences.values())
+    assert found.ratios == {"attention.ours": 2.0, "encoder.ours": 2.0}
+
+
 def test_every_runtime_of_the_encoder_bench_agrees(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = (
@@ -76,7 +93,7 @@ def test_every_runtime_of_the_encoder_bench_agrees(tmp_path: Path) -> None:
     network = nn.Sequential(*layers).eval()
     images = torch.randn(2, 3, 32, 32)
     methods, differences, provider = encoder.methods_of(network, images, tmp_path, 1, compiled=False)
-    assert provider in encoder.PROVIDERS
+    assert provider in encoder.PROVIDERS.values()
     assert set(methods) == {
         "eager",
         "folded_channels_last",

@@ -90,16 +90,18 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(before[1])
 
 
-def measure(stage: str, cache: SampleCache, folder: Path, options: Options) -> dict[str, float]:
+def measure(
+    stage: str, cache: SampleCache, folder: Path, options: Options, batch: int = 2, workers: int = 1
+) -> dict[str, float]:
     """Return the shares of one stage: of wall time from the end of the warm-up to the last step."""
     model, threads = LiftSplatModel(), options.threads or 1
     steps = WARM_STEPS + STEPS_PER_ROUND * options.rounds
     config = TrainingConfig(
         stage=stage,
         steps=steps,
-        batch=2,
+        batch=batch,
         threads=threads,
-        workers=1,
+        workers=workers,
         log_every=STEPS_PER_ROUND,
         validate_every=0,
         optim=OptimConfig(scales={}),

@@ -24,7 +24,13 @@ BENCHES: Mapping[str, str] = {
 """Name -> one line of help. Each is `occbev_training.benchmarks.<name>` with `run(options) -> Report`."""
 
 
+JOINED: Mapping[str, str] = {
+    "gpu": "in one run what only a GPU can tell: attention, encoder, training, bf16",
+}
+"""Those that run others, and so are not part of all."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_bench_arguments(parser, BENCHES, rounds=5)
+    add_bench_arguments(parser, {**BENCHES, **JOINED}, rounds=5)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
