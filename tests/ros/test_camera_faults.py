@@ -80,6 +80,7 @@ def test_a_camera_that_repeats_its_stamp_is_left_out(
     bench.finished(30)
     assert published(bench) == keys_of(drive)
     repeats = sum(s.stamp_ns == frozen_ns for s in stuck) - 1
+    bench.wait(lambda: statistics(bench).dropped[RIGHT]["duplicate"] >= repeats)
     assert statistics(bench).dropped[RIGHT]["duplicate"] == repeats
     assert [set(s.missing) for s in bench.pipeline.seen[-repeats:]] == [{RIGHT}] * repeats
     said(bench, f"camera {RIGHT} is missing: no image within")
