@@ -64,6 +64,14 @@ def test_what_grows_is_named(grown: dict[str, float], slope: float, text: str) -
     assert text in broken
 
 
+def test_the_course_of_memory_is_told_by_the_minute() -> None:
+    course = account(samples(rss=0.1), lines(), SPAN)["rss_mb_by_minute"]
+    assert len(course) == 10
+    assert course == sorted(course)
+    assert course[0] == pytest.approx(402, abs=0.5)
+    assert course[-1] == pytest.approx(438, abs=0.5)
+
+
 def test_a_short_run_compares_shares_of_itself() -> None:
     record = account(samples()[:60], lines()[:600], (0, 60 * 10**9))
     assert record["first"]["seconds"] == 15

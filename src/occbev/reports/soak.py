@@ -76,7 +76,8 @@ def account(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], span_
     """Compare the first window of a run with the last.
 
     lines: the node's frame log. span_ns: when playing began and ended, on the steady clock.
-    Returns: `first` and `last` window, `growth` between them, `broken`: the limits that do not hold, in words.
+    Returns: `first` and `last` window, `growth` between them, `broken`: the limits that do not hold, in words;
+        `rss_mb_by_minute`, from which a leak can be told from memory that is taken once.
     Raises:
         ValueError: the run was too short to say anything.
     """
@@ -92,7 +93,15 @@ def account(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], span_
         "files": last["files"] - first["files"],
         "latency_p99_ratio": round(last["latency_p99_ms"] / first["latency_p99_ms"], 3),
     }
-    return {"first": first, "last": last, "growth": growth, "broken": _find_broken(growth)}
+    minutes = [_rss_mb(samples, at, at + 60e9) for at in np.arange(begin, end, 60e9)]
+    course = {"rss_mb_by_minute": [mb for mb in minutes if mb is not None]}
+    return {"first": first, "last": last, "growth": growth, "broken": _find_broken(growth), **course}
+
+
+def _rss_mb(samples: Sequence[Sample], begin: float, end: float) -> float | None:
+    """Return the median between two times, None where there is no sample."""
+    own = [s.rss_mb for s in samples if begin <= s.at_ns < end]
+    return round(float(np.median(own)), 1) if own else None
 
 
 def _window(samples: Sequence[Sample], lines: Sequence[Mapping[str, Any]], begin: float, end: float) -> dict[str, Any]:
