@@ -222,6 +222,27 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     assert done.returncode == 0, done.stderr[-1500:]
 
 
+def test_the_demo_needs_nothing_that_only_training_depends_on(repository: Path) -> None:
+    """The environment of the robot holds the training package without its dependencies."""
+    source = (repository / "src/occbev/cli/demo.py").read_text()
+    modules = sorted(set(re.findall(r"from (occbev_training[.\w]*) import", source)))
+    project = (repository / "training/pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    packages = re.findall(r'^    "([\w-]+)', listed[1], re.MULTILINE)
+    absent = {name.replace("-", "_") for name in packages} - {"occbev", "numpy"}
+    assert {"torch", "safetensors"} <= absent
+    assert len(modules) > 3
+    program = f"""
+import importlib, sys
+for name in {sorted(absent)!r}:
+    sys.modules[name] = None
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
 def test_private_parts_of_rclpy_are_reached_in_one_file() -> None:
     files = {path.name: ast.parse(path.read_text()) for path in (ROOT / "src/occbev/ros").glob("*.py")}
     attributes = [(name, n) for name, tree in files.items() for n in ast.walk(tree) if isinstance(n, ast.Attribute)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,14 @@ from occbev.grid import BevGrid, VoxelGrid, xyz_from_volume
 from occbev.inference.pipeline import boxes_of as decoded_boxes
 from occbev.inference.postprocess import BoxDecoding, decode_boxes, decode_occupancy
 from occbev.results import Boxes3D
-from occbev_training.data.cache import SampleCache
-from occbev_training.data.samples import Samples
 from occbev_training.evaluation.scores import FrameResult, OccupancyView, Scores, count_occupancy
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection, match_near
 from occbev_training.metrics.occupancy import binary_counts, binary_iou
 from occbev_training.sources.recording import Annotations
+
+if TYPE_CHECKING:  # the demo scores without what caches are read by
+    from occbev_training.data.cache import SampleCache
+    from occbev_training.data.samples import Samples
 
 Floats = NDArray[np.float32]
 
