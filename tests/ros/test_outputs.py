@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="output messages are rclpy's")
 
+from rclpy.serialization import deserialize_message, serialize_message
+
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPANCY_COLOURS
 from occbev.grid import GRIDS, VoxelGrid
 from occbev.inference.ground_grid import GroundGridConfig
+from occbev.messages.detections import detections_bytes
 from occbev.messages.readers import cloud_from_message
 from occbev.results import Boxes3D, GroundGrid, Occupancy, VoxelEvidence
 from occbev.ros import outputs
@@ -39,17 +43,35 @@ def test_stamps_keep_their_nanoseconds() -> None:
     assert (HEADER.stamp.sec, HEADER.stamp.nanosec) == (1_600_000_000, 123_456_789)
 
 
-def test_detections_carry_centre_size_heading_and_class() -> None:
-    pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
-    message = outputs.DetectionWriter().message(boxes(), HEADER)
-    first = message.detections[0]
-    assert (first.bbox.center.position.x, first.bbox.size.x) == (10.0, 4.5)
-    assert first.bbox.size.y == pytest.approx(1.9)
-    assert first.bbox.center.orientation.z == pytest.approx(math.sin(math.pi / 4))
-    hypotheses = [d.results[0].hypothesis for d in message.detections]
-    assert [h.class_id for h in hypotheses] == [DETECTION_CLASSES[0], DETECTION_CLASSES[8]]
-    assert hypotheses[0].score == pytest.approx(0.9)
-    assert message.header.frame_id == "base_link"
+def detections(some: Boxes3D, header: Any) -> Any:
+    """The same boxes as a message object, filled field by field."""
+    msg = pytest.importorskip("vision_msgs.msg", reason="built by occbev.ros.build_interfaces")
+    made = msg.Detection3DArray(header=header)
+    for index, (box, label, score) in enumerate(zip(some.box, some.label, some.score, strict=True)):
+        detection = msg.Detection3D(header=header, results=[msg.ObjectHypothesisWithPose()])
+        detection.id = "" if some.track is None else str(some.track[index])
+        hypothesis = detection.results[0].hypothesis
+        hypothesis.class_id, hypothesis.score = DETECTION_CLASSES[label], float(score)
+        for pose in (detection.bbox.center, detection.results[0].pose.pose):
+            pose.position.x, pose.position.y, pose.position.z = map(float, box[:3])
+            yaw = float(box[6])
+            pose.orientation.z, pose.orientation.w = math.sin(yaw / 2), math.cos(yaw / 2)
+        size = detection.bbox.size
+        size.x, size.y, size.z = map(float, box[3:6])
+        made.detections.append(detection)
+    return made
+
+
+@pytest.mark.parametrize("frame", ["", "b", "base", "base_link", "vehicle/base_link"])
+def test_the_bytes_of_boxes_are_those_of_their_message(frame: str) -> None:
+    header = outputs.header_at(1_600_000_000_123_456_789, frame)
+    ten = boxes()[np.array([0, 1] * 5)]
+    ten = replace(ten, label=np.arange(10), track=10 ** np.arange(10, dtype=np.int64))
+    for some in (ten, ten[::-1], replace(ten, track=None), ten[:1], ten[:0]):
+        data = detections_bytes(some, 1_600_000_000_123_456_789, frame)
+        message = detections(some, header)
+        assert deserialize_message(data, type(message)) == message
+        assert len(data) == len(serialize_message(message))  # whose padding is left to chance
 
 
 def test_markers_delete_the_last_ones_first_and_expire() -> None:
@@ -65,15 +87,11 @@ def test_markers_delete_the_last_ones_first_and_expire() -> None:
     assert len(keys) == 3
 
 
-@pytest.mark.parametrize("kind", ["DetectionWriter", "MarkerWriter"])
-def test_a_message_that_is_filled_again_holds_nothing_of_the_last_one(kind: str) -> None:
-    if kind == "DetectionWriter":
-        pytest.importorskip("vision_msgs", reason="built by occbev.ros.build_interfaces")
-    make, both = getattr(outputs, kind), boxes()
-    later, used = outputs.header_at(1_700_000_000_000_000_000, "base_link"), make()
+def test_markers_that_are_filled_again_hold_nothing_of_the_last_ones() -> None:
+    both, used = boxes(), outputs.MarkerWriter()
+    later = outputs.header_at(1_700_000_000_000_000_000, "base_link")
     for few, header in ((both, HEADER), (both[::-1], later), (both[1:], HEADER), (both, later)):
-        assert used.message(few, header) == make().message(few, header)
-    assert len(getattr(used.message(both[:0], later), "detections", ())) == 0
+        assert used.message(few, header) == outputs.MarkerWriter().message(few, header)
 
 
 def as_networks_give_it(occupancy: Occupancy) -> Occupancy:

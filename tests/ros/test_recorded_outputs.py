@@ -17,6 +17,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPIED_STATE
 from occbev.grid import GRIDS
 from occbev.messages.bags import BagMessage, BagWriter, type_store
+from occbev.messages.detections import detections_bytes
 from occbev.messages.readers import MessageError
 from occbev.reports.recorded_outputs import read_recorded
 from occbev.results import Boxes3D, Occupancy
@@ -41,12 +42,13 @@ def occupancy() -> Occupancy:
 
 
 def record(path: Path, messages: dict[str, Any]) -> Path:
-    """Write messages, type name -> message, as a recorder writes them."""
+    """Write messages, type name -> message or its bytes, as a recorder writes them."""
     store = type_store()
     with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         for number, (msgtype, message) in enumerate(messages.items()):
             connection = writer.add_connection(f"/perception/output/{number}", msgtype, typestore=store)
-            writer.write(connection, 1 + number, serialize_message(message))
+            data = message if isinstance(message, bytes) else serialize_message(message)
+            writer.write(connection, 1 + number, data)
     return path
 
 
@@ -56,7 +58,7 @@ def recorded(tmp_path: Path) -> Path:
     return record(
         tmp_path / "run",
         {
-            "vision_msgs/msg/Detection3DArray": outputs.DetectionWriter().message(boxes(), header),
+            "vision_msgs/msg/Detection3DArray": detections_bytes(boxes(), STAMP, "base_link"),
             "visualization_msgs/msg/MarkerArray": outputs.MarkerWriter().message(boxes(), header),
             "sensor_msgs/msg/PointCloud2": outputs.CloudWriter().message(occupancy(), header),
         },
@@ -98,8 +100,7 @@ def test_voxels_of_another_grid_are_refused(recorded: Path) -> None:
 
 
 def test_an_output_that_was_not_published_is_none(tmp_path: Path) -> None:
-    header = outputs.header_at(STAMP, "base_link")
-    message = outputs.DetectionWriter().message(Boxes3D.empty(), header)
+    message = detections_bytes(Boxes3D.empty(), STAMP, "base_link")
     bag = record(tmp_path / "run", {"vision_msgs/msg/Detection3DArray": message})
     result = read_recorded(bag, GRID)[STAMP]
     assert result.boxes is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +19,6 @@ from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
 from occbev.classes import (
-    DETECTION_CLASSES,
     DETECTION_COLOURS,
     FREE,
     OCCUPANCY_CLASSES,
@@ -33,9 +31,10 @@ from occbev.graph import OPTIONAL_OUTPUTS, OUTPUT_TOPICS, resolve
 from occbev.grid import VoxelGrid
 from occbev.inference.ground_grid import GroundGridConfig, obstacle_voxels
 from occbev.messages.bags import BagMessage
+from occbev.messages.detections import detections_bytes
 from occbev.results import Boxes3D, GroundGrid, Occupancy, Perception
 from occbev.ros.autoware import detected_objects
-from occbev.ros.compat import MissingCapability, is_installed, require
+from occbev.ros.compat import is_installed
 from occbev.streams.health import Status
 from occbev.streams.parameters import PerceptionParameters
 
@@ -71,43 +70,6 @@ def time_from_ns(stamp_ns: int) -> Time:
 def header_at(stamp_ns: int, frame: str) -> Header:
     """Make a std_msgs Header."""
     return Header(stamp=time_from_ns(stamp_ns), frame_id=frame)
-
-
-class DetectionWriter:
-    """Writes boxes as vision_msgs/Detection3DArray; a message is the last one's, filled again.
-
-    Making the objects of a hundred detections takes several times as long as filling them.
-    """
-
-    def __init__(self) -> None:
-        self._spare: list[Any] = []
-
-    def prepare(self, boxes: int) -> None:
-        """Make the objects of so many boxes, so that the first message does not pay for it."""
-        msg = require("vision_msgs.msg")
-        while len(self._spare) < boxes:
-            self._spare.append(_detection(msg))
-
-    def message(self, boxes: Boxes3D, header: Header) -> Any:
-        """Make the message, which the next one overwrites; centre and size as in `Boxes3D`.
-
-        Raises:
-            MissingCapability: vision_msgs is not installed.
-        """
-        msg = require("vision_msgs.msg")
-        self.prepare(len(boxes))
-        detections = self._spare[: len(boxes)]
-        ids = [""] * len(boxes) if boxes.track is None else boxes.track.astype(str).tolist()
-        for detection, box, label, score, identity in zip(
-            detections, boxes.box.tolist(), boxes.label.tolist(), boxes.score.tolist(), ids, strict=True
-        ):
-            detection.header, detection.id = header, identity
-            _place(detection.bbox.center, box)
-            size = detection.bbox.size
-            size.x, size.y, size.z = box[3:6]
-            hypothesis = detection.results[0].hypothesis
-            hypothesis.class_id, hypothesis.score = DETECTION_CLASSES[label], score
-        return msg.Detection3DArray(header=header, detections=detections)
 
 
 class MarkerWriter:
@@ -266,25 +228,22 @@ class ResultWriter:
     """Makes the output messages of one result, each only when it is called for; the next result's overwrite them."""
 
     def __init__(self) -> None:
-        self._detections, self._markers = DetectionWriter(), MarkerWriter()
-        self._cloud = CloudWriter()
+        self._markers, self._cloud = MarkerWriter(), CloudWriter()
 
     def prepare(self, grid: VoxelGrid, boxes: int) -> None:
         """Make what depends on the grid and the number of boxes alone."""
         self._cloud.prepare(grid)
         self._markers.prepare(boxes)
-        with suppress(MissingCapability):  # then there is no such publisher
-            self._detections.prepare(boxes)
 
     def makers(self, perception: Perception, parameters: PerceptionParameters) -> dict[str, Callable[[], Any]]:
-        """Return output (a key of graph.OUTPUT_TOPICS or OPTIONAL_OUTPUTS) -> what makes its message."""
+        """Return output (a key of graph.OUTPUT_TOPICS or OPTIONAL_OUTPUTS) -> what makes its message, or its bytes."""
         header = header_at(perception.stamp_ns, parameters.base_frame)
         boxes, occupancy = perception.boxes, perception.occupancy
         strong = boxes[boxes.score >= parameters.detection.marker_threshold]
         ground = perception.ground or GroundGrid.unknown(occupancy.grid)
         self._cloud.observed = parameters.occupancy.publish == "observed"
         return {
-            "objects": lambda: self._detections.message(boxes, header),
+            "objects": lambda: detections_bytes(boxes, perception.stamp_ns, parameters.base_frame),
             "points": lambda: self._cloud.message(occupancy, header),
             "obstacles": lambda: self._cloud.obstacles(occupancy, ground, parameters.ground_grid, header),
             "grid": lambda: grid_message(ground, header),
@@ -301,8 +260,9 @@ def encoder(parameters: PerceptionParameters) -> Callable[[Perception], Iterator
     def encode(perception: Perception) -> Iterator[BagMessage]:
         makers = writer.makers(perception, parameters)
         for key, topic in topics.items():
-            make = makers[key]
-            yield BagMessage(resolve(topic.name), topic.type, perception.stamp_ns, bytes(serialize_message(make())))
+            made = makers[key]()
+            data = made if isinstance(made, bytes) else bytes(serialize_message(made))
+            yield BagMessage(resolve(topic.name), topic.type, perception.stamp_ns, data)
 
     return encode
 
@@ -327,13 +287,6 @@ def diagnostics_message(statuses: Iterable[Status], stamp_ns: int, hardware: str
 def _place(pose: Any, box: list[float]) -> None:
     pose.position.x, pose.position.y, pose.position.z = box[0:3]
     pose.orientation.z, pose.orientation.w = math.sin(box[6] / 2), math.cos(box[6] / 2)
-
-
-def _detection(msg: Any) -> Any:
-    """Make a detection of one hypothesis, whose pose is the box's."""
-    detection = msg.Detection3D(results=[msg.ObjectHypothesisWithPose()])
-    detection.results[0].pose.pose = detection.bbox.center
-    return detection
 
 
 def _cube(index: int) -> Marker:
