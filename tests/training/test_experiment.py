@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 
 from occbev.config import save_config
 from occbev.results import Boxes3D
+from occbev.rig import CameraRig
 from occbev_training.data.cache import CachedSample, write_sample
 from occbev_training.experiment import checks
+from occbev_training.experiment.found import Findings, found_among, keep_as_many, look_for_objects, targets_of
 from occbev_training.experiment.network import CLASSES, GRID, MODEL, build_slim, reset_norms
 from occbev_training.experiment.phases import ALL_PARTS, CARRIED, finetune, pretrain
 from occbev_training.experiment.plan import (
     Drives,
     Plan,
     PlanError,
+    RecordedPlan,
     RunGroup,
     WorldPlan,
     load_plan,
@@ -31,12 +34,22 @@ from occbev_training.experiment.plan import (
     registration_of,
     require_registered,
 )
-from occbev_training.experiment.pool import Pool, labelled_drives, turn_sample, whole_pool
-from occbev_training.experiment.report import Results, sections_of, to_markdown, to_page, write_docs
+from occbev_training.experiment.pool import (
+    Pool,
+    drive_folder,
+    labelled_drives,
+    labelled_pool,
+    sample_file,
+    turn_sample,
+    whole_pool,
+)
+from occbev_training.experiment.recorded import block_keys, make_blocks, rig_file
+from occbev_training.experiment.report import Chapter, Results, sections_of, to_markdown, to_page, write_docs
 from occbev_training.experiment.runs import Task, Workplace, do_task, read_rows, run_tasks, tasks_of
 from occbev_training.experiment.statistics import CUT, SCORED, MatchRecord, compare, holm, sign_flip
-from occbev_training.experiment.world import VEHICLES, drive_folder, rig_of, sample_file
+from occbev_training.experiment.world import VEHICLES, rig_of
 from occbev_training.metrics.detection import match_detection
+from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.sources.recording import Annotations
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +136,9 @@ def test_the_tested_family_can_reach_significance() -> None:
 
 
 def test_no_two_plans_share_test_drives() -> None:
-    scored = [{*p.world.test.seeds, *p.world.unseen_rig.seeds} for p in map(load_plan, PLANS)]
+    simulated = [plan.world for plan in map(load_plan, PLANS) if plan.world.recorded is None]
+    scored = [{*world.test.seeds, *world.unseen_rig.seeds} for world in simulated]
+    assert len(scored) >= 2
     assert all(not a & b for a, b in itertools.combinations(scored, 2))
 
 
@@ -154,7 +169,9 @@ def test_a_run_on_test_drives_of_a_changed_plan_is_refused_before_it_is_trained(
         (lambda: replace(SMALL.world, test=Drives(9990, 2)), r"world\.test: seeds .* must be within"),
         (lambda: replace(SMALL.world, unseen_rig=Drives(780_001, 2)), "two splits"),
         (lambda: replace(SMALL, runs=(RunGroup(("R",), 50, 2),)), r"arms \['D', 'O'\] are not run"),
-        (lambda: replace(SMALL, checks="never"), "first or after_family"),
+        (lambda: replace(SMALL, checks="never"), "first, after_family or none"),
+        (lambda: replace(SMALL, world=replace(SMALL.world, recorded=RecordedPlan("drive"))), "a real drive wants none"),
+        (lambda: RecordedPlan("drive", blocks=0), "blocks and block_keys must be at least 1"),
         (lambda: replace(SMALL, check_seed=1), "a run on test drives has it"),
         (lambda: RunGroup(("R", "Q"), 10, 1), r"arms \['Q'\] are unknown"),
     ],
@@ -393,15 +410,111 @@ def test_failed_checks_are_shown_first_and_wrong_labels_are_judged() -> None:
 def test_the_page_and_the_docs_follow_from_the_rows(tmp_path: Path) -> None:
     plan = _enough_seeds()
     results = Results(plan, _rows(plan, {"R": 0.3, "D": 0.8, "O": 1.1}, 3))
-    write_docs(tmp_path / "results.md", results, "the command")
+    write_docs(tmp_path / "results.md", [Chapter(results, "the command")])
     text = (tmp_path / "results.md").read_text()
+    assert "## On simulated streets: plan `small`" in text
     assert "![The tested differences, at 50 % of labels](results/small-differences.svg)" in text
     first = (tmp_path / "results" / "small-differences.svg").read_bytes()
-    write_docs(tmp_path / "results.md", Results(plan, results.rows), "the command")
+    write_docs(tmp_path / "results.md", [Chapter(Results(plan, results.rows), "the command")])
     assert (tmp_path / "results" / "small-differences.svg").read_bytes() == first
     page = to_page("Small", sections_of(results, "the command"))
     assert "<svg" in page
     assert "O - R" in page
+
+
+RECORDED = replace(
+    SMALL,
+    name="recorded",
+    world=replace(SMALL.world, recorded=RecordedPlan("drive", blocks=1, block_keys=2)),
+    runs=(RunGroup(("R", "O"), 100.0, 1),),
+    family=(),
+    family_percent=100.0,
+    checks="none",
+)
+
+
+def test_halves_of_a_recording_share_no_key_frame() -> None:
+    recorded = RecordedPlan("drive", blocks=7, block_keys=3)
+    labelled, scored = (
+        [key for number in range(7) for key in block_keys(split, number, 45, recorded)]
+        for split in ("labelled", "test")
+    )
+    assert labelled == list(range(21))
+    assert scored == list(range(24, 45))
+    with pytest.raises(PlanError, match="41 key frames, want 42"):
+        block_keys("test", 0, 41, recorded)
+
+
+def test_a_plan_with_a_recording_learns_from_its_first_half_and_is_scored_on_its_second(
+    tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recorded.yaml"
+    save_config(path, RECORDED)
+    register(path)
+    assert load_plan(path).hash == RECORDED.hash != replace(RECORDED, world=SMALL.world).hash
+    with pytest.raises(PlanError, match="give --recording"):
+        make_blocks(world, RECORDED.world, None)
+    drive = SimulatedDrive(9990, DriveConfig(keys=5, key_rate=5.0, image=(192, 96), grid=GRID))
+    monkeypatch.setattr("occbev_training.experiment.recorded._open", lambda path, recorded: drive)
+    make_blocks(world, RECORDED.world, tmp_path)
+    sizes = {(camera.width, camera.height) for camera in CameraRig.load(rig_file(world)).cameras}
+    assert sizes == {(96, 48)}
+    labelled, scored = labelled_pool(world, RECORDED.world, 100, 0), whole_pool(world, "test", RECORDED.world)
+    assert (labelled.drives, len(labelled), len(scored)) == (("block-000",), 2, 2)
+    assert not np.array_equal(labelled[0].images, scored[0].images)
+    rows = list(run_tasks(Workplace.of(path, tmp_path), tasks_of(RECORDED), 1))
+    assert [row["key"] for row in rows] == ["run-R-100-seed0", "phase1-O-seed0", "run-O-100-seed0"]
+    assert rows[0]["data"]["scored"] == scored.hash
+    assert rows[0]["data"]["labelled"] == labelled.hash
+    text = to_markdown(sections_of(Results(RECORDED, rows), "command"), "results")
+    assert "O - R at 100 % of labels: " in text
+    assert "No test was registered" in text
+    assert "unseen rig, mean" not in text
+
+
+def test_what_is_found_is_what_the_best_boxes_meet(world: Path) -> None:
+    pool = whole_pool(world, "test", SMALL.world)
+    targets = targets_of(pool)
+    assert len(targets) == 3 * len(pool)  # a car, a bus and a pedestrian in every sample; a motorcycle has no class
+    cars = np.flatnonzero(targets.label == 0)
+    said = []
+    for index in range(len(pool)):
+        here = targets.sample == index
+        box, label = targets.box[here].copy(), targets.label[here]
+        box[label == 0, 0] += 10.0 if index == 1 else 0.5  # the car of one sample is missed
+        score = np.full(len(box), 0.9, np.float32)
+        noise = np.tile(box[:1], (20, 1))  # worse boxes than there are objects: cut off, however many
+        noise[:, 1] += 7
+        boxes = np.concatenate([box, noise])
+        said.append(Boxes3D(boxes, np.append(label, np.zeros(20, int)), np.append(score, np.full(20, 0.1, np.float32))))
+    kept = keep_as_many(said, targets)
+    assert sum(len(one) for one in kept) == len(targets)
+    found = found_among(kept, pool, targets)
+    assert found[cars].tolist() == [sample != 1 for sample in targets.sample[cars]]
+    assert found[targets.label != 0].all()
+
+
+def test_objects_found_by_one_arm_alone_are_counted(place: Workplace) -> None:
+    arms = ("O", "R")
+    tasks = [Task("phase1", "O"), *(Task("run", arm, 50, 0) for arm in arms)]
+    list(run_tasks(place, tasks, 1))
+    findings = look_for_objects(place, arms, 50, [0])
+    record = findings.record("O", "R")
+    for name, row in record["classes"].items():
+        assert sum(row[what] for what in ("both", "first", "second", "neither")) == row["objects"], name
+    seen = np.zeros((3, len(findings.targets)), bool)
+    alone = seen.copy()
+    alone[:, 5] = True
+    made = Findings(findings.targets, (0, 1, 2), {}, {"O": alone, "R": seen})
+    assert made.record("O", "R")["usually_first_alone"] == 1
+    assert made.record("O", "R")["usually_second_alone"] == 0
+    drives = [str(sample) for sample in range(10)]
+    assert made.clearest("O", "R", drives, 5) == [5]
+    assert made.clearest("R", "O", drives, 5) == []
+    rows = [*read_rows(place.rows)]
+    text = to_markdown(sections_of(Results(SMALL, rows, found=record), "command"), "results")
+    assert "| class | objects | both find it | O alone | R alone | neither |" in text
+    assert "results/small-found.jpg" in text
 
 
 def test_rig_types_look_all_around() -> None:

@@ -66,6 +66,24 @@ class Drives:
 
 
 @dataclass(frozen=True)
+class RecordedPlan:
+    """A real drive that takes the place of labelled and test drives: the first half has labels, the second is scored."""
+
+    name: str
+    """Name of its bag, without the ending."""
+    blocks: int = 7
+    """Blocks of time of each half, which stand for drives."""
+    block_keys: int = 3
+    """Key frames of a block."""
+    key_interval: float = 0.05
+    """Least seconds between key frames."""
+
+    def __post_init__(self) -> None:
+        if min(self.blocks, self.block_keys) < 1 or self.key_interval < 0:
+            raise PlanError("recorded: blocks and block_keys must be at least 1, key_interval not below 0")
+
+
+@dataclass(frozen=True)
 class WorldPlan:
     """The drives, and how they are recorded."""
 
@@ -87,6 +105,8 @@ class WorldPlan:
     """Firings per rotation of the LiDAR."""
     version: str = WORLDS[0]
     """Which streets are drawn."""
+    recorded: RecordedPlan | None = None
+    """A real drive with labels; simulated drives then have its cameras, `train` has no boxes and `test` is not used."""
 
     def __post_init__(self) -> None:
         for name, split in SPLITS.items():
@@ -97,6 +117,32 @@ class WorldPlan:
         seeds = [seed for name in SPLITS for seed in getattr(self, name).seeds]
         if len(set(seeds)) != len(seeds):
             raise PlanError("world: a drive stands in two splits; their seeds must be apart")
+
+    @property
+    def simulated(self) -> tuple[str, ...]:
+        """The splits that are simulated."""
+        return tuple(SPLITS) if self.recorded is None else ("train", "development")
+
+    @property
+    def labelled_split(self) -> str:
+        """The split that labelled drives are chosen from."""
+        return "train" if self.recorded is None else "labelled"
+
+    def count(self, split: str) -> int:
+        """How many drives a split has, or blocks."""
+        if split in self.simulated:
+            drives: Drives = getattr(self, split)
+            return drives.count
+        return 0 if self.recorded is None else self.recorded.blocks
+
+    def keys_of(self, split: str) -> int:
+        """Key frames of a drive of a split, or of a block."""
+        return self.keys if self.recorded is None or split in self.simulated else self.recorded.block_keys
+
+    def as_record(self) -> dict[str, Any]:
+        """The plan as plain values; what is not recorded is left out, so that older plans keep their hash."""
+        record: dict[str, Any] = to_record(self)
+        return {name: value for name, value in record.items() if (name, value) != ("recorded", None)}
 
 
 @dataclass(frozen=True)
@@ -161,15 +207,17 @@ class Plan:
     check_seed: int = 100
     """Seed of the checks and trials, which no run on test drives has."""
     checks: str = "first"
-    """When the trained sanity checks are run: first, or after_family."""
+    """When the trained sanity checks are run: first, after_family, or none of any kind."""
     departures: tuple[str, ...] = ()
     """Where this plan departs from the design of the experiment, and why."""
 
     def __post_init__(self) -> None:
         if min(self.pretrain_steps, self.finetune_steps, self.batch, self.draws) < 1:
             raise PlanError("pretrain_steps, finetune_steps, batch and draws must be at least 1")
-        if self.checks not in ("first", "after_family"):
-            raise PlanError(f"checks {self.checks!r}: must be first or after_family")
+        if self.checks not in ("first", "after_family", "none"):
+            raise PlanError(f"checks {self.checks!r}: must be first, after_family or none")
+        if self.world.recorded is not None and self.checks != "none":
+            raise PlanError(f"checks {self.checks!r}: they are made for simulated test drives; a real drive wants none")
         tested = {arm for pair in self.family for arm in pair}
         run = {arm for group in self.runs if group.percent == self.family_percent for arm in group.arms}
         if self.runs and not tested <= run:
@@ -185,7 +233,8 @@ class Plan:
         """
         augment = differences(to_record(self.augment), to_record(AugmentConfig()))
         model = differences(to_record(MODEL), to_record(LiftSplatModel()))
-        record = {"plan": to_record(self) | {"augment": augment}, "model": model, "scored": [*SCORED]}
+        plan = to_record(self) | {"augment": augment, "world": self.world.as_record()}
+        record = {"plan": plan, "model": model, "scored": [*SCORED]}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -193,15 +242,15 @@ class Plan:
         """How many paired seeds the tested differences have."""
         tested = {arm for pair in self.family for arm in pair}
         groups = [g for g in self.runs if g.percent == self.family_percent]
-        return min(max((g.seeds for g in groups if arm in g.arms), default=0) for arm in tested)
+        return min((max((g.seeds for g in groups if arm in g.arms), default=0) for arm in tested), default=0)
 
     def settings_of(self, arm: str) -> Settings:
         """Settings of an arm."""
         return self.settings.get(arm, Settings())
 
     def labelled(self, percent: float) -> int:
-        """How many training drives have boxes."""
-        return max(1, math.ceil(self.world.train.count * percent / 100 - 1e-9))
+        """How many drives have boxes, or blocks of a recording."""
+        return max(1, math.ceil(self.world.count(self.world.labelled_split) * percent / 100 - 1e-9))
 
 
 def differences(record: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +288,11 @@ def register(path: Path) -> Path:
         "tested": [f"{a} - {b}" for a, b in plan.family],
         "at_percent": plan.family_percent,
         "paired_seeds": plan.family_seeds,
-        "tests": "exact sign-flip permutation over seeds, Holm over the family; two-level bootstrap intervals",
+        "tests": (
+            "exact sign-flip permutation over seeds, Holm over the family; two-level bootstrap intervals"
+            if plan.family
+            else "none; two-level bootstrap intervals"
+        ),
     }
     target.write_text(json.dumps(record, indent=1) + "\n")
     return target

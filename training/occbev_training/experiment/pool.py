@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES
 from occbev.geometry import transform_points
-from occbev_training.data.cache import CachedSample, CacheInfo, Moment, read_sample
+from occbev_training.data.cache import SAMPLE_SUFFIX, CachedSample, CacheInfo, Moment, read_sample
 from occbev_training.experiment.network import CLASSES, GRID, MODEL
 from occbev_training.experiment.plan import WorldPlan
-from occbev_training.experiment.world import drive_folder, sample_file
+from occbev_training.simulator.drive import SimulatedDrive
 
 LARGE = ("truck", "bus", "trailer", "construction_vehicle")
 """Simulated classes that are `truck` here; those that are in no class here are not labelled."""
@@ -59,6 +59,11 @@ class Pool:
         return tuple(self._folder(number).name for number in self.numbers)
 
     @property
+    def keys(self) -> int:
+        """Key frames of a drive."""
+        return self.world.keys_of(self.split)
+
+    @property
     def hash(self) -> str:
         """Sixteen hex digits over the content of the drives."""
         digest = hashlib.sha256(self.labels.encode())
@@ -67,7 +72,7 @@ class Pool:
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
-        return len(self.numbers) * self.world.keys
+        return len(self.numbers) * self.keys
 
     def __getitem__(self, index: int) -> CachedSample:
         if index not in self._kept:
@@ -94,7 +99,7 @@ class Pool:
         return {name: getattr(sample, name) for name in names}
 
     def _place(self, index: int) -> tuple[int, int]:
-        place, key = divmod(index, self.world.keys)
+        place, key = divmod(index, self.keys)
         return self.numbers[place], key
 
     def _folder(self, number: int) -> Path:
@@ -126,12 +131,13 @@ class Pool:
 
 def whole_pool(root: Path, split: str, world: WorldPlan, labels: str = "measured", seed: int = 0) -> Pool:
     """Return every drive of a split."""
-    return Pool(root, split, world, tuple(range(getattr(world, split).count)), labels, seed)
+    return Pool(root, split, world, tuple(range(world.count(split))), labels, seed)
 
 
 def labelled_pool(root: Path, world: WorldPlan, percent: float, seed: int) -> Pool:
     """Return the drives with boxes: the first ones of the seed's order, so that a smaller share is part of a larger."""
-    return Pool(root, "train", world, labelled_drives(world.train.count, percent, seed))
+    split = world.labelled_split
+    return Pool(root, split, world, labelled_drives(world.count(split), percent, seed))
 
 
 def labelled_drives(drives: int, percent: float, seed: int) -> tuple[int, ...]:
@@ -139,6 +145,18 @@ def labelled_drives(drives: int, percent: float, seed: int) -> tuple[int, ...]:
     count = max(1, math.ceil(drives * percent / 100 - 1e-9))
     order = np.random.default_rng((seed, 10)).permutation(drives)
     return tuple(sorted(int(number) for number in order[:count]))
+
+
+def drive_folder(folder: Path, split: str, number: int, world: WorldPlan) -> Path:
+    """Folder of one drive, or of one block of a recording."""
+    if split not in world.simulated:
+        return folder / split / f"block-{number:03d}"
+    return folder / split / SimulatedDrive.name_of(getattr(world, split).seeds[number])
+
+
+def sample_file(drive: Path, key: int) -> Path:
+    """File of one key frame in the folder of its drive."""
+    return drive / f"{key:04d}{SAMPLE_SUFFIX}"
 
 
 def read_in_classes(path: Path) -> CachedSample:

@@ -10,7 +10,7 @@ import html
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,21 +40,23 @@ EASY, HARD, FEW_LABELS_SHARE, DEPTHLESS_SHARE = 0.85, 0.25, 0.6, 0.3
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report. table: header and rows of text. plot: name and SVG."""
+    """One part of the report. table: header and rows of text. plot: name and SVG. picture: file beside the plots."""
 
     title: str
     text: tuple[str, ...] = ()
     table: tuple[tuple[str, ...], ...] = ()
     plot: tuple[str, str] | None = None
+    picture: str = ""
 
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of one plan, taken apart."""
+    """The rows of one plan, taken apart. found: what `found.Findings.record` says of them, where that was looked for."""
 
     plan: Plan
     rows: Sequence[Row]
     draws: int = 0
+    found: Row | None = None
     _records: dict[str, MatchRecord] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -122,6 +124,7 @@ def sections_of(results: Results, command: str) -> list[Section]:
         _answer(results),
         _checks(results),
         _tested(results),
+        _found(results),
         *_every_seed(results),
         _exploratory(results),
         _curve(results),
@@ -134,10 +137,10 @@ def sections_of(results: Results, command: str) -> list[Section]:
 
 
 def to_markdown(sections: Sequence[Section], pictures: str) -> str:
-    """Return the report as Markdown. pictures: where its plots are, relative to the page."""
+    """Return the report as Markdown, with titles of the third level. pictures: where its plots are, from the page."""
     parts = []
     for section in sections:
-        parts.append(f"## {section.title}")
+        parts.append(f"### {section.title}")
         parts += section.text
         if section.table[1:]:
             header, *rows = section.table
@@ -145,6 +148,8 @@ def to_markdown(sections: Sequence[Section], pictures: str) -> str:
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         if section.plot:
             parts.append(f"![{section.title}]({pictures}/{section.plot[0]}.svg)")
+        if section.picture:
+            parts.append(f"![{section.title}]({pictures}/{section.picture})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,33 +182,58 @@ img{{image-rendering:pixelated;max-width:100%}}svg{{max-width:100%;height:auto}}
 
 def _answer(results: Results) -> Section:
     plan, missing = results.plan, results.missing
-    lines = []
-    adjusted = results.adjusted()
-    for difference, (first, second) in zip(results.tested, plan.family, strict=True):
-        name = f"{first} - {second}"
-        if difference is None or name not in adjusted:
-            have = 0 if difference is None else len(difference.each)
-            least = max(plan.family_seeds, LEAST_SEEDS)
-            lines.append(
-                f"- {name} at {plan.family_percent:g} % of labels: **not tested**, {have} of {least} paired seeds."
-            )
-        else:
-            lines.append(
-                f"- {name} at {plan.family_percent:g} % of labels: **{_verdict(difference, adjusted[name])}** "
-                f"({_points(difference.mean)} mAP, 95 % interval {_range(difference.interval)}, "
-                f"adjusted p = {adjusted[name]:.3f}, {len(difference.each)} paired seeds)."
-            )
     state = (
         "Every run of the plan is here."
         if not missing
         else f"{len(missing)} of {len(tasks_of(plan))} tasks are not run."
     )
+    lines = _tested_answers(results) if plan.family else _untested_answers(results)
+    return Section("Answer", (_scope(plan), "\n".join(lines), state))
+
+
+def _scope(plan: Plan) -> str:
+    """Say what the numbers are about, and what they are not about."""
     weights = sum(weight.numel() for weight in build_slim("finetune", 0).parameters())
-    scope = (
-        f"A mechanism check: simulated streets, pictures of {MODEL.image.width}x{MODEL.image.height}, a network of "
-        f"{weights:,} weights. It claims nothing about nuScenes or real roads."
+    network = f"pictures of {MODEL.image.width}x{MODEL.image.height}, a network of {weights:,} weights"
+    recorded = plan.world.recorded
+    if recorded is None:
+        return f"A mechanism check: simulated streets, {network}. It claims nothing about nuScenes or real roads."
+    half = recorded.blocks * recorded.block_keys
+    return (
+        f"One real street, `{recorded.name}`: boxes of its first {half} key frames are the labels, its last {half} are "
+        f"scored; {network}. Pre-training saw simulated drives through the same cameras, and nothing of the recording. "
+        "Both halves show the same street, so the numbers say nothing about another one."
     )
-    return Section("Answer", (scope, "\n".join(lines), state))
+
+
+def _tested_answers(results: Results) -> list[str]:
+    plan, lines, adjusted = results.plan, [], results.adjusted()
+    for difference, (first, second) in zip(results.tested, plan.family, strict=True):
+        name = f"{first} - {second}"
+        where = f"- {name} at {plan.family_percent:g} % of labels"
+        if difference is None or name not in adjusted:
+            have = 0 if difference is None else len(difference.each)
+            lines.append(f"{where}: **not tested**, {have} of {max(plan.family_seeds, LEAST_SEEDS)} paired seeds.")
+        else:
+            lines.append(
+                f"{where}: **{_verdict(difference, adjusted[name])}** "
+                f"({_points(difference.mean)} mAP, 95 % interval {_range(difference.interval)}, "
+                f"adjusted p = {adjusted[name]:.3f}, {len(difference.each)} paired seeds)."
+            )
+    return lines
+
+
+def _untested_answers(results: Results) -> list[str]:
+    """Say with against without pre-training at every share of labels, where no test was registered."""
+    lines = []
+    for percent in sorted({group.percent for group in results.plan.runs}):
+        difference = results.compare("O", "R", percent)
+        if difference is not None:
+            lines.append(
+                f"- O - R at {percent:g} % of labels: {_points(difference.mean)} mAP, 95 % interval "
+                f"{_range(difference.interval)}, {len(difference.each)} paired seeds. No test was registered."
+            )
+    return lines or ["- not run"]
 
 
 def _verdict(difference: Difference, p: float) -> str:
@@ -276,6 +306,8 @@ def _trained_checks(results: Results) -> list[dict[str, Any]]:
 
 
 def _tested(results: Results) -> Section:
+    if not results.plan.family:
+        return Section("The tested differences")
     adjusted = results.adjusted()
     rows = []
     for difference in results.tested:
@@ -296,6 +328,38 @@ def _tested(results: Results) -> Section:
     return Section(title, (text,), (header, *rows), plot)
 
 
+def _found(results: Results) -> Section:
+    """Count the objects that one arm finds and the other does not, by networks of the same seed."""
+    if results.found is None:
+        return Section("Objects that are found only with pre-training")
+    record, percent = results.found, results.plan.family_percent
+    first, second = record["first"], record["second"]
+    rows = []
+    for name, row in record["classes"].items():
+        means = (f"{row[what]:.1f}" for what in ("both", "first", "second", "neither"))
+        rows.append((name, str(row["objects"]), *means))
+    header = ("class", "objects", "both find it", f"{first} alone", f"{second} alone", "neither")
+    seeds = len(record["seeds"])
+    text = (
+        (
+            f"Of every object of the test drives: does a network of {first} find it, one of {second} with the same seed, or "
+            f"both? Each network keeps as many boxes of a class as there are objects of it, its best ones; found is what "
+            f"one of them meets within 2 m. Mean over {seeds} pairs at {percent:g} % of labels."
+        ),
+        (
+            f"{record['usually_first_alone']} objects are found by most networks of {first} and not by most of {second}; "
+            f"the other way round it is {record['usually_second_alone']}."
+        ),
+        (
+            f"Below, for five drives the object with the largest difference in how many of the {seeds} networks find it: green "
+            f"is the object, dashed white are other true boxes, orange is what the network said. The middle column is {second}, "
+            f"the right one {first}. They were chosen for this difference, so they show what a gain looks like, not its size."
+        ),
+    )
+    title = "Objects that are found only with pre-training"
+    return Section(title, text, (header, *rows), picture=f"{results.plan.name}-found.jpg")
+
+
 def _every_seed(results: Results) -> list[Section]:
     sections = []
     groups: dict[float, dict[str, int]] = defaultdict(dict)
@@ -309,11 +373,13 @@ def _every_seed(results: Results) -> list[Section]:
         ]
         rows.append(("mean", *(_mean_cell(results, arm, percent) for arm in arms)))
         rows.append(("nuScenes' rule, mean", *(_mean_cell(results, arm, percent, "mAP_nuscenes") for arm in arms)))
-        rows.append(("unseen rig, mean", *(_mean_cell(results, arm, percent, "mAP_unseen_rig") for arm in arms)))
-        drives = results.plan.labelled(percent)
-        frames = drives * results.plan.world.keys
+        world, labelled = results.plan.world, results.plan.labelled(percent)
+        if "unseen_rig" in world.simulated:
+            rows.append(("unseen rig, mean", *(_mean_cell(results, arm, percent, "mAP_unseen_rig") for arm in arms)))
+        frames = labelled * world.keys_of(world.labelled_split)
+        units = "drives" if world.recorded is None else "blocks"
         rule = "nuScenes' rule takes off what has a recall or a precision below 10 %."
-        text = (f"mAP in percent; {drives} labelled drives, {frames} frames. {rule}",)
+        text = (f"mAP in percent; {labelled} labelled {units}, {frames} frames. {rule}",)
         sections.append(Section(f"Every seed at {percent:g} % of labels", text, (("seed", *arms), *rows)))
     return sections
 
@@ -409,6 +475,8 @@ def _phase1(results: Results) -> Section:
     text = (
         "IoU of occupied voxels against dense truth where a camera sees them: test drives, and development drives for "
         f"seed {results.plan.check_seed}. R and D have no occupancy."
+        if results.plan.world.recorded is None
+        else "IoU of occupied voxels against dense truth where a camera sees them, on simulated development drives."
     )
     return Section("Occupancy after phase 1", (text,), (("arm", "seed", "IoU"), *sorted(rows)))
 
@@ -434,11 +502,14 @@ def _what_was_run(results: Results, command: str) -> Section:
         hours[row["kind"]] += row["cpu_hours"]
     facts = [
         ("plan", f"`{plan.name}`, hash `{plan.hash}`"),
+        ("drives", _drives(plan)),
         (
-            "drives",
-            f"{world.train.count} train, {world.development.count} development, {world.test.count} test, {world.unseen_rig.count} with an unseen rig; {world.keys} key frames each",
+            "pictures",
+            (
+                f"{'4' if world.recorded is None else 'all of the vehicle'}, {MODEL.image.width}x{MODEL.image.height}; "
+                f"simulated LiDAR of {world.rings} x {world.columns}"
+            ),
         ),
-        ("pictures", f"4 of {MODEL.image.width}x{MODEL.image.height}; LiDAR of {world.rings} x {world.columns}"),
         (
             "mAP",
             f"area under the whole precision-recall curve, mean over {len(CLASSES)} classes and centre distances of {', '.join(f'{d:g}' for d in SCORED)} m",
@@ -460,6 +531,17 @@ def _what_was_run(results: Results, command: str) -> Section:
     if plan.departures:
         text.append("Departures from the design, with reasons:\n\n" + "\n".join(f"- {one}" for one in plan.departures))
     return Section("What was run", tuple(text), (("", ""), *facts))
+
+
+def _drives(plan: Plan) -> str:
+    world = plan.world
+    names = {"unseen_rig": "with an unseen rig"}
+    listed = ", ".join(f"{world.count(split)} {names.get(split, split)}" for split in world.simulated)
+    text = f"{listed}; {world.keys} key frames each, streets {world.version}"
+    if world.recorded is not None:
+        recorded = world.recorded
+        text += f"; the recording in 2 x {recorded.blocks} blocks of {recorded.block_keys} key frames"
+    return text
 
 
 def _plot_differences(results: Results, differences: Sequence[Difference]) -> str:
@@ -542,22 +624,40 @@ def draw_frames(pool: Pool, count: int = 4) -> bytes:
 HEADER = """\
 # Results
 
-What occupancy pre-training gives, by registered experiments. This page is generated from the rows in `docs/results/`;
-every score here can be computed again from them.
-
+Does pre-training on occupancy pay? This page is generated from the rows in `docs/results/`; every score here can be
+computed again from them. The words: R begins from random weights, O was pre-trained on occupancy labels that LiDAR made
+without any box, D on LiDAR depth. All then learn from the same few boxes. The other letters are listed at the end of a
+chapter.
 """
 
 
-def write_docs(page: Path, results: Results, command: str) -> None:
+@dataclass(frozen=True)
+class Chapter:
+    """The results of one plan on the page. command: that which repeats them."""
+
+    results: Results
+    command: str
+
+    @property
+    def title(self) -> str:
+        """Title of the chapter."""
+        recorded = self.results.plan.world.recorded
+        where = "On simulated streets" if recorded is None else "On a real drive"
+        return f"{where}: plan `{self.results.plan.name}`"
+
+
+def write_docs(page: Path, chapters: Sequence[Chapter]) -> None:
     """Write the page of the documentation and its plots beside it, under `results/`."""
-    sections = sections_of(results, command)
     folder = page.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    renamed = []
-    for section in sections:
-        if section.plot is not None:
-            name, svg = f"{results.plan.name}-{section.plot[0]}", section.plot[1]
-            (folder / f"{name}.svg").write_text(svg)
-            section = Section(section.title, section.text, section.table, (name, svg))
-        renamed.append(section)
-    page.write_text(HEADER + to_markdown(renamed, "results"))
+    parts = [HEADER]
+    for chapter in chapters:
+        sections = []
+        for section in sections_of(chapter.results, chapter.command):
+            if section.plot is not None:
+                name, svg = f"{chapter.results.plan.name}-{section.plot[0]}", section.plot[1]
+                (folder / f"{name}.svg").write_text(svg)
+                section = replace(section, plot=(name, svg))
+            sections.append(section)
+        parts.append(f"## {chapter.title}\n\n{to_markdown(sections, 'results')}")
+    page.write_text("\n".join(parts))

@@ -24,7 +24,7 @@ from occbev_training.experiment.phases import (
     score_occupancy,
 )
 from occbev_training.experiment.plan import Plan, RunGroup, Settings, load_plan, require_registered
-from occbev_training.experiment.pool import Pool, labelled_drives, labelled_pool, whole_pool
+from occbev_training.experiment.pool import Pool, labelled_pool, whole_pool
 from occbev_training.experiment.statistics import CUT
 from occbev_training.models.checkpoints import load_strictly, read_weights
 from occbev_training.workers import start_workers
@@ -72,11 +72,12 @@ def tasks_of(plan: Plan) -> list[Task]:
     All arms of a seed stand together, so that a part of the plan still holds whole pairs. The trained checks come after
     the runs of the tested family where the plan says so.
     """
-    tasks = dict.fromkeys([Task("check", name) for name in checks.UNTRAINED])
+    checked = plan.checks != "none"
+    tasks = dict.fromkeys([Task("check", name) for name in checks.UNTRAINED] if checked else [])
     for arm in sorted({arm for pair in plan.family for arm in pair}, reverse=True) if plan.trials else ():
         for settings in plan.trials:
             _add(tasks, Task("trial", arm, plan.trial_percent, plan.check_seed, settings))
-    trained = [Task("trial", arm, percent, plan.check_seed) for arm, percent in CHECKED]
+    trained = [Task("trial", arm, percent, plan.check_seed) for arm, percent in CHECKED] if checked else []
     tested = [group for group in plan.runs if group.percent == plan.family_percent and _tests(plan, group)]
     order: list[RunGroup | Task] = [*trained, *plan.runs]
     if plan.checks == "after_family":
@@ -86,7 +87,7 @@ def tasks_of(plan: Plan) -> list[Task]:
             _add(tasks, entry)
         else:
             _add_group(tasks, entry)
-    return list(tasks)
+    return [task for task in tasks if checked or task.kind != "check"]
 
 
 def _tests(plan: Plan, group: RunGroup) -> bool:
@@ -242,7 +243,8 @@ def _phase1(task: Task, place: Workplace) -> Row:
         network = build_slim("pretrain", task.seed)
         path = folder / "weights.safetensors"
         load_strictly(network, read_weights(path)[0], str(path))
-        split = "development" if task.seed == plan.check_seed else "test"
+        # A real drive has no dense truth.
+        split = "development" if task.seed == plan.check_seed or plan.world.recorded else "test"
         iou = score_occupancy(network.eval(), place.scored(split))
     return {"steps": plan.pretrain_steps, "occupancy_iou": iou, "cpu_hours": cpu_seconds(folder) / 3600}
 
@@ -262,7 +264,7 @@ def _run(task: Task, place: Workplace) -> Row:
         "split": split,
         "lr": settings.lr,
         "encoder_scale": settings.encoder_scale,
-        "labelled_drives": labelled_drives(plan.world.train.count, task.percent, task.seed),
+        "labelled_drives": labelled.numbers,
         "data": {"labelled": labelled.hash, "scored": pool.hash},
         "mAP": float(record.mean_ap()[0]),
         "mAP_nuscenes": float(record.mean_ap(counted=CUT)[0]),
@@ -270,7 +272,7 @@ def _run(task: Task, place: Workplace) -> Row:
         "cpu_hours": cpu_seconds(folder) / 3600,
         "matches": record.as_record(),
     }
-    if split == "test":
+    if split == "test" and "unseen_rig" in plan.world.simulated:
         row["mAP_unseen_rig"] = float(score_detection(network, place.scored("unseen_rig")).mean_ap()[0])
     return row
 

@@ -15,16 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import FREE_STATE, OCCUPIED_STATE
-from occbev.config import to_record
 from occbev.files import replace_file
 from occbev.geometry import make_transform, rotation_from_rpy, transform_points
 from occbev.inference.preprocess import Preprocessor
 from occbev.results import FrameSet
 from occbev.rig import Camera, CameraRig
-from occbev_training.data.cache import SAMPLE_SUFFIX, write_sample
+from occbev_training.data.cache import write_sample
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.experiment.network import GRID, MODEL
-from occbev_training.experiment.plan import SPLITS, PlanError, WorldPlan
+from occbev_training.experiment.plan import PlanError, WorldPlan
+from occbev_training.experiment.pool import drive_folder, sample_file
+from occbev_training.experiment.recorded import make_blocks, rig_file
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.occupancy.paper import FORWARD2LIDAR, paper_label
 from occbev_training.occupancy.prepare import PrepareConfig, make_sample
@@ -69,28 +70,44 @@ def rig_of(vehicle: VehicleType, rng: np.random.Generator) -> CameraRig:
     return CameraRig(tuple(cameras))
 
 
-def open_drive(split: str, number: int, world: WorldPlan) -> SimulatedDrive:
-    """Build the street of a split's drive and its vehicle."""
+def open_drive(
+    split: str, number: int, world: WorldPlan, rig: CameraRig | None = None, zoom: int = 1
+) -> SimulatedDrive:
+    """Build the street of a split's drive and its vehicle.
+
+    rig: cameras in place of those of the vehicle type. zoom: how much larger pictures are, for people to look at.
+    """
     seed = getattr(world, split).seeds[number]
     vehicle = UNSEEN_VEHICLE if split == "unseen_rig" else VEHICLES[number % len(VEHICLES)]
-    rig = rig_of(vehicle, np.random.default_rng((seed, 7)))
+    rig = _enlarge(rig or rig_of(vehicle, np.random.default_rng((seed, 7))), zoom)
     lidar = LidarConfig(rings=world.rings, columns=world.columns)
     config = DriveConfig(world.keys, world.key_rate, lidar=lidar, rig=rig, world=world.version, grid=GRID)
     return SimulatedDrive(seed, config)
 
 
-def make_world(folder: Path, world: WorldPlan, workers: int) -> Iterator[tuple[int, int]]:
+def _enlarge(rig: CameraRig, zoom: int) -> CameraRig:
+    return CameraRig(
+        tuple(one.resize(zoom, zoom, (0.0, 0.0), (zoom * one.width, zoom * one.height)) for one in rig.cameras)
+    )
+
+
+def make_world(
+    folder: Path, world: WorldPlan, workers: int, recording: Path | None = None
+) -> Iterator[tuple[int, int]]:
     """Make every drive that is not there yet, each in a worker process; yields drives done and drives in all.
 
+    recording: bag of the real drive, of a plan with one.
     Raises:
         PlanError: the folder holds drives of another plan, or a drive cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    marker, record = folder / "world.json", json.loads(json.dumps(to_record(world)))
+    marker, record = folder / "world.json", json.loads(json.dumps(world.as_record()))
     if marker.exists() and json.loads(marker.read_text()) != record:
         raise PlanError(f"{folder}: holds the drives of another plan; name another folder with --out")
     marker.write_text(json.dumps(record, indent=1))
-    every = [(split, number) for split in SPLITS for number in range(getattr(world, split).count)]
+    if world.recorded is not None:
+        make_blocks(folder, world, recording)
+    every = [(split, number) for split in world.simulated for number in range(world.count(split))]
     wanted = [job for job in every if not drive_folder(folder, *job, world).joinpath("done.json").exists()]
     work = partial(_make_drive, folder=folder, world=world)
     results = map(work, wanted) if workers <= 1 else TaskRunner(work, _report_death).run(wanted, workers)
@@ -98,16 +115,6 @@ def make_world(folder: Path, world: WorldPlan, workers: int) -> Iterator[tuple[i
         if problem:
             raise PlanError(f"{folder}: {problem}")
         yield done, len(every)
-
-
-def drive_folder(folder: Path, split: str, number: int, world: WorldPlan) -> Path:
-    """Folder of one drive."""
-    return folder / split / SimulatedDrive.name_of(getattr(world, split).seeds[number])
-
-
-def sample_file(drive: Path, key: int) -> Path:
-    """File of one key frame in the folder of its drive."""
-    return drive / f"{key:04d}{SAMPLE_SUFFIX}"
 
 
 class _Recorded:
@@ -131,7 +138,8 @@ def _make_drive(job: tuple[str, int], folder: Path, world: WorldPlan) -> str:
     split, number = job
     target = drive_folder(folder, split, number, world)
     target.mkdir(parents=True, exist_ok=True)
-    recording = _Recorded(open_drive(split, number, world), with_truth=split != "train")
+    rig = None if world.recorded is None else CameraRig.load(rig_file(folder))
+    recording = _Recorded(open_drive(split, number, world, rig), with_truth=split != "train")
     config, preprocessor = PrepareConfig(MODEL.image, GRID), Preprocessor(MODEL.image)
     builder = LabelBuilder(recording, LabelConfig(), GRID)
 

@@ -3,6 +3,7 @@
     occbev-train experiment config/experiment/mechanism.yaml --register
     occbev-train experiment config/experiment/mechanism.yaml --out out/mechanism --jobs 2
     occbev-train experiment config/experiment/mechanism.yaml --docs docs/results.md
+    occbev-train experiment config/experiment/mechanism.yaml --out out/mechanism --found docs/results
     occbev-train experiment --smoke
 
 Checks come first, then all arms seed by seed. Test drives are scored only for a plan whose registration is committed.
@@ -34,5 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=Path, help="report on these rows instead of running; with --docs results/NAME.jsonl"
     )
-    parser.add_argument("--docs", type=Path, metavar="PAGE", help="write this page of the documentation from its rows")
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="PAGE",
+        help="write this page of the documentation from the rows in PAGE/../results",
+    )
+    parser.add_argument(
+        "--found",
+        type=Path,
+        metavar="FOLDER",
+        help="after the runs: write which objects are found only with pre-training, and pictures of some, into this folder",
+    )
+    parser.add_argument(
+        "--recording", type=Path, help="the real drive of a plan that has one: an MCAP bag with boxes.json beside it"
+    )
     parser.add_argument("--keep", type=Path, metavar="ROWS", help="copy the rows here at the end")
