@@ -68,10 +68,11 @@ def test_a_folder_of_bags_becomes_pairs_and_a_picture(bags, tmp_path, capsys) ->
     assert record["samples"] >= 2
     assert sum(record["splits"].values()) == record["samples"]
     assert record["quality"]["q7_ego_leak"]["measured"] == record["samples"]
-    assert main(["view", str(out), "0", "--out", str(tmp_path / "pair.png"), "--width", "600"]) == 0
+    assert main(["view", str(out), "--pair", "0", "--picture", str(tmp_path / "pair.png")]) == 0
     assert cv2.imread(str(tmp_path / "pair.png")).shape[1] > 500
-    assert "occupied cells" in (tmp_path / "pair.html").read_text()
-    assert main(["view", str(out), "nothing/1", "--out", str(tmp_path / "x.png")]) == 2
+    assert main(["view", str(out), "--pair", "nothing/1", "--picture", str(tmp_path / "x.png")]) == 2
+    assert main(["view", str(bags), "--picture", str(tmp_path / "x.png")]) == 2
+    assert "--pair and --picture need a folder of pairs" in capsys.readouterr().err
     moments = list(pair_moments(out))
     assert len(moments) == record["samples"]
     first, sample = moments[0], ShardReader(out).sample(ShardReader(out).rows[0]["key"])
@@ -87,7 +88,7 @@ def test_pairs_are_shown_by_both_commands(bags, tmp_path, capsys) -> None:
     out = tmp_path / "pairs"
     main(["pairs", str(out), str(bags), "--grid", "tiny", "--window", "0.3", "--min-support", "0.2", "--no-gate"])
     capsys.readouterr()
-    assert main(["view", str(out), "0", "--save", str(tmp_path / "one.rrd")]) == 0
+    assert main(["view", str(out), "--pair", "0", "--save", str(tmp_path / "one.rrd")]) == 0
     assert "1 key times" in capsys.readouterr().err
     assert occbev_main(["view", str(out), "--save", str(tmp_path / "all.rrd")]) == 0
     data = (tmp_path / "all.rrd").read_bytes()

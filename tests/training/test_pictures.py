@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import re
-
 import cv2
 import numpy as np
 import pytest
 
 from occbev.grid import GRIDS
 from occbev_training.data.shards import LabelVolumes, PairSample
-from occbev_training.occupancy.pictures import _SEEN, grid_of, interactive_page, pair_picture
+from occbev_training.occupancy.pictures import _SEEN, grid_of, pair_picture
 
 GRID = GRIDS["tiny"]
 
@@ -57,15 +54,6 @@ def test_what_is_ahead_and_left_is_drawn_up_and_left() -> None:
 def test_a_camera_that_is_missing_is_no_trouble() -> None:
     blind = PairSample("d/1", {}, sample().calibration, sample().meta, sample().label)
     assert pair_picture(blind, 900).shape[0] < pair_picture(sample(), 900).shape[0]
-
-
-def test_the_page_holds_every_occupied_cell() -> None:
-    page = interactive_page(sample())
-    data = base64.b64decode(re.search(r'atob\("([^"]*)"\)', page).group(1))
-    cells = np.frombuffer(data, np.uint8).reshape(-1, 5)
-    assert np.array_equal(cells[:, :3], np.argwhere(sample().label.state == 2))
-    assert (cells[:, 3] == 9).all()
-    assert "http" not in page, "nothing is fetched"
 
 
 def test_a_label_of_another_grid_is_refused() -> None:

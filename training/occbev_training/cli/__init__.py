@@ -12,7 +12,7 @@ COMMANDS: Mapping[str, str] = {
     "nuscenes-to-bag": "turn a nuScenes data root into ROS 2 bags",
     "bag-check": "check whether a bag can become training pairs",
     "pairs": "turn unlabelled drives into image-LiDAR pairs of measured quality",
-    "view": "draw a stored pair: images, label, visibility, evidence",
+    "view": "show training pairs in 3D, or draw one as a picture: the same as `occbev view`",
     "label-truth": "compare labels with the simulator's truth and with the published recipe",
     "labels": "take your own boxes for bags, from a topic or from files",
     "prepare": "decode and label key frames once, into a sample cache",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -190,61 +188,3 @@ def _side(sample: PairSample) -> Picture:
     middle = sample.label.state.shape[1] // 2
     cut = _colours(sample.label.state[:, middle], sample.label.camera_visible[:, middle])  # (X, Z, 3)
     return np.repeat(np.ascontiguousarray(np.swapaxes(cut, 0, 1)[::-1]), 2, axis=0)
-
-
-def interactive_page(sample: PairSample) -> str:
-    """Return one HTML file that shows the occupied cells in 3-D: drag to turn, wheel to zoom, keys to colour."""
-    grid, label = grid_of(sample), sample.label
-    cells = np.argwhere(label.state == 2)
-    at = tuple(cells.T)
-    table = np.concatenate([cells, label.hit_sweeps[at][:, None], label.camera_visible[at][:, None]], axis=1)
-    data = base64.b64encode(np.ascontiguousarray(table, np.uint8).tobytes()).decode()
-    if max(grid.shape) > 256:
-        raise ValueError(f"the page holds grids of up to 256 cells a side; this one has {grid.shape}")
-    record = {
-        "lo": grid.lo,
-        "pitch": grid.pitch,
-        "key": sample.key,
-        "sweeps": int(label.hit_sweeps.max(initial=1)),
-    }
-    return _PAGE.replace("@RECORD@", json.dumps(record)).replace("@DATA@", data)
-
-
-_PAGE = """<!doctype html><meta charset="utf-8"><title>occbev pair</title>
-<style>body{margin:0;background:#14161a;color:#cdd;font:14px sans-serif;overflow:hidden}
-p{position:fixed;margin:10px;pointer-events:none}canvas{display:block}</style>
-<p id="text"></p><canvas id="view"></canvas><script>
-const record = @RECORD@, raw = atob("@DATA@"), cells = Uint8Array.from(raw, c => c.charCodeAt(0));
-const count = cells.length / 5, canvas = document.getElementById("view"), draw = canvas.getContext("2d");
-let turn = -2.4, tilt = 0.6, zoom = 1, colour = "height";
-const order = new Int32Array(count).map((_, i) => i), depth = new Float32Array(count);
-function shade(i) {
-  const z = cells[5 * i + 2], hits = cells[5 * i + 3], seen = cells[5 * i + 4];
-  if (colour === "height") return `hsl(${240 - z * 15},70%,58%)`;
-  if (colour === "hits") return `hsl(40,80%,${15 + 70 * hits / record.sweeps}%)`;
-  return seen ? "#4a90e2" : "#b5813f";
-}
-function paint() {
-  canvas.width = innerWidth; canvas.height = innerHeight;
-  const c = Math.cos(turn), s = Math.sin(turn), ct = Math.cos(tilt), st = Math.sin(tilt);
-  const scale = zoom * Math.min(innerWidth, innerHeight) / 70, px = new Float32Array(2 * count);
-  for (let i = 0; i < count; i++) {
-    const p = [0, 1, 2].map(a => record.lo[a] + (cells[5 * i + a] + 0.5) * record.pitch[a]);
-    const right = c * p[0] + s * p[1], away = -s * p[0] + c * p[1];
-    depth[i] = away * ct - p[2] * st;
-    px[2 * i] = innerWidth / 2 + right * scale; px[2 * i + 1] = innerHeight / 2 - (p[2] * ct + away * st) * scale;
-  }
-  order.sort((a, b) => depth[b] - depth[a]);
-  const side = Math.max(1.5, record.pitch[0] * scale);
-  for (const i of order) {
-    draw.fillStyle = shade(i); draw.fillRect(px[2 * i] - side / 2, px[2 * i + 1] - side / 2, side, side);
-  }
-  document.getElementById("text").textContent =
-    `${record.key}: ${count} occupied cells by ${colour}. Drag, wheel; keys: h height, e evidence, v visibility`;
-}
-onmousemove = e => { if (e.buttons) { turn += e.movementX / 200; tilt += e.movementY / 200; paint(); } };
-onwheel = e => { zoom *= Math.exp(-e.deltaY / 500); paint(); };
-onkeydown = e => { colour = {h: "height", e: "hits", v: "camera"}[e.key] || colour; paint(); };
-onresize = paint; paint();
-</script>
-"""
