@@ -56,7 +56,9 @@ def test_latency_is_from_the_last_image_to_the_last_of_a_sets_results() -> None:
 
 
 def test_no_result_is_an_error_that_says_what_became_of_the_sets() -> None:
-    with pytest.raises(OSError, match=r"no result was heard; the node's outcomes: \['too_few_cameras'\]"):
+    with pytest.raises(
+        OSError, match=r"the node published no result; the outcomes of its key times are \['too_few_cameras'\]"
+    ):
         account(log_of(1, {}), [line(PERIOD, "too_few_cameras")], "front")
 
 

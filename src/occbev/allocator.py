@@ -1,4 +1,4 @@
-"""The C library's memory allocator: blocks of image size are kept in the process, not faulted in again."""
+"""The C library's memory allocator: keep large freed blocks in the process, where reuse costs no page faults."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def keep_large_blocks(kept: int = 512 << 20) -> bool:
 
 
 def return_free_memory() -> None:
-    """Give the system back what is free, such as what loading a network has left; it is wanted once, not in a loop."""
+    """Return free memory to the system, such as the memory that loading a network needed. Call it once, not in a loop."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

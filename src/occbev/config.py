@@ -62,7 +62,7 @@ def bounded(default: Any, low: float, high: float, live: bool = False) -> Any:
 
 
 def formerly(default: Any, name: str) -> Any:
-    """Make a field that had another name; the old one works for one version more, with a warning."""
+    """Make a field that had another name; the old name works for one more version, with a warning."""
     return field(default=default, metadata={"formerly": name})
 
 

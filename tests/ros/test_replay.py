@@ -313,9 +313,9 @@ def test_loops_and_what_needs_unique_stamps_exclude_each_other(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--offline", "--rate", "2", "--no-node"], "--rate, --no-node: of no use with --offline"),
-        (["--offline", "--node-log", "x", "--namespace", "y"], "--namespace, --node-log: of no use"),
-        (["--boxes", "x"], "--boxes: only with --offline"),
+        (["--offline", "--rate", "2", "--no-node"], "--rate, --no-node cannot be used with --offline"),
+        (["--offline", "--node-log", "x", "--namespace", "y"], "--namespace, --node-log cannot be used with --offline"),
+        (["--boxes", "x"], "--boxes needs --offline"),
         (["--offline", "--set", "sync.min_camera:=2"], "sync.min_camera"),
         (["--offline", "--set", "threads"], "want NAME:=VALUE"),
     ],

@@ -177,4 +177,4 @@ def test_an_untrained_network_is_exported_for_its_latency_and_says_so(
     backend = load_backend(made, 3, "openvino", RunSettings(1))
     assert {"heatmap", "occupied", "state_out_bev"} <= set(backend._outputs)  # type: ignore[attr-defined]
     assert main(["export", str(config), "--untrained", "--model", str(config), "--out", str(out)]) == 2
-    assert "--model: of no use with --untrained" in capsys.readouterr().err
+    assert "--model cannot be used with --untrained" in capsys.readouterr().err

@@ -607,7 +607,7 @@ def test_a_resumed_run_keeps_its_drives(workplace: Workplace, tmp_path: Path) ->
         train_stage(_stage(workplace, "pretrain", 2), StageInputs(workplace.train), tmp_path)
     record |= {"drives": ["a", "b", "c"], "data_hash": "of others"}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    with pytest.raises(CacheError, match="made anew"):
+    with pytest.raises(CacheError, match="made again"):
         train_stage(_stage(workplace, "pretrain", 2), StageInputs(workplace.train), tmp_path)
 
 

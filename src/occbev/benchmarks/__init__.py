@@ -17,7 +17,7 @@ from occbev.versions import machine
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark may be told.
+    """Options of every benchmark.
 
     rounds: how often each method runs. model: name or folder of a model package. threads: of runtimes, None for their choice.
     """
@@ -29,9 +29,9 @@ class Options:
 
 @dataclass(frozen=True)
 class LiveOptions(Options):
-    """What the live benchmark may be told besides.
+    """Further options of the live benchmark.
 
-    size: (width, height) of the cameras. cameras: how many. rate: image sets a second. seconds: how long they come.
+    size: (width, height) of the cameras. cameras: how many. rate: image sets a second. seconds: how long they are played.
     """
 
     size: tuple[int, int] = (1600, 900)

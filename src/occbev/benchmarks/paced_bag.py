@@ -1,6 +1,6 @@
 """A short bag of pictures, played forth and back at any rate for as long as wanted: the load of a live benchmark.
 
-It offers what the player reads of a `BagReader`. Messages keep their bytes but for the stamps.
+It has the part of the interface of `BagReader` that the player uses. Only the stamps of the messages change.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PacedBag:
         self._frames = {t: self._of(t) for t, kind in self.topics.items() if kind in (COMPRESSED, CAMERA_INFO)}
         counts = {topic: len(messages) for topic, messages in self._frames.items()}
         if not counts or len(set(counts.values())) > 1 or min(counts.values()) < 2:
-            raise BagError(f"{bag.path}: want at least two images of every camera, as many of each; got {counts}")
+            raise BagError(f"{bag.path}: every camera needs the same number of images, at least two; it has {counts}")
         first = next(iter(self._frames.values()))
         self._keys_ns = [_stamp(message) for message in first]
         self._period_ns, self._sets = round(1e9 / rate), sets

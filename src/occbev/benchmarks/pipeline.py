@@ -119,7 +119,7 @@ def encode_frames(rig: CameraRig) -> FrameSet:
 def plain_network_images(
     frame_set: FrameSet, width: int, height: int, mean: NDArray[np.float64], std: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Do what the preprocessing does as one would first write it: full decode, resize, crop, divide."""
+    """The plain form of the preprocessing: full decode, resize, crop, divide."""
     images = []
     for name in frame_set.cameras:
         frame = frame_set.frames[name]
@@ -133,7 +133,7 @@ def plain_network_images(
 
 
 def plain_occupancy(logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Decode occupancy as one would first write it: softmax of everything, then arg-max."""
+    """The plain form of decoding occupancy: softmax over all classes, then arg-max."""
     weights = np.exp(logits - logits.max(0))
     probability = weights / weights.sum(0)
     return probability.argmax(0), probability.max(0)

@@ -15,7 +15,7 @@ class ThreadTimes:
 
     @classmethod
     def of(cls, pid: int) -> ThreadTimes:
-        """Look at a process; raises OSError where it has ended."""
+        """Read the times of a process; raises OSError if it has ended."""
         threads = {}
         for folder in Path(f"/proc/{pid}/task").iterdir():
             name = (folder / "comm").read_text().strip()
@@ -23,7 +23,7 @@ class ThreadTimes:
         return cls(pid, threads)
 
     def since(self, earlier: ThreadTimes) -> ThreadTimes:
-        """Return the time since an earlier look; threads that have ended in between are left out."""
+        """Return the time since an earlier reading; threads that have ended in between are left out."""
         none = ("", 0.0)
         spent = {tid: (name, ms - earlier.threads.get(tid, none)[1]) for tid, (name, ms) in self.threads.items()}
         return ThreadTimes(self.pid, spent)

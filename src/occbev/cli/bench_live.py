@@ -1,7 +1,7 @@
 """The node as it runs on a vehicle: simulated cameras in real time from one process, over DDS, to the node in another.
 
-Both ends of a latency are booked by the process that plays, on one clock: when a set's last image was published and
-when the last of its results was heard. The pictures are simulated once and kept in the user's cache folder.
+The playing process takes both stamps of a latency on one clock: when it published the last image of a set, and when it
+received the last result of that set. The images are simulated once and stay in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _measure(options: LiveOptions, path: Path, parameters: PerceptionParameters,
 
 
 def account(log: PlayerLog, lines: Sequence[Mapping[str, Any]], anchor: str) -> dict[str, Any]:
-    """Return what became of the sets and how long each result took, from the player's log and the node's frame log.
+    """Return the outcome of each set and the latency of each result, from the player's log and the node's frame log.
 
     log: of one pass of a bag. anchor: the camera whose images are the key times.
     """
@@ -166,7 +166,9 @@ def account(log: PlayerLog, lines: Sequence[Mapping[str, Any]], anchor: str) -> 
         if line["stamp_ns"] in heard
     ]
     if not latency:
-        raise OSError(f"no result was heard; the node's outcomes: {sorted({line['outcome'] for line in lines})}")
+        raise OSError(
+            f"the node published no result; the outcomes of its key times are {sorted({line['outcome'] for line in lines})}"
+        )
     outcomes = [frame["outcome"] for frame in frames]
     return {
         "sets": len(frames),

@@ -266,7 +266,7 @@ def _time(summary: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for by null."""
+    """Replace values that JSON cannot hold (NaN, infinity) by null."""
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -396,7 +396,7 @@ def too_fast(summary: Mapping[str, Any]) -> str | None:
 
 
 def _cell(values: Mapping[str, Any], *keys: str, digits: int = 3) -> str:
-    """Format a nested number; a dash where it is absent."""
+    """Format a nested number; a dash if it is absent."""
     value: Any = values
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

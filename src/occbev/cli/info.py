@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every section; missing parts are shown with what installs them, and are no failure."""
+    """Print every section; a missing part is shown with the command that installs it, and is not an error."""
     sections = {
         "machine": machine(),
         "versions": versions(),

@@ -155,7 +155,7 @@ def nearest_sweep(recording: Recording, stamp_ns: int, max_gap: float) -> int | 
 
 
 def _recordings(args: argparse.Namespace) -> Iterator[Recording]:
-    """Open the source as what it is: a folder with nuScenes tables, or else a bag."""
+    """Open a folder with nuScenes tables as a data root, anything else as a bag."""
     try:
         from occbev_training.sources.bag_index import BagOptions
         from occbev_training.sources.bags import BagRecording

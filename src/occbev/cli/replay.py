@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that the chosen way to replay has no use for."""
+    """Raise ValueError for an option that the chosen kind of replay does not use."""
     of_live = {
         "--rate": args.rate != 1.0,
         "--no-node": not args.node,
@@ -127,11 +127,11 @@ def _refuse_what_does_nothing(args: argparse.Namespace) -> None:
     }
     useless = [name for name, given in of_live.items() if given and args.offline]
     if useless:
-        raise ValueError(f"{', '.join(useless)}: of no use with --offline, which runs no node")
+        raise ValueError(f"{', '.join(useless)} cannot be used with --offline, which runs no node")
     if args.report and not args.record:
-        raise ValueError("--report: only with --record, whose bag it shows")
+        raise ValueError("--report needs --record: the page shows the recorded bag")
     if args.boxes and not args.offline:
-        raise ValueError("--boxes: only with --offline; a node's boxes go into the bag of --record")
+        raise ValueError("--boxes needs --offline; the boxes of a node are in the bag of --record")
 
 
 def changes(args: argparse.Namespace) -> dict[str, str]:
@@ -274,7 +274,7 @@ def _account(
 
 
 def _lines_from_results(player: PlayerNode) -> list[dict[str, Any]]:
-    """Make the frame log of a node that was started elsewhere from its results: what came back was processed."""
+    """Make the frame log of a node that was started elsewhere: a key time with a result was processed."""
     arrived: dict[tuple[int, int], int] = {}
     for messages in player.log.received.values():
         passes: Counter[int] = Counter()

@@ -111,7 +111,7 @@ def node_parameters(
 
 
 def viewing_direction(camera: Camera) -> str:
-    """Return in words where a camera looks: "left, level", or "up" where its frame is hardly the optical one."""
+    """Return in words where a camera looks: "left, level"; "up" usually means that its frame is not the optical frame."""
     x, y, z = camera.cam2ego[:3, 2]
     pitch = np.rad2deg(np.arcsin(np.clip(z, -1, 1)))
     if abs(pitch) > 60:

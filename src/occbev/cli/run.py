@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def end_with(parent: int) -> bool:
-    """Be told to end when the parent process dies, however that happens (Linux only); False where it has died already."""
+    """Ask the kernel to end this process when its parent dies (Linux only); returns False if the parent is dead already."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
     return os.getppid() == parent
@@ -67,7 +67,7 @@ def end_with(parent: int) -> bool:
 
 @contextlib.contextmanager
 def child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process beside the node, in a group of its own, that ends with it: asked first, then killed."""
+    """Run a process in a group of its own beside the node; at the end interrupt it, and kill it if it does not end."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         yield process
@@ -114,7 +114,7 @@ def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, str], dict[
 
 
 def write_values(given: Mapping[str, str]) -> dict[str, str]:
-    """Return parameters with their values in the type of each: rcl ignores `1` over a double of the parameter file.
+    """Write each value in the type of its parameter: rcl ignores an integer `1` for a double of the parameter file.
 
     Names that are unknown are left to the node, which names the nearest known one.
     Raises:

@@ -23,7 +23,7 @@ MAX_PLACES = 8
 
 @dataclass(frozen=True)
 class CameraOrder:
-    """The cameras that weights belong to, in their order; empty where any order is as good."""
+    """The cameras that weights belong to, in their order; empty if the order does not matter."""
 
     names: tuple[str, ...] = ()
     """Names of the cameras."""
@@ -63,7 +63,7 @@ class CameraOrder:
         return self.places_by_direction(rig.cam2egos)
 
     def describe(self, rig: CameraRig) -> str:
-        """Say which camera takes which place, and how it was found; empty where any order is as good."""
+        """Say which camera takes which place, and how it was chosen; empty if the order does not matter."""
         if not self.names:
             return ""
         pairs = zip(rig.names, self._names_at(self.places(rig)), strict=True)

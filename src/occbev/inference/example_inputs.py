@@ -1,4 +1,4 @@
-"""Made-up inputs of a graph, to compare runtimes on: a ring of cameras that see noise, and motion between two frames."""
+"""Example inputs of a graph, to compare runtimes: a ring of cameras with images of noise, and motion between two frames."""
 
 from __future__ import annotations
 

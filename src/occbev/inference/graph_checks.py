@@ -23,7 +23,7 @@ class GraphError(ValueError):
 
 
 def require_fit(path: Path, model: ModelConfig, shapes: Mapping[str, Shape]) -> None:
-    """Hold the shapes of a graph's inputs and outputs, by name, against the model configuration beside it.
+    """Compare the shapes of a graph's inputs and outputs, by name, with the model configuration beside it.
 
     Raises:
         GraphError: naming the tensor, its shape and the one that the configuration asks for.

@@ -32,24 +32,24 @@ AZIMUTH_STEP = math.radians(0.8)
 """Angle between two lines of sight of a camera."""
 
 MARGIN = 3
-"""Cells from the front of an obstacle on whose ground is not hidden by it: networks place surfaces no better."""
+"""Cells behind the front of an obstacle that count as not hidden by it: the accuracy with which networks place surfaces."""
 
 HIDING_MARGIN = 0.3
-"""What hides the ground behind it is by so much likelier an obstacle than what is published as blocked."""
+"""A voxel hides the ground behind it if its probability of an obstacle is this much above that of a blocked cell."""
 
 TALL_LAYERS = 4
-"""Layers above those of obstacles in which a thing must stand, too, to hide a whole column."""
+"""Layers above the upper height of obstacles into which an object must reach to hide a whole column."""
 
 LEAST_SIGHT = 0.45
-"""Least probability that nothing tall hides a cell which is not unknown."""
+"""A cell is unknown if the probability that no tall object hides it is below this."""
 
 MAX_GROUND_HEIGHT = 2.0
-"""Metres above base_link's plane up to which ground is looked for by a network that knows no classes."""
+"""Metres above the plane of base_link within which the ground is searched if the network predicts no classes."""
 
 
 @dataclass(frozen=True)
 class GroundGridConfig:
-    """What counts as an obstacle, and how sure the grid must be."""
+    """What counts as an obstacle, and the limits for blocked and free."""
 
     min_height: float = bounded(0.2, 0.0, 5.0, live=True)
     """Metres above the local ground from which things are obstacles."""
@@ -69,9 +69,10 @@ class GroundGridConfig:
 class Columns:
     """What the columns of a volume hold, all (Y, X).
 
-    score: the largest probability of an obstacle among the voxels between the two heights. tall: the smaller one of
-    this and of the same from the upper height on: what hides whole columns behind it. ground: layer of the local ground, whose centre is at `ground_z`. top: height of the highest voxel that surely
-    holds something, its upper end, or of the ground.
+    score: the largest probability of an obstacle among the voxels between the two heights. tall: the smaller of `score`
+    and the largest probability above the upper height: objects this tall hide whole columns behind them. ground: layer
+    of the local ground; its centre is at `ground_z`. top: upper end of the highest voxel that is occupied for the lines
+    of sight, or else height of the ground.
     """
 
     score: Floats
@@ -82,7 +83,7 @@ class Columns:
 
 
 class GroundGridMaker:
-    """Makes ground grids; what depends on calibration and configuration alone is made once."""
+    """Makes ground grids; what depends only on calibration and configuration is computed once."""
 
     def __init__(self, grid: VoxelGrid, calibration: SpaceCalibration | None = None) -> None:
         self.grid = grid
@@ -110,7 +111,7 @@ class GroundGridMaker:
 
 @dataclass(frozen=True)
 class Limits:
-    """Scores (Y, X) up to which cells are free, from which they are blocked, from which voxels hide what is behind."""
+    """Scores (Y, X): cells are free up to `free` and blocked from `blocked`; voxels hide what is behind from `hiding`."""
 
     free: Floats
     blocked: Floats
@@ -256,9 +257,9 @@ class SightLines:
     def see(self, top: Floats, ground: NDArray[np.intp], ground_z: Floats, absence: Floats) -> tuple[Bools, Bools]:
         """Return of which cells some camera sees the ground, and of which it sees anything; all (Y, X).
 
-        top: height of what stands in the way. ground: layer of the ground, whose voxel must lie in that camera's
-        image. ground_z: height of the ground. absence: logarithm of the probability that nothing stands there which
-        hides all behind it; where an obstacle could be seen, so that those of the cells before multiply.
+        top: height of the tallest obstacle in a cell. ground: layer of the ground; its voxel must be in that camera's
+        image. ground_z: height of the ground. absence: logarithm of the probability that no tall object stands in a
+        cell; the probabilities of the cells along a line of sight multiply.
         """
         clear = self._clear(absence).ravel().take(self._own) >= np.float32(math.log(LEAST_SIGHT))
         horizon = self._horizon(top).ravel().take(self._before)
@@ -267,7 +268,7 @@ class SightLines:
         return self._somewhere(sees_ground), self._somewhere(clear)
 
     def _clear(self, absence: Floats) -> Floats:
-        """Return the logarithm of the probability that nothing tall stands before each step of each line (R, A)."""
+        """Return the logarithm of the probability that no tall object stands before each step of each line (R, A)."""
         clear = np.zeros(self._rays.shape, np.float32)
         np.append(absence.ravel(), np.float32(0)).take(self._rays[:-1], out=clear[1:], mode="clip")
         for before, after in itertools.pairwise(clear):  # np.cumsum takes twice as long

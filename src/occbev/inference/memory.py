@@ -1,7 +1,7 @@
-"""What a network remembers of the frame before: its state, and how the vehicle moved since.
+"""The memory of a network: its state after the previous frame, and the vehicle's motion since.
 
-State is explicit: an exported graph takes `state_in_*` and gives `state_out_*`, and this module carries each
-from one frame to the next. It is forgotten where the past cannot be trusted.
+State is explicit: an exported graph takes `state_in_*` and returns `state_out_*`; this module passes them from one
+frame to the next. It drops the state after a gap in time or a jump of the pose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from occbev.inference.families.record import Moment
 from occbev.rig import CameraRig
 
 MAX_GAP_S = 2.0
-"""A frame that is older than this is no frame before."""
+"""Largest age in seconds of a previous frame whose state is used."""
 
 MAX_SPEED = 70.0
 """Metres per second; a pose that moves faster has jumped."""
@@ -52,7 +52,7 @@ class Memory:
         return self._past is not None
 
     def forget(self) -> None:
-        """Begin anew: the next frame is a first one."""
+        """Drop the state: the next frame is a first one."""
         self._past = None
 
     def inputs(self, stamp_ns: int, ego2global: NDArray[np.float64] | None, rig: CameraRig) -> Arrays:
@@ -74,7 +74,7 @@ class Memory:
         return {**past.state, **family.motion(self._model, now, past.moment)}
 
     def keep(self, outputs: Arrays, stamp_ns: int, ego2global: NDArray[np.float64] | None, rig: CameraRig) -> None:
-        """Remember what the network said of this frame; outputs: the graph's, whose buffers may be reused."""
+        """Keep the state that the network returned for this frame; outputs: the graph's, whose buffers may be reused."""
         if not self.active:
             return
         names = [name for name in outputs if name.startswith("state_out_")]

@@ -106,7 +106,7 @@ class ModelPackage:
 
 
 def describe_outputs(outputs: Collection[str]) -> str:
-    """Say in words what a graph with these outputs predicts, and what it does not; "" without any."""
+    """Say in words what a graph with these outputs predicts, and what it does not; "" for no outputs."""
     if not outputs:
         return ""
     boxes = {"box", "box_codes"} & set(outputs)
@@ -179,7 +179,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _check_sizes(folder: Path, model: ModelConfig) -> None:
-    """Refuse what no machine of a robot could hold, before anything of that size is made."""
+    """Refuse sizes that do not fit a robot's memory, before anything is allocated."""
     sizes = {
         "image": (model.image.width * model.image.height, MAX_IMAGE),
         "bev": (model.bev.size, MAX_CELLS),

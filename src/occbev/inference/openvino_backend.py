@@ -111,7 +111,7 @@ def _rename_outputs(graph: openvino.Model) -> None:
 
 
 def _check_graph(path: Path, graph: openvino.Model, model: ModelConfig) -> None:
-    """Hold a graph against the configuration beside it; raises GraphError."""
+    """Compare a graph with the configuration beside it; raises GraphError."""
     ops = graph.get_ordered_ops()
     require_small(path, ((op.get_friendly_name(), _sizes(port)) for op in ops for port in op.outputs()))
     require_fit(path, model, {port.get_any_name(): _sizes(port) for port in (*graph.inputs, *graph.outputs)})

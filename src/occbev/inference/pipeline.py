@@ -59,7 +59,7 @@ GRAPH_OUTPUTS = ("occupancy_logits", "reconstruction_logits", "heatmap", "box", 
 
 
 class Pipeline:
-    """A loaded network, the rig that it looks through, and the caches that belong to both.
+    """A loaded network, the rig of its cameras, and the caches that belong to both.
 
     A job goes through `prepare`, `infer` and `decode`; `run` is all three. One job may be decoded in another thread
     while the next one is prepared and inferred, but must be decoded before the one after that is inferred.
@@ -197,7 +197,7 @@ class Pipeline:
         }
 
     def set_rig(self, rig: CameraRig) -> None:
-        """Look through another rig from now on; the network is reloaded only if the number of cameras changes."""
+        """Use another rig from now on; the network is reloaded only if the number of cameras changes."""
         if len(rig) != self._loaded_for:
             self.backend = self._load(len(rig))
             self._tables = TableCache(self.package.model, self.backend.form)
@@ -214,11 +214,11 @@ class Pipeline:
         return self._memory.filled
 
     def forget(self) -> None:
-        """Begin anew: the next frame set builds on none before it."""
+        """Drop the memory: the next frame set is a first one."""
         self._memory.forget()
 
     def warm_up(self) -> None:
-        """Run on nothing, once for each run that keeps its outputs, so that no real frame pays for first times."""
+        """Run on empty images, once per output buffer, so that the first real frame is not slower than the others."""
         size = (self.package.model.image.height, self.package.model.image.width, 3)
         black = self.preprocessor.normalise(np.zeros(size, np.uint8))
         _, _, network_rig = self.preprocessor.prepare(FrameSet(0, {}), self.rig)
@@ -289,7 +289,7 @@ class Pipeline:
 
 
 def _move_rig(rig: CameraRig, frame_set: FrameSet, motion: MotionToKey | None) -> CameraRig:
-    """Place each camera where it was at its exposure, seen from ego at the key time."""
+    """Return the rig with each camera's pose at its own exposure, in ego at the key time."""
     if motion is None:
         return rig
     absent = sorted(set(frame_set.cameras) - set(motion))
@@ -308,7 +308,7 @@ class _Seen:
 
 @dataclass
 class _View:
-    """What the cameras of a rig see; in_view: (N, X, Y, Z)."""
+    """Which voxels each camera of a rig sees; in_view: (N, X, Y, Z)."""
 
     rig: CameraRig
     grid: VoxelGrid
@@ -324,7 +324,7 @@ class _View:
 
 
 def predicts_voxels(outputs: Collection[str]) -> bool:
-    """Whether a graph with these outputs says something of voxels."""
+    """Whether a graph with these outputs predicts voxels."""
     return bool({"occupancy_logits", "reconstruction_logits"} & set(outputs)) or set(FACTORS) <= set(outputs)
 
 

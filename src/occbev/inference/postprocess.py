@@ -246,7 +246,7 @@ def occupied_probability(outputs: Mapping[str, NDArray[Any]]) -> Floats:
 
 
 def _evidence_of(occupied: Floats, class_id: NDArray[np.uint8], ground: Sequence[int]) -> VoxelEvidence:
-    """Take each cell for what is likeliest there."""
+    """Take the most likely state of each cell."""
     if not len(ground):
         return VoxelEvidence(occupied.copy())
     is_ground = np.any([class_id == label for label in ground], axis=0)
@@ -280,7 +280,7 @@ def decode_geometry(
 
 
 def make_unobserved(grid: VoxelGrid, cameras: tuple[str, ...] = ()) -> Occupancy:
-    """Return occupancy that says nothing of any voxel, for networks without an occupancy head."""
+    """Return occupancy in which every voxel is unobserved, for networks without an occupancy head."""
     label, confidence = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.float32)
     state = np.full(grid.shape, UNOBSERVED_STATE, np.uint8)
     return Occupancy(label, confidence, state, grid, cameras)
@@ -338,7 +338,7 @@ def _to_metres(values: NDArray[np.float64], row: NDArray[np.intp], column: NDArr
 
 
 def _within_reach(box: Floats, bev: BevGrid) -> NDArray[np.bool_]:
-    """Return which of (M, 9) boxes have their centre on the BEV or at most a cell beside it, at a height of a street."""
+    """Return which of (M, 9) boxes have their centre within the BEV (or one cell beside it) and within MAX_HEIGHT."""
     lo, hi, pitch = (np.asarray(corner) for corner in (bev.lo, bev.hi, bev.pitch))
     on_plane = ((box[:, :2] >= lo - pitch) & (box[:, :2] <= hi + pitch)).all(1)
     return on_plane & (np.abs(box[:, 2]) <= MAX_HEIGHT)

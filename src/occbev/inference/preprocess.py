@@ -327,7 +327,7 @@ def horizon_row(camera: Camera, config: ImageConfig) -> float | None:
 
 @dataclass(frozen=True)
 class SeenRows:
-    """What part of a camera's images a network is shown: rows [first, last) of `height`, columns [left, right)."""
+    """The part of a camera's images that a network sees: rows [first, last) of `height`, columns [left, right)."""
 
     camera: str
     first: int
@@ -350,7 +350,7 @@ class SeenRows:
 
     @property
     def cuts_horizon(self) -> bool:
-        """Whether the horizon lies outside: what is far away is not seen."""
+        """Whether the horizon is outside of these rows: nothing far away is seen."""
         return self.horizon is not None and not self.first <= self.horizon < self.last
 
     def __str__(self) -> str:
@@ -365,7 +365,7 @@ class SeenRows:
 
 
 def seen_rows(rig: CameraRig, config: ImageConfig) -> list[SeenRows]:
-    """Return for each camera of a rig what part of its images a network is shown."""
+    """Return for each camera of a rig the part of its images that a network sees."""
     return [SeenRows.of(camera, config) for camera in rig.cameras]
 
 

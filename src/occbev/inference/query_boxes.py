@@ -1,6 +1,6 @@
-"""From the answers of object queries to boxes in base_link, for networks of the BEVFormer and DETR3D families.
+"""From the outputs of object queries to boxes in base_link, for networks of the BEVFormer and DETR3D families.
 
-Queries were trained to answer once per object: there is no suppression of neighbours.
+Queries are trained to predict each object once, so there is no non-maximum suppression.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CODE_VALUES = 10
 
 @dataclass(frozen=True)
 class QueryDecoding:
-    """How answers of queries become boxes."""
+    """How the outputs of queries become boxes."""
 
     threshold: float = 0.0
     """Least score of a box."""
@@ -39,7 +39,7 @@ def decode_queries(
     decoding: QueryDecoding | None = None,
     cameras: tuple[str, ...] = (),
 ) -> Boxes3D:
-    """Turn the answers of the last decoder layer into boxes in base_link, best first.
+    """Turn the outputs of the last decoder layer into boxes in base_link, best first.
 
     class_logits: (Q, K). box_codes: (Q, 10). frame2ego: (4, 4), where the BEV's frame is on the vehicle;
         upright, as `occbev.geometry.frame2ego` gives it.

@@ -22,10 +22,10 @@ RING_EDGES = (0.0, 10.0, 20.0, 30.0)
 """Metres from base_link at which each ring begins; the last one has no end."""
 
 SCORES = np.linspace(0, 1, 65)
-"""Probabilities that the network says, at which curves are stored."""
+"""Predicted probabilities at which the curves are stored."""
 
 MAX_OCCUPIED = 0.1
-"""Largest probability of being occupied with which a voxel is called free."""
+"""Largest probability of occupied at which a voxel is free."""
 
 
 class SpaceCalibrationError(ValueError):
@@ -36,9 +36,9 @@ class SpaceCalibrationError(ValueError):
 class SpaceCalibration:
     """Curves over `SCORES`, one for each ring (R, 65), rising.
 
-    occupied: how often a voxel is occupied of which the network says so with that probability.
-    obstacle: how often a column holds an obstacle whose strongest voxel has that probability.
-    missed: share of the visible obstacles that are published free if columns below that probability are.
+    occupied: measured frequency of occupied voxels at each predicted probability.
+    obstacle: measured frequency of obstacles in columns whose strongest voxel has that probability.
+    missed: share of the visible obstacles that would be published free if all columns below that probability were.
     fitted_on: what it was fitted on, in words; empty for no calibration.
     """
 
@@ -60,7 +60,7 @@ class SpaceCalibration:
 
     @classmethod
     def none(cls) -> SpaceCalibration:
-        """Take the network's word: probabilities as they are said."""
+        """Use the network's probabilities without calibration."""
         curves = np.repeat(SCORES[None], len(RING_EDGES), axis=0)
         return cls(curves, curves, curves)
 
@@ -127,5 +127,5 @@ def _table_place(score: ArrayLike, rings: NDArray[np.intp]) -> NDArray[np.intp]:
 
 
 def read_calibration(package: ModelPackage) -> SpaceCalibration:
-    """Return the calibration of a package, or what the network itself says where it has none."""
+    """Return the calibration of a package, or the identity if it has none."""
     return SpaceCalibration.load(package.path(FILE_NAME)) if package.has(FILE_NAME) else SpaceCalibration.none()

@@ -107,7 +107,9 @@ def _pairs_of(args: argparse.Namespace, model: ModelConfig) -> Path:
     workers = ["--lidar", "--workers", str(args.workers), "--grid", grid_name(model)]
     status = make_pairs([*wanted, *workers, *given_arguments(args, add_input_arguments)], args.inputs, out)
     if not (out / INDEX_NAME).exists():
-        raise ConfigError(f"{out}: no pairs could be made (status {status}): 'occbev-train bag-check' says what lacks")
+        raise ConfigError(
+            f"{out}: no pairs could be made (status {status}): 'occbev-train bag-check' says what is missing"
+        )
     return out
 
 

@@ -81,7 +81,7 @@ def _trained(args: argparse.Namespace) -> tuple[ModelConfig, nn.Module, dict[str
 def _untrained(args: argparse.Namespace) -> tuple[ModelConfig, nn.Module, dict[str, Any], dict[str, Any]]:
     given = {"--model": args.model, "--int8": args.int8, "--calibration": args.calibration, "--metrics": args.metrics}
     if useless := [name for name, value in given.items() if value is not None]:
-        raise ConfigError(f"{', '.join(useless)}: of no use with --untrained, which takes a configuration alone")
+        raise ConfigError(f"{', '.join(useless)} cannot be used with --untrained, which takes only a configuration")
     model = load_model(args.weights)
     torch.manual_seed(0)
     return model, randomise_zero_init(build_model(model, "finetune")), {}, {}

@@ -139,9 +139,11 @@ def keep_trainable_heads(network: nn.Module, model: ModelConfig, samples: Sample
     if getattr(network, "occupancy_head", None) is None or semantic_counts(samples, len(model.occupancy_classes)).any():
         return network
     if any(np.any(samples.read(i, ("state",))["state"] != UNOBSERVED_STATE) for i in {0, len(samples) // 2}):
-        logger.warning("%s: no sample has classes of voxels; voxels stay geometric, without classes", samples.root)
+        logger.warning(
+            "%s: no sample has classes of voxels; the network will predict voxels without classes", samples.root
+        )
         return with_geometry(network, model)
-    logger.warning("%s: no sample has labels of voxels; the network will have boxes alone", samples.root)
+    logger.warning("%s: no sample has labels of voxels; the network will predict boxes only", samples.root)
     network.occupancy_head = None  # type: ignore[assignment]
     return network
 
@@ -287,14 +289,14 @@ def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageI
     if record.get("data_hash", samples.hash) != samples.hash:
         raise CacheError(
             f"{inputs.data}: hash {samples.hash}, but {folder} was begun on {record['data_hash']}: "
-            "the samples were made anew; begin a new run"
+            "the samples were made again; start a new run"
         )
     if inputs.validation is not None:
         shared = set(samples.drives) & set(_open_evaluation_data(config, model, inputs.validation).drives)
         if shared:
             raise CacheError(
                 f"{inputs.data} and {inputs.validation} share drives {sorted(shared)[:3]}: "
-                "a drive is either trained on or scored"
+                "a drive must be in one of them only"
             )
     return samples
 

@@ -170,7 +170,7 @@ class Trainer:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
                 f"{final}: step {self.progress.step} cannot be saved: {one_line(error)}; "
-                f"{shutil.disk_usage(self.folder).free >> 20} MB are free; the checkpoint before is unharmed"
+                f"{shutil.disk_usage(self.folder).free >> 20} MB are free; the previous checkpoint is intact"
             ) from error
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)

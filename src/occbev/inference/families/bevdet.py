@@ -62,7 +62,7 @@ class BevDetConfig:
     occupancy_hidden: int = 512
     """Width of the semantic head's hidden layer."""
     first_boxes: bool = False
-    """The head speaks of boxes as BEVDet's first release did: width before length, angles of its own."""
+    """The head encodes boxes as BEVDet's first release did: width before length, and its own definition of yaw."""
     decoding: TaskDecoding = field(default_factory=TaskDecoding)
     """How the detection head's maps become boxes."""
     reference_buffers: str = formerly("none", "published_buffers")

@@ -87,7 +87,7 @@ class QueryFamily(Family[Query]):
     def decode_boxes(
         self, model: Query, outputs: Outputs, decoding: BoxDecoding, cameras: tuple[str, ...] = ()
     ) -> Boxes3D | None:
-        """Decode the answers of object queries, which find each object once: nothing is suppressed."""
+        """Decode the outputs of object queries; each object is found once, so nothing is suppressed."""
         if not {"class_logits", "box_codes"} <= set(outputs):
             return None
         answers = outputs["class_logits"][0], outputs["box_codes"][0]

@@ -48,7 +48,7 @@ class Family(Generic[Model]):
         raise NotImplementedError
 
     def describe_cameras(self, model: Model, rig: CameraRig) -> str:
-        """Say which camera takes the place of which that the network was trained with; empty where none matters."""
+        """Say which camera takes which place of the training rig; empty if the order does not matter."""
         return ""
 
     def first_state(self, model: Model, cameras: int) -> Arrays:
