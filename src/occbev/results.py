@@ -1,4 +1,4 @@
-"""The small frozen records that travel between stages, from camera frame to boxes and voxels."""
+"""The small frozen dataclasses that are passed between stages, from camera frame to boxes and voxels."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Boxes3D:
 
 @dataclass(frozen=True)
 class VoxelEvidence:
-    """What a network says of obstacles and ground, voxel by voxel, in the order of its outputs.
+    """A network's predictions of obstacles and ground for each voxel, in the order of its outputs.
 
     obstacle: (S, S, Z, Y / S, X / S) float32, P(occupied and not ground) of the S x S voxels of a cell; the first
     axis is y. ground: (Z, Y / S, X / S) float32, weight of ground; None of a network that knows no ground classes.
@@ -178,7 +178,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Perception:
-    """Everything the pipeline knows of one frame set."""
+    """The pipeline's result for one frame set."""
 
     stamp_ns: int
     boxes: Boxes3D
@@ -186,4 +186,4 @@ class Perception:
     timings: Timings
     missing: Mapping[str, str] = field(default_factory=dict)
     ground: GroundGrid | None = None
-    """None of a network that predicts no voxels."""
+    """None if the network predicts no voxels."""

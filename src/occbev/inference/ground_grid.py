@@ -56,9 +56,9 @@ class GroundGridConfig:
     max_height: float = bounded(2.5, 0.1, 10.0, live=True)
     """Metres above the local ground up to which things are obstacles."""
     max_missed_obstacles: float = bounded(0.06, 0.001, 0.999, live=True)
-    """Largest share of visible obstacle cells that may be published free, by the package's calibration."""
+    """Largest share of visible obstacle cells that may be published as free, by the calibration of the package."""
     min_obstacle_probability: float = bounded(0.2, 0.001, 0.999, live=True)
-    """Least probability of an obstacle in a cell that is published blocked."""
+    """Lowest probability of an obstacle in a cell that is published as blocked."""
 
     def __post_init__(self) -> None:
         if not self.min_height < self.max_height:

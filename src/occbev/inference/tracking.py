@@ -24,7 +24,7 @@ GROUPS = (
     ("barrier",),
     ("traffic_cone",),
 )
-"""A track goes on with boxes of its group alone; within a group the network may change its mind."""
+"""Groups of classes: a track continues only with boxes of its group; within a group the class may change."""
 
 GROUP_OF_LABEL = np.array([next(i for i, g in enumerate(GROUPS) if name in g) for name in DETECTION_CLASSES])
 
@@ -50,7 +50,7 @@ class TrackingConfig:
     enabled: bool = field(default=True, metadata={"live": True})
     """Give the boxes of one object the same id in all results; false leaves ids empty."""
     max_missed_s: float = bounded(MAX_MISSED_S, 0.1, 10.0, live=True)
-    """How long an object may go without a box and keep its id."""
+    """How long an object keeps its id while it is not detected."""
 
 
 @dataclass
@@ -166,7 +166,7 @@ def _associate(tracks: Tracks, place: Array, noise: Array, group: NDArray[np.int
 
 
 def _correct(tracks: Tracks, index: NDArray[np.int64], place: Array, noise: Array, stamp_ns: int) -> None:
-    """Lay measured places (K, 2) over the predictions of the tracks `index` (K,)."""
+    """Correct the tracks `index` (K,) with measured positions (K, 2)."""
     mean, covariance = tracks.mean[index], tracks.covariance[index]
     gain = covariance[:, :, :2] @ np.linalg.inv(covariance[:, :2, :2] + noise)
     off = place - mean[:, :2]

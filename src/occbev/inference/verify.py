@@ -1,4 +1,4 @@
-"""Hold a runtime on this machine against ONNX Runtime on the CPU in single precision, and time it."""
+"""Compare a runtime on this machine with ONNX Runtime on the CPU in single precision, and time it."""
 
 from __future__ import annotations
 

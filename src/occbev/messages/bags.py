@@ -1,4 +1,4 @@
-"""Read and write ROS 2 bags, sqlite3 or MCAP, without ROS; what was read is held against what the bag promises.
+"""Read and write ROS 2 bags, sqlite3 or MCAP, without ROS; the messages read are counted against the bag's metadata.
 
 The node's offline replay, the player and the sources of training open bags here and nowhere else.
 """

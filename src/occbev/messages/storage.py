@@ -1,7 +1,7 @@
 """The files of ROS 2 bags, MCAP and sqlite3, record by record.
 
-Nothing but the records themselves is believed: an index that is absent or wrong, a missing end and unusual texts of
-quality of service cost nothing, and a size that a record claims is checked before anything of that size is made.
+Only the records themselves are trusted: a missing or wrong index, a missing end and unusual QoS texts do no harm, and
+the size that a record claims is checked before memory is allocated for it.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class _Seen:
 
     @property
     def rank(self) -> tuple[bool, bool, bool, str]:
-        """How willingly this form of a camera's images is taken: rectified, in colour, compressed."""
+        """Preference among the topics of one camera: rectified, in colour, compressed."""
         return bool(is_rectified(self.topic)), "color" in self.topic, self.kind == COMPRESSED, self.topic
 
 

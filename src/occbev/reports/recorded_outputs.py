@@ -1,4 +1,4 @@
-"""Read what the node published back from a bag: boxes and voxels by stamp, as a subscriber would have got them."""
+"""Read back from a bag what the node published: boxes and voxels by stamp, as a subscriber receives them."""
 
 from __future__ import annotations
 

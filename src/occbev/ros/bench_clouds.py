@@ -63,7 +63,7 @@ def make_labelled_volume(count: int) -> Occupancy:
 
 
 def _write_structured(occupancy: Occupancy, dtype: np.dtype[Any], header: Any) -> Any:
-    """The usual way: a structured array, field by field, then a message with its bytes."""
+    """The usual way: fill a structured array field by field, then make a message of its bytes."""
     from sensor_msgs.msg import PointCloud2, PointField
 
     from occbev.ros.outputs import POINT_FIELDS

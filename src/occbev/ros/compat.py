@@ -1,6 +1,6 @@
 """The optional ROS packages: which are here, and what installs those that are not.
 
-Everything else imports what it needs outright; only this module asks.
+All other modules import what they need directly; only this one handles packages that may be missing.
 """
 
 from __future__ import annotations

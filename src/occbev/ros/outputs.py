@@ -58,7 +58,7 @@ OTHERS = OCCUPANCY_CLASSES.index("others")
 MemoryOrder = Literal["C", "F"]
 
 SLOWEST_ARROW = 0.5
-"""Boxes slower than this get no velocity arrow."""
+"""Boxes slower than this (m/s) get no velocity arrow."""
 
 
 def time_from_ns(stamp_ns: int) -> Time:

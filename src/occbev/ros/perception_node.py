@@ -69,10 +69,10 @@ OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABI
 """Parts of a topic's quality of service that parameters may override."""
 
 POLL_S = 0.02
-"""How often timeouts of the synchroniser are looked at."""
+"""How often the timeouts of the synchroniser are checked."""
 
 REPEAT_S = 5.0
-"""The same complaint is logged at most this often."""
+"""The same warning is logged at most this often."""
 
 KEPT_LATENCIES = 200
 """Results over which diagnostics give percentiles."""
@@ -128,7 +128,7 @@ class PerceptionNode(LifecycleNode):
         return super().on_activate(state)
 
     def _attempt(self, transition: str, step: Callable[[], None], undo: Callable[[], None]) -> bool:
-        """Do a transition; whatever it raises is logged with its cause, undone, and fails the transition."""
+        """Do a transition; an error is logged with its cause, the transition is undone and fails."""
         try:
             step()
             return True
@@ -515,7 +515,7 @@ class PerceptionNode(LifecycleNode):
         return SetParametersResult(successful=True)
 
     def _warn(self, about: str, text: str | Callable[[], str]) -> None:
-        """Log a warning, the same one at most every few seconds; a text that is dear is made only then."""
+        """Log a warning, the same one at most every few seconds; a costly text is made only then."""
         now = time.monotonic()
         if now - self._warned.get(about, -REPEAT_S) >= REPEAT_S:
             self._warned[about] = now

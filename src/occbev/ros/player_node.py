@@ -1,6 +1,6 @@
-"""Plays a bag over real DDS at its own pace, with /clock, and books when each image left.
+"""Plays a bag over real DDS in real time, with /clock, and logs when each image was published.
 
-It also records what the perception node answers, so that one process knows both ends on one clock.
+It also receives the node's results, so that one process measures both ends of a latency on one clock.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PLAYED = Quality("reliable", depth=20)
 
 @dataclass
 class PlayerLog:
-    """What left and what came back, on the steady clock.
+    """What was published and what was received, on the steady clock.
 
     sent: camera -> image stamp -> when it was published, once for each pass. anchors: stamps of the anchor's
     images, in order.
@@ -83,7 +83,7 @@ class Plan:
 
 
 def plan(bag: Playable, parameters: PerceptionParameters, namespace: str = "") -> Plan:
-    """Hold the configured topics against those of a bag.
+    """Match the configured topics with those of a bag.
 
     Raises:
         BagError: the bag has none of the configured image topics, or has one with another type.
@@ -131,7 +131,7 @@ def _publishable(bag: Playable, namespace: str) -> tuple[dict[str, str], dict[st
 
 
 class PlayerNode(Node):
-    """Publishes a planned bag, subscribes to the perception node's outputs, logs what left and came back."""
+    """Publishes a planned bag, subscribes to the perception node's outputs, logs both."""
 
     def __init__(
         self,

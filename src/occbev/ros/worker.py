@@ -1,4 +1,4 @@
-"""Two threads behind a small mailbox: the newest job wins, a replaced one is handed back to be counted.
+"""Two threads behind a small mailbox: a newer job replaces the oldest, which is returned to be counted as dropped.
 
 One thread begins a job, the other ends it and hands out its result while the next job has begun.
 """

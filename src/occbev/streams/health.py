@@ -1,4 +1,4 @@
-"""What an operator sees of the running node: a status for the whole, each camera, ego motion and latency."""
+"""Diagnostics of the running node: a status for the node, each camera, ego motion and latency."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _input_problem(intake: Intake, name: str, now_ns: int) -> str:
 
 
 def _transforms(intake: Intake, now_ns: int) -> Status:
-    """How old /tf is, and the newest complaint about a transform while it is new."""
+    """The age of /tf, and the newest problem with a transform while it is recent."""
     watch = intake.transforms
     recent = bool(watch.problem) and now_ns - watch.problem_ns < REMEMBERED_NS
     age = "never" if watch.arrival_ns is None else f"{(now_ns - watch.arrival_ns) / 1e9:.3f}"

@@ -1,4 +1,4 @@
-"""Everything that comes in, until a frame set is ready for the pipeline: decode, synchronise, calibrate, place.
+"""From incoming messages to a frame set that is ready for the pipeline: decode, synchronise, calibrate, add ego motion.
 
 It knows messages only by their fields, so the live node and offline replay use the same code.
 """
@@ -57,7 +57,7 @@ RECENT = 30
 
 @dataclass
 class Watch:
-    """What an operator wants to know of one camera."""
+    """State of one camera, for diagnostics."""
 
     arrivals: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     refused: Counter[str] = field(default_factory=Counter)
@@ -87,7 +87,7 @@ class Watch:
 
 @dataclass
 class TransformWatch:
-    """What an operator wants to know of /tf and /tf_static. arrival_ns: of the newest moving transforms."""
+    """State of /tf and /tf_static, for diagnostics. arrival_ns: of the newest moving transforms."""
 
     arrival_ns: int | None = None
     static_messages: int = 0

@@ -78,15 +78,15 @@ class EgoMotionParameters:
     """How the vehicle moved between the exposures of one set."""
 
     source: str = "auto"
-    """odometry, tf, none, or auto: odometry if it comes, else TF."""
+    """odometry, tf, none, or auto: odometry if it is received, else TF."""
     odometry_topic: str = ODOMETRY.name
     """Topic of odometry or poses of the base frame."""
     odometry_type: str = ODOMETRY.type
     """nav_msgs/msg/Odometry, geometry_msgs/msg/PoseStamped or geometry_msgs/msg/PoseWithCovarianceStamped."""
     fixed_frame: str = "odom"
-    """Frame of TF that does not move."""
+    """TF frame that does not move."""
     wait_s: float = bounded(0.1, 0.0, 1.0)
-    """How long a set waits for the pose at its last exposure."""
+    """How long a frame set waits for the pose at its last exposure."""
 
     def __post_init__(self) -> None:
         if self.source not in ("auto", "odometry", "tf", "none"):
@@ -97,14 +97,14 @@ class EgoMotionParameters:
 
 @dataclass(frozen=True)
 class DetectionParameters:
-    """Boxes that are put out."""
+    """Which boxes are published."""
 
     score_threshold: float = bounded(0.1, 0.0001, 0.9999, live=True)
-    """Least score of a box."""
+    """Lowest score of a published box."""
     max_boxes: int = bounded(100, 0, 500, live=True)
-    """Most boxes of one result, the best first."""
+    """Largest number of boxes of one result; those with the highest scores are kept."""
     marker_threshold: float = bounded(0.3, 0.0, 1.0, live=True)
-    """Least score of a box that is drawn as a marker."""
+    """Lowest score of a box that is drawn as a marker."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class OccupancyParameters:
     """Voxels that are put out."""
 
     publish: str = field(default="occupied", metadata={"live": True})
-    """occupied, or observed for free voxels as well."""
+    """occupied: occupied voxels only; observed: free voxels too."""
 
     def __post_init__(self) -> None:
         if self.publish not in ("occupied", "observed"):
@@ -132,21 +132,21 @@ class PerceptionParameters:
     provider: str = "auto"
     """Execution provider of ONNX Runtime: cpu, cuda, tensorrt, or auto: CUDA where its GPU build is installed."""
     threads: int = bounded(0, 0, 256)
-    """CPU threads of the runtime; 0 leaves it to the runtime."""
+    """CPU threads of the runtime; 0: the runtime decides."""
     max_in_flight: int = bounded(0, 0, 2)
-    """Sets in the network at a time, OpenVINO's: 1 for least latency, 2 for throughput; 0: 2 on one or two cores, else 1."""
+    """Frame sets in the network at a time (OpenVINO): 1 for low latency, 2 for throughput; 0: 2 on up to two cores, else 1."""
     topics: str = ""
-    """YAML file that names all topics, as `bag-check` and `pairs` take it; parameters that are set hold over it."""
+    """YAML file that names all topics, as for `bag-check` and `pairs`; other parameters that you set take precedence."""
     tf_topic: str = TF_TOPIC
     """Topic of moving transforms."""
     tf_static_topic: str = TF_STATIC_TOPIC
     """Topic of fixed transforms."""
     rig: str = field(default="", metadata={"unconfigured": True})
-    """Rig YAML to use in place of CameraInfo and TF; empty: calibration comes from the topics."""
+    """Rig file to use instead of CameraInfo and TF; empty: calibration comes from the topics."""
     base_frame: str = "base_link"
     """Frame of all results: x forward, y left, z up."""
     anchor: str = ""
-    """Camera whose images are the key times; empty: the one that looks ahead by its name, or the first."""
+    """Camera whose image stamps are the key times; empty: the front camera by its name, else the first camera."""
     sync: SyncConfig = field(default_factory=SyncConfig)
     """How images of different cameras are joined."""
     ego_motion: EgoMotionParameters = field(default_factory=EgoMotionParameters)
@@ -160,29 +160,29 @@ class PerceptionParameters:
     ground_grid: GroundGridConfig = field(default_factory=GroundGridConfig)
     """Which cells of the ground are blocked, free or unknown."""
     marker_lifetime_s: float = bounded(0.5, 0.0, 60.0, live=True)
-    """After how long markers vanish when nothing new comes."""
+    """Markers vanish after this time without a new result."""
     decode_threads: int = bounded(2, 1, 64)
     """Threads that decode images as they arrive."""
     queue_depth: int = bounded(5, 1, 100)
-    """Images of one camera that the middleware may queue."""
+    """Depth of the middleware's queue for each image topic."""
     max_waiting_sets: int = bounded(1, 1, 100)
-    """Sets that may wait while the network runs; the oldest is dropped for a newer one."""
+    """Frame sets that may wait while the network runs; a newer one replaces the oldest."""
     frozen_after: int = bounded(10, 0, 1000, live=True)
-    """A camera that sent the same pixels this often in a row is left out; 0 trusts it."""
+    """A camera that sends identical pixels this many times in a row is left out; 0: no check."""
     black_below: int = bounded(4, 0, 255, live=True)
-    """An image whose brightest value lies below this is left out as black; 0 trusts it."""
+    """An image whose brightest value is below this is left out as black; 0: no check."""
     max_image_pixels: int = bounded(MAX_IMAGE_PIXELS, 1, 10**9, live=True)
-    """Larger images are refused before anything is allocated."""
+    """Images with more pixels are refused before memory is allocated."""
     debug_topics: bool = False
     """Publish the latency of every stage under ~/debug."""
     frame_log_path: str = ""
     """File that gets one JSON line for every key time: processed, or dropped and why; empty for none."""
     executor: str = "sparing"
-    """sparing: ours, at a part of the processor time; rclpy: its SingleThreadedExecutor."""
+    """sparing: occbev's own executor, which needs less CPU time; rclpy: its SingleThreadedExecutor."""
     autostart: bool = True
     """Configure and activate at start, without a lifecycle manager."""
     build_only: bool = False
-    """Load the model, which builds and keeps a TensorRT engine, and end; for the command line."""
+    """Load the model (TensorRT builds and stores its engine), then exit; for the command line."""
     cameras: Mapping[str, CameraParameters] = field(
         default_factory=lambda: {name: CameraParameters() for name in DEFAULT_CAMERAS}
     )

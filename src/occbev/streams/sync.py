@@ -23,16 +23,16 @@ SILENT_AFTER = 3
 """Sets in a row without a camera after which sets no longer wait for it."""
 
 RELEARN_AFTER = 5
-"""Sets in a row without a camera that still delivers after which its offset is learned anew."""
+"""Consecutive sets without a camera that still delivers, after which its offset is learned again."""
 
 LOCKED_SHARE, ACQUIRE_SHARE = 0.45, 0.5
-"""Largest share of the anchor's period that a match may be off, once and before the offset is known."""
+"""Largest error of a match as a share of the anchor's period, with a known offset and before it is known."""
 
 REMEMBERED_SETS = 16
 """Sets that have left whose arrival is kept, to learn from an image that comes too late for one."""
 
 LONE_WITNESSES = 3
-"""Stamps in a row after which a camera that delivers alone is believed that time has jumped."""
+"""Consecutive stamps after which a jump in time is accepted from a camera that delivers alone."""
 
 FRESH_PERIODS = 1.5
 """Periods over which a camera's newest stamp tells what time it is."""
@@ -46,17 +46,17 @@ class SyncConfig:
     """How images of different cameras are joined."""
 
     tolerance_s: float = bounded(0.05, 0.001, 1.0, live=True)
-    """Furthest that an image may be from its camera's expected time; half a period is never exceeded."""
+    """Largest time between an image and the expected stamp of its camera; never more than half a period."""
     timeout_s: float = bounded(0.2, 0.01, 10.0, live=True)
-    """How long after the anchor's arrival a set waits for the other cameras."""
+    """How long a frame set waits for the other cameras after the anchor image has arrived."""
     min_cameras: int = bounded(1, 1, 64, live=True)
-    """Fewest cameras of a set; with fewer nothing is put out."""
+    """Smallest number of cameras of a frame set; with fewer, nothing is published."""
     acquire_s: float = bounded(0.05, 0.001, 1.0, live=True)
-    """Furthest that an image may be from the anchor while neither its offset nor the period is known."""
+    """Largest time between an image and the anchor image until offset and period of its camera are known."""
     reset_s: float = bounded(1.0, 0.1, 3600.0)
-    """Step back of a camera's stamps that counts as a clock jump or a looped bag."""
+    """If a camera's stamps step back by more than this, it is a clock jump or a looped bag."""
     queue: int = bounded(30, 1, 1000, live=True)
-    """Images of one camera that wait for an anchor."""
+    """Largest number of images of one camera that wait for an anchor image."""
 
     def __post_init__(self) -> None:
         for name in ("tolerance_s", "timeout_s", "acquire_s", "reset_s"):
@@ -68,7 +68,7 @@ class SyncConfig:
 
 @dataclass
 class SyncStatistics:
-    """What became of everything: `keys == complete + partial + sum(dropped_keys.values()) + pending`."""
+    """Counts of every image and key time: `keys == complete + partial + sum(dropped_keys.values()) + pending`."""
 
     received: Counter[str] = field(default_factory=Counter)
     """Camera -> images pushed."""
@@ -105,8 +105,8 @@ class FrameSynchronizer:
     matches, so the tolerance can stay far below half a period even where cameras fire one after the other.
     A set leaves when it is complete or when nothing more can come for it: images of one camera come in order, and
     about as late as they lately did; at most `timeout_s` after its anchor came.
-    A stamp that is out of time by more than `reset_s` waits for a witness: another camera, the node's clock or, where
-    one camera delivers alone, its own next stamps. A camera whose clock runs ahead is refused.
+    A stamp that jumps by more than `reset_s` is used only when another camera or the node's clock confirms the jump, or,
+    if only one camera delivers, its own next stamps. A camera whose clock runs ahead is refused.
     """
 
     def __init__(self, cameras: Sequence[str], anchor: str | None = None, config: SyncConfig | None = None) -> None:
@@ -133,7 +133,7 @@ class FrameSynchronizer:
         self._key_drops: deque[tuple[int, str]] = deque(maxlen=1000)
 
     def retune(self, config: SyncConfig) -> None:
-        """Go on with other settings; raises ValueError if they ask for more cameras than there are."""
+        """Change the settings; raises ValueError if they ask for more cameras than there are."""
         if config.min_cameras > len(self.cameras):
             raise ValueError(f"sync.min_cameras {config.min_cameras} exceeds the {len(self.cameras)} cameras")
         self.config = config
@@ -241,7 +241,7 @@ class FrameSynchronizer:
     def _suspect(
         self, stream: CameraStream, image: StampedPayload, timeline_ns: int | None, clock_ns: int | None
     ) -> list[FrameJob]:
-        """Hold an image whose stamp is out of time; begin a new pass once it has a witness."""
+        """Hold an image whose stamp has jumped; start a new pass once the jump is confirmed."""
         stream.suspects.append(image)
         if self._has_witness(stream, image, timeline_ns, clock_ns):
             return self._jump(image)
@@ -271,7 +271,7 @@ class FrameSynchronizer:
         return is_recent and abs(image.stamp_ns - other.stamp_ns) <= max(2 * (self.period_ns or 0), self._acquire_ns)
 
     def _jump(self, image: StampedPayload) -> list[FrameJob]:
-        """Believe that time has jumped to an image: go on there with all that is held."""
+        """Accept a jump in time: continue at this image with all held images."""
         held = self._take_suspects()
         newest_ns = max((s.newest_ns for s in self._streams.values() if s.newest_ns is not None), default=0)
         finished = []
@@ -450,7 +450,7 @@ class FrameSynchronizer:
         self._end_provision()
 
     def _end_provision(self) -> None:
-        """Learn offsets anew once the anchor delivers, if they were learned against a fallback of unknown offset."""
+        """Learn offsets again once the anchor delivers, if they were learned against a fallback anchor of unknown offset."""
         if self._provisional:
             self._provisional = False
             for stream in self._streams.values():
@@ -537,7 +537,7 @@ class FrameSynchronizer:
             self._drop(stream.name, "queue_full")
 
     def _learn_delay(self, stream: CameraStream, image: StampedPayload, window_ns: int) -> None:
-        """Learn from an image that came for a set that has left how long the next ones should wait."""
+        """Learn the delay of a camera from an image that came too late for its set."""
         expected = image.stamp_ns - stream.offset_ns
         for stamp_ns, arrival_ns in self._left:
             if abs(stamp_ns - expected) <= window_ns:
@@ -613,7 +613,7 @@ class FrameSynchronizer:
         return f"no image within {self._window_ns(stream) / 1e6:.0f} ms of its expected time"
 
     def _miss(self, stream: CameraStream, now_ns: int) -> str:
-        """Note that a set left without this camera, and say why."""
+        """Note that a set was completed without this camera, and return why."""
         reason = self._why_missing(stream)
         stream.misses += 1
         silent_ns = now_ns - self._last_arrival(stream.name)
