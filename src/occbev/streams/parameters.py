@@ -40,7 +40,7 @@ QOS_PREFIX = "qos_overrides."
 """How ROS 2 names the quality of service of a node's topics: qos_overrides.<topic>.<publisher|subscription>.<policy>."""
 
 OLD_NAMES = {"sets_at_once": "max_in_flight", "waiting_sets": "max_waiting_sets", "ledger_path": "frame_log_path"}
-"""Parameters that were renamed: old name -> new name. The old ones work in version 0.2 and go after it."""
+"""Parameters that were renamed: old name -> new name. The old names work in version 0.1, with a warning."""
 
 EXECUTORS = ("sparing", "rclpy")
 

@@ -214,7 +214,7 @@ def read_sample(path: Path) -> CachedSample:
 def read_sample_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Read some arrays of one sample, without the rest; raises CacheError naming the file."""
     try:
-        if path.suffix != SAMPLE_SUFFIX:  # of caches made before version 0.2
+        if path.suffix != SAMPLE_SUFFIX:  # .npz files of older caches
             return read_arrays(path, names)
         with safe_open(path, framework="numpy") as file:
             shape = tuple(json.loads(file.metadata()[_SHAPE]))
