@@ -33,7 +33,7 @@ _FILL = (124, 116, 104)
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How strongly samples are varied; zero everywhere means samples as they were recorded."""
+    """How strongly samples are varied; with zero everywhere they stay as recorded."""
 
     bev_flip: float = 0.5
     """Chance of negating x, and independently of negating y, of the whole scene."""

@@ -1,6 +1,6 @@
-"""Adapt a package to unlabelled drives: its occupancy and depth learn from their LiDAR, its boxes and classes rehearse.
+"""Adapt a package to unlabelled drives: occupancy and depth learn from LiDAR, boxes and classes on simulated streets.
 
-The network keeps all heads. It is stopped by a part of the drives that it does not learn from.
+The network keeps all heads. Held-out drives decide when training stops.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ class AdaptConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Steps, losses, rates and augmentation; `accumulate` passes make a step, the last of them of rehearsed frames."""
     rehearsal: float = 0.5
-    """Weight of the rehearsed frames' losses; 0 rehearses nothing, and boxes and classes are forgotten."""
+    """Weight of the losses on simulated frames; with 0 boxes and classes are forgotten."""
     taught: float = 1.0
-    """Weight of the boxes that the package's network finds in the user's frames when it is shown the LiDAR's depth."""
+    """Weight of the teacher's boxes on the user's frames: those of the source network when it is given the LiDAR's depth."""
     rehearsal_drives: int = 12
-    """Simulated drives to rehearse: half of them through the user's rig, half through the simulator's own."""
+    """Simulated drives in the training: half of them through the user's rig, half through the simulator's own."""
     rehearsal_keys: int = 4
     """Key frames of each."""
     held_out: float = 0.2
-    """Share of the drives that stops the training and is scored: whole drives, or the end of each of a few."""
+    """Share of the drives held out for early stopping and scores: whole drives, or the end of each of a few."""
     patience: int = 3
-    """Validations in a row without a better one after which it stops."""
+    """Training stops after this many validations without a better score."""
     max_forgotten: float = 0.1
-    """Largest share of a score on simulated streets to lose: the weights are averaged with the package's until it holds."""
+    """Largest relative loss of a score on simulated streets: the weights are averaged with the source's to stay within it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:

@@ -28,17 +28,17 @@ class OptimConfig:
     schedule: str = "cosine"
     """cosine (down to `floor`), step (times `gamma` at every milestone) or constant."""
     by_epoch: bool = False
-    """Hold the rate within an epoch, as the published cosine does."""
+    """Keep the rate constant within an epoch, as the published cosine does."""
     milestones: tuple[int, ...] = ()
     """Finished epochs after which the step schedule falls."""
     gamma: float = 0.1
-    """What the step schedule falls by."""
+    """Factor on the rate at each milestone of the step schedule."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly."""
     warmup_steps: int = 0
     """The same as a number of steps; 0 takes the share."""
     warmup_from: float = 0.0
-    """Share of the rate that warm-up begins from; 0 begins one step above nothing."""
+    """Share of the rate at which warm-up starts; 0 starts at the rate of its first step."""
     floor: float = 0.01
     """Share of the peak that the cosine ends at."""
     clip: float = 10.0
@@ -80,19 +80,19 @@ class TrainingConfig:
     precision: str = "fp32"
     """fp32, or autocast in bf16, or in fp16 with a scaled loss (losses and softmax stay in fp32)."""
     channels_last: bool = True
-    """Store images and 2D weights channels last, which CPUs and tensor cores want."""
+    """Store images and 2D weights channels last, which is faster on CPUs and tensor cores."""
     freeze_norms: bool = False
-    """Hold the statistics of batch normalisation: for batches that are too small to tell them."""
+    """Freeze the statistics of batch normalisation, for batches that are too small to estimate them."""
     threads: int = 0
-    """Compute threads; 0 leaves torch's choice."""
+    """Compute threads; 0: torch decides."""
     workers: int = 1
     """Processes that prepare batches; 0 prepares them in the training process."""
     frame: str = "base_link"
     """base_link for the grids of every network and stage, or published to keep LiDAR axes and quirks of published weights."""
     history: int = -1
-    """Past key frames shown to networks with a memory; -1 takes what the network joins, 2 of a BEVFormer."""
+    """Past key frames for networks with a memory; -1: as many as the network joins, 2 for a BEVFormer."""
     unseen_voxels: int = 0
-    """Voxels of a sample that no camera sees and whose semantics are learned too: only where the truth knows them."""
+    """Number of voxels per sample that no camera sees and whose class is learned too; needs a dense truth."""
     balance: str = "none"
     """none, or cbgs: samples of rare classes are shown more often, drawn once."""
     optim: OptimConfig = field(default_factory=OptimConfig)

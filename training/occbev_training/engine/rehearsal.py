@@ -1,4 +1,4 @@
-"""What a network rehearses while it adapts: simulated streets with boxes and classes, through the user's cameras too."""
+"""Rehearsal during adaptation: simulated streets with boxes and classes, half of them through the user's cameras."""
 
 from __future__ import annotations
 

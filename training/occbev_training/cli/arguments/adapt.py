@@ -3,9 +3,9 @@
     occbev-train adapt occbev-tiny BAG_OR_FOLDER --out out/adapted
     occbev-train adapt PACKAGE out/pairs --out out/adapted --boxes boxes.json
 
-Occupancy and depth learn from the LiDAR of the drives. Boxes and classes are rehearsed on simulated streets, half of them
-seen through your cameras. A part of the drives is held out: it stops the training and scores it. OUT gets the package
-and report.html with scores and pictures. A command that was stopped goes on when it is given again.
+Occupancy and depth learn from the LiDAR of the drives. So that boxes and classes are not forgotten, training also uses
+simulated streets, half of them rendered through your cameras. Some of the drives are held out, for early stopping and for
+the scores. OUT gets the package, and report.html with scores and pictures. Give the command again to resume it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("package", help="model package: a folder, or the name of a shipped one")
     parser.add_argument("inputs", type=Path, nargs="+", help=f"{INPUTS_HELP}, or one folder of pairs")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; a run that is there is resumed")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it is resumed")
     parser.add_argument("--config", type=here_or_shipped, help="configuration (default: config/training/adapt.yaml)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: of the configuration)")
     parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
     parser.add_argument(
         "--held-out", type=float, help="share of the drives that is held out (default: of the configuration)"
     )
-    parser.add_argument("--rehearsal-drives", type=int, help="simulated drives to rehearse; 0 for none")
+    parser.add_argument(
+        "--rehearsal-drives",
+        type=int,
+        help="simulated drives in the training, so that boxes and classes are kept; 0 for none",
+    )
     parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes, used for scores only")
     parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps before and after a label")

@@ -1,4 +1,4 @@
-"""Check whether a bag can become training pairs: one verdict per requirement; status 1 if one that must hold fails.
+"""Check whether a bag can become training pairs: one verdict per requirement; status 1 if a necessary one is not met.
 
 occbev-train bag-check BAG
 occbev-train bag-check BAG --topics vehicle/topics.yaml

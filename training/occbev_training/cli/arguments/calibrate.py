@@ -4,7 +4,7 @@
 
 DATA is what `evaluate --data` takes (simulated bags with their truth, a sample cache, a nuScenes root), or a folder
 of pairs, whose labels come from LiDAR. Writes space.npz and reliability.png into the package, and the calibration
-errors before and after into its card. The node decides by them what it publishes as free, blocked or unknown.
+errors before and after into its card. The node uses them to decide what it publishes as free, blocked or unknown.
 """
 
 from __future__ import annotations

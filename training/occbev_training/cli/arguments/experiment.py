@@ -1,4 +1,4 @@
-"""Does occupancy pre-training pay? Runs a registered plan on simulated streets and tests the answer.
+"""Test whether occupancy pre-training pays, by a registered plan on simulated streets.
 
     occbev-train experiment config/experiment/mechanism.yaml --register
     occbev-train experiment config/experiment/mechanism.yaml --out out/mechanism --jobs 2
@@ -7,7 +7,7 @@
     occbev-train experiment --smoke
 
 Checks come first, then all arms seed by seed. Test drives are scored only for a plan whose registration is committed.
-The same command goes on where it was killed. OUT/report.html is the page; the status is 1 while a run is missing.
+Give the command again to resume it. OUT/report.html is the page; the status is 1 while a run is missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read damaged images, rigs, result files, packages and bags by the thousand: each must be read, or refused in one line.
+"""Try thousands of damaged images, rigs, result files, packages and bags: each must be read, or refused in one line.
 
 occbev-train fuzz                         # 10,000 images, rigs and results, 1,000 packages and bags: some minutes
 occbev-train fuzz bags --count 200 --seed 3

@@ -1,4 +1,4 @@
-"""Take your own boxes for recordings, from a topic of the bag or from files, ready for 'prepare'.
+"""Convert your own boxes, from a topic of the bag or from files, for 'prepare'.
 
     occbev-train labels BAG --out LABELS                            # the only topic of boxes in the bag
     occbev-train labels BAG --topic /perception/objects --out LABELS
@@ -6,8 +6,8 @@
     occbev-train labels BAG --boxes label_2 --frame CAM_FRONT --times times.txt --out LABELS      # KITTI
     occbev-train prepare BAG --labels LABELS --out CACHE
 
-Topics may be vision_msgs/Detection3DArray, or Autoware's DetectedObjects and TrackedObjects. Every box is brought
-to base_link at the nearest key frame; LABELS/DRIVE.json holds the boxes and LABELS/DRIVE.jpg shows them. Look at it.
+Topics may be vision_msgs/Detection3DArray, or Autoware's DetectedObjects and TrackedObjects. Every box is transformed
+to base_link at the nearest key frame. LABELS/DRIVE.json holds the boxes; LABELS/DRIVE.jpg shows them: look at it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     occbev-train nuscenes-to-bag data/nuscenes --out out/bags --scene scene-0103
 
-Every ego pose of the tables goes onto /odometry and /tf with its own stamp, so that the pose at each camera's own
-exposure can be looked up. Images and sweeps whose files are missing are counted and left out.
+Every ego pose of the tables is written to /odometry and /tf with its own stamp, so that the pose at the exposure of each
+camera is known. Images and sweeps whose files are missing are counted and left out.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
     occbev-train pairs --out OUT --join                                # index what the tasks made
     occbev-train pairs BAGS --out OUT --executor ray --ray-address auto
 
-The command goes on where it was stopped, and the same input gives the same bytes. An input whose content changed is
-made again. An input that cannot be read is named and left out; the others are made, and the status is 1. The status
-is also 1 if no pair was made.
+Give the command again to resume it. The same input gives the same bytes; an input whose content changed is made again.
+An input that cannot be read is named and left out; the others are made, and the status is 1. The status is also 1 if no
+pair was made.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     occbev-train prepare --simulate 120 --first-seed 0 --keys 16 --out CACHE
     occbev-train prepare --simulate 200 --random-rigs --no-labels --out CACHE      # every drive through a rig of its own
 
-The command goes on where it was stopped. A drive that is incomplete, or whose content changed, is made again. What
-cannot be read is named and left out; the rest is made, and the status is 1.
+Give the command again to resume it. A drive that is incomplete, or whose content changed, is made again. What cannot be
+read is named and left out; the rest is made, and the status is 1.
 """
 
 from __future__ import annotations

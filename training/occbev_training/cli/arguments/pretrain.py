@@ -4,7 +4,7 @@
     occbev-train pretrain config/training/pretrain_tiny.yaml --data PAIRS --out out/slow --optim.lr 1e-4 --steps 500
     occbev-train pretrain out/stage1 --out out/again        # repeat a run from its own files
 
-A run that was stopped goes on from its checkpoint when you give the same command again. Ctrl-C saves.
+Give the command again to resume a run from its checkpoint. Ctrl-C saves one.
 Every key of the config is an option; --config-help lists them. Several processes:
 torchrun --nproc-per-node 2 -m occbev_training pretrain ...
 """
