@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs by the thousand, in one process: each is read, or refused in one line, at once.
+"""Thousands of damaged and hostile inputs in one process: each must be read, or refused in one line, quickly.
 
 Inputs are made here, then bytes are changed, cut, repeated or replaced by values that readers stumble over. A refusal
 is an error that commands print as one line (`ValueError`, `LookupError`, `OSError`); any other is a traceback.

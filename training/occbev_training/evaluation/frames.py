@@ -59,7 +59,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Priors:
-    """What is known before looking: the training set's means.
+    """Scores without looking at images: the means of the training set.
 
     heatmap: (C, Y, X) float16 share of training frames with a box of the class centred in the cell, smoothed.
     box: (C, 10) mean box of each class in the channels of the detection head.
@@ -73,7 +73,7 @@ class Priors:
     threshold: float
 
     def boxes(self, bev: BevGrid) -> Boxes3D:
-        """Decode the mean heat map as if a network had said it: the same boxes for every frame."""
+        """Decode the mean heat map as if it were a network's output: the same boxes for every frame."""
         share = np.clip(self.heatmap.astype(np.float64), _LEAST_PEAK, 1 - _LEAST_PEAK)
         # A share is small where traffic is spread out; only the ranking is scored, so scale the best peak up.
         share = share / share.max() * 0.9
@@ -127,7 +127,7 @@ def score_frame(
     annotations: Annotations | None,
     truth: OccupancyView | None,
 ) -> FrameResult:
-    """Decode what a network said of one frame and compare it with what is true."""
+    """Decode a network's outputs for one frame and compare them with the truth."""
     counts, label = None, labels_of(output, model)
     if truth is not None and label is not None:
         counts = count_occupancy(label, truth, len(model.occupancy_classes))
@@ -184,7 +184,7 @@ def score_priors(
 
 
 def fit_priors(cache: SampleCache, model: ModelConfig, progress: Callable[[int], None] = lambda done: None) -> Priors:
-    """Take the means of a training set: where boxes of each class are, their size, and what is occupied."""
+    """Compute the means of a training set: where boxes of each class are, their size, and what is occupied."""
     bev = model.bev
     heatmap = np.zeros((len(DETECTION_CLASSES), *bev.shape[::-1]))
     box_sum, box_count = np.zeros((len(DETECTION_CLASSES), 10)), np.zeros(len(DETECTION_CLASSES))

@@ -86,7 +86,7 @@ def pair_frames(pairs: PairSamples, indices: Iterable[int], config: GroundGridCo
 
 @dataclass(frozen=True)
 class SpaceFrame:
-    """What a network says of one frame, what cameras may see, and what is true. occupied: (Z, Y, X), P(occupied)."""
+    """A network's outputs for one frame, what the cameras see, and the truth. occupied: (Z, Y, X), P(occupied)."""
 
     evidence: VoxelEvidence
     occupied: NDArray[np.float32]
@@ -98,7 +98,7 @@ class SpaceFrame:
 
 
 class SpaceNetwork:
-    """A package that says where space is free, frame after frame."""
+    """A package that predicts occupied space, frame after frame."""
 
     def __init__(self, package: ModelPackage, options: RunOptions | None = None) -> None:
         self.package, self._network = package, PackageNetwork(package, options or RunOptions())
@@ -134,7 +134,7 @@ def score_space(
     config: GroundGridConfig | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> SpaceCounts:
-    """Count how the ground grids of a package were right and wrong."""
+    """Compare the ground grids of a package with the truth, and count right and wrong cells."""
     counts, near = SpaceCounts(), cells_within(package.model.grid)
     for done, frame in enumerate(SpaceNetwork(package).frames(frames, config)):
         counts += SpaceCounts.of(frame.ground.cells, frame.truth, frame.sight.in_image, near)
@@ -215,7 +215,7 @@ def _with_missed(
 
 
 def draw_reliability(fit: SpaceFit, path: Path) -> Path:
-    """Draw what the network says against how often it is so, by distance, before and after calibration."""
+    """Draw predicted probability against measured frequency, by distance, before and after calibration."""
     from matplotlib.figure import Figure
 
     from occbev.inference.space_calibration import SCORES

@@ -1,4 +1,4 @@
-"""Sanity checks that come before any answer: is the task neither trivial nor hopeless, and does nothing leak?
+"""Sanity checks before the experiment: the task is neither trivial nor hopeless, and no data leaks between splits.
 
 Each gives a value, the bound it is held to, and whether it holds; the report shows all of them, failed ones first.
 """

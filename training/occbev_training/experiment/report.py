@@ -1,4 +1,4 @@
-"""Result rows as tables, plots with intervals, one page, and `docs/results.md`; nothing is typed in by hand.
+"""Result rows as tables, plots with intervals, one page, and `docs/results.md`, all generated.
 
 A run that is missing is said to be missing; a tested difference has a verdict only when every paired seed is there.
 """

@@ -1,4 +1,4 @@
-"""Every task of a plan in its order, in processes of one thread each; what is done already is never done again."""
+"""Every task of a plan in order, in processes of one thread each; finished tasks are not repeated."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ OPSET = 18
 """ONNX operator set; every runtime's parser of the last years knows it."""
 
 DOUBT = 2.0
-"""A graph may be so many times as far from double precision as torch is in single precision."""
+"""A graph may differ from double precision this many times as much as torch in single precision does."""
 
 ROUNDING = 1e-5
-"""What it may differ besides, relative to an output's largest value: sums in another order."""
+"""Further allowed difference, relative to an output's largest value: sums are made in another order."""
 
 IR_TOLERANCE = 1e-1
 """Largest such difference of OpenVINO's graph, whose weights are rounded to fp16: box maps of random images are wild."""
@@ -67,7 +67,7 @@ GRAPH_SUFFIXES = (".onnx", ".xml", ".bin")
 """Files of a package that hold its graphs."""
 
 IN_FP16, FP16_TOLERANCE = "the fp16 graph in ONNX Runtime", 1e-1
-"""How far the graph for GPUs may be off, for noise as images and weights of any kind."""
+"""Allowed difference of the graph for GPUs, with images of noise and any weights."""
 
 IN_FP32, ROUNDED = "OpenVINO in fp32", "OpenVINO with fp16 weights"
 
@@ -83,7 +83,7 @@ NOISE_FRAMES = 2
 
 
 class ExportError(RuntimeError):
-    """A graph that does not do what the network does, or uses an operator that it must not."""
+    """A graph whose outputs differ from the network's, or that uses a forbidden operator."""
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def check_graphs(
 
 
 class _Judge:
-    """Holds what runtimes answer against double precision. worst: runtime -> output -> largest difference."""
+    """Compares outputs of runtimes with double precision. worst: runtime -> output -> largest difference."""
 
     def __init__(self, exact: Graph, single: Graph) -> None:
         self._exact, self._single = exact, single
@@ -386,14 +386,14 @@ class _Judge:
 
 
 def _nudged(inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Change images in their last digit: two runs tell better than one what rounding does to a network."""
+    """Change images in their last digit: two runs show better than one how rounding affects a network."""
     images = inputs["images"]
     towards = np.random.default_rng(0).choice(np.array([-np.inf, np.inf], images.dtype), images.shape)
     return {**inputs, "images": np.nextafter(images, towards)}
 
 
 def check_factors(outputs: Mapping[str, NDArray[Any]]) -> None:
-    """Hold the factors of a graph against its own logits; of equally likely classes either may be named.
+    """Compare the factors of a graph with its own logits; of equally likely classes either may be named.
 
     Raises: ExportError if what they say is likeliest is not, or has other probabilities.
     """

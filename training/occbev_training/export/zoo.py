@@ -23,9 +23,9 @@ REACH = 2.0
 
 
 def randomise_zero_init(network: nn.Module) -> nn.Module:
-    """Give weights that begin at zero random values, as after training, so that every part has its say.
+    """Give weights that are initialised with zero random values, so that every part contributes as after training.
 
-    Deformable offsets and attention weights begin at zero, and fresh norms let deep random nets say next to nothing.
+    Deformable offsets and attention weights start at zero, and with fresh norms deep random nets give nearly constant outputs.
     """
     for name, weight in network.named_parameters():
         if any(part in name for part in ("sampling_offsets.weight", "attention_weights.weight")):

@@ -1,8 +1,8 @@
 """What adaptation minimises: occupancy and depth of unlabelled frames, and what fine-tuning learned of rehearsed ones.
 
-The prediction of occupancy is what the network already says: the occupied mass 1 - P(free) of the semantic head, or the
-geometric decoder's where there is no semantic head. So no head begins anew and none is thrown away. Boxes of unlabelled
-frames come from the network as it was, which is shown the LiDAR's depth.
+Occupancy is predicted by an existing head: 1 - P(free) of the semantic head, or the geometric decoder if there is no
+semantic head. So no head is added or removed. Boxes on unlabelled frames come from a teacher: the network before
+adaptation, given the LiDAR's depth.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ LEAST_CENTRE = 0.1
 
 @dataclass(frozen=True)
 class Teacher:
-    """The network as it was before, which sees the LiDAR's depth: what it finds then is to be found from images alone.
+    """The network before adaptation, given the LiDAR's depth; the student learns to find the same boxes from images alone.
 
-    Its detection head works where depth is right, and depth is what fails first on cameras that it does not know.
+    Its detection head works where depth is right, and depth is what fails first on unknown cameras.
     """
 
     network: OccBevNetwork
@@ -79,7 +79,7 @@ class Teacher:
         return cls(copy.deepcopy(network).eval().requires_grad_(False))
 
     def terms(self, output: NetworkOutput, batch: TrainingBatch, model: ModelConfig) -> dict[str, Tensor]:
-        """Return how far the boxes of an output are from what the teacher says: `taught_heatmap` and `taught_box`."""
+        """Return the loss of an output's boxes against those of the teacher: `taught_heatmap` and `taught_box`."""
         assert output.depth_logits is not None
         heatmap, box = self.boxes(output.depth_logits, batch, model)
         logits, peaks = output.answers["heatmap"].float(), functional.max_pool2d(heatmap, 3, 1, 1) == heatmap
@@ -110,7 +110,7 @@ class Teacher:
 
 
 def measured_depth(logits: Tensor, bins: Tensor) -> Tensor:
-    """Return depth logits (B * N, D, h, w) that are sure of the bin `BEYOND` that of each return.
+    """Return depth logits (B * N, D, h, w) with nearly all mass `BEYOND` bins behind the bin of each return.
 
     bins: (B, N, h, w), negative without a return.
     """

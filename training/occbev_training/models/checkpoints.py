@@ -26,7 +26,7 @@ TRANSFERRED_PARTS: Mapping[str, str] = {
 
 
 class CheckpointError(ValueError):
-    """Weights that cannot be read or do not fit; names the file and the first keys."""
+    """Weights that cannot be read or do not fit; the text names the file and the first keys."""
 
 
 @dataclass(frozen=True)
