@@ -1,4 +1,4 @@
-"""Where the installed launch files, configurations and models are, from a clone, a wheel or a colcon workspace."""
+"""Where the installed launch files, configurations and models are (clone, wheel or colcon workspace), and paths to type."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ def here_or_shipped(text: str | Path) -> Path:
     if path.exists() or path.is_absolute():
         return path
     return next((root / path for root in _roots() if (root / path).exists()), path)
+
+
+def typed_here(path: Path) -> Path:
+    """Return a path as one types it in the working directory: relative where it lies below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def pip_install(requirement: str) -> str:
+    """Return the command that installs a requirement into the environment of this process."""
+    return f"{typed_here(Path(sys.executable))} -m pip install '{requirement}'"
 
 
 def _roots() -> list[Path]:

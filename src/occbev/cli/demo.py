@@ -36,7 +36,9 @@ from occbev.inference.model_package import ModelPackage, find_package
 from occbev.reports.moments import Moment
 from occbev.reports.rendering import write_moving_picture, write_picture
 from occbev.reports.report import FrameLatency, Scene, write_report
+from occbev.reports.rerun_log import REQUIREMENT
 from occbev.reports.scenes import compose_scene, cover_picture, occupancy_of_truth
+from occbev.share import pip_install, typed_here
 from occbev.versions import machine, versions
 
 if TYPE_CHECKING:
@@ -317,7 +319,7 @@ def print_next(bag: Path, results: Path) -> None:
     """Print the commands that a newcomer wants next, as they can be typed here."""
     program = find_program()
     CONSOLE.print("\nNext:")
-    viewer = "" if find_spec("rerun") else " (first: pip install 'rerun-sdk>=0.41')"
+    viewer = "" if find_spec("rerun") else f" (first: {pip_install(REQUIREMENT)})"
     for text, words in {
         f"the drive and the results in 3D, over time{viewer}": f"view {bag} {results}",
         "the same pipeline without ROS": f"replay {bag} --offline --boxes out/boxes.jsonl",
@@ -331,8 +333,7 @@ def find_program() -> str:
     beside = Path(sys.executable).parent / "occbev"
     if shutil.which("occbev") or not beside.is_file():
         return "occbev"
-    here = Path.cwd()
-    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
+    return str(typed_here(beside))
 
 
 def _moment(result: KeyResult, truth: Truth, recording: Any) -> Moment:

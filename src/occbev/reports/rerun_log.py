@@ -29,6 +29,7 @@ from occbev.reports.moments import GroundMap, Image, Moment
 from occbev.reports.rendering import EGO_BOX, TRUTH, box_lines, outer_voxels, voxel_colours
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera
+from occbev.share import pip_install
 
 APPLICATION = "occbev"
 
@@ -44,7 +45,8 @@ JPEG_QUALITY = 85
 
 BLOCKED_COLOUR, FREE_COLOUR = (224, 49, 49, 150), (81, 207, 102, 90)
 
-INSTALL = "the viewer needs rerun-sdk, which is not installed here: pip install 'rerun-sdk>=0.41'"
+REQUIREMENT = "rerun-sdk>=0.41"
+"""Distribution of the viewer."""
 
 
 def import_rerun() -> Any:
@@ -52,7 +54,7 @@ def import_rerun() -> Any:
     try:
         import rerun
     except ImportError as error:
-        raise LookupError(INSTALL) from error
+        raise LookupError(f"the viewer is not installed here: {pip_install(REQUIREMENT)}") from error
     return rerun
 
 
