@@ -43,8 +43,9 @@ from occbev_training.experiment.pool import (
     turn_sample,
     whole_pool,
 )
+from occbev_training.experiment.product import ProductPlan, load_any_plan
 from occbev_training.experiment.recorded import block_keys, make_blocks, rig_file
-from occbev_training.experiment.report import Chapter, Results, sections_of, to_markdown, to_page, write_docs
+from occbev_training.experiment.report import Results, chapter_of, sections_of, to_markdown, to_page, write_docs
 from occbev_training.experiment.runs import Task, Workplace, do_task, read_rows, run_tasks, tasks_of
 from occbev_training.experiment.statistics import CUT, SCORED, MatchRecord, compare, holm, sign_flip
 from occbev_training.experiment.world import VEHICLES, rig_of
@@ -114,13 +115,13 @@ def place(tmp_path: Path, world: Path) -> Workplace:
     """A registered plan and its drives."""
     path = tmp_path / "small.yaml"
     save_config(path, SMALL)
-    register(path)
+    register(path, load_plan(path))
     return Workplace.of(path, tmp_path)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_plan_of_the_project_is_registered_as_it_stands(path: Path) -> None:
-    plan = load_plan(path)
+    plan = load_any_plan(path)
     assert json.loads(registration_of(path).read_text())["hash"] == plan.hash
     assert plan.name == path.stem
 
@@ -136,8 +137,12 @@ def test_the_tested_family_can_reach_significance() -> None:
 
 
 def test_no_two_plans_share_test_drives() -> None:
-    simulated = [plan.world for plan in map(load_plan, PLANS) if plan.world.recorded is None]
-    scored = [{*world.test.seeds, *world.unseen_rig.seeds} for world in simulated]
+    scored = []
+    for plan in map(load_any_plan, PLANS):
+        if isinstance(plan, ProductPlan):
+            scored.append({*plan.test.seeds})
+        elif plan.world.recorded is None:
+            scored.append({*plan.world.test.seeds, *plan.world.unseen_rig.seeds})
     assert len(scored) >= 2
     assert all(not a & b for a, b in itertools.combinations(scored, 2))
 
@@ -147,13 +152,13 @@ def test_test_drives_stay_closed_until_the_plan_is_registered(tmp_path: Path) ->
     save_config(path, SMALL)
     with pytest.raises(PlanError, match="not registered"):
         require_registered(path, load_plan(path))
-    register(path)
+    register(path, load_plan(path))
     require_registered(path, load_plan(path))
     save_config(path, replace(SMALL, finetune_steps=7))
     with pytest.raises(PlanError, match=r"has hash \w+, plan\.registered\.json registers"):
         require_registered(path, load_plan(path))
     with pytest.raises(PlanError, match="take another name"):
-        register(path)
+        register(path, load_plan(path))
 
 
 def test_a_run_on_test_drives_of_a_changed_plan_is_refused_before_it_is_trained(place: Workplace) -> None:
@@ -410,12 +415,12 @@ def test_failed_checks_are_shown_first_and_wrong_labels_are_judged() -> None:
 def test_the_page_and_the_docs_follow_from_the_rows(tmp_path: Path) -> None:
     plan = _enough_seeds()
     results = Results(plan, _rows(plan, {"R": 0.3, "D": 0.8, "O": 1.1}, 3))
-    write_docs(tmp_path / "results.md", [Chapter(results, "the command")])
+    write_docs(tmp_path / "results.md", [chapter_of(results, "the command")])
     text = (tmp_path / "results.md").read_text()
     assert "## On simulated streets: plan `small`" in text
     assert "![The tested differences, at 50 % of labels](results/small-differences.svg)" in text
     first = (tmp_path / "results" / "small-differences.svg").read_bytes()
-    write_docs(tmp_path / "results.md", [Chapter(Results(plan, results.rows), "the command")])
+    write_docs(tmp_path / "results.md", [chapter_of(Results(plan, results.rows), "the command")])
     assert (tmp_path / "results" / "small-differences.svg").read_bytes() == first
     page = to_page("Small", sections_of(results, "the command"))
     assert "<svg" in page
@@ -450,7 +455,7 @@ def test_a_plan_with_a_recording_learns_from_its_first_half_and_is_scored_on_its
 ) -> None:
     path = tmp_path / "recorded.yaml"
     save_config(path, RECORDED)
-    register(path)
+    register(path, load_plan(path))
     assert load_plan(path).hash == RECORDED.hash != replace(RECORDED, world=SMALL.world).hash
     with pytest.raises(PlanError, match="give --recording"):
         make_blocks(world, RECORDED.world, None)
@@ -529,10 +534,11 @@ def test_rig_types_look_all_around() -> None:
     assert MODEL.image.width == 96
 
 
-def test_the_page_of_results_holds_every_seed_of_the_committed_rows() -> None:
+@pytest.mark.parametrize("name", ["mechanism", "real"])
+def test_the_page_of_results_holds_every_seed_of_the_committed_rows(name: str) -> None:
     text = (ROOT / "docs" / "results.md").read_text()
-    plan = load_plan(ROOT / "config" / "experiment" / "mechanism.yaml")
-    results = Results(plan, read_rows(ROOT / "docs" / "results" / "mechanism.jsonl", plan.hash))
+    plan = load_plan(ROOT / "config" / "experiment" / f"{name}.yaml")
+    results = Results(plan, read_rows(ROOT / "docs" / "results" / f"{name}.jsonl", plan.hash))
     assert plan.hash in text
     for section in sections_of(Results(plan, results.rows, draws=2), ""):
         if section.title.startswith(("Every seed", "By class", "Occupancy")):

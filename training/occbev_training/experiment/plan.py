@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from occbev.config import ConfigError, load_config, to_record
 from occbev.inference.families.lift_splat import LiftSplatModel
@@ -272,14 +272,38 @@ def load_plan(path: Path) -> Plan:
     return load_config(path, Plan)
 
 
+class Registered(Protocol):
+    """What a registration says of a plan."""
+
+    @property
+    def hash(self) -> str:
+        """Hex digits over everything that a result depends on."""
+        ...
+
+    @property
+    def family(self) -> tuple[tuple[str, str], ...]:
+        """The differences that are tested, first minus second."""
+        ...
+
+    @property
+    def family_percent(self) -> float:
+        """Share of labelled drives at which they are tested."""
+        ...
+
+    @property
+    def family_seeds(self) -> int:
+        """How many paired seeds they have."""
+        ...
+
+
 def registration_of(path: Path) -> Path:
     """File that registers a plan."""
     return path.with_suffix(".registered.json")
 
 
-def register(path: Path) -> Path:
-    """Write the registration of a plan; raises PlanError where another one is registered already."""
-    plan, target = load_plan(path), registration_of(path)
+def register(path: Path, plan: Registered) -> Path:
+    """Write the registration of a plan beside its file; raises PlanError where another one is registered already."""
+    target = registration_of(path)
     if target.exists() and _registered_hash(target) != plan.hash:
         raise PlanError(f"{target}: registers {_registered_hash(target)}, the plan has {plan.hash}; take another name")
     record = {
@@ -298,7 +322,7 @@ def register(path: Path) -> Path:
     return target
 
 
-def require_registered(path: Path, plan: Plan) -> None:
+def require_registered(path: Path, plan: Registered) -> None:
     """Refuse to score test drives of a plan that differs from its committed registration; raises PlanError."""
     target = registration_of(path)
     if not target.exists():

@@ -245,6 +245,8 @@ def _verdict(difference: Difference, p: float) -> str:
 def _checks(results: Results) -> Section:
     found = [check for row in results.rows if row["kind"] == "check" for check in row["checks"]]
     found += _trained_checks(results)
+    if results.plan.checks == "none":
+        return Section("Sanity checks")
     found.sort(key=lambda check: bool(check["passed"]))
     rows = [
         (
@@ -517,12 +519,17 @@ def _what_was_run(results: Results, command: str) -> Section:
         ("phase 1", f"{plan.pretrain_steps} steps of {plan.batch}"),
         (
             "phase 2",
-            f"{plan.finetune_steps} steps of {plan.batch}; R and K {plan.pretrain_steps + plan.finetune_steps}",
+            (
+                f"{plan.finetune_steps} steps of {plan.batch}; {'R' if plan.checks == 'none' else 'R and K'} "
+                f"{plan.pretrain_steps + plan.finetune_steps}"
+            ),
         ),
         (
             "CPU hours",
-            ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(hours.items()))
-            + f"; all {sum(hours.values()):.2f}",
+            ", ".join(
+                [*(f"{kind} {value:.2f}" for kind, value in sorted(hours.items())), f"all {sum(hours.values()):.2f}"]
+            )
+            + "; drives not counted",
         ),
     ]
     arms = {arm for group in plan.runs for arm in group.arms}
@@ -633,17 +640,17 @@ chapter.
 
 @dataclass(frozen=True)
 class Chapter:
-    """The results of one plan on the page. command: that which repeats them."""
+    """The results of one plan on the page. name: the plan's, before the names of its plots."""
 
-    results: Results
-    command: str
+    title: str
+    name: str
+    sections: Sequence[Section]
 
-    @property
-    def title(self) -> str:
-        """Title of the chapter."""
-        recorded = self.results.plan.world.recorded
-        where = "On simulated streets" if recorded is None else "On a real drive"
-        return f"{where}: plan `{self.results.plan.name}`"
+
+def chapter_of(results: Results, command: str) -> Chapter:
+    """Return the chapter of a plan. command: that which repeats it."""
+    where = "On simulated streets" if results.plan.world.recorded is None else "On a real drive"
+    return Chapter(f"{where}: plan `{results.plan.name}`", results.plan.name, sections_of(results, command))
 
 
 def write_docs(page: Path, chapters: Sequence[Chapter]) -> None:
@@ -653,9 +660,9 @@ def write_docs(page: Path, chapters: Sequence[Chapter]) -> None:
     parts = [HEADER]
     for chapter in chapters:
         sections = []
-        for section in sections_of(chapter.results, chapter.command):
+        for section in chapter.sections:
             if section.plot is not None:
-                name, svg = f"{chapter.results.plan.name}-{section.plot[0]}", section.plot[1]
+                name, svg = f"{chapter.name}-{section.plot[0]}", section.plot[1]
                 (folder / f"{name}.svg").write_text(svg)
                 section = replace(section, plot=(name, svg))
             sections.append(section)

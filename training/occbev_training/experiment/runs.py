@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,7 @@ from occbev_training.experiment.phases import (
     score_detection,
     score_occupancy,
 )
-from occbev_training.experiment.plan import Plan, RunGroup, Settings, load_plan, require_registered
+from occbev_training.experiment.plan import Plan, Registered, RunGroup, Settings, load_plan, require_registered
 from occbev_training.experiment.pool import Pool, labelled_pool, whole_pool
 from occbev_training.experiment.statistics import CUT
 from occbev_training.models.checkpoints import load_strictly, read_weights
@@ -109,6 +109,35 @@ def _add(tasks: dict[Task, None], task: Task) -> None:
     tasks[task] = None
 
 
+class Place(Protocol):
+    """Where a plan of any kind is carried out."""
+
+    @property
+    def path(self) -> Path:
+        """File of the plan."""
+        ...
+
+    @property
+    def out(self) -> Path:
+        """Folder of everything."""
+        ...
+
+    @property
+    def plan(self) -> Registered:
+        """The plan."""
+        ...
+
+    @property
+    def runs(self) -> Path:
+        """Folder of everything that depends on the plan."""
+        ...
+
+    @property
+    def rows(self) -> Path:
+        """File of the results, one JSON line for each task."""
+        ...
+
+
 @dataclass(frozen=True)
 class Workplace:
     """Where a plan is carried out. path: its file. out: folder that holds `world/`, and `HASH/` with rows and runs."""
@@ -157,12 +186,12 @@ def read_rows(path: Path, plan_hash: str | None = None) -> list[Row]:
     return [row for row in rows if plan_hash in (None, row["plan"])]
 
 
-def run_tasks(place: Workplace, tasks: Sequence[Task], workers: int) -> Iterator[Row]:
-    """Do every task that has no row yet; yields its row after it was written."""
+def run_tasks(place: Place, tasks: Sequence[Task], workers: int, do: Callable[..., Row] | None = None) -> Iterator[Row]:
+    """Do every task that has no row yet; yields its row after it was written. do: in place of `do_task`; picklable."""
     place.runs.mkdir(parents=True, exist_ok=True)
     done = {row["key"] for row in read_rows(place.rows, place.plan.hash)}
     waiting = [task for task in tasks if task.key not in done]
-    work = partial(do_task, path=place.path, out=place.out)
+    work = partial(do or do_task, path=place.path, out=place.out)
     if workers <= 1:
         results: Iterator[Row] = map(work, waiting)
     else:

@@ -1,0 +1,120 @@
+"""The chapter of a plan with a network of the product: every seed, what pre-training changes, and what is not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from occbev_training.experiment.product import ARMS, ProductPlan, product_tasks
+from occbev_training.experiment.report import NOT_RUN, Chapter, Section
+from occbev_training.experiment.runs import Row
+from occbev_training.experiment.statistics import SCORED, Difference, MatchRecord, compare
+
+SHOWN = {
+    "mAP": "mAP",
+    "NDS": "NDS",
+    "occupancy_miou": "mIoU",
+    "occupancy_iou": "occupancy IoU",
+    "car_AP_2m_30m": "car AP at 2 m within 30 m",
+}
+"""Headline number of `occbev-train evaluate` -> its name here."""
+
+
+def product_chapter(plan: ProductPlan, rows: Sequence[Row], command: str) -> Chapter:
+    """Return the chapter of a plan. command: that which repeats it."""
+    runs = {(row["arm"], row["percent"], row["seed"]): row for row in rows if row["kind"] == "run"}
+    missing = len(product_tasks(plan)) - len(rows)
+    sections = [_answer(plan, runs, missing), *(_every_seed(plan, runs, p) for p in plan.percents if runs)]
+    title = f"The product's network from ImageNet weights: plan `{plan.name}`"
+    return Chapter(title, plan.name, [*sections, _what_was_run(plan, rows, command)])
+
+
+Runs = dict[tuple[str, float, int], Row]
+
+
+def _answer(plan: ProductPlan, runs: Runs, missing: int) -> Section:
+    scope = (
+        f"The published comparison at a small scale: `{plan.model.name}` begins from ImageNet weights of its image "
+        "encoder, with (O) and without (R) pre-training on occupancy, on simulated streets, by the product's own recipes."
+    )
+    if not runs:
+        state = (
+            f"**Not measured.** The plan is registered and none of its {len(product_tasks(plan))} tasks is run: they "
+            f"train on {plan.samples():,} samples, of which two cores do one or two a second. The training of the "
+            "shipped weights did about 200 a second on one H200, by which this would take about "
+            f"{plan.samples() / 200 / 60:.0f} minutes, without its drives; this was not tried."
+        )
+        return Section("Answer", (scope, state))
+    lines = []
+    for percent in plan.percents:
+        difference = _compare(plan, runs, percent)
+        if difference is not None:
+            low, high = (100 * value for value in difference.interval)
+            lines.append(
+                f"- O - R at {percent:g} % of labels: {100 * difference.mean:+.2f} mAP, 95 % interval {low:+.2f} to "
+                f"{high:+.2f}, {len(difference.each)} paired seeds. No test was registered."
+            )
+    state = (
+        f"{missing} of {len(product_tasks(plan))} tasks are not run." if missing else "Every run of the plan is here."
+    )
+    at = ", ".join(f"{distance:g}" for distance in SCORED)
+    rule = f"Here mAP is the area under the whole precision-recall curve at {at} m; the tables have the nuScenes rule."
+    return Section("Answer", (scope, "\n".join(lines) or NOT_RUN, rule, state))
+
+
+def _compare(plan: ProductPlan, runs: Runs, percent: float) -> Difference | None:
+    seeds = [seed for seed in range(plan.seeds) if all((arm, percent, seed) in runs for arm in ARMS)]
+    if not seeds:
+        return None
+    records = {
+        arm: [MatchRecord.from_record(runs[arm, percent, seed]["matches"]) for seed in seeds] for arm in ("O", "R")
+    }
+    return compare("O", "R", records, plan.draws)
+
+
+def _every_seed(plan: ProductPlan, runs: Runs, percent: float) -> Section:
+    rows: list[tuple[str, ...]] = []
+    for arm in ("R", "O"):
+        have = {seed: runs[arm, percent, seed] for seed in range(plan.seeds) if (arm, percent, seed) in runs}
+        rows += [
+            (arm, str(seed), *(_cell([have[seed]] if seed in have else [], name) for name in SHOWN))
+            for seed in range(plan.seeds)
+        ]
+        rows.append((arm, "mean", *(_cell(list(have.values()), name) for name in SHOWN)))
+    return Section(
+        f"Every seed at {percent:g} % of labels", ("In percent.",), (("arm", "seed", *SHOWN.values()), *rows)
+    )
+
+
+def _cell(rows: Sequence[Row], name: str) -> str:
+    """Mean of a number over some runs in percent; "-" where the network does not answer what it is about."""
+    if not rows:
+        return NOT_RUN
+    values = [row["summary"][name] for row in rows if name in row["summary"]]
+    return f"{100 * np.mean(values):.2f}" if values else "-"
+
+
+def _what_was_run(plan: ProductPlan, rows: Sequence[Row], command: str) -> Section:
+    text = [f"```\n{command}\n```"]
+    if plan.departures:
+        text.append(
+            "Departures from the published comparison, with reasons:\n\n" + "\n".join(f"- {d}" for d in plan.departures)
+        )
+    facts = [
+        ("plan", f"`{plan.name}`, hash `{plan.hash}`"),
+        ("drives", f"{plan.train.count} train, {plan.test.count} test, {plan.keys} key frames each"),
+        ("phase 1", f"{plan.pretrain_steps} steps of {plan.batch}, `{plan.pretrain}`"),
+        (
+            "phase 2",
+            f"{plan.finetune_steps} steps of {plan.batch}, R {plan.pretrain_steps + plan.finetune_steps}; `{plan.finetune}`",
+        ),
+        *((f"arm {arm}", what) for arm, what in ARMS.items()),
+    ]
+    if rows:
+        hours, seconds = (sum(row[name] for row in rows) for name in ("cpu_hours", "seconds"))
+        devices = ", ".join(sorted({row["device"] for row in rows}))
+        facts.append(
+            ("what it took", f"{hours:.2f} CPU hours, {seconds / 60:.1f} minutes one task after another, on {devices}")
+        )
+    return Section("What was run", tuple(text), (("", ""), *facts))
