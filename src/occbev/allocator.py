@@ -1,16 +1,19 @@
-"""The C library's memory allocator: keep large freed blocks in the process, where reuse costs no page faults."""
+"""The C library's memory allocator: one heap keeps large freed blocks, so that reuse costs no page faults."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD, _ARENA_MAX = -3, -1, -2, -8
 """Options of glibc's mallopt."""
 
 
 def keep_large_blocks(kept: int = 512 << 20) -> bool:
-    """Tell glibc to keep large blocks; False where the C library has no mallopt or refuses.
+    """Tell glibc to keep large blocks, in one heap; False where the C library has no mallopt or refuses.
+
+    Call it before threads start: a thread keeps the heap that it has. With a heap per thread, what one thread
+    has freed does not serve another one, and each heap grows to its own largest need.
 
     kept: bytes of freed memory at the top of the heap that the process may hold.
     """
@@ -18,7 +21,7 @@ def keep_large_blocks(kept: int = 512 << 20) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    options = ((_MMAP_THRESHOLD, 256 << 20), (_TRIM_THRESHOLD, kept), (_TOP_PAD, 64 << 20))
+    options = ((_MMAP_THRESHOLD, 256 << 20), (_TRIM_THRESHOLD, kept), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
     accepted = [mallopt(option, value) for option, value in options]
     return all(result == 1 for result in accepted)
 
