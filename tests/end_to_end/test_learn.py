@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,11 @@ import yaml
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+from tests.small_network import SMALL  # noqa: E402
+
 from occbev.cli import main as occbev  # noqa: E402
-from occbev.config import (  # noqa: E402
-    BevEncoderConfig,
-    DepthConfig,
-    DetectionHeadConfig,
-    EncoderConfig,
-    ImageConfig,
-    LiftConfig,
-    OccupancyHeadConfig,
-)
 from occbev.geometry import make_transform, rotation_from_rpy  # noqa: E402
-from occbev.grid import GRIDS, BevGrid  # noqa: E402
-from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
+from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
@@ -33,17 +26,7 @@ from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive  # noqa: E402
 from occbev_training.sources import bag_writer  # noqa: E402
 
-MODEL = LiftSplatModel(
-    name="probe",
-    image=ImageConfig(width=96, height=64),
-    encoder=EncoderConfig(channels=16),
-    lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 17.0, 2.0), max_points=6144),
-    bev=BevGrid((-16, -16), (1, 1), (32, 32)),
-    bev_encoder=BevEncoderConfig((8, 12, 16), (1, 1, 1), 16),
-    grid=GRIDS["tiny"],
-    occupancy=OccupancyHeadConfig(8, 4, 4),
-    detection=DetectionHeadConfig(8),
-)
+MODEL = replace(SMALL, lift=replace(SMALL.lift, max_points=6144), bev=BevGrid((-16, -16), (1, 1), (32, 32)))
 
 YAWS = {"nose": 0.0, "port": 90.0, "tail": 180.0, "starboard": -90.0}
 OPTICAL = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])

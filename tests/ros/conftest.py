@@ -439,3 +439,19 @@ def _subscribe(node: Any, received: dict[str, list[Any]]) -> None:
         got = received.setdefault(key, [])
         patient = replace(topic.quality, depth=1000)  # a busy test must not lose what it got
         node.create_subscription(message_class(topic.type), resolve(topic.name), got.append, qos_profile(patient))
+
+
+@pytest.fixture
+def other(make_bench: Callable[..., Any]) -> Any:
+    """Return a function that makes a further node beside a bench's own."""
+    from rclpy.node import Node
+
+    nodes = []
+
+    def make(bench: Any) -> Any:
+        nodes.append(Node("other", context=bench.node.context))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.destroy_node()

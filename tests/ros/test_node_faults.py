@@ -19,20 +19,6 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 pytestmark = pytest.mark.ros
 
 
-@pytest.fixture
-def other(make_bench: Callable[..., Any]) -> Any:
-    """Return a function that makes a further node beside a bench's own."""
-    nodes = []
-
-    def make(bench: Any) -> Node:
-        nodes.append(Node("other", context=bench.node.context))
-        return nodes[-1]
-
-    yield make
-    for node in nodes:
-        node.destroy_node()
-
-
 def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     make_bench: Callable[..., Any], other: Callable[[Any], Node]
 ) -> None:

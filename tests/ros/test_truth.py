@@ -20,20 +20,6 @@ pytestmark = pytest.mark.ros
 S = 10**9
 
 
-@pytest.fixture
-def other(make_bench: Callable[..., Any]) -> Any:
-    """Return a function that makes a further node beside a bench's own."""
-    nodes = []
-
-    def make(bench: Any) -> Node:
-        nodes.append(Node("other", context=bench.node.context))
-        return nodes[-1]
-
-    yield make
-    for node in nodes:
-        node.destroy_node()
-
-
 def wait_for_status(bench: Any, name: str, text: str, level: int = 1) -> None:
     bench.wait(lambda: name in bench.statuses() and text in bench.statuses()[name].text)
     assert bench.statuses()[name].level == level

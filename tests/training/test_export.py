@@ -13,19 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
-from occbev.config import (  # noqa: E402
-    BevEncoderConfig,
-    DepthConfig,
-    DetectionHeadConfig,
-    EncoderConfig,
-    ImageConfig,
-    LiftConfig,
-    OccupancyHeadConfig,
-    save_config,
-)
-from occbev.grid import GRIDS, BevGrid  # noqa: E402
+from tests.small_network import SMALL  # noqa: E402
+
+from occbev.config import EncoderConfig, save_config  # noqa: E402
 from occbev.inference.backend import FACTORS  # noqa: E402
-from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.model_package import ModelPackage  # noqa: E402
 from occbev.inference.openvino_backend import shared_core  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
@@ -34,31 +25,19 @@ from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.models.network import OccBevNetwork  # noqa: E402
 
-MODEL = LiftSplatModel(
-    name="probe",
-    image=ImageConfig(width=96, height=64),
-    encoder=EncoderConfig(channels=16),
-    lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 17.0, 2.0), max_points=2048),
-    bev=BevGrid((-16, -12), (1, 1), (32, 24)),
-    bev_encoder=BevEncoderConfig((8, 12, 16), (1, 1, 1), 16),
-    grid=GRIDS["tiny"],
-    occupancy=OccupancyHeadConfig(8, 4, 4),
-    detection=DetectionHeadConfig(8),
-)
-
 OUTPUTS = {"occupancy_logits", "heatmap", "box"}
 
 
 def a_network() -> OccBevNetwork:
     torch.manual_seed(0)
-    return build_model(MODEL, "finetune").eval()
+    return build_model(SMALL, "finetune").eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package made by the command, from a weights file."""
     out = tmp_path_factory.mktemp("export")
-    save_config(out / "probe.yaml", MODEL)
+    save_config(out / "probe.yaml", SMALL)
     save_weights(out / "weights.safetensors", a_network().state_dict(), {})
     (out / "provenance.json").write_text(json.dumps({"data": "simulated streets", "seeds": [1, 2]}))
     np.savez(out / "priors.npz", heatmap=np.zeros(3))
@@ -78,7 +57,7 @@ def test_package_holds_everything_and_verifies(folder: Path) -> None:
         "README.md",
         "priors.npz",
     }
-    assert package.model == MODEL
+    assert package.model == SMALL
     assert package.provenance["data"] == "simulated streets"
     assert set(package.provenance["exported_with"]) >= {"torch", "onnx", "openvino"}
     card = (folder / "README.md").read_text()
@@ -154,12 +133,12 @@ def test_graph_that_differs_is_not_accepted(folder: Path) -> None:
     with torch.no_grad():
         other.detection_head.box[-1].bias += 1
     with pytest.raises(export.ExportError, match="ONNX Runtime: box differs"):
-        export.check_graphs(other, MODEL, folder, graph, cameras=(3,))
+        export.check_graphs(other, SMALL, folder, graph, cameras=(3,))
 
 
 def test_factors_must_be_those_of_the_logits() -> None:
     head = a_network().occupancy_head
-    cells = torch.rand(1, MODEL.occupancy.cell_channels, 16, 4, 4)
+    cells = torch.rand(1, SMALL.occupancy.cell_channels, 16, 4, 4)
     with torch.no_grad():
         head.kinds.bias[3] = -5.0  # so that no cell has this kind
         occupied, kind, share = (part.numpy() for part in head.factors(cells))
@@ -181,12 +160,12 @@ def test_a_refused_export_leaves_the_package_that_was_there(folder: Path, tmp_pa
     with torch.no_grad():
         network.detection_head.box[-1].weight[0, 0] = float("nan")
     with pytest.raises(export.ExportError, match=r"detection_head\.box.*not finite"):
-        export.export_package(network, MODEL, before.folder, {}, {}, (), (3,))
+        export.export_package(network, SMALL, before.folder, {}, {}, (), (3,))
     with torch.no_grad():  # finite weights whose answers are not
         network.detection_head.box[0][1].bias.fill_(1e3)
         network.detection_head.box[-1].weight.fill_(3e38)
     with pytest.raises(export.ExportError, match="box holds values that are not finite"):
-        export.export_package(network, MODEL, before.folder, {}, {}, (), (3,))
+        export.export_package(network, SMALL, before.folder, {}, {}, (), (3,))
     assert ModelPackage.load(before.folder).files == before.files
     assert {path.name for path in before.folder.iterdir()} == {*before.files, "config.yaml"}
 
@@ -200,7 +179,7 @@ def test_what_is_not_finite_is_never_close() -> None:
 
 
 def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_config(tmp_path / "other.yaml", replace(MODEL, encoder=EncoderConfig(channels=24)))
+    save_config(tmp_path / "other.yaml", replace(SMALL, encoder=EncoderConfig(channels=24)))
     save_weights(tmp_path / "w.safetensors", a_network().state_dict(), {})
     arguments = [
         str(tmp_path / "w.safetensors"),

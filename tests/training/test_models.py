@@ -10,16 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tests.small_network import SMALL  # noqa: E402
+
 from occbev.config import (  # noqa: E402
     BevEncoderConfig,
     ConfigError,
-    DepthConfig,
-    DetectionHeadConfig,
     EncoderConfig,
-    ImageConfig,
-    LiftConfig,
     ModelConfig,
-    OccupancyHeadConfig,
 )
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import GRIDS, BevGrid, VoxelGrid  # noqa: E402
@@ -53,16 +50,6 @@ from occbev_training.models.lift_splat.lift_splat import (  # noqa: E402
 )
 from occbev_training.models.network import NetworkOutput, OccBevNetwork  # noqa: E402
 
-MODEL = LiftSplatModel(
-    image=ImageConfig(width=96, height=64),
-    encoder=EncoderConfig(channels=16),
-    lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 17.0, 2.0), max_points=2048),
-    bev=BevGrid((-16, -12), (1, 1), (32, 24)),
-    bev_encoder=BevEncoderConfig((8, 12, 16), (1, 1, 1), 16),
-    grid=GRIDS["tiny"],
-    occupancy=OccupancyHeadConfig(8, 4, 4),
-    detection=DetectionHeadConfig(8),
-)
 IMAGENET = ("_conv_stem", "_bn0", "_blocks", "_conv_head", "_bn1", "_fc")
 
 
@@ -78,20 +65,20 @@ def shifted(metres: float) -> np.ndarray:
 
 def geometry(*rigs: CameraRig) -> BatchedPoints:
     pairs = [calibration(rig) for rig in rigs]
-    return batch_geometry([p[0] for p in pairs], [p[1] for p in pairs], MODEL)
+    return batch_geometry([p[0] for p in pairs], [p[1] for p in pairs], SMALL)
 
 
 @pytest.mark.parametrize("quirks", [False, True])
 @pytest.mark.parametrize("heights", [1, 4])
 def test_compiled_tables_are_those_of_the_robot_to_the_bit(quirks: bool, heights: int) -> None:
     """Rigs of a batch, mirrored and turned as augmentation does, in cells of a plane and of a volume."""
-    lift = replace(MODEL.lift, reference_quirks=quirks, height_bins=heights, canonical_focal=60.0)
-    model = replace(MODEL, lift=lift)
+    lift = replace(SMALL.lift, reference_quirks=quirks, height_bins=heights, canonical_focal=60.0)
+    model = replace(SMALL, lift=lift)
     turned = np.diag([1.1, -1.1, 1.1, 1.0]) @ make_transform(rotation_from_yaw(0.3), [0.4, 0.1, 0])
-    rigs = [calibration(ring_rig(MODEL, 5)), calibration(ring_rig(MODEL, 5))]
+    rigs = [calibration(ring_rig(SMALL, 5)), calibration(ring_rig(SMALL, 5))]
     rigs[1] = rigs[1][0] * [[1.0, 1.05, 1.0]], turned @ rigs[1][1]
     got = batch_geometry([k for k, _ in rigs], [pose for _, pose in rigs], model)
-    points = [lift_points(k, pose, (96, 64), lift, MODEL.bev) for k, pose in rigs]
+    points = [lift_points(k, pose, (96, 64), lift, SMALL.bev) for k, pose in rigs]
     pixels, cells = 5 * 4 * 6, 32 * 24 * heights
     pixel, depth, cell = (
         np.concatenate([getattr(p, name) + i * step for i, p in enumerate(points)])
@@ -119,21 +106,21 @@ def outputs(output: NetworkOutput) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def network() -> OccBevNetwork:
     torch.manual_seed(0)
-    network = build_model(MODEL, "finetune")
+    network = build_model(SMALL, "finetune")
     with torch.no_grad():  # one pass in training mode, so that norms hold other than their defaults
-        network.train()(images(2, 3), torch.ones(2, 3), geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3)))
+        network.train()(images(2, 3), torch.ones(2, 3), geometry(ring_rig(SMALL, 3), ring_rig(SMALL, 3)))
     return network.eval()
 
 
 def test_shapes_of_both_stages() -> None:
-    points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
-    before = build_model(MODEL, "pretrain")(images(2, 3), torch.ones(2, 3), points)
+    points = geometry(ring_rig(SMALL, 3), ring_rig(SMALL, 3))
+    before = build_model(SMALL, "pretrain")(images(2, 3), torch.ones(2, 3), points)
     assert before.depth_logits.shape == (2, 3, 8, 4, 6)
     assert before.answers["reconstruction_logits"].shape == (2, 2, 8, 40, 40)
     assert "occupancy_logits" not in before.answers
     assert "heatmap" not in before.answers
     assert "box" not in before.answers
-    after = build_model(MODEL, "finetune")(images(2, 3), torch.ones(2, 3), points)
+    after = build_model(SMALL, "finetune")(images(2, 3), torch.ones(2, 3), points)
     assert "reconstruction_logits" not in after.answers
     assert after.answers["occupancy_logits"].shape == (2, 18, 8, 40, 40)
     assert after.answers["heatmap"].shape == (2, 10, 24, 32)
@@ -153,8 +140,8 @@ def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repositor
 @pytest.mark.parametrize(
     ("model", "stage", "text"),
     [
-        (MODEL, "train", "stage 'train'"),
-        (replace(MODEL, lift=replace(MODEL.lift, stride=8)), "pretrain", "lift.stride 8"),
+        (SMALL, "train", "stage 'train'"),
+        (replace(SMALL, lift=replace(SMALL.lift, stride=8)), "pretrain", "lift.stride 8"),
     ],
 )
 def test_what_cannot_be_built_is_named(model: ModelConfig, stage: str, text: str) -> None:
@@ -163,7 +150,7 @@ def test_what_cannot_be_built_is_named(model: ModelConfig, stage: str, text: str
 
 
 def test_missing_camera_adds_nothing_whatever_its_image_shows(network: OccBevNetwork) -> None:
-    points, pictures = geometry(ring_rig(MODEL, 3)), images(1, 3)
+    points, pictures = geometry(ring_rig(SMALL, 3)), images(1, 3)
     other = pictures.clone()
     other[0, 1] = 5 * images(1, 1, seed=9)[0, 0]
     valid = torch.tensor([[1.0, 0.0, 1.0]])
@@ -176,7 +163,7 @@ def test_missing_camera_adds_nothing_whatever_its_image_shows(network: OccBevNet
 
 
 def test_missing_camera_equals_a_rig_without_it(network: OccBevNetwork) -> None:
-    rig, pictures = ring_rig(MODEL, 3), images(1, 3)
+    rig, pictures = ring_rig(SMALL, 3), images(1, 3)
     smaller = CameraRig(rig.cameras[:1] + rig.cameras[2:])
     with torch.no_grad():
         masked = network(pictures, torch.tensor([[1.0, 0.0, 1.0]]), geometry(rig))
@@ -186,7 +173,7 @@ def test_missing_camera_equals_a_rig_without_it(network: OccBevNetwork) -> None:
 
 
 def test_order_of_cameras_does_not_matter(network: OccBevNetwork) -> None:
-    rig, pictures, order = ring_rig(MODEL, 4), images(1, 4), [2, 0, 3, 1]
+    rig, pictures, order = ring_rig(SMALL, 4), images(1, 4), [2, 0, 3, 1]
     turned = CameraRig(tuple(rig.cameras[i] for i in order))
     with torch.no_grad():
         first = network(pictures, torch.ones(1, 4), geometry(rig))
@@ -197,7 +184,7 @@ def test_order_of_cameras_does_not_matter(network: OccBevNetwork) -> None:
 
 
 def test_samples_of_a_batch_do_not_mix(network: OccBevNetwork) -> None:
-    few, moved = ring_rig(MODEL, 3), ring_rig(MODEL, 3).move_cameras([shifted(2.0)] * 3)
+    few, moved = ring_rig(SMALL, 3), ring_rig(SMALL, 3).move_cameras([shifted(2.0)] * 3)
     pictures = images(2, 3)
     with torch.no_grad():
         both = network(pictures, torch.ones(2, 3), geometry(few, moved))
@@ -207,8 +194,8 @@ def test_samples_of_a_batch_do_not_mix(network: OccBevNetwork) -> None:
 
 
 def test_bag_and_gather_form_are_the_same_network(network: OccBevNetwork) -> None:
-    rig, pictures, valid = ring_rig(MODEL, 3), images(1, 3), torch.tensor([[1.0, 1.0, 0.0]])
-    tables = {n: torch.from_numpy(a) for n, a in TableCache(MODEL, "gather").tables(rig).items()}
+    rig, pictures, valid = ring_rig(SMALL, 3), images(1, 3), torch.tensor([[1.0, 1.0, 0.0]])
+    tables = {n: torch.from_numpy(a) for n, a in TableCache(SMALL, "gather").tables(rig).items()}
     with torch.no_grad():
         bag = network(pictures, valid, geometry(rig))
         gather = GatherGraph(network)(pictures, valid, **tables)
@@ -217,8 +204,8 @@ def test_bag_and_gather_form_are_the_same_network(network: OccBevNetwork) -> Non
 
 
 def test_rig_that_sees_nothing_of_the_bev_gives_an_answer_and_gradients() -> None:
-    network = build_model(MODEL, "pretrain").eval()
-    points = geometry(ring_rig(MODEL, 2).move_cameras([shifted(1000.0)] * 2))
+    network = build_model(SMALL, "pretrain").eval()
+    points = geometry(ring_rig(SMALL, 2).move_cameras([shifted(1000.0)] * 2))
     assert len(points.pixel) == 1
     assert float(points.weight.sum()) == 0
     output = network(images(1, 2), torch.ones(1, 2), points)
@@ -227,8 +214,8 @@ def test_rig_that_sees_nothing_of_the_bev_gives_an_answer_and_gradients() -> Non
 
 
 def test_gradients_reach_every_trained_weight_and_no_frozen_one() -> None:
-    network = build_model(MODEL, "finetune").train()
-    points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
+    network = build_model(SMALL, "finetune").train()
+    points = geometry(ring_rig(SMALL, 3), ring_rig(SMALL, 3))
     output = network(images(2, 3), torch.ones(2, 3), points)
     sum(part.square().mean() for part in [*outputs(output), output.depth_logits]).backward()
     trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -240,10 +227,10 @@ def test_gradients_reach_every_trained_weight_and_no_frozen_one() -> None:
 
 
 def test_frozen_stages_do_not_change_in_training() -> None:
-    network = build_model(MODEL, "pretrain").train()
+    network = build_model(SMALL, "pretrain").train()
     before = {n: v.clone() for n, v in network.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.1)
-    points = geometry(ring_rig(MODEL, 3), ring_rig(MODEL, 3))
+    points = geometry(ring_rig(SMALL, 3), ring_rig(SMALL, 3))
     network(images(2, 3), torch.ones(2, 3), points).answers["reconstruction_logits"].square().mean().backward()
     optimiser.step()
     changed = {n for n, v in network.state_dict().items() if not torch.equal(v, before[n])}
@@ -298,7 +285,7 @@ def test_imagenet_weights_fit_real_street_images(shared: Path) -> None:
 
 
 def test_transfer_reports_every_weight() -> None:
-    source, target = build_model(MODEL, "pretrain"), build_model(MODEL, "finetune")
+    source, target = build_model(SMALL, "pretrain"), build_model(SMALL, "finetune")
     fresh = {n: v.clone() for n, v in target.state_dict().items()}
     report = transfer(source.state_dict(), target)
     state, offered = target.state_dict(), source.state_dict()
@@ -317,7 +304,7 @@ def test_weights_file_round_trip_and_refusals(network: OccBevNetwork, tmp_path: 
     save_weights(path, network.state_dict(), {"model": "probe"})
     state, record = read_weights(path)
     assert record == {"model": "probe"}
-    again = build_model(MODEL, "finetune")
+    again = build_model(SMALL, "finetune")
     load_strictly(again, state, "probe")
     assert all(torch.equal(v, network.state_dict()[n]) for n, v in again.state_dict().items())
     with pytest.raises(CheckpointError, match=r"probe: 1 weights are missing: \['bev_encoder.norm.bias'\]"):
@@ -351,7 +338,7 @@ def test_splat_equals_the_published_pooling(golden_folder: Path) -> None:
 
 
 def test_joined_tables_of_a_batch_are_those_of_its_samples() -> None:
-    rigs = ring_rig(MODEL, 3), ring_rig(MODEL, 3).move_cameras([shifted(3.0)] * 3)
+    rigs = ring_rig(SMALL, 3), ring_rig(SMALL, 3).move_cameras([shifted(3.0)] * 3)
     single = [geometry(rig) for rig in rigs]
     both = geometry(*rigs)
     kept = [len(s.pixel) - 1 for s in single]
@@ -359,7 +346,7 @@ def test_joined_tables_of_a_batch_are_those_of_its_samples() -> None:
     pixels = 3 * 4 * 6
     assert torch.equal(both.pixel[kept[0] : -1], single[1].pixel[:-1] + pixels)
     assert torch.equal(both.depth[kept[0] : -1], single[1].depth[:-1] + pixels * 8)
-    assert torch.equal(both.offset[MODEL.bev.size :], single[1].offset + kept[0])
+    assert torch.equal(both.offset[SMALL.bev.size :], single[1].offset + kept[0])
     assert int(both.offset.max()) < len(both.pixel)  # OpenVINO wants every bag to begin inside
 
 
@@ -394,19 +381,19 @@ def test_interleave_puts_sub_cells_where_they_belong() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_decoder_starts_with_no_dead_feature(seed: int) -> None:
     torch.manual_seed(seed)
-    trunk = CellTrunk(8, MODEL.occupancy, MODEL.grid).eval()
+    trunk = CellTrunk(8, SMALL.occupancy, SMALL.grid).eval()
     with torch.no_grad():
-        cells = trunk(torch.randn(1, MODEL.occupancy.channels, 6, 5).relu())
-    assert cells.shape == (1, MODEL.occupancy.cell_channels, MODEL.grid.shape[2], 6, 5)
+        cells = trunk(torch.randn(1, SMALL.occupancy.channels, 6, 5).relu())
+    assert cells.shape == (1, SMALL.occupancy.cell_channels, SMALL.grid.shape[2], 6, 5)
     assert cells.amax((0, 2, 3, 4)).min() > 0
 
 
 def test_a_class_is_as_likely_as_occupied_and_its_kind_together() -> None:
     torch.manual_seed(0)
     grid, kinds = VoxelGrid((-4, -4, 0), (0.5, 0.5, 1), (16, 16, 2)), 3
-    head = OccupancyDecoder(4, MODEL.occupancy, MODEL.bev, grid, kinds).eval()
+    head = OccupancyDecoder(4, SMALL.occupancy, SMALL.bev, grid, kinds).eval()
     with torch.no_grad():
-        cells = 3 * torch.randn(2, MODEL.occupancy.cell_channels, 2, 8, 8)
+        cells = 3 * torch.randn(2, SMALL.occupancy.cell_channels, 2, 8, 8)
         share = head.logits(cells).softmax(1)
         occupied, kind, class_probability = head.factors(cells)
         alone = torch.softmax(head.kinds(cells.flatten(3)), 1).unflatten(3, (8, 8))
@@ -420,8 +407,8 @@ def test_a_class_is_as_likely_as_occupied_and_its_kind_together() -> None:
 
 
 def test_without_kinds_the_decoder_tells_occupied_from_free() -> None:
-    head = OccupancyDecoder(8, MODEL.occupancy, MODEL.bev, MODEL.grid).eval()
-    cells = torch.randn(1, MODEL.occupancy.cell_channels, 16, 4, 4)
+    head = OccupancyDecoder(8, SMALL.occupancy, SMALL.bev, SMALL.grid).eval()
+    cells = torch.randn(1, SMALL.occupancy.cell_channels, 16, 4, 4)
     with torch.no_grad():
         logits = head.logits(cells)
     assert logits.shape == (1, 2, 16, 8, 8)
@@ -434,8 +421,8 @@ def test_bev_encoder_keeps_odd_sizes() -> None:
 
 
 def test_rays_tell_height_and_focal_length() -> None:
-    intrinsic, cam2ego = calibration(ring_rig(MODEL, 2))
-    ray = batch_geometry([intrinsic], [cam2ego], MODEL).ray
+    intrinsic, cam2ego = calibration(ring_rig(SMALL, 2))
+    ray = batch_geometry([intrinsic], [cam2ego], SMALL).ray
     assert ray.shape == (1, 2, 4, 4, 6)
     torch.testing.assert_close(ray[0, :, 2], torch.full((2, 4, 6), 0.8))  # 1.6 m above ground, halved
     torch.testing.assert_close(ray[0, :, 3], torch.full((2, 4, 6), 10 / (0.8 * 96)))

@@ -24,23 +24,20 @@ pytest.importorskip("numba")
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tests.small_network import SMALL
 from torch import Tensor, nn
 
 from occbev.config import (
     BevEncoderConfig,
     ConfigError,
     DepthConfig,
-    DetectionHeadConfig,
-    EncoderConfig,
     ImageConfig,
-    LiftConfig,
     OccupancyHeadConfig,
     load_config,
     save_config,
 )
 from occbev.grid import GRIDS, BevGrid
 from occbev.inference.families import load_model
-from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.cli import main
 from occbev_training.cli.pretrain import overridden, parse_assignments
 from occbev_training.data.augment import AugmentConfig
@@ -57,15 +54,13 @@ from occbev_training.models.families import reduced
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.recording import OccupancyTruth
 
-MODEL = LiftSplatModel(
+MODEL = replace(
+    SMALL,
     image=ImageConfig(width=64, height=32),
-    encoder=EncoderConfig(channels=16),
-    lift=LiftConfig(channels=8, depth=DepthConfig(1.0, 21.0, 2.0), max_points=2048),
+    lift=replace(SMALL.lift, depth=DepthConfig(1.0, 21.0, 2.0)),
     bev=BevGrid((-16.0, -16.0), (1.6, 1.6), (20, 20)),
     bev_encoder=BevEncoderConfig(channels=(8, 12), blocks=(1, 1), out_channels=12),
-    grid=GRIDS["tiny"],
     occupancy=replace(OccupancyHeadConfig(), channels=8),
-    detection=DetectionHeadConfig(channels=8),
 )
 
 
