@@ -38,8 +38,8 @@ def odometry(stamp_ns: int, child: str, child2odom: np.ndarray) -> Any:
     g = "geometry_msgs/msg/"
     turn = make(g + "Quaternion", *xyzw_from_rotation(child2odom[:3, :3]).tolist())
     pose = make(g + "Pose", make(g + "Point", *child2odom[:3, 3].tolist()), turn)
-    zero = make(g + "Vector3", 0.0, 0.0, 0.0)
-    twist = make(g + "TwistWithCovariance", make(g + "Twist", zero, zero), np.zeros(36))
+    linear, angular = make(g + "Vector3", 5.0, 0.0, 0.0), make(g + "Vector3", 0.0, 0.0, 0.1)
+    twist = make(g + "TwistWithCovariance", make(g + "Twist", linear, angular), np.zeros(36))
     return make(
         "nav_msgs/msg/Odometry",
         header(stamp_ns, "odom"),

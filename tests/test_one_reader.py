@@ -56,6 +56,10 @@ def assert_equal(path: Path, drive: Drive) -> BagRecording:
         theirs = recording.frame_set(key)
         assert job.frame_set is not None
         assert job.rig is not None
+        said, trained_on = job.frame_set.signals, theirs.signals
+        assert (said is None) == (trained_on is None) == (not drive.odometry)
+        if said is not None and trained_on is not None:
+            np.testing.assert_allclose(said.values, trained_on.values, atol=1e-9)
         usable = [name for name, frame in job.frame_set.frames.items() if frame is not None]
         assert set(usable) == set(theirs.cameras), (job.missing, theirs.missing, recording.left_out)
         for name in usable:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from occbev.ego_signals import EgoSignals
 from occbev.geometry import frame2ego, make_transform, rotation_from_rpy, rotation_from_wxyz, rotation_from_yaw
 from occbev.grid import BevGrid
 from occbev.inference import reference_points as rp
@@ -105,7 +106,7 @@ def test_alignment_keeps_still_cells_and_drops_what_was_outside() -> None:
 def test_ego_motion_values_stand_in_the_published_order() -> None:
     before, now = pose(10, 20, math.radians(350)), pose(11, 22, math.radians(5))
     motion = rp.EgoMotion.between(before, now)
-    values = rp.can_bus(now, motion, rp.EgoSignals((1, 2, 3), (4, 5, 6), (7, 8, 9)))
+    values = rp.can_bus(now, motion, EgoSignals.of(range(1, 10)))
     half = math.radians(2.5)
     want = [1, 2, 0, math.cos(half), 0, 0, math.sin(half), *range(1, 10), math.radians(5), 15]
     np.testing.assert_allclose(values, want, atol=1e-5)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.ego_signals import EgoSignals
 from occbev.grid import VoxelGrid
 
 
@@ -37,11 +38,13 @@ class FrameSet:
 
     stamp_ns: the key time. frames: name -> frame, or None where the camera is missing.
     missing: name -> reason, for exactly the cameras whose slot is None.
+    signals: what the vehicle says of its motion at the key time, None where nothing does.
     """
 
     stamp_ns: int
     frames: Mapping[str, CameraFrame | None]
     missing: Mapping[str, str] = field(default_factory=dict)
+    signals: EgoSignals | None = None
 
     @property
     def cameras(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from occbev.geometry import (
     transform_points,
     wrap_angle,
 )
+from occbev_training.sources.can_bus import read_can_bus
 from occbev_training.sources.nuscenes import NuscenesRecording, open_nuscenes
 from occbev_training.sources.nuscenes_writer import write_nuscenes
 from occbev_training.sources.recording import RecordingError
@@ -186,3 +187,28 @@ def test_velocity_needs_near_neighbours(tmp_path: Path, make_recording) -> None:
     path.write_text(json.dumps(rows))
     assert np.isfinite(velocity(1)).all()
     assert np.isnan(velocity(2)).all()  # one-sided and over 1.5 s
+
+
+def test_can_messages_are_those_that_published_weights_know(shared: Path) -> None:
+    """The last message that is not later than the key frame, or the first; its numbers in the order of the file."""
+    root = shared / "data" / "nuscenes-0103"
+    rows = json.loads((root / "can_bus" / "scene-0103_pose.json").read_text())
+    (recording,) = open_nuscenes(root).recordings(available_only=True)
+    for key, stamp_ns in enumerate(recording.key_stamp_ns):
+        last = [rows[0], *(row for row in rows if row["utime"] * 1000 <= stamp_ns)][-1]
+        signals = recording.frame_set(key).signals
+        assert signals is not None
+        assert signals.values == [*last["accel"], *last["rotation_rate"], *last["vel"]]
+
+
+def test_a_can_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert read_can_bus(tmp_path, "scene-0001") is None
+    (tmp_path / "can_bus").mkdir()
+    for text, problem in (
+        ("[]", "no message"),
+        ('[{"utime": 1, "accel": [0, 0, 9.8], "vel": [1, 0, 0]}]', "rotation_rate"),
+        ('[{"utime": 1, "accel": [0, 0, NaN], "rotation_rate": [0, 0, 0], "vel": [1, 0, 0]}]', "finite"),
+    ):
+        (tmp_path / "can_bus" / "scene-0001_pose.json").write_text(text)
+        with pytest.raises(RecordingError, match=problem):
+            read_can_bus(tmp_path, "scene-0001")

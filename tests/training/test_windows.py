@@ -14,11 +14,13 @@ pytest.importorskip("numba")
 import torch
 
 from occbev.config import ImageConfig, LiftConfig
+from occbev.ego_signals import EgoSignals
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, BevGrid
 from occbev.inference.families.bevdet import BevDetConfig, BevDetModel
 from occbev.inference.families.bevformer import BevFormerModel
 from occbev.inference.families.lift_splat import LiftSplatModel
+from occbev.results import FrameSet
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig
 from occbev_training.data.cache import CacheError, SampleCache, open_cache
 from occbev_training.data.datasets import Collate, SampleDataset, batches
@@ -37,6 +39,11 @@ LIFT = BevDetModel(image=MODEL.image, lift=MODEL.lift, bev=MODEL.bev, grid=MODEL
 FORMER = BevFormerModel(image=MODEL.image, bev=MODEL.bev, grid=MODEL.grid)
 
 
+def said(key: int) -> EgoSignals:
+    """What a vehicle says at a key frame: nine numbers that no pose tells."""
+    return EgoSignals.of([10 * key + number for number in range(9)])
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> SampleCache:
     """Two drives of four key frames, without voxels."""
@@ -45,6 +52,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> SampleCache:
     class Recording(TinyRecording):
         def occupancy_truth(self, key: int) -> None:
             return None
+
+        def frame_set(self, key: int) -> FrameSet:
+            """Drive "a" says of its motion what follows from the key, drive "b" nothing."""
+            return replace(super().frame_set(key), signals=said(key) if self.name == "a" else None)
 
     root = tmp_path_factory.mktemp("windows")
     jobs = {name: (lambda n=name: Recording(name=n, keys=4, seed=ord(n))) for name in "ab"}
@@ -121,6 +132,20 @@ def test_a_bevformer_gets_frames_oldest_first_with_the_motion_between(cache: Sam
     forward = np.linalg.norm(moved[:2]) / (1.6 * 20)
     assert float(batch.motion.shift[0, 0]) == pytest.approx(forward, rel=0.05)  # 6 m/s, nearly straight
     assert (batch.geometry.can_bus[1, :3] == 0).all()
+
+
+def test_what_a_vehicle_says_of_its_motion_reaches_every_frame(cache: SampleCache) -> None:
+    for augment in (NO_AUGMENTATION, AugmentConfig(bev_rotate=40, bev_scale=(0.9, 1.1))):
+        dataset = SampleDataset(cache, FORMER, augment, seed=0)
+        samples = {name: next(s for p in range(8) if (s := dataset[p]).name == name) for name in ("a/0003", "b/0003")}
+        batch = Collate(FORMER)(list(samples.values()))
+        key = said(3).move(samples["a/0003"].augmentation.scene)
+        np.testing.assert_allclose(batch.geometry.can_bus[0, 7:16], key.values, rtol=1e-5, atol=1e-5)
+        assert batch.geometry.can_bus[1, 13] == pytest.approx(6, abs=0.7), "of poses alone"
+        older = batch.past[1].geometry.can_bus[0, 7:16]
+        assert any(
+            np.allclose(older, said(k).move(samples["a/0003"].augmentation.scene).values, atol=1e-4) for k in (1, 2)
+        )
 
 
 def test_workers_make_the_same_windows(cache: SampleCache) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ModelConfig
+from occbev.ego_signals import EgoSignals
 from occbev.inference.families import family_of
 from occbev.inference.families.record import Moment
 from occbev.rig import CameraRig
@@ -55,15 +56,21 @@ class Memory:
         """Drop the state: the next frame is a first one."""
         self._past = None
 
-    def inputs(self, stamp_ns: int, ego2global: NDArray[np.float64] | None, rig: CameraRig) -> Arrays:
+    def inputs(
+        self,
+        stamp_ns: int,
+        ego2global: NDArray[np.float64] | None,
+        rig: CameraRig,
+        signals: EgoSignals | None = None,
+    ) -> Arrays:
         """Return the graph's inputs that depend on the frame before; none without a memory.
 
         ego2global: (4, 4) at the key time, None where it is not known: then nothing is remembered.
-        rig: network-size cameras at the key time.
+        rig: network-size cameras at the key time. signals: see `FrameSet`.
         """
         if not self.active:
             return {}
-        now = Moment(stamp_ns, ego2global, rig)
+        now = Moment(stamp_ns, ego2global, rig, signals)
         family = family_of(self._model)
         first = family.first_state(self._model, len(rig))
         if not (self._continues(now) and self._fits(first)):

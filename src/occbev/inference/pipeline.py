@@ -118,7 +118,7 @@ class Pipeline:
         job.end_stage("preprocess")
         moved = _move_rig(network_rig, frame_set, job.motion)
         tables = self._tables.tables(moved, valid)
-        past = self._memory.inputs(job.stamp_ns, self._key_pose(job), moved)
+        past = self._memory.inputs(job.stamp_ns, self._key_pose(job), moved, frame_set.signals)
         job.inputs = {"images": images[None], "camera_valid": valid[None], **tables, **past}
         job.network_rig = network_rig
         job.end_stage("tables")

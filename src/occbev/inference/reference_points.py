@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from occbev.ego_signals import GRAVITY, EgoSignals
 from occbev.geometry import frame2ego, transform_points, wrap_angle, wxyz_from_rotation, yaw_from_rotation
 from occbev.grid import BevGrid
 from occbev.inference.capacity import Tables, check_capacity
@@ -163,46 +164,31 @@ def align_table(turn: float, bev: BevGrid, centre: tuple[float, float] | None = 
     return np.where(inside, row * columns + column, bev.size).astype(np.int32).reshape(-1)
 
 
-GRAVITY = 9.81
-"""Metres per second squared: what an accelerometer says upwards at rest."""
+def signals_of_motion(pose: ArrayLike, motion: EgoMotion | None) -> EgoSignals:
+    """Derive velocity and yaw rate from two poses, means over the time between, and gravity from this one.
 
-
-@dataclass(frozen=True)
-class EgoSignals:
-    """What the vehicle's bus says, in ego axes and SI units; zero where it is not known.
-
-    acceleration: (3,), gravity included, as nuScenes' CAN files have it. rotation_rate, velocity: (3,).
+    How the speed changes and how the vehicle rolls and pitches stays unknown, and so zero.
     """
-
-    acceleration: ArrayLike = (0.0, 0.0, 0.0)
-    rotation_rate: ArrayLike = (0.0, 0.0, 0.0)
-    velocity: ArrayLike = (0.0, 0.0, 0.0)
-
-    @classmethod
-    def from_motion(cls, pose: ArrayLike, motion: EgoMotion | None) -> EgoSignals:
-        """Derive velocity and yaw rate from two poses, means over the time between, and gravity from this one.
-
-        How the speed changes and how the vehicle rolls and pitches stays unknown, and so zero.
-        """
-        ego2global = np.asarray(pose, np.float64)[:3, :3]
-        gravity = GRAVITY * ego2global[2]
-        if motion is None or motion.seconds <= 0:
-            return cls(gravity)
-        velocity = ego2global.T @ motion.delta / motion.seconds
-        return cls(gravity, (0.0, 0.0, motion.turn / motion.seconds), velocity)
+    ego2global = np.asarray(pose, np.float64)[:3, :3]
+    gravity, none = GRAVITY * ego2global[2], np.zeros(3)
+    if motion is None or motion.seconds <= 0:
+        return EgoSignals(gravity, none, none)
+    velocity = ego2global.T @ motion.delta / motion.seconds
+    return EgoSignals(gravity, np.array([0.0, 0.0, motion.turn / motion.seconds]), velocity)
 
 
 def can_bus(pose: ArrayLike, motion: EgoMotion | None, signals: EgoSignals | None = None) -> NDArray[np.float32]:
     """Return ego motion as published weights read it, (18,): raw metres, radians and degrees.
 
-    pose: (4, 4) ego2global. motion: None in the first frame. signals: by default those that the motion tells.
+    pose: (4, 4) ego2global. motion: None in the first frame. signals: None for those that the motion tells.
     """
     pose = np.asarray(pose, np.float64)
-    signals = signals or EgoSignals.from_motion(pose, motion)
-    bus = (signals.acceleration, signals.rotation_rate, signals.velocity)
+    signals = signals or signals_of_motion(pose, motion)
     yaw = yaw_from_rotation(pose[:3, :3]) % (2 * math.pi)
     delta, turn = (np.zeros(3), 0.0) if motion is None else (motion.delta, motion.turn)
-    return np.concatenate([delta, wxyz_from_rotation(pose[:3, :3]), *bus, [yaw, math.degrees(turn)]]).astype(np.float32)
+    return np.concatenate([delta, wxyz_from_rotation(pose[:3, :3]), signals.values, [yaw, math.degrees(turn)]]).astype(
+        np.float32
+    )
 
 
 def motion_tables(

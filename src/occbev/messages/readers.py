@@ -86,12 +86,16 @@ def stamp_to_ns(stamp: Any) -> int:
 
 @dataclass(frozen=True)
 class StampedPose:
-    """Where one frame was in another: child2parent (4, 4). child: "" where the message names none."""
+    """Where one frame was in another: child2parent (4, 4). child: "" where the message names none.
+
+    twist: (6,) velocity and rotation rate of the child frame in its own axes, None where the message holds none.
+    """
 
     stamp_ns: int
     parent: str
     child: str
     child2parent: NDArray[np.float64]
+    twist: NDArray[np.float64] | None = None
 
 
 def read_image(message: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> NDArray[np.uint8] | bytes:
@@ -188,9 +192,11 @@ def pose_from_message(message: Any) -> StampedPose:
     """
     parent = clean_frame(str(message.header.frame_id))
     child = clean_frame(str(getattr(message, "child_frame_id", "")))
-    return StampedPose(
-        stamp_to_ns(message.header.stamp), parent, child, _pose(getattr(message.pose, "pose", message.pose))
-    )
+    pose, twist = _pose(getattr(message.pose, "pose", message.pose)), None
+    if hasattr(message, "twist"):
+        linear, angular = message.twist.twist.linear, message.twist.twist.angular
+        twist = np.array([linear.x, linear.y, linear.z, angular.x, angular.y, angular.z])
+    return StampedPose(stamp_to_ns(message.header.stamp), parent, child, pose, twist)
 
 
 def _pose(pose: Any) -> NDArray[np.float64]:
@@ -213,12 +219,35 @@ def base_pose(pose: StampedPose, base_frame: str, buffer: Buffer) -> NDArray[np.
         )
     if pose.child in ("", base_frame):
         return pose.child2parent
+    return pose.child2parent @ base_in_child(pose.child, base_frame, buffer)
+
+
+def base_in_child(child: str, base_frame: str, buffer: Buffer) -> NDArray[np.float64]:
+    """Return base2child (4, 4) of the frame that an odometry tells the pose of; raises MessageError."""
     try:
-        return pose.child2parent @ buffer.lookup_matrix(pose.child, base_frame, 0)
+        return buffer.lookup_matrix(child, base_frame, 0)
     except TransformException as error:
         raise MessageError(
-            f"child_frame_id {pose.child!r} is not {base_frame!r}, and no transform joins them: {error}"
+            f"child_frame_id {child!r} is not {base_frame!r}, and no transform joins them: {error}"
         ) from error
+
+
+def base_twist(
+    pose: StampedPose, base_frame: str, buffer: Buffer
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return velocity (3,) and rotation rate (3,) of the base frame in its own axes; None where they are not known.
+
+    Raises:
+        MessageError: no transform joins the frame of the twist to the base frame.
+    """
+    if pose.twist is None or not np.all(np.isfinite(pose.twist)):
+        return None
+    velocity, rate = pose.twist[:3], pose.twist[3:]
+    if pose.child in ("", base_frame):
+        return velocity, rate
+    base2child = base_in_child(pose.child, base_frame, buffer)
+    child2base = base2child[:3, :3].T
+    return child2base @ (velocity + np.cross(rate, base2child[:3, 3])), child2base @ rate
 
 
 def cloud_from_message(message: Any) -> NDArray[Any]:

@@ -8,9 +8,12 @@ from bisect import bisect_left, bisect_right
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.ego_signals import EgoSignals, TwistHistory
 from occbev.messages.tf import Buffer, TransformException
 from occbev.streams.parameters import EgoMotionParameters
 from occbev.trajectory import PoseError, Trajectory, blend_poses
+
+Twist = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 KEPT_NS = 10_000_000_000
 MARGIN_NS = 300_000_000
@@ -35,12 +38,15 @@ class EgoPoses:
         self._reset_ns = int(reset_s * 1e9)
         self._stamps: list[int] = []
         self._poses: list[NDArray[np.float64]] = []
+        self._twists = TwistHistory()
         self._changed = threading.Condition(threading.RLock())
         self.extrapolated_s = 0.0
         """How far the last poses that were asked for lie beyond the newest that came."""
 
-    def add(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> str:
+    def add(self, stamp_ns: int, ego2global: NDArray[np.float64], twist: Twist | None = None) -> str:
         """Take one odometry pose; one that is not newer than the last is ignored, a long step back starts again.
+
+        twist: velocity and rotation rate (3,) in base_link, None where they are not known.
 
         Returns: what is wrong where the pose jumped from the one before; what was before is forgotten then.
         """
@@ -54,6 +60,8 @@ class EgoPoses:
                 self.clear()
             self._stamps.append(stamp_ns)
             self._poses.append(ego2global)
+            if twist is not None:
+                self._twists.add(stamp_ns, *twist)
             if self._stamps[0] < stamp_ns - KEPT_NS:
                 stale = bisect_left(self._stamps, stamp_ns - KEPT_NS)
                 del self._stamps[:stale], self._poses[:stale]
@@ -74,6 +82,7 @@ class EgoPoses:
         with self._changed:
             self._stamps.clear()
             self._poses.clear()
+            self._twists.clear()
             self._changed.notify_all()
 
     @property
@@ -115,6 +124,13 @@ class EgoPoses:
         if newest_ns is not None and 0 < reach_ns <= EXTRAPOLATE_NS:
             return self._extrapolate(source, stamps_ns, newest_ns)
         return self._known_poses(source, stamps_ns)
+
+    def signals(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> EgoSignals | None:
+        """Return what the twists of odometry say of the motion at a stamp; None where poses come from elsewhere."""
+        if self.source != "odometry":
+            return None
+        with self._changed:
+            return self._twists.at(stamp_ns, ego2global)
 
     def _newest_ns(self, source: str) -> int | None:
         if source == "tf":

@@ -25,6 +25,7 @@ from occbev.inference.preprocess import ImageError
 from occbev.messages.readers import (
     MessageError,
     base_pose,
+    base_twist,
     pose_from_message,
     read_image,
     stamp_to_ns,
@@ -154,8 +155,9 @@ class Intake:
 
     def add_odometry(self, message: Any) -> None:
         """Take an Odometry or a pose; raises MessageError for one that tells nothing of the base frame, or jumps."""
-        pose = pose_from_message(message)
-        problem = self.ego.add(pose.stamp_ns, base_pose(pose, self.parameters.base_frame, self.buffer))
+        pose, base = pose_from_message(message), self.parameters.base_frame
+        twist = base_twist(pose, base, self.buffer)
+        problem = self.ego.add(pose.stamp_ns, base_pose(pose, base, self.buffer), twist)
         if problem:
             self.odometry_jump, self.odometry_jump_ns = problem, time.monotonic_ns()
             raise MessageError(problem)
@@ -318,7 +320,11 @@ class Intake:
         if poses is None:
             return
         placed = {f.camera: replace(f, ego2global=p) for f, p in zip(present, poses[1:], strict=True)}
-        job.frame_set = replace(frame_set, frames={name: placed.get(name) for name in frame_set.frames})
+        frames, signals = (
+            {name: placed.get(name) for name in frame_set.frames},
+            self.ego.signals(job.stamp_ns, poses[0]),
+        )
+        job.frame_set = replace(frame_set, frames=frames, signals=signals)
         job.ego2global = poses[0]
         job.motion = motion_to_key(job.frame_set, poses[0])
         if self.ego.extrapolated_s:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ConfigError
+from occbev.ego_signals import EgoSignals
 from occbev.geometry import rotation_from_yaw
 from occbev.grid import VoxelGrid
 from occbev.inference.tables import Augmentation
@@ -287,6 +288,11 @@ def augmentation_of(draw: Draw) -> Augmentation:
 def augment_ego2global(ego2global: Float, draw: Draw) -> Float:
     """Carry a vehicle pose (4, 4) along: the world changes with the scene, so that motion stays rigid."""
     return draw.ego2ego @ ego2global @ np.linalg.inv(draw.ego2ego)
+
+
+def augment_signals(signals: EgoSignals | None, draw: Draw) -> EgoSignals | None:
+    """Carry what a vehicle says of its motion along."""
+    return signals and signals.move(draw.ego2ego)
 
 
 def augment_boxes(boxes: NDArray[np.floating], draw: Draw) -> NDArray[np.floating]:

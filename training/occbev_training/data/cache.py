@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from occbev.config import ImageConfig, from_record
+from occbev.ego_signals import EgoSignals
 from occbev.files import ArraysError, file_hash, one_line, read_arrays
 from occbev.grid import GRIDS, VoxelGrid
 
@@ -76,11 +77,15 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class Moment:
-    """When and where a sample was taken. ego2global: (4, 4) at the key time."""
+    """When and where a sample was taken. ego2global: (4, 4) at the key time.
+
+    signals: what the vehicle said of its motion, None where it did not.
+    """
 
     drive: str
     stamp_ns: int
     ego2global: NDArray[np.float64]
+    signals: EgoSignals | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,11 @@ def _require_one_kind_of_labels(root: Path, records: Mapping[str, Mapping[str, A
 
 def _moments(drive: str, record: Mapping[str, Any]) -> list[Moment]:
     stamps, poses = record.get("stamp_ns", []), record.get("ego2global", [])
-    return [Moment(drive, s, np.array(pose)) for s, pose in zip(stamps, poses, strict=True)]
+    signals = record.get("signals", [None] * len(stamps))  # caches from before they were kept have none
+    return [
+        Moment(drive, stamp, np.array(pose), None if values is None else EgoSignals.of(values))
+        for stamp, pose, values in zip(stamps, poses, signals, strict=True)
+    ]
 
 
 SAMPLE_SUFFIX = ".sample"

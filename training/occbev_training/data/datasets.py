@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from occbev.allocator import keep_large_blocks
 from occbev.config import ModelConfig
+from occbev.ego_signals import EgoSignals
 from occbev.geometry import (
     box_corners,
     transform_points,
@@ -32,6 +33,7 @@ from occbev_training.data.augment import (
     augment_ego2global,
     augment_images,
     augment_intrinsic,
+    augment_signals,
     augmentation_of,
     draw_augmentation,
     grid_mask_image,
@@ -62,8 +64,8 @@ class TrainingSample:
     visible: (X, Y, Z) bool, seen by a living camera. boxes, labels: those that are to be found.
     semantics_mask: (X, Y, Z) bool, voxels whose semantics are supervised.
     shown: (h, w) bool, pixels that a grid mask leaves, or None without one.
-    ego2global: (4, 4), changed with the scene; None where no past is asked for. past: newest first, None
-        before the drive begins.
+    ego2global: (4, 4), changed with the scene; None where no past is asked for. signals: of the vehicle's own motion,
+        see `View`. past: newest first, None before the drive begins.
     """
 
     name: str
@@ -83,13 +85,14 @@ class TrainingSample:
     ego2global: NDArray[np.float64] | None = None
     stamp_ns: int = 0
     augmentation: Augmentation | None = None
+    signals: EgoSignals | None = None
     past: tuple[View | None, ...] = ()
 
     @property
     def view(self) -> View:
         """What the cameras saw of it."""
         seen = (self.images, self.camera_valid, self.intrinsic, self.cam2ego)
-        return View(*seen, self.ego2global, self.stamp_ns, self.augmentation)
+        return View(*seen, self.ego2global, self.stamp_ns, self.augmentation, self.signals)
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,13 @@ def with_past(
     chosen = past_indices(samples, index, length, rng)
     past = tuple(None if i is None else _past_view(samples[i], draw, samples.moment(i)) for i in chosen)
     moment = samples.moment(index)
-    return replace(sample, ego2global=augment_ego2global(moment.ego2global, draw), stamp_ns=moment.stamp_ns, past=past)
+    return replace(
+        sample,
+        ego2global=augment_ego2global(moment.ego2global, draw),
+        stamp_ns=moment.stamp_ns,
+        signals=augment_signals(moment.signals, draw),
+        past=past,
+    )
 
 
 def _past_view(sample: CachedSample, draw: Draw, moment: Moment) -> View:
@@ -308,6 +317,7 @@ def _past_view(sample: CachedSample, draw: Draw, moment: Moment) -> View:
         augment_ego2global(moment.ego2global, draw),
         moment.stamp_ns,
         augmentation_of(draw),
+        augment_signals(moment.signals, draw),
     )
 
 

@@ -107,10 +107,10 @@ class CacheFrames:
     def frame(self, index: int) -> EvaluationFrame:
         """Read one frame; its rig is carried to the key time already."""
         sample, drive, names = self.cache[index], self.drives[index], self.cache.cameras_of(index)
-        pose, stamp_ns = None, CACHE_INTERVAL_NS * (index + 1)
+        pose, stamp_ns, signals = None, CACHE_INTERVAL_NS * (index + 1), None
         if self.cache.moments:
             moment = self.cache.moment(index)
-            pose, stamp_ns = moment.ego2global, moment.stamp_ns
+            pose, stamp_ns, signals = moment.ego2global, moment.stamp_ns, moment.signals
         frames = {
             name: CameraFrame(name, stamp_ns, image, pose) if valid else None
             for name, image, valid in zip(names, sample.images, sample.camera_valid, strict=True)
@@ -121,7 +121,7 @@ class CacheFrames:
             self.cache.name(index),
             drive,
             "",
-            FrameSet(stamp_ns, frames, missing),
+            FrameSet(stamp_ns, frames, missing, signals),
             read_cached_rig(sample, names),
             None,
             pose,
@@ -240,7 +240,7 @@ class TruthfulBag:
             name: frame and CameraFrame(name, frame.stamp_ns, frame.image, self.trajectory.at(frame.stamp_ns))
             for name, frame in found.frames.items()
         }
-        return FrameSet(int(self.key_stamp_ns[key]), frames, found.missing)
+        return FrameSet(int(self.key_stamp_ns[key]), frames, found.missing, found.signals)
 
     def annotations(self, key: int) -> Annotations | None:
         """Return the boxes of one key frame."""

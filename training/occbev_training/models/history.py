@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from occbev.ego_signals import EgoSignals
 from occbev.inference.tables import Augmentation
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.lift_splat.stereo import Matching
@@ -21,6 +22,7 @@ class View:
 
     images: (N, h, w, 3) uint8. camera_valid: (N,). intrinsic: (N, 3, 3). cam2ego: (N, 4, 4) at the instant's key
     time. ego2global: (4, 4), or None where it is not known and not needed. stamp_ns: 0 where no past is asked for.
+    signals: what the vehicle said of its motion, None where it did not.
     """
 
     images: NDArray[np.uint8]
@@ -30,6 +32,7 @@ class View:
     ego2global: NDArray[np.float64] | None
     stamp_ns: int = 0
     augmentation: Augmentation | None = None
+    signals: EgoSignals | None = None
 
 
 @dataclass(frozen=True)

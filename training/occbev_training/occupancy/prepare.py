@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import DETECTION_CLASSES, FREE
 from occbev.config import ImageConfig, from_record, to_record
+from occbev.ego_signals import EgoSignals
 from occbev.files import file_name, replace_file
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, VoxelGrid
@@ -152,6 +153,7 @@ class _DriveWriter:
         self.preprocessor, self.label = Preprocessor(config.image), _labeller(recording, config)
         self.left_out, self.first = Counter[str](), dict[str, str]()
         self.boxes, self.without_points, self.unexpected = Counter[str](), 0, 0
+        self.signals: dict[int, EgoSignals | None] = {}
 
     def write(self, name: str) -> DriveReport:
         """Write every sample and the record; raises CacheError where no key frame can be read."""
@@ -178,6 +180,7 @@ class _DriveWriter:
         """Make one sample, or count why there is none."""
         try:
             frames = self.recording.frame_set(key)
+            self.signals[key] = frames.signals
             sample, broken = make_sample(self.recording, key, self.config, self.preprocessor, self.label, frames)
         except Exception as error:  # whatever a reader or decoder raises of one key frame's data
             logger.debug("%s key %d", self.recording.name, key, exc_info=True)
@@ -203,6 +206,7 @@ class _DriveWriter:
             "files": files,
             "stamp_ns": stamps,
             "ego2global": [self.recording.trajectory.at(stamp).tolist() for stamp in stamps],
+            "signals": [signals and signals.values for signals in map(self.signals.get, keys)],
             "report": asdict(report),
         }
         with replace_file(marker) as temporary:

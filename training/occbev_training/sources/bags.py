@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.ego_signals import TwistHistory
 from occbev.geometry import Array, invert_transform, make_transform, transform_points
 from occbev.graph import DEFAULT_CAMERAS
 from occbev.messages.bags import BagMessage
@@ -25,6 +26,7 @@ from occbev.messages.readers import (
     EncodingError,
     MessageError,
     base_pose,
+    base_twist,
     camera_from_info,
     cloud_from_message,
     is_rectified,
@@ -97,6 +99,7 @@ class BagRecording(IndexedBag):
         self._origins: Array | None = None
         self._place_lidar()
         self._others = {topic: self._other_lidar(topic) for topic in self.topics.other_lidars}
+        self._twists = TwistHistory(kept_ns=None)
         self.trajectory = self._read_trajectory(kept)
         self.skipped = self.skipped | dict(self._bad)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
@@ -210,7 +213,8 @@ class BagRecording(IndexedBag):
                 missing[name] = f"broken image: {fault}"
                 continue
             frames[name] = CameraFrame(name, exposure, image, self._pose_or_none(exposure))
-        return FrameSet(stamp, frames, missing)
+        pose = self._pose_or_none(stamp)
+        return FrameSet(stamp, frames, missing, None if pose is None else self._twists.at(stamp, pose))
 
     def exposures(self, camera: str) -> NDArray[np.int64]:
         """Return the stamps (E,) of every image of a camera, in bag order."""
@@ -451,6 +455,7 @@ class BagRecording(IndexedBag):
     def _poses_of_odometry(self, topic: str, messages: Sequence[BagMessage]) -> dict[int, Array]:
         """Return stamp -> base2global; bad poses, as before an estimator has begun, are counted."""
         poses: dict[int, Array] = {}
+        twists: dict[int, tuple[Array, Array]] = {}
         problem, children = "", {"", self._base_frame}
         for message in messages:
             try:
@@ -459,6 +464,9 @@ class BagRecording(IndexedBag):
                     self._sensor2base(pose.child, topic)
                     children.add(pose.child)
                 poses[pose.stamp_ns] = base_pose(pose, self._base_frame, self._buffer)
+                twist = base_twist(pose, self._base_frame, self._buffer)
+                if twist is not None:
+                    twists[pose.stamp_ns] = twist
             except (MessageError, RecordingError) as error:
                 problem = problem or _at_topic(topic, error)
                 self._bad[f"{topic}: bad pose"] += 1
@@ -467,6 +475,8 @@ class BagRecording(IndexedBag):
                 f"{self._bag.path}: no poses: {problem or f'{topic} is empty'}; "
                 f"name another topic, or none, in a file for --topics"
             )
+        for stamp in sorted(twists):
+            self._twists.add(stamp, *twists[stamp])
         return poses
 
     def _poses_of_tf(self) -> dict[int, Array]:

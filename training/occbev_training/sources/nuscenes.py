@@ -33,6 +33,7 @@ from occbev.grid import GRIDS
 from occbev.results import Boxes3D, CameraFrame, FrameSet, Sweep
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
+from occbev_training.sources.can_bus import read_can_bus
 from occbev_training.sources.categories import ClassMap, class_of, is_dropped_on_purpose
 from occbev_training.sources.lidar_files import COLUMNS, read_lidar_file
 from occbev_training.sources.recording import Annotations, OccupancyTruth, RecordingError
@@ -276,6 +277,7 @@ class NuscenesRoot:
 class NuscenesRecording:
     """One scene as a `Recording`.
 
+    can_bus: the vehicle's own messages, None where the root holds none of this scene.
     beams_from_base: whether clouds are in base_link, and where their beams begin is not known.
     sample_tokens: (K,) token of each key frame. absent: channel -> files that the tables name
     and the disk lacks. Sweeps are those whose files are there.
@@ -301,6 +303,7 @@ class NuscenesRecording:
         self.lidar2ego, self.rig = self._calibration(data)
         self.beams_from_base = bool(np.allclose(self.lidar2ego, np.eye(4), atol=1e-6))
         self.trajectory = _trajectory(root, data)
+        self.can_bus = read_can_bus(root.path, self.name)
         self._sweeps = sorted(
             (row for row in data if root.channel(row) == root.lidar_channel and root.has_data(row)),
             key=_timestamp,
@@ -334,7 +337,9 @@ class NuscenesRecording:
             else:
                 image = (self._root.path / row["filename"]).read_bytes()
                 frames[name] = CameraFrame(name, int(row["timestamp"]) * 1000, image, self._root.pose(row))
-        return FrameSet(int(self.key_stamp_ns[key]), frames, missing)
+        stamp_ns = int(self.key_stamp_ns[key])
+        signals = None if self.can_bus is None else self.can_bus.at(stamp_ns)
+        return FrameSet(stamp_ns, frames, missing, signals)
 
     def annotations(self, key: int) -> Annotations:
         """Return the boxes of the ten detection classes in the ego frame of the LiDAR key."""

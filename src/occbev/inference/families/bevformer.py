@@ -114,7 +114,7 @@ class BevFormer(QueryFamily[BevFormerModel]):
             assert now.ego2global is not None
             seconds = (now.stamp_ns - before.stamp_ns) / 1e9
             motion = EgoMotion.between(before.ego2global, now.ego2global, seconds)
-        signals = can_bus(np.eye(4) if now.ego2global is None else now.ego2global, motion)
+        signals = can_bus(np.eye(4) if now.ego2global is None else now.ego2global, motion, now.signals)
         tables = motion_tables(motion, model.bev, former.turn_centre, former.reference_quirks)
         return {"can_bus": signals[None], **tables}
 

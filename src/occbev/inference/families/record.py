@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ModelConfig
+from occbev.ego_signals import EgoSignals
 from occbev.inference.capacity import Tables
 from occbev.inference.postprocess import BoxDecoding
 from occbev.results import Boxes3D
@@ -25,11 +26,13 @@ class Moment:
     """When and from where a frame set was seen.
 
     ego2global: (4, 4) at the key time, None where it is not known. rig: network-size cameras at the key time.
+    signals: what the vehicle itself says of its motion, None where it does not.
     """
 
     stamp_ns: int
     ego2global: NDArray[np.float64] | None
     rig: CameraRig
+    signals: EgoSignals | None = None
 
 
 class Family(Generic[Model]):

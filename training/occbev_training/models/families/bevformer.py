@@ -190,7 +190,8 @@ def _tables(motions: Sequence[EgoMotion | None], model: BevFormerModel) -> Motio
 
 def _can_bus(views: Sequence[View | None], motions: Sequence[EgoMotion | None]) -> Tensor:
     poses = [np.eye(4) if v is None or v.ego2global is None else v.ego2global for v in views]
-    return torch.from_numpy(np.stack([can_bus(p, m) for p, m in zip(poses, motions, strict=True)]))
+    signals = [None if view is None else view.signals for view in views]
+    return torch.from_numpy(np.stack([can_bus(*each) for each in zip(poses, motions, signals, strict=True)]))
 
 
 def _past_frame(frame: PastFrames) -> PastFrame:
