@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from occbev.cli import COMMANDS as ROBOT_COMMANDS
+from occbev.geometry import rotation_from_xyzw
+from occbev.rig import Camera
 from occbev.streams import reference
 from occbev_training.cli import COMMANDS as TRAINING_COMMANDS
 
@@ -62,3 +66,15 @@ def test_every_command_has_a_place_in_a_page() -> None:
     pages = "".join(page.read_text() for page in PAGES)
     commands = [*(f"occbev {name}" for name in ROBOT_COMMANDS), *(f"occbev-train {name}" for name in TRAINING_COMMANDS)]
     assert [command for command in commands if command not in pages] == []
+
+
+def test_cameras_of_the_rig_page_look_where_it_says_and_stand_upright() -> None:
+    page = (ROOT / "docs/rig-file.md").read_text()
+    example = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.S)[1])["cameras"][0]
+    rows = dict(re.findall(r"^\| (ahead|left|back|right) \| `(\[.*\])` \|$", page, re.M))
+    found = {look: rotation_from_xyzw(np.array(yaml.safe_load(text))) for look, text in rows.items()}
+    found["tail"] = Camera.from_record(example).cam2ego[:3, :3]
+    wanted = {"ahead": [1, 0, 0], "left": [0, 1, 0], "back": [-1, 0, 0], "right": [0, -1, 0], "tail": [-1, 0, 0]}
+    for look, direction in wanted.items():
+        np.testing.assert_allclose(found[look][:, 2], direction, atol=1e-6, err_msg=look)
+        np.testing.assert_allclose(found[look][:, 1], [0, 0, -1], atol=1e-6, err_msg=look)  # image down is down

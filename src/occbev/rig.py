@@ -232,15 +232,15 @@ class CameraRig:
         records = {"cameras": [c.as_record() for c in self.cameras]}
         return HEADER + yaml.safe_dump(records, sort_keys=False, default_flow_style=None, width=110)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the rig as YAML."""
-        path.write_text(self.as_text())
+        Path(path).write_text(self.as_text())
 
     @classmethod
-    def load(cls, path: Path) -> CameraRig:
+    def load(cls, path: str | Path) -> CameraRig:
         """Read a rig from YAML, as `HEADER` describes it; raises RigError naming the file."""
         try:
-            record = read_yaml(path)
+            record = read_yaml(Path(path))
             if not isinstance(record, dict) or not isinstance(record.get("cameras"), list):
                 raise RigError("want the key cameras with a list of cameras")
             return cls(tuple(Camera.from_record(entry) for entry in record["cameras"]))
