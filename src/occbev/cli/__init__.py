@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+from occbev.allocator import keep_large_blocks
+
 COMMANDS: Mapping[str, str] = {
     "demo": "simulate a drive, run the real node on it, score it, write a report",
     "run": "start the perception node with a parameter file",
@@ -45,6 +47,7 @@ All commands: occbev --help. One command with its options: occbev COMMAND --help
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `occbev COMMAND ...`; returns the exit status."""
+    keep_large_blocks()  # before a library starts threads
     return dispatch("occbev", "occbev.cli", COMMANDS, sys.argv[1:] if arguments is None else arguments, FIRST_STEPS)
 
 

@@ -17,10 +17,8 @@ VOXELS = 30_000
 
 def run(options: Options) -> Report:
     """Time the cloud writers; needs ROS."""
-    from occbev.allocator import keep_large_blocks
     from occbev.ros.outputs import POINT_FIELDS, CloudWriter, header_at, memory_order
 
-    keep_large_blocks()  # as the node does
     occupancy, header = make_labelled_volume(VOXELS), header_at(1, "base_link")
     writer = CloudWriter()
     dtype = np.dtype(
