@@ -187,6 +187,9 @@ class BevEncoderConfig:
     """Residual blocks at each resolution."""
     out_channels: int = 96
     """Width of the BEV map handed to the heads."""
+    knows_place: bool = False
+    """Whether cells know in which direction and how far from the vehicle they are: images tell headings relative to the
+    line of sight, boxes have them relative to the vehicle."""
 
 
 @dataclass(frozen=True)

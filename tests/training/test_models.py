@@ -42,7 +42,7 @@ from occbev_training.models.heads.occupancy_head import (  # noqa: E402
     Resampling,
     interleave,
 )
-from occbev_training.models.lift_splat.bev_encoder import BevEncoder  # noqa: E402
+from occbev_training.models.lift_splat.bev_encoder import BevEncoder, PlaceEmbedding  # noqa: E402
 from occbev_training.models.lift_splat.lift_splat import (  # noqa: E402
     BatchedPoints,
     batch_geometry,
@@ -131,8 +131,10 @@ def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repositor
     model = load_model(repository / "config/models/occbev-tiny.yaml")
     default = LiftSplatModel()
     chosen_on_validation = replace(model.occupancy, min_free=default.occupancy.min_free)
-    less_room = replace(model.lift, max_cells=default.lift.max_cells)  # the shipped graph is smaller for it
-    assert replace(model, occupancy=chosen_on_validation, lift=less_room) == default
+    # The shipped graph is smaller for less room. Earlier packages lack the other two keys, so that they are not defaults.
+    lift = replace(model.lift, max_cells=default.lift.max_cells, canonical_focal=0.0)
+    bev_encoder = replace(model.bev_encoder, knows_place=False)
+    assert replace(model, occupancy=chosen_on_validation, lift=lift, bev_encoder=bev_encoder) == default
     parameters = sum(p.numel() for p in build_model(model, "finetune").parameters())
     assert parameters * (4 + 4 + 2) < 44e6  # weights and ONNX in fp32, OpenVINO in fp16
 
@@ -416,8 +418,21 @@ def test_without_kinds_the_decoder_tells_occupied_from_free() -> None:
 
 
 def test_bev_encoder_keeps_odd_sizes() -> None:
-    encoder = BevEncoder(4, BevEncoderConfig((4, 4, 4), (1, 1, 1), 6))
+    bev = BevGrid((-10.5, -6.5), (1.0, 1.0), (21, 13))
+    encoder = BevEncoder(4, BevEncoderConfig((4, 4, 4), (1, 1, 1), 6), bev)
     assert encoder(torch.zeros(2, 4, 13, 21)).shape == (2, 6, 13, 21)
+
+
+def test_cells_know_their_direction_and_begin_without_it() -> None:
+    bev = BevGrid((-10.5, -6.5), (1.0, 1.0), (21, 13))
+    place = PlaceEmbedding(2, bev)
+    assert not place().any()
+    with torch.no_grad():
+        place.weight[0, 0], place.weight[1, 1] = 1, 1
+    cosine, sine = place().detach()  # the vehicle is in column 10, row 6
+    assert (float(cosine[6, 20]), float(cosine[6, 0]), float(sine[12, 10]), float(sine[0, 10])) == (1, -1, 1, -1)
+    assert (float(cosine[6, 10]), float(sine[6, 10])) == (0, 0)
+    assert float(sine[9, 14]) == pytest.approx(3 / 5)
 
 
 def test_rays_tell_height_and_focal_length() -> None:

@@ -90,7 +90,7 @@ class BandedBevEncoder(nn.Module):
 
     def __init__(self, model: LiftSplatModel) -> None:
         super().__init__()
-        self.encoder = BevEncoder(model.lift.channels * model.lift.height_bins, model.bev_encoder)
+        self.encoder = BevEncoder(model.lift.channels * model.lift.height_bins, model.bev_encoder, model.bev)
 
     def forward(self, bev: Tensor) -> Tensor:
         """Turn (B, C, Z, Y, X) into (B, out_channels, Y, X)."""

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from occbev.config import BevEncoderConfig, ConfigError, DepthConfig, DetectionHeadConfig, EncoderConfig, LiftConfig
+from occbev.config import ConfigError, DepthConfig, DetectionHeadConfig, EncoderConfig, LiftConfig
 from occbev.inference.families.lift_splat import LiftSplatModel, SplatModel
 from occbev.inference.tables import Augmentation
 from occbev_training.models.encoders.image_encoder import ImageEncoder
@@ -91,7 +91,7 @@ class SplatTraining(TrainingFamily[Splat]):
             max_cells=0,
             channels=8,
         )
-        bev_encoder = BevEncoderConfig((8, 16, 32), model.bev_encoder.blocks, 16)
+        bev_encoder = replace(model.bev_encoder, channels=(8, 16, 32), out_channels=16)
         return replace(super().reduce(model), lift=lift, bev_encoder=bev_encoder)
 
     def describe(self, model: Splat) -> dict[str, str]:
@@ -136,7 +136,7 @@ class LiftSplatTraining(SplatTraining[LiftSplatModel]):
         parts = (
             ImageEncoder(model.encoder),
             LiftSplat(model.encoder.channels, model.lift, model.bev.shape),
-            BevEncoder(model.lift.channels * frames, model.bev_encoder),
+            BevEncoder(model.lift.channels * frames, model.bev_encoder, model.bev),
         )
         return OccBevNetwork(*parts, build_heads(self.heads, model, stage), temporal)
 
