@@ -167,6 +167,20 @@ def test_centre_targets_by_hand() -> None:
     assert float(targets.heatmap[1, 2, 6, 16]) == 0  # beyond the radius of two cells
 
 
+def test_cells_beside_a_centre_learn_the_box_of_the_nearest_one() -> None:
+    boxes = torch.tensor([car(3.25, -7.5), car(-9.9, -19.9), car(-7.9, -19.9)])  # cells (13, 6), (0, 0), (2, 0)
+    targets = centre_targets([boxes], [torch.zeros(3).long()], GRID, 1, reach=1)
+    assert len(torch.unique(targets.place)) == len(targets.place) == 9 + 8  # two rows of four cells at the border
+    x, y = targets.place % 20, targets.place // 20
+    centre = torch.stack([x, y], 1) + targets.box[:, :2]
+    metres = centre * torch.tensor(GRID.pitch) + torch.tensor(GRID.lo)
+    apart = (metres[:, None] - boxes[None, :, :2]).norm(dim=2)
+    assert float(apart.amin(1).max()) < 1e-5
+    middle = torch.stack([x, y], 1) + 0.5
+    own = (middle * torch.tensor(GRID.pitch) + torch.tensor(GRID.lo))[:, None] - boxes[None, :, :2]
+    assert torch.equal(apart.argmin(1), own.norm(dim=2).argmin(1))
+
+
 def test_peaks_that_meet_keep_the_higher_value_and_borders_clip() -> None:
     boxes = torch.tensor([car(-9.5, -19), car(-8.5, -19), car(9.9, 19.9)])
     both = centre_targets([boxes], [torch.zeros(3).long()], GRID, 1).heatmap[0, 0]

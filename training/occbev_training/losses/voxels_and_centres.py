@@ -215,7 +215,7 @@ def lovasz(probability: Tensor, target: Tensor) -> Tensor:
 class CentreTargets:
     """What the detection head should say of a batch.
 
-    heatmap: (B, K, Y, X), 1 at centres. place: (M,) flat index over (B, Y, X) of every box.
+    heatmap: (B, K, Y, X), 1 at centres. place: (M,) flat index over (B, Y, X) of cells that have a box to learn.
     box: (M, 10) in the channels of the head; velocities are NaN where unknown.
     """
 
@@ -224,10 +224,12 @@ class CentreTargets:
     box: Tensor
 
 
-def centre_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], grid: BevGrid, classes: int) -> CentreTargets:
+def centre_targets(
+    boxes: Sequence[Tensor], labels: Sequence[Tensor], grid: BevGrid, classes: int, reach: int = 0
+) -> CentreTargets:
     """Make the targets of a batch (Yin et al. 2021, section 3).
 
-    boxes: (M, 9) per sample, in the frame of `grid`. labels: (M,) per sample.
+    boxes: (M, 9) per sample, in the frame of `grid`. labels: (M,) per sample. reach: as `LossConfig.box_reach`.
     Boxes whose centre is outside the grid, or with a size that is not positive, are left out.
     """
     sample = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)]).long()
@@ -246,7 +248,33 @@ def centre_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor], grid: BevG
     target = torch.cat(
         [place - cell, box[:, 2:3], box[:, 3:6].log(), box[:, 6:7].sin(), box[:, 6:7].cos(), box[:, 7:9]], 1
     )
-    return CentreTargets(heatmap, (sample * rows + y) * columns + x, target)
+    if reach == 0:
+        return CentreTargets(heatmap, (sample * rows + y) * columns + x, target)
+    return CentreTargets(heatmap, *_spread(target, sample, x, y, reach, (len(boxes), rows, columns)))
+
+
+def _spread(
+    target: Tensor, sample: Tensor, x: Tensor, y: Tensor, reach: int, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Give the cells around each centre its box as seen from there; a cell between two centres takes the nearer one.
+
+    target: (M, 10) at the centres. sample, x, y: (M,). shape: (B, Y, X).
+    Returns: place and box as in `CentreTargets`.
+    """
+    steps = torch.arange(-reach, reach + 1, device=x.device)
+    dy, dx = (d.flatten() for d in torch.meshgrid(steps, steps, indexing="ij"))
+    px, py = x[:, None] + dx, y[:, None] + dy  # (M, cells of one box)
+    inside = (px >= 0) & (px < shape[2]) & (py >= 0) & (py < shape[1])
+    place = ((sample[:, None] * shape[1] + py) * shape[2] + px)[inside]
+    near = target[:, None].repeat(1, len(dx), 1)
+    near[:, :, 0] -= dx
+    near[:, :, 1] -= dy
+    near = near[inside]
+    distance = (near[:, :2] - 0.5).square().sum(1)  # from the cell's centre
+    nearest = distance.new_full((shape[0] * shape[1] * shape[2],), torch.inf)
+    nearest.scatter_reduce_(0, place, distance, "amin")
+    chosen = distance == nearest[place]
+    return place[chosen], near[chosen]
 
 
 def gaussian_radius(length: Tensor, width: Tensor, overlap: float = 0.1) -> Tensor:
@@ -287,7 +315,7 @@ def centre_terms(
     weights: LossConfig,
 ) -> dict[str, Tensor]:
     """Return the weighted terms `heatmap` and `box` of our own centre head; boxes, labels: of each sample."""
-    centres = centre_targets(boxes, labels, model.bev, len(model.detection_classes))
+    centres = centre_targets(boxes, labels, model.bev, len(model.detection_classes), weights.box_reach)
     return {
         "heatmap": weights.heatmap * heatmap_loss(answers["heatmap"], centres.heatmap),
         "box": weights.box * box_loss(answers["box"], centres, weights.velocity),
@@ -309,7 +337,7 @@ def heatmap_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def box_loss(prediction: Tensor, targets: CentreTargets, velocity: float = 0.2) -> Tensor:
-    """L1 over the box channels at the centres, summed over channels, per object.
+    """L1 over the box channels at the places of boxes, summed over channels, per place.
 
     prediction: (B, 10, Y, X). velocity: weight of the two velocity channels; unknown ones count 0.
     """
