@@ -86,30 +86,38 @@ def pose_from_xyzw(position: tuple[float, float, float], quaternion: tuple[float
 
 
 def wxyz_from_rotation(rotation: ArrayLike) -> Array:
-    """Turn one (3, 3) rotation into a unit quaternion (w, x, y, z) with w >= 0."""
+    """Turn (..., 3, 3) rotations into unit quaternions (..., 4) w, x, y, z with w >= 0."""
     r = np.asarray(rotation, np.float64)
-    # Four times the outer product q q^T; its largest diagonal entry gives the stable branch (Shepperd 1978).
-    squares = np.array(
-        [
-            1 + r[0, 0] + r[1, 1] + r[2, 2],
-            1 + r[0, 0] - r[1, 1] - r[2, 2],
-            1 - r[0, 0] + r[1, 1] - r[2, 2],
-            1 - r[0, 0] - r[1, 1] + r[2, 2],
-        ]
-    )
+    outer = (_OUTER_OF_NONE + r.reshape(-1, 9) @ _OUTER_OF_ROTATION).reshape(-1, 4, 4)
+    # The row of its largest diagonal entry is the stable branch (Shepperd 1978).
+    q = outer[np.arange(len(outer)), np.einsum("nii->ni", outer).argmax(-1)]
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    return np.where(q[:, :1] < 0, -q, q).reshape(*r.shape[:-2], 4)
+
+
+def _outer_of(r: Array) -> Array:
+    """Return four times the outer product q q^T of the quaternion of one rotation (3, 3), which is linear in it."""
     wx, wy, wz = r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]
     xy, xz, yz = r[0, 1] + r[1, 0], r[0, 2] + r[2, 0], r[1, 2] + r[2, 1]
-    outer = np.array(
-        [[squares[0], wx, wy, wz], [wx, squares[1], xy, xz], [wy, xy, squares[2], yz], [wz, xz, yz, squares[3]]]
+    x, y, z = np.diag(r)
+    return np.array(
+        [
+            [1 + x + y + z, wx, wy, wz],
+            [wx, 1 + x - y - z, xy, xz],
+            [wy, xy, 1 - x + y - z, yz],
+            [wz, xz, yz, 1 - x - y + z],
+        ]
     )
-    q = outer[int(np.argmax(squares))]
-    q = q / np.linalg.norm(q)
-    return -q if q[0] < 0 else q
+
+
+_OUTER_OF_NONE = _outer_of(np.zeros((3, 3))).ravel()
+_OUTER_OF_ROTATION = np.stack([_outer_of(unit.reshape(3, 3)).ravel() - _OUTER_OF_NONE for unit in np.eye(9)])
+"""The same as a matrix (9, 16) and an offset (16,), for many rotations at once."""
 
 
 def xyzw_from_rotation(rotation: ArrayLike) -> Array:
-    """Turn one (3, 3) rotation into a unit quaternion in ROS order with w >= 0."""
-    return np.roll(wxyz_from_rotation(rotation), -1)
+    """Turn (..., 3, 3) rotations into unit quaternions in ROS order with w >= 0."""
+    return np.roll(wxyz_from_rotation(rotation), -1, axis=-1)
 
 
 def rotation_from_yaw(yaw: float) -> Array:

@@ -98,8 +98,7 @@ def _interpolate(
     """Blend (S, 4, 4) poses pairwise, share (S,) in [0, 1]: linear translation, shortest-arc slerp."""
     pose = np.tile(np.eye(4), (len(start), 1, 1))
     pose[:, :3, 3] = start[:, :3, 3] + share[:, None] * (end[:, :3, 3] - start[:, :3, 3])
-    q0 = np.stack([wxyz_from_rotation(m[:3, :3]) for m in start])
-    q1 = np.stack([wxyz_from_rotation(m[:3, :3]) for m in end])
+    q0, q1 = wxyz_from_rotation(start[:, :3, :3]), wxyz_from_rotation(end[:, :3, :3])
     dot = np.sum(q0 * q1, axis=1)
     q1[dot < 0] *= -1
     angle = np.arccos(np.clip(np.abs(dot), 0.0, 1.0))

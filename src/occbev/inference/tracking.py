@@ -149,19 +149,22 @@ def _associate(tracks: Tracks, place: Array, noise: Array, group: NDArray[np.int
     track_of = np.full(len(place), -1)
     if not len(place) or not len(tracks.id):
         return track_of
-    spread = tracks.covariance[:, None, :2, :2] + noise[None]  # (T, M, 2, 2)
-    off = place[None] - tracks.mean[:, None, :2]
+    x, y = (place[:, axis] - tracks.mean[:, axis, None] for axis in (0, 1))  # (T, M)
+    # No variance exceeds the trace, so that pairs further apart need no closer look.
+    reach = GATE * (np.trace(tracks.covariance[:, :2, :2], 0, 1, 2)[:, None] + np.trace(noise, 0, 1, 2))
+    near = (x * x + y * y < reach) & (tracks.group[:, None] == group)
+    track, box = np.nonzero(near)
+    spread, x, y = tracks.covariance[track, :2, :2] + noise[box], x[near], y[near]  # (P, 2, 2), (P,), (P,)
     # Inverse and determinant of 2 x 2 matrices, written out: NumPy's take several times as long for so many.
-    (xx, xy), (_, yy), (x, y) = spread[..., 0, :].T, spread[..., 1, :].T, off.T  # (M, T) each
+    (xx, xy), (_, yy) = spread.transpose(1, 2, 0)
     area = xx * yy - xy * xy
-    distance = ((yy * x * x - 2 * xy * x * y + xx * y * y) / area).T
-    cost = distance + np.log(area).T
-    possible = (distance < GATE) & (tracks.group[:, None] == group[None])
+    distance = (yy * x * x - 2 * xy * x * y + xx * y * y) / area
+    order = np.argsort(distance + np.log(area), kind="stable")
+    order = order[distance[order] < GATE]
     taken = np.zeros(len(tracks.id), bool)
-    pairs = np.argwhere(possible)
-    for track, box in pairs[np.argsort(cost[possible], kind="stable")]:
-        if not taken[track] and track_of[box] < 0:
-            taken[track], track_of[box] = True, track
+    for track_index, box_index in zip(track[order].tolist(), box[order].tolist(), strict=True):
+        if not taken[track_index] and track_of[box_index] < 0:
+            taken[track_index], track_of[box_index] = True, track_index
     return track_of
 
 
