@@ -69,7 +69,7 @@ OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABI
 """Parts of a topic's quality of service that parameters may override."""
 
 POLL_S = 0.02
-"""How often the timeouts of the synchroniser are checked."""
+"""How often the timeouts of the synchroniser are checked while a frame set waits for images."""
 
 REPEAT_S = 5.0
 """The same warning is logged at most this often."""
@@ -105,6 +105,7 @@ class PerceptionNode(LifecycleNode):
         self._latched: set[str] = set()
         self._jump: Any = None
         self._timers_running: list[Any] = []
+        self._poll: Any = None
         self._out: dict[str, Any] = {}
         self._debug: dict[str, Any] = {}
         self._diagnostics: Any = None
@@ -160,10 +161,9 @@ class PerceptionNode(LifecycleNode):
             PerceptionLine(self._intake, self._pipeline, self._warn_about_job, self.get_logger().info)
         )
         self._subscribe(self._intake)
-        self._timers_running = [
-            self.create_timer(POLL_S, self._on_poll, clock=self._steady),
-            self.create_timer(1.0, self._on_second, clock=self._steady),
-        ]
+        self._poll = self.create_timer(POLL_S, self._on_poll, clock=self._steady)
+        self._poll.cancel()
+        self._timers_running = [self._poll, self.create_timer(1.0, self._on_second, clock=self._steady)]
         self._report_unknown(QOS_PREFIX)  # they are known only once the topics are
         self.get_logger().info(f"listening to {', '.join(self.parameters.names)}")
 
@@ -340,6 +340,7 @@ class PerceptionNode(LifecycleNode):
         if self._intake is not None:
             now_ns, clock_ns = time.monotonic_ns(), self._clock_ns()
             self._dispatch(self._intake.add_image(camera, message, compressed, now_ns, clock_ns))
+            self._poll_while_sets_wait(self._intake)
 
     def _clock_ns(self) -> int | None:
         """The time by which cameras should stamp; None with simulated time, which comes in steps and late."""
@@ -385,6 +386,12 @@ class PerceptionNode(LifecycleNode):
         if self._intake is not None:
             self._dispatch(self._intake.poll(time.monotonic_ns()))
             self._account_for_drops()
+            self._poll_while_sets_wait(self._intake)
+
+    def _poll_while_sets_wait(self, intake: Intake) -> None:
+        """Start or stop the timer that checks timeouts, which wakes the node fifty times a second."""
+        if intake.has_waiting_sets == self._poll.is_canceled():
+            (self._poll.reset if intake.has_waiting_sets else self._poll.cancel)()
 
     def _dispatch(self, jobs: Sequence[FrameJob]) -> None:
         """Hand sets to the worker, oldest first; the newest stays."""
@@ -460,6 +467,7 @@ class PerceptionNode(LifecycleNode):
         """Publish diagnostics and name cameras that never came."""
         if self._intake is None:
             return
+        self._account_for_drops()
         now_ns = time.monotonic_ns()
         about = self._pipeline.about() if self._pipeline is not None else {}
         statuses = health(self._intake, self.frame_log, self.latencies, about, now_ns)

@@ -205,6 +205,11 @@ class Intake:
             f"frame {child!r}: its stamp steps back by {back_s:.2f} s and is ignored: does a second publisher send it?"
         )
 
+    @property
+    def has_waiting_sets(self) -> bool:
+        """Whether a frame set waits for images, so that `poll` may have something to return."""
+        return self.sync.pending > 0
+
     def poll(self, now_ns: int) -> list[FrameJob]:
         """Return the sets whose time is up."""
         with self._lock:
