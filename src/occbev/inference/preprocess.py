@@ -135,10 +135,12 @@ class Preprocessor:
 
     def decode_all(self, frame_set: FrameSet, rig: CameraRig, pool: Executor | None = None) -> FrameSet:
         """Decode every frame of a set that still is bytes, side by side in `pool` if there is one."""
-        present = [frame for frame in frame_set.frames.values() if frame is not None]
-        decoded = (pool.map if pool else map)(lambda frame: self.decode(frame, rig[frame.camera]), present)
+        encoded = [frame for frame in frame_set.frames.values() if frame and isinstance(frame.image, bytes)]
+        if not encoded:
+            return frame_set
+        decoded = (pool.map if pool else map)(lambda frame: self.decode(frame, rig[frame.camera]), encoded)
         arrays: Mapping[str, CameraFrame] = {frame.camera: frame for frame in decoded}
-        return replace(frame_set, frames={name: arrays.get(name) for name in frame_set.frames})
+        return replace(frame_set, frames={name: arrays.get(name, frame) for name, frame in frame_set.frames.items()})
 
     def network_image(self, image: NDArray[np.uint8], camera: Camera) -> tuple[NDArray[np.uint8], Camera]:
         """Scale, rectify and crop one (H, W, 3) RGB image.
