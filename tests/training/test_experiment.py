@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import permutation_test
 
 from occbev.config import save_config
 from occbev.results import Boxes3D
@@ -45,8 +47,26 @@ from occbev_training.experiment.pool import (
 )
 from occbev_training.experiment.product import ProductPlan, load_any_plan
 from occbev_training.experiment.recorded import block_keys, make_blocks, rig_file
-from occbev_training.experiment.report import Results, chapter_of, sections_of, to_markdown, to_page, write_docs
-from occbev_training.experiment.runs import Task, Workplace, do_task, read_rows, run_tasks, tasks_of
+from occbev_training.experiment.report import (
+    ZOO_BEGIN,
+    ZOO_END,
+    Results,
+    chapter_of,
+    sections_of,
+    to_markdown,
+    to_page,
+    write_docs,
+)
+from occbev_training.experiment.runs import (
+    Task,
+    Workplace,
+    begin_with,
+    do_task,
+    read_rows,
+    require_same_drives,
+    run_tasks,
+    tasks_of,
+)
 from occbev_training.experiment.statistics import CUT, SCORED, MatchRecord, compare, holm, sign_flip
 from occbev_training.experiment.world import VEHICLES, rig_of
 from occbev_training.metrics.detection import match_detection
@@ -319,6 +339,8 @@ def test_sign_flips_are_exact() -> None:
         abs(np.dot(signs, values)) >= abs(values.sum()) - 1e-12 for signs in itertools.product((1, -1), repeat=7)
     ]
     assert sign_flip(values.tolist()) == pytest.approx(np.mean(counted))
+    scipys = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip(values.tolist()) == pytest.approx(scipys.pvalue)
     assert sign_flip([0.0] * 6) == 1.0
 
 
@@ -352,6 +374,23 @@ def test_a_task_that_has_a_row_is_not_done_again_and_a_cut_line_is_dropped(place
     assert read_rows(place.rows, "another plan") == []
     assert set(row["AP"]) == set(CLASSES)
     assert row["cpu_hours"] > 0
+
+
+def test_kept_rows_are_gone_on_from_without_their_weights(place: Workplace, tmp_path: Path) -> None:
+    first = [Task("phase1", "O"), Task("run", "O", 50, 0)]
+    before = list(run_tasks(place, first, 1))
+    kept, other = tmp_path / "small.jsonl", Workplace.of(place.path, tmp_path / "other")
+    shutil.copyfile(place.rows, kept)
+    shutil.copytree(place.world, other.world)
+    assert begin_with(other, kept) == 2
+    require_same_drives(other)
+    later = Task("run", "I-image", 50, 0)  # wants the weights of phase 1, which no row holds
+    assert [row["key"] for row in run_tasks(other, [*first, later], 1)] == ["phase1-O-seed0", later.key]
+    assert [row["key"] for row in read_rows(other.rows)] == [*(row["key"] for row in before), later.key]
+    assert begin_with(other, kept) == 0
+    (other.world / "test").joinpath("sim-780000", "done.json").write_text('["another"]')
+    with pytest.raises(PlanError, match="rows of test drives"):
+        require_same_drives(other)
 
 
 def test_tasks_stand_in_an_order_that_leaves_whole_pairs() -> None:
@@ -520,6 +559,32 @@ def test_objects_found_by_one_arm_alone_are_counted(place: Workplace) -> None:
     text = to_markdown(sections_of(Results(SMALL, rows, found=record), "command"), "results")
     assert "| class | objects | both find it | O alone | R alone | neither |" in text
     assert "results/small-found.jpg" in text
+
+
+def test_the_model_zoo_shows_with_and_without_pre_training(tmp_path: Path) -> None:
+    plan = _enough_seeds()
+    chapter = chapter_of(Results(plan, _rows(plan, {"R": 0.3, "O": 1.1}, 3)), "the command")
+    (network, where, labels, without, gained, difference, seeds), *others = chapter.zoo
+    assert not others
+    assert "96x48" in network
+    assert (where, labels, seeds) == ("simulated streets", "50 %", "3")
+    assert float(difference.split(",")[0]) == pytest.approx(float(gained) - float(without), abs=0.011)
+    zoo = tmp_path / "model-zoo.md"
+    zoo.write_text(f"# Zoo\n{ZOO_BEGIN}\nold\n{ZOO_END}\nrest\n")
+    write_docs(tmp_path / "results.md", [chapter])
+    text = zoo.read_text()
+    assert text.startswith("# Zoo\n")
+    assert text.endswith("\nrest\n")
+    assert "old" not in text
+    assert f"| {without} | {gained} | {difference} |" in text
+
+
+def test_the_committed_model_zoo_follows_from_the_committed_rows() -> None:
+    plan = load_plan(ROOT / "config" / "experiment" / "mechanism.yaml")
+    rows = read_rows(ROOT / "docs" / "results" / "mechanism.jsonl", plan.hash)
+    zoo = (ROOT / "docs" / "model-zoo.md").read_text()
+    for row in chapter_of(Results(plan, rows, draws=2), "").zoo:
+        assert "| " + " | ".join(row[:5]) + " | " + row[5].split(",")[0] in zoo
 
 
 def test_rig_types_look_all_around() -> None:

@@ -104,9 +104,9 @@ def test_every_task_is_done_once_and_pairs_are_compared(place: ProductPlace) -> 
     assert rows[1]["data"] == rows[2]["data"]  # the same labelled drive, the same test drives
     assert len(list(place.share(50.0, 0).iterdir())) == 1
     assert {"mAP", "NDS"} <= set(rows[1]["summary"])
-    begun = (place.folder(tasks[1]) / "run.json").read_text()
+    begun = (place.folder(tasks[1].key) / "run.json").read_text()
     assert '"start": "weights.safetensors"' in begun
-    assert '"part": "image_encoder"' in (place.folder(tasks[2]) / "run.json").read_text()  # ImageNet weights
+    assert '"part": "image_encoder"' in (place.folder(tasks[2].key) / "run.json").read_text()  # ImageNet weights
     assert list(run_tasks(place, tasks, 1, do_product_task)) == []
     chapter = product_chapter(plan, read_rows(place.rows, plan.hash), "command")
     text = to_markdown(chapter.sections, "results")

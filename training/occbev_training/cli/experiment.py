@@ -115,9 +115,11 @@ def _carry_out_product(path: Path, args: argparse.Namespace, console: Console) -
     import torch
 
     from occbev_training.experiment.product import ProductPlace, do_product_task, make_caches, product_tasks
-    from occbev_training.experiment.runs import run_tasks
+    from occbev_training.experiment.runs import begin_with, run_tasks
 
     place = ProductPlace.of(path, args.out or Path("out") / path.stem)
+    if args.keep is not None:
+        begin_with(place, args.keep)
     for done, total in make_caches(place, args.jobs):
         console.print(f"drive {done} of {total}", highlight=False)
     # A GPU takes one task at a time, and loaders keep it busy; without one, tasks of one thread stand side by side.
@@ -136,14 +138,14 @@ def _carry_out_product(path: Path, args: argparse.Namespace, console: Console) -
 def _look_for_objects(place: Workplace, folder: Path, console: Console) -> int:
     """Write which objects of the test drives are found only with pre-training, and pictures of some."""
     from occbev.reports.rendering import write_picture
-    from occbev_training.experiment.found import draw_findings, look_for_objects
+    from occbev_training.experiment.found import draw_findings, look_for_objects, seeds_with_weights
 
     plan, (first, second) = place.plan, ("O", "R")
     if plan.world.recorded is not None:
         raise ConfigError(f"--found: {place.path} has a real drive for its test drives, whose pictures are not drawn")
-    seeds = _results(place.path, place.rows).seeds_of(plan.family_percent, first, second)
+    seeds = seeds_with_weights(place, (first, second), plan.family_percent)
     if not seeds:
-        raise ConfigError(f"--found: {place.rows} holds no seed of both {first} and {second}; do the runs first")
+        raise ConfigError(f"--found: {place.runs} holds no seed of both {first} and {second}; do the runs first")
     findings = look_for_objects(place, (first, second), plan.family_percent, seeds)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{plan.name}-found.json"
@@ -173,11 +175,15 @@ def _carry_out(place: Workplace, args: argparse.Namespace, console: Console) -> 
 
 def _do_tasks(place: Workplace, args: argparse.Namespace, console: Console) -> None:
     """Make the drives, then do every task; prints a line for each."""
-    from occbev_training.experiment.runs import run_tasks, tasks_of
+    from occbev_training.experiment.runs import begin_with, require_same_drives, run_tasks, tasks_of
     from occbev_training.experiment.world import make_world
 
+    kept = 0 if args.keep is None else begin_with(place, args.keep)
+    if kept:
+        console.print(f"begins with {kept} rows of {args.keep}", highlight=False, soft_wrap=True)
     for done, total in make_world(place.world, place.plan.world, args.jobs, args.recording):
         console.print(f"drive {done} of {total}", highlight=False)
+    require_same_drives(place)
     for row in run_tasks(place, tasks_of(place.plan), args.jobs):
         score = f"  mAP {100 * row['mAP']:.2f}" if "mAP" in row else ""
         console.print(f"{row['key']}{score}  {3600 * row['cpu_hours']:.0f} CPU seconds", highlight=False)

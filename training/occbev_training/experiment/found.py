@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -122,6 +123,16 @@ class Findings:
         return list(chosen.values())[:count]
 
 
+def seeds_with_weights(place: Workplace, arms: Sequence[str], percent: float) -> list[int]:
+    """Return the seeds of which the trained networks of every arm are here; committed rows alone have none."""
+    seeds = range(max(group.seeds for group in place.plan.runs))
+    return [seed for seed in seeds if all(_weights(place, arm, percent, seed).exists() for arm in arms)]
+
+
+def _weights(place: Workplace, arm: str, percent: float, seed: int) -> Path:
+    return place.folder(Task("run", arm, percent, seed).key) / "weights.safetensors"
+
+
 def look_for_objects(place: Workplace, arms: Sequence[str], percent: float, seeds: Sequence[int]) -> Findings:
     """Run the trained networks of some arms on the test drives again."""
     pool = place.scored("test")
@@ -131,7 +142,7 @@ def look_for_objects(place: Workplace, arms: Sequence[str], percent: float, seed
     for arm in arms:
         for seed in seeds:
             network = build_slim("finetune", seed)
-            path = place.folder(Task("run", arm, percent, seed).key) / "weights.safetensors"
+            path = _weights(place, arm, percent, seed)
             load_strictly(network, read_weights(path)[0], str(path))
             boxes[arm][seed] = keep_as_many(predict_boxes(network.eval(), pool), targets)
         found[arm] = np.stack([found_among(boxes[arm][seed], pool, targets) for seed in seeds])

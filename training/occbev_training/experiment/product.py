@@ -166,9 +166,9 @@ class ProductPlace:
         """Sample cache of a split."""
         return self.out / "cache" / split
 
-    def folder(self, task: Task) -> Path:
+    def folder(self, task_key: str) -> Path:
         """Folder of a task's training."""
-        return self.runs / "runs" / task.key
+        return self.runs / "runs" / task_key
 
     def share(self, percent: float, seed: int) -> Path:
         """Cache of the labelled drives of a seed: links into that of all training drives."""
@@ -235,11 +235,11 @@ def _pretrain(task: Task, place: ProductPlace, loaders: int) -> Row:
 
 
 def _run(task: Task, place: ProductPlace, loaders: int) -> Row:
-    plan, folder = place.plan, place.folder(task)
+    plan, folder = place.plan, place.folder(task.key)
     data = place.share(task.percent, task.seed)
     start = None
     if task.arm == "O":
-        start = place.folder(Task("phase1", "O", seed=task.seed)) / "weights.safetensors"
+        start = place.folder(Task("phase1", "O", seed=task.seed).key) / "weights.safetensors"
     steps = plan.finetune_steps + (plan.pretrain_steps if task.arm == "R" else 0)
     _train("finetune", steps, task, place, StageInputs(data, start=start), loaders)
     model = model_to_train(plan.recipe("finetune"))
@@ -264,7 +264,7 @@ def _run(task: Task, place: ProductPlace, loaders: int) -> Row:
 
 def _train(stage: str, steps: int, task: Task, place: ProductPlace, inputs: StageInputs, loaders: int) -> None:
     """Train to the end; a run that was killed goes on from its checkpoint, one that is finished returns at once."""
-    plan, folder = place.plan, place.folder(task)
+    plan, folder = place.plan, place.folder(task.key)
     if (folder / "weights.safetensors").exists():
         return
     config: Any = replace(

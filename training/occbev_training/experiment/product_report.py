@@ -27,7 +27,7 @@ def product_chapter(plan: ProductPlan, rows: Sequence[Row], command: str) -> Cha
     missing = len(product_tasks(plan)) - len(rows)
     sections = [_answer(plan, runs, missing), *(_every_seed(plan, runs, p) for p in plan.percents if runs)]
     title = f"The product's network from ImageNet weights: plan `{plan.name}`"
-    return Chapter(title, plan.name, [*sections, _what_was_run(plan, rows, command)])
+    return Chapter(title, plan.name, [*sections, _what_was_run(plan, rows, command)], _zoo_rows(plan, runs))
 
 
 Runs = dict[tuple[str, float, int], Row]
@@ -63,14 +63,36 @@ def _answer(plan: ProductPlan, runs: Runs, missing: int) -> Section:
     return Section("Answer", (scope, "\n".join(lines) or NOT_RUN, rule, state))
 
 
+def _paired(plan: ProductPlan, runs: Runs, percent: float) -> list[int]:
+    """Return the seeds that both arms were run with."""
+    return [seed for seed in range(plan.seeds) if all((arm, percent, seed) in runs for arm in ARMS)]
+
+
 def _compare(plan: ProductPlan, runs: Runs, percent: float) -> Difference | None:
-    seeds = [seed for seed in range(plan.seeds) if all((arm, percent, seed) in runs for arm in ARMS)]
+    seeds = _paired(plan, runs, percent)
     if not seeds:
         return None
     records = {
         arm: [MatchRecord.from_record(runs[arm, percent, seed]["matches"]) for seed in seeds] for arm in ("O", "R")
     }
     return compare("O", "R", records, plan.draws)
+
+
+def _zoo_rows(plan: ProductPlan, runs: Runs) -> list[tuple[str, ...]]:
+    """With and without pre-training at every share of labels, run or not."""
+    rows = []
+    for percent in plan.percents:
+        start = (f"`{plan.model.name}` from ImageNet weights", "simulated streets", f"{percent:g} %")
+        difference = _compare(plan, runs, percent)
+        if difference is None:
+            rows.append((*start, *["not measured"] * 3, "0"))
+            continue
+        seeds = _paired(plan, runs, percent)
+        means = (100 * np.mean([runs[arm, percent, seed]["mAP"] for seed in seeds]) for arm in ("R", "O"))
+        low, high = (100 * value for value in difference.interval)
+        gain = f"{100 * difference.mean:+.2f}, {low:+.2f} to {high:+.2f}"
+        rows.append((*start, *(f"{mean:.2f}" for mean in means), gain, str(len(seeds))))
+    return rows
 
 
 def _every_seed(plan: ProductPlan, runs: Runs, percent: float) -> Section:

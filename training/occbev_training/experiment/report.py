@@ -143,9 +143,7 @@ def to_markdown(sections: Sequence[Section], pictures: str) -> str:
         parts.append(f"### {section.title}")
         parts += section.text
         if section.table[1:]:
-            header, *rows = section.table
-            lines = [header, tuple("---" for _ in header), *rows]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            parts.append("\n".join(_markdown_table(section.table)))
         if section.plot:
             parts.append(f"![{section.title}]({pictures}/{section.plot[0]}.svg)")
         if section.picture:
@@ -640,21 +638,48 @@ chapter.
 
 @dataclass(frozen=True)
 class Chapter:
-    """The results of one plan on the page. name: the plan's, before the names of its plots."""
+    """The results of one plan on the page.
+
+    name: the plan's, before the names of its plots. zoo: rows of `ZOO_HEADER` in the table of the model zoo.
+    """
 
     title: str
     name: str
     sections: Sequence[Section]
+    zoo: Sequence[tuple[str, ...]]
 
 
 def chapter_of(results: Results, command: str) -> Chapter:
     """Return the chapter of a plan. command: that which repeats it."""
-    where = "On simulated streets" if results.plan.world.recorded is None else "On a real drive"
-    return Chapter(f"{where}: plan `{results.plan.name}`", results.plan.name, sections_of(results, command))
+    plan = results.plan
+    where = "On simulated streets" if plan.world.recorded is None else "On a real drive"
+    return Chapter(f"{where}: plan `{plan.name}`", plan.name, sections_of(results, command), _zoo_rows(results))
+
+
+ZOO_HEADER = ("network", "scored on", "labels", "mAP without", "mAP with", "difference, 95 % interval", "seeds")
+"""Columns of the model zoo's table of with and without pre-training."""
+
+ZOO_BEGIN, ZOO_END = "<!-- pre-training: begin -->", "<!-- pre-training: end -->"
+
+
+def _zoo_rows(results: Results) -> list[tuple[str, ...]]:
+    """With and without pre-training at every share of labels that both were run at."""
+    plan, rows = results.plan, []
+    recorded = plan.world.recorded
+    network = f"the small one of [results.md](results.md), {MODEL.image.width}x{MODEL.image.height}"
+    where = "simulated streets" if recorded is None else f"`{recorded.name}`, second half"
+    for percent in sorted({group.percent for group in plan.runs}):
+        difference = results.compare("O", "R", percent)
+        if difference is not None:
+            seeds = results.seeds_of(percent, "R", "O")
+            means = (100 * np.mean([results.runs[arm, percent, seed]["mAP"] for seed in seeds]) for arm in ("R", "O"))
+            gain = f"{_points(difference.mean)}, {_range(difference.interval)}"
+            rows.append((network, where, f"{percent:g} %", *(f"{mean:.2f}" for mean in means), gain, str(len(seeds))))
+    return rows
 
 
 def write_docs(page: Path, chapters: Sequence[Chapter]) -> None:
-    """Write the page of the documentation and its plots beside it, under `results/`."""
+    """Write the page of the documentation, its plots under `results/`, and the table in the model zoo beside it."""
     folder = page.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [HEADER]
@@ -668,3 +693,13 @@ def write_docs(page: Path, chapters: Sequence[Chapter]) -> None:
             sections.append(section)
         parts.append(f"## {chapter.title}\n\n{to_markdown(sections, 'results')}")
     page.write_text("\n".join(parts))
+    zoo = page.with_name("model-zoo.md")
+    if zoo.exists():
+        before, _, rest = zoo.read_text().partition(ZOO_BEGIN)
+        table = "\n".join(_markdown_table((ZOO_HEADER, *(row for chapter in chapters for row in chapter.zoo))))
+        zoo.write_text(f"{before}{ZOO_BEGIN}\n{table}\n{ZOO_END}{rest.partition(ZOO_END)[2]}")
+
+
+def _markdown_table(table: Sequence[tuple[str, ...]]) -> list[str]:
+    header, *rows = table
+    return [f"| {' | '.join(line)} |" for line in (header, tuple("---" for _ in header), *rows)]

@@ -23,7 +23,15 @@ from occbev_training.experiment.phases import (
     score_detection,
     score_occupancy,
 )
-from occbev_training.experiment.plan import Plan, Registered, RunGroup, Settings, load_plan, require_registered
+from occbev_training.experiment.plan import (
+    Plan,
+    PlanError,
+    Registered,
+    RunGroup,
+    Settings,
+    load_plan,
+    require_registered,
+)
 from occbev_training.experiment.pool import Pool, labelled_pool, whole_pool
 from occbev_training.experiment.statistics import CUT
 from occbev_training.models.checkpoints import load_strictly, read_weights
@@ -137,6 +145,10 @@ class Place(Protocol):
         """File of the results, one JSON line for each task."""
         ...
 
+    def folder(self, task_key: str) -> Path:
+        """Folder of a task's training."""
+        ...
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -186,18 +198,43 @@ def read_rows(path: Path, plan_hash: str | None = None) -> list[Row]:
     return [row for row in rows if plan_hash in (None, row["plan"])]
 
 
+def begin_with(place: Place, kept: Path) -> int:
+    """Take over the rows that are kept of a plan, where it has none here yet; returns how many."""
+    rows = read_rows(kept, place.plan.hash)
+    if place.rows.exists() or not rows:
+        return 0
+    place.runs.mkdir(parents=True, exist_ok=True)
+    place.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)
+
+
+def require_same_drives(place: Workplace) -> None:
+    """Refuse to add rows to those of other test drives, such as of a simulator that draws otherwise; raises PlanError."""
+    scored = {row["data"]["scored"] for row in read_rows(place.rows, place.plan.hash) if row["kind"] == "run"}
+    here = place.scored("test").hash if scored else ""
+    if scored and scored != {here}:
+        raise PlanError(f"{place.rows}: rows of test drives {sorted(scored)}, those in {place.world} are {here}")
+
+
 def run_tasks(place: Place, tasks: Sequence[Task], workers: int, do: Callable[..., Row] | None = None) -> Iterator[Row]:
-    """Do every task that has no row yet; yields its row after it was written. do: in place of `do_task`; picklable."""
+    """Do every task that has no row yet; yields its row after it was written. do: in place of `do_task`; picklable.
+
+    Rows may come from elsewhere, without the weights of phase 1: those that a task needs are trained again.
+    """
     place.runs.mkdir(parents=True, exist_ok=True)
     done = {row["key"] for row in read_rows(place.rows, place.plan.hash)}
-    waiting = [task for task in tasks if task.key not in done]
+    needed = {task.needs for task in tasks if task.key not in done}
+    begun = {key for key in needed if key is not None and key in done}
+    lost = {key for key in begun if not (place.folder(key) / "weights.safetensors").exists()}
+    waiting = [task for task in tasks if task.key not in done or task.key in lost]
     work = partial(do or do_task, path=place.path, out=place.out)
     if workers <= 1:
         results: Iterator[Row] = map(work, waiting)
     else:
         results = _side_by_side(waiting, work, workers)
     for row in results:
-        _append(place.rows, row)
+        if row["key"] not in done:
+            _append(place.rows, row)
         yield row
 
 

@@ -50,4 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recording", type=Path, help="the real drive of a plan that has one: an MCAP bag with boxes.json beside it"
     )
-    parser.add_argument("--keep", type=Path, metavar="ROWS", help="copy the rows here at the end")
+    parser.add_argument(
+        "--keep", type=Path, metavar="ROWS", help="begin with the rows of this file, and copy all rows here at the end"
+    )
