@@ -71,7 +71,7 @@ def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Pa
                 np.testing.assert_allclose(camera.cam2ego, recording.rig[camera.name].cam2ego)
     rig = CameraRig.load(tmp_path / "out" / "rig.yaml")
     np.testing.assert_allclose(rig["left"].intrinsic, recording.rig["left"].intrinsic)
-    assert (tmp_path / "out" / "rig.yaml").read_text().startswith("# A camera rig.")
+    assert (tmp_path / "out" / "rig.yaml").read_text().startswith("# A camera rig, ")
 
 
 @pytest.mark.parametrize("kind", POSE_TYPES[1:])

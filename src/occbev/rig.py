@@ -28,13 +28,13 @@ MAX_SIDE = 65_535
 
 
 HEADER = """\
-# A camera rig. Cameras stand in the order of the model; each has
-#   name                    as in the file of topics, or in the node's cameras.names
-#   width, height           pixels of the images that calibration is for; images of the same aspect may be larger or smaller
+# A camera rig, in the order in which the network gets the cameras. Each has
+#   name                    as in the topics file, or in the node's cameras.names
+#   width, height           pixels for which the calibration holds; images of the same aspect may be larger or smaller
 #   intrinsic               3x3 pinhole matrix in these pixels, u right and v down; pixel i covers [i, i + 1)
 #   distortion_model        none, plumb_bob, rational_polynomial or equidistant (a fisheye, Kannala-Brandt), as in CameraInfo
 #   distortion              its coefficients in CameraInfo's order: 4 or 5, 8, 4; empty for none
-#   cam2ego                 where the optical frame (x right, y down, z forward) is in base_link (x forward, y left, z up):
+#   cam2ego                 pose of the optical frame (x right, y down, z forward) in base_link (x forward, y left, z up):
 #     translation           x, y, z in metres
 #     rotation_xyzw         unit quaternion, as in /tf
 """

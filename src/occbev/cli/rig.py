@@ -4,9 +4,9 @@
     occbev overlay my_bag --topics vehicle/topics.yaml --out overlay
     occbev run params_file:=vehicle/perception.yaml
 
-topics.yaml names every topic; rename cameras, add or drop topics there. bag-check, pairs, prepare, overlay and the
-node's parameter `topics` take it. rig.yaml holds lens and place of every camera as the bag says; edit it where the bag
-has no calibration or a wrong one. perception.yaml names the same topics for the node.
+topics.yaml names every topic: rename cameras, add or drop topics there. bag-check, pairs, prepare, learn, overlay and
+the node's parameter `topics` take it. rig.yaml holds lens and pose of every camera: edit it if the bag has no
+calibration or a wrong one. perception.yaml holds the parameters of the node for the same topics.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_reco
 from occbev.rig import Camera, CameraRig
 
 TOPICS_HEADER = """\
-# Every topic of this vehicle, for: occbev-train bag-check | pairs | prepare --topics, occbev overlay --topics, and the
-# node's parameter `topics`. cameras: NAME: {image, info, frame}; info may go where a rig file is given, frame is only
-# for messages that name another frame than the camera's optical one. lidar: PointCloud2, or a list of them.
-# odometry: Odometry, PoseStamped or PoseWithCovarianceStamped; without it poses come from tf. The node needs
-# `ego_motion.odometry_type` for the last two.
+# All topics of this vehicle: for the option --topics of the commands and the parameter `topics` of the node.
+#   cameras     NAME: {image, info, frame}. Leave out info if a rig file has the calibration. frame is the optical frame,
+#               only needed if the messages name another one.
+#   lidar       PointCloud2, or a list of several
+#   odometry    Odometry, PoseStamped or PoseWithCovarianceStamped (for the last two the node also needs
+#               ego_motion.odometry_type). Left out: poses come from tf.
 """
 
 PARAMETERS_HEADER = "# Parameters of the perception node; docs/topics-and-parameters.md lists all.\n"
