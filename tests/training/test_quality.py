@@ -21,7 +21,7 @@ from occbev_training.occupancy.quality import (
     broken_limits,
     compare_with_truth,
     ego_leak,
-    evaluation_data_sweep,
+    held_out_sweep,
     label_hash,
     measure_key,
     observed_by_ring,
@@ -67,9 +67,9 @@ def test_a_good_drive_keeps_every_limit(good) -> None:
     assert values["q7_ego_leak"] == 0
 
 
-def test_bad_poses_break_the_evaluation_data_sweep() -> None:
+def test_bad_poses_break_the_held_out_sweep() -> None:
     builder = LabelBuilder(shaken(drive(), 0.3), CONFIG, GRID)
-    ends, through = evaluation_data_sweep(builder, builder.window(0))
+    ends, through = held_out_sweep(builder, builder.window(0))
     assert ends < 0.9 or through > 0.02
 
 

@@ -1,4 +1,4 @@
-"""How good labels are when no truth is there: measures Q1 to Q9, and against truth where there is some.
+"""Quality of labels: measures Q1 to Q9 without a truth, and the comparison with a truth where there is one.
 
 Each measure is a number with a limit; the limits gate what enters a training set.
 """
@@ -83,8 +83,8 @@ def label_hash(label: OccupancyLabel) -> str:
     return digest.hexdigest()[:16]
 
 
-def evaluation_data_sweep(builder: LabelBuilder, window: Window) -> tuple[float, float]:
-    """Q1: label without one sweep, then ask that sweep.
+def held_out_sweep(builder: LabelBuilder, window: Window) -> tuple[float, float]:
+    """Q1: make the label without one sweep, then compare it with that sweep.
 
     Returns: the share of its returns in or next to an occupied cell, and the share of its beams
     that go through the returns of an occupied cell. NaN where no other sweep is in the window.
@@ -222,7 +222,7 @@ def measure_key(
     camera_agreement: Q6, which `extrinsics.judge_rig` finds over several key frames of the drive.
     """
     key, label, window = examined.key, examined.label, examined.window
-    ends, through = evaluation_data_sweep(builder, window)
+    ends, through = held_out_sweep(builder, window)
     decision = examined.decision
     values = {
         "q1_ends_in_occupied": ends,
