@@ -126,7 +126,7 @@ def test_a_package_is_calibrated_and_its_card_says_so(frames: list[Any], reposit
     assert read_calibration(again).fitted_on == "two frames"
     assert again.metrics["space"]["frames"] == 2
     card = (tmp_path / "package" / "README.md").read_text()
-    assert card.count("## How sure it is") == 1
+    assert card.count("## Calibration of probabilities") == 1
     assert "Fitted on two frames" in card
     with pytest.raises(SpaceError, match="0 frames"):
         fit_space(package, [], "nothing", CONFIG)

@@ -1,7 +1,8 @@
-"""Put a calibration of space into a package: the curves, their picture, and what they are worth on the card."""
+"""Put a calibration of space into a package: the curves, their picture, and the calibration errors on its card."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from occbev.inference.model_package import ModelPackage, write_package
@@ -10,7 +11,9 @@ from occbev_training.evaluation.space import SpaceFit, draw_reliability
 
 PICTURE = "reliability.png"
 
-HEADING = "\n## How sure it is\n"
+HEADING = "\n## Calibration of probabilities\n"
+HEADINGS = re.compile(rf"{HEADING}|\n## How sure it is\n")
+"""The section of a card, as it is called now and in older packages."""
 
 
 def write_calibration(package: ModelPackage, fit: SpaceFit) -> dict[str, Any]:
@@ -20,22 +23,22 @@ def write_calibration(package: ModelPackage, fit: SpaceFit) -> dict[str, Any]:
     draw_reliability(fit, package.folder / PICTURE)
     card = package.folder / "README.md"
     text = card.read_text() if card.is_file() else f"# {package.model.name}\n"
-    card.write_text(text.split(HEADING)[0].rstrip("\n") + "\n" + HEADING + _section(record))
+    card.write_text(HEADINGS.split(text)[0].rstrip("\n") + "\n" + HEADING + _section(record))
     write_package(package.folder, package.model, package.provenance, {**package.metrics, "space": record})
     return record
 
 
 def _section(record: dict[str, Any]) -> str:
     return f"""
-Fitted on {record["fitted_on"]}. Expected calibration error: how far a stated probability is from the truth.
+Fitted on {record["fitted_on"]}. Expected calibration error (mean distance of predicted probability and measured frequency):
 
-| | as the network says | calibrated |
+| probability that | network | calibrated |
 |---|---|---|
 | a voxel is occupied | {record["voxels_ece"]:.3f} | {record["voxels_ece_calibrated"]:.3f} |
 | a cell holds an obstacle | {record["obstacles_ece"]:.3f} | {record["obstacles_ece_calibrated"]:.3f} |
 
-![How often it is so, for every probability that the network says, by distance]({PICTURE})
+![Measured frequency against predicted probability, by distance]({PICTURE})
 
-Dots are what was counted, lines the calibration. It is stored in `{FILE_NAME}`; without that file the ground grid
-takes the network's word.
+Dots are measured, lines are the calibration. It is stored in `{FILE_NAME}`; without that file the ground grid uses the
+network's probabilities.
 """

@@ -75,7 +75,7 @@ Arrays = dict[str, NDArray[Any]]
 Differences = dict[str, float]
 
 
-UNTRAINED = "Untrained: random weights, to measure latency. What it says of a scene means nothing."
+UNTRAINED = "Untrained: random weights, to measure latency. Its results have no meaning."
 """Data of the card of an untrained network."""
 
 NOISE_FRAMES = 2
@@ -475,7 +475,7 @@ def _seen_share(image: ImageConfig) -> str:
         return "all"
     wide, tall = (min(1.0, image.height / image.width * aspect) for aspect in (16 / 9, 4 / 3))
     lower = f"the lower {wide:.0%} of a 16:9 image, {tall:.0%} of a 4:3 one"
-    return f"{lower}; around the horizon where the lower rows lack it"
+    return f"{lower}; the rows around the horizon if the lower rows do not contain it"
 
 
 def model_card(
@@ -496,7 +496,7 @@ def model_card(
     rows = {
         "parameters": f"{parameters / 1e6:.2f} million",
         "input": f"{cameras} cameras, {image.width}x{image.height} pixels each",
-        "rows that it sees": _seen_share(image),
+        "image rows used": _seen_share(image),
         **training_family(model).describe(model),
         "BEV": f"{_extent(model.bev.lo, model.bev.hi)}, cells of {model.bev.pitch[0]:.4g} m, frame {model.bev.frame}",
     }
@@ -508,23 +508,22 @@ def model_card(
             "",
             f"Camera-BEV perception: {' and '.join(outputs)} from surround cameras.",
             *(["", f"**{UNTRAINED}**"] * (provenance.get("data") == UNTRAINED)),
-            *(["", "It predicts no boxes: that head was never trained."] * (not has_boxes)),
+            *(["", "It predicts no boxes: the detection head was not trained."] * (not has_boxes)),
             "",
             "| | |",
             "|---|---|",
             *(f"| {name} | {text} |" for name, text in rows.items()),
             "",
-            "`config.yaml` fixes the model and holds the SHA-256 of every file. `model.onnx` is the graph for ONNX",
-            "Runtime and TensorRT; on a GPU they read `model_fp16.onnx` first, where it is there.",
-            "`weights.safetensors` is for torch. OpenVINO reads `model_int8.xml` (convolutions in",
-            "bytes) on CPUs that multiply bytes at once, or else `model.xml` (weights stored as fp16) or the ONNX graph,",
-            "whichever is there. Calibration and state are inputs of the graphs.",
+            "`config.yaml` holds the configuration of the model and the SHA-256 of every file. ONNX Runtime and TensorRT",
+            "read `model.onnx`, on a GPU `model_fp16.onnx` if it is there. torch reads `weights.safetensors`. OpenVINO reads",
+            "`model_int8.xml` (int8 convolutions) on CPUs with VNNI or AMX, else `model.xml` (weights stored as fp16), else",
+            "the ONNX graph. The graphs take calibration and state as inputs.",
             "",
-            "## Where it comes from",
+            "## Training",
             "",
             *_bullets(provenance),
             "",
-            "## How good it is",
+            "## Scores",
             "",
             *_bullets(metrics),
             "",
