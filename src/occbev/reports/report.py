@@ -38,7 +38,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class About:
-    """What a page says of the run at its top."""
+    """Title and introduction of a page."""
 
     title: str
     text: str
@@ -48,7 +48,7 @@ DEMO = About(
     "occbev demo",
     "A simulated drive that the network never saw, played as a ROS 2 bag over real DDS through the perception node. "
     "Everything below was published by the node, recorded, and scored against the simulator's truth. "
-    "The weights have only seen simulated streets.",
+    "The weights were trained on simulated streets only.",
 )
 
 
@@ -157,7 +157,7 @@ def _viewer(scenes: Sequence[_Packed]) -> str:
     hint = "<p>Drag to turn, Shift and drag to move, wheel or two fingers to zoom.</p>" if space else ""
     last = len(scenes) - 1
     return (
-        "<section><h2>What it saw and what it made of it</h2>"
+        "<section><h2>Cameras, prediction and truth</h2>"
         "<div class=controls><button id=play type=button>Play</button>"
         f'<input id=slider type=range min=0 max={last} value=0 aria-label="Time">'
         f"<output id=clock></output></div>{space}{hint}<div id=scenes>{pages}</div></section>"
@@ -190,8 +190,8 @@ def _data_uri(image: Image) -> str:
 
 def _latency(summary: Mapping[str, Any], frames: Sequence[FrameLatency]) -> str:
     return (
-        "<section><h2>Where the time goes</h2>"
-        "<p>Total is from the sending of a set's last image to the publishing of its result, on one steady clock; the bar ends at the median, the line at the 95th percentile.</p>"
+        "<section><h2>Latency</h2>"
+        "<p>Total: from the publication of the last image of a frame set to the publication of its result. Bars end at the median, lines at the 95th percentile.</p>"
         f"{_stage_chart(summary['latency_ms'])}"
         "<p>Every frame of the drive; a cross is a frame that was dropped.</p>"
         f"{_timeline(frames)}</section>"
@@ -250,10 +250,10 @@ def _svg(height: float, inner: str, title: str) -> str:
 
 def _accuracy(summary: Mapping[str, Any]) -> str:
     if "detection" not in summary or "occupancy" not in summary:
-        return "<section><h2>How well</h2><p>The truth of this drive is not known.</p></section>"
+        return "<section><h2>Scores</h2><p>The truth of this drive is not known.</p></section>"
     detection, occupancy = summary["detection"], summary["occupancy"]
     return (
-        "<section><h2>How well</h2>"
+        "<section><h2>Scores</h2>"
         f"<p>Detection over the full range: mAP {_number(detection['mAP'], 3)} "
         f"({_number(detection.get('mAP_present'), 3)} over the classes that are present), "
         f"NDS {_number(detection['NDS'], 3)}. Occupancy over camera-visible voxels: "
@@ -298,7 +298,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
         for key, title in titles.items()
         if summary.get(key)
     )
-    return f"<section><h2>With what</h2><div class=facts>{tables}</div></section>"
+    return f"<section><h2>Machine, versions and settings</h2><div class=facts>{tables}</div></section>"
 
 
 def _fact_rows(facts: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ def _scores(record: Mapping[str, Any]) -> str:
         if key in before and key in after
     ]
     if "mean_grid_iou" in before:
-        mean = f"<td colspan=2>{before['mean_grid_iou']:.3f}</td><td>says the same of every frame</td>"
+        mean = f"<td colspan=2>{before['mean_grid_iou']:.3f}</td><td>the same grid for every frame</td>"
         rows.insert(1, f"<tr><th>occupancy IoU of the mean grid</th>{mean}</tr>")
     head = "<tr><th>held-out part of the drives</th><th>before</th><th>after</th><th></th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
