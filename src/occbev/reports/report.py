@@ -157,7 +157,7 @@ def _viewer(scenes: Sequence[_Packed]) -> str:
     hint = "<p>Drag to turn, Shift and drag to move, wheel or two fingers to zoom.</p>" if space else ""
     last = len(scenes) - 1
     return (
-        "<section><h2>Cameras, prediction and truth</h2>"
+        "<section><h2>Cameras and results</h2>"
         "<div class=controls><button id=play type=button>Play</button>"
         f'<input id=slider type=range min=0 max={last} value=0 aria-label="Time">'
         f"<output id=clock></output></div>{space}{hint}<div id=scenes>{pages}</div></section>"
