@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-from tests.training.test_export import MODEL  # noqa: E402
+from tests.small_network import SMALL  # noqa: E402
 
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.share import share_path  # noqa: E402
@@ -31,10 +31,10 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 def test_half_of_our_own_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    graph = make_graph(build_model(MODEL, "finetune").eval())
-    write_onnx(graph, MODEL, tmp_path / "model.onnx")
+    graph = make_graph(build_model(SMALL, "finetune").eval())
+    write_onnx(graph, SMALL, tmp_path / "model.onnx")
     write_fp16(tmp_path / "model.onnx", tmp_path / "model_fp16.onnx")
-    inputs = example_inputs(MODEL, graph, 5)
+    inputs = example_inputs(SMALL, graph, 5)
     want, got = (run_onnx(tmp_path / name, inputs) for name in ("model.onnx", "model_fp16.onnx"))
     check_factors(want)
     differences = relative_differences({n: a for n, a in want.items() if a.dtype == np.float32}, got)

@@ -12,7 +12,7 @@ import yaml
 torch = pytest.importorskip("torch")
 pytest.importorskip("nncf")
 
-from tests.training.test_export import MODEL  # noqa: E402
+from tests.small_network import SMALL  # noqa: E402
 
 from occbev.config import to_record  # noqa: E402
 from occbev.inference import openvino_backend  # noqa: E402
@@ -41,7 +41,7 @@ class RandomFrames(SampleCache):
     def __getitem__(self, index: int):  # type: ignore[no-untyped-def]
         from types import SimpleNamespace
 
-        rig, image = ring_rig(MODEL, 3), MODEL.image
+        rig, image = ring_rig(SMALL, 3), SMALL.image
         shape = (3, image.height, image.width, 3)
         return SimpleNamespace(
             images=np.random.default_rng(index).integers(0, 255, shape, np.uint8),
@@ -53,15 +53,15 @@ class RandomFrames(SampleCache):
 
 def frames(count: int = 40) -> RandomFrames:
     samples = tuple(("noise", f"{i}.npz") for i in range(count))
-    return RandomFrames(Path("noise"), CacheInfo(MODEL.image, ("a", "b", "c")), samples)
+    return RandomFrames(Path("noise"), CacheInfo(SMALL.image, ("a", "b", "c")), samples)
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
-    network = build_model(MODEL, "finetune").eval()
+    network = build_model(SMALL, "finetune").eval()
     folder = tmp_path_factory.mktemp("int8")
-    return export_package(network, MODEL, folder, {"data": "noise"}, {}, (), (3,), frames(), gpu=True)
+    return export_package(network, SMALL, folder, {"data": "noise"}, {}, (), (3,), frames(), gpu=True)
 
 
 def test_the_int8_graph_takes_the_place_of_the_rounded_one(package: ModelPackage) -> None:
@@ -102,7 +102,7 @@ def test_any_number_of_cameras_runs_and_is_near_float(package: ModelPackage, mon
     from occbev.inference.table_cache import TableCache
 
     monkeypatch.setattr(openvino_backend, "multiplies_bytes", lambda: True)
-    image = MODEL.image
+    image = SMALL.image
     for count in (2, 5):
         results = []
         for precision, device in (("auto", "int8"), ("f32", "f32")):
@@ -111,7 +111,7 @@ def test_any_number_of_cameras_runs_and_is_near_float(package: ModelPackage, mon
             assert ("int8" in backend.device) == (precision == "auto")
             pixels = np.random.default_rng(7).integers(0, 255, (1, count, 3, image.height, image.width))
             mean, std = (np.array(v, np.float32)[:, None, None] for v in (image.mean, image.std))
-            tables = TableCache(MODEL, backend.form).tables(ring_rig(MODEL, count))
+            tables = TableCache(SMALL, backend.form).tables(ring_rig(SMALL, count))
             inputs = {
                 "images": ((pixels - mean) / std).astype(np.float32),
                 "camera_valid": np.ones((1, count), np.float32),
@@ -129,10 +129,10 @@ def test_a_cpu_without_byte_products_reads_another_graph(
 
 
 def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) -> None:
-    network = build_model(MODEL, "finetune").eval()
+    network = build_model(SMALL, "finetune").eval()
     with pytest.raises(QuantisationError, match="holds 39 frames, want 40 or more"):
-        export_package(network, MODEL, tmp_path / "few", {}, {}, (), (3,), frames(39))
-    other = replace(MODEL, image=replace(MODEL.image, width=128))
+        export_package(network, SMALL, tmp_path / "few", {}, {}, (), (3,), frames(39))
+    other = replace(SMALL, image=replace(SMALL.image, width=128))
     with pytest.raises(QuantisationError, match="was prepared for"):
         check_frames(other, frames())
     with pytest.raises(ExportError, match="only our own"):
@@ -141,7 +141,7 @@ def test_too_few_frames_or_frames_of_another_size_are_refused(tmp_path: Path) ->
 
 
 def test_frames_of_a_network_with_a_memory_are_first_ones(tmp_path: Path) -> None:
-    model = replace(MODEL, memory=1)
+    model = replace(SMALL, memory=1)
     graph = write_ir(build_model(model, "finetune").eval(), model, tmp_path / "model.xml", True)
     names = {port.get_any_name() for port in graph.inputs}
     assert any(name.startswith("state_in") for name in names)
@@ -165,7 +165,7 @@ def test_an_untrained_network_is_exported_for_its_latency_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "model.yaml"
-    config.write_text(yaml.safe_dump(to_record(replace(MODEL, name="reduced", memory=1))))
+    config.write_text(yaml.safe_dump(to_record(replace(SMALL, name="reduced", memory=1))))
     out = tmp_path / "package"
     assert main(["export", str(config), "--untrained", "--out", str(out), "--cameras", "3"]) == 0
     made = ModelPackage.load(out)

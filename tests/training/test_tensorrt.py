@@ -20,8 +20,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+from tests.small_network import SMALL  # noqa: E402
 from tests.strict_tensorrt import RELEASES, TABLE, Gpu, check_arguments, installed  # noqa: E402
-from tests.training.test_export import MODEL  # noqa: E402
 
 from occbev.inference.backend import FACTORS, BackendError, RunSettings, load_backend  # noqa: E402
 from occbev.inference.example_inputs import example_inputs  # noqa: E402
@@ -38,9 +38,9 @@ F32 = RunSettings(threads=1, precision="f32")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("engine")
-    write_onnx(make_graph(build_model(MODEL, "finetune").eval()), MODEL, folder / "model.onnx")
+    write_onnx(make_graph(build_model(SMALL, "finetune").eval()), SMALL, folder / "model.onnx")
     write_fp16(folder / "model.onnx", folder / "model_fp16.onnx")
-    return write_package(folder, MODEL, {"data": "nothing"}, {})
+    return write_package(folder, SMALL, {"data": "nothing"}, {})
 
 
 @pytest.fixture(params=RELEASES)
@@ -62,7 +62,7 @@ def test_an_engine_gives_what_its_graph_gives_and_frees_all_it_took(
 ) -> None:
     engine = backend.load(package, 5, F32)
     assert engine.device == "Probe GPU, f32"
-    inputs = [example_inputs(MODEL, engine.form, 5, seed) for seed in (0, 3)]
+    inputs = [example_inputs(SMALL, engine.form, 5, seed) for seed in (0, 3)]
     reference = load_backend(package, 5, "onnxruntime", F32)
     for arrays in inputs:
         found, wanted = engine.run(arrays), reference.run(arrays)

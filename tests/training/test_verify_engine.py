@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.training.test_export import MODEL  # noqa: E402
+from tests.small_network import SMALL  # noqa: E402
 
 from occbev.cli import main  # noqa: E402
 from occbev.inference.backend import BackendError, RunSettings, load_backend  # noqa: E402
@@ -26,9 +26,9 @@ from occbev_training.models.families import make_graph  # noqa: E402
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModelPackage:
     torch.manual_seed(0)
-    network, folder = build_model(MODEL, "finetune").eval(), tmp_path_factory.mktemp("verified")
-    write_onnx(make_graph(network), MODEL, folder / "model.onnx")
-    return write_package(folder, MODEL, {"data": "nothing"}, {})
+    network, folder = build_model(SMALL, "finetune").eval(), tmp_path_factory.mktemp("verified")
+    write_onnx(make_graph(network), SMALL, folder / "model.onnx")
+    return write_package(folder, SMALL, {"data": "nothing"}, {})
 
 
 def test_a_runtime_is_compared_timed_and_written_down(
