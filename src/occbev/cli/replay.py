@@ -195,9 +195,9 @@ def _drive(player: PlayerNode, args: argparse.Namespace, node: subprocess.Popen[
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("waiting for the node", total=100)
+        task = progress.add_task("waiting for the node", total=None)
         player.wait_for_perception(args.wait, alive)
-        progress.update(task, description=f"playing {args.bag.name}")
+        progress.update(task, description=f"playing {args.bag.name}, percent", total=100)
         player.play(lambda share: progress.update(task, completed=round(100 * share)), alive, args.loop)
         progress.update(task, description="waiting for the last results", completed=99)
         drain(player, frame_log if node is not None else None)
