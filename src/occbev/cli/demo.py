@@ -212,7 +212,7 @@ def _play(folder: Path, drive: KeptDrive, package: ModelPackage) -> Played:
     folder.mkdir(parents=True)
     bag, account, log = folder / "published", folder / "replay.json", folder / "node.log"
     command = [sys.executable, "-m", "occbev", "replay", str(drive.bag), "--record", str(bag)]
-    command += ["--model", str(package.folder), "--json", str(account), "--node-log", str(log)]
+    command += ["--wait", "300", "--model", str(package.folder), "--json", str(account), "--node-log", str(log)]
     command += [argument for value in SCORED for argument in ("--set", value)]
     done = subprocess.run(command, check=False, env={**os.environ, **own_domain()})
     if not account.is_file():

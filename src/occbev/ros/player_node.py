@@ -177,7 +177,11 @@ class PlayerNode(Node):
             if not alive():
                 raise ChildProcessError("the perception node ended before it was ready; see its messages above")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"after {seconds:.0f} s nobody listens to or publishes {', '.join(missing)}")
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                raise TimeoutError(
+                    f"the perception node is not ready after {seconds:.0f} s: nobody listens to or publishes "
+                    f"{', '.join(missing[:3])}{more}; its messages say why, a slow machine needs a longer --wait"
+                )
             time.sleep(0.02)
         # A reader may learn of its writer after the writer did of it; what is published between is lost to it.
         time.sleep(SETTLE_S)
