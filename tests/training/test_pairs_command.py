@@ -309,3 +309,10 @@ def test_recordings_are_found_by_what_a_path_holds(bags, tmp_path, make_recordin
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordingError, match="neither a nuScenes root"):
         find_recordings(tmp_path / "empty")
+
+
+def test_learn_checks_every_bag_of_a_folder(bags, tmp_path, capsys) -> None:
+    assert main(["learn", str(bags), "--out", str(tmp_path / "out"), "--key-interval", "0.5", "--plan"]) == 0
+    steps = [line.split()[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("  occbev-train ")]
+    checked = [path for command, path in steps if command == "bag-check"]
+    assert checked == sorted(str(path) for path in bags.iterdir())

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     config = _drive_config(args)
     args.out.mkdir(parents=True, exist_ok=True)
     package = ModelPackage.load(find_package(args.model))
-    CONSOLE.print(f"[bold]occbev demo[/]: {package.model.name}, trained on {package.trained_on}")
+    CONSOLE.print(f"[bold]occbev demo[/]: {package.model.name}, trained on {package.trained_on}", soft_wrap=True)
     with clock("simulate"):
         drive = _simulate(args, config)
     with clock("replay"):

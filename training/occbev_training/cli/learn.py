@@ -6,7 +6,6 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 from rich.console import Console
@@ -19,6 +18,7 @@ from occbev_training.cli.arguments.shared import add_bag_arguments, add_input_ar
 from occbev_training.cli.inputs import find_inputs
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.stages import model_to_train
+from occbev_training.sources.discovery import OpenBag
 
 SECONDS_PER_PAIR, SECONDS_PER_DRIVE, SECONDS_PER_STEP = 1.5, 8.0, 2.5
 """What a pair, a simulated drive and a training step take of one core with occbev-tiny, for the plan."""
@@ -69,7 +69,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval)
     frames = {opener.name: opener.keys() for opener in found.openers}
     how = ("--no-turns", *given_arguments(args, add_bag_arguments))
-    checks = tuple(Step(("bag-check", str(path), *how), must=False) for path in args.inputs if _is_bag(path))
+    bags = dict.fromkeys(opener.path for opener in found.openers if isinstance(opener, OpenBag))
+    checks = tuple(Step(("bag-check", str(bag), *how), must=False) for bag in bags)
     training, seconds = _pretrain_steps(args) if args.pretrain else _adapt_steps(args)
     return Plan(frames, dict(found.problems), checks + training, seconds + SECONDS_PER_PAIR * sum(frames.values()))
 
@@ -84,6 +85,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"drives: {len(plan.frames)}; key frames: {sum(plan.frames.values())}; about {max(1.0, plan.seconds / 60):.0f} min "
         "of one CPU core; a GPU is used if there is one",
         highlight=False,
+        soft_wrap=True,
     )
     for step in plan.steps:
         console.print(f"  {step}", highlight=False, soft_wrap=True)
@@ -167,7 +169,3 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> tuple[str, ...]:
 def vars_of(args: argparse.Namespace) -> dict[str, object]:
     """Return the options that decide on an adaptation's config."""
     return {"steps": args.steps, "rehearsal_drives": args.rehearsal_drives}
-
-
-def _is_bag(path: Path) -> bool:
-    return path.suffix in (".mcap", ".db3") or (path / "metadata.yaml").is_file() or any(path.glob("*.mcap"))
