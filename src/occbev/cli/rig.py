@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from occbev.cli.console import make_console
 from occbev.graph import NODE_NAME
 from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
 from occbev.rig import Camera, CameraRig
@@ -35,10 +35,6 @@ TOPICS_HEADER = """\
 """
 
 PARAMETERS_HEADER = "# Parameters of the perception node; docs/topics-and-parameters.md lists all.\n"
-
-
-LOG_WIDTH = 140
-"""Columns of the table where there is no terminal to ask."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,9 +142,7 @@ def _print(rig: CameraRig, topics: BagTopics, left_out: dict[str, str], notes: l
         table.add_row(escape(camera.name), topic, size, lens, viewing_direction(camera))
     for name, reason in left_out.items():
         table.add_row(escape(name), escape(topics.images[name]), "-", "-", f"[yellow]left out: {escape(reason)}")
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
+    console = make_console()
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)

@@ -356,7 +356,7 @@ class SeenRows:
         return self.horizon is not None and not self.first <= self.horizon < self.last
 
     def __str__(self) -> str:
-        shown = f"camera {self.camera}: the network is shown rows {self.first} to {self.last} of {self.height}"
+        shown = f"camera {self.camera}: the network sees rows {self.first} to {self.last} of {self.height}"
         if (self.left, self.right) != (0, self.width):
             shown += f", columns {self.left} to {self.right} of {self.width}"
         if self.horizon is None:

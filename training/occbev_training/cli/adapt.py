@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
+from occbev.cli.console import make_console
 from occbev.cli.progress import Progress, status
 from occbev.config import ConfigError, ModelConfig, load_config
 from occbev.grid import GRIDS
@@ -62,7 +63,7 @@ ENOUGH_KEYS = 1000
 
 def run(args: argparse.Namespace) -> int:
     """Adapt, export and report; 130 when it was stopped."""
-    console = Console()
+    console = make_console()
     logging.getLogger("occbev_training").setLevel(logging.WARNING)
     package, config = ModelPackage.load(find_package(args.package)), adapt_config(args)
     root = _pairs_of(args, package.model)

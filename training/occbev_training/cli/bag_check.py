@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from occbev.cli.console import make_console
 from occbev_training.cli.bag_arguments import bag_options
 from occbev_training.occupancy.trial import CameraRow, Trial, try_drive
 from occbev_training.sources.bag_check import Verdict, check_bag, fix_clocks, propose_ego_box
@@ -37,9 +37,7 @@ def run(args: argparse.Namespace) -> int:
         found = {"ego_box": asdict(box)} if box else {"no_ego_box": reason} if reason else {}
         print(json.dumps({"bag": str(args.bag), "ok": not failed} | rows | found))
         return 1 if failed else 0
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
+    console = make_console()
     if cameras:
         console.print(_camera_table(cameras))
     console.print(_verdict_table(f"{args.bag}: {'not usable' if failed else 'usable'}", verdicts))
@@ -53,9 +51,6 @@ def run(args: argparse.Namespace) -> int:
 
 NEEDED = ("topics", "messages", "transforms and calibration")
 """Requirements without which no pair can be tried."""
-
-LOG_WIDTH = 140
-"""Columns of the tables where there is no terminal to ask."""
 
 KEY_INTERVAL = 0.5
 """Seconds between key frames, as `pairs` takes them."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from occbev.allocator import keep_large_blocks
+from occbev.cli.console import make_console
 from occbev.cli.progress import Progress, status
 from occbev.inference.model_package import ModelPackage
 from occbev_training.cli.inputs import root_options
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Score and print; exits with 0 whatever the scores are."""
     _check(args)
     keep_large_blocks()
-    console = Console()
+    console = make_console()
     if args.pairs is not None:
         return _of_pairs(args, console)
     record = _of_files(args, console) if args.package is None else _of_package(args, console)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from occbev.cli.console import make_console
 from occbev.cli.progress import Progress
 from occbev_training.occupancy.comparison import Comparison, compare_key
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
@@ -27,7 +28,7 @@ BOUNDS = {
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; 1 if a bound is broken."""
-    console = Console(stderr=args.json)
+    console = make_console(stderr=args.json)
     total: Comparison | None = None
     jobs = [
         (seed, key)

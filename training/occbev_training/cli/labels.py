@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from occbev.classes import DETECTION_CLASSES
+from occbev.cli.console import make_console
 from occbev.files import file_name
 from occbev.inference.pipeline import motion_to_key
 from occbev.inference.preprocess import decode_image
@@ -65,7 +65,7 @@ class LabelCounts:
 
 def run(args: argparse.Namespace) -> int:
     """Write the labels of every drive; 1 if one has none."""
-    console = Console(stderr=args.json)
+    console = make_console(stderr=args.json)
     found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval)
     args.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {}

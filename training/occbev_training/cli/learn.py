@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import yaml
 from rich.console import Console
 
+from occbev.cli.console import make_console
 from occbev.config import load_config
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev_training.cli.adapt import adapt_config, choose_interval, given_arguments, grid_name
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan and follow it; the status is that of the first step that must not fail and did."""
     from occbev_training.cli import main
 
-    console = Console()
+    console = make_console()
     plan = make_plan(args)
     print_plan(plan, console)
     if args.plan:

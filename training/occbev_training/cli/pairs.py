@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from occbev.cli.console import make_console
 from occbev.cli.progress import Progress
 from occbev.files import replace_file
 from occbev.grid import GRIDS
@@ -44,7 +45,7 @@ SUMMARY = "quality.json"
 
 def run(args: argparse.Namespace) -> int:
     """Make the pairs, index them, print the quality table; 1 if no sample was kept, an input failed, or the code did."""
-    console = Console(stderr=args.json)
+    console = make_console(stderr=args.json)
     if not console.is_terminal:
         logging.getLogger("occbev_training").setLevel(logging.ERROR)  # the end names each problem once
     args.inputs, args.out = split_output(args.inputs, args.out, "the pairs", bool(args.simulate or args.join))
@@ -209,7 +210,11 @@ def _report(
     if rows and args.validation > 0 and not splits["validation"]:
         drives = len({row["drive"] for row in rows})
         why = "there is one drive" if drives == 1 else f"the {drives} drives met within 100 m of each other"
-        console.print(f"no validation split: {why}; give pairs of other drives to --validation of 'pretrain'")
+        console.print(
+            f"no validation split: {why}; 'adapt' holds out a part of them, 'pretrain' needs pairs of other drives "
+            "for --validation",
+            highlight=False,
+        )
     _print_problems(problems, console)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
+from occbev.cli.console import make_console
 from occbev.cli.progress import Progress
 from occbev.config import ImageConfig, ModelConfig, to_record
 from occbev.files import file_name
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     args.inputs, args.out = split_output(args.inputs, args.out, "the cache", bool(args.simulate or args.nuscenes))
     model = in_base_link(load_model(args.model))  # as training will ask for it
     config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
-    console = Console()
+    console = make_console()
     found = _find(args, model)
     reports = list(_with_progress(found.openers, args, config, console))
     problems = found.problems | {report.name: report.problem for report in reports if report.problem}

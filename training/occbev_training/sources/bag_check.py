@@ -268,7 +268,7 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path:
         ]
         verdicts += [_image_size(recording, name, size) for name, size in recording.calibrated_sizes.items()]
         verdicts += [
-            Verdict(f"what a network is shown of {rows.camera}", not rows.cuts_horizon, str(rows), must=False)
+            Verdict(f"rows of {rows.camera}", not rows.cuts_horizon, str(rows), must=False)
             for rows in seen_rows(recording.rig, ImageConfig())
         ]
         if len(recording.sweep_stamp_ns):
