@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 from rich.console import Console
@@ -38,9 +39,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done with which drives. frames: drive -> key frames. seconds: of one core, about."""
+    """What is done with which drives. frames: drive -> key frames. bags: of the drives. seconds: of one core, about."""
 
     frames: dict[str, int]
+    bags: tuple[Path, ...]
     problems: dict[str, str]
     steps: tuple[Step, ...]
     seconds: float
@@ -60,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
         status = main(step.words)
         if status and step.must:
             return status
-    console.print(f"\n{args.out / 'package'} is ready; next: {next_command(args)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{args.out / 'package'} is ready; next: {next_command(args, plan.bags)}", highlight=False, soft_wrap=True
+    )
     return 0
 
 
@@ -70,10 +74,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval)
     frames = {opener.name: opener.keys() for opener in found.openers}
     how = ("--no-turns", *given_arguments(args, add_bag_arguments))
-    bags = dict.fromkeys(opener.path for opener in found.openers if isinstance(opener, OpenBag))
+    bags = tuple(dict.fromkeys(opener.path for opener in found.openers if isinstance(opener, OpenBag)))
     checks = tuple(Step(("bag-check", str(bag), *how), must=False) for bag in bags)
     training, seconds = _pretrain_steps(args) if args.pretrain else _adapt_steps(args)
-    return Plan(frames, dict(found.problems), checks + training, seconds + SECONDS_PER_PAIR * sum(frames.values()))
+    seconds += SECONDS_PER_PAIR * sum(frames.values())
+    return Plan(frames, bags, dict(found.problems), checks + training, seconds)
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -92,9 +97,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"  {step}", highlight=False, soft_wrap=True)
 
 
-def next_command(args: argparse.Namespace) -> str:
+def next_command(args: argparse.Namespace, bags: Sequence[Path]) -> str:
     """Return the command that shows the package at work; own camera names need a parameter file."""
-    bag, package = shlex.quote(str(args.inputs[0])), args.out / "package"
+    bag, package = shlex.quote(str(bags[0])) if bags else "BAG", args.out / "package"
     if args.topics is None:
         return f"occbev replay {bag} --model {shlex.quote(str(package))}"
     path = args.out / "perception.yaml"
