@@ -203,11 +203,11 @@ def _finish(
         calibrated = calibrate_space(args.out / "package", data.held_out)
     looks = _looks(package, data, found)
     facts = {
-        "learned from": f"{len(data.train)} pairs of {', '.join(data.train.drives)}; no box and no class of them",
-        "held out": f"{len(data.held_out)} pairs, no sweep of which is in a label that was learned from",
-        "rehearsed": f"{len(data.rehearsal or ())} simulated frames, half of them through these cameras",
+        "trained on": f"{len(data.train)} pairs of {', '.join(data.train.drives)}, without their boxes and classes",
+        "held out": f"{len(data.held_out)} pairs; no training label uses their sweeps",
+        "simulated": f"{len(data.rehearsal or ())} frames in the training, half of them through these cameras",
         "training": f"{found.steps} steps, {found.seconds:.0f} s",
-        "weights": f"{found.share:.0%} of the adapted ones, the rest of {package.model.name}'s",
+        "weights": f"{found.share:.0%} adapted, {1 - found.share:.0%} of {package.model.name}",
         "probabilities": calibrated,
         "int8 graph": int8,
         "package": f"{args.out / 'package'}, from {package.model.name} ({package.hash})",
@@ -223,7 +223,7 @@ def _finish(
     console.print(f"int8 graph: {int8}", highlight=False, markup=False)
     console.print(f"{args.out / 'package'}: predicts {written.predicts}", highlight=False)
     console.print(
-        f"look at {args.out / 'report.html'}; next: occbev replay BAG --model {args.out / 'package'}", highlight=False
+        f"look at {args.out / 'report.html'}; try it: occbev replay BAG --model {args.out / 'package'}", highlight=False
     )
 
 

@@ -66,8 +66,8 @@ def draw_look(look: Look, grid: VoxelGrid, width: int = 1500) -> Picture:
     above = {name: occupancy_from_above(geometric(*v, grid), size) for name, v in volumes.items()}
     whole = {
         "LiDAR label": geometric(*volumes["LiDAR label (only what it observed)"], grid),
-        "before, all that it says": geometric(look.before, np.ones(grid.shape, bool), grid),
-        "after, all that it says": geometric(look.after, np.ones(grid.shape, bool), grid),
+        "before, whole prediction": geometric(look.before, np.ones(grid.shape, bool), grid),
+        "after, whole prediction": geometric(look.after, np.ones(grid.shape, bool), grid),
     }
     across = {name: occupancy_in_3d(occupancy, size, size * 2 // 3) for name, occupancy in whole.items()}
     return stack_pictures([beside(above), beside(across)])
