@@ -44,7 +44,7 @@ def write_run_report(
     latencies = [
         FrameLatency((frame["stamp_ns"] - begin_ns) / 1e9, frame.get("stages_ms", {}).get("total")) for frame in frames
     ]
-    how = "in the pipeline without ROS, as fast as it goes" if result["offline"] else "over DDS to the perception node"
-    about = About(f"occbev replay {bag.name}", f"A recorded bag, played {how}. Boxes and voxels are what came of it.")
+    how = "without ROS, as fast as possible" if result["offline"] else "by the perception node, over DDS"
+    about = About(f"occbev replay {bag.name}", f"Boxes and voxels of a recorded bag, processed {how}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, {**summary, **facts}, scenes, latencies, about)
