@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
@@ -62,15 +62,15 @@ def wait_for_messages(context: Any, nodes: Sequence[Any], timeout_s: float) -> l
     with context.handle, _Held() as held:
         wait_set: Any = rclpy_implementation.WaitSet(len(subscriptions), 0, len(timers), 0, 0, 0, context.handle)
         wait_set.clear_entities()
-        waiting = [(s, handle) for s in subscriptions if held.take(handle := s.handle, wait_set.add_subscription)]
-        for timer in timers:
-            held.take(timer.handle, wait_set.add_timer)
+        held.take([subscription.handle for subscription in subscriptions], wait_set.add_subscription)
+        held.take([timer.handle for timer in timers], wait_set.add_timer)
         if not held.handles:
             time.sleep(timeout_s)
             return []
         wait_set.wait(round(timeout_s * 1e9))
-        ready = set(wait_set.get_ready_entities("subscription"))
-        return [subscription for subscription, handle in waiting if handle.pointer in ready] if ready else []
+        ready = wait_set.get_ready_entities("subscription")
+        found = {id(handle) for handle in held.handles if handle.pointer in ready} if ready else ()
+        return [subscription for subscription in subscriptions if id(subscription.handle) in found] if found else []
 
 
 def find_requests(context: Any, nodes: Sequence[Any]) -> bool:
@@ -81,8 +81,7 @@ def find_requests(context: Any, nodes: Sequence[Any]) -> bool:
         wait_set: Any = rclpy_implementation.WaitSet(0, 0, 0, len(clients), len(services), 0, context.handle)
         wait_set.clear_entities()
         for add, entities in ((wait_set.add_service, services), (wait_set.add_client, clients)):
-            for entity in entities:
-                held.take(entity.handle, add)
+            held.take([entity.handle for entity in entities], add)
         if not held.handles:
             return False
         wait_set.wait(0)
@@ -102,12 +101,12 @@ class _Held:
         for handle in self.handles:
             handle.__exit__(None, None, None)
 
-    def take(self, handle: Any, add: Callable[[Any], object]) -> bool:
-        """Hold a handle and add it to a wait set; False where it is destroyed."""
-        try:
-            handle.__enter__()
-        except InvalidHandle:
-            return False
-        self.handles.append(handle)
-        add(handle)
-        return True
+    def take(self, handles: Iterable[Any], add: Callable[[Any], object]) -> None:
+        """Hold handles and add them to a wait set, but those that are destroyed."""
+        for handle in handles:
+            try:
+                handle.__enter__()
+            except InvalidHandle:
+                continue
+            self.handles.append(handle)
+            add(handle)
