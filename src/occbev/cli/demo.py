@@ -384,15 +384,15 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
 
 
 def too_fast(summary: Mapping[str, Any]) -> str | None:
-    """Say so where images came faster than this machine works, so that sets were replaced by newer ones."""
+    """Return a hint if images came faster than this machine processes them, else None."""
     replaced = summary["drops"].get("replaced_by_newer", 0)
     if replaced <= 0.05 * summary["frames_in"] or not summary["frames_processed"]:
         return None
     rate = summary["drive"]["sets of images per second"]
     done = rate * summary["frames_processed"] / summary["frames_in"]
     return (
-        f"Images came faster than this machine works: {rate:.1f} sets a second, of which it processed {done:.1f}. "
-        f"The newest was taken, {replaced} were replaced; slower ones: --key-rate {0.9 * done:.1f}"
+        f"Images came faster than this machine processes them: {rate:.1f} sets a second, of which it processed "
+        f"{done:.1f}; {replaced} were replaced by newer ones. Try --key-rate {0.9 * done:.1f}"
     )
 
 

@@ -310,6 +310,12 @@ def _print(summary: dict[str, Any]) -> None:
         f"{summary['frames_processed']} of {summary['frames_in']} frames processed ({share:.1%}), "
         f"{summary['rate_hz']:.2f} Hz; dropped: {drops}"
     )
+    if summary["drops"].get("replaced_by_newer"):
+        console.print(
+            "replaced_by_newer: images came faster than this machine processes them; --rate 0.5 plays at half speed, "
+            "--offline drops nothing",
+            soft_wrap=True,
+        )
     table = Table("stage", "p50 ms", "p95 ms", title="latency", title_justify="left")
     for stage, values in summary["latency_ms"].items():
         table.add_row(stage, f"{values['p50']:.1f}", f"{values['p95']:.1f}")
