@@ -45,7 +45,8 @@ def metadata(repository: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
 
 def test_every_version_is_the_same(repository: Path, metadata: dict[str, Any]) -> None:
     manifest = ET.parse(repository / "package.xml").getroot()
-    stated = {metadata["version"], manifest.findtext("version"), occbev_training.__version__}
+    newest = re.search(r"^## (\S+) ", (repository / "CHANGELOG.md").read_text(), re.M)[1]
+    stated = {metadata["version"], manifest.findtext("version"), occbev_training.__version__, newest}
     assert stated == {occbev.__version__}
 
 
