@@ -101,7 +101,7 @@ def plan(bag: Playable, parameters: PerceptionParameters, namespace: str = "") -
         raise BagError(
             f"{bag.path}: none of the configured image topics is in this bag. Configured: "
             f"{', '.join(sorted(wanted))}. In the bag: {', '.join(sorted(bag.topics)) or 'nothing'}. "
-            "Set cameras.<name>.topic in the parameter file"
+            f"Give a parameter file with its topics (`occbev rig {bag.path} --out vehicle` writes one)"
         )
     topics, skipped = _publishable(bag, namespace)
     infos = {resolve(parameters.info_topic(c), namespace) for c in cameras.values()}

@@ -57,7 +57,8 @@ class BagJobs:
             configured = sorted(t for t, (role, _) in self._roles.items() if role == "image")
             raise BagError(
                 f"{bag.path}: none of the configured image topics is in this bag. Configured: {', '.join(configured)}. "
-                f"In the bag: {', '.join(sorted(bag.topics)) or 'nothing'}. Set cameras.<name>.topic in the parameter file"
+                f"In the bag: {', '.join(sorted(bag.topics)) or 'nothing'}. Give a parameter file with its topics "
+                f"(`occbev rig {bag.path} --out vehicle` writes one)"
             )
         return used
 
