@@ -195,7 +195,9 @@ def _scope(plan: Plan) -> str:
     network = f"pictures of {MODEL.image.width}x{MODEL.image.height}, a network of {weights:,} weights"
     recorded = plan.world.recorded
     if recorded is None:
-        return f"A mechanism check: simulated streets, {network}. It claims nothing about nuScenes or real roads."
+        return (
+            f"A mechanism check: simulated streets, {network}. It does not show anything about nuScenes or real roads."
+        )
     half = recorded.blocks * recorded.block_keys
     return (
         f"One real street, `{recorded.name}`: boxes of its first {half} key frames are the labels, its last {half} are "
@@ -256,7 +258,7 @@ def _checks(results: Results) -> Section:
         )
         for check in found
     ]
-    text = "On development drives, failed ones first. Those that need no training are run before everything else."
+    text = "On development drives; failed checks come first. Checks without training are run before everything else."
     return Section("Sanity checks", (text,), (("check", "found", "bound", "", "what it says"), *rows))
 
 
@@ -416,7 +418,7 @@ def _exploratory(results: Results) -> Section:
     if not rows:
         return Section("Exploratory differences")
     header = ("difference", "labels", "mean, points of mAP", "95 % interval", "each seed")
-    return Section("Exploratory differences", ("Not tested: intervals alone, of few seeds.",), (header, *rows))
+    return Section("Exploratory differences", ("Not tested: intervals only, of few seeds.",), (header, *rows))
 
 
 def _curve(results: Results) -> Section:
@@ -630,9 +632,8 @@ HEADER = """\
 # Results
 
 Does pre-training on occupancy pay? This page is generated from the rows in `docs/results/`; every score here can be
-computed again from them. The words: R begins from random weights, O was pre-trained on occupancy labels that LiDAR made
-without any box, D on LiDAR depth. All then learn from the same few boxes. The other letters are listed at the end of a
-chapter.
+computed again from them. Arms: R starts from random weights, O is pre-trained on occupancy labels that LiDAR gives without any
+box, D on LiDAR depth. All arms are then trained on the same few boxes. Each chapter lists its other arms at the end.
 """
 
 
