@@ -29,6 +29,7 @@ from occbev_training.occupancy.pairs import (
     PairConfig,
     Unit,
     assign_splits,
+    hold_out_ends,
     join_units,
     make_unit,
     my_share,
@@ -234,6 +235,26 @@ def test_drives_that_share_a_place_share_a_split() -> None:
         assert 0.55 < train < 0.85
     again = assign_splits((same_cell_elsewhere + apart + chain)[::-1], shares)
     assert again == splits
+
+
+def test_of_drives_that_all_met_the_ends_are_held_out_and_no_sweep_is_shared() -> None:
+    second = 1_000_000_000
+    rows = [
+        {"drive": d, "stamp_ns": n * second, "split": "train"}
+        for d, length in (("a", 11), ("b", 21))
+        for n in range(length)
+    ]
+    hold_out_ends(rows, share=0.25, window=1.0)
+    of = {
+        (row["drive"], row["split"]): [
+            r["stamp_ns"] // second for r in rows if (r["drive"], r["split"]) == (row["drive"], row["split"])
+        ]
+        for row in rows
+    }
+    assert of["a", "validation"] == [8, 9, 10]
+    assert of["a", "between"] == [6, 7]
+    assert of["b", "validation"] == [16, 17, 18, 19, 20]
+    assert max(of["b", "train"]) == 13, "a label at 13 s looks ahead to 14 s, one at 16 s back to 15 s"
 
 
 def test_the_webdataset_library_reads_the_shards(folder) -> None:

@@ -108,28 +108,18 @@ def next_command(args: argparse.Namespace, bags: Sequence[Path]) -> str:
     return f"occbev replay {bag} --params-file {shlex.quote(str(path))}"
 
 
-def _pairs_step(args: argparse.Namespace, grid: str, validation: float) -> Step:
-    how: tuple[str, ...] = (
-        "--key-interval",
-        f"{args.key_interval:g}",
-        "--window",
-        f"{args.window:g}",
-        "--grid",
-        grid,
-        "--lidar",
-    )
-    how += ("--min-travel", f"{MIN_TRAVEL:g}")
-    words = ("pairs", *map(str, args.inputs), "--out", str(args.out / "pairs"), *how)
-    shared = (
-        "--workers",
-        str(args.workers),
-        "--validation",
-        f"{validation:g}",
-        *given_arguments(args, add_input_arguments),
-    )
-    return Step(
-        (*words, *shared), must=False
-    )  # one input that cannot be read costs no other; the next step needs pairs
+def _pairs_step(args: argparse.Namespace, grid: str, *more: str) -> Step:
+    """Make the pairs; one input that cannot be read costs no other, and the next step needs pairs."""
+    how = {
+        "--key-interval": f"{args.key_interval:g}",
+        "--window": f"{args.window:g}",
+        "--grid": grid,
+        "--min-travel": f"{MIN_TRAVEL:g}",
+        "--workers": str(args.workers),
+    }
+    given = (word for option in how.items() for word in option)
+    words = ("pairs", *map(str, args.inputs), "--out", str(args.out / "pairs"), "--lidar", *given, *more)
+    return Step((*words, *given_arguments(args, add_input_arguments)), must=False)
 
 
 def _adapt_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
@@ -148,7 +138,7 @@ def _adapt_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
     seconds = SECONDS_PER_STEP * config.training.steps + SECONDS_PER_DRIVE * config.rehearsal_drives
     boxes = args.inputs[0] / "boxes.json"
     known = ("--boxes", str(boxes)) if boxes.is_file() else ()
-    return (_pairs_step(args, grid_name(package.model), 0.1), Step((*words, *given, *known))), seconds
+    return (_pairs_step(args, grid_name(package.model)), Step((*words, *given, *known))), seconds
 
 
 def _pretrain_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
@@ -157,7 +147,7 @@ def _pretrain_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
     folder = args.out / "pretrain"
     given = _given(args, ("steps", "minutes"))
     steps = (
-        _pairs_step(args, grid_name(model_to_train(config)), 0.2),
+        _pairs_step(args, grid_name(model_to_train(config)), "--validation", "0.2", "--divide-drives"),
         Step(("pretrain", str(args.pretrain), "--data", root, "--out", str(folder), *given)),
         Step(("export", str(folder / "weights.safetensors"), package, "--model", str(folder / "model.yaml"))),
         Step(("evaluate", package, "--pairs", root, "--split", "validation"), must=False),

@@ -183,6 +183,10 @@ def units_of(drive: str, keys: int, segment: int) -> list[Unit]:
     return [Unit(drive, first, min(first + segment, keys)) for first in range(0, keys, segment)]
 
 
+VALIDATION, BETWEEN = "validation", "between"
+"""Splits of what is held out, and of what lies too near to it to be learned from."""
+
+
 def my_share(units: Sequence[Unit], task_index: int, num_tasks: int) -> list[Unit]:
     """Return the units of one task of an array job; raises ValueError for an impossible index."""
     if not 0 <= task_index < num_tasks:
@@ -678,13 +682,14 @@ def remove_units_beyond(folder: Path, keys: Mapping[str, int]) -> None:
             path.unlink(missing_ok=True)
 
 
-def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
+def join_units(folder: Path, shares: Mapping[str, float], window: float | None = None) -> dict[str, int]:
     """Index every finished unit of a folder and split it; returns the number of samples per split.
 
     Without any sample no index is written. Raises ShardError as `read_reports`.
 
     shares: split -> share, by drive and by place: drives that met within 100 m of each other in one
-    location share a split, and no drive is ever divided. No split of two groups or more stays empty.
+    location share a split. No split of two groups or more stays empty. No drive is divided, but where
+    `window` is given and all drives met: see `hold_out_ends`.
     """
     rows = [dict(row) for report in read_reports(folder) for row in report.rows]
     if not rows:
@@ -692,8 +697,25 @@ def join_units(folder: Path, shares: Mapping[str, float]) -> dict[str, int]:
     split = assign_splits(rows, shares)
     for row in rows:
         row["split"] = split[row["drive"]]
+    if window is not None and shares.get(VALIDATION) and VALIDATION not in split.values():
+        hold_out_ends(rows, shares[VALIDATION] / sum(shares.values()), window)
     write_index(folder, rows)
     return dict(Counter(row["split"] for row in rows))
+
+
+def hold_out_ends(rows: Sequence[dict[str, Any]], share: float, window: float) -> None:
+    """Give the last share of the time of every drive to validation.
+
+    window: seconds of sweeps on either side of a label. Pairs before the cut whose labels share sweeps with those after
+    it go to neither split.
+    """
+    stamps: dict[str, list[int]] = {}
+    for row in rows:
+        stamps.setdefault(row["drive"], []).append(row["stamp_ns"])
+    for row in rows:
+        first, last = min(stamps[row["drive"]]), max(stamps[row["drive"]])
+        before = (last - share * (last - first) - row["stamp_ns"]) / 1e9
+        row["split"] = VALIDATION if before < 0 else BETWEEN if before < 2 * window else row["split"]
 
 
 def assign_splits(rows: Sequence[Mapping[str, Any]], shares: Mapping[str, float]) -> dict[str, str]:

@@ -71,4 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tasks", type=int, default=1, help="number of tasks in the array job")
     parser.add_argument("--join", action="store_true", help="only write the index of finished pairs")
     parser.add_argument("--validation", type=float, default=0.1, help="share of the validation split")
+    parser.add_argument(
+        "--divide-drives",
+        action="store_true",
+        help="where all drives met, or there is one: hold the end of each out for validation",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
