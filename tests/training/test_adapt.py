@@ -15,14 +15,23 @@ from occbev.config import ImageConfig, ModelConfig  # noqa: E402
 from occbev.geometry import make_transform  # noqa: E402
 from occbev.grid import GRIDS  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
-from occbev_training.data.augment import NO_AUGMENTATION, draw_augmentation  # noqa: E402
+from occbev.results import Boxes3D  # noqa: E402
+from occbev_training.data.augment import NO_AUGMENTATION, augment_boxes, draw_augmentation  # noqa: E402
 from occbev_training.data.cache import CachedSample, CacheError, CacheInfo  # noqa: E402
 from occbev_training.data.datasets import Collate, TrainingBatch, augmented  # noqa: E402
-from occbev_training.data.pair_samples import PairSamples  # noqa: E402
+from occbev_training.data.pair_samples import PairSamples, taught_path, with_boxes  # noqa: E402
 from occbev_training.engine import adapt  # noqa: E402
 from occbev_training.engine.adapt import average_weights, divide, keep_source  # noqa: E402
+from occbev_training.engine.taught_boxes import (  # noqa: E402
+    BEYOND,
+    Teacher,
+    join_boxes,
+    measured_depth,
+    mirror_draw,
+    move_onto_returns,
+)
 from occbev_training.evaluation.label_scores import LabelScores, depth_errors  # noqa: E402
-from occbev_training.losses.adaptation import BEYOND, Teacher, measured_depth, occupied_score  # noqa: E402
+from occbev_training.losses.adaptation import occupied_score, run_geometric  # noqa: E402
 from occbev_training.losses.objectives import run_network  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
@@ -124,35 +133,99 @@ def test_depth_errors_are_of_the_nearest_return_and_apart_for_obstacles() -> Non
 
 
 def test_a_return_decides_the_depth_of_its_cell_and_no_other() -> None:
-    logits = torch.zeros(1, 1, 4, 1, 2, requires_grad=True)
+    logits = torch.zeros(1, 1, 4, 1, 2)
     depth = measured_depth(logits, torch.tensor([[[[1, -1]]]]))
     assert depth.shape == (1, 4, 1, 2)
     share = depth.softmax(1)[0, :, 0]
     assert share[1 + BEYOND, 0] > 0.99
     assert measured_depth(logits, torch.tensor([[[[3, -1]]]])).argmax(1)[0, 0, 0] == 3, "the last bin has none beyond"
     torch.testing.assert_close(share[:, 1], torch.full((4,), 0.25))
-    assert not depth.requires_grad, "the teacher teaches boxes, not depth"
 
 
-def test_the_teacher_teaches_boxes_where_the_depth_was_wrong(repository: Path) -> None:
+def test_the_teacher_says_what_the_network_says_where_no_return_is(repository: Path) -> None:
     model = reduced(load_model(repository / "config/models/occbev-tiny.yaml"))
     torch.manual_seed(0)
     network = build_model(model, "finetune").eval()
-    with torch.no_grad():
-        network.detection_head.heatmap[-1].bias += 3.0  # else a fresh head finds nothing to teach
-    teacher = Teacher.of(network)
+    teacher = Teacher.of(network, model)
     assert teacher is not None
-    assert not any(weight.requires_grad for weight in teacher.network.parameters())
     batch = a_batch(model)
-    output = run_network(network, batch, model)
-    assert teacher.terms(output, batch, model)["taught_box"].item() > 1e-4
-    blind = replace(batch, depth_bin=torch.full_like(batch.depth_bin, -1))
-    same = teacher.terms(output, blind, model)
-    assert same["taught_box"].item() < 1e-5, "without a return it says what the network says"
-    assert same["taught_heatmap"].item() < 1e-5
-    teacher.terms(output, batch, model)["taught_box"].backward()
-    assert network.bev_encoder.down[0] is not teacher.network.bev_encoder.down[0]
-    assert any(weight.grad is not None for weight in network.bev_encoder.parameters())
+    with torch.no_grad():
+        own = run_network(network, batch, model).answers
+    blind = teacher.maps(replace(batch, depth_bin=torch.full_like(batch.depth_bin, -1)))
+    for name, map_ in zip(("heatmap", "box"), blind, strict=True):
+        torch.testing.assert_close(map_, own[name], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(teacher.maps(batch)[0], own["heatmap"], atol=1e-4), "returns change what it finds"
+
+
+def test_the_user_s_frames_ask_for_no_classes_and_get_the_same_odds(repository: Path) -> None:
+    model = reduced(load_model(repository / "config/models/occbev-tiny.yaml"))
+    torch.manual_seed(0)
+    network = build_model(model, "finetune").eval()
+    kinds, batch, voxels = network.occupancy_head.kinds, a_batch(model), torch.arange(500)
+    with torch.no_grad():
+        whole, geometric = run_network(network, batch, model), run_geometric(network, batch, model)
+    assert "occupancy_logits" not in geometric.answers
+    torch.testing.assert_close(
+        occupied_score(geometric, 0, voxels), occupied_score(whole, 0, voxels), atol=1e-4, rtol=1e-4
+    )
+    assert network.occupancy_head.kinds is kinds
+
+
+def some_boxes(*rows: tuple[float, float, float], label: int = 0) -> Boxes3D:
+    """Cars: x, y, score."""
+    box = np.array([[x, y, 0.8, 4.5, 1.8, 1.6, 0.0, 0.0, 0.0] for x, y, _ in rows], np.float32)
+    return Boxes3D(box, np.full(len(rows), label), np.array([score for *_, score in rows], np.float32))
+
+
+def test_boxes_of_two_images_are_joined_and_one_that_a_single_image_shows_counts_half() -> None:
+    joined = join_boxes([some_boxes((10.0, 0.0, 0.6), (30.0, 5.0, 0.8)), some_boxes((11.0, 0.0, 0.6))])
+    assert joined.box[:, 0].tolist() == pytest.approx([10.5, 30.0])
+    assert joined.score.tolist() == pytest.approx([0.6, 0.4])
+    turned = some_boxes((11.0, 0.0, 0.6))
+    turned.box[:, 6] = np.pi - 0.1
+    assert join_boxes([some_boxes((10.0, 0.0, 0.7)), turned]).box[0, 6] == pytest.approx(-0.1 * 0.6 / 1.3)
+    assert len(join_boxes([some_boxes((10.0, 0.0, 0.6)), some_boxes((10.0, 0.0, 0.6), label=1)])) == 2
+    assert len(join_boxes([Boxes3D.empty(), Boxes3D.empty()])) == 0
+
+
+def test_a_box_is_moved_onto_the_returns_of_its_near_faces() -> None:
+    sample = a_sample(np.zeros(GRID.shape, np.uint8))
+    across, up = (part.ravel() for part in np.meshgrid(np.linspace(-0.8, 0.8, 9), np.linspace(0.5, 1.4, 5)))
+    back = np.stack([np.full(across.shape, 12.0), across, up], 1)  # the rear face of a car 12 m ahead
+    intrinsic, ego2cam = sample.intrinsic[0], np.linalg.inv(sample.cam2ego[0])
+    seen = back @ ego2cam[:3, :3].T + ego2cam[:3, 3]
+    pixel = (seen @ intrinsic.T)[:, :2] / seen[:, 2:]
+    sample = replace(
+        sample,
+        lidar_camera=np.zeros(len(seen), np.uint8),
+        lidar_pixel=pixel.astype(np.float32),
+        lidar_depth=seen[:, 2].astype(np.float32),
+    )
+    moved = move_onto_returns(some_boxes((13.0, 0.6, 0.9)), sample)
+    assert moved.box[0, 0] == pytest.approx(12.0 + 4.5 / 2, abs=0.45)
+    assert abs(moved.box[0, 1]) < 0.3
+    far = move_onto_returns(some_boxes((30.0, 0.0, 0.9)), sample)
+    assert far.box[0, :2].tolist() == [30.0, 0.0], "nothing is around it"
+
+
+def test_boxes_that_were_found_stand_in_place_of_labels(tmp_path: Path) -> None:
+    sample, path = a_sample(np.zeros(GRID.shape, np.uint8)), taught_path(tmp_path, "drive/1")
+    path.parent.mkdir()
+    found = some_boxes((10.0, 0.0, 0.6))
+    np.savez(path, box=found.box, label=found.label)
+    taught = with_boxes(sample, path)
+    assert taught.boxes[0, :7].tolist() == found.box[0, :7].tolist()
+    assert np.isnan(taught.boxes[0, 7:]).all(), "a single frame says nothing of velocities"
+    assert taught.lidar_points.tolist() == [1]
+
+
+def test_a_mirrored_scene_is_its_own_inverse() -> None:
+    draw = mirror_draw(2, (64, 48))
+    boxes = some_boxes((10.0, 3.0, 0.6)).box
+    once = augment_boxes(boxes, draw)
+    assert once[0, :2].tolist() == [10.0, -3.0]
+    assert augment_boxes(once, draw)[0, :2].tolist() == [10.0, 3.0]
+    assert all(image.matrix[0, 0] == -1 for image in draw.images)
 
 
 def test_weights_are_averaged_and_counters_taken_as_they_are() -> None:
@@ -189,7 +262,7 @@ def test_the_largest_share_of_new_weights_is_taken_that_keeps_the_scores_of_the_
 def test_only_boxes_from_depth_are_taught(repository: Path) -> None:
     for name, stage in (("occbev-tiny", "pretrain"), ("bevformer_tiny", "finetune"), ("bevdet4d_r50", "finetune")):
         model = reduced(load_model(repository / "config/models" / f"{name}.yaml"))
-        assert Teacher.of(build_model(model, stage)) is None, name
+        assert Teacher.of(build_model(model, stage), model) is None, name
 
 
 def a_batch(model: ModelConfig) -> TrainingBatch:

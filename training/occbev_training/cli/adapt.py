@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
@@ -41,9 +43,11 @@ from occbev_training.engine.adapt import (
     load_network,
     occupied_voxels,
     provenance_of,
+    shown_pairs,
 )
 from occbev_training.engine.rehearsal import SCORED_DRIVES, make_rehearsal
 from occbev_training.engine.stages import network_outputs, predictor
+from occbev_training.engine.taught_boxes import Teacher, teach
 from occbev_training.evaluation.adapt_report import Look, write_report
 from occbev_training.evaluation.frames import evaluate
 from occbev_training.evaluation.label_scores import box_scores
@@ -67,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("occbev_training").setLevel(logging.WARNING)
     package, config = ModelPackage.load(find_package(args.package)), adapt_config(args)
     root = _pairs_of(args, package.model)
-    samples = open_pairs(root, package.model.image, package.model.grid, kept=args.out / "samples")
+    samples = open_pairs(root, package.model.image, package.model.grid, args.split, kept=args.out / "samples")
     train, held_out = divide(samples, _window(root), config.held_out)
     rehearsal, forgotten = _rehearsal(args, package, config, samples, console)
+    train = _teach(args, package, config, train, rehearsal is not None, console)
     data = AdaptData(train, held_out, rehearsal, forgotten)
     console.print(
         f"{package.model.name}: learns from {len(train)} pairs, {len(held_out)} are held out, "
@@ -174,6 +179,26 @@ def _rehearsal(
         )
 
 
+def _teach(
+    args: argparse.Namespace,
+    package: ModelPackage,
+    config: AdaptConfig,
+    train: PairSamples,
+    rehearsed: bool,
+    console: Console,
+) -> PairSamples:
+    """Find boxes in the pairs that the training will show, where the package's network can."""
+    teacher = Teacher.of(load_network(package), package.model) if config.taught else None
+    if teacher is None:
+        return train
+    used = shown_pairs(train, config, rehearsed)
+    folder = args.out / "taught" / hashlib.sha256(f"{package.hash} {train.hash}".encode()).hexdigest()[:12]
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("pairs in which boxes are looked for", total=len(used))
+        return teach(teacher, train, used, folder, lambda: progress.advance(task))
+
+
 def _finish(
     args: argparse.Namespace,
     package: ModelPackage,
@@ -206,7 +231,7 @@ def _finish(
         "trained on": f"{len(data.train)} pairs of {', '.join(data.train.drives)}, without their boxes and classes",
         "held out": f"{len(data.held_out)} pairs; no training label uses their sweeps",
         "simulated": f"{len(data.rehearsal or ())} frames in the training, half of them through these cameras",
-        "training": f"{found.steps} steps, {found.seconds:.0f} s",
+        "training": f"{found.steps} steps, {found.seconds:.0f} s, {found.processor_seconds:.0f} s of processor time",
         "weights": f"{found.share:.0%} adapted, {1 - found.share:.0%} of {package.model.name}",
         "probabilities": calibrated,
         "int8 graph": int8,
@@ -215,7 +240,7 @@ def _finish(
     page = {**record, "grid": package.model.grid}
     write_report(args.out / "report.html", f"{package.model.name}, adapted without labels", facts, page, looks)
     for key in ("iou", "obstacle_depth_error", "car_AP_2m_30m", "simulated_car_AP_2m_30m", "simulated_occupancy_iou"):
-        if key in record["before"]:
+        if key in record["before"] and key in record["after"]:
             console.print(f"{key}: {record['before'][key]:.3f} -> {record['after'][key]:.3f}", highlight=False)
     if "mean_grid_iou" in record["before"]:
         console.print(f"mean grid: iou {record['before']['mean_grid_iou']:.3f}", highlight=False)
@@ -266,11 +291,13 @@ def calibrate_space(folder: Path, held_out: PairSamples) -> str:
 
 def _looks(package: ModelPackage, data: AdaptData, found: Adapted) -> list[Look]:
     samples, looks = data.held_out, []
-    before = network_outputs(load_network(package), package.model, samples)
+    before = network_outputs(load_network(package), package.model, samples) if found.before else None
     after = network_outputs(found.network, found.model, samples)
     for index in evenly(len(samples), PICTURES):
         volumes = [
-            occupied_voxels(look(index), model.occupancy.min_free)
+            np.zeros(package.model.grid.shape, bool)
+            if look is None
+            else occupied_voxels(look(index), model.occupancy.min_free)
             for look, model in ((before, package.model), (after, found.model))
         ]
         looks.append(Look(samples.name(index), samples[index], *volumes))

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         _print_problems(problems, console)
         return 1 if failed else 0
     splits = {"train": 0, "validation": 0}
-    window = args.window if args.divide_drives else None
-    splits |= join_units(args.out, {"train": 1 - args.validation, "validation": args.validation}, window)
+    shares = {"train": 1 - args.validation, "validation": args.validation}
+    splits |= join_units(args.out, shares, args.divide_drives)
     _report(args, console, splits, problems)
     return 1 if failed or not sum(splits.values()) else 0
 

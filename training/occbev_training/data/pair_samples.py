@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from occbev.classes import FREE, OCCUPIED_STATE
 from occbev.config import ImageConfig
+from occbev.files import read_arrays
 from occbev.geometry import transform_points
 from occbev.grid import VoxelGrid
 from occbev.inference.preprocess import Preprocessor, network_camera
@@ -44,7 +45,7 @@ class PairSamples:
     """The pairs of a folder of shards, of one split, in the order of the index.
 
     pairs: drive and key of each. hash: sixteen hex digits over the content. kept: folder for decoded samples,
-        or None to decode every time.
+        or None to decode every time. taught: folder of boxes that a network found in them, or None for none.
     """
 
     root: Path
@@ -52,11 +53,16 @@ class PairSamples:
     pairs: tuple[tuple[str, str], ...]
     hash: str
     kept: Path | None = None
+    taught: Path | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> CachedSample:
+        sample = self._decoded(index)
+        return sample if self.taught is None else with_boxes(sample, taught_path(self.taught, self.pairs[index][1]))
+
+    def _decoded(self, index: int) -> CachedSample:
         path = None if self.kept is None else self.kept / f"{self.pairs[index][1]}{SAMPLE_SUFFIX}"
         if path is not None and path.exists():
             return read_sample(path)
@@ -161,6 +167,19 @@ def _rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 _SHARED = ("split", "previous", "next")
+
+
+def taught_path(folder: Path, key: str) -> Path:
+    """Return the file of the boxes that were found in a pair."""
+    return folder / f"{key}.npz"
+
+
+def with_boxes(sample: CachedSample, path: Path) -> CachedSample:
+    """Return a sample with the boxes of a file; nobody knows how fast they are."""
+    found = read_arrays(path, ("box", "label"))
+    box = found["box"].astype(np.float32)
+    box[:, 7:] = np.nan
+    return replace(sample, boxes=box, labels=found["label"].astype(np.int64), lidar_points=np.ones(len(box), np.int64))
 
 
 def pair_to_sample(pair: PairSample, info: CacheInfo) -> CachedSample:

@@ -23,19 +23,20 @@ from occbev.files import replace_file
 from occbev.grid import xyz_from_volume
 from occbev.inference.model_package import ModelPackage
 from occbev_training.data.cache import CacheError
-from occbev_training.data.datasets import SampleDataset
+from occbev_training.data.datasets import SampleDataset, sample_of
 from occbev_training.data.pair_samples import PairSamples
 from occbev_training.data.samples import Samples
 from occbev_training.engine.config import TrainingConfig
-from occbev_training.engine.stages import make_loader, network_outputs, predictor, semantic_counts
+from occbev_training.engine.stages import make_loader, network_outputs, predictor, semantic_counts, world_size
 from occbev_training.engine.trainer import Loader, Trainer, tune_process
 from occbev_training.evaluation.frames import Priors, evaluate
 from occbev_training.evaluation.label_scores import LabelScores, believed_depth
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
-from occbev_training.losses.adaptation import AdaptObjective, SourcedBatch, Teacher
-from occbev_training.models.build import build_for_weights
+from occbev_training.losses.adaptation import AdaptObjective, SourcedBatch
+from occbev_training.models.build import build_for_weights, with_geometry
 from occbev_training.models.checkpoints import load_strictly, read_weights, save_weights
+from occbev_training.models.heads.record import learns_from
 from occbev_training.models.network import NetworkOutput
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
 FORGOTTEN = ("occupancy_iou", "car_AP_2m_30m")
 """Scores on simulated streets by which forgetting is judged."""
 
-THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7)
+THRESHOLDS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Least probabilities of free that are tried for the package's `occupancy.min_free`."""
 
 
@@ -71,7 +72,8 @@ class AdaptConfig:
     rehearsal: float = 0.5
     """Weight of the losses on simulated frames; with 0 boxes and classes are forgotten."""
     taught: float = 1.0
-    """Weight of the teacher's boxes on the user's frames: those of the source network when it is given the LiDAR's depth."""
+    """Weight of the boxes that the source network finds on the user's frames when it is given the LiDAR's depth; 0 looks
+    for none."""
     rehearsal_drives: int = 12
     """Simulated drives in the training: half of them through the user's rig, half through the simulator's own."""
     rehearsal_keys: int = 4
@@ -96,7 +98,8 @@ class AdaptConfig:
 
 @dataclass(frozen=True)
 class AdaptData:
-    """Pairs to learn from and to be scored on; rehearsed samples and others that show what is forgotten, None without."""
+    """Pairs to learn from, with the boxes that were found in them if any were looked for, and pairs to be scored on;
+    rehearsed samples and others that show what is forgotten, None without."""
 
     train: PairSamples
     held_out: PairSamples
@@ -108,7 +111,7 @@ class AdaptData:
 class Adapted:
     """What came of it.
 
-    before, after: records of `LabelScores` on the held-out pairs. share: of the adapted weights, see `average_weights`.
+    before, after: records of `LabelScores` on the held-out pairs; before is empty of a package without voxels. share: of the adapted weights, see `average_weights`.
     """
 
     network: nn.Module
@@ -118,6 +121,7 @@ class Adapted:
     share: float
     steps: int
     seconds: float
+    processor_seconds: float
 
 
 def divide(samples: PairSamples, window: float, share: float) -> tuple[PairSamples, PairSamples]:
@@ -158,19 +162,28 @@ def adapt(
 ) -> Adapted | None:
     """Adapt a package's network in `folder`, going on where an earlier run stopped; None after a request to stop.
 
-    A run that ended is not repeated.
+    A run that ended is not repeated. A package without voxels gets the geometric decoder of pre-training.
+    Raises:
+        ConfigError: its voxels are not in base_link, the axes of labels.
     """
-    network = load_network(package)
-    before = _kept_scores(folder / "before.json", lambda: score_pairs(network, package, data.held_out))
+    network, grid = load_network(package), package.model.grid
+    if grid.frame != "base_link":
+        raise ConfigError(f"{package.model.name}: its voxels are in {grid.frame!r} axes, labels in base_link")
+    before: dict[str, Any] = {}
+    if learns_from(network, "voxels"):
+        before = _kept_scores(folder / "before.json", lambda: score_pairs(network, package, data.held_out))
+    else:
+        network = with_geometry(network, package.model).eval()
     done = folder / DONE
     if not done.exists():
-        trainer = _trainer(package, network, data, config, folder, before["iou"])
+        trainer = _trainer(package, network, data, config, folder, before.get("iou", 0.0))
         prepared(trainer)
         if not trainer.run(minutes, report):
             return None
         progress = trainer.progress
         with replace_file(done) as path:
-            path.write_text(json.dumps({"steps": progress.step, "seconds": progress.seconds}))
+            spent = {"seconds": progress.seconds, "processor_seconds": progress.processor_seconds}
+            path.write_text(json.dumps({"steps": progress.step, **spent}))
     adapted = load_network(package, folder / BEST if (folder / BEST).exists() else None)
     best, share = keep_source(load_network(package), adapted, package.model, data.forgotten, config.max_forgotten)
     model, after = fit_threshold(best, package, data.held_out)
@@ -209,7 +222,7 @@ def average_weights(source: nn.Module, adapted: nn.Module, share: float) -> nn.M
     """Return a network of `share` of the adapted weights and the rest of the source's (Wortsman et al. 2022)."""
     network, old = copy.deepcopy(adapted), source.state_dict()
     state = {
-        name: torch.lerp(old[name], new, share) if new.is_floating_point() else new
+        name: torch.lerp(old.get(name, new), new, share) if new.is_floating_point() else new
         for name, new in adapted.state_dict().items()
     }
     network.load_state_dict(state)
@@ -230,7 +243,7 @@ def _trainer(
         objectives.keep_large_depthwise_in_float32(network)
     stop = EarlyStop(folder / BEST, config.patience, begun)
     validate = stop.watch(lambda bare: score_pairs(bare, package, data.held_out, training.validate_samples))
-    objective = _objective(model, config, data, Teacher.of(load_network(package)) if config.taught else None)
+    objective = _objective(model, config, data)
     stop.trainer = Trainer(training, network, objective, _loader(data, config, model), folder, validate)
     return stop.trainer
 
@@ -336,14 +349,15 @@ def evenly(count: int, most: int | None) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(most or count, count)).round().astype(int)).tolist()
 
 
-def _objective(model: ModelConfig, config: AdaptConfig, data: AdaptData, teacher: Teacher | None) -> AdaptObjective:
+def _objective(model: ModelConfig, config: AdaptConfig, data: AdaptData) -> AdaptObjective:
     counts = np.ones(len(model.occupancy_classes), np.int64)
     if data.rehearsal is not None:
         counts = semantic_counts(data.rehearsal, len(counts), most=30)
     weights = config.training.loss
     class_weight = losses.balanced_weights(torch.from_numpy(counts), weights.max_class_weight)
     finetune = objectives.FinetuneObjective(model, weights, class_weight)
-    return AdaptObjective(model, weights, finetune, config.rehearsal, teacher, config.taught)
+    taught = 0.0 if data.train.taught is None else config.taught
+    return AdaptObjective(model, weights, finetune, config.rehearsal, taught)
 
 
 def _loader(data: AdaptData, config: AdaptConfig, model: ModelConfig) -> Loader:
@@ -367,6 +381,14 @@ def _loader(data: AdaptData, config: AdaptConfig, model: ModelConfig) -> Loader:
             yield SourcedBatch(next(rehearsed), True)
 
     return load_both
+
+
+def shown_pairs(train: PairSamples, config: AdaptConfig, rehearsed: bool) -> list[int]:
+    """Return which pairs a run shows at all, by number: of many, fewer than there are. rehearsed: in every last pass."""
+    training = config.training
+    passes = training.accumulate - rehearsed
+    positions = range(training.steps * passes * training.batch * world_size())
+    return sorted({sample_of(position, len(train), training.seed) for position in positions})
 
 
 def _kept_scores(path: Path, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -395,6 +417,7 @@ def provenance_of(package: ModelPackage, data: AdaptData, config: AdaptConfig, f
         "share_of_adapted_weights": found.share,
         "steps": found.steps,
         "seconds": round(found.seconds, 1),
+        "processor_seconds": round(found.processor_seconds, 1),
         "seed": config.training.seed,
         "config": to_record(config),
     }

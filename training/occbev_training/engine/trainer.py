@@ -70,12 +70,16 @@ Loader = Callable[[int], Iterable[Any]]
 
 @dataclass
 class Progress:
-    """Where a run stands. wanted: the config's steps. planned: those after which it ends, fewer if time is short."""
+    """Where a run stands. wanted: the config's steps. planned: those after which it ends, fewer if time is short.
+
+    seconds: wall time of the steps so far. processor_seconds: of all threads of the first process, validations included.
+    """
 
     step: int = 0
     wanted: int = 0
     planned: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
 
 
 class Trainer:
@@ -206,6 +210,7 @@ class Trainer:
     def _steps(self, log: MetricsLog, minutes: float | None) -> bool:
         config, progress = self.config, self.progress
         begun, seconds_before, saved = time.monotonic(), progress.seconds, time.monotonic()
+        worked = progress.processor_seconds - time.process_time()
         batches = iter(self.loader(progress.step * config.accumulate))
         pace = None if minutes is None else Pace(minutes * 60)
         self.network.train()
@@ -216,6 +221,7 @@ class Trainer:
                 log.add(self._step(batches))
             progress.step += 1
             progress.seconds = seconds_before + time.monotonic() - begun
+            progress.processor_seconds = worked + time.process_time()
             due = False
             if progress.step % config.log_every == 0:
                 if pace is not None:

@@ -79,7 +79,8 @@ class LabelScores:
         self.counts += counts
         self.rings += grouped_counts(label, occupied, range_rings(self.grid), len(RING_EDGES), scored)
         self.heights += grouped_counts(label, occupied, height_bands(self.grid), len(HEIGHT_EDGES) + 1, scored)
-        self.rays += count_rays(sample.state, occupied, self.grid, origin)
+        if len(set(self.grid.pitch)) == 1:  # rays are cast through cubes
+            self.rays += count_rays(sample.state, occupied, self.grid, origin)
         if self.prior is not None:
             self.prior_counts += binary_counts(label, self.prior, scored)
         if depth is not None:

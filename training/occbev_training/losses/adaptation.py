@@ -1,15 +1,14 @@
 """What adaptation minimises: occupancy and depth of unlabelled frames, and what fine-tuning learned of rehearsed ones.
 
 Occupancy is predicted by an existing head: 1 - P(free) of the semantic head, or the geometric decoder if there is no
-semantic head. So no head is added or removed. Boxes on unlabelled frames come from a teacher: the network before
-adaptation, given the LiDAR's depth.
+semantic head. So no head is added or removed. Boxes on unlabelled frames are those that the network
+before adaptation found with the LiDAR's depth, see `engine.taught_boxes`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,12 @@ from occbev_training.data.datasets import TrainingBatch
 from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
-from occbev_training.losses.objectives import FinetuneObjective, depth_term, run_network, shown
-from occbev_training.models.lift_splat.lift_splat import BatchedPoints, LiftSplat
-from occbev_training.models.network import NetworkOutput, OccBevNetwork
+from occbev_training.losses.objectives import FinetuneObjective, depth_term, run_network
+from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.network import NetworkOutput
 
-REHEARSED = "rehearsed_"
-"""Loss terms of rehearsed frames begin with this."""
+REHEARSED, TAUGHT = "rehearsed_", "taught_"
+"""Loss terms of rehearsed frames, and those of boxes that were found, begin with this."""
 
 
 @dataclass(frozen=True)
@@ -46,94 +45,17 @@ class SourcedBatch:
         return SourcedBatch(self.batch.to(device), self.rehearsed)
 
 
-CERTAIN = 12.0
-"""Logit of the depth bin that a LiDAR return gives, against those that the network says of the others."""
-
-BEYOND = 1
-"""Bins beyond a return at which its feature cell is splatted: the nearest return of 16x16 pixels lies on the near side,
-and the heads know the network's own depth, which is spread to the far one.
-"""
-
-CENTRE_WEIGHT = 4.0
-"""Weight of taught centres against those of labels: probabilities far from 0 and 1 give small losses."""
-
-LEAST_CENTRE = 0.1
-"""Centre probabilities of the teacher below this teach no box."""
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The network before adaptation, given the LiDAR's depth; the student learns to find the same boxes from images alone.
-
-    Its detection head works where depth is right, and depth is what fails first on unknown cameras.
-    """
-
-    network: OccBevNetwork
-
-    @classmethod
-    def of(cls, network: nn.Module) -> Teacher | None:
-        """Copy a network; None where it has no boxes, a memory, or no plain Lift-Splat."""
-        known = isinstance(network, OccBevNetwork) and isinstance(network.view_transform, LiftSplat)
-        if not known or network.detection_head is None or network.temporal is not None:
-            return None
-        return cls(copy.deepcopy(network).eval().requires_grad_(False))
-
-    def terms(self, output: NetworkOutput, batch: TrainingBatch, model: ModelConfig) -> dict[str, Tensor]:
-        """Return the loss of an output's boxes against those of the teacher: `taught_heatmap` and `taught_box`."""
-        assert output.depth_logits is not None
-        heatmap, box = self.boxes(output.depth_logits, batch, model)
-        logits, peaks = output.answers["heatmap"].float(), functional.max_pool2d(heatmap, 3, 1, 1) == heatmap
-        count = mean_over_processes(heatmap[peaks & (heatmap > LEAST_CENTRE)].sum()).clamp(min=1)
-        each = functional.binary_cross_entropy_with_logits(logits, heatmap, reduction="none")
-        found = CENTRE_WEIGHT * ((torch.sigmoid(logits) - heatmap).square() * each).sum() / count
-        sure = heatmap.amax(1, keepdim=True)
-        sure = sure * (sure > LEAST_CENTRE)
-        error = (output.answers["box"].float() - box).abs()[:, :-2] * sure  # a single frame says nothing of velocities
-        return {"taught_heatmap": found, "taught_box": error.sum() / mean_over_processes(sure.sum()).clamp(min=1)}
-
-    @torch.no_grad()
-    def boxes(self, depth_logits: Tensor, batch: TrainingBatch, model: ModelConfig) -> tuple[Tensor, Tensor]:
-        """Return centres (B, K, Y, X) as probabilities and boxes (B, 10, Y, X), by the LiDAR's depth where it is known.
-
-        depth_logits: (B, N, D, h, w), of the student, for all other cells.
-        """
-        network = self.network.to(batch.images.device)
-        view, geometry, head = network.view_transform, batch.geometry, network.detection_head
-        assert isinstance(geometry, BatchedPoints)
-        assert isinstance(head, nn.Module)
-        images = shown(batch.images, batch.camera_valid, batch.shown, model.image)
-        _, context = view.predict_depth(network.image_encoder(images.flatten(0, 1)), geometry.ray.flatten(0, 1))
-        logits = measured_depth(depth_logits, batch.depth_bin)
-        bev = network.bev_encoder(view.pool(logits, context, batch.camera_valid, geometry))
-        heatmap, box = head(bev)
-        return torch.sigmoid(heatmap.float()), box.float()
-
-
-def measured_depth(logits: Tensor, bins: Tensor) -> Tensor:
-    """Return depth logits (B * N, D, h, w) with nearly all mass `BEYOND` bins behind the bin of each return.
-
-    bins: (B, N, h, w), negative without a return.
-    """
-    known = (bins >= 0).flatten(0, 1)[:, None]
-    sure = (
-        functional.one_hot((bins + BEYOND).clamp(0, logits.shape[2] - 1), logits.shape[2]).movedim(-1, 2).flatten(0, 1)
-        * CERTAIN
-    )
-    return torch.where(known, sure, logits.detach().flatten(0, 1).float())
-
-
 @dataclass(frozen=True)
 class AdaptObjective:
     """Occupancy and depth of the user's frames; boxes, classes and depth of rehearsed ones, at `rehearsal` of the weight.
 
-    teacher: says where boxes are in the user's frames, at `taught` of the weight; None for none.
+    taught: weight of the boxes that were found in the user's frames; 0 where none were looked for.
     """
 
     model: ModelConfig
     weights: LossConfig
     finetune: FinetuneObjective
     rehearsal: float = 1.0
-    teacher: Teacher | None = None
     taught: float = 1.0
 
     def __call__(self, network: nn.Module, batch: SourcedBatch) -> Mapping[str, Tensor]:
@@ -141,15 +63,30 @@ class AdaptObjective:
         if batch.rehearsed:
             terms = self.finetune(network, batch.batch)
             return {f"{REHEARSED}{name}": self.rehearsal * term for name, term in terms.items()}
-        output = run_network(network, batch.batch, self.model)
+        output = run_geometric(network, batch.batch, self.model)
         terms = occupancy_terms(output, batch.batch, self.weights) | depth_term(output, batch.batch, self.weights)
         return terms | self._taught(output, batch.batch)
 
     def _taught(self, output: NetworkOutput, batch: TrainingBatch) -> dict[str, Tensor]:
-        if self.teacher is None or not self.taught:
+        if not self.taught:
             return {}
-        factors = {"taught_heatmap": self.taught * self.weights.heatmap, "taught_box": self.taught * self.weights.box}
-        return {name: factors[name] * term for name, term in self.teacher.terms(output, batch, self.model).items()}
+        terms = losses.centre_terms(output.answers, batch.boxes, batch.labels, self.model, self.weights)
+        return {f"{TAUGHT}{name}": self.taught * term for name, term in terms.items()}
+
+
+def run_geometric(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:
+    """Run the network, its semantic head of factors without the kinds: their 17 channels would be computed for nothing."""
+    head = getattr(getattr(network, "module", network), "occupancy_head", None)
+    if not isinstance(head, OccupancyDecoder):
+        return run_network(network, batch, model)
+    kinds, head.kinds = head.kinds, None
+    try:
+        output = run_network(network, batch, model)
+    finally:
+        head.kinds = kinds
+    answers = dict(output.answers)
+    geometric = answers.pop("occupancy_logits")  # (B, 2, Z, Y, X), free and occupied
+    return replace(output, answers={**answers, "reconstruction_logits": geometric})
 
 
 def occupancy_terms(output: NetworkOutput, batch: TrainingBatch, weights: LossConfig) -> dict[str, Tensor]:

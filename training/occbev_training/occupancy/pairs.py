@@ -32,6 +32,7 @@ from occbev_training.data.shards import (
     SHARD_BYTES,
     PairSample,
     ShardError,
+    ShardReader,
     ShardWriter,
     write_index,
 )
@@ -682,14 +683,14 @@ def remove_units_beyond(folder: Path, keys: Mapping[str, int]) -> None:
             path.unlink(missing_ok=True)
 
 
-def join_units(folder: Path, shares: Mapping[str, float], window: float | None = None) -> dict[str, int]:
+def join_units(folder: Path, shares: Mapping[str, float], divide: bool = False) -> dict[str, int]:
     """Index every finished unit of a folder and split it; returns the number of samples per split.
 
     Without any sample no index is written. Raises ShardError as `read_reports`.
 
     shares: split -> share, by drive and by place: drives that met within 100 m of each other in one
     location share a split. No split of two groups or more stays empty. No drive is divided, but where
-    `window` is given and all drives met: see `hold_out_ends`.
+    `divide` is asked for and all drives met: see `hold_out_ends`.
     """
     rows = [dict(row) for report in read_reports(folder) for row in report.rows]
     if not rows:
@@ -697,9 +698,11 @@ def join_units(folder: Path, shares: Mapping[str, float], window: float | None =
     split = assign_splits(rows, shares)
     for row in rows:
         row["split"] = split[row["drive"]]
-    if window is not None and shares.get(VALIDATION) and VALIDATION not in split.values():
-        hold_out_ends(rows, shares[VALIDATION] / sum(shares.values()), window)
     write_index(folder, rows)
+    if divide and shares.get(VALIDATION) and VALIDATION not in split.values():
+        window = float(ShardReader(folder).sample(rows[0]["key"]).meta["window"])
+        hold_out_ends(rows, shares[VALIDATION] / sum(shares.values()), window)
+        write_index(folder, rows)
     return dict(Counter(row["split"] for row in rows))
 
 

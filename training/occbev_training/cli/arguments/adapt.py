@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="simulated drives in the training, so that boxes and classes are kept; 0 for none",
     )
+    parser.add_argument("--split", choices=("train", "validation"), help="with a folder of pairs: only this split")
     parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes, used for scores only")
     parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps before and after a label")
