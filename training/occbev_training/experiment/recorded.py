@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from occbev.files import replace_file
 from occbev.inference.preprocess import Preprocessor, network_camera
 from occbev.rig import CameraRig
 from occbev_training.data.cache import write_sample
+from occbev_training.data.shards import LabelVolumes
 from occbev_training.experiment.network import GRID, MODEL
 from occbev_training.experiment.plan import PlanError, RecordedPlan, WorldPlan
 from occbev_training.experiment.pool import drive_folder, sample_file
-from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.occupancy.prepare import PrepareConfig, make_sample
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.discovery import OpenBag
@@ -51,16 +53,15 @@ def make_blocks(folder: Path, world: WorldPlan, recording: Path | None) -> None:
     drive = _open(recording, recorded)
     CameraRig(tuple(network_camera(camera, MODEL.image) for camera in drive.rig.cameras)).save(rig_file(folder))
     config, preprocessor = PrepareConfig(MODEL.image, GRID), Preprocessor(MODEL.image)
-    builder = LabelBuilder(drive, LabelConfig(), GRID)
+    nothing = np.zeros(GRID.shape, np.uint8)  # phase 1 never sees the recording, so its LiDAR labels are not made
+    unlabelled = LabelVolumes(nothing, nothing, nothing, nothing, GRID.hash)
     for split, number in wanted:
         target = drive_folder(folder, split, number, world)
         target.mkdir(parents=True, exist_ok=True)
         hashes = []
         for place, key in enumerate(block_keys(split, number, len(drive.key_stamp_ns), recorded)):
             frames = drive.frame_set(key)
-            sample, broken = make_sample(
-                drive, key, config, preprocessor, lambda k, f: builder.build(k, f).volumes, frames
-            )
+            sample, broken = make_sample(drive, key, config, preprocessor, lambda key, frames: unlabelled, frames)
             if broken:
                 raise PlanError(f"{recording} key {key}: {broken}")
             hashes.append(write_sample(sample_file(target, place), sample))

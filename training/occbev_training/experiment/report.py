@@ -418,7 +418,19 @@ def _exploratory(results: Results) -> Section:
     if not rows:
         return Section("Exploratory differences")
     header = ("difference", "labels", "mean, points of mAP", "95 % interval", "each seed")
-    return Section("Exploratory differences", ("Not tested: intervals only, of few seeds.",), (header, *rows))
+    text = (
+        "Not tested: intervals alone, of few seeds. O - Op asks what better labels add, O - I-image, O - I-view and "
+        "O - I-bev which part carries what is learned, O - V what the weights of visibility add, X - R whether "
+        "pre-training on wrong labels helps as well, R0 - R whether R was trained too long."
+        if _has_controls(results.plan)
+        else "Not tested: intervals alone, of few seeds. R0 - R asks whether R was trained too long.",
+    )
+    return Section("Exploratory differences", text, (header, *rows))
+
+
+def _has_controls(plan: Plan) -> bool:
+    """Whether a plan runs the arms that explain a difference."""
+    return any(arm in group.arms for group in plan.runs for arm in ("Op", "X", "V"))
 
 
 def _curve(results: Results) -> Section:
