@@ -137,8 +137,7 @@ def _carry_out_product(path: Path, args: argparse.Namespace, console: Console) -
 
 def _look_for_objects(place: Workplace, folder: Path, console: Console) -> int:
     """Write which objects of the test drives are found only with pre-training, and pictures of some."""
-    from occbev.reports.rendering import write_picture
-    from occbev_training.experiment.found import draw_findings, look_for_objects, seeds_with_weights
+    from occbev_training.experiment.found import draw_findings, look_for_objects, seeds_with_weights, write_findings
 
     plan, (first, second) = place.plan, ("O", "R")
     if plan.world.recorded is not None:
@@ -150,7 +149,7 @@ def _look_for_objects(place: Workplace, folder: Path, console: Console) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{plan.name}-found.json"
     target.write_text(json.dumps(findings.record(first, second), indent=1) + "\n")
-    write_picture(str(folder / f"{plan.name}-found.jpg"), draw_findings(place, findings, first, second))
+    write_findings(folder / f"{plan.name}-found.jpg", draw_findings(place, findings, first, second))
     console.print(f"{target} and its picture written", highlight=False, soft_wrap=True)
     return 0
 

@@ -209,3 +209,9 @@ def _area(camera: Camera, box: NDArray[np.float32]) -> float:
         return 0.0
     low, high = np.clip([pixel.min(0), pixel.max(0)], 0, (camera.width, camera.height))
     return float(np.prod(high - low))
+
+
+def write_findings(path: Path, picture: Picture) -> None:
+    """Write a picture as JPEG, small enough for a repository; raises OSError if it cannot."""
+    if not cv2.imwrite(str(path), np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 75]):
+        raise OSError(f"{path}: cannot write a {picture.shape} picture")

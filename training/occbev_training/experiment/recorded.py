@@ -13,7 +13,7 @@ import numpy as np
 from occbev.files import replace_file
 from occbev.inference.preprocess import Preprocessor, network_camera
 from occbev.rig import CameraRig
-from occbev_training.data.cache import write_sample
+from occbev_training.data.cache import CachedSample, write_sample
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.experiment.network import GRID, MODEL
 from occbev_training.experiment.plan import PlanError, RecordedPlan, WorldPlan
@@ -22,7 +22,7 @@ from occbev_training.occupancy.prepare import PrepareConfig, make_sample
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.discovery import OpenBag
 from occbev_training.sources.labelled import OpenLabelled
-from occbev_training.sources.recording import Recording
+from occbev_training.sources.recording import Recording, leave_out
 
 BOXES = "boxes.json"
 """File with the boxes of a recording, in its folder."""
@@ -52,21 +52,37 @@ def make_blocks(folder: Path, world: WorldPlan, recording: Path | None) -> None:
         return
     drive = _open(recording, recorded)
     CameraRig(tuple(network_camera(camera, MODEL.image) for camera in drive.rig.cameras)).save(rig_file(folder))
-    config, preprocessor = PrepareConfig(MODEL.image, GRID), Preprocessor(MODEL.image)
-    nothing = np.zeros(GRID.shape, np.uint8)  # phase 1 never sees the recording, so its LiDAR labels are not made
-    unlabelled = LabelVolumes(nothing, nothing, nothing, nothing, GRID.hash)
+    samples, problems = _whole_samples(drive)
     for split, number in wanted:
         target = drive_folder(folder, split, number, world)
         target.mkdir(parents=True, exist_ok=True)
-        hashes = []
-        for place, key in enumerate(block_keys(split, number, len(drive.key_stamp_ns), recorded)):
-            frames = drive.frame_set(key)
-            sample, broken = make_sample(drive, key, config, preprocessor, lambda key, frames: unlabelled, frames)
-            if broken:
-                raise PlanError(f"{recording} key {key}: {broken}")
-            hashes.append(write_sample(sample_file(target, place), sample))
+        try:
+            keys = block_keys(split, number, len(samples), recorded)
+        except PlanError as error:
+            reasons = "; ".join(f"{key}: {reason}" for key, reason in problems.items())
+            raise PlanError(f"{error}; left out: {reasons or 'none'}") from error
+        hashes = [write_sample(sample_file(target, place), samples[key]) for place, key in enumerate(keys)]
         with replace_file(target / "done.json") as temporary:
             temporary.write_text(json.dumps(hashes))
+
+
+def _whole_samples(drive: Recording) -> tuple[list[CachedSample], dict[str, str]]:
+    """Make the samples of all key frames that have every image and pose; returns also why the others have none."""
+    config, preprocessor = PrepareConfig(MODEL.image, GRID), Preprocessor(MODEL.image)
+    nothing = np.zeros(GRID.shape, np.uint8)  # phase 1 never sees the recording, so its LiDAR labels are not made
+    unlabelled = LabelVolumes(nothing, nothing, nothing, nothing, GRID.hash)
+    samples, problems = [], dict[str, str]()
+    for key in range(len(drive.key_stamp_ns)):
+        with leave_out(problems, f"key {key}"):
+            frames = drive.frame_set(key)
+            missing = dict(frames.missing)
+            if not missing:
+                sample, missing = make_sample(drive, key, config, preprocessor, lambda *_: unlabelled, frames)
+            if missing:
+                problems[f"key {key}"] = str(missing)
+            else:
+                samples.append(sample)
+    return samples, problems
 
 
 def block_keys(split: str, number: int, keys: int, recorded: RecordedPlan) -> range:

@@ -346,7 +346,7 @@ def _found(results: Results) -> Section:
         (
             f"Of every object of the test drives: does a network of {first} find it, one of {second} with the same seed, or "
             f"both? Each network keeps as many boxes of a class as there are objects of it, its best ones; found is what "
-            f"one of them meets within 2 m. Mean over {seeds} pairs at {percent:g} % of labels."
+            f"one of them meets within 2 m. At {percent:g} % of labels; mean over the pairs of networks that were looked at: {seeds}."
         ),
         (
             f"{record['usually_first_alone']} objects are found by most networks of {first} and not by most of {second}; "
