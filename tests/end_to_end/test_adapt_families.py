@@ -12,7 +12,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 pytest.importorskip("embreex")
 
+from tests.training.test_pretraining_everywhere import inputs  # noqa: E402
+
 from occbev.cli import main as occbev  # noqa: E402
+from occbev.config import ModelConfig  # noqa: E402
 from occbev.grid import VoxelGrid  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
@@ -47,16 +50,27 @@ def package(repository: Path, folder: Path, name: str) -> Path:
     model = in_base_link(reduced(load_model(repository / "config/models" / f"{name}.yaml")))
     model = replace(model, grid=GRID)
     torch.manual_seed(0)
+    network = build_model(model, "finetune")
+    learn_statistics(network, model)
     folder.mkdir()
-    save_weights(folder / "weights.safetensors", build_model(model, "finetune").state_dict(), {})
+    save_weights(folder / "weights.safetensors", network.state_dict(), {})
     write_package(folder, model, {"data": "nothing: its weights are random"}, {})
     return folder
+
+
+def learn_statistics(network: torch.nn.Module, model: ModelConfig) -> None:
+    """Let the norms see noise: with the statistics of a new network, which adapting holds, gradients overflow."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(*inputs(model, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "voxels"),
-    [("bevdet_occ_r50", "semantic"), ("bevformer_base_occ", "semantic"), ("bevdet_r50", "geometric")],
+    [("bevdet_r50", "geometric")],
 )
 def test_a_network_of_another_family_adapts(
     repository: Path, drive: tuple[Path, Path], tmp_path: Path, name: str, voxels: str
