@@ -70,7 +70,11 @@ def learn_statistics(network: torch.nn.Module, model: ModelConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "voxels"),
-    [("bevdet_r50", "geometric")],
+    [
+        ("bevdet_occ_r50", "voxels with classes"),
+        ("bevformer_base_occ", "voxels with classes"),
+        ("bevdet_r50", "geometric"),
+    ],
 )
 def test_a_network_of_another_family_adapts(
     repository: Path, drive: tuple[Path, Path], tmp_path: Path, name: str, voxels: str

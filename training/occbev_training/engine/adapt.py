@@ -235,6 +235,8 @@ def _trainer(
     """Put the trainer together; begun: the IoU that it has to beat."""
     training, model = config.training, package.model
     training = replace(training, optim=replace(training.optim, scales=_known_scales(network, training.optim.scales)))
+    if package.model.family != "lss" and not torch.cuda.is_available():
+        training = replace(training, precision="fp32")  # deformable convolutions know no bf16 on CPUs
     tune_process(training.threads)
     torch.manual_seed(training.seed)
     if training.channels_last:
