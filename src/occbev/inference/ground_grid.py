@@ -57,7 +57,7 @@ class GroundGridConfig:
     """Metres above the local ground up to which things are obstacles."""
     max_missed_obstacles: float = bounded(0.06, 0.001, 0.999, live=True)
     """Largest share of visible obstacle cells that may be published as free, by the calibration of the package."""
-    min_obstacle_probability: float = bounded(0.2, 0.001, 0.999, live=True)
+    min_obstacle_probability: float = bounded(0.19, 0.001, 0.999, live=True)
     """Lowest probability of an obstacle in a cell that is published as blocked."""
 
     def __post_init__(self) -> None:
