@@ -22,7 +22,8 @@ from occbev.messages.bags import BagReader, BagWriter, type_store
 from occbev.messages.topics import POSE_TYPES, load_topics
 from occbev.rig import Camera as RigCamera
 from occbev.rig import CameraRig
-from occbev.streams.parameters import parameters_from_record, read_parameters
+from occbev.streams import offline
+from occbev.streams.parameters import PerceptionParameters, parameters_from_record, read_parameters
 from occbev_training.sources.bag_index import BagOptions
 from occbev_training.sources.bags import BagRecording
 
@@ -72,6 +73,56 @@ def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Pa
     rig = CameraRig.load(tmp_path / "out" / "rig.yaml")
     np.testing.assert_allclose(rig["left"].intrinsic, recording.rig["left"].intrinsic)
     assert (tmp_path / "out" / "rig.yaml").read_text().startswith("# A camera rig, ")
+
+
+def replay_parameters(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> PerceptionParameters:
+    """Return the parameters with which `occbev replay --offline` runs."""
+    seen = []
+    summary = {"frames_in": 1, "frames_processed": 1, "drops": {}, "rate_hz": 0.0, "latency_ms": {}}
+    monkeypatch.setattr(offline, "replay_offline", lambda bag, p, *_, **__: seen.append(p) or {"summary": summary})
+    assert main(["replay", "--offline", *arguments]) == 0
+    return seen[0]
+
+
+def test_replay_finds_the_topics_that_rig_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("front", "left")
+    drive = Drive({name: Camera() for name in names}, tuple(("base_link", f"{n}_optical", FORWARD) for n in names))
+    own = str(drive.write(tmp_path / "own"))
+    found = replay_parameters(monkeypatch, own, "--set", "anchor:=left", "--set", "sync.tolerance_s:=0.01")
+    text = capsys.readouterr().err
+    assert "cameras front (/front/image_raw/compressed), left (/left/image_raw/compressed); poses /odom. " in text
+    assert f"`occbev rig {own} --out vehicle` writes them" in text
+    assert (found.anchor_camera, found.sync.tolerance_s) == ("left", 0.01)
+    assert main(["rig", own, "--out", str(tmp_path / "vehicle")]) == 0
+    written = read_parameters(tmp_path / "vehicle" / "perception.yaml")
+    assert (found.names, found.cameras, found.ego_motion) == (written.names, written.cameras, written.ego_motion)
+    jobs = gather_jobs(Path(own), found)
+    assert [job.frame_set.cameras for job in jobs if job.frame_set] == [names] * 4
+
+
+def test_replay_looks_for_no_topics_where_they_are_named_or_as_shipped(
+    bag: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = read_parameters(repository / "config" / "perception.yaml")
+    image = replace(Camera(), topic="image/compressed")
+    known = Drive({"cam_front": image}, (("base_link", "cam_front_optical", FORWARD),)).write(tmp_path / "known")
+    given = f"topics:={write_topics(tmp_path / 'mine.yaml')}"
+    assert replay_parameters(monkeypatch, str(known)) == shipped
+    assert replay_parameters(monkeypatch, str(bag), "--set", given).names == NAMES
+    file = ("--params-file", str(repository / "config" / "perception.yaml"))
+    assert replay_parameters(monkeypatch, str(bag), *file) == shipped
+    assert "found in it" not in capsys.readouterr().err
+
+
+def test_replay_refuses_a_bag_whose_topics_are_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag = Drive(static=()).write(tmp_path / "bag")
+    assert main(["replay", str(bag), "--offline"]) == 2
+    reason, error = capsys.readouterr().err.splitlines()[-2:]
+    assert reason.startswith("topics were not found automatically: ")
+    assert "front" in reason
+    assert "none of the configured image topics is in this bag. Configured: /cam_back/" in error
 
 
 @pytest.mark.parametrize("kind", POSE_TYPES[1:])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -24,6 +24,9 @@ from occbev.cli.console import make_console
 from occbev.graph import NODE_NAME
 from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
 from occbev.rig import Camera, CameraRig
+
+if TYPE_CHECKING:
+    from occbev_training.sources.bags import BagRecording
 
 TOPICS_HEADER = """\
 # All topics of this vehicle: for the option --topics of the commands and the parameter `topics` of the node.
@@ -49,6 +52,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the three files and print the cameras."""
+    topics = None if args.topics is None else load_topics(args.topics)
+    recording = read_recording(args.bag, topics, args.base_frame)
+    found, rig = recording.topics, recording.rig
+    texts = {
+        "topics.yaml": TOPICS_HEADER + _dump(topics_record(found)),
+        "rig.yaml": rig.as_text(),
+        "perception.yaml": parameter_text(recording, args.base_frame, args.model),
+    }
+    _write(args.out, texts, args.force)
+    _print(rig, found, recording.left_out, recording.notes, args.out)
+    print_next(args.bag, args.out)
+    return 0
+
+
+def read_recording(bag: Path, topics: BagTopics | None, base_frame: str) -> BagRecording:
+    """Read what a bag has of cameras, calibration and poses; topics that are None are found by name and type.
+
+    Raises:
+        RecordingError: naming the topic, frame or count that is wrong or ambiguous.
+        LookupError: the offline package is not installed, or poses are missing.
+    """
     try:
         from occbev_training.sources.bag_index import BagOptions
         from occbev_training.sources.bags import BagRecording
@@ -56,20 +80,15 @@ def run(args: argparse.Namespace) -> int:
         raise LookupError(
             f"reading recordings needs the offline package ({error}): pip install --no-deps ./training"
         ) from error
-    topics = None if args.topics is None else load_topics(args.topics)
-    recording = BagRecording(args.bag, BagOptions(topics, base_frame=args.base_frame))
+    recording = BagRecording(bag, BagOptions(topics, base_frame=base_frame))
     recording.close()
-    found, rig = recording.topics, recording.rig
-    parameters = node_parameters(found, rig, args.base_frame, args.model, recording.pose_type)
-    texts = {
-        "topics.yaml": TOPICS_HEADER + _dump(topics_record(found)),
-        "rig.yaml": rig.as_text(),
-        "perception.yaml": PARAMETERS_HEADER + _dump({NODE_NAME: {"ros__parameters": parameters}}),
-    }
-    _write(args.out, texts, args.force)
-    _print(rig, found, recording.left_out, recording.notes, args.out)
-    print_next(args.bag, args.out)
-    return 0
+    return recording
+
+
+def parameter_text(recording: BagRecording, base_frame: str, model: str) -> str:
+    """Return the parameter file of a node that reads the topics of a recording."""
+    parameters = node_parameters(recording.topics, recording.rig, base_frame, model, recording.pose_type)
+    return PARAMETERS_HEADER + _dump({NODE_NAME: {"ros__parameters": parameters}})
 
 
 def print_next(bag: Path, folder: Path) -> None:

@@ -98,12 +98,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def next_command(args: argparse.Namespace, bags: Sequence[Path]) -> str:
-    """Return the command that shows the package at work; own camera names need a parameter file."""
+    """Return the command that shows the package at work; topics that were given go into a parameter file."""
     bag, package = shlex.quote(str(bags[0])) if bags else "BAG", args.out / "package"
     if args.topics is None:
-        vehicle = shlex.quote(str(args.out / "vehicle"))
-        replay = f"occbev replay {bag} --params-file {vehicle}/perception.yaml --model {shlex.quote(str(package))}"
-        return f"occbev rig {bag} --out {vehicle} && {replay}"
+        return f"occbev replay {bag} --model {shlex.quote(str(package))}"
     path = args.out / "perception.yaml"
     parameters = {"topics": str(args.topics.resolve()), "model": str(package.resolve())}
     path.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
