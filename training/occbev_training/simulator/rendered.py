@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from occbev.results import FrameSet, Sweep
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive
 from occbev_training.sources.recording import Annotations, OccupancyTruth
+from occbev_training.workers import start_workers
 
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all."""
@@ -88,9 +88,7 @@ def _render(
     seed: int, config: DriveConfig, steps: list[tuple[str, int]], workers: int, progress: Progress | None
 ) -> dict[tuple[str, int], Any]:
     rendered: dict[tuple[str, int], Any] = {}
-    # Embree's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _build, (seed, config)) as pool:
+    with start_workers(workers, _build, seed, config) as pool:
         futures = {pool.submit(_render_step, *step): step for step in steps}
         for done, future in enumerate(as_completed(futures), 1):
             rendered[futures[future]] = future.result()
