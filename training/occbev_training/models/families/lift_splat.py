@@ -83,8 +83,10 @@ class SplatTraining(TrainingFamily[Splat]):
 
     def reduce(self, model: Splat) -> Splat:
         """Return the same architecture at a small size."""
+        small = super().reduce(model)
         lift = replace(
             model.lift,
+            canonical_focal=model.lift.canonical_focal * small.image.width / model.image.width,
             depth=DepthConfig(1.0, 25.0, 4.0, model.lift.depth.spacing),
             height_bins=8 if model.lift.height_bins > 1 else 1,
             max_points=2048,
@@ -92,7 +94,7 @@ class SplatTraining(TrainingFamily[Splat]):
             channels=8,
         )
         bev_encoder = replace(model.bev_encoder, channels=(8, 16, 32), out_channels=16)
-        return replace(super().reduce(model), lift=lift, bev_encoder=bev_encoder)
+        return replace(small, lift=lift, bev_encoder=bev_encoder)
 
     def describe(self, model: Splat) -> dict[str, str]:
         """Say in words what it is made of."""
