@@ -25,7 +25,7 @@ from occbev_training.engine.stages import StageInputs, keep_trainable_heads, mod
 from occbev_training.evaluation.frames import evaluate
 from occbev_training.experiment.plan import Drives, Plan, PlanError, differences, load_plan, require_registered
 from occbev_training.experiment.pool import labelled_drives
-from occbev_training.experiment.runs import Row, Task
+from occbev_training.experiment.runs import PlanFolders, Row, Task
 from occbev_training.experiment.statistics import MatchRecord
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
@@ -140,7 +140,7 @@ def load_any_plan(path: Path) -> Plan | ProductPlan:
 
 
 @dataclass(frozen=True)
-class ProductPlace:
+class ProductPlace(PlanFolders):
     """Where a plan is carried out. path: its file. out: folder of the drives, and of `HASH/` with rows and runs."""
 
     path: Path
@@ -152,23 +152,9 @@ class ProductPlace:
         """Read the plan."""
         return cls(path, out, load_product_plan(path))
 
-    @property
-    def runs(self) -> Path:
-        """Folder of everything that depends on the plan."""
-        return self.out / self.plan.hash
-
-    @property
-    def rows(self) -> Path:
-        """File of the results, one JSON line for each task."""
-        return self.runs / "rows.jsonl"
-
     def cache(self, split: str) -> Path:
         """Sample cache of a split."""
         return self.out / "cache" / split
-
-    def folder(self, task_key: str) -> Path:
-        """Folder of a task's training."""
-        return self.runs / "runs" / task_key
 
     def share(self, percent: float, seed: int) -> Path:
         """Cache of the labelled drives of a seed: links into that of all training drives."""

@@ -150,8 +150,29 @@ class Place(Protocol):
         ...
 
 
+class PlanFolders:
+    """What of an output folder belongs to one plan, by its hash: rows and runs."""
+
+    out: Path
+    plan: Any
+
+    @property
+    def runs(self) -> Path:
+        """Folder of everything that depends on the plan."""
+        return self.out / self.plan.hash
+
+    @property
+    def rows(self) -> Path:
+        """File of the results, one JSON line for each task."""
+        return self.runs / "rows.jsonl"
+
+    def folder(self, task_key: str) -> Path:
+        """Folder of a task's training."""
+        return self.runs / "runs" / task_key
+
+
 @dataclass(frozen=True)
-class Workplace:
+class Workplace(PlanFolders):
     """Where a plan is carried out. path: its file. out: folder that holds `world/`, and `HASH/` with rows and runs."""
 
     path: Path
@@ -167,20 +188,6 @@ class Workplace:
     def world(self) -> Path:
         """Folder of the drives."""
         return self.out / "world"
-
-    @property
-    def runs(self) -> Path:
-        """Folder of everything that depends on the plan."""
-        return self.out / self.plan.hash
-
-    @property
-    def rows(self) -> Path:
-        """File of the results, one JSON line for each task."""
-        return self.runs / "rows.jsonl"
-
-    def folder(self, task_key: str) -> Path:
-        """Folder of a task's training."""
-        return self.runs / "runs" / task_key
 
     def scored(self, split: str) -> Pool:
         """Open drives to score; raises PlanError for test drives of a plan that is not registered as it stands."""
