@@ -125,6 +125,43 @@ def test_replay_refuses_a_bag_whose_topics_are_not_found(tmp_path: Path, capsys:
     assert "none of the configured image topics is in this bag. Configured: /cam_back/" in error
 
 
+def without_calibration(tmp_path: Path) -> tuple[Path, Path]:
+    """Write a bag of two cameras without camera_info and camera frames, and the rig file that has them."""
+    names = ("front", "left")
+    drive = Drive({name: Camera() for name in names}, tuple(("base_link", f"{n}_optical", FORWARD) for n in names))
+    recording = BagRecording(drive.write(tmp_path / "whole"))
+    recording.rig.save(tmp_path / "rig.yaml")
+    with BagWriter(tmp_path / "bare") as writer:
+        for message in replace(drive, static=()).messages():
+            if not message.topic.endswith("/camera_info"):
+                writer.write(message)
+    return tmp_path / "bare", tmp_path / "rig.yaml"
+
+
+def test_replay_takes_a_rig_file_for_a_bag_without_camera_info(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag, rig = without_calibration(tmp_path)
+    found = replay_parameters(monkeypatch, str(bag), "--set", f"rig:={rig}")
+    assert f"`occbev rig {bag} --rig {rig} --out vehicle` writes them" in capsys.readouterr().err
+    jobs = gather_jobs(bag, found)
+    assert [job.frame_set.cameras for job in jobs if job.frame_set] == [("front", "left")] * 4
+    assert not any(job.missing for job in jobs)
+    np.testing.assert_allclose(jobs[0].rig["left"].cam2ego, FORWARD, atol=1e-9)
+
+
+def test_rig_writes_parameters_of_a_bag_without_camera_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag, rig = without_calibration(tmp_path)
+    assert main(["rig", str(bag), "--out", str(tmp_path / "out")]) == 2
+    assert "a rig file has the calibration: occbev rig BAG --rig RIG.yaml --out vehicle" in capsys.readouterr().err
+    assert main(["rig", str(bag), "--rig", str(rig), "--out", str(tmp_path / "out")]) == 0
+    assert f"topics.yaml --rig {tmp_path / 'out' / 'rig.yaml'} --out overlay" in capsys.readouterr().out
+    parameters = read_parameters(tmp_path / "out" / "perception.yaml")
+    assert parameters.rig == str(tmp_path / "out" / "rig.yaml")
+    assert CameraRig.load(parameters.rig).hash == CameraRig.load(rig).hash
+    assert not any(job.missing for job in gather_jobs(bag, parameters))
+
+
 @pytest.mark.parametrize("kind", POSE_TYPES[1:])
 def test_stamped_poses_place_node_and_training_alike(bag: Path, tmp_path: Path, kind: str) -> None:
     with BagReader(bag) as given, BagWriter(tmp_path / "poses") as writer:

@@ -213,3 +213,23 @@ def test_a_list_of_lidars_names_different_topics(tmp_path: Path, lines: str, rea
     path.write_text(f"cameras:\n  front: {{image: /f/image}}\n{lines}\n")
     with pytest.raises(RecordingError, match=reason):
         load_topics(path)
+
+
+def test_the_cameras_of_a_rig_are_the_topics_with_their_names() -> None:
+    """No camera_info is needed; depth images and the node's own clouds are no input."""
+    topics = {
+        "/camera/Front/color/image_raw": RAW,
+        "/camera/Front/color/image_raw/compressed": COMPRESSED,
+        "/camera/Front/depth/image": RAW,
+        "/rear/image": RAW,
+        "/side/image": RAW,
+        "/points": CLOUD,
+        "/robot/perception/output/occupancy/points": CLOUD,
+    }
+    found = detect_topics(topics, cameras=("front", "rear"))
+    assert found.images == {"front": "/camera/Front/color/image_raw/compressed", "rear": "/rear/image"}
+    assert (found.infos, found.lidar) == ({}, "/points")
+    with pytest.raises(
+        RecordingError, match=r"the rig's camera 'left' as a part, as /left/image_raw has; name the topics"
+    ):
+        detect_topics(topics, cameras=("front", "left"))

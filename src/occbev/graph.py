@@ -211,6 +211,11 @@ def resolve(topic: str, namespace: str = "") -> str:
     return topic if topic.startswith("/") else f"{prefix}/{topic}"
 
 
+def is_output(topic: str) -> bool:
+    """Whether a topic is one that a perception node publishes, in whatever namespace."""
+    return f"/{NODE_NAME}/output/" in topic
+
+
 def params_file(values: Mapping[str, str]) -> str:
     """Return the parameter file that the arguments ask for; a shipped one may be named from any folder."""
     return str(here_or_shipped(values.get("params_file") or "config/perception.yaml"))

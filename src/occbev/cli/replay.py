@@ -33,7 +33,7 @@ from rich.table import Table
 from occbev import graph
 from occbev.allocator import keep_large_blocks
 from occbev.cli.progress import Progress
-from occbev.cli.rig import parameter_text, read_recording
+from occbev.cli.rig import find_parameter_file
 from occbev.cli.run import PARENT_VARIABLE, end_group
 from occbev.messages.bags import BagReader
 from occbev.reports.summaries import LOST, UNANSWERED, frames_of, summarise
@@ -45,7 +45,6 @@ from occbev.streams.run_report import write_run_report
 
 if TYPE_CHECKING:
     from occbev.ros.player_node import PlayerNode
-    from occbev_training.sources.bags import BagRecording
 
 IDLE_S = 10.0
 """Silence after the last message that ends the wait for results."""
@@ -96,40 +95,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parameter_file(args: argparse.Namespace, folder: Path) -> Path:
-    """Return the given parameter file, else the shipped one, else one in `folder` for the topics found in the bag.
-
-    Topics are looked for only where nobody named any, the node is ours, and the bag has no image topic of the shipped
-    file. If they are not found, the reason is printed; the replay then refuses the bag with both lists of topics.
-    """
-    shipped = Path(graph.params_file({}))
-    given = changes(args)
-    if args.params_file or not args.node or any(name == "topics" or name.startswith("cameras.") for name in given):
-        return args.params_file or shipped
-    anchor_aside = {name: value for name, value in given.items() if name != "anchor"}  # it is a camera of the bag
-    parameters = read_parameters(shipped, anchor_aside)
-    with BagReader(args.bag) as bag:
-        if any(topic in bag.topics for name in parameters.names for topic in parameters.image_topics(name)):
-            return shipped
-    try:
-        recording = read_recording(args.bag, None, parameters.base_frame)
-    except (ValueError, LookupError) as error:
-        print(f"topics were not found automatically: {error}", file=sys.stderr)
-        return shipped
-    path = folder / "perception.yaml"
-    path.write_text(parameter_text(recording, parameters.base_frame, parameters.model))
-    print(_found(args.bag, recording), file=sys.stderr)
-    return path
-
-
-def _found(bag: Path, recording: BagRecording) -> str:
-    """Return in one line what was found in a bag."""
-    topics = recording.topics
-    cameras = ", ".join(f"{name} ({topics.images[name]})" for name in recording.rig.names)
-    left_out = f"; left out, as warned: {', '.join(recording.left_out)}" if recording.left_out else ""
-    return (
-        f"{bag} has no image topic of the shipped parameter file; found in it: cameras {cameras}; "
-        f"poses {topics.odometry or topics.tf}{left_out}. `occbev rig {bag} --out vehicle` writes them to a file to keep"
-    )
+    """Return the given parameter file, else the one for the bag; a node that runs elsewhere has a file of its own."""
+    if args.params_file or not args.node:
+        return args.params_file or Path(graph.params_file({}))
+    return find_parameter_file(args.bag, changes(args), folder)
 
 
 def _replay(args: argparse.Namespace, path: Path) -> int:

@@ -1,17 +1,20 @@
 """Write what a robot needs from one of its bags: a file of topics, a rig file and a parameter file for the node.
 
     occbev rig my_bag --out vehicle
+    occbev rig my_bag --rig calibration.yaml --out vehicle      # a bag without camera_info
     occbev overlay my_bag --topics vehicle/topics.yaml --out overlay
     occbev run params_file:=vehicle/perception.yaml
 
 topics.yaml names every topic: rename cameras, add or drop topics there. bag-check, pairs, prepare, learn, overlay and
-the node's parameter `topics` take it. rig.yaml holds lens and pose of every camera: edit it if the bag has no
-calibration or a wrong one. perception.yaml holds the parameters of the node for the same topics.
+the node's parameter `topics` take it. rig.yaml holds lens and pose of every camera: edit it if the bag has a wrong
+calibration, and give it with --rig. perception.yaml holds the parameters of the node for the same topics.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +23,13 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
+from occbev import graph
 from occbev.cli.console import make_console
 from occbev.graph import NODE_NAME
+from occbev.messages.bags import BagReader
 from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
 from occbev.rig import Camera, CameraRig
+from occbev.streams.parameters import read_parameters
 
 if TYPE_CHECKING:
     from occbev_training.sources.bags import BagRecording
@@ -45,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bag", type=Path, help="bag folder, .mcap or .db3 file")
     parser.add_argument("--out", type=Path, required=True, help="folder for topics.yaml, rig.yaml and perception.yaml")
     parser.add_argument("--topics", type=Path, help="YAML file of topics, if they are not found automatically")
+    parser.add_argument("--rig", type=Path, help="rig file, in place of the bag's camera_info")
     parser.add_argument("--base-frame", default="base_link", help="frame of the vehicle (default: base_link)")
     parser.add_argument("--model", default="occbev-tiny", help="model package of the node (default: occbev-tiny)")
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
@@ -53,21 +60,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the three files and print the cameras."""
     topics = None if args.topics is None else load_topics(args.topics)
-    recording = read_recording(args.bag, topics, args.base_frame)
+    recording = read_recording(
+        args.bag, topics, args.base_frame, None if args.rig is None else CameraRig.load(args.rig)
+    )
     found, rig = recording.topics, recording.rig
+    rig_file = None if args.rig is None else args.out / "rig.yaml"
     texts = {
         "topics.yaml": TOPICS_HEADER + _dump(topics_record(found)),
         "rig.yaml": rig.as_text(),
-        "perception.yaml": parameter_text(recording, args.base_frame, args.model),
+        "perception.yaml": parameter_text(recording, args.base_frame, args.model, rig_file),
     }
     _write(args.out, texts, args.force)
     _print(rig, found, recording.left_out, recording.notes, args.out)
-    print_next(args.bag, args.out)
+    print_next(args.bag, args.out, rig_file)
     return 0
 
 
-def read_recording(bag: Path, topics: BagTopics | None, base_frame: str) -> BagRecording:
+def read_recording(bag: Path, topics: BagTopics | None, base_frame: str, rig: CameraRig | None = None) -> BagRecording:
     """Read what a bag has of cameras, calibration and poses; topics that are None are found by name and type.
+
+    rig: calibration in place of the bag's own.
 
     Raises:
         RecordingError: naming the topic, frame or count that is wrong or ambiguous.
@@ -80,21 +92,68 @@ def read_recording(bag: Path, topics: BagTopics | None, base_frame: str) -> BagR
         raise LookupError(
             f"reading recordings needs the offline package ({error}): pip install --no-deps ./training"
         ) from error
-    recording = BagRecording(bag, BagOptions(topics, base_frame=base_frame))
+    recording = BagRecording(bag, BagOptions(topics, base_frame=base_frame, rig=rig))
     recording.close()
     return recording
 
 
-def parameter_text(recording: BagRecording, base_frame: str, model: str) -> str:
-    """Return the parameter file of a node that reads the topics of a recording."""
+def parameter_text(recording: BagRecording, base_frame: str, model: str, rig_file: Path | None = None) -> str:
+    """Return the parameter file of a node that reads the topics of a recording.
+
+    rig_file: where the node finds its calibration; None for camera_info and transforms.
+    """
     parameters = node_parameters(recording.topics, recording.rig, base_frame, model, recording.pose_type)
+    if rig_file is not None:
+        parameters["rig"] = str(rig_file.absolute())
     return PARAMETERS_HEADER + _dump({NODE_NAME: {"ros__parameters": parameters}})
 
 
-def print_next(bag: Path, folder: Path) -> None:
-    """Print what to do with the files, as commands."""
+def find_parameter_file(bag: Path, changes: Mapping[str, str], folder: Path) -> Path:
+    """Return the parameter file of a node that reads a bag: the shipped one, or one in `folder` for the topics found.
+
+    Topics are looked for where `changes` names none and the bag has no image topic of the shipped file, or `changes`
+    names a rig of other cameras. What was found is printed, or why nothing was: then the shipped file is returned, and
+    whoever opens the bag with it refuses it with both lists of topics.
+    changes: dotted parameter -> value as text, laid over the file later.
+    """
+    shipped = Path(graph.params_file({}))
+    if any(name == "topics" or name.startswith("cameras.") for name in changes):
+        return shipped
+    anchor_aside = {name: value for name, value in changes.items() if name != "anchor"}  # it is a camera of the bag
+    parameters = read_parameters(shipped, anchor_aside)
+    rig = CameraRig.load(parameters.rig) if parameters.rig else None
+    with BagReader(bag) as reader:
+        known = any(topic in reader.topics for name in parameters.names for topic in parameters.image_topics(name))
+    if known and (rig is None or set(parameters.names) <= set(rig.names)):
+        return shipped
+    try:
+        recording = read_recording(bag, None, parameters.base_frame, rig)
+    except (ValueError, LookupError) as error:
+        print(f"topics were not found automatically: {error}", file=sys.stderr)
+        return shipped
+    path = folder / "perception.yaml"
+    path.write_text(parameter_text(recording, parameters.base_frame, parameters.model))
+    print(_describe_found(bag, recording, parameters.rig), file=sys.stderr)
+    return path
+
+
+def _describe_found(bag: Path, recording: BagRecording, rig: str) -> str:
+    """Return in one line what was found in a bag. rig: rig file, "" for none."""
+    topics = recording.topics
+    cameras = ", ".join(f"{name} ({topics.images[name]})" for name in recording.rig.names)
+    left_out = f"; left out, as warned: {', '.join(recording.left_out)}" if recording.left_out else ""
+    command = f"occbev rig {bag}{f' --rig {rig}' if rig else ''} --out vehicle"
+    return (
+        f"{bag} has not the image topics of the shipped parameter file; found in it: cameras {cameras}; "
+        f"poses {topics.odometry or topics.tf}{left_out}. `{command}` writes them to a file to keep"
+    )
+
+
+def print_next(bag: Path, folder: Path, rig_file: Path | None = None) -> None:
+    """Print what to do with the files, as commands. rig_file: calibration of a bag that has none."""
     topics, parameters = folder / "topics.yaml", folder / "perception.yaml"
-    print(f"Next: occbev overlay {bag} --topics {topics} --out overlay    # check the calibration")
+    rig = "" if rig_file is None else f" --rig {rig_file}"
+    print(f"Next: occbev overlay {bag} --topics {topics}{rig} --out overlay    # check the calibration")
     print(f"      occbev replay {bag} --params-file {parameters}    # run the node on the bag")
 
 

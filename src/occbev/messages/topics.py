@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from occbev.files import read_yaml
+from occbev.graph import is_output
 from occbev.messages.readers import is_rectified
 from occbev.results import RecordingError
 
@@ -179,15 +180,17 @@ def is_compensated(profile: str) -> bool:
     return any(known.name == profile and known.compensated for known in PROFILES)
 
 
-def detect_topics(topics: Mapping[str, str], profile: str = "auto") -> BagTopics:
-    """Find cameras, LiDAR and odometry among topics (name -> type) by type and by name.
+def detect_topics(topics: Mapping[str, str], profile: str = "auto", cameras: Sequence[str] = ()) -> BagTopics:
+    """Find cameras, LiDAR and odometry among topics (name -> type) by type and by name; occbev's own outputs are no input.
 
     profile: a scheme of `PROFILES`, or "auto" for the one that fits most cameras; where none fits, a
     camera is any image topic with a `camera_info` beside it, named after their folder.
+    cameras: names of a rig file, which needs no `camera_info`: a camera is the image topic with its name as a part.
 
     Raises:
         RecordingError: no camera is found, or several topics could be the LiDAR or the odometry.
     """
+    topics = {topic: kind for topic, kind in topics.items() if not is_output(topic)}
     if profile not in PROFILE_NAMES:
         raise RecordingError(f"profile {profile!r}; known are {', '.join(PROFILE_NAMES)}")
     wanted = [known for known in PROFILES if profile in ("auto", known.name)]
@@ -195,7 +198,9 @@ def detect_topics(topics: Mapping[str, str], profile: str = "auto") -> BagTopics
     if profile != "auto" and not found:
         raise RecordingError(f"no camera of profile {profile}: {wanted[0].image}; topics are {listed(topics)}")
     best = max(found, key=lambda match: len(match.images), default=None)
-    if best is None:
+    if cameras:
+        best = _by_names(best or BagTopics({}, {}, profile="cameras of the rig"), topics, cameras)
+    elif best is None:
         best = _by_neighbours(topics)
     elif profile == "auto":
         best = _with_neighbours(best, topics)
@@ -255,6 +260,8 @@ def _by_neighbours(topics: Mapping[str, str]) -> BagTopics:
     found, notes = _neighbours(topics)
     if not found:
         more = "".join(f"; {note}" for note in (*notes, *unread_topics(topics)))
+        if any(kind in IMAGE_TYPES for kind in topics.values()):
+            more += "; without camera_info, a rig file has the calibration: occbev rig BAG --rig RIG.yaml --out vehicle"
         raise RecordingError(f"no image topic with a camera_info beside it; topics are {listed(topics)}{more}")
     images, infos, others = _one_topic_each(found, name_places([seen.place for seen in found]))
     return BagTopics(images, infos, None, None, "camera_info beside images", notes=(*notes, *others))
@@ -276,17 +283,42 @@ def _with_neighbours(best: BagTopics, topics: Mapping[str, str]) -> BagTopics:
     return replace(best, images={**best.images, **images}, infos={**best.infos, **infos}, notes=(*best.notes, *notes))
 
 
+def _by_names(best: BagTopics, topics: Mapping[str, str], cameras: Sequence[str]) -> BagTopics:
+    """Take as each camera the image topic that has its name as a part, in any case; depth images are none."""
+    found, notes = _pictures(topics)
+    named = [(seen, name) for seen in found for name in cameras if name.lower() in seen.topic.lower().split("/")]
+    absent = sorted(set(cameras) - {name for _, name in named})
+    if absent:
+        raise RecordingError(
+            f"no image topic has the name of the rig's camera {absent[0]!r} as a part, as /{absent[0]}/image_raw has; "
+            f"name the topics in a file for --topics, or rename the camera in the rig; topics are {listed(topics)}"
+        )
+    images, infos, others = _one_topic_each([seen for seen, _ in named], {seen.place: name for seen, name in named})
+    return replace(best, images=images, infos=infos, notes=(*notes, *others))
+
+
 def _neighbours(topics: Mapping[str, str]) -> tuple[list[_Seen], list[str]]:
+    """Return the image topics with a `camera_info` beside them, and notes on those that hold no pictures."""
+    beside = {topic: kind for topic, kind in topics.items() if topics.get(_info_beside(topic)) == INFO}
+    found, notes = _pictures(beside)
+    return [replace(seen, info=_info_beside(seen.topic)) for seen in found], notes
+
+
+def _pictures(topics: Mapping[str, str]) -> tuple[list[_Seen], list[str]]:
+    """Return the image topics, and notes on those that hold no pictures."""
     found, notes = [], []
     for topic, kind in sorted(topics.items()):
-        folder = _base_topic(topic).rpartition("/")[0]
-        if kind not in IMAGE_TYPES or topics.get(f"{folder}/camera_info") != INFO:
+        if kind not in IMAGE_TYPES:
             continue
         if any(word in NO_PICTURES for word in re.split("[/_]", topic.lower())) or topic.endswith("compressedDepth"):
             notes.append(f"{topic} is not read: its name says that it holds no pictures")
             continue
-        found.append(_Seen(topic, kind, f"{folder}/camera_info", folder))
+        found.append(_Seen(topic, kind, None, _base_topic(topic).rpartition("/")[0]))
     return found, notes
+
+
+def _info_beside(topic: str) -> str:
+    return f"{_base_topic(topic).rpartition('/')[0]}/camera_info"
 
 
 NO_PICTURES = frozenset({"depth", "disparity", "confidence", "aligned", "theora"})

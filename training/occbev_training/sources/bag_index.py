@@ -150,7 +150,8 @@ def topic_times(stamp_ns: Sequence[int], log_ns: Sequence[int]) -> TopicTimes:
 def find_topics(bag: BagReader, options: BagOptions) -> BagTopics:
     """Return the topics that were given, or those found; raises RecordingError naming the bag and what is wrong with it."""
     try:
-        return options.topics or detect_topics(bag.topics, options.profile)
+        cameras = options.rig.names if options.rig else ()
+        return options.topics or detect_topics(bag.topics, options.profile, cameras)
     except RecordingError as error:
         raise RecordingError(f"{bag.path}: {'; '.join([str(error), *bag.notes])}") from error
 
@@ -197,7 +198,7 @@ class IndexedBag:
         if rig is None and bare:
             raise RecordingError(
                 f"{self._bag.path}: no camera_info of {bare} (profile {topics.profile}); "
-                "give their calibration as a rig file"
+                "give their calibration as a rig file, with --rig"
             )
         return topics
 
