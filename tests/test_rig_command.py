@@ -14,12 +14,13 @@ pytest.importorskip("rosbags", reason="reads and writes bags")
 from tests.small_bags import FORWARD, Camera, Drive
 from tests.test_one_reader import gather_jobs
 
-from occbev.cli import main
+from occbev.cli import main, view
 from occbev.cli.rig import viewing_direction
 from occbev.config import ConfigError
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.bags import BagReader, BagWriter, type_store
 from occbev.messages.topics import POSE_TYPES, load_topics
+from occbev.reports.moments import Moment
 from occbev.rig import Camera as RigCamera
 from occbev.rig import CameraRig
 from occbev.streams import offline
@@ -160,6 +161,16 @@ def test_rig_writes_parameters_of_a_bag_without_camera_info(tmp_path: Path, caps
     assert parameters.rig == str(tmp_path / "out" / "rig.yaml")
     assert CameraRig.load(parameters.rig).hash == CameraRig.load(rig).hash
     assert not any(job.missing for job in gather_jobs(bag, parameters))
+
+
+def test_view_finds_the_topics_that_replay_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("front", "left")
+    drive = Drive({name: Camera() for name in names}, tuple(("base_link", f"{n}_optical", FORWARD) for n in names))
+    bag, shown = drive.write(tmp_path / "own"), list[Moment]()
+    monkeypatch.setattr(view, "import_rerun", lambda: None)
+    monkeypatch.setattr(view, "_show", lambda moments, title, args: shown.extend(moments) or 0)
+    assert main(["view", str(bag)]) == 0
+    assert [tuple(moment.images) for moment in shown] == [names] * 4
 
 
 @pytest.mark.parametrize("kind", POSE_TYPES[1:])

@@ -34,7 +34,7 @@ Your robot:
   occbev rig BAG --out vehicle                           # write topics, rig and parameters from a bag
   occbev overlay BAG --topics vehicle/topics.yaml --out overlay     # check the calibration
   occbev replay BAG --params-file vehicle/perception.yaml           # run the node on the bag
-  occbev view BAG --params-file vehicle/perception.yaml             # look at it in 3D
+  occbev view BAG                                        # look at it in 3D
   occbev run params_file:=vehicle/perception.yaml        # run the node on the robot
 
 When something is wrong:

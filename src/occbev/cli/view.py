@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from occbev import graph
+from occbev.cli.rig import find_parameter_file
 from occbev.grid import VoxelGrid
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev.messages.bags import BagReader
@@ -51,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=9090, help="port of --serve; the next one carries data (9090)")
     parser.add_argument("--frames", type=int, help="largest number of key times to show")
     parser.add_argument(
-        "--params-file", "--params", type=here_or_shipped, help="ROS parameter file of the node: names the topics"
+        "--params-file",
+        "--params",
+        type=here_or_shipped,
+        help="ROS parameter file of the node; without one, a bag's topics are found as by replay",
     )
     parser.add_argument("--model", default="", help="model package of the results; of a nuScenes root: is run on it")
     parser.add_argument("--namespace", default="", help="namespace of a running node")
@@ -140,14 +145,18 @@ def _moments(args: argparse.Namespace) -> Iterator[Moment]:
         return pair_moments(first, args.pair)
     if first.is_dir() and (find := _nuscenes_tables()) is not None and find(first):
         return _nuscenes(args)
-    parameters = _parameters(args)
+    parameters = _parameters(args, first)
     outputs = args.source[1] if len(args.source) > 1 else _own_outputs(first)
     return recorded_moments(first, outputs, _as_recorded(first, parameters), _grid(parameters))
 
 
-def _parameters(args: argparse.Namespace) -> PerceptionParameters:
+def _parameters(args: argparse.Namespace, bag: Path | None = None) -> PerceptionParameters:
+    """Read the given parameter file, else the one for the topics of a bag, else the shipped one."""
     changes = {"model": args.model} if args.model else {}
-    return read_parameters(args.params_file or Path(graph.params_file({})), changes)
+    if args.params_file or bag is None:
+        return read_parameters(args.params_file or Path(graph.params_file({})), changes)
+    with tempfile.TemporaryDirectory(prefix="occbev_topics_") as folder:
+        return read_parameters(find_parameter_file(bag, changes, Path(folder)), changes)
 
 
 def _grid(parameters: PerceptionParameters) -> VoxelGrid:
