@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from occbev.ego_signals import GRAVITY, EgoSignals, TwistHistory
+from occbev.ego_signals import GRAVITY, EgoSignals, TwistAxes, TwistHistory
 from occbev.geometry import make_transform, rotation_from_rpy, rotation_from_yaw
 from occbev.inference.families.bevformer import BevFormerModel
 from occbev.inference.memory import Memory
@@ -18,7 +19,10 @@ from occbev.messages.tf import Buffer
 from occbev.rig import CameraRig
 from occbev.streams.calibration import fallback_camera
 from occbev.streams.ego_motion import EgoPoses
-from occbev.streams.parameters import EgoMotionParameters
+from occbev.streams.frame_log import FrameLog
+from occbev.streams.health import health
+from occbev.streams.intake import Intake
+from occbev.streams.parameters import EgoMotionParameters, parameters_from_record
 
 STEP_NS = 20_000_000
 LEVEL = make_transform(rotation_from_yaw(0.7), (3.0, 4.0, 0.0))
@@ -142,3 +146,46 @@ def test_a_bevformer_reads_what_is_said_and_derives_the_rest() -> None:
     given = can_bus(here, EgoMotion.between(there, here, 0.5), said)
     np.testing.assert_allclose(given[7:16], said.values, rtol=1e-6)
     np.testing.assert_array_equal(np.delete(given, slice(7, 16)), np.delete(derived, slice(7, 16)))
+
+
+def circle(velocity_in: str) -> Iterator[SimpleNamespace]:
+    """Odometry of 6 s on a circle at 3 m/s, its velocity in the axes of base_link or of odom."""
+    for number in range(300):
+        seconds = number * STEP_NS / 1e9
+        yaw = 1.0 + 0.3 * seconds
+        turn = rotation_from_yaw(yaw)
+        velocity = np.array([3.0, 0, 0]) if velocity_in == "base_link" else turn @ [3.0, 0, 0]
+        message = odometry("base_link", tuple(velocity), (0.0, 0.0, 0.3))
+        place = message.pose.pose.position
+        place.x, place.y = 10 * math.sin(yaw), -10 * math.cos(yaw)
+        message.pose.pose.orientation.z, message.pose.pose.orientation.w = math.sin(yaw / 2), math.cos(yaw / 2)
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(10**9 + number * STEP_NS, 10**9)
+        yield message
+
+
+@pytest.mark.parametrize(("frame", "warnings"), [("base_link", 0), ("odom", 1)])
+def test_a_twist_in_the_axes_of_the_parent_frame_is_named_once(frame: str, warnings: int) -> None:
+    intake, problems = Intake(parameters_from_record({}), lambda image, camera: image), []
+    for message in circle(frame):
+        try:
+            intake.add_odometry(message)
+        except MessageError as error:
+            problems.append(str(error))
+    assert len(problems) == warnings
+    (status,) = [s for s in health(intake, FrameLog(), {}, {}, 10**9) if s.name == "occbev: ego motion"]
+    assert ("twist" in status.values) == bool(warnings)
+    if warnings:
+        assert "0 % if read in 'odom'; nav_msgs/Odometry has it in child_frame_id" in problems[0]
+        assert "ego_motion.source: tf" in problems[0]
+    assert len(intake.ego.poses([10**9 + STEP_NS]) or ()) == 1, "the poses themselves are taken"
+    intake.close()
+
+
+def test_axes_are_judged_only_where_the_two_readings_differ() -> None:
+    """Straight along the parent's x axis both say the same; a scale that is off is of neither."""
+    for yaw, scale, verdict in ((0.0, 1.0, ""), (1.5, 1.0, "child"), (1.5, 0.5, "neither"), (1.5, 0.0, "")):
+        axes, turn = TwistAxes(), rotation_from_yaw(yaw)
+        for number in range(300):
+            place = turn @ [0.06 * number, 0, 0]
+            axes.add(number * STEP_NS, make_transform(turn, place), np.array([3.0 * scale, 0, 0]))
+        assert axes.verdict == verdict, (yaw, scale)

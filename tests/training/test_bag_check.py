@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ pytest.importorskip("rosbags", reason="bags are read with rosbags")
 from tests.training.conftest import TinyRecording
 from tests.training.test_bags import rewrite
 
-from occbev.geometry import make_transform, rotation_from_rpy, transform_points
+from occbev.geometry import make_transform, rotation_from_rpy, transform_points, xyzw_from_rotation
+from occbev.messages.readers import pose_from_message
 from occbev.results import Sweep
 from occbev_training.sources.bag_check import TopicTimes, check_bag, propose_ego_box
 from occbev_training.sources.bag_index import BagOptions
@@ -176,6 +178,33 @@ def test_a_frame_with_two_parents_and_poses_that_disagree_are_named(bag, tmp_pat
     assert "/odometry and /tf: over a second they differ by up to" in found["odometry against /tf"].text
     assert found["parents of frames"].must
     assert "'survey'" in found["parents of frames"].text
+
+
+def test_a_twist_in_the_axes_of_the_odometry_frame_is_advice(bag, tmp_path) -> None:
+    """The world is turned by 90 degrees, so that the axes of odom and of base_link differ."""
+    quarter = make_transform(rotation_from_rpy(0, 0, np.pi / 2), (0, 0, 0))
+
+    def turn(topic: str, message, in_odom: bool):
+        if topic == "/odometry":
+            pose = pose_from_message(message)
+            turned = quarter @ pose.child2parent
+            place, q = message.pose.pose.position, message.pose.pose.orientation
+            place.x, place.y, place.z = turned[:3, 3].tolist()
+            q.x, q.y, q.z, q.w = xyzw_from_rotation(turned[:3, :3]).tolist()
+            linear = message.twist.twist.linear
+            if in_odom:
+                linear.x, linear.y, linear.z = (turned[:3, :3] @ pose.twist[:3]).tolist()
+        return None if topic == "/tf" else message
+
+    good = rewrite(bag, tmp_path / "good", partial(turn, in_odom=False))
+    verdict = verdicts_by_name(good)["twist of odometry"]
+    assert verdict.ok
+    assert "0 % of the way if read in 'base_link'" in verdict.text
+    verdict = verdicts_by_name(rewrite(bag, tmp_path / "bad", partial(turn, in_odom=True)))["twist of odometry"]
+    assert not verdict.ok
+    assert not verdict.must
+    assert "/odometry: over " in verdict.text
+    assert "turn it where it is published" in verdict.text
 
 
 def test_what_cannot_be_read_does_not_end_the_check(bag, tmp_path) -> None:

@@ -135,6 +135,8 @@ def _ego(intake: Intake, now_ns: int) -> Status:
     if source == "none" and wanted.source != "none":
         tf = f"TF {wanted.fixed_frame} -> {intake.parameters.base_frame}"
         return Status("occbev: ego motion", WARN, f"neither odometry on {wanted.odometry_topic} nor {tf} comes", values)
+    if intake.twist_problem:
+        values["twist"] = intake.twist_problem
     note = f", {intake.motion_note}" if intake.motion_note else ""
     text = "switched off" if source == "none" else f"poses come from {source}{note}"
     return Status("occbev: ego motion", OK, text, values)

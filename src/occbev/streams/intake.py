@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occbev.ego_signals import WRONG_AXES, TwistAxes
 from occbev.frame_job import FrameJob
 from occbev.inference.pipeline import motion_to_key
 from occbev.inference.preprocess import ImageError
 from occbev.messages.readers import (
     MessageError,
+    StampedPose,
     base_pose,
     base_twist,
     pose_from_message,
@@ -124,6 +126,7 @@ class Intake:
         self.transforms = TransformWatch()
         self.motion_problem = self.motion_note = ""
         self.odometry_jump, self.odometry_jump_ns = "", 0
+        self.twist_problem, self._twist_axes = "", TwistAxes()
         self._gathered_epoch: int | None = None
         self._decode = decode
         self._pool: DecodePool[CameraFrame] = DecodePool(parameters.decode_threads)
@@ -154,13 +157,31 @@ class Intake:
             self.calibration.add_info(camera, message)
 
     def add_odometry(self, message: Any) -> None:
-        """Take an Odometry or a pose; raises MessageError for one that tells nothing of the base frame, or jumps."""
+        """Take an Odometry or a pose.
+
+        Raises:
+            MessageError: it tells nothing of the base frame, or it is taken and jumps, or it is the first one by which
+                twists are found to be in the wrong axes.
+        """
         pose, base = pose_from_message(message), self.parameters.base_frame
         twist = base_twist(pose, base, self.buffer)
         problem = self.ego.add(pose.stamp_ns, base_pose(pose, base, self.buffer), twist)
         if problem:
             self.odometry_jump, self.odometry_jump_ns = problem, time.monotonic_ns()
             raise MessageError(problem)
+        if twist is not None and self._find_twist_problem(pose):
+            raise MessageError(self.twist_problem)
+
+    def _find_twist_problem(self, pose: StampedPose) -> bool:
+        """Compare twists with poses; True where they are now found to be in the axes of the parent frame."""
+        assert pose.twist is not None, "only odometry with a twist is compared"
+        self._twist_axes.add(pose.stamp_ns, pose.child2parent, pose.twist[:3])
+        verdict, before = self._twist_axes.verdict, self.twist_problem
+        if verdict:
+            found = self._twist_axes.describe(pose.parent, pose.child)
+            self.twist_problem = f"{found}; {WRONG_AXES}" if verdict == "parent" else ""
+            self._twist_axes = TwistAxes()
+        return bool(self.twist_problem) and not before
 
     def add_transforms(self, message: Any, static: bool, now_ns: int) -> list[str]:
         """Take a TFMessage; the good transforms of it are kept, what is wrong with the others is returned."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.config import ImageConfig
+from occbev.ego_signals import JUDGED_M, WRONG_AXES
 from occbev.geometry import invert_transform, pose_from_xyzw
 from occbev.inference.preprocess import seen_rows
 from occbev.messages.bags import BagReader
@@ -285,7 +286,7 @@ def _as_recording(path: Path, options: BagOptions, measure_turns: bool, tf_path:
         )
         verdicts.append(_left_out(recording))
         verdicts.append(_odometry(recording))
-        verdicts += [_poses(recording), *_against_tf(recording, tf_path)]
+        verdicts += [_poses(recording), _twist(recording), *_against_tf(recording, tf_path)]
         if len(recording.sweep_stamp_ns):
             verdicts.append(_point_times(recording))
             if measure_turns:
@@ -317,6 +318,17 @@ def _left_out(recording: BagRecording) -> Verdict:
     """Messages that were left out, such as poses before an estimator has begun."""
     counts = ", ".join(f"{what} {count}" for what, count in recording.skipped.items())
     return Verdict("messages left out", not counts, counts or "none", must=False)
+
+
+def _twist(recording: BagRecording) -> Verdict:
+    """Whether the velocities of the odometry are in the axes of its child frame."""
+    axes = recording.twist_axes
+    if not axes.verdict:
+        reason = f"{axes.metres:.1f} m are driven in directions that tell, {JUDGED_M:g} wanted"
+        return Verdict("twist of odometry", True, f"not compared with poses: {reason}", must=False)
+    text = f"{recording.topics.odometry}: {axes.describe(*recording.pose_frames)}"
+    remedy = {"child": "", "parent": f"; {WRONG_AXES}", "neither": "; one of the two is wrong"}[axes.verdict]
+    return Verdict("twist of odometry", axes.verdict == "child", text + remedy, must=False)
 
 
 def _against_tf(recording: BagRecording, tf_path: Trajectory | None) -> list[Verdict]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.ego_signals import TwistHistory
+from occbev.ego_signals import TwistAxes, TwistHistory
 from occbev.geometry import Array, invert_transform, make_transform, transform_points
 from occbev.graph import DEFAULT_CAMERAS
 from occbev.messages.bags import BagMessage
@@ -74,6 +74,7 @@ class BagRecording(IndexedBag):
     stamp is the middle of the nearest sweep, or the last exposure where no sweep is near.
     location: what all parts of a bag share, in whose coordinates their poses are.
     left_out: camera -> why it cannot be used; the rig has the others.
+    twist_axes: how the velocities of the odometry fit its poses. pose_frames: parent and child frame of the odometry.
     calibrated_sizes: camera -> width and height that its calibration is for; images may be larger or smaller.
     """
 
@@ -99,7 +100,8 @@ class BagRecording(IndexedBag):
         self._origins: Array | None = None
         self._place_lidar()
         self._others = {topic: self._other_lidar(topic) for topic in self.topics.other_lidars}
-        self._twists = TwistHistory(kept_ns=None)
+        self._twists, self.twist_axes = TwistHistory(kept_ns=None), TwistAxes()
+        self.pose_frames = "", ""
         self.trajectory = self._read_trajectory(kept)
         self.skipped = self.skipped | dict(self._bad)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
@@ -465,8 +467,10 @@ class BagRecording(IndexedBag):
                     children.add(pose.child)
                 poses[pose.stamp_ns] = base_pose(pose, self._base_frame, self._buffer)
                 twist = base_twist(pose, self._base_frame, self._buffer)
-                if twist is not None:
+                if pose.twist is not None and twist is not None:
                     twists[pose.stamp_ns] = twist
+                    self.twist_axes.add(pose.stamp_ns, pose.child2parent, pose.twist[:3])
+                    self.pose_frames = pose.parent, pose.child
             except (MessageError, RecordingError) as error:
                 problem = problem or _at_topic(topic, error)
                 self._bad[f"{topic}: bad pose"] += 1
