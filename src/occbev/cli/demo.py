@@ -51,7 +51,7 @@ CONSOLE = Console(highlight=False)
 
 SEED, WORLD = 20_054, "v1"
 """A drive by day past eight classes. It is of the simulator's test range: no model has seen it. Its world is the one
-that `occbev-tiny` was trained in."""
+of most drives that `occbev-tiny` was trained on."""
 
 MOVING_FRAMES, MOVING_WIDTH = 40, 720
 """Successive results of the animation, and its width in pixels."""

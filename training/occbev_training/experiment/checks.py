@@ -1,6 +1,6 @@
 """Sanity checks before the experiment: the task is neither trivial nor hopeless, and no data leaks between splits.
 
-Each gives a value, the bound it is held to, and whether it holds; the report shows all of them, failed ones first.
+Each gives a value, its bound, and whether it holds. The report shows all of them, failed ones first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLOUR_MARGIN, THUMBNAIL_BOUND, TURN_BOUND = 0.1, 0.05, 1e-4
 
 
 def look(name: str, world: Path, plan: Plan, start: Path | None = None) -> list[Check]:
-    """Carry out one of `UNTRAINED`, or "frames" with the weights of a phase 1."""
+    """Carry out one of `UNTRAINED`, or "frames". start: weights of a phase 1, for "frames"."""
     if name == "leaks":
         return find_leaks(plan)
     training, development = (whole_pool(world, split, plan.world) for split in ("train", "development"))
@@ -217,7 +217,7 @@ def turn_scene(sample: CachedSample) -> Check:
 
 
 def compare_frames(development: Pool, start: Path) -> list[Check]:
-    """Compare what phase 1 says of turned scenes with labels that turned along, and with labels that did not."""
+    """Compare predictions of phase 1 in turned scenes with labels that are turned too, and with labels that are not."""
     network = build_slim("pretrain", 0)
     load_strictly(network, read_weights(start)[0], str(start))
     scores: Mapping[str, float] = _turned_scores(network.eval(), development)

@@ -1,7 +1,7 @@
 """Objects of test drives that one arm finds and another does not, and pictures of them: what a gain consists of.
 
 Every network keeps as many boxes of a class as there are objects of it, its best-scored ones, so that no arm finds
-more by saying more. An object is found where such a box matches it within two metres.
+more only because it predicts more. An object is found where such a box matches it within two metres.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ZOOM = 4
 """How much larger than the network's the pictures are drawn."""
 
 OBJECT, OTHERS, BOX = BoxStyle((60, 235, 90)), GROUND_TRUTH, BoxStyle((255, 150, 0))
-"""Styles of the object itself, of all other true boxes, and of what a network says."""
+"""Styles of the object itself, of all other true boxes, and of predicted boxes."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects to find, class by class, in each by sample. sample, label: (G,); box: (G, 9) in base_link."""
+    """The objects to find, sorted by class, then by sample. sample, label: (G,); box: (G, 9) in base_link."""
 
     sample: NDArray[np.int64]
     label: NDArray[np.int64]
@@ -47,7 +47,7 @@ class Targets:
 
 
 def targets_of(pool: Pool) -> Targets:
-    """Return what is scored: objects with a LiDAR return within the range of their class."""
+    """Return the scored objects: those with a LiDAR return and within the range of their class."""
     samples, labels, boxes = [], [], [np.zeros((0, 9), np.float32)]
     reach = np.array([CLASS_RANGE[name] for name in CLASSES])
     for label in range(len(CLASSES)):
@@ -114,7 +114,10 @@ class Findings:
         }
 
     def clearest(self, first: str, second: str, drives: Sequence[str], count: int) -> list[int]:
-        """Return the objects that most networks of `first` and fewest of `second` find, of each drive one."""
+        """Return the numbers of objects that most networks of `first` and fewest of `second` find, at most one per drive.
+
+        drives: drive of each sample. count: largest number of objects.
+        """
         gain = self.found[first].sum(0) - self.found[second].sum(0)
         chosen: dict[str, int] = {}
         for number in np.argsort(-gain, kind="stable"):
@@ -124,7 +127,7 @@ class Findings:
 
 
 def seeds_with_weights(place: Workplace, arms: Sequence[str], percent: float) -> list[int]:
-    """Return the seeds of which the trained networks of every arm are here; committed rows alone have none."""
+    """Return the seeds for which the output folder has the weights of every arm; committed rows come without weights."""
     seeds = range(max(group.seeds for group in place.plan.runs))
     return [seed for seed in seeds if all(_weights(place, arm, percent, seed).exists() for arm in arms)]
 

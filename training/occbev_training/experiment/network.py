@@ -1,6 +1,6 @@
-"""The network of the experiment: a slim Lift-Splat of the product's parts, minutes to train.
+"""The network of the experiment: a small Lift-Splat of the product's parts that trains in minutes.
 
-Only the image encoder is its own: stride 8 of pictures of 96x48, where the product's has stride 16 of large ones.
+Only the image encoder is different: it has stride 8 and takes images of 96x48; the product's has stride 16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WIDTHS = (16, 24, 32)
 
 @dataclass(frozen=True)
 class SmallImage(ImageConfig):
-    """Pictures whose sides need be multiples of 8 only."""
+    """Image settings whose sides must be multiples of 8 only."""
 
     width: int = 96
     height: int = 48
@@ -63,7 +63,7 @@ MODEL = LiftSplatModel(
     detection=DetectionHeadConfig(24),
     detection_classes=CLASSES,
 )
-"""Its configuration."""
+"""Configuration of the network."""
 
 
 class SlimEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""One run: phase 1 without boxes, phase 2 with them, and the score, each with checkpoints to go on from."""
+"""One run: phase 1 without boxes, phase 2 with them, and the score. Training continues from its checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from occbev_training.models.lift_splat.lift_splat import BatchedPoints
 from occbev_training.models.network import NetworkOutput, OccBevNetwork
 
 LABELS_OF: Mapping[str, str] = {"Op": "published", "X": "wrong_drive", "V": "unweighted"}
-"""Arm -> what phase 1 learns, where it is not our labels."""
+"""Arm -> the labels of phase 1 (see `pool.LABELS`), where they are not the measured ones."""
 
 CARRIED: Mapping[str, tuple[str, ...]] = {
     "D": ("image_encoder", "view_transform"),
@@ -46,12 +46,12 @@ CARRIED: Mapping[str, tuple[str, ...]] = {
     "I-view": ("image_encoder", "view_transform"),
     "I-bev": ("bev_encoder",),
 }
-"""Arm -> parts that phase 2 begins from, where it is not all three."""
+"""Arm -> parts of the network that phase 2 takes from phase 1, where it is not all three."""
 
 ALL_PARTS = ("image_encoder", "view_transform", "bev_encoder")
 
 SCORING = BoxDecoding(threshold=0.03, max_boxes=40)
-"""Decoding for scores: the ranking is judged, so weak boxes are kept."""
+"""Decoding for scores: average precision ranks boxes, so those with low scores are kept."""
 
 LOG_EVERY = 25
 
@@ -76,7 +76,7 @@ def phase1_of(arm: str) -> str | None:
 
 
 def pretrain(arm: str, seed: int, plan: Plan, root: Path, folder: Path) -> None:
-    """Do phase 1 of an arm, or go on with it; `folder` then holds `weights.safetensors`."""
+    """Train phase 1 of an arm, or continue it; `folder` then holds `weights.safetensors`."""
     pool = whole_pool(root, "train", plan.world, LABELS_OF.get(arm, "measured"), seed)
     config = _training_config(plan, plan.pretrain_steps, seed, plan.settings_of(arm), tune_encoder=False)
     losses = LossConfig(occupancy="occbev_paper" if arm == "Op" else "three_state", depth=0.0)
@@ -87,7 +87,7 @@ def pretrain(arm: str, seed: int, plan: Plan, root: Path, folder: Path) -> None:
 def finetune(
     arm: str, percent: float, seed: int, settings: Settings, plan: Plan, root: Path, folder: Path, start: Path | None
 ) -> OccBevNetwork:
-    """Do phase 2 of an arm, or go on with it; returns the trained network in evaluation mode.
+    """Train phase 2 of an arm, or continue it; returns the trained network in evaluation mode.
 
     start: weights of phase 1; None of arms without one.
     """
@@ -149,7 +149,7 @@ def match(found: list[Boxes3D], pool: Pool) -> DetectionOutcome:
 
 
 def score_detection(network: nn.Module, pool: Pool) -> MatchRecord:
-    """Return what became of every box, drive by drive, from which every score is taken."""
+    """Return the matches of every box, by drive; all scores follow from them."""
     drives = [pool.drives.index(pool.drive(index)) for index in range(len(pool))]
     return MatchRecord.of(match(predict_boxes(network, pool), pool), drives)
 
@@ -191,7 +191,7 @@ def _training_config(plan: Plan, steps: int, seed: int, settings: Settings, tune
 
 
 def _train(config: TrainingConfig, network: nn.Module, objective: Objective, pool: Pool, folder: Path) -> None:
-    """Train to the end; a run that was killed goes on from its checkpoint, one that is finished returns at once."""
+    """Train to the end. A run that was killed continues from its checkpoint; a finished one returns at once."""
     if (folder / "weights.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from occbev_training.experiment.statistics import SCORED
 from occbev_training.simulator.drive import SEED_RANGES, WORLDS
 
 SPLITS: Mapping[str, str] = {"train": "train", "development": "validation", "test": "test", "unseen_rig": "test"}
-"""Split of an experiment -> the simulator's split that its seeds are of."""
+"""Split of an experiment -> the split of the simulator from which its seeds are taken."""
 
 ARMS: Mapping[str, str] = {
     "R": "random weights, trained on boxes for as many steps as the others in both phases",
@@ -47,7 +47,7 @@ WITHOUT_PHASE1 = ("R", "R0", "K")
 
 
 class PlanError(ConfigError):
-    """A plan that cannot be run, or whose test drives may not be scored, with the reason."""
+    """A plan cannot be run, or its test drives may not be scored; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class WorldPlan:
                 raise PlanError(f"world.{name}: seeds {drives.seeds}, must be within {allowed}")
         seeds = [seed for name in SPLITS for seed in getattr(self, name).seeds]
         if len(set(seeds)) != len(seeds):
-            raise PlanError("world: a drive stands in two splits; their seeds must be apart")
+            raise PlanError("world: a drive is in two splits; their seeds must not overlap")
 
     @property
     def simulated(self) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ class WorldPlan:
         return self.keys if self.recorded is None or split in self.simulated else self.recorded.block_keys
 
     def as_record(self) -> dict[str, Any]:
-        """The plan as plain values; what is not recorded is left out, so that older plans keep their hash."""
+        """The plan as plain values. `recorded` is left out if it is None, so the hash of such a plan does not depend on it."""
         record: dict[str, Any] = to_record(self)
         return {name: value for name, value in record.items() if (name, value) != ("recorded", None)}
 
@@ -223,13 +223,15 @@ class Plan:
         if self.runs and not tested <= run:
             raise PlanError(f"family: arms {sorted(tested - run)} are not run at {self.family_percent:g} percent")
         if any(group.seeds > self.check_seed for group in self.runs):
-            raise PlanError(f"check_seed {self.check_seed}: a run on test drives has it, too")
+            raise PlanError(
+                f"check_seed {self.check_seed}: runs on test drives have it, too; want at least their number of seeds"
+            )
 
     @property
     def hash(self) -> str:
         """Sixteen hex digits over everything that a result depends on, the network included.
 
-        Of the product's own sections it holds what differs from their defaults: a new key there changes no hash.
+        Of the product's own sections only values that are not defaults count, so a new key there changes no hash.
         """
         augment = differences(to_record(self.augment), to_record(AugmentConfig()))
         model = differences(to_record(MODEL), to_record(LiftSplatModel()))
@@ -302,7 +304,7 @@ def registration_of(path: Path) -> Path:
 
 
 def register(path: Path, plan: Registered) -> Path:
-    """Write the registration of a plan beside its file; raises PlanError where another one is registered already."""
+    """Write the registration of a plan beside its file; raises PlanError if another plan is registered there."""
     target = registration_of(path)
     if target.exists() and _registered_hash(target) != plan.hash:
         raise PlanError(f"{target}: registers {_registered_hash(target)}, the plan has {plan.hash}; take another name")

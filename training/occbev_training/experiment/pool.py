@@ -1,4 +1,4 @@
-"""The made drives as training samples: some of them, with four classes, and with the occupancy that an arm learns."""
+"""Simulated drives as training samples: a choice of drives, four classes, and the occupancy that an arm learns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from occbev_training.experiment.plan import WorldPlan
 from occbev_training.simulator.drive import SimulatedDrive
 
 LARGE = ("truck", "bus", "trailer", "construction_vehicle")
-"""Simulated classes that are `truck` here; those that are in no class here are not labelled."""
+"""Classes of the simulator that are `truck` here. Other classes than those of `CLASSES` and these have no labels."""
 
 LABELS = ("measured", "published", "wrong_drive", "unweighted")
 """What phase 1 learns: our labels, published ones, ours of another drive, ours without weights."""
@@ -35,7 +35,7 @@ _CLASS_OF = np.array(
 
 @dataclass(frozen=True)
 class Pool:
-    """Key frames of some drives of one split, in memory once they were read; implements `Samples`.
+    """Key frames of some drives of one split, kept in memory after they are read; implements `Samples`.
 
     numbers: which drives of the split. labels: one of `LABELS`.
     """
@@ -109,7 +109,7 @@ class Pool:
         return sample_file(self._folder(number), key)
 
     def _relabel(self, sample: CachedSample, number: int, key: int) -> CachedSample:
-        """Give a sample the occupancy that is learned."""
+        """Replace the occupancy of a sample by the one that the arm learns."""
         if self.labels == "published":
             state = np.load(self._folder(number) / "published.npy", allow_pickle=False)[key]
             return replace(sample, state=state)
@@ -172,7 +172,7 @@ def read_in_classes(path: Path) -> CachedSample:
 
 
 def turn_sample(sample: CachedSample, quarters: int) -> CachedSample:
-    """Turn the whole scene about the vehicle by quarters of a circle, counter-clockwise: an exact change.
+    """Turn the whole scene about the vehicle by quarters of a circle, counter-clockwise, without interpolation.
 
     Camera poses, boxes and every volume turn together; pictures and LiDAR pixels stay as they are.
     """

@@ -52,7 +52,7 @@ class ProductPlan:
     test: Drives
     """Simulated drives that are scored."""
     kind: str = KIND
-    """Tells this kind of plan from the other one."""
+    """Must be "product"; a plan of the other kind has no such key."""
     name: str = "tiny"
     """Name in results."""
     keys: int = 8
@@ -89,7 +89,7 @@ class ProductPlan:
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits over all that a result depends on: the plan, what its recipes and model change of defaults."""
+        """Sixteen hex digits over all that a result depends on: the plan, and what is no default in its recipes and model."""
         recipes = [differences(to_record(self.recipe(stage)), to_record(TrainingConfig())) for stage in STAGES]
         model = differences(to_record(self.model), to_record(type(self.model)()))
         record = {"plan": to_record(self), "recipes": recipes, "model": model}
@@ -179,7 +179,7 @@ def product_tasks(plan: ProductPlan) -> list[Task]:
 
 
 def make_caches(place: ProductPlace, workers: int) -> Iterator[tuple[int, int]]:
-    """Make every drive that is not there yet; yields drives done and drives in all.
+    """Make every drive that is not there yet; yields (drives done, drives in all).
 
     Raises:
         PlanError: a drive cannot be made.
@@ -249,7 +249,7 @@ def _run(task: Task, place: ProductPlace, loaders: int) -> Row:
 
 
 def _train(stage: str, steps: int, task: Task, place: ProductPlace, inputs: StageInputs, loaders: int) -> None:
-    """Train to the end; a run that was killed goes on from its checkpoint, one that is finished returns at once."""
+    """Train to the end. A run that was killed continues from its checkpoint; a finished one returns at once."""
     plan, folder = place.plan, place.folder(task.key)
     if (folder / "weights.safetensors").exists():
         return

@@ -1,6 +1,6 @@
-"""A real drive in the place of simulated test drives: its first half has labels, its second half is scored.
+"""A real drive instead of simulated test drives: its first half has labels, its second half is scored.
 
-Both halves are cut into blocks of time, which stand for drives: shares of labels are blocks, and intervals draw them.
+Both halves are divided into blocks of time, which are used as drives: for shares of labels and for bootstrap intervals.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of one plan, taken apart. found: what `found.Findings.record` says of them, where that was looked for."""
+    """The rows of one plan. draws: bootstrap draws, 0 for the plan's. found: a record of `found.Findings`, if there is one."""
 
     plan: Plan
     rows: Sequence[Row]

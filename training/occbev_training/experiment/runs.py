@@ -206,7 +206,7 @@ def read_rows(path: Path, plan_hash: str | None = None) -> list[Row]:
 
 
 def begin_with(place: Place, kept: Path) -> int:
-    """Take over the rows that are kept of a plan, where it has none here yet; returns how many."""
+    """Copy the rows of a plan from a file `kept` if its output folder has none; returns how many."""
     rows = read_rows(kept, place.plan.hash)
     if place.rows.exists() or not rows:
         return 0
@@ -216,7 +216,7 @@ def begin_with(place: Place, kept: Path) -> int:
 
 
 def require_same_drives(place: Workplace) -> None:
-    """Refuse to add rows to those of other test drives, such as of a simulator that draws otherwise; raises PlanError."""
+    """Raise PlanError if rows here were scored on other test drives, such as those of another version of the simulator."""
     scored = {row["data"]["scored"] for row in read_rows(place.rows, place.plan.hash) if row["kind"] == "run"}
     here = place.scored("test").hash if scored else ""
     if scored and scored != {here}:
@@ -273,7 +273,7 @@ def _side_by_side(tasks: Sequence[Task], work: partial[Row], workers: int) -> It
 def _submit(
     pool: ProcessPoolExecutor, waiting: list[Task], running: dict[Future[Row], Task], work: partial[Row], workers: int
 ) -> None:
-    """Start the first tasks that nothing unfinished stands before."""
+    """Start the first tasks whose needs are done."""
     for task in list(waiting):
         if len(running) >= workers:
             return
@@ -324,7 +324,7 @@ def _phase1(task: Task, place: Workplace) -> Row:
 
 def _run(task: Task, place: Workplace) -> Row:
     plan, folder = place.plan, place.folder(task.key)
-    # Before hours of training, not after: what may not be scored is not trained.
+    # Opened before hours of training, because it refuses a plan that is not registered.
     split = "development" if task.kind == "trial" else "test"
     pool = place.scored(split)
     settings = task.settings or plan.settings_of(task.arm)

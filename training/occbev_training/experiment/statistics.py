@@ -1,6 +1,6 @@
 """From matched boxes to tested differences: scores of resampled drives, two-level intervals, sign flips, Holm.
 
-Every result row holds what became of each box, so that any of this can be computed again from the rows alone.
+Every result row holds the match of each box, so that all of this can be computed again from the rows alone.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _AT = tuple(THRESHOLDS.index(threshold) for threshold in SCORED)
 
 @dataclass(frozen=True)
 class MatchRecord:
-    """What became of every predicted box, best first, and how many there were to find.
+    """The matches of every predicted box, best first, and the number of objects.
 
     drive: class -> (P,) uint16 drive of each box. hit: class -> (P,) uint8, bit t set where it matched at SCORED[t].
-    positives: class -> (D,) truths of each drive.
+    positives: class -> (D,) number of objects of each drive.
     """
 
     drive: Mapping[str, NDArray[np.uint16]]
@@ -72,7 +72,7 @@ class MatchRecord:
     def mean_ap(
         self, times: NDArray[np.int64] | None = None, counted: tuple[int, float] = WHOLE
     ) -> NDArray[np.float64]:
-        """Return the mAP (B,) of drives taken as often as `times` (B, D) says; (1,) of all drives once by default.
+        """Return the mAP (B,) of B resamples of the drives. times: (B, D) how often each drive counts; default (1, D) ones.
 
         counted: `WHOLE` for the area under the whole curve, or `CUT`.
         """

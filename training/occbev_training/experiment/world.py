@@ -6,7 +6,7 @@ Labels of phase 1 come from LiDAR and poses alone: no box is given to the label 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,8 @@ from occbev_training.workers import KILLED, TaskRunner
 
 @dataclass(frozen=True)
 class VehicleType:
-    """Where the four cameras of a vehicle look. first_yaw_deg: of the first, the others 90 degrees apart."""
+    """How a vehicle carries its four cameras. first_yaw_deg: heading of the first, to the left; the others are 90 degrees
+    apart. pitch_deg: downwards. height: metres above the ground."""
 
     first_yaw_deg: float
     pitch_deg: float
@@ -94,7 +95,7 @@ def _enlarge(rig: CameraRig, zoom: int) -> CameraRig:
 def make_world(
     folder: Path, world: WorldPlan, workers: int, recording: Path | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Make every drive that is not there yet, each in a worker process; yields drives done and drives in all.
+    """Make every drive that is not there yet, each in a worker process; yields (drives done, drives in all).
 
     recording: bag of the real drive, of a plan with one.
     Raises:
@@ -118,7 +119,7 @@ def make_world(
 
 
 class _Recorded:
-    """A drive as a `Recording` that tells dense truth only where scores need it."""
+    """A simulated drive as a `Recording`; it has dense truth only `with_truth`."""
 
     def __init__(self, drive: SimulatedDrive, with_truth: bool) -> None:
         self.name, self.rig, self.lidar2ego, self.trajectory = drive.name, drive.rig, drive.lidar2ego, drive.trajectory
@@ -178,7 +179,3 @@ def _published_state(recording: _Recorded, key: int) -> NDArray[np.uint8]:
 
 def _report_death(job: tuple[str, int]) -> str:
     return f"drive {job[1]} of {job[0]}: {KILLED}"
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, parts done and parts in all."""

@@ -1,6 +1,6 @@
 """Motion compensation of LiDAR sweeps: each point moves by the ego pose of its own instant.
 
-It stands between the recordings and the labels: raw sweep in, rays with their own origins out.
+It stands between recordings and labels: raw sweeps become rays, each with its own origin.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ KNOTS = 64
 
 @dataclass(frozen=True)
 class EgoBox:
-    """The vehicle's own body in base_link: returns inside it say nothing of the world.
+    """The vehicle's own body in base_link: returns inside it are dropped.
 
-    lo, hi: corners x, y, z, bounds inclusive. The default holds every body return of nuScenes cars.
+    lo, hi: lowest and highest x, y, z in metres, inclusive. The default contains every return that the cars of nuScenes
+    have from their own body.
     """
 
     lo: tuple[float, float, float] = (-1.3, -1.05, 0.1)
@@ -46,7 +47,7 @@ class EgoBox:
 
 
 LIDAR_REACH = 500.0
-"""Metres that no LiDAR measures beyond: such points are marks of drivers or noise, and carve nothing."""
+"""Metres. Farther points are placeholders of drivers, or noise: they are dropped and mark no free space."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class RayLimits:
     """Which returns become rays, in metres."""
 
     min_range: float = 1.0
-    """Nearer returns are dropped: the sensor does not promise them."""
+    """Nearer returns are dropped: they are below the range that sensors are specified for."""
     max_range: float = 60.0
-    """Farther returns are no hit and carve only up to here."""
+    """A farther return is no hit; its beam marks free space up to here."""
     isolated_filter: bool = False
     """Drop near returns that stand alone, such as rain and dust."""
     isolated_radius: float = 0.5
@@ -75,8 +76,8 @@ class RayLimits:
 class Rays:
     """LiDAR beams in one ego frame.
 
-    end, origin: (M, 3) float64; where all beams start at one place, `origin` is that row repeated
-    without memory. hit: (M,) bool, False where the beam was cut at the maximum range.
+    end, origin: (M, 3) float64, metres; if all beams start at one place, `origin` is a broadcast view of one row.
+    hit: (M,) bool, False where the beam was cut at the maximum range.
     dropped: reason -> number of points that became no ray.
     """
 
@@ -94,7 +95,7 @@ class Rays:
 
 
 def middle_ns(sweep: Sweep) -> int:
-    """Return the time half-way between the first and the last point of a sweep; of several sensors, of the first."""
+    """Return the time in ns half-way between the first and the last point of a sweep; of several sensors, of the first."""
     offset = sweep.time_offset
     if offset is not None and sweep.sensor is not None and (sweep.sensor == 0).any():
         offset = offset[sweep.sensor == 0]
@@ -106,8 +107,8 @@ def middle_ns(sweep: Sweep) -> int:
 def compensated(sweep: Sweep, trajectory: Trajectory) -> Sweep:
     """Move every point to the LiDAR frame at `sweep.stamp_ns`; the result has no time offsets.
 
-    Points and their number keep their order; non-finite ones stay non-finite. Raises PoseError
-    where the trajectory does not cover the sweep.
+    Points keep their number and order; non-finite ones stay non-finite. Raises PoseError where the trajectory does
+    not cover the sweep.
     """
     if sweep.time_offset is None or len(sweep.points) == 0:
         return replace(sweep, time_offset=None)
@@ -124,7 +125,7 @@ def deskew_rays(
     ego_box: EgoBox | None = None,
     limits: RayLimits | None = None,
 ) -> Rays:
-    """Turn a sweep into rays in ego at `reference_ns`, each with the origin of its own instant.
+    """Turn a sweep into rays in base_link at `reference_ns`; each starts where the sensor was at its own time.
 
     Drops, in this order and counted by reason: non-finite points or times, points nearer than
     the minimum range, points on the ego body (in base_link at capture time), isolated returns.
@@ -149,7 +150,7 @@ def deskew_rays(
 
 
 def by_sensor(sweep: Sweep) -> list[Sweep]:
-    """Return the points of each sensor of a merged cloud as a sweep of their own, in a frame where that sensor stands."""
+    """Return the points of each sensor of a merged cloud as a sweep of their own, whose frame has its origin at that sensor."""
     if sweep.origins is None or sweep.sensor is None:
         return [sweep]
     return [_one_sensor(sweep, number, origin) for number, origin in enumerate(sweep.origins)]

@@ -25,7 +25,7 @@ BAG_SUFFIXES = (".mcap", ".db3")
 
 
 class Opener(Protocol):
-    """A picklable way to a recording."""
+    """Opens a recording, in any process; it is picklable."""
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class Opener(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hex digits over what is opened and how, wherever it lies."""
+        """Twelve hex digits: a hash of the contents and of the options, whatever the folder."""
         ...
 
     def keys(self) -> int:
@@ -64,7 +64,7 @@ def _status(path: Path) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=65536)
 def _hash_once(path: Path, *status: int) -> str:
-    """Hash a file, once a process as long as its size, time and inode stay: units of one bag share it."""
+    """Return the hash of a file's content; this process keeps it while size, time and inode of the file stay the same."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -80,7 +80,7 @@ def _bag_options() -> BagOptions:
 
 @dataclass(frozen=True)
 class OpenBag:
-    """Opens a part of a ROS 2 bag. check_clocks: refuse, fix or ignore clocks that are off."""
+    """Opens a part of a ROS 2 bag. check_clocks: "refuse", "fix" or "ignore" wrong clocks."""
 
     path: Path
     options: BagOptions = field(default_factory=_bag_options)
@@ -118,9 +118,9 @@ class OpenBag:
         return [replace(self, options=replace(self.options, part=i)) for i in range(bag.parts)]
 
     def checked(self) -> OpenBag:
-        """Correct the clocks of this part if that is wanted: a clock that jumps is off by something else after it.
+        """Return this opener, with corrected clocks if `check_clocks` is "fix"; each part has offsets of its own.
 
-        Raises RecordingError where an offset cannot be told with confidence.
+        Raises RecordingError where an offset cannot be measured with confidence.
         """
         from occbev_training.sources.bag_check import fix_clocks
 
@@ -133,7 +133,7 @@ class OpenBag:
         return len(self().key_stamp_ns)
 
     def __call__(self) -> BagRecording:
-        """Index the bag, which is kept open in this process for the next unit of work."""
+        """Index the bag; this process keeps it open for the next call."""
         from occbev_training.sources.bags import BagRecording
 
         state = tuple((path, _status(path)) for path in self._files)
@@ -160,7 +160,7 @@ _OPEN_BAG: list[tuple[OpenBag, object, BagRecording]] = []
 class OpenInfos:
     """Opens one drive of a converted info file of mmdet3d.
 
-    root: data root of its files. lidar_columns: float32 values of a LiDAR point.
+    root: data root of its files. lidar_columns: number of float32 values of a LiDAR point.
     """
 
     infos: Path
@@ -259,7 +259,7 @@ def find_recordings(
     data_root: Path | None = None,
     root_options: RootOptions | None = None,
 ) -> list[Opener]:
-    """List recordings as `search_recordings`.
+    """List recordings as `search_recordings` does.
 
     Raises:
         RecordingError: there is none, or one of them cannot be listed.
@@ -307,12 +307,12 @@ def search_recordings(
 
 
 def holds_recordings(path: Path) -> bool:
-    """Whether a path is, or holds, anything that `search_recordings` or `convert_infos` reads, or is named so."""
+    """Whether a path is, or holds, anything that `search_recordings` or `convert_infos` reads, or has the name of one."""
     return path.suffix in (".pkl", *BAG_SUFFIXES) or bool(_find_places(path, {}))
 
 
 def _find_places(path: Path, problems: dict[str, str], seen: set[Path] | None = None) -> list[Path]:
-    """List roots and bags at or below a path: what holds one is not searched further, and no folder twice.
+    """List roots and bags at or below a path. A root or bag is not searched further, and no folder is searched twice.
 
     problems: gets the folders that cannot be read.
     """

@@ -28,12 +28,12 @@ from occbev_training.sources.recording import RecordingError
 
 @dataclass(frozen=True)
 class PickleLimits:
-    """What one file may cost."""
+    """Limits on reading one file."""
 
     file_bytes: int = 4 * 1024**3
     """Largest file."""
     opcodes: int = 500_000_000
-    """Most opcodes."""
+    """Largest number of opcodes."""
     memory_bytes: int = 2 * 1024**3
     """Address space of the child process."""
     cpu_seconds: int = 60
@@ -41,7 +41,7 @@ class PickleLimits:
 
     @classmethod
     def of_file(cls, size: int) -> PickleLimits:
-        """Return 2 GB and 60 s, and of each in proportion to the bytes: a valid file of 200 MB needs more."""
+        """Return limits of memory and time that grow with the size in bytes, from 2 GB and 60 s on."""
         memory_bytes = min(16 * 1024**3, cls.memory_bytes + 60 * size)
         return cls(memory_bytes=memory_bytes, cpu_seconds=min(3600, cls.cpu_seconds + 3 * size // 2**20))
 
@@ -284,10 +284,8 @@ def _in_child(path: Path, limits: PickleLimits) -> tuple[str, str | None]:
         text = receiver.recv_bytes()
     except EOFError:
         child.join()
-        return (
-            "",
-            f"the reading process ended with {child.exitcode}: it broke a limit of memory or time",
-        )
+        limit = f"{limits.memory_bytes / 1e9:.1f} GB of memory or {limits.cpu_seconds} s"
+        return "", f"the reading process ended with {child.exitcode}: it needs more than {limit}"
     finally:
         receiver.close()
     child.join()

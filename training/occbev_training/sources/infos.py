@@ -1,7 +1,7 @@
 """Recordings from mmdet3d info files, once `info_pickle` has turned them into JSON.
 
 Both layouts are read: `data_list` of mmdet3d 1.1 and later, and `infos` of earlier releases and of
-BEVFormer and BEVDet. Only names of files are taken from them, never folders: files lie where nuScenes has them.
+BEVFormer and BEVDet. Folders in their paths are ignored: files are looked for in samples/ and sweeps/, as in nuScenes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ MAX_KEY_GAP = 1.5
 
 @dataclass(frozen=True)
 class _Data:
-    """One file of one sensor: channel, path as the info file has it, stamp, poses as far as they are known."""
+    """One file of one sensor. path: as the info file has it.
+
+    sensor2ego, ego2global: (4, 4). intrinsic: (3, 3) in pixels, None of the LiDAR.
+    """
 
     channel: str
     path: str
@@ -115,8 +118,8 @@ class InfoRecording:
         self._keys = [key for key in keys if any(self._find(c) for c in key.cameras.values())]
         if not self._keys:
             raise RecordingError(
-                f"{root}: no image of drive {name}; wanted such as "
-                f"samples/{next(iter(keys[0].cameras), 'CAM_FRONT')}/ beside the info file"
+                f"{root}: no image of drive {name} in samples/{next(iter(keys[0].cameras), 'CAM_FRONT')}/ and other cameras; "
+                "--data-root names the folder that has samples/"
             )
         self.lidar2ego = self._keys[0].lidar.sensor2ego
         self.rig = self._rig()
@@ -183,7 +186,7 @@ class InfoRecording:
         )
 
     def _camera(self, data: _Data) -> Camera:
-        """Info files do not say how large images are, so the first one that is there tells."""
+        """Return a camera; its image size, which info files lack, is read from the first image that is there."""
         for key in self._keys:
             place = self._find(key.cameras[data.channel]) if data.channel in key.cameras else None
             size = None if place is None else encoded_size((self._root / place).read_bytes())
@@ -273,7 +276,7 @@ def _stamp_ns(value: float) -> int:
 def _matrix(values: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     matrix = np.array(values, np.float64)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-        raise ValueError(f"a transform of shape {matrix.shape}")
+        raise ValueError(f"a transform must be finite and 4x4, got shape {matrix.shape}: {str(values)[:80]}")
     return matrix
 
 

@@ -24,23 +24,26 @@ from occbev_training.sources.discovery import Opener
 from occbev_training.sources.recording import Annotations, OccupancyTruth, Recording, RecordingError
 
 MAX_GAP = 0.15
-"""Seconds from a key frame to the labels that are brought to it."""
+"""Largest time in seconds between a key frame and the labels that are moved to it."""
 
 MAX_TRACK_GAP = 1.5
-"""Seconds between two boxes of a track beyond which its velocity is not known."""
+"""Largest time in seconds between two boxes of a track that give a velocity."""
 
 MAX_SWEEP_GAP = 0.15
-"""Seconds from a key frame to the sweep whose returns are counted in its boxes."""
+"""Largest time in seconds between a key frame and the sweep whose returns are counted in its boxes."""
 
 FAR = RayLimits(max_range=300.0)
-"""Every return counts."""
+"""Returns up to 300 m are counted in boxes."""
 
 Frame2Base = Callable[[str, int], Array]
 """(frame, stamp in ns) -> frame2base (4, 4); raises TransformException or PoseError."""
 
 
 def bring_to_base(frames: Sequence[LabelFrame], frame2base: Frame2Base) -> tuple[list[LabelFrame], dict[str, int]]:
-    """Bring every frame of boxes to base_link at its own time; returns also the frames left out by reason."""
+    """Move every frame of boxes to base_link at its own time.
+
+    Returns: the moved frames, and reason -> number of frames that were left out.
+    """
     brought, left_out = [], Counter[str]()
     for frame in frames:
         try:
@@ -53,9 +56,10 @@ def bring_to_base(frames: Sequence[LabelFrame], frame2base: Frame2Base) -> tuple
 
 
 class LabelledRecording:
-    """A `Recording` whose key frames are those that have labels, with these as annotations.
+    """A `Recording` whose key frames are those with labels; the labels are its annotations.
 
-    unlabelled: key frames that have none near them and are left out. classless: category -> boxes without a class.
+    unlabelled: number of key frames without labels near them, which are left out. classless: category -> number of
+    boxes without a class.
     """
 
     def __init__(
@@ -159,8 +163,8 @@ class LabelledRecording:
         keys = self._recording.key_stamp_ns
         span = f"{self._frames[0].stamp_ns} to {self._frames[-1].stamp_ns} ns" if self._frames else "no time at all"
         return (
-            f"{self.name}: none of its {len(keys)} key frames has labels within {max_gap} s: they are of {span}, "
-            f"the key frames of {keys[0]} to {keys[-1]} ns; --max-gap allows more"
+            f"{self.name}: none of its {len(keys)} key frames has labels within {max_gap} s: labels cover {span}, "
+            f"key frames {keys[0]} to {keys[-1]} ns; --max-gap allows more"
         )
 
     def _count_returns(self, key: int, boxes: NDArray[np.float32]) -> NDArray[np.int64]:

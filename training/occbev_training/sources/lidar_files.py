@@ -1,4 +1,4 @@
-"""LiDAR files of plain float32 rows, as nuScenes, T4 and KITTI write them; a wrong number of columns does not pass."""
+"""LiDAR files of plain float32 rows, as nuScenes, T4 and KITTI write them; a wrong number of columns is refused."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from occbev_training.sources.recording import RecordingError
 
 COLUMNS = 5
-"""Values of a point in nuScenes and T4: x, y, z, intensity, ring."""
+"""Number of values of a point in nuScenes and T4: x, y, z, intensity, ring."""
 
 _OTHER_COLUMNS = (3, 4, 5, 6, 7, 8)
 _CLEARLY = 2.0
-"""How much smoother the points of another number of columns must be before it is believed."""
+"""Another number of columns is taken for the right one if it makes points this many times smoother."""
 
 
 def read_lidar_file(path: Path, columns: int = COLUMNS) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Read points (M, 3) in metres and their intensity (M,), None of files without.
+    """Read points (M, 3) in metres and their intensity (M,), None if the file has none.
 
     Raises:
         RecordingError: naming the file, where it is no file of such rows, or clearly one of other rows.

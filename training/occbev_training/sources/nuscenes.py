@@ -1,6 +1,6 @@
-"""Read nuScenes tables as recordings, without the devkit and without guessing.
+"""Read nuScenes tables as recordings, without the devkit.
 
-Any root in the nuScenes schema serves: the dataset's own, a part of it, one of Autoware's T4 format, or one
+Any root in the nuScenes schema is read: the dataset's own, a part of it, one of Autoware's T4 format, or one
 that `nuscenes_writer` made. Files that the tables name but the disk lacks are counted and reported.
 """
 
@@ -49,7 +49,7 @@ T4_TABLES = "annotation"
 """Folder of the tables in Autoware's T4 format."""
 
 MAX_NEIGHBOUR_GAP = 1.5
-"""Seconds to one neighbouring annotation beyond which a velocity is not known."""
+"""Largest time in seconds to one neighbouring annotation that gives a velocity."""
 
 READ_TABLES = (
     "scene",
@@ -71,9 +71,9 @@ Row = dict[str, Any]
 class RootOptions:
     """How a root is read.
 
-    version: folder of the tables, where there are several. classes: classes of categories that have none here.
-    lidar_columns: float32 values of a point. lidar_origin: where beams begin in base_link, of merged clouds
-    that are calibrated to base_link itself.
+    version: folder of the tables, where there are several. classes: classes of further categories.
+    lidar_columns: number of float32 values of a point. lidar_origin: where beams begin in base_link, in metres, for
+    merged clouds that are calibrated to base_link itself.
     """
 
     version: str | None = None
@@ -234,7 +234,7 @@ class NuscenesRoot:
         return str(self.row("attribute", tokens[0])["name"]) if tokens else ""
 
     def velocity(self, annotation: Row) -> Array:
-        """Return the (3,) global velocity by differences over the track's neighbours, NaN if unknown."""
+        """Return the velocity (3,) in the global frame, from the neighbours on the track; NaN if unknown."""
         first = annotation["prev"] and self.row("sample_annotation", annotation["prev"])
         last = annotation["next"] and self.row("sample_annotation", annotation["next"])
         limit = MAX_NEIGHBOUR_GAP * (2 if first and last else 1)
@@ -278,7 +278,7 @@ class NuscenesRecording:
     """One scene as a `Recording`.
 
     can_bus: the vehicle's own messages, None where the root holds none of this scene.
-    beams_from_base: whether clouds are in base_link, and where their beams begin is not known.
+    beams_from_base: whether clouds are in base_link, so that it is not known where their beams begin.
     sample_tokens: (K,) token of each key frame. absent: channel -> files that the tables name
     and the disk lacks. Sweeps are those whose files are there.
     """

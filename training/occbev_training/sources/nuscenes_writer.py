@@ -124,7 +124,7 @@ def merge_nuscenes(root: Path, version: str = "v1.0-sim") -> int:
 
 
 def token(*parts: object) -> str:
-    """Return the 32 hex digits that name a row: a hash of what the row is."""
+    """Return 32 hex digits as the token of a row: a hash of the parts that identify it."""
     return hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 
@@ -169,7 +169,7 @@ class _DriveWriter:
     def __init__(self, recording: Recording, root: Path) -> None:
         self._recording, self._root, self._name = recording, root, recording.name
         if not self._name or "/" in self._name:
-            raise RecordingError(f"a drive named {self._name!r} cannot name files")
+            raise RecordingError(f"drive name {self._name!r}: want one without '/', since files are named after it")
         self._tables: Tables = {table: [] for table in TABLES}
         self._samples = [token(self._name, "sample", i) for i in range(len(recording.key_stamp_ns))]
         if not self._samples:
@@ -225,7 +225,7 @@ class _DriveWriter:
             if any(camera.distortion):
                 raise RecordingError(
                     f"{self._name}: camera {camera.name} has {camera.distortion_model} "
-                    "distortion, nuScenes holds rectified images only"
+                    "distortion, nuScenes holds rectified images only; write a bag instead (--format bag)"
                 )
             self._calibration_row(camera.name, "camera", camera.cam2ego, camera.intrinsic.tolist())
         self._calibration_row(LIDAR_CHANNEL, "lidar", self._recording.lidar2ego, [])

@@ -1,6 +1,6 @@
 """When each point of a cloud was measured: the conventions of LiDAR drivers, found by name, type and span.
 
-A cloud without times can be given some by its azimuth, since the sensor turns steadily.
+A cloud without times gets them from the azimuth of its points, since the sensor turns at a constant rate.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MODES = ("auto", "compensated", "azimuth", "clockwise", "counterclockwise")
 class PointTimes:
     """How the times of a recording's points are known.
 
-    kind: point_times, azimuth or compensated; it is stored with every label. field, scale: where
-    they stand and in which unit in seconds. absolute: whether they count from the epoch rather than
-    from the stamp. own_clock: whether they count from the sensor's own zero, so that the first point has the stamp.
-    spin: +1 counterclockwise seen from above, -1 clockwise, for azimuth.
+    kind: point_times, azimuth or compensated; it is stored with every label. field, scale: the field that holds
+    them, and its unit in seconds. absolute: whether they count from the epoch, not from the stamp. own_clock: whether
+    they count from a zero of the sensor, so that the first point counts as measured at the stamp.
+    spin, period: for azimuth, +1 counterclockwise seen from above or -1 clockwise, and the seconds of a turn.
     """
 
     kind: str
@@ -89,7 +89,7 @@ def find_point_times(
 ) -> PointTimes:
     """Decide from one cloud how the times of a recording's points are known.
 
-    period: seconds of one rotation. mode: see `MODES`. compensated: what clouds without times are.
+    period: seconds of one rotation. mode: see `MODES`. compensated: whether clouds without times count as compensated.
 
     Raises:
         RecordingError: a field that was named is not there or has an impossible span, or the

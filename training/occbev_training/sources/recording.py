@@ -28,11 +28,11 @@ def describe_error(error: BaseException) -> str:
 
 
 UNEXPECTED = (AssertionError, AttributeError, ImportError, NameError, NotImplementedError, TypeError)
-"""What wrong code raises: an error of these kinds is ours to mend, whatever input it met."""
+"""Errors of these kinds are bugs of occbev, whatever the input."""
 
 
 def require_beam_origin(recording: Recording) -> None:
-    """Refuse to cast rays of clouds in base_link from the road below the rear axle; raises RecordingError."""
+    """Raise RecordingError for clouds in base_link without a LiDAR origin: rays would start on the road at the rear axle."""
     if getattr(recording, "beams_from_base", False):
         raise RecordingError(
             f"{recording.name}: its clouds are in base_link itself, which does not say where their beams begin; "
@@ -55,7 +55,7 @@ def leave_out(problems: MutableMapping[str, str], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Annotations:
-    """Labelled boxes of one key frame, in the ego frame at the key stamp.
+    """Labelled boxes of one key frame, in base_link at the key stamp.
 
     boxes: scores are 1; velocities are NaN where they are not known.
     instance: (M,) track names. lidar_points: (M,) int64 returns inside each box.

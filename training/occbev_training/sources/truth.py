@@ -33,7 +33,7 @@ FORMAT = "occbev-truth/1"
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a drive: the labels of each key frame, and the poses to carry them.
+    """The ground truth of a drive: the labels of each key frame, and the poses.
 
     key_stamp_ns: (K,) int64. lidar2ego: (4, 4). Labels are in base_link at their key stamp.
     """
@@ -78,7 +78,7 @@ def write_truth(recording: Recording, folder: Path) -> None:
     """
     folder = Path(folder)
     if folder.exists():
-        raise RecordingError(f"{folder}: is there already; truth is never overwritten")
+        raise RecordingError(f"{folder}: is there already and is not overwritten; remove it or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +107,7 @@ def read_truth(folder: Path) -> Truth:
             np.array(record["key_stamp_ns"], np.int64),
         )
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise RecordingError(f"{folder}: no truth folder of this project: {error}") from error
+        raise RecordingError(f"{folder}: not a folder of truth, as simulate writes it beside a bag: {error}") from error
 
 
 def _write(recording: Recording, folder: Path) -> None:
