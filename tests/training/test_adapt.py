@@ -31,7 +31,7 @@ from occbev_training.engine.taught_boxes import (  # noqa: E402
     move_onto_returns,
 )
 from occbev_training.evaluation.label_scores import LabelScores, depth_errors  # noqa: E402
-from occbev_training.losses.adaptation import occupied_score, run_geometric  # noqa: E402
+from occbev_training.losses.adaptation import occupied_score  # noqa: E402
 from occbev_training.losses.objectives import run_network  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.families import reduced  # noqa: E402
@@ -155,20 +155,6 @@ def test_the_teacher_says_what_the_network_says_where_no_return_is(repository: P
     for name, map_ in zip(("heatmap", "box"), blind, strict=True):
         torch.testing.assert_close(map_, own[name], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(teacher.maps(batch)[0], own["heatmap"], atol=1e-4), "returns change what it finds"
-
-
-def test_the_user_s_frames_ask_for_no_classes_and_get_the_same_odds(repository: Path) -> None:
-    model = reduced(load_model(repository / "config/models/occbev-tiny.yaml"))
-    torch.manual_seed(0)
-    network = build_model(model, "finetune").eval()
-    kinds, batch, voxels = network.occupancy_head.kinds, a_batch(model), torch.arange(500)
-    with torch.no_grad():
-        whole, geometric = run_network(network, batch, model), run_geometric(network, batch, model)
-    assert "occupancy_logits" not in geometric.answers
-    torch.testing.assert_close(
-        occupied_score(geometric, 0, voxels), occupied_score(whole, 0, voxels), atol=1e-4, rtol=1e-4
-    )
-    assert network.occupancy_head.kinds is kinds
 
 
 def some_boxes(*rows: tuple[float, float, float], label: int = 0) -> Boxes3D:

@@ -26,6 +26,8 @@ from occbev.inference.families.lift_splat import LiftSplatModel  # noqa: E402
 from occbev.inference.table_cache import TableCache  # noqa: E402
 from occbev.inference.tables import lift_points  # noqa: E402
 from occbev.rig import CameraRig  # noqa: E402
+from occbev_training.losses.adaptation import occupied_score  # noqa: E402
+from occbev_training.losses.objectives import semantic_logits  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import (  # noqa: E402
     CheckpointError,
@@ -37,6 +39,7 @@ from occbev_training.models.checkpoints import (  # noqa: E402
 from occbev_training.models.encoders.image_encoder import ImageEncoder  # noqa: E402
 from occbev_training.models.graphs import GatherGraph  # noqa: E402
 from occbev_training.models.heads.occupancy_head import (  # noqa: E402
+    CELL_FACTORS,
     CellTrunk,
     OccupancyDecoder,
     Resampling,
@@ -120,11 +123,29 @@ def test_shapes_of_both_stages() -> None:
     assert "occupancy_logits" not in before.answers
     assert "heatmap" not in before.answers
     assert "box" not in before.answers
-    after = build_model(SMALL, "finetune")(images(2, 3), torch.ones(2, 3), points)
+    after = build_model(SMALL, "finetune").eval()(images(2, 3), torch.ones(2, 3), points)
     assert "reconstruction_logits" not in after.answers
     assert after.answers["occupancy_logits"].shape == (2, 18, 8, 40, 40)
     assert after.answers["heatmap"].shape == (2, 10, 24, 32)
     assert after.answers["box"].shape == (2, 10, 24, 32)
+
+
+def test_factors_of_training_give_the_logits_of_every_voxel_and_their_gradients() -> None:
+    head = build_model(SMALL, "finetune").occupancy_head
+    cells = torch.randn(
+        1, SMALL.occupancy.cell_channels, 8, 20, 20, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
+    factors = dict(zip(CELL_FACTORS, head.cell_factors(cells), strict=True))
+    voxels = torch.randperm(8 * 40 * 40, generator=torch.Generator().manual_seed(2))[:500]
+    from_factors = semantic_logits(factors, 0, voxels)
+    dense = semantic_logits({"occupancy_logits": head.logits(cells)}, 0, voxels)
+    torch.testing.assert_close(from_factors, dense)
+    torch.testing.assert_close(
+        torch.sigmoid(occupied_score(NetworkOutput(factors), 0, voxels)), 1 - dense.softmax(0)[-1]
+    )
+    weight = torch.randn(dense.shape, generator=torch.Generator().manual_seed(3))
+    gradients = [torch.autograd.grad((one * weight).sum(), cells)[0] for one in (from_factors, dense)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_shipped_configuration_is_the_default_and_small_enough_to_ship(repository: Path) -> None:
@@ -219,7 +240,7 @@ def test_gradients_reach_every_trained_weight_and_no_frozen_one() -> None:
     network = build_model(SMALL, "finetune").train()
     points = geometry(ring_rig(SMALL, 3), ring_rig(SMALL, 3))
     output = network(images(2, 3), torch.ones(2, 3), points)
-    sum(part.square().mean() for part in [*outputs(output), output.depth_logits]).backward()
+    sum(part.square().mean() for part in [*output.answers.values(), output.depth_logits]).backward()
     trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
     without = [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []

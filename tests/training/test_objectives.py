@@ -36,7 +36,7 @@ def test_gathered_voxels_keep_logits_and_labels_together() -> None:
     logits = torch.randn(2, 5, 3, 4, 6, generator=generator, requires_grad=True)
     semantics = torch.randint(0, 5, (2, 3, 4, 6), generator=generator)
     mask = torch.rand(2, 3, 4, 6, generator=generator) < 0.3
-    few, labels = at_voxels(logits, semantics, mask)
+    few, labels = at_voxels({"occupancy_logits": logits}, semantics, mask)
     count = int(mask.sum())
     assert few.shape == (1, 5, 1, 1, count)
     assert labels.shape == (1, 1, 1, count)

@@ -8,7 +8,7 @@ before adaptation found with the LiDAR's depth, see `engine.taught_boxes`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
 from occbev_training.losses.objectives import FinetuneObjective, depth_term, run_network
-from occbev_training.models.heads.occupancy_head import OccupancyDecoder
+from occbev_training.models.heads.occupancy_head import CELL_FACTORS, occupied_at
 from occbev_training.models.network import NetworkOutput
 
 REHEARSED, TAUGHT = "rehearsed_", "taught_"
@@ -63,7 +63,7 @@ class AdaptObjective:
         if batch.rehearsed:
             terms = self.finetune(network, batch.batch)
             return {f"{REHEARSED}{name}": self.rehearsal * term for name, term in terms.items()}
-        output = run_geometric(network, batch.batch, self.model)
+        output = run_network(network, batch.batch, self.model)
         terms = occupancy_terms(output, batch.batch, self.weights) | depth_term(output, batch.batch, self.weights)
         return terms | self._taught(output, batch.batch)
 
@@ -72,21 +72,6 @@ class AdaptObjective:
             return {}
         terms = losses.centre_terms(output.answers, batch.boxes, batch.labels, self.model, self.weights)
         return {f"{TAUGHT}{name}": self.taught * term for name, term in terms.items()}
-
-
-def run_geometric(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:
-    """Run the network, its semantic head of factors without the kinds: their 17 channels would be computed for nothing."""
-    head = getattr(getattr(network, "module", network), "occupancy_head", None)
-    if not isinstance(head, OccupancyDecoder):
-        return run_network(network, batch, model)
-    kinds, head.kinds = head.kinds, None
-    try:
-        output = run_network(network, batch, model)
-    finally:
-        head.kinds = kinds
-    answers = dict(output.answers)
-    geometric = answers.pop("occupancy_logits")  # (B, 2, Z, Y, X), free and occupied
-    return replace(output, answers={**answers, "reconstruction_logits": geometric})
 
 
 def occupancy_terms(output: NetworkOutput, batch: TrainingBatch, weights: LossConfig) -> dict[str, Tensor]:
@@ -110,8 +95,11 @@ def occupancy_terms(output: NetworkOutput, batch: TrainingBatch, weights: LossCo
 
 def occupied_score(output: NetworkOutput, sample: int, voxels: Tensor) -> Tensor:
     """Return the log odds (M,) of occupied at flat voxels (M,) of the sample."""
-    if "occupancy_logits" in output.answers:
-        logits = output.answers["occupancy_logits"][sample].flatten(1).index_select(1, voxels).float()  # (K, M)
+    answers, (of_cells, _) = output.answers, CELL_FACTORS
+    if of_cells in answers:
+        return occupied_at(answers[of_cells][sample], voxels)
+    if "occupancy_logits" in answers:
+        logits = answers["occupancy_logits"][sample].flatten(1).index_select(1, voxels).float()  # (K, M)
         return torch.logsumexp(logits[:-1], 0) - logits[-1]
-    free, occupied = output.answers["reconstruction_logits"][sample].flatten(1).index_select(1, voxels).float()
+    free, occupied = answers["reconstruction_logits"][sample].flatten(1).index_select(1, voxels).float()
     return occupied - free

@@ -17,6 +17,7 @@ from occbev_training.losses.centre_heads import task_terms
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.queries import query_terms
 from occbev_training.models.families import training_family
+from occbev_training.models.heads.occupancy_head import CELL_FACTORS, logits_at
 from occbev_training.models.network import NetworkOutput
 
 Answers = Mapping[str, Tensor]
@@ -61,7 +62,7 @@ class FinetuneObjective:
         output = run_network(network, batch, self.model)
         terms: dict[str, Tensor] = {}
         for head in training_family(self.model).heads:
-            if set(head.outputs) <= set(output.answers):
+            if head.answered(output.answers):
                 terms |= HEAD_LOSSES[head.loss](output.answers, batch, self)
         return terms | depth_term(output, batch, self.weights)
 
@@ -69,7 +70,7 @@ class FinetuneObjective:
 def semantic_terms(answers: Answers, batch: TrainingBatch, objective: FinetuneObjective) -> dict[str, Tensor]:
     """Return the weighted terms of the semantic head: `semantics` and those of whole regions that have a weight."""
     weights, counts = objective.weights, batch.semantics_mask.flatten(1).sum(1).tolist()
-    logits, semantics = at_voxels(answers["occupancy_logits"], batch.semantics, batch.semantics_mask)
+    logits, semantics = at_voxels(answers, batch.semantics, batch.semantics_mask)
     mask = torch.ones_like(semantics, dtype=torch.bool)
     loss = losses.semantic_loss(logits, semantics, mask, objective.class_weight)
     terms = {"semantics": weights.semantics * loss}
@@ -131,15 +132,23 @@ def depth_term(output: NetworkOutput, batch: TrainingBatch, weights: LossConfig)
     return {"depth": weights.depth * loss}
 
 
-def at_voxels(logits: Tensor, semantics: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def at_voxels(answers: Answers, semantics: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gather the M voxels of a mask: logits (1, K, 1, 1, M) and semantics (1, 1, 1, M).
 
-    A softmax over every voxel of the grid would cost more than the rest of the head.
+    answers: those of a semantic head, its outputs or its factors. A softmax over every voxel of the grid would cost more
+    than the rest of the head.
     """
     chosen = [torch.nonzero(one.flatten()).squeeze(1) for one in mask]
-    columns = [one.flatten(1).index_select(1, at) for one, at in zip(logits, chosen, strict=True)]
+    columns = [semantic_logits(answers, i, at) for i, at in enumerate(chosen)]
     labels = [one.flatten()[at] for one, at in zip(semantics, chosen, strict=True)]
     return torch.cat(columns, 1)[None, :, None, None], torch.cat(labels)[None, None, None]
+
+
+def semantic_logits(answers: Answers, sample: int, voxels: Tensor) -> Tensor:
+    """Return the logits (K, M) of a semantic head at flat voxels (M,) of a sample."""
+    if "occupancy_logits" in answers:
+        return answers["occupancy_logits"][sample].flatten(1).index_select(1, voxels)
+    return logits_at(*(answers[name][sample] for name in CELL_FACTORS), voxels)
 
 
 def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:

@@ -18,7 +18,10 @@ from occbev_training.models.layers import ResidualBlock, conv_bn_relu
 GEOMETRY = Head("occupancy_decoder", ("reconstruction_logits",), "geometry", "voxels", stage="pretrain")
 """Free and occupied: (B, 2, Z, Y, X). The Occ-BEV decoder of pre-training."""
 
-SEMANTICS = Head("occupancy_head", ("occupancy_logits",), "semantics", "voxels")
+CELL_FACTORS = ("occupied_of_cells", "kinds_of_cells")
+"""What `OccupancyDecoder.cell_factors` returns."""
+
+SEMANTICS = Head("occupancy_head", ("occupancy_logits",), "semantics", "voxels", factors=CELL_FACTORS)
 """Classes of voxels, free the last: (B, K, Z, Y, X)."""
 
 SUBPIXEL = 2
@@ -53,9 +56,14 @@ class OccupancyDecoder(nn.Module):
         self.occupied = nn.Conv2d(config.cell_channels, SUBPIXEL**2, 1)
         self.kinds = nn.Conv2d(config.cell_channels, kinds, 1) if kinds else None
 
-    def forward(self, bev: Tensor) -> Tensor:
-        """Turn BEV features (B, C, Y, X) into voxel logits (B, K, Z, Y, X) of the occupancy grid, see `logits`."""
-        return self.logits(self.cells(bev))
+    def forward(self, bev: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Turn BEV features (B, C, Y, X) into voxel logits (B, K, Z, Y, X) of the occupancy grid, see `logits`.
+
+        While it trains the semantic head returns `cell_factors`: few voxels have a label, and the logits of 18 classes of
+        all of them, with their gradients, cost as much as the rest of the head.
+        """
+        cells = self.cells(bev)
+        return self.cell_factors(cells) if self.training and self.kinds is not None else self.logits(cells)
 
     def cells(self, bev: Tensor) -> Tensor:
         """Turn BEV features (B, C, Y, X) into what `logits` and `factors` take, see `CellTrunk`."""
@@ -69,6 +77,14 @@ class OccupancyDecoder(nn.Module):
             return torch.cat([free, occupied], 1)
         share = _repeat(torch.log_softmax(self._on_cells(self.kinds, cells), 1))
         return torch.cat([occupied + share, free], 1)
+
+    def cell_factors(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log odds of occupied of the voxels of every cell, and the logits of its kinds.
+
+        (B, 2 * 2, Z, Y / 2, X / 2), sub-cells along x fastest; (B, K - 1, Z, Y / 2, X / 2).
+        """
+        assert self.kinds is not None
+        return self._on_cells(self.occupied, cells), self._on_cells(self.kinds, cells)
 
     def factors(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return P(occupied) of every voxel, and of every cell the likeliest kind and P(kind | occupied).
@@ -137,11 +153,34 @@ def start_alive(layer: nn.Conv2d) -> None:
         layer.bias.fill_(0.1)
 
 
+def occupied_at(occupied: Tensor, voxels: Tensor) -> Tensor:
+    """Return the log odds (M,) at flat voxels (M,) over (Z, Y, X), of one sample's cells (2 * 2, Z, Y / 2, X / 2)."""
+    part, cell = _places(occupied, voxels)
+    return occupied.flatten()[part * occupied[0].numel() + cell].float()
+
+
+def logits_at(occupied: Tensor, kinds: Tensor, voxels: Tensor) -> Tensor:
+    """Return what `OccupancyDecoder.logits` says at flat voxels (M,): (K, M), free the last.
+
+    occupied: (2 * 2, Z, Y / 2, X / 2), kinds: (K - 1, Z, Y / 2, X / 2), the factors of one sample.
+    """
+    _, cell = _places(kinds, voxels)
+    share = torch.log_softmax(kinds.flatten(1).index_select(1, cell).float(), 0)
+    logits = occupied_at(occupied, voxels) + share
+    return torch.cat([logits, torch.zeros_like(logits[:1])])
+
+
+def _places(cells: Tensor, voxels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of its cell's 2 x 2 parts each flat voxel is, and which flat cell it lies in."""
+    rows, columns = cells.shape[2] * SUBPIXEL, cells.shape[3] * SUBPIXEL
+    x, y, z = voxels % columns, voxels // columns % rows, voxels // (columns * rows)
+    cell = (z * cells.shape[2] + y // SUBPIXEL) * cells.shape[3] + x // SUBPIXEL
+    return y % SUBPIXEL * SUBPIXEL + x % SUBPIXEL, cell
+
+
 def _repeat(cells: Tensor) -> Tensor:
     """Turn (B, K, Z, Y, X) into (B, K, Z, 2 * Y, 2 * X), a cell's values for each of its voxels."""
     size = (*cells.shape[:3], cells.shape[3] * SUBPIXEL, cells.shape[4] * SUBPIXEL)
-    if torch.is_grad_enabled():  # the gradient of `expand` is a sum over strides, ten times as slow
-        return functional.interpolate(cells.flatten(1, 2), scale_factor=SUBPIXEL, mode="nearest").view(size)
     return cells[:, :, :, :, None, :, None].expand(-1, -1, -1, -1, SUBPIXEL, -1, SUBPIXEL).reshape(size)
 
 

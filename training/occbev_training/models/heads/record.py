@@ -7,7 +7,7 @@ a line in `heads` of the families that have it. What the robot decodes of its ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ class Head:
     """A kind of head; two families may share it with parts of their own.
 
     part: its name in the network. outputs: names of the tensors that the part returns, in order.
+    factors: names of what some parts return in their place while they train, from which a loss takes what it needs.
     loss: a key of `HEAD_LOSSES`, and "boxes" or "voxels" in `truth` what it learns from.
     stage: which stage of training it belongs to. reads: what it is called with, "bev" (B, C, Y, X) or the "scene" that
     object queries attend to. layered: its outputs begin with an axis of decoder layers, of which the last one answers.
@@ -39,6 +40,7 @@ class Head:
     stage: str = "finetune"
     reads: str = "bev"
     layered: bool = False
+    factors: tuple[str, ...] = ()
     build: Callable[[Any], nn.Module | None] = field(default=_build_nothing, compare=False)
 
     def built_by(self, build: Callable[[Any], nn.Module | None]) -> Head:
@@ -48,7 +50,13 @@ class Head:
     def name_outputs(self, answer: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Give the tensors that the part returned their names."""
         tensors = answer if isinstance(answer, tuple) else (answer,)
-        return dict(zip(self.outputs, tensors, strict=True))
+        names = self.outputs if len(tensors) == len(self.outputs) else self.factors
+        return dict(zip(names, tensors, strict=True))
+
+    def answered(self, names: Iterable[str]) -> bool:
+        """Whether the outputs of this head, or its factors, are among these names."""
+        names = set(names)
+        return names.issuperset(self.outputs) or (bool(self.factors) and names.issuperset(self.factors))
 
 
 def build_heads(heads: Sequence[Head], model: Any, stage: str) -> Heads:
