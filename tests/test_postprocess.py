@@ -85,6 +85,24 @@ def test_threshold_count_and_local_maxima() -> None:
     assert len(decode_boxes(heatmap, box, BEV, BoxDecoding(nms="none"))) == 2
 
 
+def test_cells_within_reach_have_a_say_by_their_squared_probability() -> None:
+    heatmap, box = maps(("car", 0.8, CAR))
+    row, column = np.argwhere(heatmap[0] > 0)[0]
+    heatmap[0, row, column + 1] = 0.0  # a probability of 0.5
+    box[:, row, column + 1] = box[:, row, column]  # seen from there one cell further on along x
+    share = 0.5**2 / (0.5**2 + 0.8**2)
+    alone, together = (decode_boxes(heatmap, box, BEV, reach=reach).box[0] for reach in (0, 1))
+    np.testing.assert_allclose(alone, CAR, atol=1e-5)
+    np.testing.assert_allclose(together[0] - CAR[0], share * BEV.pitch[0], atol=1e-3)
+    np.testing.assert_allclose(together[1:], CAR[1:], atol=1e-3)
+
+
+def test_a_peak_in_the_corner_has_fewer_cells_around_it() -> None:
+    corner = (BEV.lo[0] + 0.1, BEV.lo[1] + 0.1, *CAR[2:])
+    found = decode_boxes(*maps(("car", 0.9, corner)), BEV, reach=2)
+    np.testing.assert_allclose(found.box, [corner], atol=1e-2)
+
+
 def test_nothing_over_the_threshold_is_an_empty_result() -> None:
     boxes = decode_boxes(*maps(), BEV)
     assert len(boxes) == 0

@@ -213,6 +213,8 @@ class DetectionHeadConfig:
 
     channels: int = 64
     """Width of the shared convolution."""
+    reach: int = 0
+    """Cells on each side of an object's own that learn its box as well, and have a say in the box of a peak."""
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,13 @@ def decode_boxes(
     decoding: BoxDecoding | None = None,
     cameras: tuple[str, ...] = (),
     classes: Sequence[str] = DETECTION_CLASSES,
+    reach: int = 0,
 ) -> Boxes3D:
     """Turn centre maps into boxes, best first (Zhou et al. 2019: a peak is its own 3 x 3 neighbourhood's maximum).
 
     heatmap: (C, Y, X) logits. box: (10, Y, X): offset x, y in cells from the cell's lower corner, z of the
         centre, log l, log w, log h, sin yaw, cos yaw, vx, vy.
+    reach: as `DetectionHeadConfig.reach`.
     Raises:
         OutputError: shapes do not fit each other, or the heat map or a box is not finite.
     """
@@ -93,7 +95,7 @@ def decode_boxes(
     _check_maps(heatmap, box, bev, classes)
     label, row, column = _peaks(heatmap, decoding)
     logit = heatmap[label, row, column]
-    values = box[:, row, column].T.astype(np.float64)  # (M, 10)
+    values = _mean_around(heatmap, box, label, row, column, reach)
     boxes = Boxes3D(_to_metres(values, row, column, bev), label.astype(np.int64), _sigmoid(logit), cameras)
     if not np.isfinite(boxes.box).all():
         raise OutputError("the box map holds values that are not finite")
@@ -328,6 +330,28 @@ def _peaks(heatmap: Floats, decoding: BoxDecoding) -> tuple[NDArray[np.intp], ND
     label, row, column, score = label[is_peak], row[is_peak], column[is_peak], score[is_peak]
     order = np.lexsort((label, column, row, -score))[: decoding.max_boxes]
     return label[order], row[order], column[order]
+
+
+def _mean_around(
+    heatmap: Floats,
+    box: Floats,
+    label: NDArray[np.intp],
+    row: NDArray[np.intp],
+    column: NDArray[np.intp],
+    reach: int,
+) -> NDArray[np.float64]:
+    """Return the boxes (M, 10) at peaks: the mean of what the cells within reach say, by their squared probability."""
+    steps = np.arange(-reach, reach + 1)
+    down, right = (step.ravel() for step in np.meshgrid(steps, steps, indexing="ij"))
+    rows, columns = row[:, None] + down, column[:, None] + right  # (M, cells)
+    inside = (rows >= 0) & (rows < heatmap.shape[1]) & (columns >= 0) & (columns < heatmap.shape[2])
+    rows, columns = rows.clip(0, heatmap.shape[1] - 1), columns.clip(0, heatmap.shape[2] - 1)
+    weight = np.where(inside, _sigmoid(heatmap[label[:, None], rows, columns]) ** 2, 0.0)
+    values = box[:, rows, columns].astype(np.float64)
+    values[0] += right
+    values[1] += down
+    mean: NDArray[np.float64] = ((values * weight).sum(2) / weight.sum(1)).T
+    return mean
 
 
 def _to_metres(values: NDArray[np.float64], row: NDArray[np.intp], column: NDArray[np.intp], bev: BevGrid) -> Floats:

@@ -23,9 +23,6 @@ class LossConfig:
     """Box centres."""
     box: float = 0.25
     """Box offsets, height, size and heading."""
-    box_reach: int = 0
-    """Cells around an object's own that learn its box as well, of our own centre heads: a peak beside the centre then still
-    says where the object is."""
     velocity: float = 0.2
     """Factor on the two velocity terms among the box terms."""
     queries: float = 1.0

@@ -229,7 +229,7 @@ def centre_targets(
 ) -> CentreTargets:
     """Make the targets of a batch (Yin et al. 2021, section 3).
 
-    boxes: (M, 9) per sample, in the frame of `grid`. labels: (M,) per sample. reach: as `LossConfig.box_reach`.
+    boxes: (M, 9) per sample, in the frame of `grid`. labels: (M,) per sample. reach: as `DetectionHeadConfig.reach`.
     Boxes whose centre is outside the grid, or with a size that is not positive, are left out.
     """
     sample = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)]).long()
@@ -315,7 +315,7 @@ def centre_terms(
     weights: LossConfig,
 ) -> dict[str, Tensor]:
     """Return the weighted terms `heatmap` and `box` of our own centre head; boxes, labels: of each sample."""
-    centres = centre_targets(boxes, labels, model.bev, len(model.detection_classes), weights.box_reach)
+    centres = centre_targets(boxes, labels, model.bev, len(model.detection_classes), model.detection.reach)
     return {
         "heatmap": weights.heatmap * heatmap_loss(answers["heatmap"], centres.heatmap),
         "box": weights.box * box_loss(answers["box"], centres, weights.velocity),

@@ -131,7 +131,7 @@ class LiftSplat(SplatFamily[LiftSplatModel]):
         if not {"heatmap", "box"} <= set(outputs):
             return None
         maps = outputs["heatmap"][0], outputs["box"][0]
-        boxes = decode_boxes(*maps, model.bev, decoding, cameras, model.detection_classes)
+        boxes = decode_boxes(*maps, model.bev, decoding, cameras, model.detection_classes, model.detection.reach)
         return move_boxes(boxes, frame2ego(model.bev.frame))
 
 
