@@ -220,7 +220,10 @@ def require_same_drives(place: Workplace) -> None:
     scored = {row["data"]["scored"] for row in read_rows(place.rows, place.plan.hash) if row["kind"] == "run"}
     here = place.scored("test").hash if scored else ""
     if scored and scored != {here}:
-        raise PlanError(f"{place.rows}: rows of test drives {sorted(scored)}, those in {place.world} are {here}")
+        raise PlanError(
+            f"{place.rows}: rows of test drives {', '.join(sorted(scored))}, those in {place.world} are {here}: another "
+            "version of the simulator or another processor rendered them; begin anew in an empty --out without --keep"
+        )
 
 
 def run_tasks(place: Place, tasks: Sequence[Task], workers: int, do: Callable[..., Row] | None = None) -> Iterator[Row]:
