@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from occbev.classes import OCCUPIED_STATE, UNOBSERVED_STATE
 from occbev.config import ModelConfig
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.data.datasets import TrainingBatch
 from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.losses.config import LossConfig
@@ -70,6 +71,7 @@ class AdaptObjective:
     def _taught(self, output: NetworkOutput, batch: TrainingBatch) -> dict[str, Tensor]:
         if not self.taught:
             return {}
+        assert isinstance(self.model, LiftSplatModel), "boxes are looked for by our own centre heads alone"
         terms = losses.centre_terms(output.answers, batch.boxes, batch.labels, self.model, self.weights)
         return {f"{TAUGHT}{name}": self.taught * term for name, term in terms.items()}
 

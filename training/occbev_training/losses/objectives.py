@@ -148,7 +148,8 @@ def semantic_logits(answers: Answers, sample: int, voxels: Tensor) -> Tensor:
     """Return the logits (K, M) of a semantic head at flat voxels (M,) of a sample."""
     if "occupancy_logits" in answers:
         return answers["occupancy_logits"][sample].flatten(1).index_select(1, voxels)
-    return logits_at(*(answers[name][sample] for name in CELL_FACTORS), voxels)
+    occupied, kinds = (answers[name][sample] for name in CELL_FACTORS)
+    return logits_at(occupied, kinds, voxels)
 
 
 def run_network(network: nn.Module, batch: TrainingBatch, model: ModelConfig) -> NetworkOutput:

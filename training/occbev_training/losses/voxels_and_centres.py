@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from occbev.classes import FREE, OCCUPIED_STATE, UNOBSERVED_STATE
-from occbev.config import ModelConfig
 from occbev.grid import BevGrid
+from occbev.inference.families.lift_splat import LiftSplatModel
 from occbev_training.losses.config import LossConfig
 from occbev_training.losses.normalise import mean_over_processes
 
@@ -311,7 +311,7 @@ def centre_terms(
     answers: Mapping[str, Tensor],
     boxes: Sequence[Tensor],
     labels: Sequence[Tensor],
-    model: ModelConfig,
+    model: LiftSplatModel,
     weights: LossConfig,
 ) -> dict[str, Tensor]:
     """Return the weighted terms `heatmap` and `box` of our own centre head; boxes, labels: of each sample."""
