@@ -110,6 +110,19 @@ def test_voxels_are_drawn_where_they_project() -> None:
     assert (picture == OCCUPANCY_COLOURS[4]).all(-1).sum() > 20
 
 
+def test_a_fisheye_shows_what_is_beside_it_as_small_as_it_is_far() -> None:
+    """At 90 degrees from the optical axis the depth is 0: the distance counts, for sizes, colours and order."""
+    wide = replace(CAMERA, intrinsic=[[80, 0, 160], [0, 80, 90], [0, 0, 1]], distortion_model="equidistant")
+    wide = replace(wide, distortion=(0.0,) * 4)
+    beside_it = np.array([0.25, 7.25, 1.75])
+    colours = draw_points(GREY, wide, beside_it[None]).astype(int)
+    wanted = depth_colours([np.linalg.norm(beside_it - [0, 0, 1.5])], (2.0, 50.0))[0]
+    assert np.abs(colours - wanted).sum(-1).min() < 10
+    voxel = tuple(GRID.indices(beside_it[None])[0][0].tolist())
+    drawn = (draw_voxels(GREY, wide, occupancy(voxel), opacity=1) != GREY).any(-1)
+    assert 10 < drawn.sum() < 60, "80 pixels * 0.5 m / 7 m make 6 pixels, squared"
+
+
 def test_bev_has_x_up_and_y_left() -> None:
     empty = bev_picture(Boxes3D.empty(), size=400, reach=40)
     ahead_left = bev_picture(boxes((20.0, 10.0, 1, 4, 2, 1.5, 0, 0, 0)), size=400, reach=40)

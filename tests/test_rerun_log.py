@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -133,6 +134,35 @@ def test_images_larger_than_their_calibration_get_a_rig_of_their_size() -> None:
     (camera,) = fit_rig(CameraRig((PINHOLE,)), {"front": jpeg}).cameras
     assert (camera.width, camera.height) == (640, 360)
     np.testing.assert_allclose(camera.intrinsic[:2], 2 * PINHOLE.intrinsic[:2])
+
+
+def test_a_saved_file_holds_the_documented_entities_on_one_time_line(tmp_path: Path) -> None:
+    """Read back as the viewer reads it: docs/viewing.md names what it shows."""
+    from rerun.chunk import RrdReader
+
+    later, log = 1_700_000_000_100_000_000, MomentLog("test", ["front"])
+    log.save(tmp_path / "run.rrd")
+    log.log(moment())
+    log.log(Moment(later))
+    log.close()
+    reader = RrdReader(str(tmp_path / "run.rrd"))
+    assert [entry.application_id for entry in reader.blueprints()] == ["occbev"]
+    chunks = [chunk for chunk in reader.stream() if not chunk.entity_path.startswith("/__")]
+    fixed = {chunk.entity_path for chunk in chunks if chunk.is_static}
+    assert fixed == {"/world", "/world/ego", "/world/ego/forward", "/world/grid"}
+    camera, scene = "/world/cameras/front", "/world/prediction"
+    moving = {chunk.entity_path for chunk in chunks if not chunk.is_static}
+    assert moving == {
+        *(camera + part for part in ("", "/image", "/boxes", "/voxels")),
+        *(scene + part for part in ("/boxes", "/velocities", "/voxels")),
+        *("/world/lidar/top", "/world/ground", "/plots/latency/total", "/plots/lost/missing_cameras", "/log"),
+    }
+    records = [chunk.to_record_batch() for chunk in chunks if not chunk.is_static]
+    times = {stamp for record in records for stamp in record["time"].cast("int64").to_pylist()}
+    assert times == {1_700_000_000_000_000_000, later}
+    (pinhole,) = [chunk.to_record_batch() for chunk in chunks if chunk.entity_path == camera]
+    np.testing.assert_allclose(pinhole["Transform3D:translation"].to_pylist()[0], [AHEAD[:3, 3]])
+    assert (tmp_path / "run.rrd").stat().st_size > 1000
 
 
 def test_box_lines_are_cut_at_the_borders_and_gone_behind() -> None:

@@ -96,15 +96,15 @@ class Camera:
     def project(self, points: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """Project (M, 3) points of base_link through the lens.
 
-        Returns: pixels (M, 2), depth (M,) and which are farther than 0.1 m and inside the image. Pixels of points
-            that the lens cannot see are NaN.
+        Returns: pixels (M, 2), how far away the points are (M,), and which are farther than 0.1 m and inside the image.
+            How far away is the depth, or for a fisheye, which sees beside and behind its image plane, the distance.
+            Pixels of points that the lens cannot see are NaN.
         """
         points_cam = transform_points(self.ego2cam, points).reshape(-1, 3)
         pixels, seen = self.lens.project(points_cam)
-        depth = points_cam[:, 2]
-        distance = np.linalg.norm(points_cam, axis=1) if self.lens.is_fisheye else depth
-        inside = seen & (distance > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
-        return pixels, depth, inside
+        away = np.linalg.norm(points_cam, axis=1) if self.lens.is_fisheye else points_cam[:, 2]
+        inside = seen & (away > 0.1) & np.all((pixels >= 0) & (pixels < (self.width, self.height)), axis=-1)
+        return pixels, away, inside
 
     def resize(self, scale_x: float, scale_y: float, crop: tuple[float, float], size: tuple[int, int]) -> Camera:
         """Return the camera of an image scaled, then cropped at (x0, y0) to `size` = (width, height).

@@ -144,7 +144,7 @@ def _describe_found(bag: Path, recording: BagRecording, rig: str) -> str:
     left_out = f"; left out, as warned: {', '.join(recording.left_out)}" if recording.left_out else ""
     command = f"occbev rig {bag}{f' --rig {rig}' if rig else ''} --out vehicle"
     return (
-        f"{bag} has not the image topics of the shipped parameter file; found in it: cameras {cameras}; "
+        f"{bag}: no parameter file names its topics; found in it: cameras {cameras}; "
         f"poses {topics.odometry or topics.tf}{left_out}. `{command}` writes them to a file to keep"
     )
 
