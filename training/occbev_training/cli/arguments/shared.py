@@ -37,7 +37,7 @@ CALIBRATION_FRAMES = 120
 BOOTSTRAP_DRAWS = 200
 """Of occbev_training.metrics.bootstrap."""
 
-WORLD_HELP = "version of the streets (default v1, which occbev-tiny was trained and scored in); v2 has relief, leaves, worn roads"
+WORLD_HELP = "version of the streets (default v1, in which occbev-tiny is scored); v2 has relief, leaves, worn roads"
 """What `--world` says."""
 
 WORLDS = ("v1", "v2")
