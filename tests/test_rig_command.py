@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.small_bags import FORWARD, Camera, Drive
 from tests.test_one_reader import gather_jobs
 
 from occbev.cli import main, view
-from occbev.cli.rig import viewing_direction
+from occbev.cli.rig import print_next, viewing_direction
 from occbev.config import ConfigError
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.bags import BagReader, BagWriter, type_store
@@ -161,6 +162,16 @@ def test_rig_writes_parameters_of_a_bag_without_camera_info(tmp_path: Path, caps
     assert parameters.rig == str(tmp_path / "out" / "rig.yaml")
     assert CameraRig.load(parameters.rig).hash == CameraRig.load(rig).hash
     assert not any(job.missing for job in gather_jobs(bag, parameters))
+
+
+def test_printed_commands_can_be_pasted_where_a_path_has_a_space(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_next(tmp_path / "my bag", Path("vehicle"), Path("a rig.yaml"))
+    overlay, replay = capsys.readouterr().out.removeprefix("Next:").splitlines()
+    words = ["occbev", "overlay", str(tmp_path / "my bag"), "--topics", "vehicle/topics.yaml"]
+    assert shlex.split(overlay, comments=True) == [*words, "--rig", "a rig.yaml", "--out", "overlay"]
+    assert shlex.split(replay, comments=True)[:3] == ["occbev", "replay", str(tmp_path / "my bag")]
 
 
 def test_view_finds_the_topics_that_replay_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

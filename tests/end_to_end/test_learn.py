@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.model_package import ModelPackage, write_package  # noqa: E402
 from occbev.rig import Camera, CameraRig  # noqa: E402
 from occbev_training.cli import main  # noqa: E402
+from occbev_training.cli.learn import next_command  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import save_weights  # noqa: E402
 from occbev_training.simulator.drive import DriveConfig, SimulatedDrive  # noqa: E402
@@ -41,6 +44,18 @@ def a_rig() -> CameraRig:
         place = [0.8 + 0.6 * np.cos(np.deg2rad(yaw)), 0.5 * np.sin(np.deg2rad(yaw)), 1.5]
         cameras.append(Camera(name, width, height, intrinsic, make_transform(rotation, place)))
     return CameraRig(tuple(cameras))
+
+
+@pytest.mark.parametrize("topics", [None, "topics.yaml"])
+def test_the_next_command_takes_the_rig_that_was_given(tmp_path: Path, topics: str | None) -> None:
+    args = argparse.Namespace(out=tmp_path, topics=topics and Path(topics), rig=Path("rig.yaml"))
+    command = shlex.split(next_command(args, [Path("my bag")]))
+    assert command[:3] == ["occbev", "replay", "my bag"]
+    if topics is None:
+        assert command[3:] == ["--model", str(tmp_path / "package"), "--set", "rig:=rig.yaml"]
+    else:
+        written = yaml.safe_load(Path(command[-1]).read_text())["/**"]["ros__parameters"]
+        assert written["rig"] == str(Path("rig.yaml").resolve())
 
 
 @pytest.fixture(scope="module")

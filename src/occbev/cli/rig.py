@@ -13,6 +13,7 @@ calibration, and give it with --rig. perception.yaml holds the parameters of the
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,7 +143,7 @@ def _describe_found(bag: Path, recording: BagRecording, rig: str) -> str:
     topics = recording.topics
     cameras = ", ".join(f"{name} ({topics.images[name]})" for name in recording.rig.names)
     left_out = f"; left out, as warned: {', '.join(recording.left_out)}" if recording.left_out else ""
-    command = f"occbev rig {bag}{f' --rig {rig}' if rig else ''} --out vehicle"
+    command = f"occbev {shlex.join(('rig', str(bag), *(('--rig', rig) if rig else ()), '--out', 'vehicle'))}"
     return (
         f"{bag}: no parameter file names its topics; found in it: cameras {cameras}; "
         f"poses {topics.odometry or topics.tf}{left_out}. `{command}` writes them to a file to keep"
@@ -151,10 +152,11 @@ def _describe_found(bag: Path, recording: BagRecording, rig: str) -> str:
 
 def print_next(bag: Path, folder: Path, rig_file: Path | None = None) -> None:
     """Print what to do with the files, as commands. rig_file: calibration of a bag that has none."""
-    topics, parameters = folder / "topics.yaml", folder / "perception.yaml"
-    rig = "" if rig_file is None else f" --rig {rig_file}"
-    print(f"Next: occbev overlay {bag} --topics {topics}{rig} --out overlay    # check the calibration")
-    print(f"      occbev replay {bag} --params-file {parameters}    # run the node on the bag")
+    rig = () if rig_file is None else ("--rig", str(rig_file))
+    overlay = ("overlay", str(bag), "--topics", str(folder / "topics.yaml"), *rig, "--out", "overlay")
+    replay = ("replay", str(bag), "--params-file", str(folder / "perception.yaml"))
+    print(f"Next: occbev {shlex.join(overlay)}    # check the calibration")
+    print(f"      occbev {shlex.join(replay)}    # run the node on the bag")
 
 
 def node_parameters(

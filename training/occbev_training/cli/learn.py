@@ -98,12 +98,17 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def next_command(args: argparse.Namespace, bags: Sequence[Path]) -> str:
-    """Return the command that shows the package at work; topics that were given go into a parameter file."""
+    """Return the command that shows the package at work; topics and a rig that were given go into a parameter file."""
     bag, package = shlex.quote(str(bags[0])) if bags else "BAG", args.out / "package"
-    if args.topics is None:
+    if args.topics is None and args.rig is None:
         return f"occbev replay {bag} --model {shlex.quote(str(package))}"
+    if args.topics is None:
+        rig = shlex.quote(f"rig:={args.rig}")
+        return f"occbev replay {bag} --model {shlex.quote(str(package))} --set {rig}"
     path = args.out / "perception.yaml"
     parameters = {"topics": str(args.topics.resolve()), "model": str(package.resolve())}
+    if args.rig is not None:
+        parameters["rig"] = str(args.rig.resolve())
     path.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
     return f"occbev replay {bag} --params-file {shlex.quote(str(path))}"
 
