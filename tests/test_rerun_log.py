@@ -18,7 +18,7 @@ from occbev.geometry import make_transform
 from occbev.grid import BevGrid, VoxelGrid
 from occbev.reports.moments import GroundMap, Moment, fit_rig
 from occbev.reports.rendering import box_lines, outer_voxels
-from occbev.reports.rerun_log import MomentLog
+from occbev.reports.rerun_log import MomentLog, voxel_rows
 from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera, CameraRig
 
@@ -87,9 +87,23 @@ def test_boxes_and_voxels_stand_in_base_link(log: Log) -> None:
     boxes = log.entities["world/prediction/boxes"]
     np.testing.assert_allclose(numbers(boxes.centers), [[11, 0, 0.25]])  # the doubtful one is not drawn
     np.testing.assert_allclose(numbers(boxes.half_sizes), [[1, 1, 0.75]])
-    voxels = numbers(log.entities["world/prediction/voxels"].centers)
-    assert len(voxels) == 4 * 4 * 3 - 2 * 2 * 1, "what is hidden by others is left out"
-    np.testing.assert_allclose([voxels.min(0), voxels.max(0)], [[10.25, -0.75, -0.25], [11.75, 0.75, 0.75]])
+    voxels = log.entities["world/prediction/voxels"]
+    centres, half = numbers(voxels.centers), numbers(voxels.half_sizes)
+    count = 4 * 4 * 3 - 2 * 2 * 1  # what is hidden by others is left out
+    np.testing.assert_allclose(np.prod(2 * half, axis=1).sum(), count * 0.5**3)
+    assert len(centres) == 4 * 3 + 2, "a row of voxels is one box; the two in the middle are hollow"
+    np.testing.assert_allclose([(centres - half).min(0), (centres + half).max(0)], [[10, -1, -0.5], [12, 1, 1]])
+
+
+def test_rows_of_voxels_end_where_the_class_changes_or_nothing_is() -> None:
+    label, state = np.full((8, 2, 1), CAR, np.uint8), np.full((8, 2, 1), OCCUPIED_STATE, np.uint8)
+    label[5:, 0], state[2, 1] = CAR + 1, 1
+    grid = VoxelGrid((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (8, 2, 1))
+    first, last = voxel_rows(Occupancy(label, np.ones((8, 2, 1), np.float32), state, grid))
+    spans = np.stack([first, last], 1)[:, :, :2].tolist()
+    assert spans == [[[0, 0], [4, 0]], [[5, 0], [7, 0]], [[0, 1], [1, 1]], [[3, 1], [7, 1]]]
+    nothing = Occupancy(label, np.ones((8, 2, 1), np.float32), np.ones((8, 2, 1), np.uint8), grid)
+    assert [part.shape for part in voxel_rows(nothing)] == [(0, 3), (0, 3)]
 
 
 @pytest.mark.parametrize("camera", [PINHOLE, FISHEYE])
