@@ -74,7 +74,7 @@ class Camera:
             )
         if self.cam2ego.shape != (4, 4) or not np.all(np.isfinite(self.cam2ego)):
             raise RigError(f"camera {self.name}: cam2ego must be a finite 4x4 transform, got {self.cam2ego.tolist()}")
-        if np.abs(self.cam2ego[:3, :3] @ self.cam2ego[:3, :3].T - np.eye(3)).max() > 1e-3:
+        if not _is_rotation(self.cam2ego[:3, :3]):
             raise RigError(f"camera {self.name}: the rotation of cam2ego is not orthonormal")
         if not (0 < self.width <= MAX_SIDE and 0 < self.height <= MAX_SIDE):
             raise RigError(f"camera {self.name}: size {self.width}x{self.height}; each must be 1 to {MAX_SIDE}")
@@ -122,6 +122,12 @@ class Camera:
             return self
         return self.resize(width / self.width, height / self.height, (0, 0), (width, height))
 
+    def _placed(self, cam2ego: NDArray[np.float64]) -> Camera:
+        """Return the camera at another pose, a checked one: nothing else is checked or made anew."""
+        moved = object.__new__(Camera)
+        moved.__dict__.update(self.__dict__, cam2ego=cam2ego)
+        return moved
+
     def as_record(self) -> dict[str, Any]:
         """The camera as plain values, for YAML and JSON."""
         return {
@@ -160,6 +166,11 @@ class Camera:
             raise
         except (TypeError, ValueError, OverflowError) as error:
             raise RigError(f"camera {record.get('name', '?')}: {error}") from error
+
+
+def _is_rotation(rotations: NDArray[np.float64]) -> bool:
+    """Whether matrices (..., 3, 3) are orthonormal; one that is not finite is not."""
+    return bool(np.abs(rotations @ np.swapaxes(rotations, -1, -2) - np.eye(3)).max() <= 1e-3)
 
 
 @dataclass(frozen=True)
@@ -221,11 +232,13 @@ class CameraRig:
 
         ego_at_capture2ego: one (4, 4) per camera: ego at that camera's exposure -> the key ego frame.
         """
-        moved = (
-            replace(camera, cam2ego=np.asarray(motion) @ camera.cam2ego)
-            for camera, motion in zip(self.cameras, ego_at_capture2ego, strict=True)
-        )
-        return CameraRig(tuple(moved))
+        motions = [np.asarray(motion, np.float64) for motion in ego_at_capture2ego]
+        if len(motions) != len(self) or any(motion.shape != (4, 4) for motion in motions):
+            raise RigError(f"want a motion (4, 4) for each of {self.names}, got {len(motions)}")
+        moved = np.stack(motions) @ self.cam2egos
+        if not (np.isfinite(moved).all() and _is_rotation(moved[:, :3, :3])):
+            raise RigError(f"motions of {self.names} are not all rigid and finite")
+        return CameraRig(tuple(camera._placed(pose) for camera, pose in zip(self.cameras, moved, strict=True)))
 
     def as_text(self) -> str:
         """The rig as YAML, with a header that explains it."""
