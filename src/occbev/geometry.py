@@ -49,12 +49,12 @@ def rotation_from_wxyz(quaternion: ArrayLike) -> Array:
     if not np.all(np.isfinite(q)) or np.any(np.abs(norm - 1.0) > 1e-2):
         raise ValueError(f"not a unit quaternion (w, x, y, z): {q.tolist()}, norm {norm.ravel().tolist()}")
     w, x, y, z = np.moveaxis(q / norm, -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    )
+    return np.stack([entry for row in rows for entry in row], -1).reshape(*w.shape, 3, 3)
 
 
 def rotation_from_xyzw(quaternion: ArrayLike) -> Array:

@@ -87,16 +87,16 @@ class Trajectory:
         return invert_transform(self.at(to_ns)) @ self.at(from_ns)
 
 
-def blend_poses(start: NDArray[np.float64], end: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-    """Return the pose (4, 4) at a share of the way from start to end, beyond the end where share is over 1."""
-    return _interpolate(start[None], end[None], np.array([share]))[0]
+def blend_poses(start: NDArray[np.float64], end: NDArray[np.float64], shares: ArrayLike) -> NDArray[np.float64]:
+    """Return the poses (S, 4, 4) at shares (S,) of the way from start to end, beyond the end where one is over 1."""
+    return _interpolate(start[None], end[None], np.asarray(shares, np.float64))
 
 
 def _interpolate(
     start: NDArray[np.float64], end: NDArray[np.float64], share: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Blend (S, 4, 4) poses pairwise, share (S,) in [0, 1]: linear translation, shortest-arc slerp."""
-    pose = np.tile(np.eye(4), (len(start), 1, 1))
+    """Blend (S, 4, 4) poses, or one of each, pairwise; share (S,): linear translation, shortest-arc slerp."""
+    pose = np.tile(np.eye(4), (len(share), 1, 1))
     pose[:, :3, 3] = start[:, :3, 3] + share[:, None] * (end[:, :3, 3] - start[:, :3, 3])
     q0, q1 = wxyz_from_rotation(start[:, :3, :3]), wxyz_from_rotation(end[:, :3, :3])
     dot = np.sum(q0 * q1, axis=1)

@@ -148,10 +148,8 @@ class EgoPoses:
         self.extrapolated_s = (max(stamps_ns) - newest_ns) / 1e9
         shares = [(stamp - before_ns) / EXTRAPOLATE_NS for stamp in stamps_ns]
         before, newest, *within = known
-        return [
-            blend_poses(before, newest, share) if share > 1 else pose
-            for share, pose in zip(shares, within, strict=True)
-        ]
+        beyond = blend_poses(before, newest, shares)
+        return [beyond[i] if share > 1 else pose for i, (share, pose) in enumerate(zip(shares, within, strict=True))]
 
     def _known_poses(self, source: str, stamps_ns: list[int]) -> list[NDArray[np.float64]]:
         if source == "odometry":
