@@ -11,6 +11,7 @@ import pytest
 from occbev.config import ConfigError
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import VoxelGrid
+from occbev.inference.factors import Factors, decode_factors
 from occbev.inference.ground_grid import (
     GroundGridConfig,
     GroundGridMaker,
@@ -19,7 +20,7 @@ from occbev.inference.ground_grid import (
     ground_layer,
     obstacle_voxels,
 )
-from occbev.inference.postprocess import decode_factors, decode_occupancy, voxels_in_view
+from occbev.inference.postprocess import decode_occupancy, voxels_in_view
 from occbev.inference.space_calibration import SCORES, SpaceCalibration, SpaceCalibrationError
 from occbev.results import GroundGrid, VoxelEvidence
 from occbev.rig import Camera, CameraRig
@@ -171,7 +172,7 @@ def test_factors_and_logits_of_the_same_street_give_the_same_grid() -> None:
     assert (same == kind).mean() > 0.99
     parts = occupied.reshape(10, 40, 2, 40, 2).transpose(2, 4, 0, 1, 3)
     share = np.ones(halves.shape, np.float32)
-    factors = decode_factors(np.ascontiguousarray(parts), halves, share, 17, GRID, ground=(11,))
+    factors = decode_factors(Factors(np.ascontiguousarray(parts), halves, share, 17, 0.0), GRID, ground=(11,))
     logits = np.full((18, 10, 80, 80), -30.0, np.float32)
     logits[4] = np.where(same == 4, np.log(occupied), -30)
     logits[11] = np.where(same == 11, np.log(occupied), -30)

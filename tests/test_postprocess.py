@@ -13,6 +13,7 @@ from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES
 from occbev.geometry import make_transform, rotation_from_yaw
 from occbev.grid import BevGrid, VoxelGrid, volume_from_xyz
 from occbev.inference import postprocess
+from occbev.inference.factors import Factors, decode_factors
 from occbev.inference.postprocess import (
     NMS_RADIUS,
     BoxDecoding,
@@ -20,7 +21,6 @@ from occbev.inference.postprocess import (
     bev_overlap,
     circle_nms,
     decode_boxes,
-    decode_factors,
     decode_occupancy,
     rotated_nms,
     voxels_in_view,
@@ -225,13 +225,36 @@ def test_factors_decode_as_their_logits_do(split: int, min_free: float) -> None:
     logits, factors = factored(split)
     observed = np.random.default_rng(1).random(GRID.shape) < 0.5
     want = decode_occupancy(logits, GRID, ("front",), observed, min_free)
-    got = decode_factors(*factors, FREE, GRID, ("front",), observed, min_free)
+    got = decode_factors(Factors(*factors, FREE, min_free), GRID, ("front",), observed)
     np.testing.assert_array_equal(got.label, want.label)
     np.testing.assert_array_equal(got.state, want.state)
     np.testing.assert_allclose(got.confidence, want.confidence, rtol=1e-5)
     assert len(set(np.unique(got.label))) > (1 if min_free < 2 else 0)
     assert got.cameras == want.cameras
     assert got.label.strides == want.label.strides
+    x, y, z = np.indices(GRID.shape).reshape(3, -1)
+    for occupancy in (got, want):
+        label, confidence = occupancy.look_up(z, y * GRID.shape[0] + x)
+        np.testing.assert_array_equal(label, want.label.reshape(-1))
+        known = want.state.reshape(-1) > 0
+        np.testing.assert_allclose(confidence[known], want.confidence.reshape(-1)[known], rtol=1e-5)
+
+
+@pytest.mark.parametrize("min_free", [0.0, 0.3, 0.5, 0.7, 2.0])
+def test_the_largest_probability_of_a_free_voxel_is_exact(min_free: float) -> None:
+    most, least = Factors(*factored(1)[1], FREE, min_free).most_occupied, np.float32(min_free)
+    assert np.float32(1) - most >= least
+    assert np.float32(1) - np.nextafter(most, np.float32(2)) < least
+
+
+def test_what_was_decided_outlasts_the_buffers_of_a_runtime() -> None:
+    _, arrays = factored(2)
+    wanted, got = (decode_factors(Factors(*arrays, FREE, 0.5), GRID, ground=(11,)) for _ in range(2))
+    want = wanted.label.copy(), wanted.confidence.copy(), wanted.evidence.obstacle.copy()
+    for array in arrays:
+        array[:] = 1
+    for one, other in zip((got.label, got.confidence, got.evidence.obstacle), want, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_broken_factors_are_refused() -> None:
@@ -242,12 +265,12 @@ def test_broken_factors_are_refused() -> None:
         (occupied, kind, share[:, 1:]),
     ):
         with pytest.raises(OutputError, match="do not fit"):
-            decode_factors(*wrong, FREE, GRID)
+            decode_factors(Factors(*wrong, FREE, 0.5), GRID)
     for position in (0, 2):
         broken = [occupied.copy(), kind, share.copy()]
         broken[position].flat[3] = np.nan
         with pytest.raises(OutputError, match="not finite"):
-            decode_factors(*broken, FREE, GRID)
+            decode_factors(Factors(*broken, FREE, 0.5), GRID)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.ego_signals import EgoSignals
-from occbev.grid import VoxelGrid
+from occbev.grid import VoxelGrid, volume_from_xyz
 
 
 class RecordingError(ValueError):
@@ -113,12 +113,24 @@ class Boxes3D:
 class VoxelEvidence:
     """A network's predictions of obstacles and ground for each voxel, in the order of its outputs.
 
-    obstacle: (S, S, Z, Y / S, X / S) float32, P(occupied and not ground) of the S x S voxels of a cell; the first
-    axis is y. ground: (Z, Y / S, X / S) float32, weight of ground; None of a network that knows no ground classes.
+    occupied: (S, S, Z, Y / S, X / S) float32, P(occupied) of the S x S voxels of a cell, but P(occupied and not ground)
+    where `not_ground` is None; the first axis is y. ground: (Z, Y / S, X / S) float32, weight of ground; None of a
+    network that knows no ground classes. not_ground: (Z, Y / S, X / S) float32, 0 for cells that are of ground, else 1.
     """
 
-    obstacle: NDArray[np.float32]
+    occupied: NDArray[np.float32]
     ground: NDArray[np.float32] | None = None
+    not_ground: NDArray[np.float32] | None = None
+
+    @property
+    def obstacle(self) -> NDArray[np.float32]:
+        """P(occupied and not ground), as `occupied`."""
+        return self.occupied if self.not_ground is None else self.occupied * self.not_ground
+
+    def obstacle_in(self, layer: int) -> NDArray[np.float32]:
+        """P(occupied and not ground) of one layer, contiguous (S, S, Y / S, X / S)."""
+        occupied = self.occupied[:, :, layer]
+        return np.ascontiguousarray(occupied) if self.not_ground is None else occupied * self.not_ground[layer]
 
 
 BLOCKED_CELL, FREE_CELL, UNKNOWN_CELL = 100, 0, -1
@@ -165,6 +177,14 @@ class Occupancy:
     cameras: tuple[str, ...] = ()
     has_classes: bool = True
     evidence: VoxelEvidence | None = None
+
+    def look_up(
+        self, layer: NDArray[np.intp], column: NDArray[np.intp]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return label and confidence of voxels (M,); layer: along z. column: flat, of (Y, X)."""
+        place = layer * (self.grid.shape[0] * self.grid.shape[1]) + column
+        label, confidence = (volume_from_xyz(volume).reshape(-1) for volume in (self.label, self.confidence))
+        return label.take(place), confidence.take(place)
 
 
 @dataclass(frozen=True)

@@ -131,19 +131,19 @@ def find_columns(evidence: VoxelEvidence, grid: VoxelGrid, config: GroundGridCon
 
     hiding: (Y, X), probability of an obstacle from which a voxel counts for the top.
     """
-    obstacle, under = evidence.obstacle, ground_layer(evidence, grid)
-    split, (first, last) = len(obstacle), band_layers(grid, config)
-    score, tall = np.zeros((2, *obstacle.shape[:2], *obstacle.shape[3:]), np.float32)
+    under, (first, last) = ground_layer(evidence, grid), band_layers(grid, config)
+    split, _, layers, *cells = evidence.occupied.shape
+    score, tall = np.zeros((2, split, split, *cells), np.float32)
     highest = np.zeros(score.shape, np.uint8)
     sure = np.ascontiguousarray(hiding[::split, ::split])
-    lowest, uppermost = int(under.min()), int(under.max())
-    for layer in range(lowest + 1, obstacle.shape[2]):
-        probability = np.ascontiguousarray(obstacle[:, :, layer])
+    lowest, uppermost, ground = int(under.min()), int(under.max()), under.astype(np.int16)
+    for layer in range(lowest + 1, layers):
+        probability = evidence.obstacle_in(layer)
         for best, low, high in ((score, first, last), (tall, last, last + TALL_LAYERS)):
             if low <= layer - uppermost and layer - lowest <= high:
                 np.maximum(best, probability, out=best)
             elif low <= layer - lowest and layer - uppermost <= high:
-                in_band = (layer - under >= low) & (layer - under <= high)
+                in_band = (ground <= layer - low) & (ground >= layer - high)
                 np.maximum(best, probability * in_band.astype(np.float32), out=best)
         np.maximum(highest, (probability >= sure).view(np.uint8) * np.uint8(layer), out=highest)
     np.minimum(tall, score, out=tall)  # a bridge or a crown is no wall
@@ -177,7 +177,7 @@ def ground_layer(evidence: VoxelEvidence, grid: VoxelGrid) -> NDArray[np.intp]:
 
     Where nothing says ground it is the layer of base_link's own plane.
     """
-    size = 2 * round(GROUND_REACH / (grid.pitch[0] * len(evidence.obstacle)) / 2) + 1
+    size = 2 * round(GROUND_REACH / (grid.pitch[0] * len(evidence.occupied)) / 2) + 1
     weight = evidence.ground
     if weight is None:
         weight = _likeliest_surface(evidence.obstacle.mean((0, 1)), grid, size)
@@ -208,17 +208,23 @@ def obstacle_voxels(occupancy: Occupancy, ground: GroundGrid, config: GroundGrid
     """
     if occupancy.evidence is None:
         return np.zeros((0, 3), np.intp)
-    y, x = np.nonzero(ground.cells == BLOCKED_CELL)
-    parts = occupancy.evidence.obstacle
-    split = len(parts)
-    probability = parts[y % split, x % split, :, y // split, x // split]  # (M, Z)
-    first, last = band_layers(occupancy.grid, config)
-    above = np.arange(probability.shape[1]) - ground.ground[y, x][:, None]
-    probability = np.where((above >= first) & (above <= last), probability, np.float32(-1))
-    occupied = occupancy.state[x, y] == OCCUPIED_STATE
-    chosen = (occupied & (probability > 0)) | (probability == probability.max(1, keepdims=True))
-    column, layer = np.nonzero(chosen & (probability > 0))
-    return np.stack([x[column], y[column], layer], -1)
+    evidence, (columns, rows, layers) = occupancy.evidence, occupancy.grid.shape
+    split, (first, last) = len(evidence.occupied), band_layers(occupancy.grid, config)
+    column = np.flatnonzero(ground.cells == BLOCKED_CELL)
+    y, x = np.divmod(column, columns)
+    layer = ground.ground[y, x][:, None] + np.arange(first, last + 1)  # (M, heights)
+    inside, layer = layer < layers, np.minimum(layer, layers - 1)
+    start = layer * (columns * rows)
+    cell = y // split * (columns // split) + x // split
+    voxel = (y % split * split + x % split) * (columns * rows // split**2) + cell
+    probability = evidence.occupied.transpose(2, 0, 1, 3, 4).reshape(-1).take(start + voxel[:, None])
+    if evidence.not_ground is not None:
+        probability *= evidence.not_ground.reshape(-1).take(start // split**2 + cell[:, None])
+    probability[~inside] = -1
+    state = volume_from_xyz(occupancy.state).reshape(-1).take(start + column[:, None])
+    chosen = (state == OCCUPIED_STATE) | (probability == probability.max(1, keepdims=True))
+    place, height = np.nonzero(chosen & (probability > 0))
+    return np.stack([x[place], y[place], layer[place, height]], -1)
 
 
 def interleave(parts: NDArray[np.float32]) -> Floats:

@@ -29,6 +29,7 @@ from occbev.inference.backend import (
     load_backend,
     start,
 )
+from occbev.inference.factors import Factors, decode_factors
 from occbev.inference.families import family_of
 from occbev.inference.ground_grid import GroundGridConfig, GroundGridMaker, SightLines
 from occbev.inference.memory import Memory
@@ -36,7 +37,6 @@ from occbev.inference.model_package import ModelPackage, find_package
 from occbev.inference.postprocess import (
     BoxDecoding,
     OutputError,
-    decode_factors,
     decode_geometry,
     decode_occupancy,
     make_unobserved,
@@ -344,10 +344,8 @@ def voxels_of(
     ground = [label for label, name in enumerate(model.occupancy_classes) if name in GROUND_CLASSES]
     if set(FACTORS) <= set(outputs):
         occupied, class_id, class_probability = (outputs[name][0] for name in FACTORS)
-        free = len(model.occupancy_classes) - 1
-        return decode_factors(
-            occupied, class_id, class_probability, free, model.grid, cameras, observed, min_free, ground, max_occupied
-        )
+        factors = Factors(occupied, class_id, class_probability, len(model.occupancy_classes) - 1, min_free)
+        return decode_factors(factors, model.grid, cameras, observed, ground, max_occupied)
     if "occupancy_logits" not in outputs:
         logits = outputs["reconstruction_logits"][0]
         return decode_geometry(logits, model.grid, cameras, observed, min_free, max_occupied)

@@ -188,51 +188,6 @@ def decode_occupancy(
     return _occupancy(label, confidence, known, free, grid, cameras, observed, evidence)
 
 
-def decode_factors(
-    occupied: Floats,
-    class_id: NDArray[np.uint8],
-    class_probability: Floats,
-    free: int,
-    grid: VoxelGrid,
-    cameras: tuple[str, ...] = (),
-    observed: NDArray[np.bool_] | None = None,
-    min_free: float = 0.0,
-    ground: Sequence[int] = (),
-    max_occupied: Floats | None = None,
-) -> Occupancy:
-    """Decide on voxels as `decode_occupancy` does, from P(occupied) and the likeliest of P(class | occupied).
-
-    occupied: (S, S, Z, Y / S, X / S), of each of the S x S voxels of a cell; the first axis is y.
-    class_id, class_probability: (Z, Y / S, X / S), of each cell. free: the class that is free. Others: as of `decode_occupancy`.
-    Raises:
-        OutputError: the volume does not fit the grid, or is not finite.
-    """
-    split, (x, y, z) = occupied.shape[0], grid.shape
-    cells = (z, y // split, x // split)
-    if occupied.shape != (split, split, *cells) or not class_id.shape == class_probability.shape == cells:
-        raise OutputError(
-            f"occupied {occupied.shape}, class_id {class_id.shape} and class_probability {class_probability.shape} do not fit a grid of"
-            f" {grid.shape} [x, y, z]"
-        )
-    if not (np.isfinite(occupied).all() and np.isfinite(class_probability).all()):
-        raise OutputError("probabilities of occupancy hold values that are not finite")
-    limit = None if max_occupied is None else _split_cells(max_occupied[None], split)[:, :, 0]
-    seen = None if observed is None else _split_cells(volume_from_xyz(observed), split)
-    is_free, known = np.empty((2, *occupied.shape), bool)
-    confidence = np.empty(occupied.shape, np.float32)
-    for voxel in np.ndindex(split, split):  # a plane of each cell's voxels at a time stays in the cache
-        share, rest = occupied[voxel] * class_probability, 1 - occupied[voxel]
-        is_free[voxel] = (rest > share) & (rest >= np.float32(min_free))
-        known[voxel] = True if limit is None else ~is_free[voxel] | (occupied[voxel] <= limit[voxel])
-        if seen is not None:
-            known[voxel] &= seen[voxel]
-        _write(rest, is_free[voxel], share)
-        np.multiply(share, known[voxel], out=confidence[voxel])
-    planes = class_id * ~is_free + np.uint8(free) * is_free, confidence, _state_of(is_free) * known
-    label, score, state = (xyz_from_volume(_join_cells(part)) for part in planes)
-    return Occupancy(label, score, state, grid, cameras, evidence=_evidence_of(occupied, class_id, ground))
-
-
 def occupied_probability(outputs: Mapping[str, NDArray[Any]]) -> Floats:
     """Return P(occupied) (Z, Y, X) of a graph's outputs for one frame: factors, logits, or geometry."""
     if "occupied" in outputs:
@@ -245,16 +200,6 @@ def occupied_probability(outputs: Mapping[str, NDArray[Any]]) -> Floats:
     logits = outputs["occupancy_logits"][0].astype(np.float32)
     share = np.exp(logits - logits.max(0))
     return np.asarray(1 - share[-1] / share.sum(0), np.float32)
-
-
-def _evidence_of(occupied: Floats, class_id: NDArray[np.uint8], ground: Sequence[int]) -> VoxelEvidence:
-    """Take the most likely state of each cell."""
-    if not len(ground):
-        return VoxelEvidence(occupied.copy())
-    is_ground = np.any([class_id == label for label in ground], axis=0)
-    planes = occupied.reshape(-1, *class_id.shape)
-    weight = np.add.reduce(planes) * (np.float32(1 / len(planes)) * is_ground)
-    return VoxelEvidence(occupied * ~is_ground, weight)
 
 
 def decode_geometry(
@@ -392,7 +337,7 @@ def _occupancy(
     evidence: VoxelEvidence,
 ) -> Occupancy:
     """Make the result of decided voxels (Z, Y, X); those that are not `known` are unknown."""
-    state = _state_of(label == free)
+    state = np.subtract(OCCUPIED_STATE, label == free, dtype=np.uint8)  # free is one below
     if observed is not None:
         known = volume_from_xyz(observed) if known is None else known & volume_from_xyz(observed)
     if known is not None:
@@ -400,33 +345,6 @@ def _occupancy(
         confidence = confidence * known
     label, confidence, state = (xyz_from_volume(volume) for volume in (label, confidence, state))
     return Occupancy(label, confidence, state, grid, cameras, evidence=evidence)
-
-
-def _state_of(is_free: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return the states of voxels that are known."""
-    return np.subtract(OCCUPIED_STATE, is_free, dtype=np.uint8)  # free is one below
-
-
-def _write(values: Floats, where: NDArray[np.bool_], into: Floats) -> None:
-    """Write values where a mask says so; all contiguous (Z, Y, X). np.copyto takes five times as long."""
-    flat = (len(into), -1)
-    cv2.copyTo(values.reshape(flat), where.view(np.uint8).reshape(flat), into.reshape(flat))
-
-
-def _split_cells(volume: NDArray[Any], split: int) -> NDArray[Any]:
-    """Turn (Z, Y, X) into planes of the S x S voxels of each cell (S, S, Z, Y / S, X / S), the first axis y."""
-    layers, rows, columns = volume.shape
-    cells = volume.reshape(layers, rows // split, split, columns // split, split)
-    return np.ascontiguousarray(cells.transpose(2, 4, 0, 1, 3))
-
-
-def _join_cells(parts: NDArray[Any]) -> NDArray[Any]:
-    """Undo `_split_cells`."""
-    split, _, layers, rows, columns = parts.shape
-    volume = np.empty((layers * rows, split, columns * split), parts.dtype)
-    for row, planes in enumerate(parts.reshape(split, split, layers * rows, columns)):
-        volume[:, row] = cv2.merge(list(planes)).reshape(layers * rows, -1)
-    return volume.reshape(layers, rows * split, columns * split)
 
 
 def _decide(

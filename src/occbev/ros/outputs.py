@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration, Time
@@ -28,7 +28,7 @@ from occbev.classes import (
     height_colours,
 )
 from occbev.graph import OPTIONAL_OUTPUTS, OUTPUT_TOPICS, resolve
-from occbev.grid import VoxelGrid
+from occbev.grid import VoxelGrid, volume_from_xyz
 from occbev.inference.ground_grid import GroundGridConfig, obstacle_voxels
 from occbev.messages.bags import BagMessage
 from occbev.messages.detections import detections_bytes
@@ -54,8 +54,6 @@ POINT_STEP = 24
 """Bytes of a voxel; a multiple of eight, so that two fields are written at once."""
 
 OTHERS = OCCUPANCY_CLASSES.index("others")
-
-MemoryOrder = Literal["C", "F"]
 
 SLOWEST_ARROW = 0.5
 """Boxes slower than this (m/s) get no velocity arrow."""
@@ -115,40 +113,40 @@ class CloudWriter:
 
     def __init__(self, observed: bool = False) -> None:
         self.observed = observed
-        self._for: tuple[VoxelGrid, MemoryOrder, bool] | None = None
+        self._for: tuple[VoxelGrid, bool] | None = None
         self._columns = self._layers = np.zeros(0, np.uint64)
 
     def message(self, occupancy: Occupancy, header: Header) -> PointCloud2:
-        """Make the cloud of one volume; points are voxel centres in the grid's frame."""
-        state = occupancy.state.ravel(memory_order(occupancy))
-        chosen = np.flatnonzero(state != UNOBSERVED_STATE if self.observed else state == OCCUPIED_STATE)
-        return self.message_of(occupancy, chosen, header)
+        """Make the cloud of one volume; points are voxel centres in the grid's frame, layer by layer, x fastest."""
+        return self.message_of(occupancy, *shown_voxels(occupancy, self.observed), header)
 
     def obstacles(
         self, occupancy: Occupancy, ground: GroundGrid, config: GroundGridConfig, header: Header
     ) -> PointCloud2:
         """Make the cloud of what blocks the ground grid; confidence is the probability of an obstacle in its cell."""
-        x, y, z = obstacle_voxels(occupancy, ground, config).T
-        order = memory_order(occupancy)
-        chosen = np.ravel_multi_index((x, y, z), occupancy.grid.shape, order=order)
-        self.prepare(occupancy.grid, order)
-        data = self._points(occupancy, chosen, ground.probability[y, x])
-        return cloud_message(data, header)
+        x, y, layer = obstacle_voxels(occupancy, ground, config).T
+        column = y * occupancy.grid.shape[0] + x
+        labels, _ = occupancy.look_up(layer, column)
+        labels[labels == FREE] = OTHERS  # such voxels are of no class where one is not known
+        self.prepare(occupancy.grid)
+        return cloud_message(self._points(layer, column, labels, ground.probability[y, x]), header)
 
-    def message_of(self, occupancy: Occupancy, chosen: NDArray[np.intp], header: Header) -> PointCloud2:
-        """Make the cloud of the voxels with the flat indices `chosen` (M,), in the volume's `memory_order`."""
-        self.prepare(occupancy.grid, memory_order(occupancy), occupancy.has_classes)
-        return cloud_message(self._points(occupancy, chosen), header)
+    def message_of(
+        self, occupancy: Occupancy, layer: NDArray[np.intp], column: NDArray[np.intp], header: Header
+    ) -> PointCloud2:
+        """Make the cloud of the voxels (M,) that `Occupancy.look_up` looks up."""
+        self.prepare(occupancy.grid, occupancy.has_classes)
+        return cloud_message(self._points(layer, column, *occupancy.look_up(layer, column)), header)
 
-    def prepare(self, grid: VoxelGrid, order: MemoryOrder = "F", has_classes: bool = True) -> None:
+    def prepare(self, grid: VoxelGrid, has_classes: bool = True) -> None:
         """Make the tables of a grid, so that the first cloud does not pay for it.
 
-        Columns, in memory order: x and y as the eight bytes they are in a point. Layers and classes: z and rgb.
+        Columns, (Y, X): x and y as the eight bytes they are in a point. Layers and classes: z and rgb.
         """
-        if self._for != (grid, order, has_classes):
-            self._for = (grid, order, has_classes)
+        if self._for != (grid, has_classes):
+            self._for = (grid, has_classes)
             centres = grid.centres().astype(np.float32)
-            columns = np.stack([centres[:, :, 0, axis].ravel(order) for axis in (0, 1)], axis=-1)
+            columns = np.stack([centres[:, :, 0, axis].ravel("F") for axis in (0, 1)], axis=-1)
             self._columns = columns.view(np.uint64)[:, 0]
             colours = _pack_colours(OCCUPANCY_COLOURS)[None]
             layers = np.empty((grid.shape[2], len(OCCUPANCY_COLOURS), 2), np.uint32)
@@ -159,38 +157,28 @@ class CloudWriter:
             self._layers = layers.view(np.uint64).ravel()
 
     def _points(
-        self, occupancy: Occupancy, chosen: NDArray[np.intp], probability: NDArray[np.float32] | None = None
+        self,
+        layer: NDArray[np.intp],
+        column: NDArray[np.intp],
+        labels: NDArray[np.uint8],
+        confidence: NDArray[np.float32],
     ) -> array[int]:
-        """Pack voxels as POINT_FIELDS says, eight bytes at a time.
-
-        probability: (M,) of obstacles, in place of the confidence; such voxels are of no class where one is not known.
-        """
-        order = memory_order(occupancy)
-        column, layer = self._places(chosen, order)
-        labels = occupancy.label.ravel(order).take(chosen, mode="clip")
-        if probability is not None:
-            labels[labels == FREE] = OTHERS
-        data = array("B", bytes(1)) * (POINT_STEP * len(chosen))
+        """Pack voxels (M,) as POINT_FIELDS says, eight bytes at a time."""
+        data = array("B", bytes(1)) * (POINT_STEP * len(labels))
         points = np.frombuffer(data, np.uint64).reshape(-1, POINT_STEP // 8)
-        points[:, 0] = self._columns.take(column, mode="clip")
-        points[:, 1] = self._layers.take(layer * len(OCCUPANCY_COLOURS) + labels, mode="clip")
-        confidence = occupancy.confidence.ravel(order).take(chosen, mode="clip") if probability is None else probability
+        points[:, 0] = self._columns.take(column)
+        points[:, 1] = self._layers.take(layer * len(OCCUPANCY_COLOURS) + labels)
         points.view(np.float32)[:, 4] = confidence
         points.view(np.uint32)[:, 5] = labels  # little-endian: the label byte first, then padding
         return data
 
-    def _places(self, chosen: NDArray[np.intp], order: MemoryOrder) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Split flat indices into those of column and layer."""
-        columns, layers = len(self._columns), len(self._layers) // len(OCCUPANCY_COLOURS)
-        inner = columns if order == "F" else layers
-        slow = chosen // inner
-        fast = chosen - slow * inner
-        return (fast, slow) if order == "F" else (slow, fast)
 
-
-def memory_order(occupancy: Occupancy) -> MemoryOrder:
-    """Return the order in which a volume's voxels are flattened without a copy: "F" as networks give them, x fastest."""
-    return "F" if occupancy.state.flags.f_contiguous else "C"
+def shown_voxels(occupancy: Occupancy, observed: bool = False) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return layer and flat column (Y, X) of each occupied voxel (M,), with `observed` of each that is not unknown."""
+    layers = np.ascontiguousarray(volume_from_xyz(occupancy.state)).reshape(occupancy.grid.shape[2], -1)
+    # Layer by layer they stay in the cache, in half of the time.
+    shown = [np.flatnonzero(state != UNOBSERVED_STATE if observed else state == OCCUPIED_STATE) for state in layers]
+    return np.repeat(np.arange(len(shown)), [len(columns) for columns in shown]), np.concatenate(shown)
 
 
 def cloud_message(data: array[int], header: Header) -> PointCloud2:
