@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from occbev.config import ImageConfig
 from occbev.files import one_line
 from occbev.lens import Lens
-from occbev.messages.image_headers import JPEG_START, PNG_START, decoding_fault, encoded_size, is_whole, jpeg_size
+from occbev.messages.image_headers import JPEG_START, PNG_START, decoding_fault, encoded_size, is_whole
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 
@@ -39,6 +39,9 @@ REDUCED_READ = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+
+READ_RGB: int = getattr(cv2, "IMREAD_COLOR_RGB", 0)
+"""OpenCV's flag for RGB in place of BGR, from 4.11 on; 0 before it."""
 
 
 class ImageError(ValueError):
@@ -255,22 +258,25 @@ def decode_image(
     """
     if data.startswith(JPEG_START):
         _require_end(data, "JPEG", camera)
-        flags = REDUCED_READ.get(_reduction(data, wanted, oversampling), cv2.IMREAD_COLOR)
+        size = encoded_size(data)
+        flags = REDUCED_READ.get(_reduction(size, wanted, oversampling), cv2.IMREAD_COLOR)
     elif data.startswith(PNG_START):
         _require_end(data, "PNG", camera)
-        flags = cv2.IMREAD_COLOR
+        size, flags = encoded_size(data), cv2.IMREAD_COLOR
     else:
         raise ImageError(camera, f"{len(data)} bytes beginning {data[:8].hex(' ')!r} are neither JPEG nor PNG")
-    fault = decoding_fault(data)
+    fault = decoding_fault(data, size=size)
     if fault is not None:
         raise ImageError(camera, fault)
+    if READ_RGB:
+        flags = flags & ~cv2.IMREAD_COLOR | READ_RGB
     try:
-        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
         raise ImageError(camera, f"cannot decode {len(data)} bytes: {one_line(error)}") from error
-    if bgr is None:
+    if image is None:
         raise ImageError(camera, f"cannot decode {len(data)} bytes beginning {data[:8].hex(' ')!r}")
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(image if READ_RGB else cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def match_size(camera: Camera, image: NDArray[np.uint8]) -> Camera:
@@ -419,8 +425,7 @@ def _require_end(data: bytes, kind: str, camera: str) -> None:
         raise ImageError(camera, f"{kind} of {len(data)} bytes is cut short: its end marker is missing")
 
 
-def _reduction(data: bytes, wanted: tuple[int, int] | None, oversampling: float) -> int:
-    size = jpeg_size(data) if wanted else None
+def _reduction(size: tuple[int, int] | None, wanted: tuple[int, int] | None, oversampling: float) -> int:
     if size is None or wanted is None:
         return 1
     # Only whole divisors: otherwise the last reduced pixel is part padding and the intrinsics would be off.

@@ -95,9 +95,12 @@ def _has_one_scan(data: bytes) -> bool:
     return False
 
 
-def decoding_fault(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> str | None:
-    """Return why an encoded image must not be given to a decoder, or None; only its headers are read."""
-    size = encoded_size(data)
+def decoding_fault(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS, size: tuple[int, int] | None = None) -> str | None:
+    """Return why an encoded image must not be given to a decoder, or None; only its headers are read.
+
+    size: its `encoded_size`, where that was read already.
+    """
+    size = size or encoded_size(data)
     if size is None:
         return f"{len(data)} bytes without a readable image header"
     if min(size) <= 0:

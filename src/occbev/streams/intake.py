@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -52,7 +51,7 @@ DECODE_TIMEOUT_S = 5.0
 """How long a set waits for an image that is being decoded."""
 
 SPARSE = 8
-"""Rows and columns between the pixels that the checks for frozen and black images look at."""
+"""Rows between those that the checks for frozen and black images look at."""
 
 RECENT = 30
 """Arrivals of a camera over which its rate is taken."""
@@ -68,17 +67,17 @@ class Watch:
     input_problem: str = ""
     input_problem_ns: int = 0
     publishers: dict[str, int] = field(default_factory=dict)
-    fingerprint: int = 0
+    last_pixels: bytes = b""
     repeats: int = 0
 
     def note_input_problem(self, text: str, now_ns: int) -> None:
         """Remember what is wrong with images that never come as far as a set."""
         self.input_problem, self.input_problem_ns = text, now_ns
 
-    def note_pixels(self, fingerprint: int) -> None:
+    def note_pixels(self, pixels: bytes) -> None:
         """Count how often in a row the same pixels came."""
-        self.repeats = self.repeats + 1 if fingerprint == self.fingerprint else 1
-        self.fingerprint = fingerprint
+        self.repeats = self.repeats + 1 if pixels == self.last_pixels else 1
+        self.last_pixels = pixels
 
     @property
     def rate_hz(self) -> float:
@@ -307,7 +306,7 @@ class Intake:
 
     def _refuse_frozen(self, frame: CameraFrame) -> None:
         limit, watch = self.parameters.frozen_after, self.watch[frame.camera]
-        watch.note_pixels(fingerprint(frame.image))
+        watch.note_pixels(telling_pixels(frame.image))
         if limit and watch.repeats >= limit:
             raise ImageError(frame.camera, f"it is frozen: the same pixels came {watch.repeats} times in a row")
 
@@ -326,7 +325,7 @@ class Intake:
     def _refuse_black(self, frame: CameraFrame) -> None:
         limit, image = self.parameters.black_below, frame.image
         if limit and not isinstance(image, bytes):
-            brightest = int(image[::SPARSE, ::SPARSE].max())
+            brightest = int(image[::SPARSE].max())
             if brightest < limit:
                 raise ImageError(frame.camera, f"it is black: its brightest value is {brightest}")
 
@@ -383,6 +382,6 @@ def describe_failure(camera: str, image: Future[CameraFrame]) -> str:
     return f"camera {camera}: its image was not decoded: {type(error).__name__}: {error}"
 
 
-def fingerprint(image: bytes | NDArray[np.uint8]) -> int:
-    """Return a checksum of encoded bytes, or of some rows of an image."""
-    return zlib.crc32(image if isinstance(image, bytes) else np.ascontiguousarray(image[::SPARSE]).data)
+def telling_pixels(image: bytes | NDArray[np.uint8]) -> bytes:
+    """Return encoded bytes, or some rows of an image: those of two images differ, but for a frozen camera."""
+    return image if isinstance(image, bytes) else image[::SPARSE].tobytes()
