@@ -118,9 +118,9 @@ def move_boxes(boxes: Boxes3D, a2b: NDArray[np.float64]) -> Boxes3D:
 
 def circle_nms(boxes: Boxes3D, radius: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which of (M,) boxes, best first, have no better kept one of their class within radius (C,) metres."""
-    offset = boxes.box[:, None, :2] - boxes.box[None, :, :2]
-    rivals = np.hypot(offset[..., 0], offset[..., 1]) < radius[boxes.label][:, None]
-    return suppress(rivals & (boxes.label[:, None] == boxes.label[None, :]))
+    x, y = boxes.box[:, 0], boxes.box[:, 1]
+    distance = np.hypot(x[:, None] - x, y[:, None] - y)
+    return suppress((distance < radius[boxes.label][:, None]) & (boxes.label[:, None] == boxes.label))
 
 
 def rotated_nms(boxes: Boxes3D, max_overlap: float) -> NDArray[np.bool_]:
@@ -266,12 +266,14 @@ def _check_maps(heatmap: Floats, box: Floats, bev: BevGrid, classes: Sequence[st
 def _peaks(heatmap: Floats, decoding: BoxDecoding) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
     """Return class, row and column of the best local maxima over the threshold, best first."""
     logit = math.log(decoding.threshold / (1 - decoding.threshold))
-    label, row, column = np.unravel_index(np.flatnonzero(heatmap >= np.float32(logit)), heatmap.shape)
-    score = heatmap[label, row, column]
-    around = np.pad(heatmap, ((0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
-    is_peak = np.ones(len(score), bool)
+    place = np.flatnonzero(heatmap >= np.float32(logit))
+    score, is_peak = heatmap.reshape(-1).take(place), np.ones(len(place), bool)
+    label, row, column = np.unravel_index(place, heatmap.shape)
+    around = np.full((len(heatmap), heatmap.shape[1] + 2, heatmap.shape[2] + 2), -np.inf, np.float32)
+    around[:, 1:-1, 1:-1] = heatmap
+    corner, flat = np.ravel_multi_index((label, row, column), around.shape), around.reshape(-1)
     for down, right in np.ndindex(3, 3):
-        is_peak &= score >= around[label, row + down, column + right]
+        is_peak &= score >= flat.take(corner + (down * around.shape[2] + right))
     label, row, column, score = label[is_peak], row[is_peak], column[is_peak], score[is_peak]
     order = np.lexsort((label, column, row, -score))[: decoding.max_boxes]
     return label[order], row[order], column[order]
@@ -320,9 +322,9 @@ def _sigmoid(logit: Floats) -> Floats:
 def suppress(rivals: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which of (M,) items remain: in order, each that remains drops its later rivals (M, M)."""
     keep = np.ones(len(rivals), bool)
-    for index in range(len(rivals)):
-        if keep[index]:
-            keep[index + 1 :] &= ~rivals[index, index + 1 :]
+    for better, worse in zip(*(index.tolist() for index in np.nonzero(np.triu(rivals, 1))), strict=True):
+        if keep[better]:
+            keep[worse] = False
     return keep
 
 
