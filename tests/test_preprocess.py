@@ -17,9 +17,9 @@ from occbev.inference.preprocess import (
     Preprocessor,
     _scale,
     decode_image,
-    jpeg_size,
     network_camera,
 )
+from occbev.messages.image_headers import jpeg_size
 from occbev.results import CameraFrame, FrameSet
 from occbev.rig import Camera, CameraRig
 
