@@ -7,6 +7,7 @@ in a second thread while the next one runs.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import os
 import signal
@@ -29,7 +30,7 @@ from rclpy.qos import DurabilityPolicy, QoSPolicyKind, QoSProfile, ReliabilityPo
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_msgs.msg import Float32
 
-from occbev.allocator import keep_large_blocks, return_free_memory
+from occbev.allocator import keep_large_blocks, return_free_memory, settle_objects
 from occbev.config import ConfigError
 from occbev.frame_job import FrameJob
 from occbev.graph import (
@@ -154,6 +155,7 @@ class PerceptionNode(LifecycleNode):
         self._pipeline = self._make_pipeline(self.parameters)
         prepare_decoding((IMAGE, COMPRESSED, CAMERA_INFO, ODOMETRY.type, *(topic.type for topic in FRAME_INPUTS)))
         return_free_memory()
+        settle_objects()
         self._writer.prepare(self._pipeline.grid, self.parameters.detection.max_boxes)
         self.frame_log.open(self.parameters.frame_log_path)
         self._advertise()
@@ -345,6 +347,7 @@ class PerceptionNode(LifecycleNode):
         elif self._pipeline is not None:
             self._pipeline.close()
         self._pipeline = None
+        gc.unfreeze()
         for publisher in [*self._out.values(), *self._debug.values(), self._diagnostics]:
             if publisher is not None:
                 self.destroy_publisher(publisher)
