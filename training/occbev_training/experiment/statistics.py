@@ -10,6 +10,7 @@ import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ WHOLE, CUT = (0, 0.0), (FIRST_RECALL, MIN_PRECISION)
 _AT = tuple(THRESHOLDS.index(threshold) for threshold in SCORED)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MatchRecord:
     """The matches of every predicted box, best first, and the number of objects.
 
@@ -174,23 +175,30 @@ def compare(
     """
     pairs = list(zip(runs[first], runs[second], strict=True))
     each = [float(a.mean_ap()[0] - b.mean_ap()[0]) for a, b in pairs]
-    rng = np.random.default_rng((seed, 3))
-    drives = pairs[0][0].drives
-    times = rng.multinomial(drives, np.full(drives, 1 / drives), draws).astype(np.int64)
-    drawn = np.stack([a.mean_ap(times) - b.mean_ap(times) for a, b in pairs])  # (seeds, draws)
-    chosen = rng.integers(len(pairs), size=(len(pairs), draws))
-    means = np.take_along_axis(drawn, chosen, 0).mean(0)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Difference(first, second, tuple(each), (float(low), float(high)), sign_flip(each))
+    drawn = np.stack([resampled_ap(a, draws, seed) - resampled_ap(b, draws, seed) for a, b in pairs])
+    return Difference(first, second, tuple(each), _interval(drawn, seed), sign_flip(each))
 
 
 def interval_of(records: Sequence[MatchRecord], draws: int, seed: int = 0) -> tuple[float, float]:
     """Return the two-level interval of one arm's mean mAP."""
-    rng = np.random.default_rng((seed, 4))
-    drives = records[0].drives
-    times = rng.multinomial(drives, np.full(drives, 1 / drives), draws).astype(np.int64)
-    drawn = np.stack([record.mean_ap(times) for record in records])
-    chosen = rng.integers(len(records), size=(len(records), draws))
+    return _interval(np.stack([resampled_ap(record, draws, seed) for record in records]), seed)
+
+
+@lru_cache(maxsize=512)
+def resampled_ap(record: MatchRecord, draws: int, seed: int) -> NDArray[np.float64]:
+    """Return the mAP (draws,) of resamples of the drives, the same ones for all records with as many drives.
+
+    It is kept, since an arm is compared with many others.
+    """
+    times = np.random.default_rng((seed, 3)).multinomial(
+        record.drives, np.full(record.drives, 1 / record.drives), draws
+    )
+    return record.mean_ap(times.astype(np.int64))
+
+
+def _interval(drawn: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over seeds that are drawn with replacement; drawn: (seeds, draws)."""
+    chosen = np.random.default_rng((seed, 4)).integers(len(drawn), size=drawn.shape)
     low, high = np.percentile(np.take_along_axis(drawn, chosen, 0).mean(0), (2.5, 97.5))
     return float(low), float(high)
 
