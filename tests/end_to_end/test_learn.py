@@ -15,6 +15,7 @@ import yaml
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+from tests.small_bags import Drive  # noqa: E402
 from tests.small_network import SMALL  # noqa: E402
 
 from occbev.cli import main as occbev  # noqa: E402
@@ -56,6 +57,13 @@ def test_the_next_command_takes_the_rig_that_was_given(tmp_path: Path, topics: s
     else:
         written = yaml.safe_load(Path(command[-1]).read_text())["/**"]["ros__parameters"]
         assert written["rig"] == str(Path("rig.yaml").resolve())
+
+
+def test_nothing_is_planned_without_a_drive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without_transforms = Drive(static=()).write(tmp_path / "bad")
+    assert main(["learn", str(without_transforms), "--out", str(tmp_path / "out"), "--plan"]) == 2
+    assert "no drive can be used: " in (text := capsys.readouterr().err)
+    assert "front_optical" in text
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from occbev_training.cli import pairs
 from occbev_training.cli.arguments.adapt import KEY_INTERVALS, MIN_TRAVEL
 from occbev_training.cli.arguments.pairs import add_arguments as add_pair_arguments
 from occbev_training.cli.arguments.shared import add_input_arguments
-from occbev_training.cli.inputs import find_inputs
+from occbev_training.cli.inputs import count_keys, find_inputs
 from occbev_training.cli.pretrain import Display, signals
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.data.pair_samples import PairSamples, open_pairs
@@ -122,7 +122,7 @@ def _pairs_of(args: argparse.Namespace, model: ModelConfig) -> Path:
 def choose_interval(args: argparse.Namespace) -> float:
     """Return the seconds between key frames that suit the length of the drives of `args.inputs`."""
     found = find_inputs(args, args.inputs, args.out / "infos", KEY_INTERVALS[0])
-    keys = sum(opener.keys() for opener in found.openers)
+    keys = sum(count_keys(found).values())
     return next((i for i in KEY_INTERVALS if keys * KEY_INTERVALS[0] / i <= ENOUGH_KEYS), KEY_INTERVALS[-1])
 
 

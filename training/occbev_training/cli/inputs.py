@@ -67,6 +67,15 @@ class FoundInputs:
     problems: dict[str, str] = field(default_factory=dict)
 
 
+def count_keys(found: FoundInputs) -> dict[str, int]:
+    """Return drive -> number of key frames; a drive that cannot be opened is its line in `found.problems`."""
+    keys: dict[str, int] = {}
+    for opener in found.openers:
+        with leave_out(found.problems, opener.name):
+            keys[opener.name] = opener.keys()
+    return keys
+
+
 def describe_problems(problems: Mapping[str, str]) -> list[str]:
     """Return a line for each input that was left out."""
     return [

@@ -17,10 +17,11 @@ from occbev.inference.model_package import ModelPackage, find_package
 from occbev_training.cli.adapt import adapt_config, choose_interval, given_arguments, grid_name
 from occbev_training.cli.arguments.adapt import MIN_TRAVEL
 from occbev_training.cli.arguments.shared import add_bag_arguments, add_input_arguments
-from occbev_training.cli.inputs import find_inputs
+from occbev_training.cli.inputs import count_keys, describe_problems, find_inputs
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.stages import model_to_train
 from occbev_training.sources.discovery import OpenBag
+from occbev_training.sources.recording import RecordingError
 
 SECONDS_PER_PAIR, SECONDS_PER_DRIVE, SECONDS_PER_STEP = 1.5, 8.0, 2.5
 """What a pair, a simulated drive and a training step take of one core with occbev-tiny, for the plan."""
@@ -72,9 +73,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Look at the inputs and decide on the steps."""
     args.key_interval = args.key_interval or choose_interval(args)
     found = find_inputs(args, args.inputs, args.out / "infos", args.key_interval)
-    frames = {opener.name: opener.keys() for opener in found.openers}
+    frames = count_keys(found)
+    if not frames:
+        raise RecordingError(f"no drive can be used: {'; '.join(describe_problems(found.problems))}")
     how = ("--no-turns", *given_arguments(args, add_bag_arguments))
-    bags = tuple(dict.fromkeys(opener.path for opener in found.openers if isinstance(opener, OpenBag)))
+    used = [opener for opener in found.openers if opener.name in frames]
+    bags = tuple(dict.fromkeys(opener.path for opener in used if isinstance(opener, OpenBag)))
     checks = tuple(Step(("bag-check", str(bag), *how), must=False) for bag in bags)
     training, seconds = _pretrain_steps(args) if args.pretrain else _adapt_steps(args)
     seconds += SECONDS_PER_PAIR * sum(frames.values())

@@ -212,8 +212,8 @@ def _report(
         drives = len({row["drive"] for row in rows})
         why = "there is one drive" if drives == 1 else f"the {drives} drives met within 100 m of each other"
         console.print(
-            f"no validation split: {why}; 'adapt' holds out a part of them, 'pretrain' needs pairs of other drives "
-            "for --validation",
+            f"no validation split: {why}; 'adapt' holds out a part of them; 'pretrain' needs pairs of other drives "
+            "for --validation, or the end of each drive held out by --divide-drives",
             highlight=False,
         )
     _print_problems(problems, console)

@@ -490,7 +490,7 @@ class BagRecording(IndexedBag):
         if world is None:
             raise RecordingError(
                 f"{self._bag.path}: no poses: neither an odometry topic nor a transform "
-                f"to {self._base_frame!r} on {self.topics.tf}"
+                f"to {self._base_frame!r} on {self.topics.tf}; record one of them, or name another frame with --base-frame"
             )
         stamps = self._buffer.stamps(world, self._base_frame)
         return {stamp: self._buffer.lookup_matrix(world, self._base_frame, stamp) for stamp in stamps if stamp > 0}
