@@ -136,14 +136,14 @@ def find_columns(evidence: VoxelEvidence, grid: VoxelGrid, config: GroundGridCon
     score, tall = np.zeros((2, split, split, *cells), np.float32)
     highest = np.zeros(score.shape, np.uint8)
     sure = np.ascontiguousarray(hiding[::split, ::split])
-    lowest, uppermost, ground = int(under.min()), int(under.max()), under.astype(np.int16)
+    lowest, uppermost, short = int(under.min()), int(under.max()), under.astype(np.int16)
     for layer in range(lowest + 1, layers):
         probability = evidence.obstacle_in(layer)
         for best, low, high in ((score, first, last), (tall, last, last + TALL_LAYERS)):
             if low <= layer - uppermost and layer - lowest <= high:
                 np.maximum(best, probability, out=best)
             elif low <= layer - lowest and layer - uppermost <= high:
-                in_band = (ground <= layer - low) & (ground >= layer - high)
+                in_band = (short <= layer - low) & (short >= layer - high)
                 np.maximum(best, probability * in_band.astype(np.float32), out=best)
         np.maximum(highest, (probability >= sure).view(np.uint8) * np.uint8(layer), out=highest)
     np.minimum(tall, score, out=tall)  # a bridge or a crown is no wall
