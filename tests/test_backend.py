@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,12 @@ def runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch": Runtime("torch_backend", ("json",), ("weights.safetensors",), "-"),
     }
     monkeypatch.setattr(backend, "RUNTIMES", known)
+
+
+def test_openvino_sends_no_statistics() -> None:
+    pytest.importorskip("openvino")
+    program = "import occbev, sys, openvino; sys.exit('openvino_telemetry.main' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @pytest.mark.usefixtures("runtimes")

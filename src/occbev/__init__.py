@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
+
+# OpenVINO sends statistics whenever it is imported; without this package it takes a stand-in of its own.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 _PLACES = {
     "Camera": "occbev.rig",
