@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
-from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, TypesysError, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
@@ -203,6 +202,8 @@ class BagWriter:
 
     def __init__(self, path: Path, latched: Collection[str] = (TF_STATIC,)) -> None:
         """Raises BagError where something is at `path` already."""
+        from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer  # 8 MB for who writes
+
         if path.exists():
             raise BagError(f"{path} exists already; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
