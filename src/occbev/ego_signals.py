@@ -75,7 +75,7 @@ class TwistHistory:
             self.clear()
         self._stamps.append(stamp_ns)
         self._twists.append((velocity, rotation_rate))
-        if velocity.any() or rotation_rate.any():
+        if any(velocity) or any(rotation_rate):
             self._moved_ns = stamp_ns
         if self._kept_ns is not None and self._stamps[0] < stamp_ns - self._kept_ns:
             stale = bisect_left(self._stamps, stamp_ns - self._kept_ns)

@@ -6,6 +6,7 @@ checked before anything is allocated or decoded.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def stamp_to_ns(stamp: Any) -> int:
 class StampedPose:
     """Where one frame was in another: child2parent (4, 4). child: "" where the message names none.
 
-    twist: (6,) velocity and rotation rate of the child frame in its own axes, None where the message holds none.
+    twist: (6,) velocity and rotation rate of the child frame in its own axes, None where the message holds no finite one.
     """
 
     stamp_ns: int
@@ -195,7 +196,8 @@ def pose_from_message(message: Any) -> StampedPose:
     pose, twist = _pose(getattr(message.pose, "pose", message.pose)), None
     if hasattr(message, "twist"):
         linear, angular = message.twist.twist.linear, message.twist.twist.angular
-        twist = np.array([linear.x, linear.y, linear.z, angular.x, angular.y, angular.z])
+        values = linear.x, linear.y, linear.z, angular.x, angular.y, angular.z
+        twist = np.array(values) if all(map(math.isfinite, values)) else None
     return StampedPose(stamp_to_ns(message.header.stamp), parent, child, pose, twist)
 
 
@@ -240,7 +242,7 @@ def base_twist(
     Raises:
         MessageError: no transform joins the frame of the twist to the base frame.
     """
-    if pose.twist is None or not np.all(np.isfinite(pose.twist)):
+    if pose.twist is None:
         return None
     velocity, rate = pose.twist[:3], pose.twist[3:]
     if pose.child in ("", base_frame):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left, bisect_right
 
@@ -72,7 +73,7 @@ class EgoPoses:
         if not self._stamps:
             return ""
         seconds = (stamp_ns - self._stamps[-1]) / 1e9
-        moved = float(np.linalg.norm(ego2global[:3, 3] - self._poses[-1][:3, 3]))
+        moved = math.dist(ego2global[:3, 3], self._poses[-1][:3, 3])
         if moved <= MAX_SPEED * seconds + JUMP_M:
             return ""
         return f"the pose jumps by {moved:.1f} m in {seconds:.3f} s: motion begins anew there"
