@@ -398,10 +398,16 @@ def _mean_cell(results: Results, arm: str, percent: float, name: str = "mAP") ->
     return f"{100 * np.mean(values):.2f}" if values else NOT_RUN
 
 
+_OF_STEPS = (
+    "R learns boxes for as many steps as O has in both phases; R0 - R asks what these further steps give, O - R0 what "
+    "pre-training adds to the same steps on boxes."
+)
+
+
 def _exploratory(results: Results) -> Section:
     """Compare every other pair that says something; no test, intervals alone."""
     pairs = [(arm, "R") for arm in ARMS if arm != "R"] + [
-        ("O", arm) for arm in ("Op", "X", "I-image", "I-view", "I-bev", "V")
+        ("O", arm) for arm in ("R0", "Op", "X", "I-image", "I-view", "I-bev", "V")
     ]
     registered = {(a, b, results.plan.family_percent) for a, b in results.plan.family}
     rows, found = [], []
@@ -421,9 +427,9 @@ def _exploratory(results: Results) -> Section:
     text = (
         "Not tested: intervals alone, of few seeds. O - Op asks what better labels add, O - I-image, O - I-view and "
         "O - I-bev which part carries what is learned, O - V what the weights of visibility add, X - R whether "
-        "pre-training on wrong labels helps as well, R0 - R whether R was trained too long."
+        "pre-training on wrong labels helps as well. " + _OF_STEPS
         if _has_controls(results.plan)
-        else "Not tested: intervals alone, of few seeds. R0 - R asks whether R was trained too long.",
+        else "Not tested: intervals alone, of few seeds. " + _OF_STEPS,
     )
     return Section("Exploratory differences", text, (header, *rows))
 
