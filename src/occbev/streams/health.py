@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from occbev.streams.frame_log import PROCESSED, FrameLog
 from occbev.streams.intake import Intake, Watch
 
@@ -38,7 +36,8 @@ def health(
     now_ns: int,
 ) -> list[Status]:
     """Return all statuses of the node. about: what runs, from the pipeline. now_ns: steady clock."""
-    cameras = [_camera(intake, name, watch, now_ns) for name, watch in intake.watch.items()]
+    problems = intake.read_calibration().problems
+    cameras = [_camera(intake, name, watch, problems.get(name, ""), now_ns) for name, watch in intake.watch.items()]
     model = Status("occbev: model", OK, about.get("model", ""), about)
     return [
         _whole(intake, frame_log, cameras),
@@ -71,8 +70,8 @@ def _whole(intake: Intake, frame_log: FrameLog, cameras: list[Status]) -> Status
     return Status("occbev: perception", level, text, values)
 
 
-def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
-    sync, problems = intake.sync, intake.read_calibration().problems
+def _camera(intake: Intake, name: str, watch: Watch, uncalibrated: str, now_ns: int) -> Status:
+    sync = intake.sync
     age_s = (now_ns - watch.arrivals[-1]) / 1e9 if watch.arrivals else None
     silent_s = max(SILENT_S, SILENT_PERIODS / watch.rate_hz if watch.rate_hz else 0.0)
     offset_ns = sync.offset_ns(name)
@@ -90,7 +89,7 @@ def _camera(intake: Intake, name: str, watch: Watch, now_ns: int) -> Status:
         return Status(f"occbev: {name}", ERROR, f"no image on {topics}", values)
     if age_s > silent_s:
         return Status(f"occbev: {name}", ERROR, f"silent for {age_s:.1f} s on {topics}", values)
-    problem = problems.get(name) or watch.problem or sync.describe_absence(name) or _input_problem(intake, name, now_ns)
+    problem = uncalibrated or watch.problem or sync.describe_absence(name) or _input_problem(intake, name, now_ns)
     return Status(f"occbev: {name}", WARN if problem else OK, problem or "good", values)
 
 
@@ -145,8 +144,7 @@ def _ego(intake: Intake, now_ns: int) -> Status:
 def _latency(latencies: Mapping[str, Iterable[float]]) -> Status:
     values: dict[str, str] = {}
     for stage, samples in latencies.items():
-        recent = list(samples)
-        if recent:
-            p50, p95 = np.percentile(recent, (50, 95))
-            values |= {f"{stage}.p50_ms": f"{p50:.1f}", f"{stage}.p95_ms": f"{p95:.1f}"}
+        recent = sorted(samples)
+        for share in (50, 95) if recent else ():
+            values[f"{stage}.p{share}_ms"] = f"{recent[(len(recent) - 1) * share // 100]:.1f}"
     return Status("occbev: latency", OK, "of the last results", values)
