@@ -96,8 +96,21 @@ def test_between_free_and_blocked_lies_unknown() -> None:
     evidence = street()
     for probability, wanted in ((0.05, 0), (0.15, -1), (0.5, 100)):
         clear = np.full_like(evidence.obstacle, 0.01)
-        clear[0, 0, 4, 40, 60] = probability
+        clear[0, 0, 4, 39:42, 59:62] = probability
         assert cell(make(VoxelEvidence(clear, evidence.ground)), 8.2, 0.2) == wanted
+
+
+def test_neighbouring_cells_count_together() -> None:
+    """A network spreads a thing that it places badly over cells none of which is likely."""
+    evidence = street()
+
+    def grid_with(rows: slice, columns: slice) -> GroundGrid:
+        doubtful = np.full_like(evidence.obstacle, 0.01)
+        doubtful[0, 0, 4, rows, columns] = 0.25
+        return make(VoxelEvidence(doubtful, evidence.ground))
+
+    assert cell(grid_with(slice(39, 42), slice(59, 62)), 8.2, 0.2) == 100
+    assert cell(grid_with(slice(40, 41), slice(60, 61)), 8.2, 0.2) == -1
 
 
 def test_a_low_obstacle_hides_only_its_own_shadow() -> None:
@@ -212,7 +225,7 @@ def test_a_calibration_moves_the_decision_and_survives_its_file(tmp_path: Path) 
     assert loaded.free_score(0.1) == pytest.approx(np.full(4, 0.01), abs=0.01)
     evidence = street()
     doubtful = np.full_like(evidence.obstacle, 0.001)
-    doubtful[0, 0, 4, 40, 60] = 0.5
+    doubtful[0, 0, 4, 39:42, 59:62] = 0.5
     maker = GroundGridMaker(GRID, loaded)
     grid = maker.make(VoxelEvidence(doubtful, evidence.ground), sight(rig()), CONFIG)
     assert cell(grid, 8.2, 0.2) == -1

@@ -25,6 +25,9 @@ from occbev.rig import CameraRig
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
+SPREAD = 0.6
+"""Cells by which networks misplace an obstacle (standard deviation)."""
+
 GROUND_REACH = 3.6
 """Metres of ground over which its height is averaged."""
 
@@ -55,7 +58,7 @@ class GroundGridConfig:
     """Metres above the local ground from which things are obstacles."""
     max_height: float = bounded(2.5, 0.1, 10.0, live=True)
     """Metres above the local ground up to which things are obstacles."""
-    max_missed_obstacles: float = bounded(0.06, 0.001, 0.999, live=True)
+    max_missed_obstacles: float = bounded(0.08, 0.001, 0.999, live=True)
     """Largest share of visible obstacle cells that may be published as free, by the calibration of the package."""
     min_obstacle_probability: float = bounded(0.19, 0.001, 0.999, live=True)
     """Lowest probability of an obstacle in a cell that is published as blocked."""
@@ -69,10 +72,10 @@ class GroundGridConfig:
 class Columns:
     """What the columns of a volume hold, all (Y, X).
 
-    score: the largest probability of an obstacle among the voxels between the two heights. tall: the smaller of `score`
-    and the largest probability above the upper height: objects this tall hide whole columns behind them. ground: layer
-    of the local ground; its centre is at `ground_z`. top: upper end of the highest voxel that is occupied for the lines
-    of sight, or else height of the ground.
+    score: the largest probability of an obstacle among the voxels between the two heights, see `smooth`. tall: the same
+    of the smaller of it and the largest probability above the upper height: objects this tall hide whole columns behind
+    them. ground: layer of the local ground; its centre is at `ground_z`. top: upper end of the highest voxel that is
+    occupied for the lines of sight, or else height of the ground.
     """
 
     score: Floats
@@ -151,7 +154,13 @@ def find_columns(evidence: VoxelEvidence, grid: VoxelGrid, config: GroundGridCon
     ground = under.repeat(split, 0).repeat(split, 1)
     lo, pitch = np.float32(grid.lo[2]), np.float32(grid.pitch[2])
     ground_z = lo + pitch * (ground.astype(np.float32) + np.float32(0.5))
-    return Columns(interleave(score), interleave(tall), ground, ground_z, lo + pitch * (interleave(top) + 1))
+    score, tall = (smooth(interleave(part)) for part in (score, tall))
+    return Columns(score, tall, ground, ground_z, lo + pitch * (interleave(top) + 1))
+
+
+def smooth(score: Floats) -> Floats:
+    """Average scores (Y, X) over neighbouring cells, since a network may place a thing in the next one."""
+    return np.asarray(cv2.GaussianBlur(score, (3, 3), SPREAD), np.float32)
 
 
 def in_sight(

@@ -37,7 +37,7 @@ class SpaceCalibration:
     """Curves over `SCORES`, one for each ring (R, 65), rising.
 
     occupied: measured frequency of occupied voxels at each predicted probability.
-    obstacle: measured frequency of obstacles in columns whose strongest voxel has that probability.
+    obstacle: measured frequency of obstacles in columns of that score, see `ground_grid.Columns`.
     missed: share of the visible obstacles that would be published free if all columns below that probability were.
     fitted_on: what it was fitted on, in words; empty for no calibration.
     """
