@@ -103,7 +103,7 @@ def test_a_missing_camera_is_counted_and_reported(tmp_path: Path, make_recording
 
 def test_an_existing_bag_is_never_overwritten(tmp_path: Path, tiny_recording) -> None:
     write_bag(tiny_recording, tmp_path / "bag")
-    with pytest.raises(RecordingError, match="is not overwritten"):
+    with pytest.raises(RecordingError, match="never overwritten"):
         write_bag(tiny_recording, tmp_path / "bag")
 
 

@@ -197,7 +197,7 @@ def test_a_run_on_test_drives_of_a_changed_plan_is_refused_before_it_is_trained(
         (lambda: replace(SMALL, checks="never"), "first, after_family or none"),
         (lambda: replace(SMALL, world=replace(SMALL.world, recorded=RecordedPlan("drive"))), "a real drive wants none"),
         (lambda: RecordedPlan("drive", blocks=0), "blocks and block_keys must be at least 1"),
-        (lambda: replace(SMALL, check_seed=1), "a run on test drives has it"),
+        (lambda: replace(SMALL, check_seed=1), "runs on test drives have it"),
         (lambda: RunGroup(("R", "Q"), 10, 1), r"arms \['Q'\] are unknown"),
     ],
 )
