@@ -113,37 +113,6 @@ def test_a_subscription_gives_so_many_messages_at_a_time_that_others_are_heard()
     rclpy.shutdown(context=context)
 
 
-def test_messages_that_can_wait_are_taken_before_those_that_wake_it_or_soon() -> None:
-    context, taken = rclpy.Context(), []
-    rclpy.init(context=context)
-    node, other = (rclpy.create_node(name, context=context) for name in ("spared", "other"))
-    executor, publishers, subscriptions = SparingExecutor(context=context), [], []
-    for topic in ("awaited", "patient"):
-        heard = partial(lambda topic, message: taken.append((topic, message.data)), topic)
-        subscriptions.append(node.create_subscription(Int32, topic, heard, 100))
-        publishers.append(other.create_publisher(Int32, topic, 100))
-    node.taken_before = dict([subscriptions])
-    executor.add_node(node)
-    while not all(publisher.get_subscription_count() for publisher in publishers):
-        time.sleep(0.01)
-    time.sleep(0.5)
-    executor.spin_once()
-    awaited, patient = publishers
-    patient.publish(Int32(data=1))
-    time.sleep(0.02)
-    awaited.publish(Int32(data=2))
-    executor.spin_once()
-    assert taken == [("patient", 1), ("awaited", 2)]
-    patient.publish(Int32(data=3))
-    began = time.monotonic()
-    while len(taken) < 3 and time.monotonic() < began + 10:
-        executor.spin_once()
-    assert taken[2:] == [("patient", 3)]
-    for end in (node, other):
-        end.destroy_node()
-    rclpy.shutdown(context=context)
-
-
 def test_timers_tick_until_they_are_cancelled() -> None:
     context, ticks = rclpy.Context(), []
     rclpy.init(context=context)

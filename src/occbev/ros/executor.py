@@ -22,7 +22,7 @@ LONGEST_WAIT_S = 0.05
 """After so long without a message it is looked whether the context has ended."""
 
 SERVICES_S = 0.1
-"""How often requests to services are looked for, and messages that wake nobody."""
+"""How often requests to services are looked for."""
 
 RARELY_S = 0.5
 """How often guard conditions and events of quality of service are looked at."""
@@ -34,9 +34,7 @@ BURST = 50
 class SparingExecutor(SingleThreadedExecutor):
     """Wakes for messages and timers, looks for requests every `SERVICES_S` and at everything else every `RARELY_S`.
 
-    Callbacks of subscriptions and timers are plain functions, called with a message and with nothing. A node may have
-    `taken_before`, subscription -> another one: messages of the other one do not wake it, they are taken before those of
-    the first, or after `SERVICES_S`.
+    Callbacks of subscriptions and timers are plain functions, called with a message and with nothing.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -63,20 +61,15 @@ class SparingExecutor(SingleThreadedExecutor):
             raise ExternalShutdownException()
         longest_s = LONGEST_WAIT_S if timeout_sec is None or timeout_sec < 0 else min(timeout_sec, LONGEST_WAIT_S)
         nodes = self.get_nodes()
-        before = {first: other for node in nodes for first, other in getattr(node, "taken_before", {}).items()}
-        patient = set(before.values())
-        ready = wait_for_messages(self.context, nodes, longest_s, patient)
+        ready = wait_for_messages(self.context, nodes, longest_s)
         for node in nodes:
             for timer in list(node.timers):
                 call_if_due(timer)
         for subscription in ready:
-            if subscription in before:
-                take_all(before[subscription])
-            take_all(subscription)
+            take: Any = subscription.callback
+            for message in waiting_messages(subscription):
+                take(message)
         now = time.monotonic()
-        if now >= self._next_request:
-            for subscription in patient:
-                take_all(subscription)
         if now >= self._next_look or (now >= self._next_request and find_requests(self.context, nodes)):
             self._look_at_the_rest()
             self._next_look = time.monotonic() + RARELY_S
@@ -100,12 +93,6 @@ class SparingExecutor(SingleThreadedExecutor):
 def make_executor(name: str, **options: Any) -> SingleThreadedExecutor:
     """Make the executor that the parameter `executor` names, "sparing" or "rclpy"; `options` go to rclpy."""
     return SparingExecutor(**options) if name == "sparing" else SingleThreadedExecutor(**options)
-
-
-def take_all(subscription: Any) -> None:
-    """Call a subscription's callback with each message that waits."""
-    for message in waiting_messages(subscription):
-        subscription.callback(message)
 
 
 def waiting_messages(subscription: Any) -> Iterator[Any]:

@@ -69,9 +69,6 @@ from occbev.streams.runner import PerceptionLine, box_decoding, load_pipeline
 OVERRIDABLE = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
 """Parts of a topic's quality of service that parameters may override."""
 
-STAMP_END = 12
-"""Bytes of a serialised message up to the end of header.stamp."""
-
 POLL_S = 0.02
 """How often the timeouts of the synchroniser are checked while a frame set waits for images."""
 
@@ -106,11 +103,6 @@ class PerceptionNode(LifecycleNode):
         self._intake: Intake | None = None
         self._worker: Worker[FrameJob] | None = None
         self._inputs: list[Any] = []
-        self.taken_before: dict[Any, Any] = {}
-        """Subscription -> one whose messages wait for its own, see `SparingExecutor`: once one has come, calibration waits
-        for the camera's images and moving transforms wait for odometry."""
-        self._later: dict[str, dict[Any, Any]] = {}
-        self._infos: dict[str, bytes] = {}
         self._latched: set[str] = set()
         self._jump: Any = None
         self._timers_running: list[Any] = []
@@ -243,27 +235,25 @@ class PerceptionNode(LifecycleNode):
 
     def _subscribe(self, intake: Intake) -> None:
         images = Quality(SENSOR.reliability, depth=self.parameters.queue_depth)
-        infos = {}
-        for camera in self.parameters.names:  # before the images, which are decoded at the size that they ask for
+        for (
+            camera
+        ) in self.parameters.names:  # before the images, which are decoded at the size that calibration asks for
             info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
-            infos[camera] = self._listen(info, partial(self._read_changed_info, camera, info))
+            self._listen(info, partial(intake.add_info, camera))
         motion = self.parameters.ego_motion
         odometry = replace(ODOMETRY, name=motion.odometry_topic, type=motion.odometry_type)
-        poses = self._listen(odometry, partial(self._read, odometry, self._on_odometry))
+        self._listen(odometry, self._on_odometry)
         names = self.parameters.tf_topic, self.parameters.tf_static_topic
         for topic, name in zip(FRAME_INPUTS, names, strict=True):
-            static, named = topic.name.endswith("static"), replace(topic, name=name)
+            static = topic.name.endswith("static")
             try:
-                frames = self._listen(named, partial(self._read, named, partial(self._on_transforms, static)))
+                self._listen(replace(topic, name=name), partial(self._on_transforms, static))
             except ImportError as error:
                 self._warn("tf", f"{name} is not read: {error}")
-            else:
-                self._later |= {} if static else {"odometry": {poses: frames}}
-        for camera, info in infos.items():
-            self._later[camera] = {}
+        for camera in self.parameters.names:
             for name, kind in self.parameters.image_topics(camera).items():
-                topic, take = Topic(name, kind, images, ""), partial(self._on_image, camera, kind == COMPRESSED)
-                self._later[camera][self._listen(topic, partial(self._read, topic, take))] = info
+                take = partial(self._on_image, camera, kind == COMPRESSED)
+                self._listen(Topic(name, kind, images, ""), take)
         # A step back by less than a second is left to the synchroniser, which drops what is late.
         step_back = Duration(seconds=-self.parameters.sync.reset_s)
         threshold = JumpThreshold(min_forward=None, min_backward=step_back, on_clock_change=False)
@@ -280,27 +270,19 @@ class PerceptionNode(LifecycleNode):
         )
         return worker
 
-    def _listen(self, topic: Topic, read: Callable[[bytes], None]) -> Any:
+    def _listen(self, topic: Topic, take: Callable[[Any], None]) -> None:
         """Subscribe to the bytes of a topic: reading them here takes a fraction of the time that rclpy takes."""
         events = subscription_events()(incompatible_qos=partial(self._on_incompatible, topic.name))
         subscription = self.create_subscription(
             message_class(topic.type),
             topic.name,
-            read,
+            partial(self._read, topic, take),
             qos_profile(topic.quality),
             event_callbacks=events,
             qos_overriding_options=QoSOverridingOptions(OVERRIDABLE),
             raw=True,
         )
         self._inputs.append(subscription)
-        return subscription
-
-    def _read_changed_info(self, camera: str, topic: Topic, data: bytes) -> None:
-        """Read a calibration of which more than the stamp differs from the last one."""
-        body = data[STAMP_END:]
-        if body != self._infos.get(camera):
-            self._infos[camera] = body
-            self._read(topic, partial(self._on_info, camera), data)
 
     def _read(self, topic: Topic, take: Callable[[Any], None], data: bytes) -> None:
         try:
@@ -331,7 +313,6 @@ class PerceptionNode(LifecycleNode):
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
         self._timers_running, self._inputs, self._latched = [], [], set()
-        self.taken_before, self._later, self._infos = {}, {}, {}
         if self._worker is not None and self._intake is not None:
             if self._jump is not None:
                 self._jump.unregister()
@@ -364,11 +345,6 @@ class PerceptionNode(LifecycleNode):
             self._dispatch(self._intake.add_image(camera, message, compressed, now_ns, clock_ns))
             self._poll_while_sets_wait(self._intake)
 
-    def _on_info(self, camera: str, message: Any) -> None:
-        if self._intake is not None:
-            self._intake.add_info(camera, message)
-            self.taken_before |= self._later[camera]
-
     def _clock_ns(self) -> int | None:
         """The time by which cameras should stamp; None with simulated time, which comes in steps and late."""
         clock: Any = self.get_clock()
@@ -384,8 +360,6 @@ class PerceptionNode(LifecycleNode):
         try:
             if self._intake is not None:
                 self._intake.add_odometry(message)
-                if self._intake.ego.source == "odometry":
-                    self.taken_before |= self._later.get("odometry", {})
         except MessageError as error:
             self._warn(
                 "odometry",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
@@ -49,12 +49,12 @@ class CheckedParameterService(ParameterService):
             return [SetParametersResult(successful=False, reason=f"{names}: {type(error).__name__}: {error}")]
 
 
-def wait_for_messages(context: Any, nodes: Sequence[Any], timeout_s: float, patient: Collection[Any] = ()) -> list[Any]:
+def wait_for_messages(context: Any, nodes: Sequence[Any], timeout_s: float) -> list[Any]:
     """Return the subscriptions of nodes that have messages: when there is one, a timer is due, or after `timeout_s`.
 
-    patient: subscriptions that are not looked at. rclpy has no public wait set, and its executors ask all events of quality of service in every turn.
+    rclpy has no public wait set, and its executors ask all events of quality of service in every turn.
     """
-    subscriptions = [one for node in nodes for one in node.subscriptions if one not in patient]
+    subscriptions = [subscription for node in nodes for subscription in node.subscriptions]
     timers = [timer for node in nodes for timer in node.timers]
     if not subscriptions and not timers:  # rcl refuses to wait for nothing
         time.sleep(timeout_s)
