@@ -235,9 +235,8 @@ class PerceptionNode(LifecycleNode):
 
     def _subscribe(self, intake: Intake) -> None:
         images = Quality(SENSOR.reliability, depth=self.parameters.queue_depth)
-        for (
-            camera
-        ) in self.parameters.names:  # before the images, which are decoded at the size that calibration asks for
+        # Calibration before the images, which are decoded at the size that it asks for.
+        for camera in self.parameters.names:
             info = Topic(self.parameters.info_topic(camera), CAMERA_INFO, images, "")
             self._listen(info, partial(intake.add_info, camera))
         motion = self.parameters.ego_motion
