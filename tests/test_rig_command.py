@@ -61,6 +61,7 @@ def test_one_file_of_topics_serves_the_node_and_training(bag: Path, tmp_path: Pa
     assert recording.rig.names == NAMES
     by_topics = parameters_from_record({"topics": str(given), "sync": {"min_cameras": 1}})
     by_parameters = read_parameters(tmp_path / "out" / "perception.yaml")
+    assert list(yaml.safe_load((tmp_path / "out" / "perception.yaml").read_text())) == ["/**"]  # of any namespace
     assert by_topics.names == by_parameters.names == NAMES
     assert by_topics.anchor_camera == "front"
     for parameters in (by_topics, by_parameters):

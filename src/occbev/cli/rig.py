@@ -26,7 +26,6 @@ from rich.table import Table
 
 from occbev import graph
 from occbev.cli.console import make_console
-from occbev.graph import NODE_NAME
 from occbev.messages.bags import BagReader
 from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
 from occbev.rig import Camera, CameraRig
@@ -106,7 +105,7 @@ def parameter_text(recording: BagRecording, base_frame: str, model: str, rig_fil
     parameters = node_parameters(recording.topics, recording.rig, base_frame, model, recording.pose_type)
     if rig_file is not None:
         parameters["rig"] = str(rig_file.absolute())
-    return PARAMETERS_HEADER + _dump({NODE_NAME: {"ros__parameters": parameters}})
+    return PARAMETERS_HEADER + _dump({"/**": {"ros__parameters": parameters}})
 
 
 def find_parameter_file(bag: Path, changes: Mapping[str, str], folder: Path) -> Path:
