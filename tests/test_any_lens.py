@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from occbev.inference.preprocess import Fit, Preprocessor, SeenRows, horizon_row
 from occbev.inference.reference_points import see_points
 from occbev.inference.tables import frustum_points, lift_points, ray_table
 from occbev.lens import MATRIX_COLUMNS, Lens
+from occbev.results import CameraFrame
 from occbev.rig import Camera, CameraRig
 
 OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
@@ -51,6 +53,73 @@ def test_a_lens_survives_as_a_matrix_and_under_an_image_warp(lens: str) -> None:
     again, seen_again = Lens.from_matrix(warp @ matrix).project(points)
     np.testing.assert_array_equal(seen, seen_again)
     np.testing.assert_allclose(again[seen], pixels[seen] @ warp[:2, :2].T + warp[:2, 2], atol=1e-6)
+
+
+def rolled(upright: Camera, quarters: int) -> Camera:
+    """Return a camera whose images must be turned clockwise by so many quarters to be those of `upright`."""
+    return upright.turn(-quarters % 4)
+
+
+TANGENTIAL = {
+    "plumb_bob": (-0.2, 0.05, 0.01, -0.02, 0.003),
+    "rational_polynomial": (0.3, 0.05, 0.01, -0.02, 0.002, 0.6, 0.1, 0.01, 0.004, 0.002, -0.006, 0.001),
+    "equidistant": (0.02, -0.005, 0.001, 0.0),
+    "none": (),
+}
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+@pytest.mark.parametrize("model", TANGENTIAL)
+def test_the_camera_of_a_turned_image_sees_points_where_they_are_turned_to(model: str, quarters: int) -> None:
+    optics = np.array([[180.0, 0, 250], [0, 170, 150], [0, 0, 1]])
+    source = replace(camera(), intrinsic=optics, distortion_model=model, distortion=TANGENTIAL[model])
+    points = np.random.default_rng(0).uniform(-10, 10, (500, 3))
+    (pixels, away, inside), turned = source.project(points), source.turn(quarters)
+    found, away_turned, inside_turned = turned.project(points)
+    np.testing.assert_array_equal(inside, inside_turned)
+    for _ in range(quarters):
+        pixels = np.column_stack([-pixels[:, 1], pixels[:, 0]])
+    corner = {1: (source.height, 0), 2: (source.width, source.height), 3: (0, source.width)}[quarters]
+    np.testing.assert_allclose(found[inside], pixels[inside] + corner, atol=1e-9)
+    np.testing.assert_allclose(away, away_turned)
+
+
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("config", [ImageConfig(), KEEP], ids=["rectify", "keep"])
+@pytest.mark.parametrize("lens", LENSES)
+def test_images_of_a_rolled_camera_are_turned_upright(lens: str, config: ImageConfig, quarters: int) -> None:
+    """A camera mounted on its head or on its side gives the network what it would give on its feet."""
+    upright = camera(lens, pitch_deg=8)
+    image = np.random.default_rng(1).integers(0, 255, (upright.height, upright.width, 3), np.uint8)
+    mounted = rolled(upright, quarters)
+    assert mounted.quarter_turns == quarters
+    wanted, network = Preprocessor(config).network_image(image, upright)
+    pixels, found = Preprocessor(config).network_image(np.ascontiguousarray(np.rot90(image, quarters)), mounted)
+    np.testing.assert_array_equal(pixels, wanted)
+    for got in (found, network_camera(mounted, config)):
+        np.testing.assert_allclose(got.cam2ego, network.cam2ego, atol=1e-12)
+        np.testing.assert_allclose(got.intrinsic, network.intrinsic, atol=1e-9)
+    rows, known = SeenRows.of(mounted, config), SeenRows.of(upright, config)
+    assert replace(rows, turned=0, horizon=None) == replace(known, horizon=None)
+    assert rows.turned == 90 * quarters
+    assert ("turned by" in str(rows)) == bool(quarters)
+
+
+def test_a_camera_that_looks_down_or_is_tilted_is_not_turned() -> None:
+    assert camera(pitch_deg=80).turn(2).quarter_turns == 0, "nothing tells which side is up"
+    tilted = replace(
+        camera().turn(2),
+        distortion_model="rational_polynomial",
+        distortion=(*TANGENTIAL["rational_polynomial"], 0.1, 0),
+    )
+    assert tilted.quarter_turns == 0, "its coefficients cannot be turned"
+
+
+def test_images_on_their_side_are_decoded_no_smaller_than_the_network_needs() -> None:
+    mounted = rolled(camera(size=(1600, 1200)), 1)
+    data = cv2.imencode(".jpg", np.zeros((mounted.height, mounted.width, 3), np.uint8))[1].tobytes()
+    decoded = Preprocessor(ImageConfig()).decode(CameraFrame("eye", 0, data, None), mounted)
+    assert np.shape(decoded.image) == (800, 600, 3)
 
 
 @pytest.mark.parametrize("lens", LENSES)

@@ -33,6 +33,9 @@ NEWTON_STEPS = 20
 EXACT = 1e-9
 """Change of a slope or of an angle at which an inversion has converged."""
 
+_QUARTER = np.array([[0.0, -1.0], [1.0, 0.0]])
+"""A quarter turn clockwise in x right, y down."""
+
 NOWHERE = -30_000
 """Pixel of rectification maps that lies outside every image."""
 
@@ -153,6 +156,25 @@ class Lens:
     def scale(self, scale_x: float, scale_y: float) -> Lens:
         """Return the lens of an image scaled by these factors."""
         return Lens(np.diag([scale_x, scale_y, 1.0]) @ self.intrinsic, self.model, self.coefficients)
+
+    @property
+    def can_turn(self) -> bool:
+        """Whether `turn` is possible: a tilted sensor has coefficients that a turn does not keep."""
+        return not any(self.coefficients[12:])
+
+    def turn(self, height: int) -> Lens:
+        """Return the lens of an image of this height that is turned clockwise by a quarter; raises LensError if tilted."""
+        if not self.can_turn:
+            raise LensError(f"a lens with a tilted sensor cannot be turned: coefficients {list(self.coefficients)}")
+        intrinsic = np.eye(3)
+        intrinsic[:2, :2] = _QUARTER @ self.intrinsic[:2, :2] @ _QUARTER.T
+        intrinsic[:2, 2] = _QUARTER @ self.intrinsic[:2, 2] + [height, 0]
+        c = list(self.coefficients)
+        if self.model in ("plumb_bob", "rational_polynomial") and c:
+            c[2], c[3] = c[3], -c[2]  # p1 and p2: a direction, (p2, p1)
+        if len(c) >= 12:
+            c[8:12] = -c[10], -c[11], c[8], c[9]  # thin prism: two directions, (s1, s3) and (s2, s4)
+        return Lens(intrinsic, self.model, tuple(c))
 
     def maps(self, target: Array, size: tuple[int, int]) -> Maps:
         """Return the rectification maps for `cv2.remap`: where each pixel of a pinhole image lies in this one.

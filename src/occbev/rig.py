@@ -26,6 +26,8 @@ from occbev.lens import Lens, LensError
 MAX_SIDE = 65_535
 """Most pixels along a side of an image: what a JPEG can have."""
 
+LEAST_UPRIGHT = 0.5
+"""Sine of the least angle between an optical axis and the vertical at which an image has an upright position."""
 
 HEADER = """\
 # A camera rig, in the order in which the network gets the cameras. Each has
@@ -115,6 +117,23 @@ class Camera:
         intrinsic[0, 2] -= crop[0]
         intrinsic[1, 2] -= crop[1]
         return replace(self, intrinsic=intrinsic, width=size[0], height=size[1])
+
+    @property
+    def quarter_turns(self) -> int:
+        """Quarter turns clockwise, 0 to 3, after which an image stands upright; 0 where the camera looks up or down."""
+        x, y, _ = self.cam2ego[2, :3]  # upwards in the optical frame
+        if np.hypot(x, y) < LEAST_UPRIGHT or not self.lens.can_turn:
+            return 0
+        return round(float(np.arctan2(-x, -y)) / (np.pi / 2)) % 4
+
+    def turn(self, quarters: int) -> Camera:
+        """Return the camera of the image turned clockwise by so many quarters."""
+        if not quarters:
+            return self
+        lens, cam2ego = self.lens.turn(self.height), self.cam2ego.copy()
+        cam2ego[:3, :2] = np.column_stack([-self.cam2ego[:3, 1], self.cam2ego[:3, 0]])
+        quarter = Camera(self.name, self.height, self.width, lens.intrinsic, cam2ego, lens.model, lens.coefficients)
+        return quarter.turn(quarters - 1)
 
     def fit_to(self, width: int, height: int) -> Camera:
         """Return the camera of the images it really delivers: scaled where they have its aspect, else as it is."""

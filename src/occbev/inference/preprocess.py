@@ -40,6 +40,9 @@ REDUCED_READ = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 
+TURNS = (-1, cv2.ROTATE_90_CLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_COUNTERCLOCKWISE)
+"""Quarter turns clockwise -> OpenCV's code."""
+
 READ_RGB: int = getattr(cv2, "IMREAD_COLOR_RGB", 0)
 """OpenCV's flag for RGB in place of BGR, from 4.11 on; 0 before it."""
 
@@ -54,7 +57,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """How a source image becomes the network's: scaled to `scaled`, then cut at `crop`.
+    """How an upright image becomes the network's: scaled to `scaled`, then cut at `crop`.
 
     scaled: (width, height) in pixels. crop: (x0, y0) of the kept part in the scaled image.
     """
@@ -64,7 +67,7 @@ class Fit:
 
     @classmethod
     def of(cls, camera: Camera, config: ImageConfig) -> Fit:
-        """Return the fit of one camera's images, which keeps the horizon."""
+        """Return the fit of an upright camera's images, which keeps the horizon."""
         row = horizon_row(camera, config)
         return cls.cover(camera.width, camera.height, config, None if row is None else row / camera.height)
 
@@ -89,9 +92,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A camera at the size of the images that it delivers, how these are fitted, and the network-size camera."""
+    """How the images of a camera are fitted, at one size that it delivers.
+
+    turns: quarter turns clockwise that put them upright. camera: of the turned images. network: of the fitted ones.
+    """
 
     source: Camera
+    turns: int
     camera: Camera
     fit: Fit
     network: Camera
@@ -99,8 +106,19 @@ class _Fitted:
     @classmethod
     def of(cls, source: Camera, size: tuple[int, int], config: ImageConfig) -> _Fitted:
         """Fit images of a size (width, height); raises ImageError as `fit_camera` does."""
-        camera = fit_camera(source, *size)
-        return cls(source, camera, Fit.of(camera, config), network_camera(camera, config))
+        camera, turns = fit_camera(source, *size), source.quarter_turns
+        upright = camera.turn(turns)
+        return cls(source, turns, upright, Fit.of(upright, config), network_camera(upright, config))
+
+    @property
+    def wanted(self) -> tuple[int, int]:
+        """Width and height to which images are scaled, before they are turned."""
+        width, height = self.fit.scaled
+        return (height, width) if self.turns % 2 else (width, height)
+
+    def turn(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Put an image (H, W, 3) upright."""
+        return np.asarray(cv2.rotate(image, TURNS[self.turns]), np.uint8) if self.turns else image
 
 
 class Preprocessor:
@@ -121,9 +139,8 @@ class Preprocessor:
         if not isinstance(frame.image, bytes):
             return frame
         size = encoded_size(frame.image)
-        if size is not None:
-            self._fit(camera, size)  # before the work, so that a camera that sends bombs costs only itself
-        wanted = Fit.cover(camera.width, camera.height, self.config).scaled
+        # Fitted before the work, so that a camera that sends bombs costs only itself.
+        wanted = None if size is None else self._fit(camera, size).wanted
         return replace(frame, image=decode_image(frame.image, camera.name, wanted, self.config.oversampling))
 
     def _fit(self, camera: Camera, size: tuple[int, int]) -> _Fitted:
@@ -146,7 +163,7 @@ class Preprocessor:
         return replace(frame_set, frames={name: arrays.get(name, frame) for name, frame in frame_set.frames.items()})
 
     def network_image(self, image: NDArray[np.uint8], camera: Camera) -> tuple[NDArray[np.uint8], Camera]:
-        """Scale, rectify and crop one (H, W, 3) RGB image.
+        """Put one (H, W, 3) RGB image upright, scale, rectify and crop it.
 
         Returns: (h, w, 3) uint8 and the rectified camera that sees exactly this.
         Raises:
@@ -154,7 +171,7 @@ class Preprocessor:
         """
         require_rgb(image, camera.name)
         known = self._fit(camera, (image.shape[1], image.shape[0]))
-        camera, fit, fitted = known.camera, known.fit, known.network
+        image, camera, fit, fitted = known.turn(image), known.camera, known.fit, known.network
         if not camera.lens.is_pinhole and self.config.lens == "rectify":
             image = self._rectify(_scale(image, fit.scaled), camera, fitted)[: fit.scaled[1]]
             return self._fill(image), fitted
@@ -312,7 +329,8 @@ def fit_camera(camera: Camera, width: int, height: int) -> Camera:
 
 
 def network_camera(camera: Camera, config: ImageConfig) -> Camera:
-    """Return the camera of network size that `camera` becomes: rectified, or with its lens as `config.lens` says."""
+    """Return the camera of network size that `camera` becomes: upright, and rectified unless `config.lens` keeps the lens."""
+    camera = camera.turn(camera.quarter_turns)
     fit = Fit.of(camera, config)
     scale_x, scale_y = fit.scaled[0] / camera.width, fit.scaled[1] / camera.height
     fitted = camera.resize(scale_x, scale_y, fit.crop, (config.width, config.height))
@@ -320,7 +338,7 @@ def network_camera(camera: Camera, config: ImageConfig) -> Camera:
 
 
 def horizon_row(camera: Camera, config: ImageConfig) -> float | None:
-    """Return the row of an image on which the horizon lies straight ahead; None if the camera looks up or down.
+    """Return the row of an upright image on which the horizon lies straight ahead; None if the camera looks up or down.
 
     It is of the rectified image, unless the network keeps the lens.
     """
@@ -335,7 +353,10 @@ def horizon_row(camera: Camera, config: ImageConfig) -> float | None:
 
 @dataclass(frozen=True)
 class SeenRows:
-    """The part of a camera's images that a network sees: rows [first, last) of `height`, columns [left, right)."""
+    """The part of a camera's upright images that a network sees: rows [first, last) of `height`, columns [left, right).
+
+    turned: degrees clockwise by which the images are turned to be upright.
+    """
 
     camera: str
     first: int
@@ -345,16 +366,19 @@ class SeenRows:
     width: int
     height: int
     horizon: float | None
+    turned: int = 0
 
     @classmethod
     def of(cls, camera: Camera, config: ImageConfig) -> SeenRows:
-        """Return it for one camera, in pixels of its own images."""
+        """Return it for one camera, in pixels of its own images, turned upright."""
+        turned = 90 * camera.quarter_turns
+        camera = camera.turn(camera.quarter_turns)
         fit = Fit.of(camera, config)
         scale_x, scale_y = fit.scaled[0] / camera.width, fit.scaled[1] / camera.height
         (x, y), size = fit.crop, (camera.width, camera.height)
         last, right = min(y + config.height, fit.scaled[1]), min(x + config.width, fit.scaled[0])
         ends = (round(y / scale_y), round(last / scale_y), round(x / scale_x), round(right / scale_x))
-        return cls(camera.name, *ends, *size, horizon_row(camera, config))
+        return cls(camera.name, *ends, *size, horizon_row(camera, config), turned)
 
     @property
     def cuts_horizon(self) -> bool:
@@ -362,7 +386,8 @@ class SeenRows:
         return self.horizon is not None and not self.first <= self.horizon < self.last
 
     def __str__(self) -> str:
-        shown = f"camera {self.camera}: the network sees rows {self.first} to {self.last} of {self.height}"
+        turned = f"its images are turned by {self.turned} degrees to be upright; " if self.turned else ""
+        shown = f"camera {self.camera}: {turned}the network sees rows {self.first} to {self.last} of {self.height}"
         if (self.left, self.right) != (0, self.width):
             shown += f", columns {self.left} to {self.right} of {self.width}"
         if self.horizon is None:
