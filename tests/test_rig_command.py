@@ -16,13 +16,11 @@ from tests.small_bags import FORWARD, Camera, Drive
 from tests.test_one_reader import gather_jobs
 
 from occbev.cli import main, view
-from occbev.cli.rig import print_next, viewing_direction
+from occbev.cli.rig import print_next
 from occbev.config import ConfigError
-from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.bags import BagReader, BagWriter, type_store
 from occbev.messages.topics import POSE_TYPES, load_topics
 from occbev.reports.moments import Moment
-from occbev.rig import Camera as RigCamera
 from occbev.rig import CameraRig
 from occbev.streams import offline
 from occbev.streams.parameters import PerceptionParameters, parameters_from_record, read_parameters
@@ -239,18 +237,3 @@ def test_files_that_are_there_stay(bag: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(command) == 2
     assert "topics.yaml exists; choose another folder, or give --force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("rpy", "words"),
-    [
-        ((-np.pi / 2, 0, -np.pi / 2), "front, level"),
-        ((-np.pi / 2, 0, 0), "left, level"),
-        ((-np.pi / 2, 0, np.pi / 2), "rear, level"),
-        ((-np.pi / 2 - 0.2, 0, -np.pi / 2), "front, 11 degrees down"),
-        ((0, 0, 0), "up: is its frame the optical one?"),
-    ],
-)
-def test_viewing_directions_in_words(rpy: tuple[float, float, float], words: str) -> None:
-    camera = RigCamera("c", 8, 6, np.diag([5.0, 5, 1]), make_transform(rotation_from_rpy(*rpy), (0, 0, 1)))
-    assert viewing_direction(camera) == words

@@ -26,6 +26,9 @@ from occbev.lens import Lens, LensError
 MAX_SIDE = 65_535
 """Most pixels along a side of an image: what a JPEG can have."""
 
+DIRECTIONS = ("front", "front left", "left", "back left", "back", "back right", "right", "front right")
+"""Eighths of a turn to the left."""
+
 LEAST_UPRIGHT = 0.5
 """Sine of the least angle between an optical axis and the vertical at which an image has an upright position."""
 
@@ -185,6 +188,23 @@ class Camera:
             raise
         except (TypeError, ValueError, OverflowError) as error:
             raise RigError(f"camera {record.get('name', '?')}: {error}") from error
+
+
+def viewing_direction(camera: Camera) -> str:
+    """Return where a camera looks as text: "left, level". The text of an unusual view, such as "up", ends with a question."""
+    right, _, ahead = camera.cam2ego[:3, :3].T
+    height = float(np.rad2deg(np.arcsin(np.clip(ahead[2], -1, 1))))
+    if height > 60:
+        return "up: is `frame_id` the optical frame?"
+    if height < -75:
+        return "down: is `frame_id` the optical frame?"
+    sector = round(float(np.arctan2(ahead[1], ahead[0])) / (np.pi / 4)) % len(DIRECTIONS)
+    tilt = "level" if abs(height) < 10 else f"{abs(height):.0f} degrees {'up' if height > 0 else 'down'}"
+    # The image's right lies level in a camera that stands upright; its down then points down, too.
+    roll = float(np.rad2deg(np.arctan2(-right[2], -camera.cam2ego[2, 1])))
+    if abs(roll) > 45:
+        return f"{DIRECTIONS[sector]}, {tilt}, rolled by {abs(roll):.0f} degrees: is `frame_id` the optical frame?"
+    return f"{DIRECTIONS[sector]}, {tilt}"
 
 
 def _is_rotation(rotations: NDArray[np.float64]) -> bool:

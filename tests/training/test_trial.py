@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("numba", reason="the label kernels need numba: training environment")
 
-from occbev.rig import Camera
+from occbev.rig import Camera, viewing_direction
 from occbev_training.cli.bag_check import _camera_table, _verdict_table
 from occbev_training.occupancy.extrinsics import CameraVerdict, Evidence, RigVerdict
 from occbev_training.occupancy.trial import (
@@ -19,7 +19,6 @@ from occbev_training.occupancy.trial import (
     brightest_side,
     field_of_view,
     try_drive,
-    viewing_direction,
 )
 from occbev_training.sources.bag_check import Verdict
 

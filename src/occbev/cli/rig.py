@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 from rich.markup import escape
 from rich.table import Table
@@ -28,7 +27,7 @@ from occbev import graph
 from occbev.cli.console import make_console
 from occbev.messages.bags import BagReader
 from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
-from occbev.rig import Camera, CameraRig
+from occbev.rig import CameraRig, viewing_direction
 from occbev.streams.parameters import read_parameters
 
 if TYPE_CHECKING:
@@ -184,18 +183,6 @@ def node_parameters(
         "ego_motion": motion,
         "cameras": cameras,
     }
-
-
-def viewing_direction(camera: Camera) -> str:
-    """Return in words where a camera looks: "left, level"; "up" usually means that its frame is not the optical frame."""
-    x, y, z = camera.cam2ego[:3, 2]
-    pitch = np.rad2deg(np.arcsin(np.clip(z, -1, 1)))
-    if abs(pitch) > 60:
-        return f"{'up' if pitch > 0 else 'down'}: is its frame the optical one?"
-    turns = round(np.rad2deg(np.arctan2(y, x)) / 45) % 8
-    words = ("front", "front left", "left", "rear left", "rear", "rear right", "right", "front right")
-    level = "level" if abs(pitch) < 5 else f"{abs(pitch):.0f} degrees {'up' if pitch > 0 else 'down'}"
-    return f"{words[turns]}, {level}"
 
 
 def _dump(record: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.classes import OCCUPIED_STATE
-from occbev.rig import Camera
+from occbev.rig import Camera, viewing_direction
 from occbev_training.occupancy.extrinsics import CameraVerdict, Moment, RigVerdict, gather, judge_rig
 from occbev_training.occupancy.pairs import PairConfig, TrialPair, try_key
 from occbev_training.sources.bag_check import Verdict
@@ -21,8 +21,6 @@ from occbev_training.sources.recording import Recording
 
 FAST, TURNING = 70.0, 200.0
 """Metres and degrees per second that no road vehicle does."""
-
-_DIRECTIONS = ("front", "front left", "left", "back left", "back", "back right", "right", "front right")
 
 
 @dataclass(frozen=True)
@@ -74,23 +72,6 @@ def describe_camera(camera: Camera, topic: str, moments: Sequence[Moment], rig: 
         brightest_side(views),
         found,
     )
-
-
-def viewing_direction(camera: Camera) -> str:
-    """Return where a camera looks as text: "left, level". The text of an unusual view, such as "up", ends with a question."""
-    right, _, ahead = camera.cam2ego[:3, :3].T
-    height = float(np.rad2deg(np.arcsin(np.clip(ahead[2], -1, 1))))
-    if height > 60:
-        return "up: is `frame_id` the optical frame?"
-    if height < -75:
-        return "down: is `frame_id` the optical frame?"
-    sector = round(float(np.arctan2(ahead[1], ahead[0])) / (np.pi / 4)) % len(_DIRECTIONS)
-    tilt = "level" if abs(height) < 10 else f"{abs(height):.0f} degrees {'up' if height > 0 else 'down'}"
-    # The image's right lies level in a camera that stands upright; its down then points down, too.
-    roll = float(np.rad2deg(np.arctan2(-right[2], -camera.cam2ego[2, 1])))
-    if abs(roll) > 45:
-        return f"{_DIRECTIONS[sector]}, {tilt}, rolled by {abs(roll):.0f} degrees: is `frame_id` the optical frame?"
-    return f"{_DIRECTIONS[sector]}, {tilt}"
 
 
 def field_of_view(camera: Camera) -> tuple[float, float]:
