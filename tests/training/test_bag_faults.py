@@ -188,6 +188,64 @@ def test_a_new_calibration_begins_another_drive(good: Path, tmp_path: Path) -> N
     assert focal[1] == [60.0, 66.0, 60.0]
 
 
+def test_a_region_of_interest_that_moves_begins_another_drive(good: Path, tmp_path: Path) -> None:
+    middle = int(BagRecording(good).key_stamp_ns[3]) - 200_000_000
+
+    def move(topic: str, message):
+        if topic == "/cam_front/camera_info" and stamp_of(message) > middle:
+            message.roi.x_offset, message.roi.width, message.roi.height = 10, message.width, message.height
+        return message
+
+    path = rewrite(good, tmp_path / "drive", move)
+    centres = [BagRecording(path, BagOptions(part=part)).rig["CAM_FRONT"].intrinsic[0, 2] for part in range(2)]
+    assert centres[0] - centres[1] == 10
+
+
+def test_what_a_driver_sends_before_its_calibration_is_left_out(good: Path, tmp_path: Path) -> None:
+    start = int(BagRecording(good).key_stamp_ns[2]) - 200_000_000
+
+    def wait(topic: str, message):
+        if topic == "/cam_front/camera_info" and stamp_of(message) < start:
+            message.k, message.p = np.zeros(9), np.zeros(12)
+        return message
+
+    read = BagRecording(rewrite(good, tmp_path / "drive", wait))
+    assert (read.parts, read.left_out, len(read.key_stamp_ns)) == (1, {}, 6)
+    assert read.skipped["/cam_front/camera_info: not calibrated"] > 0
+    assert read.rig["CAM_FRONT"].intrinsic[0, 0] == 60.0
+
+
+def test_a_calibration_that_never_rests_is_refused_but_for_a_rig_file(good: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def zoom(topic: str, message):
+        if topic == "/cam_front/camera_info":
+            seen.append(1)
+            message.k, message.p = message.k.copy(), message.p.copy()
+            message.k[0] = message.p[0] = 60.0 + len(seen) % 2
+        return message
+
+    path = rewrite(good, tmp_path / "drive", zoom)
+    with pytest.raises(RecordingError, match=r"/cam_front/camera_info: the calibration changes 5 times: .* --rig"):
+        BagRecording(path)
+    read = BagRecording(path, BagOptions(rig=BagRecording(good).rig))
+    assert (read.parts, len(read.key_stamp_ns)) == (1, 6)
+
+
+def test_an_image_of_another_encoding_than_the_others_is_missing(good: Path, tmp_path: Path) -> None:
+    number = iter(range(100))
+
+    def change(topic: str, message):
+        if topic != "/cam_back/image/compressed":
+            return message
+        kind = "mono16" if next(number) == 1 else "rgb8"
+        return TYPESTORE.types["sensor_msgs/msg/Image"](message.header, 40, 64, kind, 0, 192, np.zeros(7680, np.uint8))
+
+    read = BagRecording(rewrite(good, tmp_path / "drive", change))
+    assert [len(read.frame_set(key).cameras) for key in range(3)] == [3, 2, 3]
+    assert "encoding 'mono16' is not understood" in read.frame_set(1).missing["CAM_BACK"]
+
+
 def test_points_that_are_not_finite_are_counted(good: Path, tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="the label kernels need numba: training environment")
     from occbev_training.occupancy.labels import LabelBuilder

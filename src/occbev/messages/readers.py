@@ -180,6 +180,27 @@ def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectifi
     return _apply_binning(camera, info)
 
 
+def calibration_key(info: Any) -> tuple[Any, ...]:
+    """Return everything in a CameraInfo that makes its camera: all but the stamp and the rectification matrix."""
+    roi = info.roi
+    return (
+        info.width,
+        info.height,
+        info.distortion_model,
+        *(tuple(map(float, _field(info, name))) for name in ("k", "p", "d")),
+        info.binning_x,
+        info.binning_y,
+        (roi.x_offset, roi.y_offset, roi.width, roi.height),
+        info.header.frame_id,
+    )
+
+
+def is_calibrated(info: Any) -> bool:
+    """Whether a CameraInfo has a size and a focal length; drivers send zeros until their calibration is loaded."""
+    k = _field(info, "k")
+    return bool(info.width > 0 and info.height > 0 and k[0] > 0 and k[4] > 0)
+
+
 def is_rectified(topic: str) -> bool | None:
     """Whether an image topic says that its images are rectified: True, or None where its name does not tell."""
     return True if any(part.startswith("rect") for part in re.split("[/_]", topic.lower())) else None

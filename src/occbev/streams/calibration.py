@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occbev.geometry import make_transform, rotation_from_rpy, rotation_from_xyzw
-from occbev.messages.readers import MessageError, camera_from_info
+from occbev.messages.readers import MessageError, calibration_key, camera_from_info
 from occbev.messages.tf import Buffer, TransformException
 from occbev.rig import Camera, CameraRig, RigError
 from occbev.streams.parameters import PerceptionParameters
@@ -47,7 +47,7 @@ class Calibration:
 
     def add_info(self, camera: str, message: Any) -> None:
         """Take a CameraInfo; the newest always holds."""
-        key = _info_key(message)
+        key = calibration_key(message)
         if self._info_keys.get(camera) != key:
             self._info_keys[camera], self._infos[camera] = key, message
 
@@ -166,21 +166,4 @@ def _same(before: tuple[Camera, ...], after: list[Camera]) -> bool:
             and (a.width, a.height, a.distortion) == (b.width, b.height, b.distortion)
         )
         for a, b in zip(before, after, strict=True)
-    )
-
-
-def _info_key(info: Any) -> tuple[Any, ...]:
-    """Everything in a CameraInfo but its stamp."""
-    matrices = [getattr(info, n) if hasattr(info, n) else getattr(info, n.upper()) for n in ("k", "p", "d")]
-    roi = info.roi
-    region = (roi.x_offset, roi.y_offset, roi.width, roi.height)
-    return (
-        info.width,
-        info.height,
-        info.distortion_model,
-        *(tuple(map(float, m)) for m in matrices),
-        info.binning_x,
-        info.binning_y,
-        region,
-        info.header.frame_id,
     )

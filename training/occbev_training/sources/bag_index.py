@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from occbev.messages.bags import BagMessage, BagReader
+from occbev.messages.readers import calibration_key, is_calibrated
 from occbev.messages.topics import BagTopics, detect_topics, listed
 from occbev.rig import CameraRig
 from occbev_training.sources.bag_writer import BASE_FRAME
@@ -19,6 +19,9 @@ from occbev_training.sources.recording import RecordingError
 
 JUMP_NS = 2_000_000_000
 """Clock jumps that the bag logged within this time of each other are one."""
+
+RESTLESS = 4
+"""So many changes of a calibration, on average within `JUMP_NS` of each other, leave no stretch between them."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,11 @@ class IndexedBag:
         """Correct stamps and sort out the messages that can be used."""
         index: dict[str, Index] = {}
         kept, skipped = dict(contents.kept), Counter[str]()
-        infos = self.topics.infos.values()
-        cuts = [log_ns for topic in infos for log_ns in self._changes(kept[topic])]
+        cuts: list[int] = []
+        for topic in () if self.options.rig else self.topics.infos.values():
+            kept[topic], bare = self._calibrated(kept[topic])
+            skipped[f"{topic}: not calibrated"] = bare
+            cuts += self._changes(topic, kept[topic])
         for topic, raw in contents.index.items():
             correction = self.options.clock.get(topic)
             stamps = raw.raw_ns if correction is None else [correction.apply(n) for n in raw.raw_ns]
@@ -230,15 +236,25 @@ class IndexedBag:
             skipped.update({f"{topic}: {reason}": n for reason, n in reasons.items()})
         return _Scan(index, kept, sorted(cuts), {k: n for k, n in sorted(skipped.items()) if n})
 
-    def _changes(self, messages: Sequence[BagMessage]) -> list[int]:
-        """Return the log times at which the calibration on a topic becomes another."""
-        found: list[int] = []
-        before: Any = None
-        for message in messages:
-            info = self._bag.decode(message)
-            if before is not None and not _same_calibration(info, before):
-                found.append(message.log_ns)
-            before = info
+    def _calibrated(self, messages: Sequence[BagMessage]) -> tuple[Sequence[BagMessage], int]:
+        """Leave out what a driver sends before it has its calibration, if it ever gets one; return also how many."""
+        good = [message for message in messages if is_calibrated(self._bag.decode(message))]
+        return (good, len(messages) - len(good)) if good else (messages, 0)
+
+    def _changes(self, topic: str, messages: Sequence[BagMessage]) -> list[int]:
+        """Return the log times at which the calibration on a topic becomes another.
+
+        Raises RecordingError where it does so all the time: every stretch would be too short for a key frame.
+        """
+        keys = [calibration_key(self._bag.decode(message)) for message in messages]
+        found = [m.log_ns for m, key, before in zip(messages[1:], keys[1:], keys, strict=False) if key != before]
+        if any(
+            late - early < (RESTLESS - 1) * JUMP_NS for early, late in zip(found, found[RESTLESS - 1 :], strict=False)
+        ):
+            raise RecordingError(
+                f"{self._bag.path}: {topic}: the calibration changes {len(found)} times: do several publishers send it, or "
+                "does the lens zoom? Give one calibration as a rig file, with --rig"
+            )
         return found
 
     def _part(self) -> Contents:
@@ -318,8 +334,3 @@ def _jumps_back(stamp_ns: Sequence[int], log_ns: Sequence[int] | None, i: int, l
     lag_before = np.median([log_ns[k] - stamp_ns[k] for k in before])
     lag_after = np.median([log_ns[k] - stamp_ns[k] for k in following])
     return bool(lag_after - lag_before > step / 2)
-
-
-def _same_calibration(one: Any, other: Any) -> bool:
-    sizes = (one.width, one.height) == (other.width, other.height)
-    return sizes and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("k", "d", "p"))

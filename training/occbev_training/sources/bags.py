@@ -304,8 +304,6 @@ class BagRecording(IndexedBag):
         index = self._index[topic]
         try:
             return read_image(self._message(topic, index.log_ns[number], index.raw_ns[number]))
-        except EncodingError:
-            raise
         except MessageError as error:
             raise RecordingError(str(error)) from error
 
@@ -476,7 +474,7 @@ class BagRecording(IndexedBag):
                 self._bad[f"{topic}: bad pose"] += 1
         if not poses:
             raise RecordingError(
-                f"{self._bag.path}: no poses: {problem or f'{topic} is empty'}; "
+                f"{self._bag.path}: no poses: {problem or f'{topic} has no message with a stamp'}; "
                 f"name another topic, or none, in a file for --topics"
             )
         for stamp in sorted(twists):
