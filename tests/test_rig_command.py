@@ -117,6 +117,17 @@ def test_replay_looks_for_no_topics_where_they_are_named_or_as_shipped(
     assert "found in it" not in capsys.readouterr().err
 
 
+def test_a_bag_without_poses_gives_a_node_without_ego_motion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag = str(Drive(odometry="").write(tmp_path / "bag"))
+    assert main(["rig", bag, "--out", str(tmp_path / "vehicle")]) == 0
+    assert "no poses: neither an odometry topic nor a transform" in capsys.readouterr().out
+    assert read_parameters(tmp_path / "vehicle" / "perception.yaml").ego_motion.source == "none"
+    assert replay_parameters(monkeypatch, bag).ego_motion.source == "none"
+    assert "poses none, so ego motion is off. " in capsys.readouterr().err
+
+
 def test_replay_refuses_a_bag_whose_topics_are_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag = Drive(static=()).write(tmp_path / "bag")
     assert main(["replay", str(bag), "--offline"]) == 2

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         "perception.yaml": parameter_text(recording, args.base_frame, args.model, rig_file),
     }
     _write(args.out, texts, args.force)
-    _print(rig, found, recording.left_out, recording.notes, args.out)
+    notes = [*recording.notes, *([_STANDING.format(recording.without_poses)] if recording.without_poses else [])]
+    _print(rig, found, recording.left_out, notes, args.out)
     print_next(args.bag, args.out, rig_file)
     return 0
 
@@ -78,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
 def read_recording(bag: Path, topics: BagTopics | None, base_frame: str, rig: CameraRig | None = None) -> BagRecording:
     """Read what a bag has of cameras, calibration and poses; topics that are None are found by name and type.
 
-    rig: calibration in place of the bag's own.
+    A bag without poses will do: so does a node. rig: calibration in place of the bag's own.
 
     Raises:
         RecordingError: naming the topic, frame or count that is wrong or ambiguous.
-        LookupError: the offline package is not installed, or poses are missing.
+        LookupError: the offline package is not installed.
     """
     try:
         from occbev_training.sources.bag_index import BagOptions
@@ -91,7 +92,7 @@ def read_recording(bag: Path, topics: BagTopics | None, base_frame: str, rig: Ca
         raise LookupError(
             f"reading recordings needs the offline package ({error}): pip install --no-deps ./training"
         ) from error
-    recording = BagRecording(bag, BagOptions(topics, base_frame=base_frame, rig=rig))
+    recording = BagRecording(bag, BagOptions(topics, base_frame=base_frame, rig=rig), needs_poses=False)
     recording.close()
     return recording
 
@@ -102,6 +103,8 @@ def parameter_text(recording: BagRecording, base_frame: str, model: str, rig_fil
     rig_file: where the node finds its calibration; None for camera_info and transforms.
     """
     parameters = node_parameters(recording.topics, recording.rig, base_frame, model, recording.pose_type)
+    if recording.without_poses:
+        parameters["ego_motion"] = {"source": "none"}
     if rig_file is not None:
         parameters["rig"] = str(rig_file.absolute())
     return PARAMETERS_HEADER + _dump({"/**": {"ros__parameters": parameters}})
@@ -142,9 +145,10 @@ def _describe_found(bag: Path, recording: BagRecording, rig: str) -> str:
     cameras = ", ".join(f"{name} ({topics.images[name]})" for name in recording.rig.names)
     left_out = f"; left out, as warned: {', '.join(recording.left_out)}" if recording.left_out else ""
     command = f"occbev {shlex.join(('rig', str(bag), *(('--rig', rig) if rig else ()), '--out', 'vehicle'))}"
+    poses = "none, so ego motion is off" if recording.without_poses else topics.odometry or topics.tf
     return (
         f"{bag}: no parameter file names its topics; found in it: cameras {cameras}; "
-        f"poses {topics.odometry or topics.tf}{left_out}. `{command}` writes them to a file to keep"
+        f"poses {poses}{left_out}. `{command}` writes them to a file to keep"
     )
 
 
@@ -183,6 +187,9 @@ def node_parameters(
         "ego_motion": motion,
         "cameras": cameras,
     }
+
+
+_STANDING = "{}. perception.yaml switches ego motion off, and training needs poses"
 
 
 def _dump(record: dict[str, Any]) -> str:

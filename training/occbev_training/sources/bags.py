@@ -76,10 +76,15 @@ class BagRecording(IndexedBag):
     left_out: camera -> why it cannot be used; the rig has the others.
     twist_axes: how the velocities of the odometry fit its poses. pose_frames: parent and child frame of the odometry.
     calibrated_sizes: camera -> width and height that its calibration is for; images may be larger or smaller.
+    without_poses: why the bag has no poses, "" where it has some.
     """
 
-    def __init__(self, path: Path | str, options: BagOptions | None = None) -> None:
-        """Index a bag; raises RecordingError saying which topic, frame or count is wrong."""
+    def __init__(self, path: Path | str, options: BagOptions | None = None, needs_poses: bool = True) -> None:
+        """Index a bag.
+
+        needs_poses: whether one without poses is refused; otherwise its vehicle counts as standing, see `without_poses`.
+        Raises RecordingError saying which topic, frame or count is wrong.
+        """
         super().__init__(path, options)
         for note in self.notes:
             LOG.warning("%s: %s", self._bag.path, note)
@@ -102,7 +107,13 @@ class BagRecording(IndexedBag):
         self._others = {topic: self._other_lidar(topic) for topic in self.topics.other_lidars}
         self._twists, self.twist_axes = TwistHistory(kept_ns=None), TwistAxes()
         self.pose_frames = "", ""
-        self.trajectory = self._read_trajectory(kept)
+        self.without_poses = ""
+        try:
+            self.trajectory = self._read_trajectory(kept)
+        except RecordingError as error:
+            if needs_poses:
+                raise
+            self.without_poses, self.trajectory = str(error), Trajectory(np.zeros(1, np.int64), np.eye(4)[None])
         self.skipped = self.skipped | dict(self._bad)
         poses = kept[self.topics.odometry] if self.topics.odometry else ()
         stamps = [self._bag.stamp_ns(message) for message in poses]
