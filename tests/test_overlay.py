@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from tests.small_bags import Drive
 
 from occbev.cli import main
 from occbev.cli.overlay import lidar_in_camera, nearest_sweep
@@ -137,3 +138,10 @@ def test_bad_sources_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     cv2.imwrite(str(tmp_path / "folder" / "a.png"), np.zeros((2, 2, 3), np.uint8))
     assert main(["overlay", str(tmp_path / "folder"), "--out", str(tmp_path / "out")]) == 2
     assert "folder" in capsys.readouterr().err
+
+
+def test_a_bag_without_a_frame_to_draw_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("occbev_training")
+    bag = Drive().write(tmp_path / "bag")
+    assert main(["overlay", str(bag), "--out", str(tmp_path / "out")]) == 2
+    assert "no key frame has both an image and a sweep within 0.1 s: there is no LiDAR sweep" in capsys.readouterr().err

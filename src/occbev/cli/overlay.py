@@ -113,13 +113,15 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     reports: list[FrameReport] = []
     calibration: list[CalibrationReport] = []
+    why = ""
     for recording in _recordings(args):
         found = list(_overlay(recording, args))
+        why = why or ("" if found else _why_nothing(recording))
         reports += found
         if found:
             calibration.append(_judge(recording))
     if not reports:
-        raise LookupError(f"{args.source}: no key frame has both an image and a sweep within {args.max_gap} s")
+        raise LookupError(f"{args.source}: no key frame has both an image and a sweep within {args.max_gap} s{why}")
     if args.json:
         record = {"frames": [asdict(report) for report in reports], "calibration": [asdict(c) for c in calibration]}
         print(json.dumps({"source": str(args.source)} | record, indent=2))
@@ -188,6 +190,16 @@ def _overlay(recording: Recording, args: argparse.Namespace) -> Iterator[FrameRe
         if frame_set.cameras:
             yield _overlay_frame(recording, key, sweep_index, frame_set, pipeline, args.out)
             written += 1
+
+
+def _why_nothing(recording: Recording) -> str:
+    """Return what the first key frame lacks, as the end of a sentence."""
+    if not len(recording.sweep_stamp_ns):
+        return ": there is no LiDAR sweep"
+    if not len(recording.key_stamp_ns):
+        return ": there is no key frame"
+    missing = _set_pose(recording.frame_set(0)).missing
+    return "".join(f"; {name}: {reason}" for name, reason in missing.items())
 
 
 def _judge(recording: Recording) -> CalibrationReport:
