@@ -15,6 +15,7 @@ from rclpy.serialization import deserialize_message, serialize_message
 
 from occbev.classes import DETECTION_CLASSES, FREE, OCCUPANCY_CLASSES, OCCUPANCY_COLOURS
 from occbev.grid import GRIDS, VoxelGrid
+from occbev.inference.factors import Factors, decode_factors
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev.messages.detections import detections_bytes
 from occbev.messages.readers import cloud_from_message
@@ -174,6 +175,19 @@ def test_the_obstacle_cloud_holds_what_blocks_the_grid() -> None:
         np.testing.assert_allclose([car["x"], car["y"], car["z"]], grid.centres([20, 7, 3]), atol=1e-5)
         np.testing.assert_allclose([other["x"], other["y"], other["z"]], grid.centres([21, 9, 2]), atol=1e-5)
         assert (car["confidence"], other["confidence"]) == (np.float32(0.95), np.float32(0.4))
+
+
+@pytest.mark.parametrize("blocked", [0, 1])
+def test_the_obstacle_cloud_of_factors_may_hold_no_free_voxel_and_none_at_all(blocked: int) -> None:
+    grid, car = GRIDS["tiny"], OCCUPANCY_CLASSES.index("car")
+    occupied = np.full((1, 1, *grid.shape[::-1]), 0.01, np.float32)
+    cells = occupied.shape[2:]
+    occupied[0, 0, 3, 7, 20] = 0.9  # [z, y, x]
+    factors = Factors(occupied, np.full(cells, car, np.uint8), np.ones(cells, np.float32), FREE, 0.5)
+    ground = GroundGrid.unknown(grid)
+    ground.cells[7, 20] = 100 * blocked
+    cloud = outputs.CloudWriter().obstacles(decode_factors(factors, grid), ground, GroundGridConfig(), HEADER)
+    assert cloud_from_message(cloud)["label"].tolist() == [car] * blocked
 
 
 def test_diagnostics_carry_levels_and_values() -> None:

@@ -127,7 +127,8 @@ class CloudWriter:
         x, y, layer = obstacle_voxels(occupancy, ground, config).T
         column = y * occupancy.grid.shape[0] + x
         labels, _ = occupancy.look_up(layer, column)
-        labels[labels == FREE] = OTHERS  # such voxels are of no class where one is not known
+        # Voxels that are free have no class of their own.
+        labels = np.where(labels == FREE, np.uint8(OTHERS), labels)
         self.prepare(occupancy.grid)
         return cloud_message(self._points(layer, column, labels, ground.probability[y, x]), header)
 
