@@ -11,6 +11,7 @@ import yaml
 
 from occbev.cli import COMMANDS as ROBOT_COMMANDS
 from occbev.geometry import rotation_from_xyzw
+from occbev.inference.model_package import ModelPackage
 from occbev.rig import Camera
 from occbev.streams import reference
 from occbev_training.cli import COMMANDS as TRAINING_COMMANDS
@@ -22,9 +23,10 @@ PAGES = [
     ROOT / "docker/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "config/models/occbev-tiny/README.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
     for link in links:
@@ -49,6 +51,25 @@ def test_every_test_of_a_fault_is_there() -> None:
     }
     assert named
     assert named - written == set()
+
+
+def test_every_file_that_the_architecture_names_is_there() -> None:
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs/architecture.md").read_text())
+    folders = (ROOT, ROOT / "src/occbev", ROOT / "training/occbev_training")
+    assert len(named) > 20
+    assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+
+
+def test_scores_of_the_shipped_weights_are_those_of_their_package() -> None:
+    metrics = ModelPackage.load(ROOT / "config/models/occbev-tiny").metrics
+    scores, means = metrics["network"], metrics["training_set_means"]
+    keys = ("car_AP_2m_30m", "car_AP_2m_50m", "mAP", "occupancy_iou", "occupancy_miou")
+    row = " | ".join(f"{scores[key]:.3f}" for key in keys)
+    assert f"simulated drives | {row} |" in (ROOT / "docs/model-zoo.md").read_text()
+    car, iou = (f"{scores[key]:.2f}" for key in ("car_AP_2m_30m", "occupancy_iou"))
+    guess = f"{means['car_AP_2m_30m']:.2f}, {means['occupancy_iou']:.2f}"
+    readme = (ROOT / "README.md").read_text()
+    assert f"car AP at 2 m within 30 m {car}, occupancy IoU {iou} (mean of the training drives: {guess})" in readme
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
