@@ -158,7 +158,7 @@ def _pretrain_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:
     steps = (
         _pairs_step(args, grid_name(model_to_train(config)), "--validation", "0.2", "--divide-drives"),
         Step(("pretrain", str(args.pretrain), "--data", root, "--out", str(folder), *given)),
-        Step(("export", str(folder / "weights.safetensors"), package, "--model", str(folder / "model.yaml"))),
+        Step(("export", str(folder), "--out", package)),
         Step(("evaluate", package, "--pairs", root, "--split", "validation"), must=False),
         Step(("calibrate", package, root, "--split", "validation"), must=False),
     )

@@ -145,7 +145,7 @@ def open_pairs(
     if not rows:
         raise CacheError(
             f"{root}: no pair of split {split!r} among {len(reader)}; "
-            "'occbev-train pairs OUT --join --validation SHARE' splits them anew"
+            "'occbev-train pairs --out OUT --join --validation SHARE' splits them anew"
         )
     first = reader.sample(rows[0]["key"])
     found = VoxelGrid.from_record(dict(first.meta["grid"]))
