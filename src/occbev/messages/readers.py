@@ -298,7 +298,8 @@ def cloud_from_message(message: Any) -> NDArray[Any]:
     except (ValueError, OverflowError) as error:
         fields = [(f.name, f.offset, f.datatype) for f in message.fields]
         raise MessageError(f"no cloud of {message.point_step} bytes a point can have the fields {fields}") from error
-    height, width, row_step = int(message.height), int(message.width), int(message.row_step)
+    height, width = int(message.height), int(message.width)
+    row_step = int(message.row_step) if height > 1 else width * dtype.itemsize  # of one row some drivers leave it at 0
     data = np.frombuffer(message.data, np.uint8)
     if len(data) < height * row_step or row_step < width * dtype.itemsize:
         raise MessageError(
