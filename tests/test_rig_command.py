@@ -128,6 +128,16 @@ def test_a_bag_without_poses_gives_a_node_without_ego_motion(
     assert "poses none, so ego motion is off. " in capsys.readouterr().err
 
 
+def test_a_camera_whose_name_has_a_dot_is_refused(
+    bag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = write_topics(tmp_path / "mine.yaml")
+    given.write_text(given.read_text().replace("front:", "front.wide:"))
+    assert main(["rig", str(bag), "--topics", str(given), "--out", str(tmp_path / "vehicle")]) == 2
+    assert "cameras.names: 'front.wide' has a dot" in capsys.readouterr().err
+    assert not (tmp_path / "vehicle").exists()
+
+
 def test_replay_refuses_a_bag_whose_topics_are_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bag = Drive(static=()).write(tmp_path / "bag")
     assert main(["replay", str(bag), "--offline"]) == 2

@@ -28,7 +28,7 @@ from occbev.cli.console import make_console
 from occbev.messages.bags import BagReader
 from occbev.messages.topics import ODOMETRY, BagTopics, load_topics, topics_record
 from occbev.rig import CameraRig, viewing_direction
-from occbev.streams.parameters import read_parameters
+from occbev.streams.parameters import parameters_from_record, read_parameters
 
 if TYPE_CHECKING:
     from occbev_training.sources.bags import BagRecording
@@ -107,6 +107,7 @@ def parameter_text(recording: BagRecording, base_frame: str, model: str, rig_fil
         parameters["ego_motion"] = {"source": "none"}
     if rig_file is not None:
         parameters["rig"] = str(rig_file.absolute())
+    parameters_from_record(parameters)  # so that nothing is written that the node refuses
     return PARAMETERS_HEADER + _dump({"/**": {"ros__parameters": parameters}})
 
 

@@ -263,6 +263,11 @@ def parameters_from_record(record: Mapping[str, Any]) -> PerceptionParameters:
         raise ConfigError(f"cameras is {cameras!r}: want keys and values, names among them")
     cameras = dict(cameras)
     names = _list_of_texts("cameras.names", cameras.pop("names", DEFAULT_CAMERAS))
+    dotted = [name for name in names if "." in name]
+    if dotted:
+        raise ConfigError(
+            f"cameras.names: {dotted[0]!r} has a dot, which divides names of ROS parameters: rename the camera"
+        )
     strangers = sorted(set(cameras) - set(names))
     if strangers:
         near = difflib.get_close_matches(strangers[0], names, 1)
