@@ -1,7 +1,7 @@
 """The ROS graph as data: nodes, topics, qualities of service, launch arguments.
 
-The node, the launch file, `occbev run`, `occbev replay`, the RViz check and the tables in the README all read
-this; it imports no ROS.
+The node, the launch file, `occbev run`, `occbev replay`, the RViz check and the tables of docs/topics-and-parameters.md
+all read this; it imports no ROS.
 """
 
 from __future__ import annotations
