@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rehearsal-drives",
         type=int,
-        help="simulated drives in the training, so that boxes and classes are kept; 0 for none",
+        help="simulated drives in the training, so that boxes and classes are not forgotten; 0 for none",
     )
     parser.add_argument("--split", choices=("train", "validation"), help="with a folder of pairs: only this split")
     parser.add_argument("--boxes", type=Path, help="JSON with labelled boxes, used for scores only")

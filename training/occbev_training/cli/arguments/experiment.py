@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("plan", type=here_or_shipped, nargs="?", help="plan (YAML)")
     parser.add_argument(
-        "--out", type=Path, help="folder for drives, runs, rows and the report; gone on with if it is there"
+        "--out", type=Path, help="folder for drives, runs, rows and the report; what is finished in it is not repeated"
     )
     parser.add_argument("--jobs", type=int, default=2, help="tasks at a time, of one thread each (default 2)")
     parser.add_argument("--smoke", action="store_true", help=f"the plan {SMOKE}: all of it, tiny, in a minute or two")

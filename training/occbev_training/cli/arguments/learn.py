@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rehearsal-drives",
         type=int,
-        help="simulated drives in the training, so that boxes and classes are kept; 0 for none",
+        help="simulated drives in the training, so that boxes and classes are not forgotten; 0 for none",
     )
     parser.add_argument("--key-interval", type=float, help=INTERVAL_HELP)
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps before and after a label")
