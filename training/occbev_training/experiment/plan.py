@@ -29,7 +29,7 @@ ARMS: Mapping[str, str] = {
     "R0": "random weights, trained on boxes for the steps of phase 2 alone",
     "D": "phase 1 learns LiDAR depth of each image; the BEV trunk begins from random weights",
     "O": "phase 1 learns occupancy in three states (Occ-BEV with our labels)",
-    "Op": "phase 1 learns occupancy as published: unobserved is free, no visibility, smear stays",
+    "Op": "phase 1 learns occupancy as published: unobserved is free, no visibility, moving objects leave trails",
     "X": "control: as O, with the occupancy of another drive",
     "I-image": "as O, of which the image encoder alone is carried over",
     "I-view": "as O, of which the image encoder and the view transform are carried over",

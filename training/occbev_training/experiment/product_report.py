@@ -26,7 +26,7 @@ def product_chapter(plan: ProductPlan, rows: Sequence[Row], command: str) -> Cha
     runs = {(row["arm"], row["percent"], row["seed"]): row for row in rows if row["kind"] == "run"}
     missing = len(product_tasks(plan)) - len(rows)
     sections = [_answer(plan, runs, missing), *(_every_seed(plan, runs, p) for p in plan.percents if runs)]
-    title = f"The product's network from ImageNet weights: plan `{plan.name}`"
+    title = f"`{plan.model.name}` from ImageNet weights: plan `{plan.name}`"
     return Chapter(title, plan.name, [*sections, _what_was_run(plan, rows, command)], _zoo_rows(plan, runs))
 
 
@@ -36,7 +36,7 @@ Runs = dict[tuple[str, float, int], Row]
 def _answer(plan: ProductPlan, runs: Runs, missing: int) -> Section:
     scope = (
         f"The published comparison at a small scale: `{plan.model.name}` begins from ImageNet weights of its image "
-        "encoder, with (O) and without (R) pre-training on occupancy, on simulated streets, by the product's own recipes."
+        "encoder, with (O) and without (R) pre-training on occupancy, on simulated streets, with the recipes of `config/training`."
     )
     if not runs:
         state = (

@@ -195,9 +195,7 @@ def _scope(plan: Plan) -> str:
     network = f"pictures of {MODEL.image.width}x{MODEL.image.height}, a network of {weights:,} weights"
     recorded = plan.world.recorded
     if recorded is None:
-        return (
-            f"A mechanism check: simulated streets, {network}. It does not show anything about nuScenes or real roads."
-        )
+        return f"A mechanism check: simulated streets, {network}. It says nothing about nuScenes or real roads."
     half = recorded.blocks * recorded.block_keys
     return (
         f"One real street, `{recorded.name}`: boxes of its first {half} key frames are the labels, its last {half} are "
@@ -259,7 +257,7 @@ def _checks(results: Results) -> Section:
         for check in found
     ]
     text = "On development drives; failed checks come first. Checks without training are run before everything else."
-    return Section("Sanity checks", (text,), (("check", "found", "bound", "", "what it says"), *rows))
+    return Section("Sanity checks", (text,), (("check", "found", "bound", "", "meaning"), *rows))
 
 
 def _trained_checks(results: Results) -> list[dict[str, Any]]:
@@ -344,18 +342,19 @@ def _found(results: Results) -> Section:
     seeds = len(record["seeds"])
     text = (
         (
-            f"Of every object of the test drives: does a network of {first} find it, one of {second} with the same seed, or "
-            f"both? Each network keeps as many boxes of a class as there are objects of it, its best ones; found is what "
-            f"one of them meets within 2 m. At {percent:g} % of labels; mean over the pairs of networks that were looked at: {seeds}."
+            f"Which objects of the test drives does a network of {first} find, which one of {second} with the same seed? "
+            f"Each network keeps its best boxes of a class, as many as there are objects of that class. An object is found "
+            f"if one of them lies within 2 m. Means over {seeds} pairs of networks, at {percent:g} % of labels."
         ),
         (
             f"{record['usually_first_alone']} objects are found by most networks of {first} and not by most of {second}; "
             f"the other way round it is {record['usually_second_alone']}."
         ),
         (
-            f"Below, for five drives the object with the largest difference in how many of the {seeds} networks find it: green "
-            f"is the object, dashed white are other true boxes, orange is what the network said. The middle column is {second}, "
-            f"the right one {first}. They were chosen for this difference, so they show what a gain looks like, not its size."
+            f"The picture shows, for five drives, the object with the largest difference in the number of networks that find "
+            f"it: green is the object, dashed white are other true boxes, orange are the network's boxes. The middle column "
+            f"is {second}, the right one {first}. The objects were chosen for this difference: they do not show how large a "
+            f"gain is."
         ),
     )
     title = "Objects that are found only with pre-training"
@@ -380,8 +379,8 @@ def _every_seed(results: Results) -> list[Section]:
             rows.append(("unseen rig, mean", *(_mean_cell(results, arm, percent, "mAP_unseen_rig") for arm in arms)))
         frames = labelled * world.keys_of(world.labelled_split)
         units = "drives" if world.recorded is None else "blocks"
-        rule = "nuScenes' rule takes off what has a recall or a precision below 10 %."
-        text = (f"mAP in percent; {labelled} labelled {units}, {frames} frames. {rule}",)
+        rule = "nuScenes' rule leaves out recall and precision below 10 %."
+        text = (f"mAP in percent. Labelled {units}: {labelled}, frames: {frames}. {rule}",)
         sections.append(Section(f"Every seed at {percent:g} % of labels", text, (("seed", *arms), *rows)))
     return sections
 
@@ -425,11 +424,11 @@ def _exploratory(results: Results) -> Section:
         return Section("Exploratory differences")
     header = ("difference", "labels", "mean, points of mAP", "95 % interval", "each seed")
     text = (
-        "Not tested: intervals alone, of few seeds. O - Op asks what better labels add, O - I-image, O - I-view and "
+        "Intervals of few seeds, without tests. O - Op asks what better labels add, O - I-image, O - I-view and "
         "O - I-bev which part carries what is learned, O - V what the weights of visibility add, X - R whether "
         "pre-training on wrong labels helps as well. " + _OF_STEPS
         if _has_controls(results.plan)
-        else "Not tested: intervals alone, of few seeds. " + _OF_STEPS,
+        else "Intervals of few seeds, without tests. " + _OF_STEPS,
     )
     return Section("Exploratory differences", text, (header, *rows))
 
