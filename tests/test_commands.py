@@ -63,6 +63,17 @@ def test_what_a_command_does_not_know_is_named(monkeypatch, capsys):
     assert "unrecognized arguments: OTHER --colour red" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_refused(capsys, value):
+    for program, command in (
+        (cli.main, ["replay", "bag", f"--rate={value}"]),
+        (training_cli.main, ["pairs", "bag", f"--window={value}"]),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            program(command)
+        assert f"argument {command[2].split('=')[0]}: {value} is no finite number" in capsys.readouterr().err
+
+
 def test_unknown_options_of_a_training_command_reach_its_configuration(monkeypatch):
     pytest.importorskip("torch")
     args = parsed(monkeypatch, "occbev-train", "pretrain", "config.yaml", "--train.steps", "3")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -119,9 +120,15 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     """Parse a command's arguments, with options before, between and after the positions.
 
     Where unknown options are passed on as `more`, their values look like positions, so that the order is strict.
+    A number that is NaN or infinite is an error: comparisons with it would let it pass as a limit.
     """
     if parser.get_default("more") is None:
-        return parser.parse_intermixed_args(arguments)
-    args, more = parser.parse_known_args(arguments)
-    args.more = more
+        args = parser.parse_intermixed_args(arguments)
+    else:
+        args, more = parser.parse_known_args(arguments)
+        args.more = more
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                parser.error(f"argument --{name.replace('_', '-')}: {number} is no finite number")
     return args

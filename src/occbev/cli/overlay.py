@@ -110,6 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write pictures, print points and median depth of every camera; 1 where images contradict the calibration."""
+    if args.frames < 1 or args.max_gap < 0:
+        raise ValueError(f"--frames {args.frames}, --max-gap {args.max_gap}: at least 1 and at least 0")
     args.out.mkdir(parents=True, exist_ok=True)
     reports: list[FrameReport] = []
     calibration: list[CalibrationReport] = []
