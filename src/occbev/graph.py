@@ -133,7 +133,7 @@ ACCOUNT = "~/debug/"
 """Begin of the topics, of DEBUG_TYPE, by which a recorded replay tells the fate of every key time."""
 
 FRAME_INPUTS = (
-    Topic("/tf", "tf2_msgs/msg/TFMessage", TF, "moving frames; ego motion where no odometry comes"),
+    Topic("/tf", "tf2_msgs/msg/TFMessage", TF, "moving frames, cameras among them; ego motion where no odometry comes"),
     Topic("/tf_static", "tf2_msgs/msg/TFMessage", TF_STATIC, "camera frame to base_link"),
 )
 

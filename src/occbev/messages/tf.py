@@ -190,6 +190,20 @@ class Buffer:
         except TransformException:
             return None
 
+    def lookup_nearest(self, target_frame: str, source_frame: str, stamp_ns: int) -> NDArray[np.float64]:
+        """Return source2target (4, 4) at a stamp, or at the nearest one that the whole chain has; raises as `lookup_matrix`."""
+        with self._changed:
+            histories = self._histories(clean_frame(target_frame), clean_frame(source_frame))
+            if histories:
+                stamp_ns = min(max(stamp_ns, *(h[0] for h in histories)), *(h[-1] for h in histories))
+            return self.lookup_matrix(target_frame, source_frame, stamp_ns)
+
+    def moves(self, target_frame: str, source_frame: str) -> bool:
+        """Whether a frame has moved in the other over the time that is kept."""
+        with self._changed:
+            names = self._names_between(clean_frame(target_frame), clean_frame(source_frame))
+            return any(self._moves(name) for name in names if name in self._frames)
+
     def is_static(self, target_frame: str, source_frame: str) -> bool:
         """Whether only static transforms lead from one frame to the other: they hold for one `static_version`."""
         with self._changed:
@@ -229,11 +243,15 @@ class Buffer:
     def _stamps_between(self, target: str, source: str) -> list[int]:
         if not {target, source} <= self._parents | set(self._frames):
             return []
-        histories = [f.stamps for f in self._between_frames(target, source) if f.stamps]
+        histories = self._histories(target, source)
         if not histories or self._chain(target, None)[-1] != self._chain(source, None)[-1]:
             return []
         first, last = max(h[0] for h in histories), min(h[-1] for h in histories)
         return sorted({stamp for h in histories for stamp in h if first <= stamp <= last})
+
+    def _histories(self, target: str, source: str) -> list[list[int]]:
+        """Return the stamps of each moving transform that leads from one frame to the other."""
+        return [frame.stamps for frame in self._between_frames(target, source) if frame.stamps]
 
     def _store(self, transform: Any, authority: str, static: bool) -> None:
         parent, child, sample = _check(transform, authority)
@@ -418,6 +436,8 @@ def _check(transform: Any, authority: str) -> tuple[str, str, _Sample]:
 
 def _between(before: _Sample, after: _Sample, share: float) -> _Sample:
     """Blend two poses: linear translation, shortest-arc slerp."""
+    if before == after:  # exactly, so that a rig that stands still stays the same one
+        return before
     t = tuple(a + share * (b - a) for a, b in zip(before.translation, after.translation, strict=True))
     dot = sum(a * b for a, b in zip(before.rotation, after.rotation, strict=True))
     sign = -1.0 if dot < 0 else 1.0

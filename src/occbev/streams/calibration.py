@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from occbev.streams.parameters import PerceptionParameters
 
 NEAR, LOW, HIGH = 5.0, 1.0, 6.0
 """Metres from a camera, below and above `base_link`, within which grids have voxels to see."""
+
+
+MAX_LAG_NS, REACH_NS = 100_000_000, 1_000_000_000
+"""A camera that moves may be placed where it was so long before its exposure; one this far behind is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Calibration:
         self._image_frames: dict[str, str] = {}
         self._built: dict[str, tuple[Any, ...]] = {}
         self._cameras: dict[str, Camera] = {}
+        self._exposures: dict[str, int] = {}
         self._placed: dict[str, tuple[str, int, NDArray[np.float64]]] = {}
         self._fixed = self._load_rig(parameters.rig) if parameters.rig else None
         self._last: Calibrated | None = None
@@ -55,14 +62,17 @@ class Calibration:
         """Remember the frame that a camera's images name, for calibrations that name none."""
         self._image_frames[camera] = frame
 
-    def now(self) -> Calibrated:
-        """Return the rig that the pieces so far make."""
+    def now(self, stamps_ns: Mapping[str, int] | None = None) -> Calibrated:
+        """Return the rig that the pieces so far make.
+
+        stamps_ns: camera -> exposure at which a camera that moves in the base frame is placed; else where it was last.
+        """
         if self._fixed is not None:
             return Calibrated(self._fixed, {})
         cameras, problems = [], {}
         for name in self._parameters.names:
             try:
-                cameras.append(self._camera(name))
+                cameras.append(self._camera(name, (stamps_ns or {}).get(name)))
             except (MessageError, RigError, TransformException) as error:
                 problems[name] = str(error)
                 cameras.append(fallback_camera(name))
@@ -76,6 +86,22 @@ class Calibration:
             return self._fixed[name] if self._fixed is not None else self._camera(name)
         except (MessageError, RigError, TransformException):
             return None
+
+    def wait_until(self, stamps_ns: Mapping[str, int], timeout_s: float) -> None:
+        """Wait until the transforms of cameras that move in the base frame have reached their exposures, if they may soon."""
+        base, deadline = self._parameters.base_frame, time.monotonic() + timeout_s
+        for name, stamp_ns in stamps_ns.items():
+            lag_ns = self._lag_ns(name, stamp_ns)
+            if 0 < lag_ns <= REACH_NS and self._buffer.moves(base, self._frame(name)):
+                left_ns = max(0, int((deadline - time.monotonic()) * 1e9))
+                self._buffer.can_transform(base, self._frame(name), stamp_ns, left_ns)
+
+    def describe_lag(self, name: str) -> str:
+        """Say how far the transform of a camera that moves ends before its last image, "" if it does not."""
+        lag_ns, frame = self._lag_ns(name, self._exposures.get(name, 0)), self._frame(name)
+        if lag_ns <= MAX_LAG_NS or not self._buffer.moves(self._parameters.base_frame, frame):
+            return ""
+        return f"frame {frame!r} moves, but its newest transform is {lag_ns / 1e9:.2f} s older than the image"
 
     def describe_frames(self, name: str) -> str:
         """Say where a camera's images and its CameraInfo name different frames, "" if they agree."""
@@ -100,11 +126,11 @@ class Calibration:
         source = f"is {frame!r} the optical frame?" if frame else "is its extrinsic that of the optical frame?"
         return f"its rays meet no voxel beyond {NEAR:g} m: it looks at the sky or at the ground; {source}"
 
-    def _camera(self, name: str) -> Camera:
+    def _camera(self, name: str, stamp_ns: int | None = None) -> Camera:
         info = self._infos.get(name)
         if info is None:
             raise MessageError(f"no CameraInfo on {self._parameters.info_topic(name)}: publish it, or set `rig`")
-        cam2ego = self._cam2ego(name, info)
+        cam2ego = self._cam2ego(name, stamp_ns)
         key = (self._info_keys[name], cam2ego.tobytes())
         if self._built.get(name) != key:
             rectified = self._parameters.cameras[name].is_rectified()
@@ -112,20 +138,40 @@ class Calibration:
             self._built[name] = key
         return self._cameras[name]
 
-    def _cam2ego(self, name: str, info: Any) -> NDArray[np.float64]:
-        own = self._parameters.cameras[name]
-        frame = own.frame_id or str(info.header.frame_id) or self._image_frames.get(name, "")
-        base = self._parameters.base_frame
+    def _frame(self, name: str) -> str:
+        """Return the optical frame of a camera, "" while nothing names it."""
+        info = self._infos.get(name)
+        named = "" if info is None else str(info.header.frame_id)
+        return self._parameters.cameras[name].frame_id or named or self._image_frames.get(name, "")
+
+    def _lag_ns(self, name: str, stamp_ns: int) -> int:
+        """How much older than a stamp the newest moving transform of a camera is; 0 where none leads to it."""
+        frame = self._frame(name)
+        if self._fixed is not None or self._known_place(name, frame) is not None:
+            return 0
+        newest_ns = self._buffer.latest_ns(self._parameters.base_frame, frame)
+        return stamp_ns - newest_ns if newest_ns else 0
+
+    def _known_place(self, name: str, frame: str) -> NDArray[np.float64] | None:
+        """Return where a camera is that only static transforms place, while they stay as they were."""
+        known = self._placed.get(name)
+        return known[2] if known is not None and known[:2] == (frame, self._buffer.static_version) else None
+
+    def _cam2ego(self, name: str, stamp_ns: int | None) -> NDArray[np.float64]:
+        own, frame, base = self._parameters.cameras[name], self._frame(name), self._parameters.base_frame
         if not own.extrinsic and (not frame or frame == base):
             raise MessageError(
                 f"its messages name the frame {frame!r}, not an optical frame: set cameras.{name}.frame_id or .extrinsic"
             )
-        known = self._placed.get(name)
-        if known is not None and known[:2] == (frame, self._buffer.static_version):
-            return known[2]
+        known = self._known_place(name, frame)
+        if known is not None:
+            return known
         try:
             version = self._buffer.static_version
-            cam2ego = self._buffer.lookup_matrix(base, frame, 0)
+            if stamp_ns is None:
+                cam2ego = self._buffer.lookup_matrix(base, frame, 0)
+            else:
+                cam2ego, self._exposures[name] = self._buffer.lookup_nearest(base, frame, stamp_ns), stamp_ns
             if self._buffer.is_static(base, frame):
                 self._placed[name] = (frame, version, cam2ego)
             return cam2ego

@@ -105,7 +105,8 @@ def _input_problem(intake: Intake, name: str, now_ns: int) -> str:
         return "; ".join(
             f"{count} publishers send {topic}: one of them is too many" for topic, count in crowded.items()
         )
-    return intake.calibration.describe_frames(name) or intake.calibration.describe_view(name)
+    calibration = intake.calibration
+    return calibration.describe_lag(name) or calibration.describe_frames(name) or calibration.describe_view(name)
 
 
 def _transforms(intake: Intake, now_ns: int) -> Status:

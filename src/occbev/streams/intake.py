@@ -252,17 +252,18 @@ class Intake:
             self.ego.clear()
             return self.sync.reset("clock_jump", now_ns)
 
-    def read_calibration(self) -> Any:
-        """Return the rig as it is known now."""
+    def read_calibration(self, stamps_ns: Mapping[str, int] | None = None) -> Any:
+        """Return the rig as it is known now, or as it was at the exposures of a set: camera -> stamp."""
         with self._lock:
-            return self.calibration.now()
+            return self.calibration.now(stamps_ns)
 
     def gather(self, job: FrameJob) -> None:
         """Wait for the images of a job and add calibration and ego motion.
 
         Cameras that cannot be used become `missing`, with the reason.
         """
-        calibrated = self.read_calibration()
+        self.calibration.wait_until(job.stamps_ns, self.parameters.ego_motion.wait_s)
+        calibrated = self.read_calibration(job.stamps_ns)
         frames: dict[str, CameraFrame | None] = dict.fromkeys(self.parameters.names)
         missing = dict(job.missing)
         for name, future in job.images.items():

@@ -17,7 +17,7 @@ from occbev.frame_job import FrameJob
 from occbev.inference.backend import RunSettings
 from occbev.inference.pipeline import Pipeline
 from occbev.inference.postprocess import BoxDecoding
-from occbev.inference.preprocess import ImageError
+from occbev.inference.preprocess import ImageError, SeenRows
 from occbev.inference.tracking import Tracker
 from occbev.results import Perception
 from occbev.rig import CameraRig
@@ -42,7 +42,7 @@ class PerceptionLine:
 
     def __init__(self, intake: Intake, pipeline: Pipeline, warn: Warn, inform: Inform = LOG.info) -> None:
         self._intake, self._pipeline, self._warn, self._inform = intake, pipeline, warn, inform
-        self._described = ""
+        self._described: dict[str, tuple[SeenRows, bool]] = {}
         self._tracker = Tracker()
 
     def prepare(self, job: FrameJob) -> bool:
@@ -67,13 +67,12 @@ class PerceptionLine:
         return False
 
     def _describe_view(self, job: FrameJob) -> None:
-        """Log once for each rig what the network is shown of each camera, and warn where a horizon is cut."""
-        rig = self._pipeline.rig
-        if rig.hash == self._described or job.frame_set is None:
-            return
-        self._described = rig.hash
+        """Log once what the network is shown of each camera, and warn where a horizon is cut."""
+        assert job.frame_set is not None
         for rows in self._pipeline.seen_rows:
-            if rows.camera in job.frame_set.cameras:
+            view = replace(rows, horizon=None), rows.cuts_horizon  # the horizon of a camera that moves does so as well
+            if rows.camera in job.frame_set.cameras and self._described.get(rows.camera) != view:
+                self._described[rows.camera] = view
                 if rows.cuts_horizon:
                     self._warn(f"view {rows.camera}", str(rows))
                 else:
