@@ -198,6 +198,15 @@ def test_default_topics_are_private_to_the_node() -> None:
         ({"threads": -1}, "threads is -1: must be between 0 and 256"),
         ({"cameras": {"names": ["A"]}, "sync": {"min_cameras": 2}}, "exceeds the 1 cameras"),
         ({"cameras": {"names": ["A"], "A": {"extrinsic": [1, 2]}}}, "want 7 numbers"),
+        (
+            {"cameras": {"names": ["A"], "A": {"extrinsic": [0] * 7}}},
+            r"A.*extrinsic: not a unit quaternion \(x, y, z, w\)",
+        ),
+        (
+            {"cameras": {"names": ["A", "B"], "A": {"topic": "/a"}, "B": {"topic": "/a"}}},
+            "cameras A and B both read /a: each needs its own topic",
+        ),
+        ({"cameras": {"names": ["A", "a"]}}, "cameras A and a both read ~/input/a/image"),
     ],
 )
 def test_wrong_parameters_are_named(record: dict[str, Any], text: str) -> None:

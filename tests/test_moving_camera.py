@@ -81,3 +81,9 @@ def test_a_camera_that_stands_still_on_tf_is_not_waited_for_and_stays_the_same(i
     rigs = {id(intake.read_calibration({"A": stamp}).rig) for stamp in range(S, 4 * S, S // 7)}
     assert len(rigs) == 1
     assert describe(intake) == (OK, "good")
+
+
+def test_a_leading_slash_of_a_frame_means_nothing(intake: Intake) -> None:
+    send_head(intake, S, 1.1)
+    intake.calibration.note_image_frame("A", "/a")
+    assert describe(intake) == (OK, "good")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occbev.geometry import make_transform, rotation_from_rpy, rotation_from_xyzw
+from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.readers import MessageError, calibration_key, camera_from_info
-from occbev.messages.tf import Buffer, TransformException
+from occbev.messages.tf import Buffer, TransformException, clean_frame
 from occbev.rig import Camera, CameraRig, RigError
 from occbev.streams.parameters import PerceptionParameters
 
@@ -109,7 +109,7 @@ class Calibration:
             return ""
         info, image = self._infos.get(name), self._image_frames.get(name, "")
         frame = "" if info is None else str(info.header.frame_id)
-        if not image or not frame or image == frame:
+        if not image or not frame or clean_frame(image) == clean_frame(frame):
             return ""
         return (
             f"its images name the frame {image!r}, its CameraInfo {frame!r}, which is used: set cameras.{name}.frame_id"
@@ -142,7 +142,7 @@ class Calibration:
         """Return the optical frame of a camera, "" while nothing names it."""
         info = self._infos.get(name)
         named = "" if info is None else str(info.header.frame_id)
-        return self._parameters.cameras[name].frame_id or named or self._image_frames.get(name, "")
+        return clean_frame(self._parameters.cameras[name].frame_id or named or self._image_frames.get(name, ""))
 
     def _lag_ns(self, name: str, stamp_ns: int) -> int:
         """How much older than a stamp the newest moving transform of a camera is; 0 where none leads to it."""
@@ -177,9 +177,10 @@ class Calibration:
             return cam2ego
         except TransformException as error:
             if own.extrinsic:
-                return make_transform(rotation_from_xyzw(own.extrinsic[3:]), own.extrinsic[:3])
+                return own.cam2ego()
+            topics = f"{self._parameters.tf_static_topic} or {self._parameters.tf_topic}"
             raise TransformException(
-                f"no transform {frame!r} -> {base!r} on /tf_static or /tf: {error}; or set cameras.{name}.extrinsic"
+                f"no transform {frame!r} -> {base!r} on {topics}: {error}; or set cameras.{name}.extrinsic"
             ) from error
 
     def _load_rig(self, path: str) -> CameraRig:

@@ -20,10 +20,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from occbev.config import ConfigError, bounded, from_record
 from occbev.files import read_yaml
+from occbev.geometry import pose_from_xyzw
 from occbev.graph import COMPRESSED, DEFAULT_CAMERAS, IMAGE, ODOMETRY, camera_topics
 from occbev.inference.backend import PROVIDERS
 from occbev.inference.ground_grid import GroundGridConfig
@@ -63,8 +66,18 @@ class CameraParameters:
     def __post_init__(self) -> None:
         if len(self.extrinsic) not in (0, 7):
             raise ConfigError(f"extrinsic: want 7 numbers x, y, z, qx, qy, qz, qw, got {len(self.extrinsic)}")
+        if self.extrinsic:
+            try:
+                self.cam2ego()
+            except ValueError as error:
+                raise ConfigError(f"extrinsic: {error}") from error
         if self.image_is_rectified not in ("auto", "true", "false"):
             raise ConfigError(f"image_is_rectified {self.image_is_rectified!r}: must be auto, true or false")
+
+    def cam2ego(self) -> NDArray[np.float64]:
+        """Return `extrinsic` as camera to base_link (4, 4); raises ValueError where its quaternion is none."""
+        x, y, z, qx, qy, qz, qw = self.extrinsic
+        return pose_from_xyzw((x, y, z), (qx, qy, qz, qw))
 
     def is_rectified(self) -> bool | None:
         """Whether images are rectified; None leaves it to the distortion in CameraInfo."""
@@ -197,8 +210,16 @@ class PerceptionParameters:
             raise ConfigError("cameras.names is empty: name at least one camera")
         if self.anchor and self.anchor not in self.cameras:
             raise ConfigError(f"anchor {self.anchor!r} is not one of cameras.names {list(self.cameras)}")
+        self._require_own_topics()
         if self.sync.min_cameras > len(self.cameras):
             raise ConfigError(f"sync.min_cameras {self.sync.min_cameras} exceeds the {len(self.cameras)} cameras")
+
+    def _require_own_topics(self) -> None:
+        owners: dict[str, str] = {}
+        for name in self.cameras:
+            for topic in self.image_topics(name):
+                if owners.setdefault(topic, name) != name:
+                    raise ConfigError(f"cameras {owners[topic]} and {name} both read {topic}: each needs its own topic")
 
     @property
     def names(self) -> tuple[str, ...]:
