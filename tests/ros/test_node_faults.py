@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -15,6 +16,8 @@ pytest.importorskip("rclpy", reason="needs ROS 2")
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+from occbev.frame_job import FrameJob
 
 pytestmark = pytest.mark.ros
 
@@ -109,6 +112,17 @@ def test_a_subscriber_that_cannot_match_is_named_with_what_it_wants(
     line = next(line for line in bench.logged if "a subscriber's" in line)
     assert "occupancy/points" in line
     assert "RELIABLE/TRANSIENT_LOCAL" in line
+
+
+def test_a_set_that_a_signal_cuts_off_has_not_failed(
+    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench()
+    monkeypatch.setattr(type(bench.node), "context", SimpleNamespace(ok=lambda: False))
+    bench.node._on_worker_error(FrameJob(1), RuntimeError("publisher's context is invalid"))
+    monkeypatch.undo()
+    assert bench.node.frame_log.outcomes == {"stopped": 1}
+    assert not any("failed" in line for line in bench.logged)
 
 
 def test_overrides_of_topics_that_do_not_exist_are_reported(make_bench: Callable[..., Any]) -> None:

@@ -462,6 +462,9 @@ class PerceptionNode(LifecycleNode):
         self.frame_log.record(job.stamp_ns, PROCESSED, **details, published=published, begin_ns=job.begun_ns)
 
     def _on_worker_error(self, job: FrameJob, error: Exception) -> None:
+        if not self.context.ok():  # a signal ended the context while the set was on its way
+            self.frame_log.record(job.stamp_ns, "stopped")
+            return
         self.frame_log.record(job.stamp_ns, "pipeline_error")
         self._warn("pipeline", f"the set at {job.stamp_ns} ns failed: {type(error).__name__}: {error}")
 
