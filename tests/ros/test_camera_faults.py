@@ -56,7 +56,7 @@ def test_a_camera_that_is_killed_is_named_and_welcomed_back(
     bench.finished(10)
     bench.vehicle.kill(RIGHT)
     bench.vehicle.play([shot for shot in without if shot.camera != RIGHT])
-    said(bench, f"camera {RIGHT} is missing", "0 publishers on ~/input/cam_right/image/compressed")
+    said(bench, f"camera {RIGHT} is missing", "0 publishers on /perception/input/cam_right/image/compressed")
     bench.wait(lambda: RIGHT in bench.statuses() and "silent for" in bench.statuses()[RIGHT].text)
     assert bench.statuses()[RIGHT].level == 2
     bench.vehicle.revive(RIGHT)

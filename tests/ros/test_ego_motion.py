@@ -95,7 +95,7 @@ def test_poses_are_extrapolated_for_a_tenth_of_a_second(source: str) -> None:
     assert found is not None
     assert [p[0, 3] for p in found] == pytest.approx([9.75, 10.8])
     assert poses.ego.extrapolated_s == pytest.approx(0.08)
-    with pytest.raises(PoseError):
+    with pytest.raises(PoseError, match=rf"the newest pose from {source} is 0\.11 s older than the images"):
         poses.ego.poses([50 * S + 110_000_000])
     poses.ego.poses([50 * S])
     assert poses.ego.extrapolated_s == 0

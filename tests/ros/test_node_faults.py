@@ -114,6 +114,24 @@ def test_a_subscriber_that_cannot_match_is_named_with_what_it_wants(
     assert "RELIABLE/TRANSIENT_LOCAL" in line
 
 
+def test_a_topic_that_carries_another_type_is_named(make_bench: Callable[..., Any]) -> None:
+    import rclpy
+    from sensor_msgs.msg import CompressedImage
+
+    bench, context = make_bench(), rclpy.Context()
+    rclpy.init(context=context)  # one participant of DDS knows a topic by one type
+    driver = Node("driver", context=context)
+    driver.create_publisher(CompressedImage, "/perception/input/cam_left/image", 5)
+    text = "/perception/input/cam_left/image carries sensor_msgs/msg/CompressedImage and is read as"
+    try:
+        bench.wait(lambda: text in bench.statuses()["CAM_LEFT"].text if bench.statuses() else False)
+    finally:
+        driver.destroy_node()
+        rclpy.shutdown(context=context)
+    assert "carries" not in bench.statuses()["CAM_FRONT"].text
+    assert any("no image of camera CAM_LEFT" in line for line in bench.logged)
+
+
 def test_a_set_that_a_signal_cuts_off_has_not_failed(
     make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -255,12 +255,12 @@ def test_a_silent_camera_is_named_with_topic_and_publishers(make_bench: Callable
     bench.wait(lambda: "CAM_RIGHT" in bench.statuses())
     status = bench.statuses()["CAM_RIGHT"]
     assert (status.level, status.values["age_s"]) == (2, "never")
-    assert "~/input/cam_right/image" in status.text
+    assert "/perception/input/cam_right/image" in status.text
     bench.wait(
         lambda: any("no image of camera CAM_RIGHT" in t or "camera CAM_RIGHT is missing" in t for t in bench.logged)
     )
     line = next(t for t in bench.logged if "CAM_RIGHT" in t)
-    assert "1 publishers on ~/input/cam_right/image/compressed (RELIABLE/VOLATILE)" in line
+    assert "1 publishers on /perception/input/cam_right/image/compressed (RELIABLE/VOLATILE)" in line
 
 
 def test_too_few_cameras_publish_nothing_and_say_so(make_bench: Callable[..., Any]) -> None:

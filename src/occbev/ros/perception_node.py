@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -475,8 +475,8 @@ class PerceptionNode(LifecycleNode):
         self._account_for_drops()
         now_ns = time.monotonic_ns()
         about = self._pipeline.about() if self._pipeline is not None else {}
-        statuses = health(self._intake, self.frame_log, self.latencies, about, now_ns)
         self._count_publishers(self._intake)
+        statuses = health(self._intake, self.frame_log, self.latencies, about, now_ns)
         self._listen_to_latched(self._intake)
         silent = [camera for camera, watch in self._intake.watch.items() if not watch.arrivals]
         if silent:
@@ -488,7 +488,9 @@ class PerceptionNode(LifecycleNode):
     def _count_publishers(self, intake: Intake) -> None:
         """Note how many publishers send each image topic, and warn where one is too many."""
         for camera, watch in intake.watch.items():
-            watch.publishers = {name: len(_offers(self, name)) for name in self.parameters.image_topics(camera)}
+            topics = self.parameters.image_topics(camera)
+            watch.publishers = {self.resolve_topic_name(name): len(_offers(self, name)) for name in topics}
+            watch.wrong_type = "" if watch.arrivals else _describe_types(self, topics)
             for topic, count in watch.publishers.items():
                 if count > 1:
                     self._warn(f"publishers {topic}", f"camera {camera}: {count} publishers send {topic}")
@@ -501,11 +503,13 @@ class PerceptionNode(LifecycleNode):
 
     def _offer_hint(self, camera: str) -> str:
         """Say how many publishers each image topic of a camera has, and what quality of service they offer."""
-        hints = []
-        for name in self.parameters.image_topics(camera):
+        hints, topics = [], self.parameters.image_topics(camera)
+        for name in topics:
             offers = _offers(self, name)
-            hints.append(f"{len(offers)} publishers on {name}" + (f" ({', '.join(offers)})" if offers else ""))
-        return f" [{'; '.join(hints)}]"
+            where = self.resolve_topic_name(name)
+            hints.append(f"{len(offers)} publishers on {where}" + (f" ({', '.join(offers)})" if offers else ""))
+        wrong = _describe_types(self, topics)
+        return f" [{'; '.join(hints)}{f'; {wrong}' if wrong else ''}]"
 
     def _on_parameters(self, changed: Sequence[Any]) -> Any:
         from rcl_interfaces.msg import SetParametersResult
@@ -568,6 +572,17 @@ def qos_profile(quality: Quality) -> QoSProfile:
 def _offers(node: Any, topic: str) -> list[str]:
     """Return the quality of service of each publisher of a topic, in words."""
     return _qualities(node.get_publishers_info_by_topic, node, topic)
+
+
+def _describe_types(node: Any, topics: Mapping[str, str]) -> str:
+    """Say which topics (name -> type that is read) are published with another type, which DDS does not deliver."""
+    for name, kind in topics.items():
+        full_name = node.resolve_topic_name(name)
+        for info in node.get_publishers_info_by_topic(full_name):
+            if info.topic_type != kind:
+                rule = 'only a topic whose name ends in "compressed" is read as CompressedImage: remap it'
+                return f"{full_name} carries {info.topic_type} and is read as {kind}; {rule}"
+    return ""
 
 
 def _qualities(ask: Callable[[str], Any], node: Any, topic: str) -> list[str]:

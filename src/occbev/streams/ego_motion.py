@@ -124,6 +124,8 @@ class EgoPoses:
         reach_ns = 0 if newest_ns is None else max(stamps_ns) - newest_ns
         if newest_ns is not None and 0 < reach_ns <= EXTRAPOLATE_NS:
             return self._extrapolate(source, stamps_ns, newest_ns)
+        if reach_ns > EXTRAPOLATE_NS:
+            raise PoseError(f"the newest pose from {source} is {reach_ns / 1e9:.2f} s older than the images")
         return self._known_poses(source, stamps_ns)
 
     def signals(self, stamp_ns: int, ego2global: NDArray[np.float64]) -> EgoSignals | None:
@@ -167,7 +169,7 @@ class EgoPoses:
             last = bisect_right(self._stamps, max(stamps_ns) + MARGIN_NS) + 1
             stamps, poses = self._stamps[first:last], self._poses[first:last]
         if not stamps:
-            raise PoseError(f"no odometry was received around {min(stamps_ns)} ns")
+            raise PoseError(f"no odometry was received on {self._parameters.odometry_topic}")
         return Trajectory(np.array(stamps, np.int64), np.stack(poses))
 
 

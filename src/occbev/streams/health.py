@@ -84,9 +84,10 @@ def _camera(intake: Intake, name: str, watch: Watch, uncalibrated: str, now_ns: 
         **{f"dropped.{reason}": count for reason, count in sync.statistics.dropped[name].items()},
         **{f"refused.{reason}": count for reason, count in watch.refused.items()},
     }
-    topics = " or ".join(intake.parameters.image_topics(name))
+    topics = " or ".join(watch.publishers or intake.parameters.image_topics(name))
     if age_s is None:
-        return Status(f"occbev: {name}", ERROR, f"no image on {topics}", values)
+        why = f": {watch.wrong_type}" if watch.wrong_type else ""
+        return Status(f"occbev: {name}", ERROR, f"no image on {topics}{why}", values)
     if age_s > silent_s:
         return Status(f"occbev: {name}", ERROR, f"silent for {age_s:.1f} s on {topics}", values)
     problem = uncalibrated or watch.problem or sync.describe_absence(name) or _input_problem(intake, name, now_ns)

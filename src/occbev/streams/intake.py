@@ -67,6 +67,9 @@ class Watch:
     input_problem: str = ""
     input_problem_ns: int = 0
     publishers: dict[str, int] = field(default_factory=dict)
+    """Full name of each image topic -> how many send it."""
+    wrong_type: str = ""
+    """Which of its topics carries another type than the one that is read."""
     last_pixels: bytes = b""
     repeats: int = 0
 
@@ -300,7 +303,7 @@ class Intake:
         except MessageError as error:
             self.watch[camera].refused["bad_image"] += 1
             future = Future()
-            future.set_exception(MessageError(f"camera {camera}: {error}"))
+            future.set_exception(MessageError(str(error)))
             return future
         frame = CameraFrame(camera, stamp_ns, image)
         return self._pool.submit(camera, partial(self._decode_image, frame, self.calibration.camera(camera)))
@@ -379,8 +382,8 @@ def describe_failure(camera: str, image: Future[CameraFrame]) -> str:
     if error is None:
         return ""
     if isinstance(error, (ImageError, MessageError)):
-        return str(error)
-    return f"camera {camera}: its image was not decoded: {type(error).__name__}: {error}"
+        return str(error).removeprefix(f"camera {camera}: ")
+    return f"its image was not decoded: {type(error).__name__}: {error}"
 
 
 def telling_pixels(image: bytes | NDArray[np.uint8]) -> bytes:

@@ -61,9 +61,10 @@ class PerceptionLine:
                 self._describe_view(job)
                 return True
             except ImageError as error:
-                leave_out(job, error.camera, str(error))
-                self._intake.note_problem(error.camera, str(error))
-                self._warn(f"camera {error.camera}", f"camera {error.camera} is missing: {error}")
+                reason = str(error).removeprefix(f"camera {error.camera}: ")
+                leave_out(job, error.camera, reason)
+                self._intake.note_problem(error.camera, reason)
+                self._warn(f"camera {error.camera}", f"camera {error.camera} is missing: {reason}")
         return False
 
     def _describe_view(self, job: FrameJob) -> None:

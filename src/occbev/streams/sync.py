@@ -609,8 +609,15 @@ class FrameSynchronizer:
         if stream.arrival_ns is None:
             return "no image received yet"
         if stream.misses > SILENT_AFTER:
-            return f"no matching image for {stream.misses} sets"
+            return f"no matching image for {stream.misses} sets{self._describe_lag(stream)}"
         return f"no image within {self._window_ns(stream) / 1e6:.0f} ms of its expected time"
+
+    def _describe_lag(self, stream: CameraStream) -> str:
+        """Say how far a camera's newest stamp is from the last key time."""
+        if stream.newest_ns is None or self._last_ns is None:
+            return ""
+        lag_s = (self._last_ns - stream.newest_ns) / 1e9
+        return f"; its newest stamp is {abs(lag_s):.2f} s {'older' if lag_s > 0 else 'newer'} than the last key time"
 
     def _miss(self, stream: CameraStream, now_ns: int) -> str:
         """Note that a set was completed without this camera, and return why."""
