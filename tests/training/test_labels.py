@@ -24,7 +24,7 @@ from tests.training.traced_drive import (
 
 from occbev.geometry import make_transform, rotation_from_rpy, transform_points
 from occbev.results import CameraFrame, FrameSet, Sweep
-from occbev.rig import Camera
+from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.occupancy.labels import (
     LabelBuilder,
@@ -284,6 +284,19 @@ def test_each_camera_sees_its_own_side_and_only_what_is_observed(street) -> None
     assert not front[centres[..., 0] < 1.0].any()
     assert not label.camera_visible[label.state == UNOBSERVED].any()
     assert not front[cell(13.0, 0.2, 1.0)], "behind the wall"
+
+
+def test_cameras_from_the_eighth_on_share_a_bit(street) -> None:
+    drive, label = street
+    front, back = drive.rig.cameras
+    others = [dataclasses.replace(front, name=f"FRONT {n}") for n in range(1, 8)]
+    crowded = TracedDrive([WALL, PARKED, MOVER])
+    crowded.rig = CameraRig((front, *others, back))
+    many = label_of(crowded)
+    sees_front, sees_back = label.camera_visible & 1 > 0, label.camera_visible & 2 > 0
+    for bit in range(7):
+        assert np.array_equal(many.camera_visible >> bit & 1 > 0, sees_front)
+    assert np.array_equal(many.camera_visible >> 7 > 0, sees_front | sees_back)
 
 
 def test_visibility_uses_each_cameras_own_pose(street) -> None:

@@ -34,7 +34,7 @@ from occbev_training.data.cache import (
     read_sample,
     write_sample,
 )
-from occbev_training.data.shards import PairSample, ShardError, ShardReader
+from occbev_training.data.shards import PairSample, ShardError, ShardReader, camera_bit
 
 KEPT_BYTES = 4_000_000
 """Decoded images of a sample are kept up to this size; above it decoding again costs less than the disk."""
@@ -256,5 +256,5 @@ def _returns(
 def _seen_hits(pair: PairSample, camera: int, grid: VoxelGrid) -> NDArray[np.floating[Any]]:
     """Return the centres (M, 3) of occupied cells with returns that a camera sees."""
     label = pair.label
-    seen = (label.camera_visible >> camera) & 1
+    seen = (label.camera_visible >> camera_bit(camera)) & 1
     return grid.centres(np.argwhere((label.state == OCCUPIED_STATE) & (label.hit_sweeps > 0) & (seen > 0)))

@@ -31,6 +31,9 @@ _HEADER = struct.Struct("<4sBBHHH12s8x")
 _MAGIC, _VERSION = b"OCBV", 1
 _JPEG = b"\xff\xd8"
 
+LAST_BIT = 7
+"""The visibility bit of the eighth camera and of all after it."""
+
 
 class ShardError(ValueError):
     """A shard or index that cannot be used, naming the file and what is wrong."""
@@ -45,6 +48,11 @@ class LabelVolumes:
     hit_sweeps: NDArray[np.uint8]
     pass_sweeps: NDArray[np.uint8]
     grid_hash: str
+
+
+def camera_bit(number: int) -> int:
+    """Return the bit of a rig's camera in `camera_visible`; those from the eighth on share the last one."""
+    return min(number, LAST_BIT)
 
 
 def encode_label(label: LabelVolumes) -> bytes:

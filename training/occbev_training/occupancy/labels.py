@@ -27,7 +27,7 @@ from occbev.grid import GRIDS, VoxelGrid
 from occbev.results import FrameSet
 from occbev.rig import Camera
 from occbev.trajectory import PoseError
-from occbev_training.data.shards import LabelVolumes
+from occbev_training.data.shards import LabelVolumes, camera_bit
 from occbev_training.occupancy.boxes import BoxReturns, read_tracks, returns_in_boxes
 from occbev_training.occupancy.rays import (
     MAX_SWEEPS,
@@ -139,8 +139,8 @@ class LabelConfig:
 class OccupancyLabel:
     """The label of one key frame, in ego at the key time, indexed [x, y, z].
 
-    state: (X, Y, Z) uint8, 0 unobserved, 1 free, 2 occupied. camera_visible: (X, Y, Z) uint8, bit i
-    = camera i of the rig sees the cell (observed cells only). hit_sweeps, pass_sweeps: (X, Y, Z)
+    state: (X, Y, Z) uint8, 0 unobserved, 1 free, 2 occupied. camera_visible: (X, Y, Z) uint8, bit
+    `camera_bit(i)` = camera i of the rig sees the cell (observed cells only). hit_sweeps, pass_sweeps: (X, Y, Z)
     uint8 sweeps that ended in or went through the cell. stats: counts by name.
     """
 
@@ -417,20 +417,16 @@ class LabelBuilder:
     def _visibility(self, key: int, frames: FrameSet, state: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Mark what each camera sees from where it was at its own exposure."""
         visible = np.zeros(self.grid.shape, np.uint8)
-        cameras = self.recording.rig.cameras
-        if len(cameras) > 8:
-            raise RecordingError(
-                f"{self.recording.name}: {len(cameras)} cameras; visibility has one bit for each of at most 8"
-            )
         trajectory = self.recording.trajectory
         global2ego = invert_transform(trajectory.at(int(self.recording.key_stamp_ns[key])))
-        for bit, camera in enumerate(cameras):
+        for number, camera in enumerate(self.recording.rig.cameras):
             frame = frames.frames.get(camera.name)
             if frame is None:
                 continue
             pose = trajectory.at(frame.stamp_ns) if frame.ego2global is None else frame.ego2global
             cam2ego = global2ego @ pose @ camera.cam2ego
-            mark_visible(self._rays_of(camera), cam2ego, state, self.grid, bit, self.config.unobserved_path, visible)
+            rays, bit = self._rays_of(camera), camera_bit(number)
+            mark_visible(rays, cam2ego, state, self.grid, bit, self.config.unobserved_path, visible)
         return visible
 
     def _rays_of(self, camera: Camera) -> CameraRays:
