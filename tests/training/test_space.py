@@ -15,7 +15,7 @@ from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.model_package import ModelPackage
 from occbev.inference.space_calibration import SCORES, read_calibration
 from occbev_training.evaluation.data import RecordingFrames
-from occbev_training.evaluation.space import SpaceError, dense_frames, fit_space, score_space
+from occbev_training.evaluation.space import SpaceError, dense_frames, divide, fit_space, score_space
 from occbev_training.export.calibrate import write_calibration
 from occbev_training.metrics.space import (
     CurveFit,
@@ -116,6 +116,16 @@ def test_the_shipped_package_calls_few_obstacles_free_and_little_ground_blocked(
     assert record["free_ground_published_blocked"] < 0.06
     assert record["free_ground_published_free"] > 0.75
     assert record["in_no_image_published_unknown"] == 1
+
+
+def test_a_calibration_is_measured_on_frames_that_it_was_not_fitted_on(frames: list[Any], repository: Path) -> None:
+    assert divide(["a", "a", "b", "c"]) == [0, 0, 1, 0]
+    assert divide(["a"] * 5) == [0, 0, 0, 1, 1], "of a single drive the end is the other half"
+    package = ModelPackage.load(repository / "config/models/occbev-tiny")
+    fit = fit_space(package, frames, "two frames", CONFIG)
+    assert all(half.counts.any() for half in (*fit.voxels, *fit.obstacles))
+    with pytest.raises(SpaceError, match="1 frames: want two or more"):
+        fit_space(package, frames[:1], "one frame", CONFIG)
 
 
 def test_a_package_is_calibrated_and_its_card_says_so(frames: list[Any], repository: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class SpaceFit:
 
     calibration: SpaceCalibration
     voxels: tuple[CurveFit, CurveFit] = field(default_factory=lambda: (CurveFit(), CurveFit()))
-    """The two halves of the frames: each is the test of what is fitted on the other."""
+    """The two halves of the frames, see `divide`: each is the test of what is fitted on the other."""
     obstacles: tuple[CurveFit, CurveFit] = field(default_factory=lambda: (CurveFit(), CurveFit()))
     frames: int = 0
 
@@ -172,27 +172,43 @@ def fit_space(
     """Fit the calibration of a package on frames that its training never saw; rings by distance, see `CurveFit`.
 
     Raises:
-        SpaceError: no frame, or no obstacle in any.
+        SpaceError: fewer than two frames, or no obstacle in any.
     """
     config, grid = config or GroundGridConfig(), package.model.grid
-    fit, kept, drives = SpaceFit(SpaceCalibration.none()), [], dict[str, int]()
+    fit, kept, drives = SpaceFit(SpaceCalibration.none()), [], list[str]()
+    counted: list[tuple[CurveFit, CurveFit]] = []
     rings = fit.calibration.rings(grid.bev)
     anywhere = np.ones(rings.shape, np.float32)
     for frame in SpaceNetwork(package).frames(frames, config):
         truth, known = frame.truth, frame.truth.known
-        half = drives.setdefault(frame.drive, len(drives)) % 2
-        fit.voxels[half].add(frame.occupied[known], truth.occupied[known], np.broadcast_to(rings, known.shape)[known])
+        counted.append((CurveFit(), CurveFit()))
+        of_voxels, of_obstacles = counted[-1]
+        of_voxels.add(frame.occupied[known], truth.occupied[known], np.broadcast_to(rings, known.shape)[known])
         columns, cells = find_columns(frame.evidence, grid, config, anywhere), truth.obstacle | truth.free
-        fit.obstacles[half].add(columns.score[cells], truth.obstacle[cells], rings[cells])
+        of_obstacles.add(columns.score[cells], truth.obstacle[cells], rings[cells])
         kept.append((frame.evidence, frame.sight, truth.obstacle))
+        drives.append(frame.drive)
         fit.frames += 1
         progress(fit.frames)
+    if fit.frames < 2:
+        raise SpaceError(f"{fit.frames} frames: want two or more, to fit on some and to measure on others")
+    for half, parts in zip(divide(drives), counted, strict=True):
+        for total, part in zip((fit.voxels, fit.obstacles), parts, strict=True):
+            total[half].counts += part.counts
     voxels, obstacles = fit.voxels[0] + fit.voxels[1], fit.obstacles[0] + fit.obstacles[1]
     if not obstacles.counts[1].any():
         raise SpaceError(f"{fit.frames} frames hold no obstacle that a camera sees: nothing to calibrate on")
     rising = SpaceCalibration(voxels.rising(), obstacles.rising(), fit.calibration.missed, fitted_on=fitted_on)
     fit.calibration = _with_missed(rising, kept, grid, config)
     return fit
+
+
+def divide(drives: Sequence[str]) -> list[int]:
+    """Return the half, 0 or 1, of each frame by its drive: every second drive is in one, or the end of a single drive."""
+    number = {drive: place for place, drive in enumerate(dict.fromkeys(drives))}
+    if len(number) == 1:
+        return [int(place >= len(drives) / 2) for place in range(len(drives))]
+    return [number[drive] % 2 for drive in drives]
 
 
 def _with_missed(
