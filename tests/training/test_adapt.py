@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from occbev.geometry import make_transform  # noqa: E402
 from occbev.grid import GRIDS  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
 from occbev.results import Boxes3D  # noqa: E402
+from occbev_training.cli import adapt as command  # noqa: E402
 from occbev_training.data.augment import NO_AUGMENTATION, augment_boxes, draw_augmentation  # noqa: E402
 from occbev_training.data.cache import CachedSample, CacheError, CacheInfo  # noqa: E402
 from occbev_training.data.datasets import Collate, TrainingBatch, augmented  # noqa: E402
@@ -243,6 +246,23 @@ def test_the_largest_share_of_new_weights_is_taken_that_keeps_the_scores_of_the_
     assert taken == share
     assert network.bias.item() == pytest.approx(share)
     assert keep_source(source, adapted, model, None, max_forgotten)[1] == 1.0, "nothing is rehearsed"
+
+
+def test_ranges_are_taken_from_pairs_whether_or_not_boxes_were_looked_for_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, Any] = {}
+
+    def export(*_: object, calibration: Any) -> Any:
+        taken["frames"] = calibration
+        return SimpleNamespace(metrics={"int8_agreement": 0.9})
+
+    monkeypatch.setattr(command, "export_package", export)
+    package = SimpleNamespace(has=lambda name: True, model=SimpleNamespace(name="a"))
+    data = adapt.AdaptData(replace(drives("a", 3), taught=tmp_path), drives("b", 1), None, None)
+    found = SimpleNamespace(network=None, model=None)
+    command.export_like(package, found, tmp_path, {}, {}, [], data)
+    assert taken["frames"].taught is None, "the training may show fewer pairs than there are: others have no file"
 
 
 def test_only_boxes_from_depth_are_taught(repository: Path) -> None:

@@ -268,7 +268,8 @@ def export_like(
     given = found.network, found.model, folder, provenance, metrics, extra
     if not package.has(INT8_GRAPH):
         return export_package(*given), f"none: {package.model.name} has none"
-    frames = data.train if data.rehearsal is None else JoinedSamples((data.train, data.rehearsal))
+    own = replace(data.train, taught=None)  # boxes were looked for only in the pairs that the training showed
+    frames = own if data.rehearsal is None else JoinedSamples((own, data.rehearsal))
     try:
         written = export_package(*given, calibration=frames)
     except (ImportError, QuantisationError) as error:
