@@ -248,6 +248,54 @@ def test_the_largest_share_of_new_weights_is_taken_that_keeps_the_scores_of_the_
     assert keep_source(source, adapted, model, None, max_forgotten)[1] == 1.0, "nothing is rehearsed"
 
 
+@dataclass
+class AdaptRun:
+    """An adaptation whose network, training and scores are stand-ins: of all pairs its IoU is 0.5, of a few 0.3."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    validated: float = 0.35
+    trained: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        fakes = {
+            "load_network": lambda *_: torch.nn.Linear(1, 1),
+            "learns_from": lambda *_: True,
+            "score_pairs": lambda network, package, samples, most=None, min_free=None: {"iou": 0.3 if most else 0.5},
+            "fit_threshold": lambda network, package, samples: (package.model, {}),
+            "Trainer": self.trainer,
+        }
+        for name, fake in (fakes | dict.fromkeys(("_objective", "_loader"), lambda *_: None)).items():
+            self.monkeypatch.setattr(adapt, name, fake)
+
+    def trainer(self, config: Any, network: Any, objective: Any, loader: Any, folder: Path, validate: Any) -> Any:
+        def run(*_: object) -> bool:
+            self.monkeypatch.setattr(adapt, "score_pairs", lambda *_: {"iou": self.validated})
+            validate(network)
+            self.__post_init__()
+            self.trained.append(config.steps)
+            return True
+
+        progress = SimpleNamespace(step=config.steps, planned=config.steps, seconds=1.0, processor_seconds=1.0)
+        return SimpleNamespace(run=run, progress=progress)
+
+    def go(self, seconds: int = 10, **training: int) -> Any:
+        model = SimpleNamespace(grid=GRID, family="lss", name="a")
+        package = SimpleNamespace(model=model, hash="0")
+        config = adapt.AdaptConfig(replace(adapt.AdaptConfig().training, stage="adapt", **training))
+        data = adapt.AdaptData(*divide(drives("a", seconds), 2.0, 0.3), None, None)
+        return adapt.adapt(package, data, config, self.folder)
+
+
+def test_validations_of_a_few_pairs_are_compared_with_the_same_few_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AdaptRun(tmp_path / "better", monkeypatch).go()
+    assert (tmp_path / "better" / adapt.BEST).exists(), "0.35 is better than 0.3 on these pairs"
+    AdaptRun(tmp_path / "worse", monkeypatch, validated=0.25).go()
+    assert not (tmp_path / "worse" / adapt.BEST).exists()
+
+
 def test_ranges_are_taken_from_pairs_whether_or_not_boxes_were_looked_for_in_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

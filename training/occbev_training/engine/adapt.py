@@ -176,7 +176,9 @@ def adapt(
         network = with_geometry(network, package.model).eval()
     done = folder / DONE
     if not done.exists():
-        trainer = _trainer(package, network, data, config, folder, before.get("iou", 0.0))
+        # Validations look at some of the pairs: what they have to beat is of the same ones.
+        some = score_pairs(network, package, data.held_out, config.training.validate_samples) if before else {}
+        trainer = _trainer(package, network, data, config, folder, some.get("iou", 0.0))
         prepared(trainer)
         if not trainer.run(minutes, report):
             return None
