@@ -296,6 +296,16 @@ def test_validations_of_a_few_pairs_are_compared_with_the_same_few_before(
     assert not (tmp_path / "worse" / adapt.BEST).exists()
 
 
+def test_a_run_is_repeated_for_other_steps_and_refused_for_other_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = AdaptRun(tmp_path / "run", monkeypatch)
+    assert [run.go(steps=steps).steps for steps in (20, 20, 40)] == [20, 20, 40]
+    assert run.trained == [20, 40]
+    with pytest.raises(CacheError, match=r"was begun on .*'learned': 5.* now are given .*'learned': 12"):
+        run.go(seconds=20, steps=40)
+
+
 def test_ranges_are_taken_from_pairs_whether_or_not_boxes_were_looked_for_in_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,10 @@ BEST = "best.safetensors"
 """Weights of the validation that scored best, in the folder of the run."""
 
 DONE = "adapted.json"
-"""Steps and seconds of a run that ended."""
+"""Steps and seconds of a run that ended, and the steps that were wanted."""
+
+BEGUN_ON = "begun_on.json"
+"""The package and the pairs that a run was begun on."""
 
 MANY_DRIVES = 5
 """With at least this many drives, whole drives are held out; with fewer, the end of each."""
@@ -162,20 +165,23 @@ def adapt(
 ) -> Adapted | None:
     """Adapt a package's network in `folder`, going on where an earlier run stopped; None after a request to stop.
 
-    A run that ended is not repeated. A package without voxels gets the geometric decoder of pre-training.
+    A run that ended is not repeated, unless other steps are wanted. A package without voxels gets the geometric decoder
+    of pre-training.
     Raises:
         ConfigError: its voxels are not in base_link, the axes of labels.
+        CacheError: the folder was begun on another package or other pairs.
     """
     network, grid = load_network(package), package.model.grid
     if grid.frame != "base_link":
         raise ConfigError(f"{package.model.name}: its voxels are in {grid.frame!r} axes, labels in base_link")
+    _require_same_beginning(folder / BEGUN_ON, package, data)
     before: dict[str, Any] = {}
     if learns_from(network, "voxels"):
         before = _kept_scores(folder / "before.json", lambda: score_pairs(network, package, data.held_out))
     else:
         network = with_geometry(network, package.model).eval()
-    done = folder / DONE
-    if not done.exists():
+    done, wanted = folder / DONE, config.training.steps
+    if not done.exists() or json.loads(done.read_text()).get("wanted", wanted) != wanted:
         # Validations look at some of the pairs: what they have to beat is of the same ones.
         some = score_pairs(network, package, data.held_out, config.training.validate_samples) if before else {}
         trainer = _trainer(package, network, data, config, folder, some.get("iou", 0.0))
@@ -185,11 +191,25 @@ def adapt(
         progress = trainer.progress
         with replace_file(done) as path:
             spent = {"seconds": progress.seconds, "processor_seconds": progress.processor_seconds}
-            path.write_text(json.dumps({"steps": progress.step, **spent}))
+            path.write_text(json.dumps({"steps": progress.step, "wanted": wanted, **spent}))
     adapted = load_network(package, folder / BEST if (folder / BEST).exists() else None)
     best, share = keep_source(load_network(package), adapted, package.model, data.forgotten, config.max_forgotten)
     model, after = fit_threshold(best, package, data.held_out)
-    return Adapted(best, model, before, after, share, **json.loads(done.read_text()))
+    ended = json.loads(done.read_text())
+    took = ended["steps"], ended["seconds"], ended["processor_seconds"]
+    return Adapted(best, model, before, after, share, *took)
+
+
+def _require_same_beginning(path: Path, package: ModelPackage, data: AdaptData) -> None:
+    """Refuse to go on in a folder that was begun on another package or other pairs: its results are not of these."""
+    train, held_out = data.train, data.held_out
+    now = {"package": package.hash, "pairs": train.hash, "learned": len(train), "held_out": len(held_out)}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now))
+    begun = json.loads(path.read_text())
+    if begun != now:
+        raise CacheError(f"{path.parent}: was begun on {begun}, now are given {now}; name another --out, or remove it")
 
 
 def keep_source(
