@@ -12,7 +12,7 @@ pytest.importorskip("numba", reason="the label kernels need numba: training envi
 from tests.training.traced_drive import GRID, KEY_NS, Block, TracedDrive
 
 from occbev.geometry import make_transform, rotation_from_yaw
-from occbev.results import FrameSet
+from occbev.results import FrameSet, Sweep
 from occbev.trajectory import Trajectory
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
 from occbev_training.occupancy.quality import (
@@ -22,6 +22,7 @@ from occbev_training.occupancy.quality import (
     compare_with_truth,
     ego_leak,
     held_out_sweep,
+    is_deterministic,
     label_hash,
     measure_key,
     observed_by_ring,
@@ -65,6 +66,21 @@ def test_a_good_drive_keeps_every_limit(good) -> None:
     assert values["q4_temporal_iou"] > 0.9
     assert values["q5_ground_thickness"] < 0.01
     assert values["q7_ego_leak"] == 0
+
+
+class TwoLidars(TracedDrive):
+    """The points of two LiDARs half a metre apart, in one cloud."""
+
+    def sweep(self, index: int) -> Sweep:
+        one = super().sweep(index)
+        origins, sensor = np.array([[0.0, 0, 0], [0.5, 0, 0]]), np.arange(len(one.points)) % 2
+        return dataclasses.replace(one, origins=origins, sensor=sensor)
+
+
+def test_the_order_of_points_does_not_matter_with_several_lidars_either() -> None:
+    builder = LabelBuilder(TwoLidars(STREET, rings=30, columns=240), CONFIG, GRID)
+    blind = FrameSet(int(builder.recording.key_stamp_ns[0]), dict.fromkeys(builder.recording.rig.names))
+    assert is_deterministic(builder, 0, blind, builder.build(0, blind))
 
 
 def test_bad_poses_break_the_held_out_sweep() -> None:

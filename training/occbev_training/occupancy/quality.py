@@ -199,6 +199,7 @@ class _Shuffled:
             points=sweep.points[order],
             intensity=None if sweep.intensity is None else sweep.intensity[order],
             time_offset=None if sweep.time_offset is None else sweep.time_offset[order],
+            sensor=None if sweep.sensor is None else sweep.sensor[order],
         )
 
 
