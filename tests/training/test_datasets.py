@@ -21,6 +21,7 @@ from occbev.config import ImageConfig, LiftConfig
 from occbev.geometry import invert_transform, project_points, transform_points
 from occbev.grid import GRIDS, BevGrid, VoxelGrid
 from occbev.inference.families.lift_splat import LiftSplatModel
+from occbev.inference.preprocess import Preprocessor
 from occbev_training.data.augment import (
     NO_AUGMENTATION,
     AugmentConfig,
@@ -40,8 +41,9 @@ from occbev_training.data.datasets import (
     sample_of,
 )
 from occbev_training.data.reference_inputs import depth_to_bin
+from occbev_training.data.shards import LabelVolumes
 from occbev_training.data.targets import voxel_targets
-from occbev_training.occupancy.prepare import PrepareConfig, prepare, resample_truth
+from occbev_training.occupancy.prepare import PrepareConfig, make_sample, prepare, resample_truth
 from occbev_training.sources.recording import OccupancyTruth
 
 MODEL = LiftSplatModel(
@@ -126,6 +128,21 @@ def test_lidar_pixels_come_back_to_the_returns(cache: SampleCache) -> None:
     ego = np.einsum("pij,pj->pi", sample.cam2ego[camera][:, :3, :3], points) + sample.cam2ego[camera][:, :3, 3]
     assert np.abs(ego[:, :2]).max() < 22  # the sweep holds points up to 15 m on each axis
     assert ((ego[:, 2] > -0.8) & (ego[:, 2] < 3.6)).all()
+
+
+def test_a_long_drive_stays_in_the_order_of_time(cache: SampleCache, tmp_path: Path) -> None:
+    record = json.loads((cache.root / "a" / "drive.json").read_text())
+    files = {f"{key:04d}.sample": "" for key in range(9_998, 10_002)}
+    moments = {"stamp_ns": [1, 2, 3, 4], "ego2global": [np.eye(4).tolist()] * 4, "signals": [None] * 4}
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "drive.json").write_text(json.dumps(record | moments | {"files": files}))
+    long = open_cache(tmp_path)
+    assert {long.name(index): long.moment(index).stamp_ns for index in range(4)} == {
+        "long/9998": 1,
+        "long/9999": 2,
+        "long/10000": 3,
+        "long/10001": 4,
+    }
 
 
 def test_writing_is_exact_and_repeatable(cache: SampleCache, tmp_path: Path) -> None:

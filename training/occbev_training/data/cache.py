@@ -179,7 +179,7 @@ def open_cache(root: Path, drives: Sequence[str] | None = None, labelled: bool =
         _require_one_kind_of_labels(root, records)
     if infos[first]["format"] != FORMAT:
         raise CacheError(f"{root}: cache format {infos[first]['format']}, this code reads {FORMAT}; prepare it again")
-    samples = tuple((name, file) for name, record in records.items() for file in sorted(record["files"]))
+    samples = tuple((name, file) for name, record in records.items() for file in record["files"])  # by time
     moments = [m for name, record in records.items() for m in _moments(name, record)]
     known = tuple(moments) if len(moments) == len(samples) else ()
     cameras = {name: tuple(info["cameras"]) for name, info in infos.items()}
