@@ -118,6 +118,15 @@ def test_camera_poses_are_carried_from_their_own_capture_time(
         np.testing.assert_allclose(depth, 8.0, atol=1e-9)
 
 
+def test_loading_takes_no_random_number_from_dropout(cache: SampleCache) -> None:
+    """Else a run that is resumed, which opens its loader again, would draw other numbers than one that never stopped."""
+    import torch
+
+    before = torch.get_rng_state()
+    iter(batches(SampleDataset(cache, MODEL, NO_AUGMENTATION, 0), 1, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_lidar_pixels_come_back_to_the_returns(cache: SampleCache) -> None:
     """Lifting the stored pixels to their depth gives points inside the LiDAR's reach in front of the camera."""
     sample = cache[0]

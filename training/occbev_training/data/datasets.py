@@ -220,6 +220,7 @@ def batches(
         prefetch_factor=3 if workers else None,
         worker_init_fn=_begin_worker,
         multiprocessing_context="spawn" if workers else None,
+        generator=torch.Generator(),  # else it takes a number from dropout's: a resumed run would differ
     )
 
 
