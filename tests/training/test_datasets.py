@@ -444,3 +444,8 @@ def test_voxels_that_no_camera_sees_are_learned_only_where_the_truth_is_dense(
     assert 100 < np.count_nonzero(supervised & ~seen) < 300
     blind = replace(raw, mask_camera=np.zeros_like(seen))
     assert not augmented("x", blind, draw, MODEL, unseen_voxels=200).semantics_mask.any()
+    turned = replace(draw, bev_angle=np.pi / 4)
+    beyond = augment_voxels(np.ones(MODEL.grid.shape, bool), turned, MODEL.grid) == 0
+    assert beyond.any()
+    asked = augmented("x", raw, turned, MODEL, unseen_voxels=10_000).semantics_mask
+    assert not asked[beyond].any(), "nobody knows what stands beyond the grid"

@@ -57,6 +57,7 @@ def voxel_targets(
         hidden = chosen.size - seen if unseen_voxels else 0
         seed, shares = np.uint32(draw.seed & 0xFFFFFFFF), (_share(semantic_voxels, seen), _share(unseen_voxels, hidden))
         _choose(chosen.reshape(-1), seed, shares[0], shares[1])
+        chosen[plane < 0] = chosen[..., height < 0] = 0  # nothing is known of what was outside before the turn
     return VoxelTargets(state, visible.view(bool), evidence, semantics, chosen.view(bool))
 
 
