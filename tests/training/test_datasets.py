@@ -118,6 +118,21 @@ def test_camera_poses_are_carried_from_their_own_capture_time(
         np.testing.assert_allclose(depth, 8.0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("sweeps", "known"), [([100_000_000], True), ([1_000_000_000, 1_100_000_000], False), ([], False)]
+)
+def test_depth_comes_from_a_sweep_of_the_key_time_alone(
+    request: pytest.FixtureRequest, sweeps: list[int], known: bool
+) -> None:
+    recording = _recording_class(request)(name="a", keys=3, seed=1)
+    recording.sweep_stamp_ns = recording.key_stamp_ns[0] + np.array(sweeps, np.int64)
+    nothing = np.zeros(MODEL.grid.shape, np.uint8)
+    unlabelled = LabelVolumes(nothing, nothing, nothing, nothing, MODEL.grid.hash)
+    frames, preprocessor = recording.frame_set(0), Preprocessor(MODEL.image)
+    sample, _ = make_sample(recording, 0, PREPARE, preprocessor, lambda *_: unlabelled, frames)
+    assert (len(sample.lidar_depth) > 0) == known
+
+
 def test_loading_takes_no_random_number_from_dropout(cache: SampleCache) -> None:
     """Else a run that is resumed, which opens its loader again, would draw other numbers than one that never stopped."""
     import torch

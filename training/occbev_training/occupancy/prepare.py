@@ -43,6 +43,9 @@ from occbev_training.workers import KILLED, TaskRunner
 
 logger = logging.getLogger(__name__)
 
+LEAST_REACH_NS = 150_000_000
+"""A sweep that is so near to a key time gives depth, however fast the LiDAR turns."""
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -276,9 +279,10 @@ def _lidar_pixels(
     recording: Recording, key_ns: int, rig: CameraRig
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Project the sweep nearest to the key time into every image: camera, pixel, depth of each return."""
-    nearest = int(np.argmin(np.abs(recording.sweep_stamp_ns - key_ns)))
-    rays = deskew_rays(recording.sweep(nearest), recording.trajectory, key_ns)
-    points = rays.end[rays.hit]
+    nearest, points = _sweep_near(recording.sweep_stamp_ns, key_ns), np.zeros((0, 3))
+    if nearest is not None:
+        rays = deskew_rays(recording.sweep(nearest), recording.trajectory, key_ns)
+        points = rays.end[rays.hit]
     cameras, pixels, depths = [], [], []
     for index, camera in enumerate(rig.cameras):
         pixel, depth = camera.lens.see(transform_points(camera.ego2cam, points))
@@ -287,6 +291,16 @@ def _lidar_pixels(
         pixels.append(pixel[inside].astype(np.float32))
         depths.append(depth[inside].astype(np.float32))
     return np.concatenate(cameras), np.concatenate(pixels), np.concatenate(depths)
+
+
+def _sweep_near(stamps: NDArray[np.int64], key_ns: int) -> int | None:
+    """Return the sweep nearest to a key time; None where it is more than a rotation away: what moves has moved on."""
+    if not len(stamps):
+        return None
+    away = np.abs(stamps - key_ns)
+    rotation = float(np.median(np.diff(stamps))) if len(stamps) > 1 else 0.0
+    nearest = int(np.argmin(away))
+    return nearest if away[nearest] <= max(LEAST_REACH_NS, 1.1 * rotation) else None
 
 
 def _boxes(recording: Recording, key: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
