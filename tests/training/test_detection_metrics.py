@@ -57,6 +57,13 @@ def ap(predicted: list[Boxes3D], truth: list[Annotations], **options: object) ->
     return dict(evaluate_detection(predicted, truth, ("car",), **options).ap["car"])
 
 
+def test_an_unknown_predicted_velocity_counts_as_standing() -> None:
+    unknown, standing = (boxes([(10.0, 0.0, 0.0, speed, speed)]) for speed in (np.nan, 0.0))
+    for found in (unknown, standing):
+        errors = evaluate_detection([found], [annotated([(10.0, 0.0)])]).tp_errors["car"]
+        assert (errors["vel_err"], errors["attr_err"]) == (0.0, 0.0)
+
+
 def test_perfect_boxes_score_one() -> None:
     rows = [(10.0, 1.0), (20.0, -5.0), (30.0, 8.0)]
     scores = evaluate_detection([boxes(rows)] * 2, [annotated(rows)] * 2, ("car",))

@@ -402,7 +402,8 @@ def _table(samples: Sequence[Boxes3D]) -> BoxTable:
 
 def _velocity_known(table: BoxTable) -> BoxTable:
     """Replace unknown predicted velocities by 0, so that not answering is no way around the error."""
-    return replace(table, velocity=np.nan_to_num(table.velocity))
+    velocity = np.nan_to_num(table.velocity)
+    return replace(table, velocity=velocity, attribute=usual_attributes(table.label, velocity))
 
 
 def _in_range(table: BoxTable, classes: Sequence[str], max_range: float | None) -> NDArray[np.bool_]:
