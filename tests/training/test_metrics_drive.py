@@ -109,6 +109,13 @@ def test_results_are_carried_to_the_key_stamp(truth: Truth) -> None:
     assert scores["AP"]["car"]["0.5"] == pytest.approx(1.0)
 
 
+def test_of_several_results_the_nearest_is_scored(truth: Truth) -> None:
+    late = [replace(result, boxes=Boxes3D.empty()) for result in perfect(50_000_000)]
+    incomplete = [replace(result, stamp_ns=result.stamp_ns - 1_000_000, boxes=None) for result in perfect()]
+    results = drive.results_at_keys([*perfect(10_000_000), *late, *incomplete], truth)
+    assert [len(result.boxes) for result in results] == [len(boxes())] * len(KEYS)
+
+
 def test_a_volume_moves_by_whole_voxels() -> None:
     ahead = make_transform(np.eye(3), [2 * GRID.pitch[0], 0, 0])
     moved = drive.move_occupancy(volume(semantics()), ahead)

@@ -46,15 +46,19 @@ class KeyResult:
 
 
 def results_at_keys(results: Iterable[Result], truth: Truth) -> list[KeyResult]:
-    """Join complete results with the key frames nearest to them; those near no key frame are left out."""
+    """Join each key frame with the complete result nearest to it; key frames without one near are left out."""
     joined: dict[int, KeyResult] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: _away(result, truth), reverse=True):  # the nearest comes last
         key = truth.nearest_key(result.stamp_ns)
         if key is not None and result.boxes is not None and result.occupancy is not None:
             motion = truth.trajectory.relative(result.stamp_ns, int(truth.key_stamp_ns[key]))
             boxes = move_boxes(result.boxes, motion)
             joined[key] = KeyResult(key, boxes, move_occupancy(result.occupancy, motion))
     return [joined[key] for key in sorted(joined)]
+
+
+def _away(result: Result, truth: Truth) -> int:
+    return int(np.abs(truth.key_stamp_ns - result.stamp_ns).min())
 
 
 def move_occupancy(occupancy: Occupancy, a2b: NDArray[np.float64]) -> Occupancy:
