@@ -24,6 +24,7 @@ from occbev.geometry import (
     yaw_from_rotation,
 )
 from occbev.messages.bags import BagMessage, BagReader, BagWriter
+from occbev.trajectory import Trajectory
 from occbev_training.cli import main
 from occbev_training.data.cache import open_cache
 from occbev_training.sources.bag_writer import write_bag
@@ -308,6 +309,15 @@ def test_a_track_gives_the_velocity_that_brings_a_box_to_the_key(tiny_recording:
         boxes = labelled.annotations(key).boxes.box
         np.testing.assert_allclose(boxes[0, :3], car.at_key(key)[:3, 3], atol=2e-3)
         assert np.hypot(*boxes[0, 7:]) == pytest.approx(4.0, abs=1e-2)
+
+
+def test_two_boxes_of_a_track_that_are_far_apart_give_no_velocity(tiny_recording: Any) -> None:
+    first = int(tiny_recording.key_stamp_ns[0])
+    longer = np.arange(first - 500_000_000, first + 5_000_000_000, 100_000_000)
+    tiny_recording.trajectory = Trajectory(longer, np.tile(np.eye(4), (len(longer), 1, 1)))
+    for away, known in ((1_400_000_000, True), (1_600_000_000, False)):
+        boxes = LabelledRecording(tiny_recording, label_frames(tiny_recording, [first, first + away])).annotations(0)
+        assert np.isfinite(boxes.boxes.box[0, 7:]).all() == known
 
 
 def test_returns_in_a_box_are_counted(tiny_recording: Any) -> None:

@@ -119,7 +119,7 @@ class LabelledRecording:
         found = [place for place in near if place is not None]
         (first_ns, first), (last_ns, last) = found[0], found[-1]
         seconds = (last_ns - first_ns) / 1e9
-        if not 0 < seconds <= 2 * MAX_TRACK_GAP:
+        if not 0 < seconds <= (len(found) - 1) * MAX_TRACK_GAP:
             return box
         moved = (last - first) / seconds  # in the frame of the poses
         return replace(box, velocity=self.trajectory.at(here)[:3, :3].T @ moved)
