@@ -127,6 +127,18 @@ def test_files_that_are_not_there_are_counted_not_fatal() -> None:
     assert len(root.recordings(available_only=True)[0].key_stamp_ns) == 2
 
 
+def test_scenes_of_one_town_share_a_location(tmp_path: Path, tiny_recording) -> None:
+    """It decides on splits: what drives by the same houses must not be learned from and scored."""
+    write_nuscenes([tiny_recording], tmp_path)
+    recording = open_nuscenes(tmp_path).recordings()[0]
+    assert recording.location == recording.name, "whose poses are in coordinates of its own"
+    (logs,) = tmp_path.glob("*/log.json")
+    logs.write_text(json.dumps([{**row, "location": "boston-seaport"} for row in json.loads(logs.read_text())]))
+    assert open_nuscenes(tmp_path).recordings()[0].location == "boston-seaport"
+    logs.unlink()
+    assert open_nuscenes(tmp_path).recordings()[0].location == recording.name
+
+
 def test_version_is_named_where_it_must_be(tmp_path: Path, tiny_recording) -> None:
     with pytest.raises(RecordingError, match="found \\[\\]"):
         open_nuscenes(tmp_path)

@@ -119,6 +119,8 @@ def open_nuscenes(root: Path | str, version: str | None = None, options: RootOpt
         raise RecordingError(f"{root}: no nuScenes tables of version {version!r}, found {sorted(found) or 'none'}")
     place = found[version]
     tables = {table: _read_table(place.tables / f"{table}.json") for table in READ_TABLES}
+    logs = place.tables / "log.json"
+    tables["log"] = _read_table(logs) if logs.is_file() else {}
     return NuscenesRoot(place.files, version, tables, place.tables, options)
 
 
@@ -228,6 +230,11 @@ class NuscenesRoot:
         own = self.options.classes
         return Counter(n for n in names if class_of(n, own) is None and not is_dropped_on_purpose(n, own))
 
+    def location(self, scene: Row) -> str:
+        """Return the location of a scene's log, which other scenes share, or the scene's name where there is none."""
+        log = self.tables.get("log", {}).get(scene.get("log_token", ""), {})
+        return str(log.get("location") or scene["name"])
+
     def attribute(self, annotation: Row) -> str:
         """Return the attribute of an annotation, "" where it has none."""
         tokens = annotation["attribute_tokens"]
@@ -278,6 +285,7 @@ class NuscenesRecording:
     """One scene as a `Recording`.
 
     can_bus: the vehicle's own messages, None where the root holds none of this scene.
+    location: the map in whose coordinates its poses are, or its name where no log tells it.
     beams_from_base: whether clouds are in base_link, so that it is not known where their beams begin.
     sample_tokens: (K,) token of each key frame. absent: channel -> files that the tables name
     and the disk lacks. Sweeps are those whose files are there.
@@ -286,6 +294,7 @@ class NuscenesRecording:
     def __init__(self, root: NuscenesRoot, scene: Row, *, available_only: bool = False) -> None:
         self.name: str = scene["name"]
         self._root = root
+        self.location = root.location(scene)
         samples = root.samples_of_scene.get(scene["token"], [])
         data = [row for sample in samples for row in root.data_of(sample["token"])]
         self.absent = _count_absent(root, data)

@@ -211,7 +211,7 @@ class _DriveWriter:
             logfile=self._name,
             vehicle="occbev",
             date_captured="",
-            location="simulation",
+            location=str(getattr(self._recording, "location", self._name)),
         )
         blank = token("map", "blank")
         path = f"maps/{blank}.png"
