@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ from occbev_training.cli import main
 from occbev_training.cli.pretrain import overridden, parse_assignments
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, open_cache
+from occbev_training.data.shards import INDEX_NAME
+from occbev_training.engine import stages
 from occbev_training.engine.adapt import AdaptConfig
 from occbev_training.engine.config import OptimConfig, TrainingConfig
 from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, learning_rate_factor
@@ -590,6 +593,19 @@ def test_a_drive_is_either_trained_on_or_scored(workplace: Workplace, tmp_path: 
             StageInputs(workplace.train, workplace.train),
             tmp_path,
         )
+
+
+def test_the_splits_of_one_index_of_pairs_may_divide_a_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = SimpleNamespace(drives=("a",), hash="0")
+    monkeypatch.setattr(stages, "open_samples", lambda *_: samples)
+    pairs, others = tmp_path / "pairs", tmp_path / "others"
+    for folder in (pairs, others):
+        folder.mkdir()
+        (folder / INDEX_NAME).touch()
+    config = TrainingConfig()
+    assert stages._training_samples(config, MODEL, StageInputs(pairs, pairs), tmp_path) is samples
+    with pytest.raises(CacheError, match="share drives"):
+        stages._training_samples(config, MODEL, StageInputs(pairs, others), tmp_path)
 
 
 def test_a_resumed_run_keeps_its_drives(workplace: Workplace, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from occbev_training.data.cache import CacheError
 from occbev_training.data.datasets import SampleDataset, batches
 from occbev_training.data.label_frame import in_base_link
 from occbev_training.data.samples import Samples, balanced_order, open_samples, require_boxes
+from occbev_training.data.shards import INDEX_NAME
 from occbev_training.data.windows import history_length
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.trainer import Objective, Trainer, tune_process
@@ -291,7 +292,7 @@ def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageI
             f"{inputs.data}: hash {samples.hash}, but {folder} was begun on {record['data_hash']}: "
             "the samples were made again; start a new run"
         )
-    if inputs.validation is not None:
+    if inputs.validation is not None and not _splits_of_one_index(inputs.data, inputs.validation):
         shared = set(samples.drives) & set(_open_evaluation_data(config, model, inputs.validation).drives)
         if shared:
             raise CacheError(
@@ -299,6 +300,11 @@ def _training_samples(config: TrainingConfig, model: ModelConfig, inputs: StageI
                 "a drive must be in one of them only"
             )
     return samples
+
+
+def _splits_of_one_index(data: Path, validation: Path) -> bool:
+    """Whether both are the same pairs, whose index keeps what is scored apart, be it the end of each drive."""
+    return data.resolve() == validation.resolve() and (data / INDEX_NAME).exists()
 
 
 def _open_evaluation_data(config: TrainingConfig, model: ModelConfig, root: Path) -> Samples:
