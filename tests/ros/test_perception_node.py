@@ -27,6 +27,7 @@ from occbev.inference.preprocess import Preprocessor
 from occbev.rig import CameraRig
 from occbev.streams.calibration import fallback_camera
 from occbev.streams.frame_log import read_frame_log
+from occbev.streams.intake import Intake
 
 pytestmark = pytest.mark.ros
 
@@ -231,6 +232,18 @@ def test_missing_camera_info_and_transform_are_named_with_a_remedy(
     bench.vehicle.drive(2, start_ns=2 * 10**9)
     bench.finished(5)
     assert set(bench.pipeline.seen[-1].cameras) == NAMES
+
+
+def test_a_camera_info_like_the_last_one_is_not_read(
+    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+    monkeypatch.setattr(Intake, "add_info", lambda _, camera, message: taken.append(message.k[0]))
+    bench = make_bench()
+    for stamp_ns, focal in enumerate((50.0, 50.0, 60.0, 60.0, 50.0), 1):
+        bench.vehicle.info("CAM_LEFT", stamp_ns, focal=focal)
+    bench.wait(lambda: len(taken) >= 3)
+    assert taken == [50.0, 60.0, 50.0]
 
 
 def test_an_uncalibrated_camera_is_left_out_until_its_info_changes(

@@ -75,6 +75,9 @@ POLL_S = 0.02
 REPEAT_S = 5.0
 """The same warning is logged at most this often."""
 
+STAMP_END = 12
+"""Where the stamp ends in the bytes of a message that begins with a header."""
+
 KEPT_LATENCIES = 200
 """Results over which diagnostics give percentiles."""
 
@@ -104,6 +107,7 @@ class PerceptionNode(LifecycleNode):
         self._worker: Worker[FrameJob] | None = None
         self._inputs: list[Any] = []
         self._latched: set[str] = set()
+        self._last_infos: dict[str, bytes] = {}
         self._jump: Any = None
         self._timers_running: list[Any] = []
         self._poll: Any = None
@@ -284,11 +288,15 @@ class PerceptionNode(LifecycleNode):
         self._inputs.append(subscription)
 
     def _read(self, topic: Topic, take: Callable[[Any], None], data: bytes) -> None:
+        if topic.type == CAMERA_INFO and data[STAMP_END:] == self._last_infos.get(topic.name):
+            return  # as the last one, which holds until another comes
         try:
             message = decode_message(data, topic.type)
         except MessageError as error:
             self._warn(f"bytes {topic.name}", f"{topic.name}: {error}")
             return
+        if topic.type == CAMERA_INFO:
+            self._last_infos[topic.name] = data[STAMP_END:]
         take(message)
 
     def _listen_to_latched(self, intake: Intake) -> None:
@@ -311,7 +319,7 @@ class PerceptionNode(LifecycleNode):
             self.destroy_timer(timer)
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
-        self._timers_running, self._inputs, self._latched = [], [], set()
+        self._timers_running, self._inputs, self._latched, self._last_infos = [], [], set(), {}
         if self._worker is not None and self._intake is not None:
             if self._jump is not None:
                 self._jump.unregister()
