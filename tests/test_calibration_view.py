@@ -11,6 +11,7 @@ import pytest
 from occbev.geometry import make_transform, rotation_from_rpy
 from occbev.messages.tf import Buffer
 from occbev.rig import CameraRig
+from occbev.streams import calibration
 from occbev.streams.calibration import Calibration, fallback_camera
 
 CAMERA = fallback_camera("CAM_FRONT")
@@ -43,3 +44,15 @@ def test_a_camera_in_the_body_frame_looks_up() -> None:
 
     assert _reaches_the_road(CAMERA)
     assert not _reaches_the_road(replace(CAMERA, cam2ego=make_transform(np.eye(3), (1.0, 0.0, 1.5))))
+
+
+def test_a_camera_is_looked_at_once(tmp_path, monkeypatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(calibration, "_reaches_the_road", lambda camera: bool(looked.append(camera.name)))
+    CameraRig((CAMERA,)).save(tmp_path / "rig.yaml")
+    of_one = SimpleNamespace(
+        rig=str(tmp_path / "rig.yaml"), names=["CAM_FRONT"], cameras={"CAM_FRONT": SimpleNamespace(frame_id="")}
+    )
+    known = Calibration(of_one, Buffer())
+    assert all("meet no voxel" in known.describe_view("CAM_FRONT") for _ in range(2))
+    assert looked == ["CAM_FRONT"]

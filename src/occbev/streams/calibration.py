@@ -51,6 +51,7 @@ class Calibration:
         self._placed: dict[str, tuple[str, int, NDArray[np.float64]]] = {}
         self._fixed = self._load_rig(parameters.rig) if parameters.rig else None
         self._last: Calibrated | None = None
+        self._viewed: dict[str, tuple[Camera, bool]] = {}
 
     def add_info(self, camera: str, message: Any) -> None:
         """Take a CameraInfo; the newest always holds."""
@@ -118,13 +119,20 @@ class Calibration:
     def describe_view(self, name: str) -> str:
         """Say where a camera looks past every voxel, as one in the body frame does, "" where it does not."""
         camera = self.camera(name)
-        if camera is None or _reaches_the_road(camera):
+        if camera is None or self._reaches_the_road(camera):
             return ""
         frame = self._parameters.cameras[name].frame_id or (
             info.header.frame_id if (info := self._infos.get(name)) else ""
         )
         source = f"is {frame!r} the optical frame?" if frame else "is its extrinsic that of the optical frame?"
         return f"its rays meet no voxel beyond {NEAR:g} m: it looks at the sky or at the ground; {source}"
+
+    def _reaches_the_road(self, camera: Camera) -> bool:
+        """As the function of this name says; a camera is looked at once."""
+        known = self._viewed.get(camera.name)
+        if known is None or known[0] is not camera:
+            known = self._viewed[camera.name] = camera, _reaches_the_road(camera)
+        return known[1]
 
     def _camera(self, name: str, stamp_ns: int | None = None) -> Camera:
         info = self._infos.get(name)
