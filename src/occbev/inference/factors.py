@@ -92,13 +92,14 @@ def decode_factors(
             f"occupied {shapes[0]}, class_id {shapes[1]} and class_probability {shapes[2]} do not fit a grid of"
             f" {grid.shape} [x, y, z]"
         )
-    if not (np.isfinite(factors.occupied).all() and np.isfinite(factors.class_probability).all()):
+    total: Floats = np.add.reduce(factors.occupied, (0, 1))  # of each cell; finite where all of its voxels are
+    if not (np.isfinite(total).all() and np.isfinite(factors.class_probability).all()):
         raise OutputError("probabilities of occupancy hold values that are not finite")
     kept = factors.copy()
     state = _states(factors, None if max_occupied is None else _split_cells(max_occupied[None], split))
     if observed is not None:
         state *= volume_from_xyz(observed).view(np.uint8)
-    return FactoredOccupancy(kept, xyz_from_volume(state), grid, cameras, _evidence_of(kept, ground))
+    return FactoredOccupancy(kept, xyz_from_volume(state), grid, cameras, _evidence_of(kept, total, ground))
 
 
 class FactoredOccupancy(Occupancy):
@@ -154,14 +155,13 @@ def _states(factors: Factors, limit: Floats | None) -> Bytes:
     return states
 
 
-def _evidence_of(factors: Factors, ground: Sequence[int]) -> VoxelEvidence:
-    """Take the most likely state of each cell."""
+def _evidence_of(factors: Factors, total: Floats, ground: Sequence[int]) -> VoxelEvidence:
+    """Take the most likely state of each cell; total: (Z, Y / S, X / S), P(occupied) added up over its voxels."""
     if not len(ground):
         return VoxelEvidence(factors.occupied)
     is_ground = np.zeros(256, np.float32)
     is_ground[list(ground)] = 1
     weight = _look_up(is_ground / np.float32(len(factors.occupied) ** 2), factors.class_id)
-    total: Floats = np.add.reduce(factors.occupied, (0, 1))
     return VoxelEvidence(factors.occupied, total * weight, _look_up(1 - is_ground, factors.class_id))
 
 
