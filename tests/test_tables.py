@@ -70,6 +70,19 @@ def test_every_kept_point_is_where_its_pixel_and_depth_say() -> None:
         assert points.cell[i] == row * 40 + column
 
 
+@pytest.mark.parametrize("pitch", [1.0, 0.005])
+def test_points_are_sorted_by_cell_then_by_place(pitch: float) -> None:
+    """Also where cell and place together take more than 32 bits."""
+    bev = BevGrid((-20, -20), (pitch, pitch), (round(40 / pitch), round(40 / pitch)))
+    matrices = rig().intrinsics, rig().cam2egos
+    points, places = lift_points(*matrices, (96, 64), LIFT, bev), frustum_points(*matrices, (96, 64), LIFT)
+    column, row = np.floor((places.reshape(-1, 3)[points.depth, :2] + 20) / pitch).astype(int).T
+    np.testing.assert_array_equal(points.cell, row * bev.shape[0] + column)
+    np.testing.assert_array_equal(np.lexsort((points.depth, points.cell)), np.arange(len(points)))
+    inside = np.all(np.abs(places[..., :2]) < 20, axis=-1) & (places[..., 2] >= LIFT.z_range[0])
+    assert len(points) == np.sum(inside & (places[..., 2] < LIFT.z_range[1]))
+
+
 def test_both_forms_give_the_direct_sum() -> None:
     points = points_of(rig())
     depth, feature = random_features(3)

@@ -133,29 +133,34 @@ def place_points(points: ArrayLike, lift: LiftConfig, bev: BevGrid) -> LiftPoint
 
 def _sort_into_cells(axes: Sequence[NDArray[Any]], lift: LiftConfig, bev: BevGrid) -> LiftPoints:
     """Sort points whose x, y and z are given (N, D, h * w) into cells; see `place_points`."""
-    shape = axes[0].shape
-    assert np.prod(shape) < 2**31, "frustum indices must fit int32"
+    shape, count = axes[0].shape, axes[0].size
+    assert count < 2**31, "frustum indices must fit int32"
     lo, hi = lift.z_range
-    inside, places = np.ones(shape, bool), []
-    scales = ((bev.lo[0], bev.pitch[0], 1), (bev.lo[1], bev.pitch[1], 1), (lo, hi - lo, lift.height_bins))
-    for axis, (begin, extent, parts), count in zip(axes, scales, (*bev.shape, lift.height_bins), strict=True):
+    inside, cells = np.ones(shape, bool), np.zeros(shape, np.int32)
+    scales = ((lo, hi - lo, lift.height_bins), (bev.lo[1], bev.pitch[1], 1), (bev.lo[0], bev.pitch[0], 1))
+    for axis, (begin, extent, parts), most in zip(
+        axes[::-1], scales, (lift.height_bins, *bev.shape[::-1]), strict=True
+    ):
         place = axis - begin
         place /= extent
         if parts > 1:
             place *= parts
         inside &= place > -1 if lift.reference_quirks else place >= 0
-        inside &= place < count
-        places.append(place)
+        inside &= place < most
+        cells *= most
+        with np.errstate(invalid="ignore"):  # of points outside, which are left out
+            # Whole numbers are cut towards zero, which is down for all but the points that the quirk adds.
+            cells += place.astype(np.int32)
     depth = np.flatnonzero(inside)
-    # Whole numbers are cut towards zero, which is down for all but the points that the quirk adds.
-    x, y, z = (place.reshape(-1).take(depth).astype(np.int32) for place in places)
-    cell = (z * bev.shape[1] + y) * bev.shape[0] + x
+    # One number holds cell and place: sorting such takes half of the time that sorting places by their cells does.
+    key = cells.reshape(-1).take(depth).astype(np.min_scalar_type(bev.size * lift.height_bins * count))
+    size = key.dtype.type(count)
+    key = np.sort(key * size + depth.astype(key.dtype))
+    cell = key // size
+    depth = key - cell * size
     pixels = np.arange(shape[0] * shape[2], dtype=np.int32).reshape(shape[0], 1, shape[2])
     pixel = np.broadcast_to(pixels, shape).reshape(-1).take(depth)
-    # Sixteen bits are sorted by radix, ten times faster.
-    few = bev.size * lift.height_bins <= 2**16
-    order = np.argsort(cell.astype(np.uint16) if few else cell, kind="stable")
-    return LiftPoints(*(part.take(order).astype(np.int32, copy=False) for part in (pixel, depth, cell)))
+    return LiftPoints(*(part.astype(np.int32, copy=False) for part in (pixel, depth, cell)))
 
 
 def bin_depths(lift: LiftConfig) -> NDArray[np.float64]:
