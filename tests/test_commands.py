@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -61,6 +62,16 @@ def test_what_a_command_does_not_know_is_named(monkeypatch, capsys):
         parsed(monkeypatch, "occbev", "overlay", "BAG", "--out", "OUT", "OTHER", "--colour", "red")
     assert end.value.code == 2
     assert "unrecognized arguments: OTHER --colour red" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_what_was_being_written(monkeypatch, capsys):
+    def fill(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(import_module("occbev.cli.rig"), "run", fill)
+    assert cli.main(["rig", "bag", "--out", "vehicle"]) == 2
+    wanted = "occbev rig: [Errno 28] No space left on device while writing vehicle\n"
+    assert capsys.readouterr().err == wanted
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -75,6 +75,7 @@ def dispatch(
     if chosen is None:
         parser.parse_args(arguments)  # prints help, or what is wrong, and ends
         parser.error(f"name a command first: one of {', '.join(commands)}")
+    args = argparse.Namespace()
     try:
         declared = _declaration(package, chosen)
         own[chosen].description = declared.__doc__
@@ -90,8 +91,15 @@ def dispatch(
         print(f"{program} {chosen}: {_describe_missing(error.name, program)}", file=sys.stderr)
         return 2
     except (ValueError, LookupError, OSError) as error:
-        print(f"{program} {chosen}: {error}", file=sys.stderr)
+        print(f"{program} {chosen}: {error}{_describe_place(error, args)}", file=sys.stderr)
         return 2
+
+
+def _describe_place(error: Exception, args: argparse.Namespace) -> str:
+    """Say what was being written where an error does not, as that of a full disk."""
+    written = [path for name in ("out", "record") if (path := getattr(args, name, None)) is not None]
+    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    return f" while writing {written[0]}" if nameless and written else ""
 
 
 def _declaration(package: str, command: str) -> ModuleType:
