@@ -53,6 +53,15 @@ def test_a_backward_clock_jump_starts_again_and_keeps_statics(
     assert bench.pipeline.forgotten == [0, 4]
 
 
+def test_simulated_time_that_does_not_come_is_named_and_makes_no_latency(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench(use_sim_time=True).ready()
+    bench.vehicle.drive(3)
+    bench.finished(3)
+    bench.wait(lambda: any("no time comes on /clock" in line for line in bench.logged))
+    assert bench.node.frame_log.outcomes == {"processed": 3}
+    assert list(bench.node.latencies["pipeline_latency"]) == []
+
+
 def test_a_forward_clock_jump_changes_nothing(make_bench: Callable[..., Any], other: Callable[[Any], Node]) -> None:
     from rosgraph_msgs.msg import Clock
 

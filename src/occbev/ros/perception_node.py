@@ -458,7 +458,9 @@ class PerceptionNode(LifecycleNode):
     def _log_processed(self, job: FrameJob, published: list[str]) -> None:
         """Log a processed set: images, missing cameras, the latency of every stage."""
         stages_ms = latencies_of(job)
-        rhythm_ms = {"pipeline_latency": (self.get_clock().now().nanoseconds - job.stamp_ns) / 1e6}
+        now_ns, rhythm_ms = self.get_clock().now().nanoseconds, {}
+        if now_ns:  # simulated time is 0 until it comes
+            rhythm_ms["pipeline_latency"] = (now_ns - job.stamp_ns) / 1e6
         if self._last_end_ns is not None:
             rhythm_ms["cyclic_time"] = (job.published_ns - self._last_end_ns) / 1e6
         self._last_end_ns = job.published_ns
@@ -491,6 +493,8 @@ class PerceptionNode(LifecycleNode):
             texts = [f"no image of camera {camera}{self._offer_hint(camera)}" for camera in silent]
             self._warn("silent cameras", "; ".join(texts))
         now = self.get_clock().now().nanoseconds
+        if not now:
+            self._warn("clock", "use_sim_time is true, but no time comes on /clock: diagnostics are stamped 0")
         self._diagnostics.publish(outputs.diagnostics_message(statuses, now, self.get_fully_qualified_name()))
 
     def _count_publishers(self, intake: Intake) -> None:
