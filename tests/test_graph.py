@@ -191,6 +191,7 @@ def test_default_topics_are_private_to_the_node() -> None:
         ({"cameras": {"names": "CAM_A"}}, "cameras.names is 'CAM_A': want a list of texts"),
         ({"cameras": {"names": None}}, "cameras.names is None: want a list of texts"),
         ({"cameras": ["CAM_A"]}, r"cameras is \['CAM_A'\]: want keys and values"),
+        ({"base_frame": ""}, "base_frame is empty"),
         ({"anchor": "REAR"}, "anchor 'REAR' is not one of"),
         ({"occupancy": {"publish": "all"}}, "occupied or observed"),
         ({"sync": {"tolerance_s": -1}}, "must be positive"),

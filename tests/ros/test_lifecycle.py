@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,48 @@ def test_whatever_a_transition_raises_is_logged_and_fails_it(
 def test_lists_of_a_wrong_type_are_named(make_bench: Callable[..., Any], values: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         make_bench(active=False, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (
+            {"cameras.CAM_LEFT.topic": "/a//b"},
+            "cameras.CAM_LEFT.topic '/a//b': topic name must not contain repeated '/'",
+        ),
+        ({"cameras.CAM_LEFT.info_topic": "left info"}, "cameras.CAM_LEFT.info_topic 'left info': topic name must not"),
+        ({"ego_motion.odometry_topic": "/odom/"}, "ego_motion.odometry_topic '/odom/': topic name must not end with"),
+    ],
+)
+def test_what_is_no_topic_is_named_before_the_model_is_loaded(
+    make_bench: Callable[..., Any], values: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        make_bench(active=False, **values)
+
+
+@pytest.mark.parametrize(
+    ("sections", "name", "serves"),
+    [
+        ("/**: {}", "/perception", True),
+        ("perception: {}", "/perception", True),
+        ("/perception: {}", "/robot/perception", False),
+        ("/*/perception: {}", "/robot/perception", True),
+        ("/robot: {perception: {}}", "/robot/perception", True),
+        ("/**/perception: {}", "/robot/perception", True),
+        ("other: {}", "/perception", False),
+        ("", "/perception", False),
+    ],
+)
+def test_a_parameter_file_without_a_section_for_the_node_is_named(
+    tmp_path: Path, sections: str, name: str, serves: bool
+) -> None:
+    from occbev.ros.parameters import describe_unused_files
+
+    (tmp_path / "a.yaml").write_text(sections.replace("{}", "{ros__parameters: {model: occbev-tiny}}"))
+    text = describe_unused_files([str(tmp_path / "a.yaml")], name)
+    assert (text == "") == serves
+    assert serves or f"a.yaml: no section for {name}, so defaults hold" in text
 
 
 def test_model_and_rig_may_change_while_unconfigured(make_bench: Callable[..., Any]) -> None:

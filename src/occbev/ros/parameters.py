@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidTopicNameException
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.parameter import Parameter
+from rclpy.validate_full_topic_name import validate_full_topic_name
+from rclpy.validate_topic_name import validate_topic_name
 
+from occbev.config import ConfigError
+from occbev.files import read_yaml
 from occbev.ros.rclpy_internals import parameter_overrides
 from occbev.streams.parameters import (
     CAMERA_NAMES,
@@ -42,7 +50,56 @@ def declare_parameters(node: Any) -> PerceptionParameters:
     for camera in node.get_parameter("cameras.names").value:
         for leaf in leaves(CameraParameters, f"cameras.{camera}."):
             _declare(node, replace(leaf, default=named.get(leaf.name, leaf.default)))
-    return read_node_parameters(node)
+    parameters = read_node_parameters(node)
+    _check_topics(node, parameters)
+    return parameters
+
+
+def _check_topics(node: Any, parameters: PerceptionParameters) -> None:
+    """Refuse what is no name of a topic, before a model is loaded; other commands read bags with any names."""
+    topics = {
+        "tf_topic": parameters.tf_topic,
+        "tf_static_topic": parameters.tf_static_topic,
+        "ego_motion.odometry_topic": parameters.ego_motion.odometry_topic,
+    }
+    for camera in parameters.names:
+        topics[f"cameras.{camera}.topic"] = next(iter(parameters.image_topics(camera)))
+        topics[f"cameras.{camera}.info_topic"] = parameters.info_topic(camera)
+    for parameter, topic in topics.items():
+        try:
+            validate_topic_name(topic)
+            validate_full_topic_name(expand_topic_name(topic, node.get_name(), node.get_namespace()))
+        except InvalidTopicNameException as error:
+            reason = str(error).splitlines()[0].removeprefix("Invalid topic name: ").rstrip(":")
+            raise ConfigError(f"{parameter} {topic!r}: {reason}") from error
+
+
+def describe_unused_files(files: Sequence[str], full_name: str) -> str:
+    """Say that parameter files have no section for a node, "" where one has or no file is given."""
+    try:
+        sections = [section for file in files for section in _sections(read_yaml(Path(file)))]
+    except (OSError, ValueError):
+        return ""  # rcl has read it, and reads more of YAML than we do
+    if not files or any(_section_pattern(section).fullmatch(full_name) for section in sections):
+        return ""
+    found = f"its sections are {', '.join(sections)}" if sections else "it has no section"
+    return f"{', '.join(files)}: no section for {full_name}, so defaults hold; {found}: name it /**"
+
+
+def _sections(document: Any, parent: str = "") -> Iterator[str]:
+    """Yield the nodes that a parameter file names, which may be patterns."""
+    for key, value in document.items() if isinstance(document, Mapping) else ():
+        name = f"{parent}/{str(key).strip('/')}"
+        if isinstance(value, Mapping) and "ros__parameters" in value:
+            yield name
+        elif isinstance(value, Mapping):
+            yield from _sections(value, name)
+
+
+def _section_pattern(section: str) -> re.Pattern[str]:
+    """Return what a section matches: `*` is one part of a full name, `**` any number of them."""
+    wild = {"*": "/[^/]+", "**": "(/[^/]+)*"}
+    return re.compile("".join(wild.get(part, f"/{re.escape(part)}") for part in section.strip("/").split("/")))
 
 
 def read_node_parameters(node: Any, changed: Sequence[Any] = ()) -> PerceptionParameters:

@@ -56,7 +56,7 @@ from occbev.results import Perception
 from occbev.ros import outputs
 from occbev.ros.compat import publisher_events, require, subscription_events
 from occbev.ros.executor import make_executor
-from occbev.ros.parameters import declare_parameters, find_unknown, read_node_parameters
+from occbev.ros.parameters import declare_parameters, describe_unused_files, find_unknown, read_node_parameters
 from occbev.ros.rclpy_internals import CheckedParameterService, destroy_lifecycle_parts
 from occbev.ros.transport import use_large_image_profile
 from occbev.ros.worker import Worker
@@ -608,12 +608,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = keep_large_blocks()
     sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type] # OpenVINO's converter: 7 MB for nothing
     try:
-        rclpy.init(args=list(sys.argv if arguments is None else ["occbev", *arguments]))
+        given = list(sys.argv if arguments is None else ["occbev", *arguments])
+        rclpy.init(args=given)
     except Exception as error:  # rcl's own classes differ between distributions
         print(f"perception: {error}", file=sys.stderr)
         return 2
     try:
-        return _run(f"Fast DDS profile {profile}; allocator tuned: {kept}")
+        files = [file for flag, file in zip(given, given[1:], strict=False) if flag == "--params-file"]
+        return _run(f"Fast DDS profile {profile}; allocator tuned: {kept}", files)
     except (ConfigError, ParameterException) as error:
         print(f"perception: {error}", file=sys.stderr)
         return 2
@@ -633,13 +635,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rclpy.try_shutdown()
 
 
-def _run(settings: str) -> int:
+def _run(settings: str, files: Sequence[str]) -> int:
     """Make the node, start it as its parameters ask and spin; whatever happens, it is closed.
+
+    files: parameter files that were given.
 
     A network that outlasts the node runs in a thread that nothing may be taken from: Python's end is skipped then.
     """
     node = PerceptionNode()
     node.get_logger().debug(settings)
+    if unused := describe_unused_files(files, node.get_fully_qualified_name()):
+        node.get_logger().warning(unused)
     try:
         if node.parameters.build_only:
             return 0 if node.build() or not rclpy.ok() else 1

@@ -206,6 +206,8 @@ class PerceptionParameters:
             raise ConfigError(f"executor {self.executor!r}: must be {' or '.join(EXECUTORS)}")
         if self.provider not in PROVIDERS:
             raise ConfigError(f"provider {self.provider!r}: must be one of {', '.join(PROVIDERS)}")
+        if not self.base_frame:
+            raise ConfigError("base_frame is empty: name the frame of the vehicle, such as base_link")
         if not self.cameras:
             raise ConfigError("cameras.names is empty: name at least one camera")
         if self.anchor and self.anchor not in self.cameras:
