@@ -73,11 +73,13 @@ def run(args: argparse.Namespace) -> int:
     root = _pairs_of(args, package.model)
     samples = open_pairs(root, package.model.image, package.model.grid, args.split, kept=args.out / "samples")
     train, held_out = divide(samples, _window(root), config.held_out)
+    between = len(samples) - len(train) - len(held_out)
     rehearsal, forgotten = _rehearsal(args, package, config, samples, console)
     train = _teach(args, package, config, train, rehearsal is not None, console)
     data = AdaptData(train, held_out, rehearsal, forgotten)
     console.print(
         f"{package.model.name}: learns from {len(train)} pairs, {len(held_out)} are held out, "
+        f"{between} between them are in neither, "
         f"{len(rehearsal or ())} simulated frames are rehearsed",
         highlight=False,
     )
