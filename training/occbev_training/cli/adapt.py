@@ -231,7 +231,7 @@ def _finish(
     looks = _looks(package, data, found)
     facts = {
         "trained on": f"{len(data.train)} pairs of {', '.join(data.train.drives)}, without their boxes and classes",
-        "held out": f"{len(data.held_out)} pairs; no training label uses their sweeps",
+        "held out": f"{len(data.held_out)} pairs; no training label uses a sweep of their time",
         "simulated": f"{len(data.rehearsal or ())} frames in the training, half of them through these cameras",
         "training": f"{found.steps} steps, {found.seconds:.0f} s, {found.processor_seconds:.0f} s of processor time",
         "weights": f"{found.share:.0%} adapted, {1 - found.share:.0%} of {package.model.name}",
