@@ -81,7 +81,7 @@ def test_a_bad_camera_holds_no_memory_until_the_garbage_collector_runs(bad: str)
         for job in jobs:
             intake.gather(job)
         assert "B" in jobs[-1].missing
-        assert {"frozen": "it is frozen", "broken": "JPEG of", "black": "it is black"}[bad] in jobs[-1].missing["B"]
+        assert "it is frozen" in jobs[-1].missing["B"], "the same image came eight times"
         alive = [weakref.ref(job) for job in jobs]
         jobs.clear()
         del job
