@@ -1,4 +1,4 @@
-"""A camera that moves in base_link, as on a pan-tilt head, without ROS."""
+"""A camera that moves in base_link, as on a pan-tilt head, or changes its calibration, without ROS."""
 
 from __future__ import annotations
 
@@ -31,13 +31,17 @@ def send_head(intake: Intake, stamp_ns: int, height: float) -> None:
     intake.add_transforms(SimpleNamespace(transforms=[transform]), False, stamp_ns)
 
 
+def send_info(intake: Intake, focal: float = 50.0) -> None:
+    k = [focal, 0.0, 32.0, 0.0, focal, 24.0, 0.0, 0.0, 1.0]
+    p, region = [*k[:3], 0.0, *k[3:6], 0.0, *k[6:], 0.0], SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0)
+    info = {"width": 64, "height": 48, "k": k, "p": p, "d": [], "distortion_model": "plumb_bob", "roi": region}
+    intake.add_info("A", SimpleNamespace(header=header("a"), binning_x=0, binning_y=0, **info))
+
+
 @pytest.fixture
 def intake() -> Any:
     made = Intake(PARAMETERS, lambda frame, camera: frame)
-    k = [50.0, 0.0, 32.0, 0.0, 50.0, 24.0, 0.0, 0.0, 1.0]
-    p, region = [*k[:3], 0.0, *k[3:6], 0.0, *k[6:], 0.0], SimpleNamespace(x_offset=0, y_offset=0, width=0, height=0)
-    info = {"width": 64, "height": 48, "k": k, "p": p, "d": [], "distortion_model": "plumb_bob", "roi": region}
-    made.add_info("A", SimpleNamespace(header=header("a"), binning_x=0, binning_y=0, **info))
+    send_info(made)
     yield made
     made.close()
 
@@ -87,3 +91,13 @@ def test_a_leading_slash_of_a_frame_means_nothing(intake: Intake) -> None:
     send_head(intake, S, 1.1)
     intake.calibration.note_image_frame("A", "/a")
     assert describe(intake) == (OK, "good")
+
+
+def test_a_calibration_that_changes_back_and_forth_is_named(intake: Intake) -> None:
+    send_head(intake, S, 1.1)
+    for focal in (50.0, 55.0, 55.0, 60.0):
+        send_info(intake, focal)
+    assert describe(intake) == (OK, "good"), "a camera that is calibrated again"
+    send_info(intake, 55.0)
+    text = "its CameraInfo changes back and forth: do two publishers send ~/input/a/camera_info?"
+    assert describe(intake) == (WARN, text)

@@ -25,6 +25,10 @@ MAX_LAG_NS, REACH_NS = 100_000_000, 1_000_000_000
 """A camera that moves may be placed where it was so long before its exposure; one this far behind is not waited for."""
 
 
+FLIP_S = 10.0
+"""How long a calibration that changed back is named."""
+
+
 @dataclass(frozen=True)
 class Calibrated:
     """The rig as far as it is known.
@@ -44,6 +48,8 @@ class Calibration:
         self._parameters, self._buffer = parameters, buffer
         self._infos: dict[str, Any] = {}
         self._info_keys: dict[str, tuple[Any, ...]] = {}
+        self._former_keys: dict[str, tuple[Any, ...] | None] = {}
+        self._flipped: dict[str, float] = {}
         self._image_frames: dict[str, str] = {}
         self._built: dict[str, tuple[Any, ...]] = {}
         self._cameras: dict[str, Camera] = {}
@@ -55,8 +61,11 @@ class Calibration:
 
     def add_info(self, camera: str, message: Any) -> None:
         """Take a CameraInfo; the newest always holds."""
-        key = calibration_key(message)
-        if self._info_keys.get(camera) != key:
+        key, held = calibration_key(message), self._info_keys.get(camera)
+        if held != key:
+            if key == self._former_keys.get(camera):
+                self._flipped[camera] = time.monotonic()
+            self._former_keys[camera] = held
             self._info_keys[camera], self._infos[camera] = key, message
 
     def note_image_frame(self, camera: str, frame: str) -> None:
@@ -103,6 +112,13 @@ class Calibration:
         if lag_ns <= MAX_LAG_NS or not self._buffer.moves(self._parameters.base_frame, frame):
             return ""
         return f"frame {frame!r} moves, but its newest transform is {lag_ns / 1e9:.2f} s older than the image"
+
+    def describe_flips(self, name: str) -> str:
+        """Say that a camera's calibration lately changed back to the one before, "" if it did not."""
+        if time.monotonic() - self._flipped.get(name, -FLIP_S) >= FLIP_S:
+            return ""
+        topic = self._parameters.info_topic(name)
+        return f"its CameraInfo changes back and forth: do two publishers send {topic}?"
 
     def describe_frames(self, name: str) -> str:
         """Say where a camera's images and its CameraInfo name different frames, "" if they agree."""

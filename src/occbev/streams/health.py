@@ -107,7 +107,8 @@ def _input_problem(intake: Intake, name: str, now_ns: int) -> str:
             f"{count} publishers send {topic}: one of them is too many" for topic, count in crowded.items()
         )
     calibration = intake.calibration
-    return calibration.describe_lag(name) or calibration.describe_frames(name) or calibration.describe_view(name)
+    about = calibration.describe_flips, calibration.describe_lag, calibration.describe_frames, calibration.describe_view
+    return next(filter(None, (describe(name) for describe in about)), "")
 
 
 def _transforms(intake: Intake, now_ns: int) -> Status:
