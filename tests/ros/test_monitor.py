@@ -52,7 +52,7 @@ def test_the_dashboard_shows_cameras_drops_and_latency(
     parts = {name: Part(name, p["level"], p["text"], p["values"], 1e12) for name, p in record.items()}
     text = shown({"/perception": parts})
     assert "CAM_RIGHT" in text
-    assert "no image on ~/input/cam_right/image" in text
+    assert "no image on /perception/input/cam_right/image" in text
     assert "inference" in text
 
 
