@@ -182,7 +182,7 @@ def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectifi
 
 def calibration_key(info: Any) -> tuple[Any, ...]:
     """Return everything in a CameraInfo that makes its camera: all but the stamp and the rectification matrix."""
-    roi = info.roi
+    roi = info.roi  # a Foxglove calibration has none
     return (
         info.width,
         info.height,
@@ -190,7 +190,7 @@ def calibration_key(info: Any) -> tuple[Any, ...]:
         *(tuple(map(float, _field(info, name))) for name in ("k", "p", "d")),
         info.binning_x,
         info.binning_y,
-        (roi.x_offset, roi.y_offset, roi.width, roi.height),
+        None if roi is None else (roi.x_offset, roi.y_offset, roi.width, roi.height),
         info.header.frame_id,
     )
 
