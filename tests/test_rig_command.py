@@ -122,7 +122,8 @@ def test_a_bag_without_poses_gives_a_node_without_ego_motion(
 ) -> None:
     bag = str(Drive(odometry="").write(tmp_path / "bag"))
     assert main(["rig", bag, "--out", str(tmp_path / "vehicle")]) == 0
-    assert "no poses: neither an odometry topic nor a transform" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())  # lines are broken where the path of the bag is long
+    assert "no poses: neither an odometry topic nor a transform" in said
     assert read_parameters(tmp_path / "vehicle" / "perception.yaml").ego_motion.source == "none"
     assert replay_parameters(monkeypatch, bag).ego_motion.source == "none"
     assert "poses none, so ego motion is off. " in capsys.readouterr().err
