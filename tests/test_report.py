@@ -191,6 +191,16 @@ def test_dropped_frames_are_marked(tmp_path: Path, summary: dict[str, Any]) -> N
     assert (text.count('class="dropped"'), text.count("<circle")) == (1, 19)
 
 
+def test_no_style_of_the_page_sizes_the_bars_of_a_chart(tmp_path: Path, summary: dict[str, Any]) -> None:
+    text, _ = page(tmp_path, summary, [])
+    kinds = set(re.findall(r'<rect class="(\w+)"', text))
+    assert kinds == {"part", "total"}
+    for kind in kinds:
+        rules = re.findall(rf"\.{kind}\b[^{{}}]*\{{([^}}]*)\}}", text)
+        assert rules
+        assert not any("height" in rule for rule in rules), "it holds for rectangles, too"
+
+
 def test_text_from_outside_is_escaped(tmp_path: Path, summary: dict[str, Any]) -> None:
     text, _ = page(tmp_path, summary, [])
     assert "&lt;b&gt;occbev&lt;/b&gt;" in text

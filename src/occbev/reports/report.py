@@ -206,7 +206,7 @@ def _stage_chart(stages: Mapping[str, Mapping[str, float]]) -> str:
     bars = []
     for index, (name, stage) in enumerate(stages.items()):
         y, p50, p95 = index * height + 4, stage["p50"] * scale, stage["p95"] * scale
-        kind = "total" if name == "total" else "stage"
+        kind = "total" if name == "total" else "part"
         bars.append(
             f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{_text(name)}</text>'
             f'<rect class="{kind}" x="{left}" y="{y}" width="{p50:.1f}" height="17" rx="2"/>'
@@ -349,7 +349,7 @@ button{font:inherit;color:var(--paper);background:var(--accent);border:0;border-
 .chip{font-size:13px;padding:2px 10px;color:var(--ink);background:var(--wash);border:1px solid var(--line);border-radius:12px}
 .chip[aria-pressed=false]{opacity:.4}
 .chip i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px;outline:1px solid var(--line)}
-svg{width:100%;height:auto;font-size:13px}svg text{fill:var(--ink)}svg .stage{fill:var(--soft);opacity:.55}
+svg{width:100%;height:auto;font-size:13px}svg text{fill:var(--ink)}svg .part{fill:var(--soft);opacity:.55}
 svg .total,svg circle{fill:var(--accent)}svg .whisker{stroke:var(--ink);stroke-width:1.2;fill:none}
 svg .grid{stroke:var(--line)}svg .dropped{stroke:var(--warn);stroke-width:2;fill:none}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:14px}td,th{padding:4px 10px;text-align:right;font-weight:400}
