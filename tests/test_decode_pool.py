@@ -41,8 +41,14 @@ def test_images_of_a_camera_come_out_in_order_and_failures_stay_their_own() -> N
 
 def test_images_that_wait_are_cancelled_when_the_pool_closes() -> None:
     pool: DecodePool[int] = DecodePool(1)
-    release = threading.Event()
-    first, second = pool.submit("front", lambda: int(release.wait(10))), pool.submit("front", lambda: 2)
+    started, release = threading.Event(), threading.Event()
+
+    def decode() -> int:
+        started.set()
+        return int(release.wait(10))
+
+    first, second = pool.submit("front", decode), pool.submit("front", lambda: 2)
+    assert started.wait(5)
     pool.close()
     release.set()
     assert first.result(timeout=5) == 1
