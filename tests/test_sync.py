@@ -273,12 +273,52 @@ def test_a_delayed_camera_is_late_and_the_rest_goes_on() -> None:
 
 def test_a_single_key_frame_leaves_by_timeout() -> None:
     sync = synchronizer()
-    assert feed(sync, simulate(sweeps=1), flush=False) == []
+    images = [image for image in simulate(sweeps=1) if image.camera != "c3"]
+    assert feed(sync, images, flush=False) == []
     deadline = sync.next_deadline_ns
     assert deadline is not None
     assert sync.poll(deadline - 1) == []
     (only,) = sync.poll(deadline)
-    assert not only.missing
+    assert set(only.missing) == {"c3"}
+
+
+def test_the_first_set_of_aligned_cameras_leaves_with_its_last_image() -> None:
+    (first,) = feed(synchronizer(), simulate(sweeps=1, phases_ms=(0, 0, 1, 2, 2, 3)), flush=False)
+    assert first.emitted_ns - first.arrival_ns == pytest.approx(3e6, abs=1e3)
+
+
+@pytest.mark.parametrize("pace", [0.25, 1, 4])
+def test_the_first_set_leaves_when_its_cameras_were_heard_for_long_enough(pace: float) -> None:
+    images = simulate(sweeps=1)
+    for image in images:
+        image.arrival /= pace
+    sync = synchronizer(timeout_s=1)
+    assert feed(sync, images, flush=False) == []
+    heard_ns = round(70e6 / min(pace, 1))  # twice the 35 ms of the last camera; a fast recording is not believed
+    first_ns = round(images[0].arrival * 1e9)
+    assert sync.poll(first_ns + heard_ns - 1_000_000) == []
+    assert len(sync.poll(first_ns + heard_ns + 1_000_000)) == 1
+
+
+def test_no_start_joins_neighbouring_sweeps() -> None:
+    for seed in range(200):
+        rng = random.Random(seed)
+        hz = rng.choice([5, 10, 12, 20, 30])
+        free = [rng.uniform(-450, 450) / hz for _ in CAMERAS]
+        burst = [rng.choice([100, 120]) * (index - 1) / hz for index in range(len(CAMERAS))]
+        phases = rng.choice([free, burst])
+        phases[1] = 0
+        images = simulate(hz, 20, tuple(phases), jitter=lambda r: r.uniform(0, 0.005), seed=seed)
+        begin = images[0].arrival + rng.uniform(0, 2) / hz
+        heard = [image for image in images if image.arrival >= begin]
+        sync, sets, now = synchronizer(), list[FrameJob](), begin
+        for image in heard:
+            while now + 0.02 < image.arrival:
+                now += 0.02
+                sets += sync.poll(round(now * 1e9))
+            now = image.arrival
+            sets += sync.push(image.camera, round(image.stamp * 1e9), image.sweep, round(now * 1e9))
+        assert mixed(sets) == 0, (seed, hz, phases)
 
 
 def test_wrong_use_is_named() -> None:

@@ -34,6 +34,9 @@ REMEMBERED_SETS = 16
 LONE_WITNESSES = 3
 """Consecutive stamps after which a jump in time is accepted from a camera that delivers alone."""
 
+SHORTEST_PERIOD_NS = 1_000_000_000 // 60
+"""Before the period is known, no camera is expected to deliver faster than this."""
+
 FRESH_PERIODS = 1.5
 """Periods over which a camera's newest stamp tells what time it is."""
 
@@ -558,10 +561,10 @@ class FrameSynchronizer:
         return finished
 
     def _is_ready(self, key: _Key, now_ns: int) -> bool:
+        if len(key.images) == len(self.cameras):
+            return self.period_ns is not None or _are_of_one_sweep(key, now_ns)
         if self.period_ns is None:  # a neighbouring sweep cannot be told apart yet
             return False
-        if len(key.images) == len(self.cameras):
-            return True
         if len(key.images) < self.config.min_cameras:
             return False
         for name, stream in self._streams.items():
@@ -648,6 +651,22 @@ class FrameSynchronizer:
     def _drop_many(self, stream: CameraStream, count: int, reason: str) -> None:
         if count:
             self.statistics.dropped[stream.name][reason] += count
+
+
+def _are_of_one_sweep(key: _Key, now_ns: int) -> bool:
+    """Whether no camera has an image nearer to a key time than those of its complete set; the period is not known.
+
+    So it is where all cameras were heard for twice as long as the furthest image is away: a camera whose neighbouring
+    image is nearer than that delivers so fast that it would have been heard twice.
+    """
+    images = key.images.values()
+    stamps_ns, arrivals_ns = [image.stamp_ns for image in images], [image.arrival_ns for image in images]
+    furthest_ns = max(abs(stamp_ns - key.stamp_ns) for stamp_ns in stamps_ns)
+    span_ns, begin_ns = max(stamps_ns) - min(stamps_ns), min(arrivals_ns)
+    # A recording may be played slowly or fast: time since the first image is taken at the pace of the stamps.
+    pace_ns = max(span_ns, max(arrivals_ns) - begin_ns)
+    heard_ns = max(span_ns, span_ns * (now_ns - begin_ns) // pace_ns) if pace_ns else 0
+    return 2 * furthest_ns <= max(heard_ns, SHORTEST_PERIOD_NS)
 
 
 def _describe_clock(difference_ns: int, against: str) -> str:
