@@ -21,7 +21,8 @@ class CameraFrame:
     """One exposure of one camera.
 
     image: (H, W, 3) uint8 RGB, or the encoded bytes (JPEG, PNG) of it.
-    ego2global: (4, 4) at this frame's own stamp, or None where the pose is not known.
+    ego2global: (4, 4) at this frame's own stamp, or None where the pose is not known. Of a recorded camera that moves on
+        the vehicle it is chosen so that the rig's cam2ego leads to where the camera was.
     decode_ns: how long decoding took, 0 for bytes.
     """
 

@@ -171,6 +171,36 @@ def test_a_missing_transform_is_named(tmp_path: Path, tiny_recording) -> None:
     assert any("camera left out" in reason and count == 4 for reason, count in read.skipped.items())
 
 
+def test_a_camera_that_moves_on_the_vehicle_is_placed_at_its_exposures(tmp_path: Path, tiny_recording) -> None:
+    begin = int(tiny_recording.key_stamp_ns[0])
+
+    def height(stamp_ns: int) -> float:
+        return 1.0 + (stamp_ns - begin) / 1e9
+
+    write_bag(tiny_recording, tmp_path / "bag")
+    mount = []
+
+    def lift(topic: str, message):
+        if topic == "/tf_static":
+            mount.extend(t for t in message.transforms if t.child_frame_id == "cam_back")
+            message.transforms = [t for t in message.transforms if t.child_frame_id != "cam_back"]
+        elif topic == "/tf":
+            moved, stamp = copy.deepcopy(mount[0]), message.transforms[0].header.stamp
+            moved.header.stamp, moved.transform.translation.z = stamp, height(stamp.sec * 10**9 + stamp.nanosec)
+            message.transforms = [*message.transforms, moved]
+        return message
+
+    read = BagRecording(rewrite(tmp_path / "bag", tmp_path / "lift", lift))
+    for key in range(len(read.key_stamp_ns)):
+        frames = read.frame_set(key).frames
+        back, front = frames["CAM_BACK"], frames["CAM_FRONT"]
+        cam2ego = tiny_recording.rig["CAM_BACK"].cam2ego.copy()
+        cam2ego[2, 3] = height(back.stamp_ns)
+        cam2global = back.ego2global @ read.rig["CAM_BACK"].cam2ego
+        np.testing.assert_allclose(cam2global, read.trajectory.at(back.stamp_ns) @ cam2ego, atol=1e-6)
+        np.testing.assert_array_equal(front.ego2global, read.trajectory.at(front.stamp_ns))
+
+
 def test_poses_come_from_tf_where_odometry_is_absent(tmp_path: Path, tiny_recording) -> None:
     write_bag(tiny_recording, tmp_path / "bag")
     without = rewrite(tmp_path / "bag", tmp_path / "tf", lambda t, m: None if t == "/odometry" else m)

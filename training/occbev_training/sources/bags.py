@@ -98,6 +98,7 @@ class BagRecording(IndexedBag):
         self._bad: Counter[str] = Counter()
         self._add_transforms(self.topics.tf_static)
         self.left_out: dict[str, str] = {}
+        self._moving_cameras: dict[str, str] = {}
         given = self.options.rig.cameras if self.options.rig else ()
         self.calibrated_sizes = {camera.name: (camera.width, camera.height) for camera in given}
         self.rig = self.options.rig or self._rig(kept)
@@ -196,7 +197,7 @@ class BagRecording(IndexedBag):
                     f"{topic}: its clouds are in {frame!r} itself, so that it is not known where their beams begin; "
                     "of several LiDARs each cloud must be in the frame of its own sensor"
                 )
-            return self._sensor2base(frame, topic), self._find_point_times(topic, probe)
+            return self._lidar2base(frame, topic), self._find_point_times(topic, probe)
         except RecordingError as error:
             text = str(error)
             raise RecordingError(
@@ -225,7 +226,7 @@ class BagRecording(IndexedBag):
             if fault is not None:
                 missing[name] = f"broken image: {fault}"
                 continue
-            frames[name] = CameraFrame(name, exposure, image, self._pose_or_none(exposure))
+            frames[name] = CameraFrame(name, exposure, image, self._pose_of_camera(camera, exposure))
         pose = self._pose_or_none(stamp)
         return FrameSet(stamp, frames, missing, None if pose is None else self._twists.at(stamp, pose))
 
@@ -350,6 +351,14 @@ class BagRecording(IndexedBag):
                 raise RecordingError(f"{topic}: transforms conflict: {self._conflicts[name]}")
         return sensor2base
 
+    def _lidar2base(self, frame: str, topic: str) -> Array:
+        """Return where a LiDAR stands, raising as `_sensor2base`; one that moves on the vehicle is warned of."""
+        lidar2base = self._sensor2base(frame, topic)
+        if self._buffer.moves(self._base_frame, frame):
+            text = "%s: %s: the frame %r moves on the vehicle; all of its clouds are read where it stood last"
+            LOG.warning(text, self._bag.path, topic, frame)
+        return lidar2base
+
     def _rig(self, kept: Mapping[str, Sequence[BagMessage]]) -> CameraRig:
         """Return the cameras that can be used; those that cannot are named in `left_out`."""
         order = {name: i for i, name in enumerate(DEFAULT_CAMERAS)}
@@ -383,6 +392,9 @@ class BagRecording(IndexedBag):
                 f"name it as cameras.{name}.frame in a file for --topics"
             )
         camera = camera_from_info(name, info, self._sensor2base(frame, topic), is_rectified(images))
+        if self._buffer.moves(self._base_frame, frame):
+            self._moving_cameras[name] = frame
+            LOG.info("%s: camera %s moves on the vehicle: it is placed at each exposure", self._bag.path, name)
         self.calibrated_sizes[name] = camera.width, camera.height
         return camera if size is None else camera.fit_to(*size)
 
@@ -424,7 +436,7 @@ class BagRecording(IndexedBag):
                     f"{topic}: its clouds are in {frame!r} itself, so that it is not known where their beams begin; "
                     "say --lidar-origin X Y Z, or lidar_sensors in a file for --topics where several sensors are merged"
                 )
-            frame2base = np.eye(4) if frame == self._base_frame else self._sensor2base(frame, topic)
+            frame2base = np.eye(4) if frame == self._base_frame else self._lidar2base(frame, topic)
         except RecordingError as error:
             raise RecordingError(f"{self._bag.path}: {error}") from error
         self.lidar2ego = frame2base if given is None else make_transform(np.eye(3), given)
@@ -438,7 +450,7 @@ class BagRecording(IndexedBag):
     def _sensor_place(self, sensor: LidarSensor, topic: str) -> Array:
         """Return where a sensor of a merged cloud stands in the vehicle's frame."""
         if isinstance(sensor.origin, str):
-            return self._sensor2base(sensor.origin, topic)[:3, 3]
+            return self._lidar2base(sensor.origin, topic)[:3, 3]
         return np.array(sensor.origin)
 
     def _sensors_of(self, cloud: NDArray[np.void], topic: str) -> NDArray[np.int64]:
@@ -566,6 +578,17 @@ class BagRecording(IndexedBag):
             return self.trajectory.at(stamp_ns)
         except LookupError:
             return None
+
+    def _pose_of_camera(self, camera: Camera, stamp_ns: int) -> Array | None:
+        """Return ego2global (4, 4) at an exposure; for a camera that moves on the vehicle as if it had stood where the rig says.
+
+        So the rig's cam2ego leads to where the camera was.
+        """
+        ego2global, frame = self._pose_or_none(stamp_ns), self._moving_cameras.get(camera.name)
+        if ego2global is None or frame is None:
+            return ego2global
+        cam2ego = self._buffer.lookup_nearest(self._base_frame, frame, stamp_ns)
+        return ego2global @ cam2ego @ invert_transform(camera.cam2ego)
 
     def _message(self, topic: str, log_ns: int, stamp_ns: int) -> Any:
         for message in self._bag.messages([topic], log_ns, log_ns + 1):
