@@ -19,7 +19,7 @@ from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, BevGrid
 from occbev.inference.families.bevdet import BevDetConfig, BevDetModel
 from occbev.inference.families.bevformer import BevFormerModel
-from occbev.inference.families.lift_splat import LiftSplatModel
+from occbev.inference.families.lift_splat import LiftSplatModel, SplatModel
 from occbev.results import FrameSet
 from occbev_training.data.augment import NO_AUGMENTATION, AugmentConfig
 from occbev_training.data.cache import CacheError, SampleCache, open_cache
@@ -103,6 +103,22 @@ def test_a_still_point_of_a_past_image_is_lifted_to_where_it_is_now(cache: Sampl
             np.testing.assert_allclose(lifted, transform_points(change, now), atol=1e-6)
             wanted = make_geometry(LIFT, [view.intrinsic], [ego2ego @ view.cam2ego], [view.camera_valid])
             assert torch.equal(frame.geometry.pixel, wanted.pixel)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [replace(LIFT, bevdet=BevDetConfig(frames=3, depth_net="camera")), replace(MODEL, memory=2)],
+    ids=["bevdepth", "occbev"],
+)
+def test_the_depth_net_does_not_see_where_the_vehicle_was(cache: SampleCache, model: SplatModel) -> None:
+    """A past camera stands on the vehicle as the key frame's does, which is what a robot says of every frame."""
+    dataset = SampleDataset(cache, model, AugmentConfig(bev_rotate=40, bev_scale=(0.9, 1.1)), seed=0)
+    sample = next(s for p in range(8) if None not in (s := dataset[p]).past)
+    batch = Collate(model)([sample])
+    assert len(batch.past) == 2
+    for frame in batch.past:
+        torch.testing.assert_close(frame.geometry.ray, batch.geometry.ray)
+        assert not torch.equal(frame.geometry.pixel, batch.geometry.pixel)
 
 
 def test_what_has_no_past_sees_its_own_frame_again(cache: SampleCache) -> None:

@@ -54,10 +54,12 @@ class SplatTraining(TrainingFamily[Splat]):
 
         The key frame stands in for what is missing, as published.
         """
+        assert isinstance(geometry, BatchedPoints)
         steps = range(len(windows[0]))
-        return History(tuple(self._past(model, [w[step] for w in windows], keys) for step in steps), None, geometry)
+        past = [self._past(model, [w[step] for w in windows], keys, geometry.ray) for step in steps]
+        return History(tuple(past), None, geometry)
 
-    def _past(self, model: Splat, views: Sequence[View | None], keys: Sequence[View]) -> PastFrames:
+    def _past(self, model: Splat, views: Sequence[View | None], keys: Sequence[View], ray: Tensor) -> PastFrames:
         seen = [view or key for view, key in zip(views, keys, strict=True)]
         poses = [
             view.cam2ego if view is key else into_key(key, view) @ view.cam2ego
@@ -65,7 +67,9 @@ class SplatTraining(TrainingFamily[Splat]):
         ]
         rigs = ([v.intrinsic for v in seen], poses, [v.camera_valid for v in seen])
         geometry = self.geometry(model, *rigs, [v.augmentation for v in seen])
-        return PastFrames(*stack_images(seen), geometry)
+        assert isinstance(geometry, BatchedPoints)
+        # The depth net reads the cameras of the key frame, as published: where the vehicle was says nothing of depth.
+        return PastFrames(*stack_images(seen), replace(geometry, ray=ray))
 
     def run(
         self,
