@@ -563,10 +563,11 @@ def test_objects_found_by_one_arm_alone_are_counted(place: Workplace) -> None:
 
 def test_the_model_zoo_shows_with_and_without_pre_training(tmp_path: Path) -> None:
     plan = _enough_seeds()
-    chapter = chapter_of(Results(plan, _rows(plan, {"R": 0.3, "O": 1.1}, 3)), "the command")
-    (network, where, labels, without, gained, difference, seeds), *others = chapter.zoo
-    assert not others
+    chapter = chapter_of(Results(plan, _rows(plan, {"R": 0.3, "R0": 0.2, "O": 1.1}, 3)), "the command")
+    (network, where, labels, instead, without, gained, difference, seeds), *others = chapter.zoo
     assert "96x48" in network
+    assert instead == "more fine-tuning"
+    assert [(row[3], row[5]) for row in others] == [("the same fine-tuning", gained)]
     assert (where, labels, seeds) == ("simulated streets", "50 %", "3")
     assert float(difference.split(",")[0]) == pytest.approx(float(gained) - float(without), abs=0.011)
     zoo = tmp_path / "model-zoo.md"
@@ -584,7 +585,7 @@ def test_the_committed_model_zoo_follows_from_the_committed_rows() -> None:
     rows = read_rows(ROOT / "docs" / "results" / "mechanism.jsonl", plan.hash)
     zoo = (ROOT / "docs" / "model-zoo.md").read_text()
     for row in chapter_of(Results(plan, rows, draws=2), "").zoo:
-        assert "| " + " | ".join(row[:5]) + " | " + row[5].split(",")[0] in zoo
+        assert "| " + " | ".join(row[:6]) + " | " + row[6].split(",")[0] in zoo
 
 
 def test_rig_types_look_all_around() -> None:

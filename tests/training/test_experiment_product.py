@@ -98,21 +98,25 @@ def test_every_task_is_done_once_and_pairs_are_compared(place: ProductPlace) -> 
     plan = place.plan
     assert [done for done, _ in make_caches(place, 1)] == [1, 2, 3]
     tasks = product_tasks(plan)
-    assert [task.key for task in tasks] == ["phase1-O-seed0", "run-O-50-seed0", "run-R-50-seed0"]
+    assert [task.key for task in tasks] == ["phase1-O-seed0", "run-O-50-seed0", "run-R-50-seed0", "run-R0-50-seed0"]
     rows = list(run_tasks(place, tasks, 1, do_product_task))
-    assert [row["steps"] for row in rows] == [2, 1, 3]
-    assert rows[1]["data"] == rows[2]["data"]  # the same labelled drive, the same test drives
+    assert [row["steps"] for row in rows] == [2, 1, 3, 1]
+    assert rows[1]["data"] == rows[2]["data"] == rows[3]["data"]  # the same labelled drive, the same test drives
     assert len(list(place.share(50.0, 0).iterdir())) == 1
     assert {"mAP", "NDS"} <= set(rows[1]["summary"])
     begun = (place.folder(tasks[1].key) / "run.json").read_text()
     assert '"start": "weights.safetensors"' in begun
-    assert '"part": "image_encoder"' in (place.folder(tasks[2].key) / "run.json").read_text()  # ImageNet weights
+    for task in tasks[2:]:
+        assert '"part": "image_encoder"' in (place.folder(task.key) / "run.json").read_text()  # ImageNet weights
     assert list(run_tasks(place, tasks, 1, do_product_task)) == []
     chapter = product_chapter(plan, read_rows(place.rows, plan.hash), "command")
     text = to_markdown(chapter.sections, "results")
     assert "- O - R at 50 % of labels: " in text
+    assert "- O - R0 at 50 % of labels: " in text
     assert "Every run of the plan is here." in text
     assert "| O | mean | " in text
+    gain = 100 * (rows[1]["summary"]["NDS"] - rows[3]["summary"]["NDS"])
+    assert f" {gain:+.2f} ({gain:+.2f}) |" in text[text.index("| O - R0 | 50 % |") :]
     assert "on cpu" in text or "on cuda" in text
 
 

@@ -1,7 +1,8 @@
 """The product's own network with and without pre-training, by the product's own recipes: hours of two cores, or one GPU.
 
-Arm R fine-tunes from ImageNet weights, arm O pre-trains on occupancy first; both take the same steps in all. Everything
-is `occbev-train prepare`, `pretrain`, `finetune` and `evaluate`, with the seeds, steps and drives of a registered plan.
+Arms R and R0 fine-tune from ImageNet weights, arm O pre-trains on occupancy first. R takes the same steps as O in all, R0
+the same steps of fine-tuning, as publications compare. Everything is `occbev-train prepare`, `pretrain`, `finetune` and
+`evaluate`, with the seeds, steps and drives of a registered plan.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ KIND = "product"
 
 ARMS: Mapping[str, str] = {
     "R": "ImageNet weights of the image encoder, trained on boxes and voxels for as many steps as O in both phases",
+    "R0": "ImageNet weights of the image encoder, trained on boxes and voxels for the steps of phase 2 alone",
     "O": "ImageNet weights of the image encoder, phase 1 learns occupancy in three states (Occ-BEV with our labels)",
 }
 """Arm -> what it is."""
+
+COMPARED = (("O", "R"), ("O", "R0"))
+"""Differences, first minus second: at equal compute, and at equal fine-tuning as publications compare."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class ProductPlan:
     """Paired seeds."""
     draws: int = 10_000
     """Bootstrap draws."""
+    arms: tuple[str, ...] = ("O", "R", "R0")
+    """Keys of `ARMS`."""
     departures: tuple[str, ...] = field(default_factory=tuple)
     """Where this plan departs from the published comparison, and why."""
 
@@ -84,6 +91,8 @@ class ProductPlan:
                 raise PlanError(f"{split}: seeds {drives.seeds}, must be within {SEED_RANGES[split]}")
         if min(self.keys, self.pretrain_steps, self.finetune_steps, self.batch, self.seeds, self.draws) < 1:
             raise PlanError("keys, pretrain_steps, finetune_steps, batch, seeds and draws must be at least 1")
+        if "O" not in self.arms or not set(self.arms) <= set(ARMS):
+            raise PlanError(f"arms {self.arms}: want O and others of {sorted(ARMS)}")
         if self.batch % self.accumulate:
             raise PlanError(f"accumulate {self.accumulate}: must divide batch {self.batch}")
 
@@ -92,8 +101,14 @@ class ProductPlan:
         """Sixteen hex digits over all that a result depends on: the plan, and what is no default in its recipes and model."""
         recipes = [differences(to_record(self.recipe(stage)), to_record(TrainingConfig())) for stage in STAGES]
         model = differences(to_record(self.model), to_record(type(self.model)()))
-        record = {"plan": to_record(self), "recipes": recipes, "model": model}
+        plan = {name: value for name, value in to_record(self).items() if name != "arms"}  # no result depends on others
+        record = {"plan": plan, "recipes": recipes, "model": model}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def compared(self) -> tuple[tuple[str, str], ...]:
+        """Those of `COMPARED` whose arms are run."""
+        return tuple(pair for pair in COMPARED if set(pair) <= set(self.arms))
 
     @property
     def model(self) -> ModelConfig:
@@ -121,8 +136,9 @@ class ProductPlan:
 
     def samples(self) -> int:
         """Samples that all runs together are trained on."""
-        runs = len(self.percents) * self.seeds
-        steps = self.seeds * self.pretrain_steps + runs * (self.pretrain_steps + 2 * self.finetune_steps)
+        both = self.pretrain_steps + self.finetune_steps
+        once = sum(both if arm == "R" else self.finetune_steps for arm in self.arms)
+        steps = self.seeds * (self.pretrain_steps + len(self.percents) * once)
         return steps * self.batch
 
 
@@ -169,11 +185,12 @@ class ProductPlace(PlanFolders):
 
 
 def product_tasks(plan: ProductPlan) -> list[Task]:
-    """Return every task, in order: pairs of a seed together, small shares of labels first."""
+    """Return every task, in order: runs of a seed together, small shares of labels first."""
     tasks: dict[Task, None] = {}
     for percent in plan.percents:
         for seed in range(plan.seeds):
-            for task in (Task("phase1", "O", seed=seed), *(Task("run", arm, percent, seed) for arm in ("O", "R"))):
+            runs = (Task("run", arm, percent, seed) for arm in plan.arms)
+            for task in (Task("phase1", "O", seed=seed), *runs):
                 tasks[task] = None
     return list(tasks)
 

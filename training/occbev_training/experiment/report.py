@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -674,8 +675,20 @@ def chapter_of(results: Results, command: str) -> Chapter:
     return Chapter(f"{where}: plan `{plan.name}`", plan.name, sections_of(results, command), _zoo_rows(results))
 
 
-ZOO_HEADER = ("network", "scored on", "labels", "mAP without", "mAP with", "difference, 95 % interval", "seeds")
+ZOO_HEADER = (
+    "network",
+    "scored on",
+    "labels",
+    "without it",
+    "mAP without",
+    "mAP with",
+    "difference, 95 % interval",
+    "seeds",
+)
 """Columns of the model zoo's table of with and without pre-training."""
+
+WITHOUT = {"R": "more fine-tuning", "R0": "the same fine-tuning"}
+"""Arm without pre-training -> what it does instead, beside arm O."""
 
 ZOO_BEGIN, ZOO_END = "<!-- pre-training: begin -->", "<!-- pre-training: end -->"
 
@@ -686,13 +699,14 @@ def _zoo_rows(results: Results) -> list[tuple[str, ...]]:
     recorded = plan.world.recorded
     network = f"the small one of [results.md](results.md), {MODEL.image.width}x{MODEL.image.height}"
     where = "simulated streets" if recorded is None else f"`{recorded.name}`, second half"
-    for percent in sorted({group.percent for group in plan.runs}):
-        difference = results.compare("O", "R", percent)
+    for percent, arm in itertools.product(sorted({group.percent for group in plan.runs}), WITHOUT):
+        difference = results.compare("O", arm, percent)
         if difference is not None:
-            seeds = results.seeds_of(percent, "R", "O")
-            means = (100 * np.mean([results.runs[arm, percent, seed]["mAP"] for seed in seeds]) for arm in ("R", "O"))
+            seeds = results.seeds_of(percent, arm, "O")
+            means = (100 * np.mean([results.runs[name, percent, seed]["mAP"] for seed in seeds]) for name in (arm, "O"))
             gain = f"{_points(difference.mean)}, {_range(difference.interval)}"
-            rows.append((network, where, f"{percent:g} %", *(f"{mean:.2f}" for mean in means), gain, str(len(seeds))))
+            scores = (*(f"{mean:.2f}" for mean in means), gain, str(len(seeds)))
+            rows.append((network, where, f"{percent:g} %", WITHOUT[arm], *scores))
     return rows
 
 
