@@ -79,6 +79,7 @@ def test_markers_delete_the_last_ones_first_and_expire() -> None:
     message = outputs.MarkerWriter().message(boxes(), HEADER, lifetime_s=0.4)
     actions = [m.action for m in message.markers]
     assert actions == [outputs.Marker.DELETEALL, 0, 0, 0]
+    assert message.markers[0].ns == "", "with a namespace, markers of the others stay"
     kinds = [m.type for m in message.markers[1:]]
     assert sorted(kinds) == [outputs.Marker.ARROW, outputs.Marker.CUBE, outputs.Marker.CUBE]
     assert all(m.lifetime.nanosec == 400_000_000 for m in message.markers[1:])

@@ -88,7 +88,7 @@ class MarkerWriter:
         seconds = int(lifetime_s)
         lifetime = Duration(sec=seconds, nanosec=int((lifetime_s - seconds) * 1e9))
         self.prepare(len(boxes))
-        markers = [Marker(header=header, ns="boxes", action=Marker.DELETEALL)]
+        markers = [Marker(header=header, action=Marker.DELETEALL)]
         labels, scores = boxes.label.tolist(), boxes.score.tolist()
         for index, box in enumerate(boxes.box.tolist()):
             cube, arrow = self._cubes[index], self._arrows[index]
