@@ -50,7 +50,7 @@ def start(context):
     )
     actions = [node]
     if graph.is_true(values["rviz"]):
-        actions.append(Node(package="rviz2", executable="rviz2", arguments=graph.rviz_arguments(values["namespace"])))
+        actions.append(Node(package="rviz2", executable="rviz2", arguments=graph.rviz_arguments(values)))
     if values["bag"]:
         player = graph.player_command(values, {name: given[name] for name in names})
         actions.append(ExecuteProcess(cmd=player, name="bag_player", output="screen"))

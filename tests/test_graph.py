@@ -99,9 +99,11 @@ def test_the_view_shows_a_camera_of_the_shipped_parameters(view: dict[str, Any],
     (camera,) = [d for d in view["Visualization Manager"]["Displays"] if d["Class"].endswith("/Camera")]
     topic = camera["Topic"]["Value"]
     assert topic in parameters.image_topics("CAM_FRONT")
-    # RViz looks for the calibration beside the image topic without its transport.
-    beside = topic.removesuffix("/compressed").rsplit("/", 1)[0] + "/camera_info"
-    assert beside == parameters.info_topic("CAM_FRONT")
+    # RViz replaces the last part of the image topic, which is its transport.
+    sought = topic.rsplit("/", 1)[0] + "/camera_info"
+    assert f"{sought}:={parameters.info_topic('CAM_FRONT')}" in graph.rviz_arguments({})
+    page = (repository / "docs/viewing.md").read_text()
+    assert f"rviz2 -d config/rviz/occbev.rviz --ros-args -r {sought}:={parameters.info_topic('CAM_FRONT')}" in page
     assert camera["Topic"]["Reliability Policy"] == "Best Effort"
     names = {d["Name"] for d in view["Visualization Manager"]["Displays"]}
     assert set(camera["Visibility"]) - {"Value"} <= names
@@ -277,9 +279,16 @@ def test_what_would_fail_later_is_refused_before_anything_starts(values: dict[st
 
 
 def test_rviz_follows_the_namespace() -> None:
-    command = graph.rviz_command("/car")
+    command = graph.rviz_command({"namespace": "/car"})
     assert "/perception/output/objects:=/car/perception/output/objects" in command
-    assert "--ros-args" not in graph.rviz_command()
+    assert not any("objects" in argument for argument in graph.rviz_command({}))
+
+
+@pytest.mark.parametrize(
+    ("values", "simulated"), [({"bag": "drive"}, True), ({"use_sim_time": "true"}, True), ({}, False)]
+)
+def test_rviz_takes_the_clock_of_the_node(values: dict[str, str], simulated: bool) -> None:
+    assert ("use_sim_time:=true" in graph.rviz_command(values)) == simulated
 
 
 def test_the_player_plays_for_the_node_with_all_its_parameters() -> None:

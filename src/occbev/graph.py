@@ -155,6 +155,9 @@ RECEIVER_PROFILE = "config/fastdds_receiver.xml"
 PROFILE_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 """Name from Kilted on, name on Humble and Jazzy."""
 
+VIEW_CALIBRATION = "/cam_front/image/camera_info:=/cam_front/camera_info"
+"""Remapping of RViz: its camera display looks for the calibration of /a/image/compressed on /a/image/camera_info."""
+
 NODE_NAME = "perception"
 EXECUTABLE = "perception"
 MODULE = "occbev.ros.perception_node"
@@ -253,18 +256,19 @@ def rviz_file() -> str:
     return str(share_path("config/rviz/occbev.rviz"))
 
 
-def rviz_command(namespace: str = "") -> list[str]:
-    """Return the command that shows the results of a node in a namespace in RViz."""
-    return ["rviz2", *rviz_arguments(namespace)]
+def rviz_command(values: Mapping[str, str]) -> list[str]:
+    """Return the command that shows the results of a node that was started with these arguments in RViz."""
+    return ["rviz2", *rviz_arguments(values)]
 
 
-def rviz_arguments(namespace: str = "") -> list[str]:
-    """Return the arguments of RViz: the shipped view, its topics remapped into a namespace."""
-    arguments = ["-d", rviz_file()]
-    if namespace.strip("/"):
-        arguments.append("--ros-args")
-        for topic in OUTPUT_TOPICS.values():
-            arguments += ["-r", f"{resolve(topic.name)}:={resolve(topic.name, namespace)}"]
+def rviz_arguments(values: Mapping[str, str]) -> list[str]:
+    """Return the arguments of RViz: the shipped view with its topics remapped, and the clock of the node."""
+    arguments = ["-d", rviz_file(), "--ros-args", "-r", VIEW_CALIBRATION]
+    namespace = values.get("namespace", "")
+    for topic in OUTPUT_TOPICS.values() if namespace.strip("/") else ():
+        arguments += ["-r", f"{resolve(topic.name)}:={resolve(topic.name, namespace)}"]
+    if parameters(values).get("use_sim_time"):
+        arguments += ["-p", "use_sim_time:=true"]
     return arguments
 
 

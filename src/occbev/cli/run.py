@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         values["params_file"] = str(args.params_file)
     graph.check_arguments(values)
     parameters = write_values(extra)
-    rviz = _existing(graph.rviz_command(values["namespace"])) if graph.is_true(values["rviz"]) else []
+    rviz = _existing(graph.rviz_command(values)) if graph.is_true(values["rviz"]) else []
     from occbev.ros.perception_node import main
 
     with contextlib.ExitStack() as stack:
