@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class BagDrive:
             twist,
         )
 
-    def write(self, sets: int, bad: dict[int, bytes] | None = None) -> Path:
+    def write(self, sets: int, bad: dict[int, bytes] | None = None, latched: Collection[str] = ("/tf_static",)) -> Path:
         """Write `sets` sets at 10 Hz, cameras 10 ms apart; `bad` replaces CAM_LEFT's images by number."""
         pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
         jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
@@ -115,7 +115,7 @@ class BagDrive:
             for index, name in enumerate(CAMERAS):
                 data = (bad or {}).get(i, jpeg) if name == "CAM_LEFT" else jpeg
                 self.camera(name, START + i * PERIOD + index * 10_000_000, data)
-        with BagWriter(self.path) as writer:
+        with BagWriter(self.path, latched) as writer:
             for message in sorted(self.queue, key=lambda m: m.log_ns):
                 writer.write(message)
         return self.path
@@ -432,6 +432,22 @@ def test_waiting_for_a_node_that_never_comes_names_the_topics(parameters: Percep
         stopper.start()
         player.play(lambda _: None)
         stopper.join()
+
+
+def test_what_was_recorded_for_late_comers_is_played_for_them(parameters: PerceptionParameters, tmp_path: Path) -> None:
+    from rclpy.qos import DurabilityPolicy
+
+    from occbev.ros import player_node
+
+    lasting = {"/tf_static", "/cam_left/camera_info"}
+    context = player_node.start_context()
+    path = BagDrive(tmp_path / "bag").write(1, latched=lasting)
+    with BagReader(path) as bag, contextlib.ExitStack() as stack:
+        stack.callback(context.try_shutdown)
+        player = player_node.PlayerNode(bag, player_node.plan(bag, parameters), parameters, context=context)
+        stack.callback(player.destroy_node)
+        offered = {t: player.get_publishers_info_by_topic(t)[0].qos_profile.durability for t in bag.topics}
+    assert {t for t, kind in offered.items() if kind == DurabilityPolicy.TRANSIENT_LOCAL} == lasting
 
 
 def test_a_bag_is_read_in_python_as_it_is_replayed(

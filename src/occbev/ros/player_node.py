@@ -19,7 +19,7 @@ from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
 
 from occbev.graph import ACCOUNT, CLOCK, OPTIONAL_OUTPUTS, OUTPUT_TOPICS, TF_STATIC, Quality, resolve
-from occbev.messages.bags import BagError, BagMessage, BagWriter
+from occbev.messages.bags import BagError, BagMessage, BagWriter, latched_topics
 from occbev.messages.readers import header_stamp
 from occbev.ros.executor import SparingExecutor
 from occbev.ros.outputs import time_from_ns
@@ -32,7 +32,7 @@ CLOCK_STEP_NS = 25_000_000
 """Bag time between two messages on /clock."""
 
 PLAYED = Quality("reliable", depth=20)
-"""Quality of service of played topics; it reaches every kind of reader."""
+"""Quality of service of played topics, unless they were recorded for late comers as /tf_static is."""
 
 
 @dataclass
@@ -148,7 +148,8 @@ class PlayerNode(Node):
         super().__init__("bag_player", **options)
         self.log = PlayerLog(sent={name: {} for name in parameters.names})
         self._bag, self._plan, self._rate, self._writer = bag, planned, rate, writer
-        self._anchor, self._tf_static = parameters.anchor_camera, parameters.tf_static_topic
+        self._anchor = parameters.anchor_camera
+        self._latched = {parameters.tf_static_topic} | latched_topics(bag.path)
         self._now_ns = bag.span_ns[0]
         self._stopping = threading.Event()
         self._publishers_of = {topic: self._publisher(topic, kind) for topic, kind in planned.topics.items()}
@@ -252,7 +253,7 @@ class PlayerNode(Node):
         self.log.published[message.topic] = self.log.published.get(message.topic, 0) + 1
 
     def _publisher(self, topic: str, kind: str) -> Any:
-        quality = TF_STATIC if topic == self._tf_static else PLAYED
+        quality = TF_STATIC if topic in self._latched else PLAYED
         return self.create_publisher(message_class(kind), topic, qos_profile(quality))
 
     def _record(self, topic: str, kind: str) -> None:
