@@ -177,6 +177,8 @@ def test_robot_images_start_by_ros2_launch(instructions: list[tuple[str, str]], 
     assert [words[2:4] for words in nodes] == [["occbev", "perception.launch.py"]] * 2
     assert (repository / "launch/perception.launch.py").is_file()
     assert ["occbev", "demo", "--out", "/out/demo"] in starts
+    robot = instructions[: instructions.index(("FROM", "runtime-cpu AS runtime-cuda"))]
+    assert ("STOPSIGNAL", "SIGINT") in robot, "ros2 launch leaves its nodes behind at SIGTERM"
 
 
 def test_robot_images_hold_the_package_as_a_workspace_does(
