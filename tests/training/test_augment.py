@@ -342,3 +342,10 @@ def test_a_dropped_camera_is_black_and_loses_its_bit() -> None:
         assert live_bits(draw.alive) == 0b111 & ~(1 << missing)
         dropped.add(int(missing))
     assert dropped == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("dead", "bits"), [([], 0xFF), ([7], 0xFF), ([9], 0xFF), ([7, 8, 9], 0x7F), ([0, 8], 0xFE)])
+def test_the_bit_of_the_cameras_from_the_eighth_on_lives_with_any_of_them(dead: list[int], bits: int) -> None:
+    alive = np.ones(10, bool)
+    alive[dead] = False
+    assert live_bits(alive) == bits

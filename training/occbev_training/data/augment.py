@@ -6,7 +6,8 @@ A draw is made from a seed before anything is touched, so the same draw can be r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any, TypeVar
 
 import cv2
@@ -19,6 +20,7 @@ from occbev.geometry import rotation_from_yaw
 from occbev.grid import VoxelGrid
 from occbev.inference.tables import Augmentation
 from occbev_training.data import reference_inputs as reference
+from occbev_training.data.shards import camera_bit
 
 Float = NDArray[np.float64]
 
@@ -351,8 +353,8 @@ def augment_pixels(camera: NDArray[np.integer], pixels: NDArray[np.floating], dr
 
 
 def live_bits(alive: NDArray[np.bool_]) -> int:
-    """Return the bit mask of living cameras in the order of visibility bits (camera i is bit i)."""
-    return int(sum(1 << i for i, ok in enumerate(alive) if ok))
+    """Return the visibility bits of living cameras; a bit that cameras share lives while one of them does."""
+    return reduce(or_, (1 << camera_bit(i) for i, ok in enumerate(alive) if ok), 0)
 
 
 def _draw_image(rng: np.random.Generator, size: tuple[int, int], mirrored: bool, config: AugmentConfig) -> ImageDraw:

@@ -50,7 +50,7 @@ def voxel_targets(
     label = (sample.state, sample.camera_visible, sample.hit_sweeps, sample.pass_sweeps, sample.semantics)
     state, bits, hits, passes, semantics = (np.ascontiguousarray(volume) for volume in label)
     mask = np.ascontiguousarray(sample.mask_camera)
-    live, fills = np.uint8(live_bits(alive) & 0xFF), np.array([UNOBSERVED_STATE, FREE], np.uint8)
+    live, fills = np.uint8(live_bits(alive)), np.array([UNOBSERVED_STATE, FREE], np.uint8)
     seen = _move_label(state, bits, hits, passes, semantics, mask, plane, height, live, fills, volumes)
     state, visible, evidence, semantics, chosen = volumes
     if seen:
