@@ -349,3 +349,15 @@ def a_batch(model: ModelConfig) -> TrainingBatch:
     )
     still = draw_augmentation(0, 1, (size[1], size[0]), NO_AUGMENTATION)
     return Collate(model)([augmented("one", sample, still, model)])
+
+
+def test_options_of_several_numbers_are_handed_on() -> None:
+    from argparse import ArgumentParser
+
+    from occbev_training.cli.arguments.shared import add_input_arguments
+
+    parser = ArgumentParser()
+    add_input_arguments(parser)
+    given = ["--lidar-origin", "-0.5", "0", "1.8", "--clock-fix", "--rig", "rig.yaml"]
+    words = command.given_arguments(parser.parse_args(given), add_input_arguments)
+    assert parser.parse_args(words) == parser.parse_args(given)

@@ -152,7 +152,8 @@ def given_arguments(args: argparse.Namespace, declare: Callable[[argparse.Argume
     for name, value in vars(parser.parse_args([])).items():
         given = getattr(args, name, value)
         if given != value:
-            words += [f"--{name.replace('_', '-')}", *([] if given is True else [str(given)])]
+            values = given if isinstance(given, list) else [] if given is True else [given]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 
