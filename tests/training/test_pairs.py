@@ -185,6 +185,20 @@ def test_refused_key_frames_are_counted_by_reason(tmp_path) -> None:
     assert manifest["refused"] == dict(report.refused)
 
 
+def test_more_cameras_than_a_rig_has_are_asked_for_in_vain(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, min_cameras=3)
+    report = make_unit(drive(), Unit("traced", 2, 3), tmp_path, config)
+    assert report.reasons == {"too_few_cameras": "traced key 2: 2 of 2 cameras, want 3"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"min_cameras": 0}, {"min_support": 1.5}, {"min_support": -0.1}, {"min_travel": -1.0}]
+)
+def test_settings_that_leave_nothing_or_mean_nothing_are_refused(changes) -> None:
+    with pytest.raises(ValueError, match=r"min_cameras >= 1, min_support in 0\.\.1 and min_travel >= 0; got"):
+        dataclasses.replace(CONFIG, **changes)
+
+
 def test_another_configuration_makes_a_unit_anew(tmp_path) -> None:
     recording = drive()
     unit = Unit("traced", 4, 5)

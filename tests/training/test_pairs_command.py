@@ -172,6 +172,20 @@ def test_a_bad_input_costs_no_other(bags, tmp_path, capsys, workers: str) -> Non
     assert {row["drive"] for row in ShardReader(tmp_path / "out").rows} >= {"b_good"}
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--validation", "1.5", "--validation 1.5: want a share of at least 0 and below 1"),
+        ("--validation", "-0.1", "--validation -0.1: want a share"),
+        ("--key-interval", "-1", "key interval -1 s: must be at least 0"),
+    ],
+)
+def test_options_out_of_range_are_named(bags, tmp_path, capsys, option: str, value: str, text: str) -> None:
+    assert main(["pairs", str(bags), "--out", str(tmp_path / "out"), *TINY, option, value]) != 0
+    found = capsys.readouterr()
+    assert text in found.out + found.err
+
+
 def test_content_of_equal_size_makes_other_shards(bags, tmp_path, capsys) -> None:
     """Shifted points, or a moved sensor on /tf_static, in a bag of the same name and size."""
     from occbev.messages.bags import type_store

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger("occbev_training").setLevel(logging.ERROR)  # the end names each problem once
     args.inputs, args.out = split_output(args.inputs, args.out, "the pairs", bool(args.simulate or args.join))
     config = _config(args)
+    if not 0 <= args.validation < 1:
+        raise ValueError(f"--validation {args.validation:g}: want a share of at least 0 and below 1")
     problems, unexpected = dict[str, str](), 0
     if not args.join:
         jobs, problems = _find_jobs(args, config)

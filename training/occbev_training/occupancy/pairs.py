@@ -103,6 +103,12 @@ class PairConfig:
                 f"pair config needs segment >= 1, max_camera_dt > 0 and max_standing >= 0; "
                 f"got {self.segment}, {self.max_camera_dt}, {self.max_standing}"
             )
+        fewest = 1 if self.min_cameras is None else self.min_cameras
+        if fewest < 1 or not 0 <= self.min_support <= 1 or self.min_travel < 0:
+            raise ValueError(
+                f"pair config needs min_cameras >= 1, min_support in 0..1 and min_travel >= 0; "
+                f"got {self.min_cameras}, {self.min_support:g}, {self.min_travel:g}"
+            )
 
     @property
     def hash(self) -> str:
@@ -374,9 +380,9 @@ class _SampleMaker:
         return "no_sweep_at_key", f"{text}, none of them at the key time"
 
     def _count_cameras(self, frames: FrameSet) -> str:
-        name, reason = next(iter(frames.missing.items()), ("", "none is calibrated"))
         count = f"{len(frames.cameras)} of {len(self.recording.rig)} cameras, want {self._min_cameras}"
-        return f"{count}; first missing: {name}: {reason}"
+        missing = [f"; first missing: {name}: {reason}" for name, reason in frames.missing.items()]
+        return count + "".join(missing[:1])
 
     def _refuse(self, key: int, name: str, reason: str) -> None:
         text = f"{self.recording.name} key {key}: {reason}"

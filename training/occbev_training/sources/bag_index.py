@@ -49,6 +49,10 @@ class BagOptions:
     part: int = 0
     """Which part of a bag that a clock jump or a new calibration divides."""
 
+    def __post_init__(self) -> None:
+        if self.key_interval < 0:
+            raise RecordingError(f"key interval {self.key_interval:g} s: must be at least 0")
+
 
 @dataclass
 class Index:
