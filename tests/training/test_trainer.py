@@ -52,7 +52,7 @@ from occbev_training.engine.stages import StageInputs, default_start, predictor,
 from occbev_training.engine.trainer import Trainer, TrainingError, hold_folder
 from occbev_training.evaluation.frames import evaluate
 from occbev_training.models.build import build_model
-from occbev_training.models.checkpoints import load_strictly, read_weights
+from occbev_training.models.checkpoints import load_strictly, read_weights, save_weights
 from occbev_training.models.families import reduced
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 from occbev_training.sources.recording import OccupancyTruth
@@ -567,6 +567,14 @@ def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) 
     evaluation_data = open_cache(workplace.evaluation_data)
     scores = evaluate(evaluation_data, predictor(network.eval(), MODEL, evaluation_data), MODEL)
     assert 0 <= scores.summary()["occupancy_iou"] <= 1
+
+
+def test_weights_of_another_network_are_no_start(repository: Path, tmp_path: Path) -> None:
+    """They fit by chance in a head; all the rest would begin from random weights."""
+    other = reduced(load_model(repository / "config/models/bevdet_r50.yaml"))
+    save_weights(tmp_path / "weights.safetensors", build_model(other, "pretrain").state_dict(), {})
+    with pytest.raises(ConfigError, match=r"fits 0 of \d+ weights of the image encoder: it is of another network"):
+        stages.begin_from(build_model(MODEL, "finetune"), tmp_path / "weights.safetensors")
 
 
 def test_only_networks_that_take_lite0_are_offered_its_weights(

@@ -39,7 +39,7 @@ from occbev_training.evaluation.frames import SCORING, Prediction, evaluate, rec
 from occbev_training.losses import objectives
 from occbev_training.losses import voxels_and_centres as losses
 from occbev_training.models.build import build_model, with_geometry
-from occbev_training.models.checkpoints import read_weights, transfer
+from occbev_training.models.checkpoints import TransferReport, read_weights, transfer
 from occbev_training.models.families import training_family
 from occbev_training.models.heads.record import learns_from, take_last_layers
 from occbev_training.models.network import NetworkOutput
@@ -204,7 +204,11 @@ def default_start(model: ModelConfig) -> Path | None:
 
 
 def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
-    """Load the weights to begin from; returns the record of what was carried over."""
+    """Load the weights to begin from; returns the record of what was carried over.
+
+    Raises:
+        ConfigError: they are of another network.
+    """
     if start is None:
         return {"start": None}
     digest = file_hash(start)
@@ -212,6 +216,7 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
         state, _ = read_weights(start)
         report = transfer(state, network)
         logger.info("began from %s: %s", start, report)
+        _require_encoder(network, report, start)
         return {"start": start.name, "sha256": digest, "transfer": report.as_record()}
     encoder: Any = network.image_encoder
     if not hasattr(encoder, "load_imagenet"):
@@ -222,6 +227,17 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
         "sha256": digest,
         "transfer": {"part": "image_encoder", "unused": list(unused)},
     }
+
+
+def _require_encoder(network: nn.Module, report: TransferReport, start: Path) -> None:
+    """Refuse weights that leave most of the image encoder, which all stages share, as random as it was."""
+    own = [name for name in network.state_dict() if name.startswith("image_encoder.")]
+    carried = [name for name in report.carried if name.startswith("image_encoder.")]
+    if 2 * len(carried) < len(own):
+        raise ConfigError(
+            f"{start}: fits {len(carried)} of {len(own)} weights of the image encoder: it is of another network; "
+            "give a run of the same one"
+        )
 
 
 def semantic_counts(cache: Samples, classes: int, most: int = 200) -> NDArrayInt:
