@@ -361,3 +361,20 @@ def test_options_of_several_numbers_are_handed_on() -> None:
     given = ["--lidar-origin", "-0.5", "0", "1.8", "--clock-fix", "--rig", "rig.yaml"]
     words = command.given_arguments(parser.parse_args(given), add_input_arguments)
     assert parser.parse_args(words) == parser.parse_args(given)
+
+
+def test_learn_makes_pairs_with_the_body_that_it_is_given() -> None:
+    from argparse import ArgumentParser
+
+    from occbev_training.cli import learn
+    from occbev_training.cli.arguments import learn as learn_arguments
+    from occbev_training.cli.arguments import pairs as pair_arguments
+
+    body = [-0.4, -0.3, 0.05, 0.6, 0.3, 0.9]
+    parser, of_pairs = ArgumentParser(), ArgumentParser()
+    learn_arguments.add_arguments(parser)
+    pair_arguments.add_arguments(of_pairs)
+    words = ["bags", "--out", "out", "--key-interval", "0.5", "--ego-box", *map(str, body)]
+    command, *given = learn._pairs_step(parser.parse_args(words), "occ3d").words
+    assert command == "pairs"
+    assert of_pairs.parse_args(given).ego_box == body

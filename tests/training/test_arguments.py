@@ -19,7 +19,7 @@ from occbev_training.export.run_folder import is_run, read_run
 from occbev_training.metrics import bootstrap
 from occbev_training.occupancy import executors, pairs
 from occbev_training.simulator import drive
-from occbev_training.sources import labelled, lidar_files, point_times
+from occbev_training.sources import deskew, labelled, lidar_files, point_times
 
 
 def test_defaults_and_choices_are_those_of_the_modules() -> None:
@@ -33,6 +33,7 @@ def test_defaults_and_choices_are_those_of_the_modules() -> None:
     assert shared.CALIBRATION_FRAMES == space.MAX_FRAMES
     assert shared.BOOTSTRAP_DRAWS == bootstrap.DRAWS
     assert shared.WORLDS == drive.WORLDS
+    assert (*deskew.EgoBox().lo, *deskew.EgoBox().hi) == shared.EGO_BOX
     assert tuple(fuzz.COUNTS) == shared.FUZZED
 
 

@@ -73,6 +73,23 @@ def test_an_error_of_the_code_costs_one_key_frame_and_the_status(root, tmp_path,
     assert main(arguments) == 0, "it is made anew when the fault is gone"
 
 
+def test_returns_from_the_vehicle_itself_give_neither_label_nor_depth(root: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["prepare", str(root), "--label-window", "0.3", "--out"]
+    body = ["--ego-box", "-90", "-90", "-9", "90", "90", "9"]
+    assert main([*arguments, str(tmp_path / "car")]) == 0
+    assert main([*arguments, str(tmp_path / "hall"), *body]) == 0
+    car, all_body = open_cache(tmp_path / "car")[0], open_cache(tmp_path / "hall")[0]
+    assert car.hit_sweeps.any()
+    assert len(car.lidar_depth) > 0
+    assert not all_body.hit_sweeps.any()
+    assert len(all_body.lidar_depth) == 0
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "hall")]) == 1
+    assert "made with ego_box [-90.0, -90.0, -9.0, 90.0, 90.0, 9.0], asked for is [-1.3," in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_a_drive_whose_content_changed_is_made_anew(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     assert prepare(root, "--out", out) == 0

@@ -14,6 +14,7 @@ from occbev_training.cli.bag_check import _camera_table, _verdict_table
 from occbev_training.occupancy.extrinsics import CameraVerdict, Evidence, RigVerdict
 from occbev_training.occupancy.trial import (
     CameraRow,
+    _body_verdict,
     _calibration_verdicts,
     _motion_verdict,
     brightest_side,
@@ -21,6 +22,7 @@ from occbev_training.occupancy.trial import (
     try_drive,
 )
 from occbev_training.sources.bag_check import Verdict
+from occbev_training.sources.deskew import EgoBox
 
 FORWARD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 """Rotation of an optical frame that looks ahead."""
@@ -81,6 +83,12 @@ def test_the_trial_says_why_there_is_no_pair_or_what_is_in_it(tiny_recording) ->
     pair = trial.verdicts[-1]
     assert pair.requirement == "one pair"
     assert "key frame" in pair.text
+
+
+def test_the_trial_says_what_counts_as_the_vehicle() -> None:
+    verdict = _body_verdict({"points_ego_body": 30, "rays": 90}, EgoBox((-0.5, -0.3, 0.1), (0.6, 0.3, 1.2)))
+    assert verdict.ok
+    assert "x -0.5 to 0.6, y -0.3 to 0.3, z 0.1 to 1.2 m counts as the vehicle itself, with 25.0%" in verdict.text
 
 
 def test_a_fault_is_a_must_and_doubt_is_advice() -> None:

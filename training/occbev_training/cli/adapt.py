@@ -26,7 +26,7 @@ from occbev.share import share_path
 from occbev_training.cli import pairs
 from occbev_training.cli.arguments.adapt import KEY_INTERVALS, MIN_TRAVEL
 from occbev_training.cli.arguments.pairs import add_arguments as add_pair_arguments
-from occbev_training.cli.arguments.shared import add_input_arguments
+from occbev_training.cli.arguments.shared import add_body_arguments, add_input_arguments
 from occbev_training.cli.inputs import count_keys, find_inputs
 from occbev_training.cli.pretrain import Display, signals
 from occbev_training.data.label_frame import in_base_link
@@ -113,7 +113,8 @@ def _pairs_of(args: argparse.Namespace, model: ModelConfig) -> Path:
     interval = args.key_interval or choose_interval(args)
     wanted = ["--key-interval", f"{interval:g}", "--window", str(args.window), "--min-travel", f"{MIN_TRAVEL:g}"]
     workers = ["--lidar", "--workers", str(args.workers), "--grid", grid_name(model)]
-    status = make_pairs([*wanted, *workers, *given_arguments(args, add_input_arguments)], args.inputs, out)
+    given = [*given_arguments(args, add_body_arguments), *given_arguments(args, add_input_arguments)]
+    status = make_pairs([*wanted, *workers, *given], args.inputs, out)
     if not (out / INDEX_NAME).exists():
         raise ConfigError(
             f"{out}: no pairs could be made (status {status}): 'occbev-train bag-check' says what is missing"

@@ -10,6 +10,7 @@ from pathlib import Path
 from occbev.files import file_hash
 from occbev_training.cli.bag_arguments import bag_options
 from occbev_training.sources.categories import ClassMap, read_class_map
+from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.discovery import (
     OpenBag,
     Opener,
@@ -34,6 +35,18 @@ def root_options(args: argparse.Namespace) -> RootOptions:
     origin = getattr(args, "lidar_origin", None)
     columns = getattr(args, "lidar_columns", COLUMNS)
     return RootOptions(args.version, class_map(args), columns, None if origin is None else tuple(origin))
+
+
+def ego_box(args: argparse.Namespace) -> EgoBox:
+    """Turn `--ego-box` into a box."""
+    return EgoBox() if args.ego_box is None else EgoBox(tuple(args.ego_box[:3]), tuple(args.ego_box[3:]))
+
+
+def ego_masks(args: argparse.Namespace) -> str:
+    """Return the folder of `--ego-masks`, "" without; raises ValueError where it holds no mask."""
+    if args.ego_masks and not any(args.ego_masks.glob("*.png")):
+        raise ValueError(f"--ego-masks {args.ego_masks}: no CAMERA.png in it")
+    return str(args.ego_masks or "")
 
 
 def split_output(paths: Sequence[Path], out: Path | None, what: str, alone: bool = False) -> tuple[list[Path], Path]:

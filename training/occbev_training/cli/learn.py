@@ -16,7 +16,7 @@ from occbev.config import load_config
 from occbev.inference.model_package import ModelPackage, find_package
 from occbev_training.cli.adapt import adapt_config, choose_interval, given_arguments, grid_name
 from occbev_training.cli.arguments.adapt import MIN_TRAVEL
-from occbev_training.cli.arguments.shared import add_bag_arguments, add_input_arguments
+from occbev_training.cli.arguments.shared import add_bag_arguments, add_body_arguments, add_input_arguments
 from occbev_training.cli.inputs import count_keys, describe_problems, find_inputs
 from occbev_training.engine.config import TrainingConfig
 from occbev_training.engine.stages import model_to_train
@@ -128,7 +128,8 @@ def _pairs_step(args: argparse.Namespace, grid: str, *more: str) -> Step:
     }
     given = (word for option in how.items() for word in option)
     words = ("pairs", *map(str, args.inputs), "--out", str(args.out / "pairs"), "--lidar", *given, *more)
-    return Step((*words, *given_arguments(args, add_input_arguments)), must=False)
+    body, inputs = given_arguments(args, add_body_arguments), given_arguments(args, add_input_arguments)
+    return Step((*words, *body, *inputs), must=False)
 
 
 def _adapt_steps(args: argparse.Namespace) -> tuple[tuple[Step, ...], float]:

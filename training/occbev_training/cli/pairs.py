@@ -19,7 +19,7 @@ from occbev.cli.console import make_console
 from occbev.cli.progress import Progress
 from occbev.files import replace_file
 from occbev.grid import GRIDS
-from occbev_training.cli.inputs import describe_problems, find_inputs, split_output
+from occbev_training.cli.inputs import describe_problems, ego_box, ego_masks, find_inputs, split_output
 from occbev_training.data.shards import ShardReader
 from occbev_training.occupancy.executors import Job, run_jobs
 from occbev_training.occupancy.labels import LabelConfig
@@ -36,7 +36,7 @@ from occbev_training.occupancy.pairs import (
     units_of,
 )
 from occbev_training.occupancy.quality import LIMITS
-from occbev_training.sources.deskew import EgoBox, RayLimits
+from occbev_training.sources.deskew import RayLimits
 from occbev_training.sources.discovery import Opener, Simulate
 
 SUMMARY = "quality.json"
@@ -72,15 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> PairConfig:
-    body = EgoBox() if args.ego_box is None else EgoBox(tuple(args.ego_box[:3]), tuple(args.ego_box[3:]))
-    if args.ego_masks and not any(args.ego_masks.glob("*.png")):
-        raise ValueError(f"--ego-masks {args.ego_masks}: no CAMERA.png in it")
-    label = LabelConfig(
-        args.window,
-        limits=RayLimits(max_range=args.max_range),
-        ego_box=body,
-        ego_masks=str(args.ego_masks) if args.ego_masks else "",
-    )
+    limits = RayLimits(max_range=args.max_range)
+    label = LabelConfig(args.window, limits=limits, ego_box=ego_box(args), ego_masks=ego_masks(args))
     return PairConfig(
         label,
         GRIDS[args.grid],

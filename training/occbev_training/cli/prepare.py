@@ -24,6 +24,8 @@ from occbev_training.cli.inputs import (
     FoundInputs,
     class_map,
     describe_problems,
+    ego_box,
+    ego_masks,
     find_inputs,
     split_output,
 )
@@ -42,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Build the cache; prints each drive as it is finished; 1 if an input or the code failed, or no box is there to learn."""
     args.inputs, args.out = split_output(args.inputs, args.out, "the cache", bool(args.simulate or args.nuscenes))
     model = in_base_link(load_model(args.model))  # as training will ask for it
-    config = PrepareConfig(model.image, model.grid, None if args.no_labels else args.label_window, args.near_hits)
+    window = None if args.no_labels else args.label_window
+    config = PrepareConfig(model.image, model.grid, window, args.near_hits, ego_box(args), ego_masks(args))
     console = make_console()
     found = _find(args, model)
     reports = list(_with_progress(found.openers, args, config, console))

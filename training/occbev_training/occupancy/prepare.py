@@ -37,7 +37,7 @@ from occbev_training.data.cache import (
 )
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.occupancy.labels import LabelBuilder, LabelConfig
-from occbev_training.sources.deskew import deskew_rays
+from occbev_training.sources.deskew import EgoBox, deskew_rays
 from occbev_training.sources.recording import UNEXPECTED, Recording, describe_error, leave_out, require_beam_origin
 from occbev_training.workers import KILLED, TaskRunner
 
@@ -59,6 +59,10 @@ class PrepareConfig:
     """Sweeps at most this many seconds from the key time make its label; None makes none (fine-tuning needs none)."""
     near_hits: int = 2
     """Sweeps that must hit a near voxel for occupied; 1 for recordings with hardly a sweep for each key frame."""
+    ego_box: EgoBox = field(default_factory=EgoBox)
+    """The vehicle's body: returns inside are left out."""
+    ego_masks: str = ""
+    """Folder of <camera>.png whose white pixels show the vehicle itself, for the labels."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,15 @@ def _read_finished(marker: Path, config: PrepareConfig, source: str) -> DriveRep
         return None
     record = json.loads(marker.read_text())
     info = from_record(CacheInfo, record["info"])
-    made = {"image": info.image, "grid": info.grid, "format": info.format, "labels": record["labels"]}
-    asked = {"image": config.image, "grid": config.grid, "format": FORMAT, "labels": _label_record(config)}
+    body = record.get("ego_box", _box_record(EgoBox()))
+    made = {"image": info.image, "grid": info.grid, "format": info.format, "ego_box": body, "labels": record["labels"]}
+    asked = {
+        "image": config.image,
+        "grid": config.grid,
+        "format": FORMAT,
+        "ego_box": _box_record(config.ego_box),
+        "labels": _label_record(config),
+    }
     for what, value in asked.items():
         if made[what] != value:
             raise CacheError(
@@ -204,6 +215,7 @@ class _DriveWriter:
         stamps = [int(self.recording.key_stamp_ns[key]) for key in keys]
         record = {
             "info": to_record(CacheInfo(self.config.image, self.recording.rig.names, self.config.grid)),
+            "ego_box": _box_record(self.config.ego_box),
             "labels": _label_record(self.config),
             "source": self.source,
             "files": files,
@@ -238,7 +250,7 @@ def make_sample(
         valid,
         intrinsic,
         cam2ego,
-        *_lidar_pixels(recording, key_ns, rig),
+        *_lidar_pixels(recording, key_ns, rig, config.ego_box),
         volumes.state,
         volumes.camera_visible,
         volumes.hit_sweeps,
@@ -276,12 +288,12 @@ def _network_images(
 
 
 def _lidar_pixels(
-    recording: Recording, key_ns: int, rig: CameraRig
+    recording: Recording, key_ns: int, rig: CameraRig, ego_box: EgoBox
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Project the sweep nearest to the key time into every image: camera, pixel, depth of each return."""
     nearest, points = _sweep_near(recording.sweep_stamp_ns, key_ns), np.zeros((0, 3))
     if nearest is not None:
-        rays = deskew_rays(recording.sweep(nearest), recording.trajectory, key_ns)
+        rays = deskew_rays(recording.sweep(nearest), recording.trajectory, key_ns, ego_box)
         points = rays.end[rays.hit]
     cameras, pixels, depths = [], [], []
     for index, camera in enumerate(rig.cameras):
@@ -348,7 +360,14 @@ def resample_truth(
 def _label_config(config: PrepareConfig) -> LabelConfig | None:
     if config.label_window is None:
         return None
-    return LabelConfig(window=config.label_window, near_hits=config.near_hits)
+    return LabelConfig(
+        window=config.label_window, near_hits=config.near_hits, ego_box=config.ego_box, ego_masks=config.ego_masks
+    )
+
+
+def _box_record(box: EgoBox) -> list[float]:
+    """Return a box as JSON gives it back: lowest, then highest x, y, z."""
+    return [*box.lo, *box.hi]
 
 
 def _label_record(config: PrepareConfig) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ A bag whose messages are all there may still give no label; this makes one and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from occbev_training.occupancy.extrinsics import CameraVerdict, Moment, RigVerdi
 from occbev_training.occupancy.pairs import PairConfig, TrialPair, try_key
 from occbev_training.sources.bag_check import Verdict
 from occbev_training.sources.bags import BagRecording
+from occbev_training.sources.deskew import EgoBox
 from occbev_training.sources.recording import Recording
 
 FAST, TURNING = 70.0, 200.0
@@ -146,13 +147,13 @@ def _pair_verdicts(recording: Recording, config: PairConfig) -> list[Verdict]:
     for key in dict.fromkeys([keys // 2, keys // 3, 2 * keys // 3, 0, keys - 1]):
         pair = try_key(recording, key, config)
         if pair.sample is not None:
-            return _made(pair, recording)
+            return _made(pair, recording, config.label.ego_box)
         count, reasons = count + 1, {**pair.refused, **reasons}
     first = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return [Verdict("one pair", False, f"none of {count} key frames gives one; the first reason of each kind: {first}")]
 
 
-def _made(pair: TrialPair, recording: Recording) -> list[Verdict]:
+def _made(pair: TrialPair, recording: Recording, body: EgoBox) -> list[Verdict]:
     assert pair.sample is not None
     volumes = pair.sample.label
     observed = volumes.state > 0
@@ -168,4 +169,16 @@ def _made(pair: TrialPair, recording: Recording) -> list[Verdict]:
         Verdict(f"image of {name}", False, f"key frame {pair.key}: {reason}", must=False)
         for name, reason in pair.sample.meta["missing"].items()
     ]
-    return [*missing, Verdict("one pair", share > 0, text)]
+    return [*missing, _body_verdict(pair.sample.meta["stats"], body), Verdict("one pair", share > 0, text)]
+
+
+def _body_verdict(stats: Mapping[str, int], body: EgoBox) -> Verdict:
+    """Say which box is taken for the vehicle itself: it hides what stands in it, and what reaches beyond is an obstacle."""
+    x, y, z = (f"{lo:g} to {hi:g}" for lo, hi in zip(body.lo, body.hi, strict=True))
+    count, every = stats.get("points_ego_body", 0), stats.get("rays", 0)
+    share = count / max(1, count + every)
+    text = (
+        f"x {x}, y {y}, z {z} m counts as the vehicle itself, with {share:.1%} of the returns; where yours is larger or "
+        "smaller, give --ego-box to pairs, learn, adapt or prepare"
+    )
+    return Verdict("vehicle's body", True, text, must=False)

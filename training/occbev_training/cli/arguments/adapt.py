@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from occbev.share import here_or_shipped
-from occbev_training.cli.arguments.shared import INPUTS_HELP, add_input_arguments
+from occbev_training.cli.arguments.shared import INPUTS_HELP, add_body_arguments, add_input_arguments
 
 KEY_INTERVALS = (0.1, 0.2, 0.5, 1.0)
 """Seconds between key frames of bags that are chosen from: a few seconds of driving should give enough to learn from."""
@@ -55,4 +55,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps before and after a label")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
     parser.add_argument("--threads", type=int, help="CPU threads of the training")
+    add_body_arguments(parser)
     add_input_arguments(parser)

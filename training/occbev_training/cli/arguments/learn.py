@@ -16,7 +16,7 @@ from pathlib import Path
 
 from occbev.share import here_or_shipped
 from occbev_training.cli.arguments.adapt import INTERVAL_HELP, WINDOW
-from occbev_training.cli.arguments.shared import INPUTS_HELP, add_input_arguments
+from occbev_training.cli.arguments.shared import INPUTS_HELP, add_body_arguments, add_input_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,4 +44,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=float, default=WINDOW, help="seconds of sweeps before and after a label")
     parser.add_argument("--workers", type=int, default=2, help="processes that make pairs and simulated drives")
     parser.add_argument("--plan", action="store_true", help="print the plan and do nothing")
+    add_body_arguments(parser)
     add_input_arguments(parser)

@@ -16,7 +16,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from occbev_training.cli.arguments.shared import EXECUTORS, GRIDS, INPUTS_HELP, LABEL_VARIANTS, add_input_arguments
+from occbev_training.cli.arguments.shared import (
+    EXECUTORS,
+    GRIDS,
+    INPUTS_HELP,
+    LABEL_VARIANTS,
+    add_body_arguments,
+    add_input_arguments,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,16 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", default="occ3d", choices=GRIDS, help="voxel grid")
     parser.add_argument("--window", type=float, default=1.0, help="seconds of sweeps before and after a label")
     parser.add_argument("--key-interval", type=float, default=0.5, help="seconds between key frames of a bag")
-    parser.add_argument(
-        "--ego-box",
-        type=float,
-        nargs=6,
-        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
-        help="box around the vehicle's own body in base_link; bag-check --ego-box proposes one",
-    )
-    parser.add_argument(
-        "--ego-masks", type=Path, help="folder with CAMERA.png, white where the camera sees the vehicle itself"
-    )
+    add_body_arguments(parser)
     parser.add_argument("--max-range", type=float, default=60.0, help="range in metres up to which beams are used")
     parser.add_argument("--min-cameras", type=int, help="smallest number of cameras of a pair (default: all but one)")
     parser.add_argument(

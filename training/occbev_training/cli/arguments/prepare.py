@@ -15,7 +15,14 @@ import argparse
 from pathlib import Path
 
 from occbev.share import here_or_shipped
-from occbev_training.cli.arguments.shared import INPUTS_HELP, MAX_GAP, WORLD_HELP, WORLDS, add_input_arguments
+from occbev_training.cli.arguments.shared import (
+    INPUTS_HELP,
+    MAX_GAP,
+    WORLD_HELP,
+    WORLDS,
+    add_body_arguments,
+    add_input_arguments,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,5 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--near-hits", type=int, default=2, help="sweeps that must hit a near voxel; 1 where there are few sweeps"
     )
     parser.add_argument("--no-labels", action="store_true", help="make no three-state labels; fine-tuning needs none")
+    add_body_arguments(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes")
     add_input_arguments(parser)

@@ -46,6 +46,9 @@ WORLDS = ("v1", "v2")
 FUZZED = ("images", "rigs", "results", "packages", "bags")
 """Of occbev_training.benchmarks.fuzz."""
 
+EGO_BOX = (-1.3, -1.05, 0.1, 4.0, 1.05, 2.2)
+"""Of occbev_training.sources.deskew: lowest, then highest x, y, z."""
+
 INPUTS_HELP = "bags, folders of bags, nuScenes or T4 roots, info .pkl files"
 
 
@@ -55,6 +58,22 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", type=Path, help="nuScenes root of info .pkl files; default their folder")
     add_root_arguments(parser)
     add_bag_arguments(parser)
+
+
+def add_body_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what of a recording is the vehicle itself."""
+    body = " ".join(f"{value:g}" for value in EGO_BOX)
+    parser.add_argument(
+        "--ego-box",
+        type=float,
+        nargs=6,
+        metavar=("X0", "Y0", "Z0", "X1", "Y1", "Z1"),
+        help="box around the vehicle's own body in base_link: returns in it are no obstacles "
+        f"(default: a car's, {body}); bag-check --ego-box proposes one",
+    )
+    parser.add_argument(
+        "--ego-masks", type=Path, help="folder with CAMERA.png, white where the camera sees the vehicle itself"
+    )
 
 
 def add_root_arguments(parser: argparse.ArgumentParser) -> None:
