@@ -185,6 +185,15 @@ def test_refused_key_frames_are_counted_by_reason(tmp_path) -> None:
     assert manifest["refused"] == dict(report.refused)
 
 
+def test_a_label_that_observes_nothing_becomes_no_pair(tmp_path) -> None:
+    """A LiDAR that is covered still sends sweeps; with one sweep for a key no other measure has anything to judge."""
+    covered = PicturedDrive(ground=False, sweeps=1)
+    config = dataclasses.replace(CONFIG, min_support=0.0)
+    report = make_unit(covered, Unit("traced", 0, 1), tmp_path, config)
+    assert report.samples == 0
+    assert report.reasons == {"nothing_observed": "traced key 0: no beam of 1 sweeps crosses the grid"}
+
+
 def test_more_cameras_than_a_rig_has_are_asked_for_in_vain(tmp_path) -> None:
     config = dataclasses.replace(CONFIG, min_cameras=3)
     report = make_unit(drive(), Unit("traced", 2, 3), tmp_path, config)

@@ -362,11 +362,12 @@ class _SampleMaker:
         return examined, frames
 
     def _judge_support(self, examined: Examined) -> tuple[str, str] | None:
-        """Return why a label has too few sweeps behind it, by name and in words, or None."""
+        """Return why a label has too few sweeps, or no beam, behind it, by name and in words, or None."""
         stats, lost = examined.label.stats, examined.window.lost
         needed = self.config.min_support * stats["sweeps_expected"]
         if stats["sweeps"] >= needed and stats["reference_sweeps"]:
-            return None
+            observed = stats["free"] + stats["occupied"]
+            return None if observed else ("nothing_observed", f"no beam of {stats['sweeps']} sweeps crosses the grid")
         text = f"{stats['sweeps']} of {stats['sweeps_expected']} sweeps within the window"
         unreadable = lost.get("unreadable", 0)
         if unreadable:
