@@ -189,6 +189,10 @@ def test_camera_info_chooses_the_right_matrix() -> None:
     assert without_p.intrinsic[0, 0] == 500
     fisheye = camera_from_info("c", info((0.1, 0, 0, 0), "equidistant"), CAM2EGO)
     assert fisheye.distortion_model == "equidistant"
+    ideal = camera_from_info("c", info((0.0,) * 4, "equidistant"), CAM2EGO, rectified=False)
+    assert (ideal.intrinsic[0, 0], ideal.lens.is_fisheye) == (500, True)
+    straight = camera_from_info("c", info((0.0,) * 5), CAM2EGO, rectified=False)
+    assert (straight.intrinsic[0, 0], straight.lens.is_pinhole) == (500, True)
 
 
 def test_binning_and_region_follow_the_image() -> None:

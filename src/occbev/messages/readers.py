@@ -157,6 +157,7 @@ def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectifi
     """Read a sensor_msgs/CameraInfo.
 
     rectified: True takes P and no distortion, False K and D, None decides by D: all zero means rectified.
+    A fisheye ("equidistant") whose D is zero is therefore one only with False.
     Binning and region of interest are applied, so that the camera fits the image that is sent.
     Raises:
         MessageError: uncalibrated (K is zero), no size, or an unknown distortion model.
@@ -174,7 +175,9 @@ def camera_from_info(name: str, info: Any, cam2ego: NDArray[np.float64], rectifi
     if not np.all(np.isfinite(intrinsic)) or intrinsic[0, 0] <= 0 or intrinsic[1, 1] <= 0:
         raise MessageError("CameraInfo holds no focal length (K is zero): the camera is not calibrated")
     model, kept = "none", tuple[float, ...]()
-    if not rectified and any(coefficients):
+    # Without coefficients a lens is a pinhole; a fisheye is one with zeros as well.
+    is_fisheye = DISTORTION_MODELS.get(str(info.distortion_model)) == "equidistant"
+    if not rectified and (any(coefficients) or (is_fisheye and coefficients)):
         model, kept = _distortion(str(info.distortion_model), coefficients)
     camera = Camera(name, int(info.width), int(info.height), intrinsic, cam2ego, model, kept)
     return _apply_binning(camera, info)
