@@ -16,6 +16,7 @@ from occbev.results import Boxes3D, Occupancy
 from occbev.rig import Camera, CameraRig
 from occbev.trajectory import Trajectory
 from occbev_training.metrics import drive
+from occbev_training.metrics.occupancy import GridError
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 from occbev_training.sources.truth import Truth
 
@@ -149,6 +150,13 @@ def test_only_voxels_in_sight_are_scored(truth: Truth) -> None:
     wrong[20:, :, 7] = CAR
     results = drive.results_at_keys([Result(int(KEYS[0]), boxes(), volume(wrong))], truth)
     assert drive.score_occupancy(results, truth, NOTHING)["iou"] < 0.5
+
+
+def test_voxels_of_another_grid_are_not_scored(truth: Truth) -> None:
+    shifted = replace(volume(semantics()), grid=replace(GRID, lo=(-20.0, -16.0, -1.0)))
+    results = drive.results_at_keys([Result(int(KEYS[0]), boxes(), shifted)], truth)
+    with pytest.raises(GridError, match="predicted on .*-20.0.*true ones are on .*-16.0"):
+        drive.score_occupancy(results, truth)
 
 
 def test_incomplete_and_stray_results_are_left_out(truth: Truth) -> None:

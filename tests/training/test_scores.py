@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,12 +12,13 @@ from occbev.results import Boxes3D
 from occbev_training.evaluation.scores import (
     VISIBILITY,
     FrameResult,
+    OccupancyCounts,
     OccupancyView,
     Scores,
     count_occupancy,
     found_share,
 )
-from occbev_training.metrics.occupancy import confusion, score_occupied_iou
+from occbev_training.metrics.occupancy import GridError, confusion, score_occupied_iou
 from occbev_training.sources.recording import Annotations
 
 GRID = VoxelGrid((-12.0, -12.0, 0.0), (1.0, 1.0, 1.0), (24, 24, 3))
@@ -28,6 +31,10 @@ def _view(seed: int, **more: object) -> tuple[np.ndarray, OccupancyView]:
     label = np.where(random.random(GRID.shape) < 0.67, truth, random.integers(0, 18, GRID.shape))
     mask = random.random(GRID.shape) < 0.6
     return label.astype(np.uint8), OccupancyView(truth.astype(np.uint8), mask, GRID, **more)
+
+
+def _counted(label: np.ndarray, truth: OccupancyView) -> OccupancyCounts:
+    return count_occupancy(label, GRID, truth)
 
 
 def _boxes(centres: list[tuple[float, float]], score: float = 0.9) -> Boxes3D:
@@ -43,14 +50,14 @@ def test_who_saw_a_voxel_partitions_all_voxels() -> None:
     views = np.full(GRID.shape, 2, np.uint8)
     views[:5] = 1
     label, truth = _view(0, mask_lidar=np.arange(3) < np.full(GRID.shape, 2), views=views)
-    counts = count_occupancy(label, truth)
+    counts = count_occupancy(label, GRID, truth)
     occupied, said = truth.semantics != 17, label != 17
     assert counts.seen_by.sum() == np.count_nonzero(occupied | said)
     first = truth.mask_camera & (views == 1)
     assert counts.seen_by[0, 0] == np.count_nonzero(occupied & said & first)
     assert counts.seen_by[2].sum() > 0
     assert counts.seen_by[4:].sum() == 0
-    unknown = count_occupancy(label, _view(0)[1])
+    unknown = count_occupancy(label, GRID, _view(0)[1])
     assert unknown.seen_by[:4].sum() == 0  # only the camera mask is known
     assert VISIBILITY[4:] == ("any camera", "no camera")
     np.testing.assert_array_equal(unknown.confusion, confusion(truth.semantics, label, truth.mask_camera))
@@ -58,7 +65,7 @@ def test_who_saw_a_voxel_partitions_all_voxels() -> None:
 
 def test_frames_without_dense_truth_are_left_out_and_draws_keep_step() -> None:
     pairs = [_view(seed) for seed in range(4)]
-    counts = [count_occupancy(*pair) for pair in pairs]
+    counts = [_counted(*pair) for pair in pairs]
     counts.insert(1, None)
     frames = [FrameResult(f"d/{i}", f"d{i}", occupancy=c) for i, c in enumerate(counts)]
     scores = Scores.of(frames)
@@ -88,8 +95,8 @@ def test_nothing_is_scored_of_a_network_that_predicts_nothing_known() -> None:
 
 def test_rays_are_scored_only_where_every_frame_knows_its_origins() -> None:
     origins = np.array([[0, 0, 1.5]], np.float32)
-    with_rays = count_occupancy(*_view(0, origins=origins))
-    without = count_occupancy(*_view(1))
+    with_rays = _counted(*_view(0, origins=origins))
+    without = _counted(*_view(1))
     assert Scores.of([FrameResult("a", "a", occupancy=with_rays)]).rays is not None
     mixed = [FrameResult("a", "a", occupancy=with_rays), FrameResult("b", "b", occupancy=without)]
     assert Scores.of(mixed).measured == ("occupancy",)
@@ -97,8 +104,9 @@ def test_rays_are_scored_only_where_every_frame_knows_its_origins() -> None:
 
 def test_other_grids_are_refused() -> None:
     label, truth = _view(0)
-    with pytest.raises(ValueError, match=r"\(12, 24, 3\)"):
-        count_occupancy(label[:12], truth)
+    shifted = replace(GRID, lo=(-24.0, -12.0, 0.0))  # of the same shape
+    with pytest.raises(GridError, match=r"predicted on 24x24x3 .*\(-24.0, -12.0, 0.0\).*true ones are on .*\(-12.0, "):
+        count_occupancy(label, shifted, truth)
 
 
 def test_one_frame_is_judged_by_what_is_found_and_what_is_wrong() -> None:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from occbev.classes import OCCUPANCY_CLASSES
-from occbev.grid import VoxelGrid
+from occbev.grid import GRIDS, VoxelGrid
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev.inference.model_package import ModelPackage
 from occbev.inference.space_calibration import SCORES, read_calibration
 from occbev_training.evaluation.data import RecordingFrames
 from occbev_training.evaluation.space import SpaceError, dense_frames, divide, fit_space, score_space
 from occbev_training.export.calibrate import write_calibration
+from occbev_training.metrics.occupancy import GridError
 from occbev_training.metrics.space import (
     CurveFit,
     SpaceCounts,
@@ -102,7 +103,13 @@ def frames() -> list[Any]:
     """Two key frames of a street by night with their truth."""
     drive = SimulatedDrive(20_009, DriveConfig(keys=12, key_rate=1.0, world="v1"))
     recorded = RecordingFrames([(drive, key) for key in (1, 9)])
-    return list(dense_frames(recorded, range(2), CONFIG))
+    return list(dense_frames(recorded, range(2), GRIDS["occ3d"], CONFIG))
+
+
+def test_truth_on_another_grid_is_refused() -> None:
+    recorded = RecordingFrames([(SimulatedDrive(20_009, DriveConfig(keys=1, world="v1")), 0)])
+    with pytest.raises(GridError, match=r"predicted on 200x200x16 voxels of \(0.512, 0.512, 0.5\) m"):
+        next(dense_frames(recorded, range(1), GRIDS["det"], CONFIG))
 
 
 def test_the_shipped_package_calls_few_obstacles_free_and_little_ground_blocked(

@@ -34,7 +34,7 @@ def run(options: Options) -> Report:
         "calibrated_on": read_calibration(package).fitted_on or "nothing",
     }
     for name, seed in DRIVES.items():
-        values |= _named(name, score_space(package, simulated_frames(seed, config), config))
+        values |= _named(name, score_space(package, simulated_frames(seed, package, config), config))
     shared = Path(os.environ.get("OCCBEV_SHARED", "../shared")) / "data" / "pandaset-002a"
     if shared.is_dir():
         values |= _named("pandaset", score_space(package, recorded_frames(shared, package, config), config))
@@ -45,11 +45,11 @@ def _named(drive: str, counts: SpaceCounts) -> dict[str, Any]:
     return {f"{drive}_{name}": value for name, value in counts.as_record().items()}
 
 
-def simulated_frames(seed: int, config: GroundGridConfig) -> Frames:
+def simulated_frames(seed: int, package: ModelPackage, config: GroundGridConfig) -> Frames:
     """Open a simulated drive, rendering only the key frames that are scored."""
     drive = SimulatedDrive(seed, DriveConfig(keys=KEYS, key_rate=5.0, image=(640, 360), world="v1"))
     frames = RecordingFrames([(drive, key) for key in range(0, KEYS, EVERY)])
-    return dense_frames(frames, range(len(frames)), config)
+    return dense_frames(frames, range(len(frames)), package.model.grid, config)
 
 
 def recorded_frames(folder: Path, package: ModelPackage, config: GroundGridConfig) -> Frames:
@@ -63,7 +63,7 @@ def recorded_frames(folder: Path, package: ModelPackage, config: GroundGridConfi
 
 def time_grid(package: ModelPackage, config: GroundGridConfig, rounds: int) -> dict[str, float]:
     """Return what a ground grid costs, in milliseconds."""
-    frame = next(SpaceNetwork(package).frames(simulated_frames(DRIVES["demo"], config), config))
+    frame = next(SpaceNetwork(package).frames(simulated_frames(DRIVES["demo"], package, config), config))
     maker = GroundGridMaker(package.model.grid, read_calibration(package))
     timing = run_interleaved({"grid": lambda: maker.make(frame.evidence, frame.sight, config)}, max(rounds, 20))["grid"]
     return {"grid_ms": round(timing.wall_ms, 2), "grid_cpu_ms": round(timing.cpu_ms, 2)}

@@ -22,7 +22,7 @@ from occbev.inference.postprocess import BoxDecoding, decode_boxes, decode_occup
 from occbev.results import Boxes3D
 from occbev_training.evaluation.scores import FrameResult, OccupancyView, Scores, count_occupancy
 from occbev_training.metrics.detection import DetectionScores, evaluate_detection, match_near
-from occbev_training.metrics.occupancy import binary_counts, binary_iou
+from occbev_training.metrics.occupancy import binary_counts, binary_iou, require_grid
 from occbev_training.sources.recording import Annotations
 
 if TYPE_CHECKING:  # the demo scores without what caches are read by
@@ -130,7 +130,7 @@ def score_frame(
     """Decode a network's outputs for one frame and compare them with the truth."""
     counts, label = None, labels_of(output, model)
     if truth is not None and label is not None:
-        counts = count_occupancy(label, truth, len(model.occupancy_classes))
+        counts = count_occupancy(label, model.grid, truth, len(model.occupancy_classes))
     return FrameResult(name, drive, boxes_of(output, model), annotations, counts)
 
 
@@ -184,7 +184,12 @@ def score_priors(
 
 
 def fit_priors(cache: SampleCache, model: ModelConfig, progress: Callable[[int], None] = lambda done: None) -> Priors:
-    """Compute the means of a training set: where boxes of each class are, their size, and what is occupied."""
+    """Compute the means of a training set: where boxes of each class are, their size, and what is occupied.
+
+    Raises:
+        GridError: the training set's voxels are on another grid than the model's.
+    """
+    require_grid(cache.info.grid, model.grid)
     bev = model.bev
     heatmap = np.zeros((len(DETECTION_CLASSES), *bev.shape[::-1]))
     box_sum, box_count = np.zeros((len(DETECTION_CLASSES), 10)), np.zeros(len(DETECTION_CLASSES))

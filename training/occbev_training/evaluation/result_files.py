@@ -99,7 +99,7 @@ def _frame(root: RootFrames, index: int, results: Results | None, voxels: Path |
             raise EvaluationDataError(
                 f"{root.root.path}: no gts/{recording.name}/{token}/labels.npz to score voxels against"
             )
-        counts = count_occupancy(read_occupancy(voxels, token, truth.grid.shape), truth)
+        counts = count_occupancy(read_occupancy(voxels, token, truth.grid.shape), truth.grid, truth)
     name = f"{recording.name}/{key:04d}"
     return FrameResult(name, recording.name, boxes, recording.annotations(key), counts)
 

@@ -36,6 +36,7 @@ from occbev_training.metrics.occupancy import (
     range_rings,
     ray_counts,
     ray_scores,
+    require_grid,
     ring_names,
     score_occupied_iou,
 )
@@ -113,17 +114,14 @@ class FrameResult:
 
 
 def count_occupancy(
-    label: NDArray[np.uint8], truth: OccupancyView, classes: int = len(OCCUPANCY_CLASSES)
+    label: NDArray[np.uint8], grid: VoxelGrid, truth: OccupancyView, classes: int = len(OCCUPANCY_CLASSES)
 ) -> OccupancyCounts:
-    """Compare a predicted label volume (X, Y, Z) with the truth of its frame.
+    """Compare a predicted label volume (X, Y, Z) with the truth of its frame. grid: of the prediction.
 
     Raises:
-        ValueError: they are on different grids.
+        GridError: the truth is on another grid.
     """
-    if label.shape != truth.grid.shape:
-        raise ValueError(
-            f"the network's voxels are {label.shape}, the true ones {truth.grid.shape} on grid {truth.grid.hash}"
-        )
+    require_grid(truth.grid, grid)
     free = classes - 1
     occupied, said = truth.semantics != free, label != free
     rings = grouped_counts(occupied, said, range_rings(truth.grid), len(ring_names()), truth.mask_camera)

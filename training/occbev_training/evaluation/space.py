@@ -24,6 +24,7 @@ from occbev.rig import CameraRig
 from occbev_training.data.pair_samples import PairSamples
 from occbev_training.evaluation.data import EvaluationData, EvaluationFrame, RecordingFrames, read_cached_rig
 from occbev_training.evaluation.run_package import PackageNetwork, RunOptions
+from occbev_training.metrics.occupancy import require_grid
 from occbev_training.metrics.space import (
     CurveFit,
     SpaceCounts,
@@ -46,12 +47,15 @@ class SpaceError(ValueError):
     """Frames or a package that cannot be used for a ground grid, saying what would be right."""
 
 
-def dense_frames(evaluation_data: EvaluationData, indices: Iterable[int], config: GroundGridConfig) -> Iterator[Any]:
-    """Yield frames whose dense classes are known."""
+def dense_frames(
+    evaluation_data: EvaluationData, indices: Iterable[int], grid: VoxelGrid, config: GroundGridConfig
+) -> Iterator[Any]:
+    """Yield frames whose dense classes are known; raises GridError if these are on another grid than `grid`."""
     for index in indices:
         frame = evaluation_data.frame(index)
         if frame.truth is not None:
             truth = frame.truth
+            require_grid(truth.grid, grid)
             yield frame, truth_of_classes(truth.semantics, truth.mask_camera, truth.grid, config)
 
 

@@ -31,7 +31,7 @@ def open_frames(
     indices = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(int)).tolist()
     if isinstance(data, PairSamples):
         return pair_frames(data, indices, config)
-    return dense_frames(data, indices, config)
+    return dense_frames(data, indices, model.grid, config)
 
 
 def _open(folder: Path, model: ModelConfig, split: str | None = None) -> EvaluationData | PairSamples:

@@ -20,6 +20,7 @@ from occbev_training.metrics.occupancy import (
     binary_iou,
     confusion,
     mean_iou,
+    require_grid,
 )
 from occbev_training.sources.recording import Annotations, OccupancyTruth
 from occbev_training.sources.truth import Truth
@@ -117,10 +118,13 @@ def score_occupancy(
 
     prior: (X, Y, Z) voxels that the training set alone would call occupied in every frame; None
     leaves its score out. What was not published is free.
+    Raises:
+        GridError: something was published on another grid than that of the truth.
     """
     published, mean, classes = np.zeros(3, np.int64), np.zeros(3, np.int64), []
     for result in results:
         wanted = occupancy_truth(truth, result.key)
+        require_grid(wanted.grid, result.occupancy.grid)
         occupied, mask = wanted.semantics != FREE, wanted.mask_camera
         published += binary_counts(occupied, result.occupancy.label != FREE, mask)
         if prior is not None:

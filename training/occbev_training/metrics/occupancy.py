@@ -33,6 +33,25 @@ MAX_ELEVATION = 0.21
 """Elevations in radians of the rays go on in steps until one reaches this."""
 
 
+class GridError(ValueError):
+    """Voxels that cannot be compared because they are on different grids."""
+
+
+def require_grid(truth: VoxelGrid, predicted: VoxelGrid) -> None:
+    """Raise GridError unless both grids are one: grids of equal shape may differ in place and pitch."""
+    if truth != predicted:
+        raise GridError(
+            f"voxels are predicted on {describe_grid(predicted)}, the true ones are on {describe_grid(truth)}; "
+            "score them on a cache that 'occbev-train prepare' made for this model"
+        )
+
+
+def describe_grid(grid: VoxelGrid) -> str:
+    """Return a grid in words, for messages."""
+    cells = "x".join(map(str, grid.shape))
+    return f"{cells} voxels of {grid.pitch} m from {grid.lo} in {grid.frame}"
+
+
 def confusion(
     truth: NDArray[np.uint8],
     predicted: NDArray[np.uint8],
