@@ -170,6 +170,24 @@ def test_a_refused_export_leaves_the_package_that_was_there(folder: Path, tmp_pa
     assert {path.name for path in before.folder.iterdir()} == {*before.files, "config.yaml"}
 
 
+def test_an_export_replaces_no_run_and_goes_on_where_one_was_killed(folder: Path, tmp_path: Path) -> None:
+    run, package = tmp_path / "run", shutil.copytree(folder, tmp_path / "package")
+    run.mkdir()
+    for name in ("config.yaml", "run.json", "weights.safetensors"):
+        (run / name).write_text("stage: finetune")
+    with pytest.raises(export.ExportError, match=r"run: holds \['config.yaml', 'run.json'\]"):
+        export.export_package(a_network(), SMALL, run, {}, {}, (), (3,))
+    assert {(path.name, path.read_text()) for path in run.iterdir()} == {
+        (name, "stage: finetune") for name in ("config.yaml", "run.json", "weights.safetensors")
+    }
+    (package / ".partial-x").mkdir()  # killed while it wrote
+    (package / "config.yaml").unlink()  # killed while it moved
+    export.require_own_folder(package, ["priors.npz"])
+    (package / "priors.npz").unlink()
+    assert export.export_package(a_network(), SMALL, package, {}, {}, (), (3,)).has("model.onnx")
+    assert not (package / ".partial-x").exists()
+
+
 def test_what_is_not_finite_is_never_close() -> None:
     sound, broken = {"box": np.ones(3)}, {"box": np.array([1.0, np.nan, 1.0])}
     with pytest.raises(export.ExportError, match="box holds values that are not finite"):
@@ -187,6 +205,8 @@ def test_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
         "--model",
         str(tmp_path / "other.yaml"),
     ]
+    assert main(["export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
     assert main(["export", *arguments]) == 2
     assert "of another shape" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -26,10 +26,14 @@ from occbev_training.metrics.calibration import fit_min_free
 from occbev_training.models.build import build_for_weights, build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights
 
+SOURCES = "want the folder of a run, its weights.safetensors, a package or, with --untrained, a configuration"
+
 
 def run(args: argparse.Namespace) -> int:
     """Export, check the graphs against torch, and print what was written; 1 if a graph is refused."""
     args.out = choose_output(args.out, args.position, "the package")
+    if not args.weights.exists():
+        raise ConfigError(f"{args.weights}: no such file or folder; {SOURCES}")
     model, network, provenance, metrics = _untrained(args) if args.untrained else _trained(args)
     console = Console(stderr=args.json)
     records = {**provenance, **_read(args.provenance)}, {**metrics, **_read(args.metrics)}

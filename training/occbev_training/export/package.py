@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from occbev.config import MAX_CAMERAS, ImageConfig, ModelConfig, to_record
+from occbev.files import YamlError, read_yaml
 from occbev.inference.backend import FACTORS, PER_CAMERA
 from occbev.inference.example_inputs import example_inputs as all_example_inputs
-from occbev.inference.model_package import CONFIG_NAME, ModelPackage, PackageError, write_package
+from occbev.inference.model_package import CONFIG_NAME, ModelPackage, write_package
 from occbev.inference.openvino_backend import INT8_GRAPH, shared_core
 from occbev.rig import CameraRig
 from occbev_training.data.samples import Samples
@@ -62,6 +63,12 @@ FACTOR_TOLERANCE = 1e-4
 
 FORBIDDEN_OPERATORS = frozenset({"Loop", "Scan", "If", "NonZero", "Unique", "ScatterND", "ScatterElements", "CumSum"})
 """Operators that some runtime lacks or computes badly; a graph that holds one, or a Sequence*, is refused."""
+
+WEIGHTS, CARD = "weights.safetensors", "README.md"
+"""Files of every package beside its graphs and its configuration."""
+
+PARTIAL = ".partial-"
+"""What the name of the folder begins with in which a package is written."""
 
 GRAPH_SUFFIXES = (".onnx", ".xml", ".bin")
 """Files of a package that hold its graphs."""
@@ -130,9 +137,10 @@ def export_package(
     untrained: of random weights; the graph is quantised on noise, so that its latency can be measured.
     gpu: also write the graph in fp16 that TensorRT reads, see `occbev_training.export.half`.
     The package is written beside the folder and moved into it when it is complete: a refused export leaves what was
-    there. Raises: ExportError if a weight is not finite, or a graph is further from double precision than it may be;
-    QuantisationError if it cannot be quantised.
+    there. Raises: ExportError if a weight is not finite, a graph is further from double precision than it may be, or
+    the folder holds what is of no package; QuantisationError if it cannot be quantised.
     """
+    require_own_folder(folder, [path.name for path in extra_files])
     if calibration is not None:
         if not has_ir(model) or SEMANTICS not in heads_of(network):
             raise ExportError(f"{model.name}: only our own Lift-Splat networks with a semantic head are quantised")
@@ -142,7 +150,9 @@ def export_package(
     if untrained:
         provenance = {**provenance, "data": UNTRAINED}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+    for abandoned in folder.glob(f"{PARTIAL}*"):  # of an export that was killed
+        shutil.rmtree(abandoned)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as partial:
         _write(network, model, Path(partial), provenance, metrics, extra_files, cameras, calibration, untrained, gpu)
         sealed = _sealed(folder)
         for stale in [path for path in folder.iterdir() if path.suffix in GRAPH_SUFFIXES or path.name in sealed]:
@@ -153,12 +163,30 @@ def export_package(
     return ModelPackage.load(folder)
 
 
+def require_own_folder(folder: Path, more: Collection[str] = ()) -> None:
+    """Raise ExportError if a folder holds what is of no package, such as a training run: its files would be replaced.
+
+    more: names of further files of the package. What a killed export left may be there.
+    """
+    sealed = _sealed(folder)
+    own = {WEIGHTS, CARD, *more, *sealed, *([CONFIG_NAME] if sealed else [])}
+    strangers = [
+        path.name
+        for path in sorted(folder.iterdir() if folder.is_dir() else [])
+        if path.name not in own and path.suffix not in GRAPH_SUFFIXES and not path.name.startswith(PARTIAL)
+    ]
+    if strangers:
+        raise ExportError(f"{folder}: holds {strangers[:5]}, which are of no package; name another folder")
+
+
 def _sealed(folder: Path) -> set[str]:
-    """Return the files of the package that a folder holds, none if it is no package."""
+    """Return the names of the files that the package in a folder lists, none if it is no package."""
     try:
-        return set(ModelPackage.load(folder, verify=False).files)
-    except PackageError:
+        record = read_yaml(folder / CONFIG_NAME)
+    except (OSError, YamlError):
         return set()
+    files = record.get("files") if isinstance(record, dict) else None
+    return set(files) if isinstance(files, dict) else set()
 
 
 def require_finite(network: nn.Module, name: str) -> None:
@@ -181,7 +209,7 @@ def _write(
     gpu: bool,
 ) -> ModelPackage:
     graph = _graph(network, "onnx")
-    save_weights(folder / "weights.safetensors", network.state_dict(), {"model": to_record(model)})
+    save_weights(folder / WEIGHTS, network.state_dict(), {"model": to_record(model)})
     for path in extra_files:
         shutil.copyfile(path, folder / path.name)
     operators = write_onnx(graph, model, folder / "model.onnx")
@@ -205,7 +233,7 @@ def _write(
         "exported_with": _versions(),
         "operators": " ".join(f"{name}:{count}" for name, count in sorted(operators.items())),
     }
-    (folder / "README.md").write_text(model_card(network, model, provenance, metrics))
+    (folder / CARD).write_text(model_card(network, model, provenance, metrics))
     return write_package(folder, model, provenance, metrics)
 
 
