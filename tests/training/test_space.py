@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from occbev.inference.model_package import ModelPackage
 from occbev.inference.space_calibration import SCORES, read_calibration
 from occbev_training.evaluation.data import RecordingFrames
 from occbev_training.evaluation.space import SpaceError, dense_frames, divide, fit_space, score_space
+from occbev_training.export import calibrate
 from occbev_training.export.calibrate import write_calibration
 from occbev_training.metrics.occupancy import GridError
 from occbev_training.metrics.space import (
@@ -135,15 +137,23 @@ def test_a_calibration_is_measured_on_frames_that_it_was_not_fitted_on(frames: l
         fit_space(package, frames[:1], "one frame", CONFIG)
 
 
-def test_a_package_is_calibrated_and_its_card_says_so(frames: list[Any], repository: Path, tmp_path: Path) -> None:
+def test_a_package_is_calibrated_and_its_card_says_so(
+    frames: list[Any], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(repository / "config/models/occbev-tiny", tmp_path / "package")
     package = ModelPackage.load(tmp_path / "package")
-    write_calibration(package, fit_space(package, frames, "two frames", CONFIG))
+    fit = fit_space(package, frames, "two frames", CONFIG)
+    write_calibration(package, fit)
     again = ModelPackage.load(tmp_path / "package")
     assert read_calibration(again).fitted_on == "two frames"
     assert again.metrics["space"]["frames"] == 2
     card = (tmp_path / "package" / "README.md").read_text()
     assert card.count("## Calibration of probabilities") == 1
     assert "Fitted on two frames" in card
+    with monkeypatch.context() as stopped:  # while the slow part is at work
+        stopped.setattr(calibrate, "draw_reliability", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_calibration(again, fit)
+    assert read_calibration(ModelPackage.load(again.folder)).fitted_on == "two frames"
     with pytest.raises(SpaceError, match="0 frames"):
         fit_space(package, [], "nothing", CONFIG)

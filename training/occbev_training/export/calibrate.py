@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from occbev.inference.model_package import ModelPackage, write_package
 from occbev.inference.space_calibration import FILE_NAME
 from occbev_training.evaluation.space import SpaceFit, draw_reliability
 
-PICTURE = "reliability.png"
+CARD, PICTURE = "README.md", "reliability.png"
 
 HEADING = "\n## Calibration of probabilities\n"
 HEADINGS = re.compile(rf"{HEADING}|\n## How sure it is\n")
@@ -19,11 +22,15 @@ HEADINGS = re.compile(rf"{HEADING}|\n## How sure it is\n")
 def write_calibration(package: ModelPackage, fit: SpaceFit) -> dict[str, Any]:
     """Write a calibration into a package and seal it again; returns what its `metrics` then say of it."""
     record = fit.as_record()
-    fit.calibration.save(package.folder / FILE_NAME)
-    draw_reliability(fit, package.folder / PICTURE)
-    card = package.folder / "README.md"
+    card = package.folder / CARD
     text = card.read_text() if card.is_file() else f"# {package.model.name}\n"
-    card.write_text(HEADINGS.split(text)[0].rstrip("\n") + "\n" + HEADING + _section(record))
+    with tempfile.TemporaryDirectory(dir=package.folder, prefix=".partial-") as partial:  # slow work comes first
+        folder = Path(partial)
+        fit.calibration.save(folder / FILE_NAME)
+        draw_reliability(fit, folder / PICTURE)
+        (folder / CARD).write_text(HEADINGS.split(text)[0].rstrip("\n") + "\n" + HEADING + _section(record))
+        for path in sorted(folder.iterdir()):
+            os.replace(path, package.folder / path.name)
     write_package(package.folder, package.model, package.provenance, {**package.metrics, "space": record})
     return record
 
