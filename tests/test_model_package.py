@@ -84,6 +84,14 @@ def test_unsafe_file_names_are_refused(folder: Path, name: str) -> None:
         ModelPackage.load(folder)
 
 
+def test_a_run_and_a_file_are_told_from_a_package(folder: Path) -> None:
+    with pytest.raises(PackageError, match="weights.safetensors: a model package needs config.yaml; found a file, not"):
+        ModelPackage.load(folder / "weights.safetensors")
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(PackageError, match="folder of a training run.*occbev-train export"):
+        ModelPackage.load(folder)
+
+
 def test_pickles_cannot_be_sealed(folder: Path) -> None:
     (folder / "weights.pkl").write_bytes(b"")
     with pytest.raises(PackageError, match=r"weights\.pkl"):

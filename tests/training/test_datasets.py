@@ -41,6 +41,7 @@ from occbev_training.data.datasets import (
     sample_of,
 )
 from occbev_training.data.reference_inputs import depth_to_bin
+from occbev_training.data.samples import open_samples
 from occbev_training.data.shards import LabelVolumes
 from occbev_training.data.targets import voxel_targets
 from occbev_training.occupancy.prepare import PrepareConfig, make_sample, prepare, resample_truth
@@ -194,9 +195,18 @@ def test_finished_drives_are_kept_and_a_drive_without_its_record_is_not_there(
         open_cache(tmp_path)
 
 
+def test_a_folder_without_samples_says_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="no pairs .* and no sample cache .*'occbev-train pairs' or 'prepare'"):
+        open_samples(tmp_path, MODEL, "pretrain", "train")
+    with pytest.raises(CacheError, match="no sample cache .*'occbev-train prepare' makes one"):
+        open_samples(tmp_path, MODEL, "finetune", "train")
+
+
 def test_caches_that_do_not_fit_are_refused(cache: SampleCache, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"64x32.*takes 96x32"):
         SampleDataset(cache, replace(MODEL, image=ImageConfig(width=96, height=32)), NO_AUGMENTATION, 0)
+    with pytest.raises(CacheError, match=r"labels are on 40x40x8 .* predicts 200x200x16 .*make them on its grid"):
+        SampleDataset(cache, replace(MODEL, grid=GRIDS["occ3d"]), NO_AUGMENTATION, 0)
     off_centre = replace(cache, info=replace(cache.info, grid=VoxelGrid((0, -16, -1), (0.8, 0.8, 0.8), (40, 40, 8))))
     with pytest.raises(CacheError, match="not centred"):
         SampleDataset(off_centre, replace(MODEL, grid=off_centre.info.grid), NO_AUGMENTATION, 0)

@@ -307,6 +307,11 @@ def test_a_sample_tells_how_it_was_made(folder) -> None:
     assert meta["rig"] == recording.rig.hash
 
 
+def test_a_folder_without_pairs_is_named(tmp_path) -> None:
+    with pytest.raises(ShardError, match=r"no pairs here \(index.parquet\); 'occbev-train pairs' makes them"):
+        ShardReader(tmp_path)
+
+
 def test_a_folder_of_two_configurations_is_refused(tmp_path) -> None:
     recording = drive()
     make_unit(recording, Unit("traced", 0, 1), tmp_path, CONFIG)

@@ -161,8 +161,13 @@ def write_package(
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
+    if (folder / "run.json").is_file():
+        raise PackageError(
+            f"{folder}: is the folder of a training run, not a model package; 'occbev-train export' makes one of it"
+        )
     if not path.is_file():
-        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
+        absent = "a file, not a folder" if folder.is_file() else "no such folder"
+        found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else absent
         raise PackageError(f"{folder}: a model package needs {CONFIG_NAME}; found {found}")
     try:
         record = read_yaml(path)

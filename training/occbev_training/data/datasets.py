@@ -44,6 +44,7 @@ from occbev_training.data.reference_inputs import depth_to_bin
 from occbev_training.data.samples import Samples
 from occbev_training.data.targets import nearest_depth, voxel_targets
 from occbev_training.data.windows import history_length, past_indices
+from occbev_training.metrics.occupancy import describe_grid
 from occbev_training.models.families import make_geometry, training_family
 from occbev_training.models.geometry import Geometry
 from occbev_training.models.history import History, MotionTables, PastFrames, View
@@ -163,7 +164,10 @@ class SampleDataset(Dataset[TrainingSample]):
             )
         wanted = in_base_link(model).grid  # labels always are
         if info.grid != wanted:
-            raise CacheError(f"{cache.root}: labels are on grid {info.grid.hash}, {model.name} predicts {wanted.hash}")
+            raise CacheError(
+                f"{cache.root}: labels are on {describe_grid(info.grid)}, {model.name} predicts {describe_grid(wanted)}; "
+                "make them on its grid: 'occbev-train prepare --model', 'occbev-train pairs --grid'"
+            )
         if any(abs(lo + hi) > 1e-6 for lo, hi in zip(info.grid.lo[:2], info.grid.hi[:2], strict=True)):
             raise CacheError(f"grid {info.grid.as_record()} is not centred on the ego: it cannot be flipped")
         self.cache, self.model, self.augment, self.seed = cache, model, augment, seed

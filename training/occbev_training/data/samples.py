@@ -142,12 +142,23 @@ def open_samples(
         CacheError: neither, or pairs where boxes and semantics are needed.
     """
     if not (root / INDEX_NAME).exists():
+        if not any(root.glob("*/drive.json")):
+            raise CacheError(f"{root}: {_describe_absent(stage)}")
         return open_cache(root, drives, labelled=stage == "pretrain")
     if stage != "pretrain":
         raise CacheError(f"{root}: pairs hold no boxes; fine-tune on a cache made by 'occbev-train prepare'")
     from occbev_training.data.pair_samples import open_pairs
 
     return open_pairs(root, model.image, model.grid, split, drives, kept)
+
+
+def _describe_absent(stage: str) -> str:
+    """Say what a folder lacks that holds no samples for a stage, and what makes them."""
+    if stage == "pretrain":
+        return (
+            f"no pairs ({INDEX_NAME}) and no sample cache (*/drive.json); 'occbev-train pairs' or 'prepare' makes one"
+        )
+    return "no sample cache (*/drive.json); 'occbev-train prepare' makes one"
 
 
 def require_boxes(samples: Samples) -> None:

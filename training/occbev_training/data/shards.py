@@ -230,6 +230,8 @@ class ShardReader:
         self.folder = folder
         try:
             self.rows: list[dict[str, Any]] = pq.read_table(folder / INDEX_NAME).to_pylist()
+        except FileNotFoundError as error:
+            raise ShardError(f"{folder}: no pairs here ({INDEX_NAME}); 'occbev-train pairs' makes them") from error
         except (OSError, pa.ArrowInvalid) as error:
             raise ShardError(f"{folder / INDEX_NAME}: {error}") from error
 
