@@ -36,6 +36,7 @@ from occbev.config import (
     OccupancyHeadConfig,
     load_config,
     save_config,
+    to_record,
 )
 from occbev.grid import GRIDS, BevGrid
 from occbev.inference.families import load_model
@@ -614,6 +615,20 @@ def test_the_splits_of_one_index_of_pairs_may_divide_a_drive(tmp_path: Path, mon
     assert stages._training_samples(config, MODEL, StageInputs(pairs, pairs), tmp_path) is samples
     with pytest.raises(CacheError, match="share drives"):
         stages._training_samples(config, MODEL, StageInputs(pairs, others), tmp_path)
+
+
+def test_a_run_goes_on_as_what_it_was_begun(workplace: Workplace, tmp_path: Path) -> None:
+    """Grids of one shape fit the same weights; the folder keeps the model that it was begun with."""
+    begun, folder = _stage(workplace, "pretrain", 1), tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"stage": "pretrain", "model": to_record(MODEL)}))
+    other = replace(MODEL, bev=BevGrid((-32.0, -32.0), (3.2, 3.2), (20, 20)))
+    save_config(tmp_path / "other.yaml", other)
+    with pytest.raises(ConfigError, match="was begun as pretrain of .* another bev; go on with that one, or name"):
+        train_stage(replace(begun, model=str(tmp_path / "other.yaml")), StageInputs(workplace.train), folder)
+    with pytest.raises(ConfigError, match="this is finetune of .* another stage;"):
+        train_stage(replace(begun, stage="finetune"), StageInputs(workplace.train), folder)
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 def test_a_resumed_run_keeps_its_drives(workplace: Workplace, tmp_path: Path) -> None:

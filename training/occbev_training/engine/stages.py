@@ -24,7 +24,7 @@ from occbev.config import (
     to_record,
 )
 from occbev.files import file_hash
-from occbev.inference.families import load_model
+from occbev.inference.families import load_model, read_model
 from occbev.inference.pipeline import boxes_of
 from occbev.share import here_or_shipped
 from occbev_training.data.cache import CacheError
@@ -91,6 +91,7 @@ def train_stage(
     tune_process(config.threads)
     torch.manual_seed(config.seed)
     model = model_to_train(config)
+    _require_same_run(folder, config, model)
     samples = _training_samples(config, model, inputs, folder)
     network = build_model(model, config.stage)
     whole = _weight_names(network)
@@ -130,6 +131,22 @@ def train_stage(
         _write_inputs(folder, model, inputs, start)
     prepared(trainer)
     return trainer.run(inputs.minutes, report)
+
+
+def _require_same_run(folder: Path, config: TrainingConfig, model: ModelConfig) -> None:
+    """Refuse to go on in the folder of a run of another stage or model: its checkpoint and model.yaml are of that one."""
+    path = folder / "run.json"
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    begun = read_model(record["model"], f"{path}: model")
+    then, now = ({"stage": s, **to_record(m)} for s, m in ((record["stage"], begun), (config.stage, model)))
+    other = [key for key in now if then.get(key) != now[key]]
+    if other:
+        raise ConfigError(
+            f"{folder}: was begun as {record['stage']} of {begun.name}, this is {config.stage} of {model.name}, with "
+            f"another {', '.join(other)}; go on with that one, or name another --out"
+        )
 
 
 def keep_trainable_heads(network: nn.Module, model: ModelConfig, samples: Samples) -> nn.Module:
