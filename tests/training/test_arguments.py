@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,16 @@ def test_defaults_and_choices_are_those_of_the_modules() -> None:
     assert shared.WORLDS == drive.WORLDS
     assert (*deskew.EgoBox().lo, *deskew.EgoBox().hi) == shared.EGO_BOX
     assert tuple(fuzz.COUNTS) == shared.FUZZED
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "soon"])
+def test_a_time_limit_leaves_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=shared.minutes)
+    assert parser.parse_args(["--minutes", "0.5"]).minutes == 0.5
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--minutes", text])
+    assert f"--minutes: {'invalid' if text == 'soon' else text}" in capsys.readouterr().err
 
 
 def test_a_run_is_named_by_its_folder_or_its_weights(tmp_path: Path) -> None:

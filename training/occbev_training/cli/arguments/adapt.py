@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from occbev.share import here_or_shipped
-from occbev_training.cli.arguments.shared import INPUTS_HELP, add_body_arguments, add_input_arguments
+from occbev_training.cli.arguments.shared import INPUTS_HELP, add_body_arguments, add_input_arguments, minutes
 
 KEY_INTERVALS = (0.1, 0.2, 0.5, 1.0)
 """Seconds between key frames of bags that are chosen from: a few seconds of driving should give enough to learn from."""
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it is resumed")
     parser.add_argument("--config", type=here_or_shipped, help="configuration (default: config/training/adapt.yaml)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: of the configuration)")
-    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
+    parser.add_argument("--minutes", type=minutes, help="shorten the plan so that the training takes at most this long")
     parser.add_argument(
         "--held-out", type=float, help="share of the drives that is held out (default: of the configuration)"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from occbev.share import here_or_shipped
 from occbev_training.cli.arguments.adapt import INTERVAL_HELP, WINDOW
-from occbev_training.cli.arguments.shared import INPUTS_HELP, add_body_arguments, add_input_arguments
+from occbev_training.cli.arguments.shared import INPUTS_HELP, add_body_arguments, add_input_arguments, minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stage 1 by this training config, instead of adapting",
     )
     parser.add_argument("--steps", type=int, help="optimiser steps (default: of the configuration)")
-    parser.add_argument("--minutes", type=float, help="shorten the plan so that the training takes at most this long")
+    parser.add_argument("--minutes", type=minutes, help="shorten the plan so that the training takes at most this long")
     parser.add_argument(
         "--rehearsal-drives",
         type=int,

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from occbev.share import here_or_shipped
+from occbev_training.cli.arguments.shared import minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the run; resumed if it holds a checkpoint",
     )
     parser.add_argument("--steps", type=int, help="optimiser steps (default: of the configuration)")
-    parser.add_argument("--minutes", type=float, help="shorten the plan so that the run takes at most this long")
+    parser.add_argument("--minutes", type=minutes, help="shorten the plan so that the run takes at most this long")
     parser.add_argument(
         "--set",
         dest="assignments",

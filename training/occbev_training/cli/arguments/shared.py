@@ -119,6 +119,14 @@ def add_bag_arguments(parser: argparse.ArgumentParser) -> None:
     clocks.add_argument("--ignore-clocks", action="store_true", help="take stamps as they are")
 
 
+def minutes(text: str) -> float:
+    """Return a time limit in minutes; raises ArgumentTypeError if it leaves no time."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: want more than 0 minutes")
+    return value
+
+
 def package_path(text: str) -> Path:
     """Return the folder of a model package that is given by its path or by the name of a shipped one."""
     path = here_or_shipped(text)
