@@ -617,6 +617,16 @@ def test_the_splits_of_one_index_of_pairs_may_divide_a_drive(tmp_path: Path, mon
         stages._training_samples(config, MODEL, StageInputs(pairs, others), tmp_path)
 
 
+def test_a_value_that_a_config_may_not_have_is_named() -> None:
+    for values, wrong in (
+        ({"steps": 0}, "steps 0: .* 1"),
+        ({"workers": -1}, "workers -1: .* 0"),
+        ({"history": -2}, "-2"),
+    ):
+        with pytest.raises(ConfigError, match=wrong):
+            TrainingConfig(**values)
+
+
 def test_a_run_goes_on_as_what_it_was_begun(workplace: Workplace, tmp_path: Path) -> None:
     """Grids of one shape fit the same weights; the folder keeps the model that it was begun with."""
     begun, folder = _stage(workplace, "pretrain", 1), tmp_path / "run"

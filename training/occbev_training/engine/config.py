@@ -119,7 +119,11 @@ class TrainingConfig:
             raise ConfigError(f"frame {self.frame!r}: must be base_link or published")
         if self.balance not in ("none", "cbgs"):
             raise ConfigError(f"balance {self.balance!r}: must be none or cbgs")
-        if min(self.steps, self.batch, self.accumulate, self.log_every) < 1:
-            raise ConfigError("steps, batch, accumulate and log_every must be at least 1")
-        if min(self.epochs, self.workers, self.unseen_voxels) < 0 or self.history < -1:
-            raise ConfigError("epochs, workers and unseen_voxels must be at least 0, history at least -1")
+        least = {
+            **dict.fromkeys(("steps", "batch", "accumulate", "log_every"), 1),
+            **dict.fromkeys(("epochs", "workers", "unseen_voxels"), 0),
+            "history": -1,
+        }
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be at least {value}")
