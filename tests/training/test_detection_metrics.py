@@ -372,6 +372,14 @@ def test_a_box_that_the_official_kit_refuses_is_named(tmp_path: Path, good_resul
     assert "\n" not in str(caught.value)
 
 
+def test_a_sample_with_too_many_boxes_is_named_by_its_token(good_results) -> None:
+    folder, results = good_results
+    sample = list(results)[1]
+    crowded = {**results, sample: results[sample][:1] * 501}
+    with pytest.raises(ValueError, match=f"sample {sample} has 501 predictions"):
+        evaluate_results(crowded, open_nuscenes(folder))
+
+
 def test_results_of_another_form_are_named(tmp_path: Path, good_results) -> None:
     path, sample = tmp_path / "results.json", next(iter(good_results[1]))
     for rows, text in ((None, "holds null; want a list"), ([3], "box 0: is 3; want an object")):

@@ -319,13 +319,16 @@ def match_boxes(
     return DetectionOutcome(outcomes, samples)
 
 
-def check_box_counts(predictions: BoxTable) -> None:
-    """Raise ValueError where a sample has over 500 predictions, as the official evaluation does."""
+def check_box_counts(predictions: BoxTable, samples: Sequence[str] | None = None) -> None:
+    """Raise ValueError where a sample has over 500 predictions, as the official evaluation does.
+
+    samples: what the error calls each of them; its number if None.
+    """
     counts = np.bincount(predictions.sample) if len(predictions) else np.zeros(1, int)
     if counts.max() > MAX_BOXES:
-        raise ValueError(
-            f"sample {int(counts.argmax())} has {counts.max()} predictions, at most {MAX_BOXES} are allowed"
-        )
+        most = int(counts.argmax())
+        name = most if samples is None else samples[most]
+        raise ValueError(f"sample {name} has {counts.max()} predictions, at most {MAX_BOXES} are allowed")
 
 
 def match_class(predictions: BoxTable, truths: BoxTable, samples: int | None = None) -> ClassMatches:

@@ -212,7 +212,7 @@ def match_results(results: Results, root: NuscenesRoot, samples: Sequence[str] |
     # The official kit breaks ties of equal scores by position in the file: keep its order.
     rows = [row for rows in results.values() for row in rows]
     predicted, heights = _result_table(rows, number, ego)
-    check_box_counts(predicted)
+    check_box_counts(predicted, samples)
     predicted = predicted[_select(predicted, heights, racks)]
     truth, heights, points = _truth_table(root, samples, ego)
     in_range = _select(truth, heights, racks)
