@@ -102,6 +102,15 @@ def test_rays_are_scored_only_where_every_frame_knows_its_origins() -> None:
     assert Scores.of(mixed).measured == ("occupancy",)
 
 
+def test_a_network_without_classes_has_no_score_of_classes() -> None:
+    label, truth = _view(0, origins=np.array([[0, 0, 1.5]], np.float32))
+    counts = count_occupancy(np.where(label == 17, label, 0).astype(np.uint8), GRID, truth, has_classes=False)
+    scores = Scores.of([FrameResult("a", "a", occupancy=counts)])
+    assert scores.summary() == {"occupancy_iou": _counted(label, truth).iou}
+    occupancy = scores.as_record()["occupancy"]
+    assert (occupancy["mIoU"], occupancy["class_iou"], scores.measured) == (None, {}, ("occupancy",))
+
+
 def test_other_grids_are_refused() -> None:
     label, truth = _view(0)
     shifted = replace(GRID, lo=(-24.0, -12.0, 0.0))  # of the same shape

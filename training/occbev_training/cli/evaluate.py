@@ -247,10 +247,10 @@ def _print(console: Console, record: Record) -> None:
     )
     if "calibration" in record:
         best, now = record["calibration"], record["summary"]
+        names = [name for name in ("occupancy_iou", "occupancy_miou") if name in now]
         console.print(
-            f"best occupancy.min_free {best['min_free']:g}: occupancy_iou {best['occupancy_iou']:.4f}, occupancy_miou"
-            f" {best['occupancy_miou']:.4f}; scored with {record['min_free']:g}:"
-            f" {now['occupancy_iou']:.4f}, {now['occupancy_miou']:.4f}"
+            f"best occupancy.min_free {best['min_free']:g}: {', '.join(f'{n} {best[n]:.4f}' for n in names)};"
+            f" scored with {record['min_free']:g}: {', '.join(f'{now[n]:.4f}' for n in names)}"
         )
 
 

@@ -46,7 +46,8 @@ class Prediction:
     """Network outputs for one sample; what the network does not have is None.
 
     heatmap: (C, Y, X) logits. box: (10, Y, X). occupancy: (K, Z, Y, X), reconstruction: (2, Z, Y, X) logits.
-    boxes, label: in base_link and (X, Y, Z) classes, of outputs that were decoded already.
+    boxes, label: in base_link and (X, Y, Z) classes, of outputs that were decoded already. has_classes: False where
+    `label` says only what is occupied.
     """
 
     heatmap: Floats | None = None
@@ -55,6 +56,7 @@ class Prediction:
     reconstruction: Floats | None = None
     boxes: Boxes3D | None = None
     label: NDArray[np.uint8] | None = None
+    has_classes: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def score_frame(
     """Decode a network's outputs for one frame and compare them with the truth."""
     counts, label = None, labels_of(output, model)
     if truth is not None and label is not None:
-        counts = count_occupancy(label, model.grid, truth, len(model.occupancy_classes))
+        counts = count_occupancy(label, model.grid, truth, len(model.occupancy_classes), output.has_classes)
     return FrameResult(name, drive, boxes_of(output, model), annotations, counts)
 
 

@@ -126,6 +126,7 @@ class PackageNetwork:
         return Prediction(
             boxes=found.boxes if detects else None,
             label=found.occupancy.label if predicts_voxels(last) else None,
+            has_classes=found.occupancy.has_classes,
         )
 
     def voxels(self, min_free: float) -> Occupancy:

@@ -88,13 +88,15 @@ class OccupancyCounts:
     """Counts of one frame, to be added up.
 
     confusion: (K, K) over camera-visible voxels. rings: (R, 3) and seen_by: (V, 3) `binary_counts` by range
-    of camera-visible voxels and by visibility of all. rays: (2 + T, K) `ray_counts`, or None.
+    of camera-visible voxels and by visibility of all. rays: (2 + T, K) `ray_counts`, or None. has_classes: False
+    of networks that say what is occupied but not by what.
     """
 
     confusion: NDArray[np.int64]
     rings: NDArray[np.int64]
     seen_by: NDArray[np.int64]
     rays: NDArray[np.int64] | None = None
+    has_classes: bool = True
 
     @property
     def iou(self) -> float:
@@ -114,9 +116,15 @@ class FrameResult:
 
 
 def count_occupancy(
-    label: NDArray[np.uint8], grid: VoxelGrid, truth: OccupancyView, classes: int = len(OCCUPANCY_CLASSES)
+    label: NDArray[np.uint8],
+    grid: VoxelGrid,
+    truth: OccupancyView,
+    classes: int = len(OCCUPANCY_CLASSES),
+    has_classes: bool = True,
 ) -> OccupancyCounts:
-    """Compare a predicted label volume (X, Y, Z) with the truth of its frame. grid: of the prediction.
+    """Compare a predicted label volume (X, Y, Z) with the truth of its frame.
+
+    grid: of the prediction. has_classes: whether it tells classes; without them there are no rays to score.
 
     Raises:
         GridError: the truth is on another grid.
@@ -127,10 +135,10 @@ def count_occupancy(
     rings = grouped_counts(occupied, said, range_rings(truth.grid), len(ring_names()), truth.mask_camera)
     seen_by = grouped_counts(occupied, said, truth.seen_by, len(VISIBILITY))
     rays = None
-    if truth.origins is not None:
+    if truth.origins is not None and has_classes:
         rays = ray_counts(truth.semantics, label, truth.origins, truth.grid, classes)
     counts = confusion(truth.semantics, label, truth.mask_camera, classes)
-    return OccupancyCounts(counts, rings, seen_by, rays)
+    return OccupancyCounts(counts, rings, seen_by, rays, has_classes)
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,11 @@ class Scores:
     def scored_voxels(self) -> tuple[tuple[int, OccupancyCounts], ...]:
         """Index and counts of the frames that have dense truth."""
         return tuple((i, c) for i, c in enumerate(self.occupancy) if c is not None)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the scored voxels tell classes: without, there is an IoU of occupied against free alone."""
+        return all(counts.has_classes for _, counts in self.scored_voxels)
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -239,10 +252,9 @@ class Scores:
         free = len(self.occupancy_classes) - 1
         index = [i for i, _ in self.scored_voxels]
         counts = np.tensordot(times[index], np.stack([c.confusion for _, c in self.scored_voxels]), 1)
-        numbers = {
-            "occupancy_iou": score_occupied_iou(counts, free),
-            "occupancy_miou": mean_iou(counts, free),
-        }
+        numbers = {"occupancy_iou": score_occupied_iou(counts, free)}
+        if self.has_classes:
+            numbers["occupancy_miou"] = mean_iou(counts, free)
         rays = self._rays_of(times)
         return numbers if rays is None else {**numbers, "RayIoU": rays.ray_iou}
 
@@ -260,8 +272,10 @@ class Scores:
         ious = class_ious(self.counts)
         record = {
             "iou": score_occupied_iou(self.counts, free),
-            "mIoU": mean_iou(self.counts, free),
-            "class_iou": _drop_unknown(dict(zip(self.occupancy_classes, ious, strict=True))),
+            "mIoU": mean_iou(self.counts, free) if self.has_classes else None,
+            "class_iou": _drop_unknown(dict(zip(self.occupancy_classes, ious, strict=True)))
+            if self.has_classes
+            else {},
             "iou_by_range": _ious(ring_names(), rings),
             "iou_by_visibility": _ious(VISIBILITY, seen_by),
         }
