@@ -15,6 +15,7 @@ from occbev.allocator import keep_large_blocks
 from occbev.cli.console import make_console
 from occbev.cli.progress import Progress, status
 from occbev.inference.model_package import ModelPackage
+from occbev_training.cli.arguments.evaluate import add_arguments
 from occbev_training.cli.inputs import root_options
 from occbev_training.data.cache import open_cache
 from occbev_training.evaluation.data import CacheFrames, EvaluationData, RootFrames, open_evaluation_data
@@ -30,6 +31,18 @@ from occbev_training.sources.discovery import read_names
 from occbev_training.sources.nuscenes import open_nuscenes
 
 Record = dict[str, Any]
+
+FILES, DATA, PAIRS = "result files", "a package on --data", "a package on --pairs"
+"""What is scored."""
+
+EFFECTIVE = {
+    **dict.fromkeys(("split", "boxes"), (PAIRS,)),
+    **dict.fromkeys(("limit", "min_free"), (DATA, PAIRS)),
+    **dict.fromkeys(("version", "classes", "draws"), (DATA, FILES)),
+    **dict.fromkeys(("workers", "backend", "precision", "threads"), (DATA,)),
+    **dict.fromkeys(("fit_priors", "priors", "calibrate", "save_voxels"), (DATA,)),
+}
+"""Option -> what it has an effect on."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,14 +75,29 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--pairs scores a package: name one")
     if args.package is None and args.nuscenes is None:
         raise ValueError("result files need --nuscenes ROOT, the tables that they are of")
+    _check_effects(args)
     if args.min_free is not None and not 0 <= args.min_free <= 1:
         raise ValueError(f"--min-free {args.min_free}: want a probability")
     if args.save_voxels and not args.out:
         raise ValueError("--save-voxels needs --out FOLDER")
+    if args.priors and not args.fit_priors:
+        raise ValueError(f"--priors {args.priors}: the file is written of --fit-priors CACHE, which is missing")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: want at least 1")
     if args.workers < 1 or args.draws < 0 or (args.limit is not None and args.limit < 1):
         raise ValueError(
             f"--workers {args.workers} and --limit {args.limit} must be at least 1, --draws {args.draws} at least 0"
         )
+
+
+def _check_effects(args: argparse.Namespace) -> None:
+    """Refuse options that would be ignored."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults, scored = parser.parse_args([]), FILES if args.package is None else DATA if args.pairs is None else PAIRS
+    for name, effective in EFFECTIVE.items():
+        if scored not in effective and getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {scored}, only on {' and '.join(effective)}")
 
 
 def _of_files(args: argparse.Namespace, console: Console) -> Record:
@@ -79,7 +107,7 @@ def _of_files(args: argparse.Namespace, console: Console) -> Record:
     scenes: Sequence[str] | None = drives
     if scenes is None:
         named = result_tokens(args.voxels) & set(tables.tables["sample"]) if results is None else results
-        scenes = scenes_of(tables, named)
+        scenes = scenes_of(tables, named, str(args.results or args.voxels))
     root = RootFrames(tables, scenes, with_images=False)
     with Progress(console=console) as progress:
         task = progress.add_task("scoring", total=len(root))
@@ -138,6 +166,10 @@ def _of_package(args: argparse.Namespace, console: Console) -> Record:
         ModelPackage.load(args.package),
         open_evaluation_data(args.data, drives, root_options(args)),
     )
+    if args.fit_priors and not args.priors and not isinstance(evaluation_data, CacheFrames):
+        raise ValueError(
+            f"--fit-priors: priors are scored on a sample cache, {args.data} is a {evaluation_data.source}"
+        )
     priors = _priors(args, package, console)
     indices = _chosen(len(evaluation_data), args.limit, package.model.past_frames > 0)
     voxels = args.out / "voxels" if args.save_voxels else None

@@ -45,8 +45,10 @@ def official_scores(scores: Scores, frames: Sequence[FrameResult], root: RootFra
     return replace(scores, boxes=match_results(results_of(frames, root, indices), root.root, tokens))
 
 
-def scenes_of(root: NuscenesRoot, tokens: Iterable[str]) -> list[str]:
+def scenes_of(root: NuscenesRoot, tokens: Iterable[str], where: str) -> list[str]:
     """Return the scenes that samples are of, so that all samples of these can be asked for.
+
+    where: the file or folder of the results, for errors.
 
     Raises:
         ResultsError: a sample is of another root, or there is none.
@@ -54,8 +56,10 @@ def scenes_of(root: NuscenesRoot, tokens: Iterable[str]) -> list[str]:
     tokens, samples = set(tokens), root.tables["sample"]
     unknown = sorted(tokens - set(samples))
     if unknown or not tokens:
-        what = f"{len(unknown)} samples that are not" if unknown else "no sample that is"
-        raise ResultsError(f"the results hold {what} in {root.path}: {unknown[:3]}")
+        what = (
+            f"{len(unknown)} samples that are not in {root.path}: {unknown[:3]}" if unknown else f"none of {root.path}"
+        )
+        raise ResultsError(f"{where}: holds {what}; want samples of one root")
     scenes = {samples[token]["scene_token"] for token in tokens}
     return [row["name"] for token, row in root.tables["scene"].items() if token in scenes]
 

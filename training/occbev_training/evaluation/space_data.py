@@ -10,7 +10,7 @@ from occbev.config import ModelConfig
 from occbev.inference.ground_grid import GroundGridConfig
 from occbev_training.data.pair_samples import PairSamples, open_pairs
 from occbev_training.data.shards import INDEX_NAME
-from occbev_training.evaluation.data import EvaluationData, open_evaluation_data
+from occbev_training.evaluation.data import EvaluationData, EvaluationDataError, open_evaluation_data
 from occbev_training.evaluation.space import Frames, dense_frames, pair_frames
 
 
@@ -37,4 +37,6 @@ def open_frames(
 def _open(folder: Path, model: ModelConfig, split: str | None = None) -> EvaluationData | PairSamples:
     if (folder / INDEX_NAME).exists():
         return open_pairs(folder, model.image, model.grid, split)
+    if split is not None:
+        raise EvaluationDataError(f"{folder}: has no split {split!r}; only a folder of pairs has splits")
     return open_evaluation_data(folder)
