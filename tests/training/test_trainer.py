@@ -222,6 +222,15 @@ def test_a_finished_run_goes_on_when_more_steps_are_wanted(tmp_path: Path) -> No
     assert [line["step"] for line in _lines(tmp_path)] == [5, 10, 15, 20]
 
 
+def test_a_finished_run_keeps_the_config_that_it_was_trained_with(tmp_path: Path) -> None:
+    _toy(tmp_path, steps=10).run()
+    written = (tmp_path / "config.yaml").read_text()
+    changed = _toy(tmp_path, steps=10)
+    changed.config = replace(changed.config, log_every=1)
+    assert changed.run()
+    assert (tmp_path / "config.yaml").read_text() == written
+
+
 def test_a_plan_that_was_shortened_is_whole_again_after_a_stop(tmp_path: Path) -> None:
     stopped = _toy(tmp_path, steps=40)
 

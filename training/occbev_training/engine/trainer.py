@@ -141,10 +141,12 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite, or the checkpoint is of another batch size.
         """
+        config_file = self.folder / "config.yaml"
         with hold_folder(self.folder) if self.accelerator.is_main_process else nullcontext():
             self._resume()
-            if self.accelerator.is_main_process:
-                save_config(self.folder / "config.yaml", self.config)
+            is_over = self.progress.step >= self.progress.planned
+            if self.accelerator.is_main_process and not (is_over and config_file.exists()):
+                save_config(config_file, self.config)  # what a finished run was trained with stays as it is
             log = MetricsLog(self.folder, report, self.accelerator.is_main_process, self.progress.step)
             try:
                 finished = self._steps(log, minutes)
