@@ -56,6 +56,17 @@ def test_fewer_cameras_take_their_places_and_none_twice(order: CameraOrder) -> N
         order.places(seven)
 
 
+def test_an_order_of_another_rig_says_how_many_cameras_there_are(repository: Path) -> None:
+    eight = CameraOrder(tuple(f"c{i}" for i in range(8)), tuple(45.0 * i for i in range(8)))
+    models = repository / "config/models"
+    assert load_model(models / "detr3d_r101.yaml").max_cameras == 6
+    assert replace(load_model(models / "detr3d_r101.yaml"), cameras=eight).max_cameras == 8
+    former = load_model(models / "bevformer_tiny.yaml")
+    with pytest.raises(ConfigError, match=r"cameras\.names holds 8 cameras, bevformer\.cameras is 6"):
+        replace(former, cameras=eight)
+    assert replace(former, cameras=eight, bevformer=replace(former.bevformer, cameras=8)).max_cameras == 8
+
+
 def test_without_an_order_cameras_keep_theirs() -> None:
     some = CameraRig((camera("b", 90), camera("a", 0)))
     assert CameraOrder().places(some).tolist() == [0, 1]

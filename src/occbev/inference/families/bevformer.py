@@ -75,6 +75,14 @@ class BevFormerModel(QueryModel):
     bevformer: BevFormerConfig = field(default_factory=BevFormerConfig)
     """View transform."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named, known = len(self.cameras.names), self.bevformer.cameras
+        if named > known:
+            raise ConfigError(
+                f"cameras.names holds {named} cameras, bevformer.cameras is {known}: must be at least {named}"
+            )
+
     @property
     def max_cameras(self) -> int:
         """Cameras that it has weights for."""

@@ -23,8 +23,8 @@ class Detr3dModel(QueryModel):
 
     @property
     def max_cameras(self) -> int:
-        """Cameras that it has weights for."""
-        return REFERENCE_CAMERAS
+        """Cameras that it has weights for: those that it names."""
+        return len(self.cameras.names) or REFERENCE_CAMERAS
 
 
 class Detr3d(QueryFamily[Detr3dModel]):

@@ -15,7 +15,7 @@ from occbev.results import Boxes3D
 from occbev.rig import CameraRig
 
 REFERENCE_CAMERAS = 6
-"""Cameras that DETR3D's published weights know."""
+"""Cameras that a DETR3D has weights for if it names none, as published."""
 
 
 @dataclass(frozen=True)
