@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 from torchvision.models import resnet50  # noqa: E402
 
+from occbev.inference.families.queries import ResNetConfig  # noqa: E402
+from occbev_training.engine.stages import begin_from  # noqa: E402
 from occbev_training.models.encoders.deformable_conv import DeformableConv2d, plain_operators  # noqa: E402
 from occbev_training.models.encoders.resnet import ResNet  # noqa: E402
+from occbev_training.models.queries.query_networks import NECK_NAMES, PyramidEncoder  # noqa: E402
+from occbev_training.models.renaming import reference_names  # noqa: E402
 
 
 def test_it_takes_torchvision_weights_and_says_the_same() -> None:
@@ -90,6 +95,41 @@ def test_frozen_stages_and_norms_do_not_move() -> None:
     assert network.layer2[0].conv1.weight.requires_grad
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert not any(m.training or m.weight.requires_grad for m in norms)
+
+
+def test_files_that_count_no_batches_are_taken(tmp_path: Path) -> None:
+    """As older torchvision files and those of caffe networks are."""
+    torch.manual_seed(0)
+    state = {n: v for n, v in resnet50(weights=None).state_dict().items() if not n.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "resnet50.pth")
+    network = ResNet(50, deformable_stages=(3, 4))
+    assert network.load_imagenet(tmp_path / "resnet50.pth") == ("fc.bias", "fc.weight")
+    torch.testing.assert_close(network.layer3[0].conv2.weight, state["layer3.0.conv2.weight"])
+    assert not network.layer3[0].conv2.conv_offset.weight.any()
+
+
+def fcos3d(encoder: PyramidEncoder, offset: str = "conv2.conv_offset") -> dict[str, torch.Tensor]:
+    """A checkpoint of a detector with the same backbone and pyramid, all of its values 7."""
+    names = reference_names(encoder.neck.state_dict(), NECK_NAMES)
+    state = {f"backbone.{n.replace('conv2.conv_offset', offset)}": v for n, v in encoder.backbone.state_dict().items()}
+    state |= {f"neck.{names[n]}": v for n, v in encoder.neck.state_dict().items()}
+    return {n: torch.full_like(v, 7) for n, v in state.items()}
+
+
+@pytest.mark.parametrize("offset", ["conv2.conv_offset", "conv2_offset"])
+def test_training_begins_from_a_detector(tmp_path: Path, offset: str) -> None:
+    """FCOS3D, from which the published BEVFormers and DETR3D begin; of its pyramid what has the same shape."""
+    config = ResNetConfig(depth=14, stages=(2, 3, 4), levels=4, channels=8, caffe_style=True, deformable_stages=(3, 4))
+    begun = PyramidEncoder(config)
+    state = fcos3d(begun, offset)
+    state["neck.lateral_convs.0.conv.weight"] = torch.zeros(8, 2048, 1, 1)
+    unused = {"neck.fpn_convs.4.conv.weight": torch.zeros(1), "bbox_head.cls_convs.0.conv.weight": torch.zeros(1)}
+    torch.save({"state_dict": state | unused, "meta": {}}, tmp_path / "fcos3d.pth")
+    record = begin_from(SimpleNamespace(image_encoder=begun), tmp_path / "fcos3d.pth")
+    assert record["transfer"]["unused"] == sorted([*unused, "neck.lateral_convs.0.conv.weight"])
+    kept = begun.neck.lateral[0].weight
+    assert all(bool((v == 7).all()) for v in begun.state_dict().values() if not torch.equal(v, kept))
+    assert not (kept == 7).any()
 
 
 def test_an_unknown_depth_is_refused() -> None:

@@ -239,6 +239,8 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
     if not hasattr(encoder, "load_imagenet"):
         raise ConfigError(f"{start}: {type(encoder).__name__} takes no ImageNet file; give safetensors")
     unused = encoder.load_imagenet(start)
+    first = f", first {unused[0]}" if unused else ""
+    logger.info("began the image encoder from %s: %d weights of the file are unused%s", start, len(unused), first)
     return {
         "start": start.name,
         "sha256": digest,

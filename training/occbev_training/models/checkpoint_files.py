@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 WRAPPERS = ("state_dict", "ema_state_dict", "ema", "model_state_dict", "model_state", "model", "network")
 """Keys under which a checkpoint may hold its weights."""
+
+
+_OLD_OFFSETS = re.compile(r"(conv\d)_offset\.(?=weight$|bias$)")
+"""How old checkpoints name the offsets of deformable convolutions."""
 
 
 class Inert:
@@ -108,7 +113,7 @@ def read_recorded(path: Path) -> dict[str, Tensor]:
     prefix = "module."  # of distributed training
     if all(name.startswith(prefix) for name in weights):
         weights = {name[len(prefix) :]: value for name, value in weights.items()}
-    return weights
+    return {_OLD_OFFSETS.sub(r"\1.conv_offset.", name): value for name, value in weights.items()}
 
 
 def _load(path: Path) -> Any:

@@ -21,5 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="start",
         type=weights_path,
-        help="the folder of stage 1 or its weights.safetensors, or ImageNet weights (.pth) to train without it",
+        help="the folder of stage 1 or its weights.safetensors, or ImageNet or detector weights (.pth, see pretrain --imagenet) to train without it",
     )

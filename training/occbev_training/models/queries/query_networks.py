@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from occbev.inference.families.queries import ResNetConfig
+from occbev_training.models.checkpoint_files import read_recorded
 from occbev_training.models.encoders.fpn import FeaturePyramid
 from occbev_training.models.encoders.resnet import ResNet
 from occbev_training.models.heads.record import HeadedNetwork, Heads
@@ -20,6 +21,7 @@ from occbev_training.models.network import NetworkOutput
 from occbev_training.models.queries.bevformer import BevFormer, BevFormerViews, Motion
 from occbev_training.models.queries.deformable_attention import DeformableAttention, Levels
 from occbev_training.models.queries.detr3d import CameraScene, CameraViews, PillarSampling
+from occbev_training.models.renaming import Rules, reference_names
 
 _TRANSFORMER = "pts_bbox_head.transformer"
 _LAYER = r"(coder\.layers\.\d+)"
@@ -51,6 +53,12 @@ REFERENCE_NAMES: tuple[tuple[str, str], ...] = (
 """Rules from our weight names to those of the published checkpoints of both families."""
 
 
+NECK_NAMES: Rules = ((r"^lateral\.(\d+)\.", r"lateral_convs.\1.conv."), (r"^output\.(\d+)\.", r"fpn_convs.\1.conv."))
+"""Rules from the pyramid's own names to those of detectors, which put one of `NECK_PREFIXES` before them."""
+
+NECK_PREFIXES = ("img_neck.", "neck.")
+
+
 class PyramidEncoder(nn.Module):
     """Images to feature maps of several strides."""
 
@@ -67,8 +75,17 @@ class PyramidEncoder(nn.Module):
         self.neck = FeaturePyramid(self.backbone.widths, config.channels, config.levels)
 
     def load_imagenet(self, path: Path) -> tuple[str, ...]:
-        """Load the backbone's weights, see `ResNet.load_imagenet`."""
-        return self.backbone.load_imagenet(path)
+        """Load the backbone's weights, see `ResNet.take_weights`, and of a detector such as FCOS3D the pyramid's that fit.
+
+        Returns: the names in the file that were not taken.
+        """
+        state = read_recorded(path)
+        unused = self.backbone.take_weights(state, str(path))
+        own = self.neck.state_dict()
+        names = [(n, f"{prefix}{p}") for n, p in reference_names(own, NECK_NAMES).items() for prefix in NECK_PREFIXES]
+        fitting = {n: full for n, full in names if full in state and state[full].shape == own[n].shape}
+        self.neck.load_state_dict({n: state[full] for n, full in fitting.items()}, strict=False)
+        return tuple(name for name in unused if name not in fitting.values())
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Turn (M, 3, H, W) into maps (M, C, H_l, W_l), finest first."""
