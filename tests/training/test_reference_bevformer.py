@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ torch = pytest.importorskip("torch")
 from occbev.inference.families import load_model  # noqa: E402
 from occbev_training.models.build import build_model  # noqa: E402
 from occbev_training.models.checkpoints import transfer  # noqa: E402
+from occbev_training.models.families import reduced  # noqa: E402
 from occbev_training.models.renaming import load_reference, to_reference  # noqa: E402
 
 # family, stage, parameters in millions as published
@@ -80,3 +82,25 @@ def test_pre_training_hands_on_what_the_published_one_did(repository: Path, targ
     report = transfer(source, build(repository, target, "finetune"))
     assert len(report.carried) == carried
     assert sum(map(len, (report.carried, report.mismatched, report.unused))) == len(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "parts"),
+    [
+        ("bevformer_tiny", "finetune", ("view_transform.layers", "view_transform.can_bus", "detection_head.layers")),
+        ("occ_bev_sweep2", "pretrain", ("occupancy_decoder",)),
+        ("detr3d_r101", "finetune", ("detection_head.layers", "detection_head.reference_points")),
+    ],
+)
+def test_matrices_begin_xavier_uniform(repository: Path, name: str, stage: str, parts: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    network = build_model(reduced(load_model(repository / f"config/models/{name}.yaml")), stage)
+    for key, weight in network.named_parameters():
+        if not key.startswith(parts) or weight.ndim < 2:
+            continue
+        if "attention_weights" in key or "sampling_offsets" in key:
+            assert not weight.any(), key
+            continue
+        fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(weight)
+        largest = math.sqrt(6 / (fan_in + fan_out))
+        assert 0.8 * largest < weight.abs().max() <= largest, key

@@ -53,3 +53,15 @@ class FeedForward(nn.Sequential):
         """Keep (..., C)."""
         added: Tensor = super().forward(x)
         return x + added
+
+
+def start_transformer(*parts: nn.Module) -> None:
+    """Give every matrix Xavier-uniform weights, as published; parts with a `reset` of their own then begin by that."""
+    for part in parts:
+        for weight in part.parameters():
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
+        for module in part.modules():
+            reset = getattr(module, "reset", None)
+            if callable(reset):
+                reset()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from occbev.inference.families.queries import QueryHeadConfig
 from occbev_training.models.heads.record import Head
-from occbev_training.models.layers import FeedForward
+from occbev_training.models.layers import FeedForward, start_transformer
 
 QUERIES = Head("detection_head", ("class_logits", "box_codes"), "queries", "boxes", reads="scene", layered=True)
 """Class logits (L, B, Q, K) and box codes (L, B, Q, 10) of every decoder layer."""
@@ -62,6 +62,8 @@ class QueryHead(nn.Module):
         self.regressors = nn.ModuleList(_regressor(channels) for _ in self.layers)
         weights = torch.tensor([1.0] * 8 + [VELOCITY_WEIGHT] * 2)
         self.code_weights = nn.Parameter(weights, requires_grad=False)
+        start_transformer(self.layers, self.reference_points)
+        nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, scene: Sized) -> tuple[Tensor, Tensor]:
         """Return class logits (L, B, Q, K) and box codes (L, B, Q, 10) of every decoder layer.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from occbev_training.models.layers import start_transformer
+
 WIDTH = 32
 HIDDEN = 64
 
@@ -22,6 +24,7 @@ class VoxelDecoder(nn.Module):
         self._heights = heights
         self.blocks = nn.Sequential(_Block(channels // heights, WIDTH), _Block(WIDTH, WIDTH))
         self.predict = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Softplus(), nn.Linear(HIDDEN, classes))
+        start_transformer(self)
 
     def forward(self, bev: Tensor) -> Tensor:
         """Turn (B, C, Y, X) into logits (B, K, Z, Y, X); the height is the fast part of the channel."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from occbev.grid import BevGrid
 from occbev.inference.families.bevformer import BevFormerConfig
-from occbev_training.models.layers import FeedForward
+from occbev_training.models.layers import FeedForward, start_transformer
 from occbev_training.models.queries.deformable_attention import (
     Levels,
     OffsetAndWeight,
@@ -304,6 +304,7 @@ class BevFormer(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config, levels) for _ in range(config.layers))
         centres = torch.from_numpy(cell_centres(bev)).float()
         self.register_buffer("centres", centres, persistent=False)
+        start_transformer(self.layers, self.can_bus)
 
     def forward(
         self,

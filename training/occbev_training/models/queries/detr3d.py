@@ -81,6 +81,10 @@ class CameraSampling(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.dropout = nn.Dropout(dropout)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with equal trust in every camera and level."""
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         start_projections(self.output_proj)
