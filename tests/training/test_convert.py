@@ -66,6 +66,19 @@ def test_a_checkpoint_becomes_a_package_of_its_stage(families: Path, tmp_path: P
     assert all(torch.equal(value, want[name]) for name, value in fresh.state_dict().items())
 
 
+def test_the_prefix_of_lightning_may_be_there_or_lack(families: Path, tmp_path: Path, capsys) -> None:
+    path, network = checkpoint(tmp_path, "finetune")
+    content = torch.load(path, weights_only=True)
+    torch.save({"state_dict": {f"model.{n}": v for n, v in content["state_dict"].items()}}, path)
+    assert main(["convert", str(path), "--family", "small", "--out", str(tmp_path / "package"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["converted"] == len(network.state_dict())
+    bare = {"backbone.conv": torch.zeros(1), "head.conv": torch.zeros(1)}  # one of Megvii's without its trainer
+    assert convert.take_prefix(bare, {"model.backbone.conv", "model.head.conv"}).keys() == {
+        "model.backbone.conv",
+        "model.head.conv",
+    }
+
+
 def test_an_incomplete_checkpoint_is_refused(families: Path, tmp_path: Path, capsys) -> None:
     path, _ = checkpoint(tmp_path, "finetune")
     content = torch.load(path, weights_only=True)

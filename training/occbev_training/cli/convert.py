@@ -25,6 +25,8 @@ from occbev_training.models.renaming import (
     reference_names,
 )
 
+PREFIX = "model."
+
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print what became of every weight."""
@@ -71,14 +73,22 @@ def convert(
         if network is None:
             continue
         rules: Rules = network.reference_names  # type: ignore[assignment]
-        report = load_reference(network, state, rules)
+        names = reference_names(network.state_dict(), rules)
+        named = take_prefix(state, set(names.values()))
+        report = load_reference(network, named, rules)
         if report.complete:
-            names = reference_names(network.state_dict(), rules)
-            return stage, report, {own: state[name] for own, name in names.items()}
+            return stage, report, {own: named[name] for own, name in names.items()}
         reports[stage] = report
     stage, report = max(reports.items(), key=lambda entry: len(entry[1].converted))
     first = {what: names[0] for what in ("dropped", "missing", "mismatched") if (names := getattr(report, what))}
     raise CheckpointError(f"{source}: not the weights of {model.name}: {report} ({stage}); first {first}")
+
+
+def take_prefix(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Take `model.`, the prefix of Lightning's modules, off every name or put it before, if more of `names` are met so."""
+    without = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    ways = (state, without, {f"{PREFIX}{name}": value for name, value in state.items()})
+    return max(ways, key=lambda way: len(names & way.keys()))
 
 
 def write_converted(
