@@ -24,10 +24,12 @@ from occbev_training.data.augment import (
     AugmentConfig,
     Draw,
     GridMask,
+    ImageDraw,
     Photometric,
     augment_boxes,
     augment_cam2ego,
     augment_ego2global,
+    augment_image,
     augment_images,
     augment_intrinsic,
     augment_pixels,
@@ -288,6 +290,17 @@ def test_the_photometric_distortion_by_hand() -> None:
     draws = [draw_photometric(np.random.default_rng(s)) for s in range(400)]
     for name, neutral in (("brightness", 0.0), ("contrast", 1.0), ("saturation", 1.0), ("hue_deg", 0.0)):
         assert 0.4 < np.mean([getattr(d, name) != neutral for d in draws]) < 0.6
+
+
+def test_rows_of_padding_keep_the_colour_that_the_network_knows() -> None:
+    """They are added after the colours are distorted, in the published order: the mean colour always."""
+    image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    image[16:] = 124, 116, 104
+    draw = ImageDraw(np.eye(3), np.eye(3, 4), 1.0, 0.0, 0.0, Photometric(30, 1.4, order=(2, 0, 1)))
+    out = augment_image(image, draw, np.random.default_rng(0))
+    np.testing.assert_array_equal(out[16:], image[16:])
+    np.testing.assert_array_equal(out[:16], distort(image, draw.photometric)[:16])
+    assert not np.array_equal(out[:16], image[:16])
 
 
 def test_augment_configs_are_checked() -> None:

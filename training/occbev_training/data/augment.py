@@ -245,12 +245,21 @@ def augment_image(image: NDArray[np.uint8], draw: ImageDraw, rng: np.random.Gene
     if not np.array_equal(draw.colour, np.eye(3, 4)):
         out = cv2.transform(out, draw.colour * [1.0, 1.0, 1.0, 255.0])
     if draw.photometric is not None:
-        out = distort(out, draw.photometric)
+        content = len(out) - _padding_rows(out)
+        out = np.concatenate([distort(out[:content], draw.photometric), out[content:]])
     if draw.noise > 0:
         begin = int(rng.integers(NOISE_VALUES - out.size))
         noise = _noise()[begin : begin + out.size].reshape(out.shape)
         out = cv2.addWeighted(out, 1.0, noise, draw.noise, 0.0, dtype=cv2.CV_8U)  # cut to 0..255
     return np.ascontiguousarray(out)
+
+
+def _padding_rows(image: NDArray[np.uint8]) -> int:
+    """Return how many rows at the lower end of an image are of one colour: padding stays as networks will see it."""
+    colour, rows = image[-1, -1], 0
+    while rows < len(image) and (image[-1 - rows] == colour).all():
+        rows += 1
+    return rows if rows < len(image) else 0
 
 
 @cache
