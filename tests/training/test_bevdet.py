@@ -18,7 +18,7 @@ from occbev.config import (  # noqa: E402
 from occbev.geometry import make_transform, rotation_from_yaw  # noqa: E402
 from occbev.grid import BevGrid  # noqa: E402
 from occbev.inference.families import load_model  # noqa: E402
-from occbev.inference.families.bevdet import BevDetConfig  # noqa: E402
+from occbev.inference.families.bevdet import BevDetConfig, BevDetModel  # noqa: E402
 from occbev.inference.reference_points import warp_table  # noqa: E402
 from occbev.inference.tables import image_to_past  # noqa: E402
 from occbev_training.data.datasets import TrainingBatch  # noqa: E402
@@ -354,3 +354,5 @@ def test_config_names_what_is_wrong() -> None:
         BevDetConfig(depth_net="deep")
     with pytest.raises(ConfigError, match=r"bevdet\.frames 0"):
         BevDetConfig(frames=0)
+    with pytest.raises(ConfigError, match=r"bev\.shape \(100, 96\): must be multiples of 8"):
+        BevDetModel(bev=BevGrid((-50.0, -48.0), (1.0, 1.0), (100, 96)), bevdet=BevDetConfig(bev_encoder="trunk"))

@@ -93,6 +93,9 @@ class BevDetConfig:
         return 64 if self.depth == 18 else 256
 
 
+TRUNK_STRIDE = 8
+"""Cells of the BEV per cell of the coarsest map of the encoder `trunk`."""
+
 MATCHING_STRIDE = 4
 """Pixels of the input image per cell of the maps that stereo matches."""
 
@@ -104,6 +107,13 @@ class BevDetModel(SplatModel):
     family: str = "bevdet"
     bevdet: BevDetConfig = field(default_factory=BevDetConfig)
     """Its parts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bevdet.bev_encoder == "trunk" and any(cells % TRUNK_STRIDE for cells in self.bev.shape):
+            raise ConfigError(
+                f"bev.shape {self.bev.shape}: must be multiples of {TRUNK_STRIDE} for bevdet.bev_encoder trunk"
+            )
 
     @property
     def past_frames(self) -> int:
