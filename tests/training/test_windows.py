@@ -13,7 +13,7 @@ pytest.importorskip("numba")
 
 import torch
 
-from occbev.config import ImageConfig, LiftConfig
+from occbev.config import ConfigError, ImageConfig, LiftConfig
 from occbev.ego_signals import EgoSignals
 from occbev.geometry import invert_transform, transform_points
 from occbev.grid import GRIDS, BevGrid
@@ -26,7 +26,11 @@ from occbev_training.data.cache import CacheError, SampleCache, open_cache
 from occbev_training.data.datasets import Collate, SampleDataset, batches
 from occbev_training.data.samples import balanced_order
 from occbev_training.data.windows import history_length, past_indices
-from occbev_training.models.families import make_geometry, training_family
+from occbev_training.engine.config import TrainingConfig
+from occbev_training.engine.stages import model_to_train
+from occbev_training.losses.objectives import run_network
+from occbev_training.models.build import build_model
+from occbev_training.models.families import make_geometry, reduced, training_family
 from occbev_training.occupancy.prepare import PrepareConfig, prepare
 
 MODEL = LiftSplatModel(
@@ -129,6 +133,29 @@ def test_what_has_no_past_sees_its_own_frame_again(cache: SampleCache) -> None:
     for frame in batch.past:
         assert torch.equal(frame.images, batch.images)
         assert torch.equal(frame.geometry.pixel, batch.geometry.pixel)
+
+
+def test_the_past_is_zero_for_the_first_epochs(cache: SampleCache) -> None:
+    """BEVDet4D's recipe: eight samples an epoch, one epoch without a past, be there one or not."""
+    model = reduced(replace(LIFT, bevdet=BevDetConfig(frames=2)))
+    model = replace(model, image=MODEL.image, grid=MODEL.grid)
+    hidden, shown = (SampleDataset(cache, model, NO_AUGMENTATION, seed=0, past_after=n) for n in (1, 0))
+    torch.manual_seed(0)
+    network = build_model(model, "finetune").eval()
+    joined: list[torch.Tensor] = []
+    network.bev_encoder.register_forward_pre_hook(lambda _, inputs: joined.append(inputs[0]))
+    for dataset, position in ((hidden, 0), (hidden, 7), (hidden, 8), (shown, 0)):
+        with torch.no_grad():
+            run_network(network, Collate(model)([dataset[position]]), model)
+    width = model.lift.channels
+    assert all(bev[:, :width].any() for bev in joined)
+    assert [bool(bev[:, width:].any()) for bev in joined] == [False, False, True, True]
+
+
+def test_networks_that_do_not_lift_have_a_past_from_the_beginning(repository: Path) -> None:
+    config = TrainingConfig(model=str(repository / "config/models/bevformer_tiny.yaml"), past_after=3)
+    with pytest.raises(ConfigError, match="past_after 3: must be 0 for bevformer_tiny"):
+        model_to_train(config)
 
 
 def test_a_bevformer_gets_frames_oldest_first_with_the_motion_between(cache: SampleCache) -> None:

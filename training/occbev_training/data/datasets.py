@@ -149,10 +149,11 @@ class SampleDataset(Dataset[TrainingSample]):
         order: Sequence[int] | None = None,
         history: int = -1,
         unseen_voxels: int = 0,
+        past_after: int = 0,
     ) -> None:
         """order: samples of one epoch before they are shuffled; by default every sample once.
 
-        history, unseen_voxels: as in `TrainingConfig`.
+        history, unseen_voxels, past_after: as in `TrainingConfig`.
 
         Raises CacheError if the cache was made for another input size or voxel grid.
         """
@@ -173,7 +174,7 @@ class SampleDataset(Dataset[TrainingSample]):
         self.cache, self.model, self.augment, self.seed = cache, model, augment, seed
         self.order = None if order is None else np.asarray(order)
         self.history = history_length(model, history)
-        self.unseen_voxels = unseen_voxels
+        self.unseen_voxels, self.past_after = unseen_voxels, past_after
 
     def __len__(self) -> int:
         """Return the samples of an epoch."""
@@ -188,7 +189,8 @@ class SampleDataset(Dataset[TrainingSample]):
         cached = self.cache[index]
         draw = draw_augmentation(seed, len(cached.images), size, self.augment)
         sample = augmented(self.cache.name(index), cached, draw, self.model, self.unseen_voxels)
-        return with_past(sample, self.cache, index, draw, self.model, self.history)
+        sample = with_past(sample, self.cache, index, draw, self.model, self.history)
+        return hide_past(sample) if position < self.past_after * len(self) else sample
 
 
 class PositionBatches(Sampler[list[int]]):
@@ -311,6 +313,12 @@ def with_past(
         signals=augment_signals(moment.signals, draw),
         past=past,
     )
+
+
+def hide_past(sample: TrainingSample) -> TrainingSample:
+    """Let no camera see the past frames of a sample."""
+    unseen = np.zeros_like(sample.camera_valid)
+    return replace(sample, past=tuple(replace(view or sample.view, camera_valid=unseen) for view in sample.past))
 
 
 def _past_view(sample: CachedSample, draw: Draw, moment: Moment) -> View:

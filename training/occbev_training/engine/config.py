@@ -91,6 +91,8 @@ class TrainingConfig:
     """base_link for the grids of every network and stage, or published to keep LiDAR axes and quirks of published weights."""
     history: int = -1
     """Past key frames for networks with a memory; -1: as many as the network joins, 2 for a BEVFormer."""
+    past_after: int = 0
+    """Epochs in which the past of a Lift-Splat network is zero before it sees it, as BEVDet4D's recipe has it."""
     unseen_voxels: int = 0
     """Number of voxels per sample that no camera sees and whose class is learned too; needs a dense truth."""
     balance: str = "none"
@@ -121,7 +123,7 @@ class TrainingConfig:
             raise ConfigError(f"balance {self.balance!r}: must be none or cbgs")
         least = {
             **dict.fromkeys(("steps", "batch", "accumulate", "log_every"), 1),
-            **dict.fromkeys(("epochs", "workers", "unseen_voxels"), 0),
+            **dict.fromkeys(("epochs", "workers", "past_after", "unseen_voxels"), 0),
             "history": -1,
         }
         for name, value in least.items():

@@ -114,6 +114,7 @@ def train_stage(
         _order(config, model, samples),
         config.history,
         config.unseen_voxels,
+        config.past_after,
     )
     validate = _validation(model, config, samples, inputs.validation)
     trainer = Trainer(
@@ -192,6 +193,8 @@ def _require_labels(model: ModelConfig, network: nn.Module) -> None:
 def model_to_train(config: TrainingConfig) -> ModelConfig:
     """Return the model config that a run trains, in the frame that it asks for."""
     model = load_model(here_or_shipped(config.model))
+    if config.past_after and training_family(model).lift(model) is None:
+        raise ConfigError(f"past_after {config.past_after}: must be 0 for {model.name}, which does not lift and splat")
     return in_base_link(model) if config.frame == "base_link" else model
 
 

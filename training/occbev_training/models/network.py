@@ -87,15 +87,19 @@ class OccBevNetwork(HeadedNetwork):
         older = [self.matching_map(frame) for frame in past] + [None]
         bev, logits = self.frame_bev(key, older[0])
         if self.temporal is not None:
-            bev = self.temporal(bev, self._history(past, older[1:]))
+            bev = self.temporal(bev, self._history(past, older[1:], bev))
         return NetworkOutput(self.run_heads(bev), logits.unflatten(0, images.shape[:2]))
 
     @torch.no_grad()
-    def _history(self, past: Sequence[Frame], older: Sequence[Tensor | None]) -> list[Tensor]:
+    def _history(self, past: Sequence[Frame], older: Sequence[Tensor | None], key: Tensor) -> list[Tensor]:
+        """Return the refined BEVs of past frames, each like that of the key frame; zero where no camera saw anything."""
         history = []
         for frame, match in zip(past, older, strict=True):
-            if frame.points is not None:
-                history.append(self.frame_bev(frame, match)[0])
+            if frame.points is None:
+                continue
+            seen = frame.camera_valid.amax(1)
+            bev = self.frame_bev(frame, match)[0] if seen.any() else torch.zeros_like(key)
+            history.append(bev * seen.view(-1, *[1] * (bev.ndim - 1)))
         return history
 
     def frame_bev(self, frame: Frame, older: Tensor | None = None) -> tuple[Tensor, Tensor]:
