@@ -53,6 +53,7 @@ from occbev_training.engine.optim import Pace, WeightAverage, build_optimizer, l
 from occbev_training.engine.stages import StageInputs, default_start, predictor, train_stage
 from occbev_training.engine.trainer import Trainer, TrainingError, hold_folder
 from occbev_training.evaluation.frames import evaluate
+from occbev_training.losses.config import LossConfig
 from occbev_training.models.build import build_model
 from occbev_training.models.checkpoints import load_strictly, read_weights, save_weights
 from occbev_training.models.families import reduced
@@ -578,6 +579,25 @@ def test_both_stages_from_start_to_scores(workplace: Workplace, tmp_path: Path) 
     evaluation_data = open_cache(workplace.evaluation_data)
     scores = evaluate(evaluation_data, predictor(network.eval(), MODEL, evaluation_data), MODEL)
     assert 0 <= scores.summary()["occupancy_iou"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        (OptimConfig, {"warmup": 2.0}),
+        (OptimConfig, {"floor": -1.0}),
+        (OptimConfig, {"scales": {"image_encoder": -1.0}}),
+        (LossConfig, {"reconstruction": -1.0}),
+        (AugmentConfig, {"camera_drop": 2.0}),
+        (AugmentConfig, {"scale": (1.1, 0.9)}),
+        (AugmentConfig, {"noise": -1.0}),
+        (TrainingConfig, {"validate_samples": 0}),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(section: Any, changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigError, match=rf"{name}.*(must be|want)"):
+        section(**changes)
 
 
 def test_weights_of_another_network_are_no_start(repository: Path, tmp_path: Path) -> None:

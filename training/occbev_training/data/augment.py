@@ -84,8 +84,16 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if self.image_recipe not in ("occbev", "bevdet"):
             raise ConfigError(f"augment.image_recipe {self.image_recipe!r}: must be occbev or bevdet")
-        if self.bev_scale[0] <= 0 or self.bev_scale[0] > self.bev_scale[1]:
-            raise ConfigError(f"augment.bev_scale {self.bev_scale}: want 0 < low <= high")
+        for name in ("scale", "bev_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ConfigError(f"augment.{name} {getattr(self, name)}: want 0 < low <= high")
+        for name in ("bev_flip", "image_flip", "grey", "blur", "camera_drop", "grid_mask"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"augment.{name} {getattr(self, name)}: is a chance, must be in 0..1")
+        for name in ("shift", "rotate", "bev_rotate", "brightness", "contrast", "saturation", "hue", "gamma", "noise"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"augment.{name} {getattr(self, name)}: must be at least 0")
 
 
 NO_AUGMENTATION = AugmentConfig(0.0, True, 0.0, (1.0, 1.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -55,6 +55,14 @@ class OptimConfig:
             raise ConfigError(f"schedule {self.schedule!r}: must be one of {SCHEDULES}")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema {self.ema}: must be in [0, 1)")
+        for name in ("warmup", "warmup_from", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name} {getattr(self, name)}: is a share, must be in 0..1")
+        if min(self.weight_decay, self.warmup_steps, *self.scales.values(), 0) < 0:
+            raise ConfigError(
+                f"optim: weight_decay {self.weight_decay}, warmup_steps {self.warmup_steps} and scales "
+                f"{dict(self.scales)} must be at least 0"
+            )
         if not (self.lr > 0 and self.clip > 0):
             raise ConfigError(f"lr {self.lr} and clip {self.clip}: both must be above 0")
 
@@ -122,7 +130,7 @@ class TrainingConfig:
         if self.balance not in ("none", "cbgs"):
             raise ConfigError(f"balance {self.balance!r}: must be none or cbgs")
         least = {
-            **dict.fromkeys(("steps", "batch", "accumulate", "log_every"), 1),
+            **dict.fromkeys(("steps", "batch", "accumulate", "log_every", "validate_samples"), 1),
             **dict.fromkeys(("epochs", "workers", "past_after", "unseen_voxels"), 0),
             "history": -1,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from occbev.config import ConfigError, formerly
 
@@ -45,3 +45,9 @@ class LossConfig:
             raise ConfigError(f"loss.occupancy {self.occupancy!r}: must be three_state or occbev_paper")
         if self.depth_kind not in ("ce", "bce"):
             raise ConfigError(f"loss.depth_kind {self.depth_kind!r}: must be ce or bce")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and value < 0:
+                raise ConfigError(
+                    f"loss.{field.name} {value}: must be at least 0, or the network would learn the opposite"
+                )
