@@ -39,9 +39,13 @@ def _answer(plan: ProductPlan, runs: Runs, missing: int) -> Section:
     scope = (
         f"The published comparison at a small scale: `{plan.model.name}` begins from ImageNet weights of its image "
         f"encoder, with (O) and without ({', '.join(arm for arm in plan.arms if arm != 'O')}) pre-training on occupancy, on "
-        "simulated streets, with the recipes of `config/training`. O - R0 is the published question, what pre-training adds "
-        "to the same fine-tuning. O - R asks it at equal compute: R is fine-tuned for as many steps as O has in both phases."
+        "simulated streets, with the recipes of `config/training`."
     )
+    questions = {
+        "R0": "O - R0 is the published question, what pre-training adds to the same fine-tuning.",
+        "R": "O - R asks it at equal compute: R is fine-tuned for as many steps as O has in both phases.",
+    }
+    scope = " ".join([scope, *(text for arm, text in questions.items() if arm in plan.arms)])
     if not runs:
         state = (
             f"**Not measured.** The plan is registered and none of its {len(product_tasks(plan))} tasks is run: they "
