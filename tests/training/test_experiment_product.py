@@ -137,6 +137,24 @@ def test_a_recipe_or_a_network_that_changes_makes_another_plan(place: ProductPla
     assert ProductPlace.of(place.path, place.out).plan.hash not in (before, changed)
 
 
+def test_notes_and_further_arms_are_told_and_leave_the_plan_what_it_is(place: ProductPlace) -> None:
+    noted = replace(place.plan, arms=("O", "R0"), notes=("Mind the gap.",))
+    assert noted.hash == place.plan.hash
+    row = {
+        "kind": "run",
+        "arm": "O",
+        "percent": 50.0,
+        "seed": 0,
+        "summary": {},
+        "cpu_hours": 0,
+        "seconds": 0,
+        "device": "cpu",
+    }
+    text = to_markdown(product_chapter(noted, [row], "command").sections, "results")
+    assert "Mind the gap." in text
+    assert "arm R |" not in text
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

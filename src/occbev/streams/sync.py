@@ -108,6 +108,7 @@ class FrameSynchronizer:
     matches, so the tolerance can stay far below half a period even where cameras fire one after the other.
     A set leaves when it is complete or when nothing more can come for it: images of one camera come in order, and
     about as late as they lately did; at most `timeout_s` after its anchor came.
+    The first ones, before the period is known, leave when they cannot be of two sweeps.
     A stamp that jumps by more than `reset_s` is used only when another camera or the node's clock confirms the jump, or,
     if only one camera delivers, its own next stamps. A camera whose clock runs ahead is refused.
     """
@@ -664,8 +665,8 @@ def _are_of_one_sweep(key: _Key, now_ns: int) -> bool:
     furthest_ns = max(abs(stamp_ns - key.stamp_ns) for stamp_ns in stamps_ns)
     span_ns, begin_ns = max(stamps_ns) - min(stamps_ns), min(arrivals_ns)
     # A recording may be played slowly or fast: time since the first image is taken at the pace of the stamps.
-    pace_ns = max(span_ns, max(arrivals_ns) - begin_ns)
-    heard_ns = max(span_ns, span_ns * (now_ns - begin_ns) // pace_ns) if pace_ns else 0
+    arrived_ns = max(span_ns, max(arrivals_ns) - begin_ns)
+    heard_ns = max(span_ns, span_ns * (now_ns - begin_ns) // arrived_ns) if arrived_ns else 0
     return 2 * furthest_ns <= max(heard_ns, SHORTEST_PERIOD_NS)
 
 

@@ -84,6 +84,8 @@ class ProductPlan:
     """Keys of `ARMS`."""
     departures: tuple[str, ...] = field(default_factory=tuple)
     """Where this plan departs from the published comparison, and why."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the answer must know, such as what was added later."""
 
     def __post_init__(self) -> None:
         for drives, split in ((self.train, "train"), (self.test, "test")):
@@ -98,10 +100,13 @@ class ProductPlan:
 
     @property
     def hash(self) -> str:
-        """Sixteen hex digits over all that a result depends on: the plan, and what is no default in its recipes and model."""
+        """Sixteen hex digits over all that a result depends on: the plan, and what is no default in its recipes and model.
+
+        Of the plan, notes and the list of arms are left out: no arm's result depends on which others are run.
+        """
         recipes = [differences(to_record(self.recipe(stage)), to_record(TrainingConfig())) for stage in STAGES]
         model = differences(to_record(self.model), to_record(type(self.model)()))
-        plan = {name: value for name, value in to_record(self).items() if name != "arms"}  # no result depends on others
+        plan = {name: value for name, value in to_record(self).items() if name not in ("arms", "notes")}
         record = {"plan": plan, "recipes": recipes, "model": model}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 

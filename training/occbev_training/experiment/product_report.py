@@ -63,8 +63,7 @@ def _answer(plan: ProductPlan, runs: Runs, missing: int) -> Section:
                 f"- {pair[0]} - {pair[1]} at {percent:g} % of labels: {100 * difference.mean:+.2f} mAP, 95 % interval "
                 f"{low:+.2f} to {high:+.2f}, {len(difference.each)} paired seeds. No test was registered."
             )
-    if plan.name == "tiny":
-        lines.append("\nR0 was added after the scores of R and O were known.")
+    lines += [f"\n{note}" for note in plan.notes]
     state = (
         f"{missing} of {len(product_tasks(plan))} tasks are not run." if missing else "Every run of the plan is here."
     )

@@ -11,8 +11,9 @@ from typing import Any
 from occbev.inference.model_package import ModelPackage, write_package
 from occbev.inference.space_calibration import FILE_NAME
 from occbev_training.evaluation.space import SpaceFit, draw_reliability
+from occbev_training.export.package import CARD, PARTIAL
 
-CARD, PICTURE = "README.md", "reliability.png"
+PICTURE = "reliability.png"
 
 HEADING = "\n## Calibration of probabilities\n"
 HEADINGS = re.compile(rf"{HEADING}|\n## How sure it is\n")
@@ -24,7 +25,7 @@ def write_calibration(package: ModelPackage, fit: SpaceFit) -> dict[str, Any]:
     record = fit.as_record()
     card = package.folder / CARD
     text = card.read_text() if card.is_file() else f"# {package.model.name}\n"
-    with tempfile.TemporaryDirectory(dir=package.folder, prefix=".partial-") as partial:  # slow work comes first
+    with tempfile.TemporaryDirectory(dir=package.folder, prefix=PARTIAL) as partial:  # slow work comes first
         folder = Path(partial)
         fit.calibration.save(folder / FILE_NAME)
         draw_reliability(fit, folder / PICTURE)
